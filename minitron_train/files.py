@@ -1,0 +1,115 @@
+"""Files and folders that appear whole or not at all: write beside, fsync, rename."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron_train.errors import UserError
+
+PARTIAL = ".partial-"  # what an unfinished output's name holds: `pruned.partial-1a2b`; never read, removed by the next run
+
+
+def sync_path(path: Path) -> None:
+    """fsync one file or folder (a folder's fsync makes renames inside it durable)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def partial_path(path: Path) -> Path:
+    """A fresh name beside `path`, on the same file system, that marks unfinished work."""
+    return path.with_name(f"{path.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals while writing `path` into a UserError that names the remedy."""
+    remedies = {
+        errno.ENOSPC: "the disk is full; free space or set output_dir to another disk",
+        errno.EDQUOT: "the disk quota is used up; free space or set output_dir to another disk",
+        errno.EACCES: "permission denied; choose an output_dir that you may write to",
+        errno.EPERM: "permission denied; choose an output_dir that you may write to",
+        errno.EROFS: "the file system is read-only; choose another output_dir",
+        errno.ENOTDIR: "a part of the path is a file, not a folder; choose another output_dir",
+        errno.EEXIST: "a file stands where a folder must go; move it or choose another output_dir",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in remedies:
+            raise
+        raise UserError(f"cannot write {path}: {remedies[error.errno]}") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a scratch path beside `path`; on success it is fsynced and renamed over `path`, on failure removed."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = partial_path(path)
+        try:
+            yield scratch
+            sync_path(scratch)
+            os.replace(scratch, path)
+            sync_path(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty scratch folder beside `path`; on success its files are fsynced and it takes the place of `path`.
+
+    An older `path` is moved aside first and removed last, so that a kill at any moment leaves the old folder, or the
+    new one, but never a mixture. Leftovers of killed runs are removed on entry.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        scratch = partial_path(path)
+        scratch.mkdir()
+        try:
+            yield scratch
+            for file in scratch.rglob("*"):
+                sync_path(file)
+            sync_path(scratch)
+            old = partial_path(path)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(scratch, path)
+            sync_path(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed runs left beside `path`."""
+    for leftover in path.parent.glob(f"{path.name}{PARTIAL}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically; NaN and infinities are refused (they are not JSON)."""
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of one file's bytes, read in blocks."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
