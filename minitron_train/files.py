@@ -13,7 +13,8 @@ from typing import Any
 
 from minitron_train.errors import UserError
 
-PARTIAL = ".partial-"  # what an unfinished output's name holds: `pruned.partial-1a2b`; never read, removed by the next run
+PARTIAL = ".partial-"  # an unfinished output is called `pruned.partial-1a2b`; never read, removed by the next run
+REPLACED = ".replaced"  # where the old folder waits while the new one takes its place; put back after a kill
 
 
 def sync_path(path: Path) -> None:
@@ -70,11 +71,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty scratch folder beside `path`; on success its files are fsynced and it takes the place of `path`.
 
     An older `path` is moved aside first and removed last, so that a kill at any moment leaves the old folder, or the
-    new one, but never a mixture. Leftovers of killed runs are removed on entry.
+    new one, but never a mixture (`recover` puts back an old one that was just moved aside).
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        recover(path)
         scratch = partial_path(path)
         scratch.mkdir()
         try:
@@ -82,7 +83,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in scratch.rglob("*"):
                 sync_path(file)
             sync_path(scratch)
-            old = partial_path(path)
+            old = path.with_name(path.name + REPLACED)
             if path.exists():
                 os.replace(path, old)
             os.replace(scratch, path)
@@ -92,8 +93,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete what killed runs left beside `path`."""
+def recover(path: Path) -> None:
+    """Clean up after killed runs: put back a finished folder that was being replaced, delete unfinished work."""
+    old = path.with_name(path.name + REPLACED)
+    if old.exists():
+        shutil.rmtree(old) if path.exists() else os.replace(old, path)
     for leftover in path.parent.glob(f"{path.name}{PARTIAL}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

