@@ -1,0 +1,23 @@
+"""Model families as tables. Adding one is adding a table here."""
+
+from minitron_train.arch.llama import LLAMA
+from minitron_train.arch.nemotron import NEMOTRON
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import Architecture, Row
+from minitron_train.errors import UserError
+
+ARCHITECTURES = {table.name: table for table in (NEMOTRON, LLAMA)}
+
+
+def architecture(name: str) -> Architecture:
+    """The table of one family.
+
+    Raises:
+        UserError: an unsupported family; the message lists the supported ones.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(f"architecture {name!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[name]
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "Row", "Shape", "architecture"]

@@ -1,0 +1,61 @@
+"""Llama (arXiv 2302.13971; 2407.21783): SwiGLU, RMSNorm, rotary, GQA, no biases; SmolLM2 is one of them."""
+
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import EMBEDDING, LAYER, OUTPUT, Architecture, Row
+
+HF = "model.layers.{i}."
+
+
+def heads_divide_hidden(shape: Shape) -> str | None:
+    """The rule of transformers' LlamaConfig, which holds even where head_dim is given."""
+    if shape.hidden_size % shape.num_attention_heads == 0:
+        return None
+    return f"hidden_size={shape.hidden_size} must be a multiple of num_attention_heads={shape.num_attention_heads}"
+
+
+LLAMA = Architecture(
+    name="llama",
+    hf_class="LlamaForCausalLM",
+    rows=(
+        Row(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
+        Row(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
+        Row(
+            mcore=LAYER + "self_attention.linear_qkv.weight",
+            hf={
+                HF + "self_attn.q_proj.weight": ("q", "embd"),
+                HF + "self_attn.k_proj.weight": ("kv", "embd"),
+                HF + "self_attn.v_proj.weight": ("kv", "embd"),
+            },
+            per_group=True,
+        ),
+        Row(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
+        Row(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
+        Row(
+            mcore=LAYER + "mlp.linear_fc1.weight",
+            hf={HF + "mlp.gate_proj.weight": ("ffn", "embd"), HF + "mlp.up_proj.weight": ("ffn", "embd")},
+        ),
+        Row(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+        Row(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
+        Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
+    ),
+    config_keys={
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "kv_channels": "head_dim",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "layernorm_epsilon": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    config_facts={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    transformer={
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
+        "gated_linear_unit": True,
+        "activation": "silu",
+    },
+    rules=(heads_divide_hidden,),
+)

@@ -1,0 +1,82 @@
+"""The numbers that make a model's size, and the rules that they obey. Pure Python: `plan` needs nothing else."""
+
+from dataclasses import dataclass, replace
+
+from minitron_train.errors import UserError
+
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # what pruning may cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    tie_embeddings: bool = False
+    max_position_embeddings: int = 4096
+    rotary_percent: float = 1.0
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    rope_scaling_factor: float | None = None  # Llama 3.1's frequency scaling; None is plain RoPE
+
+    def axis_size(self, axis: str) -> int:
+        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab or head."""
+        return {
+            "embd": self.hidden_size,
+            "q": self.num_attention_heads * self.kv_channels,
+            "kv": self.num_query_groups * self.kv_channels,
+            "ffn": self.ffn_hidden_size,
+            "vocab": self.vocab_size,
+            "head": self.kv_channels,
+        }[axis]
+
+    def check(self, name: str) -> None:
+        """Refuse a shape that no model can have. `name` says whose shape it is."""
+        for key in (*SIZES, "kv_channels", "vocab_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{name}.{key}={getattr(self, key)}: must be at least 1; set a positive number")
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"{name}.num_attention_heads={self.num_attention_heads}: must be a multiple of "
+                f"num_query_groups={self.num_query_groups} (every KV group keeps the same number of heads); "
+                f"choose {nearest_multiples(self.num_attention_heads, self.num_query_groups)}"
+            )
+
+    def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
+        """Refuse a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
+        for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+            if getattr(self, key) % tensor_model_parallel_size:
+                raise UserError(
+                    f"parallel.tensor_model_parallel_size={tensor_model_parallel_size}: must divide the {name}'s "
+                    f"{key}={getattr(self, key)}; choose a divisor"
+                )
+
+    def smaller(self, **sizes: int | None) -> "Shape":
+        """This shape with some sizes replaced; None keeps the old one. Refuses to grow.
+
+        Raises:
+            UserError: a size above this shape's, or heads that the KV groups do not divide.
+        """
+        changed = {key: value for key, value in sizes.items() if value is not None}
+        for key, value in changed.items():
+            if value > getattr(self, key):
+                raise UserError(
+                    f"student.{key}={value}: larger than the teacher's {getattr(self, key)}; pruning only cuts, "
+                    f"choose at most {getattr(self, key)}"
+                )
+        shape = replace(self, **changed)
+        shape.check("student")
+        return shape
+
+
+def nearest_multiples(value: int, base: int) -> str:
+    """The multiples of `base` around `value`, for a remedy: "4 or 8"."""
+    below = value // base * base
+    return f"{below} or {below + base}" if below else str(base)

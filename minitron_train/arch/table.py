@@ -1,0 +1,101 @@
+"""One row per parameter: import, export, tensor-parallel shards and pruning are all read off it.
+
+A row names the axis of every dimension. From the axes everything else follows:
+
+    axis    length                        cut by tensor parallelism   cut by pruning
+    embd    hidden_size                   no                          yes
+    q       num_attention_heads * head    yes                         whole heads
+    kv      num_query_groups * head       yes                         whole KV groups
+    ffn     ffn_hidden_size               yes                         yes
+    vocab   vocab_size                    yes                         no
+    head    kv_channels                   no                          no
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from minitron_train.arch.shape import Shape
+
+PARALLEL_AXES = frozenset({"q", "kv", "ffn", "vocab"})
+
+Axes = tuple[str, ...]
+Rule = Callable[[Shape], str | None]  # what a loader of the Hugging Face folder would refuse, or None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One megatron-core parameter and the Hugging Face tensors that it is fused from.
+
+    `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, as megatron-core wants
+    QKV: the group's query rows, then its key rows, then its value rows; otherwise they are stacked (gate, then up).
+    """
+
+    mcore: str
+    hf: Mapping[str, Axes]
+    per_group: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the row stands for one parameter in every layer."""
+        return "{i}" in self.mcore
+
+    def layers(self, shape: Shape) -> Iterator[int]:
+        """Layer indices that the row is instantiated for; a row outside the layers gives one 0."""
+        return iter(range(shape.num_layers if self.per_layer else 1))
+
+    def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Full size of each Hugging Face part."""
+        return {name: tuple(shape.axis_size(axis) for axis in axes) for name, axes in self.hf.items()}
+
+    def parallel_dim(self) -> int | None:
+        """The dimension that tensor parallelism cuts (the same in all parts), or None when it is replicated."""
+        axes = next(iter(self.hf.values()))
+        cut = [dim for dim, axis in enumerate(axes) if axis in PARALLEL_AXES]
+        return cut[0] if cut else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Everything that this program knows about one family of models."""
+
+    name: str  # Hugging Face model_type
+    hf_class: str  # the `architectures` entry of config.json
+    rows: tuple[Row, ...]
+    config_keys: Mapping[str, str]  # Shape field -> key of config.json
+    config_facts: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json that must have this value
+    transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see arch.build)
+    rules: tuple[Rule, ...] = ()
+
+    def rows_of(self, shape: Shape) -> tuple[Row, ...]:
+        """The rows of one model: tied embeddings have no output layer of their own."""
+        return tuple(row for row in self.rows if not (shape.tie_embeddings and row.mcore == OUTPUT))
+
+    def tensors(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """Name and size of every tensor of the Hugging Face checkpoint."""
+        return {
+            name.format(i=i): size
+            for row in self.rows_of(shape)
+            for i in row.layers(shape)
+            for name, size in row.sizes(shape).items()
+        }
+
+    def parameters(self, shape: Shape) -> dict[str, int]:
+        """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once)."""
+        counts = dict.fromkeys(("embedding", "output", "attention", "mlp", "norms"), 0)
+        for row in self.rows_of(shape):
+            size = sum(prod(size) for size in row.sizes(shape).values())
+            counts[part_of(row.mcore)] += size * len(list(row.layers(shape)))
+        return counts
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+LAYER = "decoder.layers.{i}."
+
+
+def part_of(mcore: str) -> str:
+    """Which part of the model a megatron-core parameter belongs to."""
+    marks = {EMBEDDING: "embedding", OUTPUT: "output", "layernorm": "norms", "self_attention": "attention", "mlp": "mlp"}
+    return next(part for mark, part in marks.items() if mark in mcore)

@@ -1,0 +1,275 @@
+"""Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
+from minitron_train.errors import UserError
+from minitron_train.files import disk_errors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 4 * 2**30
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+LEGACY_KEYS = {  # older names of config.json keys, newest first
+    "partial_rotary_factor": ("rope_percent", "rotary_percent", "rope_percentage"),
+    "head_dim": ("kv_channels",),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one clear line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the folder of a Hugging Face checkpoint") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; copy the file again")
+    return value
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """A key of config.json, in today's place (rope_parameters), at the top level, or under an older name."""
+    rope = config.get("rope_parameters") or {}
+    for name in (key, *LEGACY_KEYS.get(key, ())):
+        for place in (config, rope):
+            if place.get(name) is not None:
+                return place[name]
+    return None
+
+
+def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
+    """Read a Shape off config.json.
+
+    Raises:
+        UserError: unsupported architecture or feature, or a needed key that is missing.
+    """
+    name = config.get("model_type")
+    if name not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"{where}: model_type {name!r} is not supported; supported architectures: {supported}")
+    table = architecture(str(name))
+    values = {field: lookup(config, key) for field, key in table.config_keys.items()}
+    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
+    if values["kv_channels"] is None and values["hidden_size"] and values["num_attention_heads"]:
+        values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
+    for field, key in table.config_keys.items():
+        if values[field] is None:
+            raise UserError(f"{where}: the key {key!r} is missing; add it as the model's authors give it")
+    for key, wanted in table.config_facts.items():
+        if config.get(key, wanted) not in (wanted, None):
+            raise UserError(f"{where}: {key}={config[key]!r}: only {wanted!r} is supported for {name}; use another teacher")
+    percent, base = lookup(config, "partial_rotary_factor"), lookup(config, "rope_theta")
+    shape = Shape(
+        architecture=table.name,
+        rotary_percent=float(percent if percent is not None else default_rotary_percent(table)),
+        rotary_base=float(base if base is not None else 10000.0),
+        rope_scaling_factor=rope_scaling_factor(config, where),
+        **values,
+    )
+    shape.check(where)
+    return shape
+
+
+def default_rotary_percent(table: Architecture) -> float:
+    """What transformers assumes when config.json is silent."""
+    return 0.5 if table.name == "nemotron" else 1.0
+
+
+def rope_scaling_factor(config: Mapping[str, Any], where: str) -> float | None:
+    """Llama 3.1's scaling factor; None without scaling. Other kinds of scaling are refused."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"{where}: rope type {kind!r} is not supported; supported: default, llama3")
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for key, wanted in fixed.items():
+        if rope.get(key, wanted) != wanted:
+            raise UserError(f"{where}: llama3 rope scaling with {key}={rope[key]}: only {wanted} is supported")
+    return float(rope["factor"])
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face folder, memory-mapped, each read when it is asked for.
+
+    Every shard's header and length are checked on opening, so that a truncated download is refused before any work.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        self.shape = shape_from_config(self.config, str(folder / "config.json"))
+        self.table = architecture(self.shape.architecture)
+        self.files = self._locate()
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in sorted(set(self.files.values())):
+            for name, entry in read_header(file).items():
+                self.sizes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
+        self._check_tensors()
+        self._open: dict[Path, Any] = {}
+
+    def _locate(self) -> dict[str, Path]:
+        """Tensor name -> file."""
+        if (self.folder / INDEX).exists():
+            weight_map = read_json(self.folder / INDEX).get("weight_map", {})
+            files = {name: self.folder / file for name, file in weight_map.items()}
+            missing = sorted({file.name for file in files.values() if not file.exists()})
+            if missing:
+                raise UserError(f"{self.folder}: shard {missing[0]} is missing ({len(missing)} in all); download it again")
+            return files
+        if not (self.folder / SINGLE).exists():
+            hint = "convert it with save_pretrained" if any(self.folder.glob("*.bin")) else "download it again"
+            raise UserError(f"{self.folder}: holds neither {SINGLE} nor {INDEX}; {hint}")
+        return dict.fromkeys(read_header(self.folder / SINGLE), self.folder / SINGLE)
+
+    def _check_tensors(self) -> None:
+        for name, size in self.table.tensors(self.shape).items():
+            if name not in self.files or name not in self.sizes:
+                raise UserError(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
+            if self.sizes[name] != size:
+                raise UserError(
+                    f"{self.folder}: tensor {name} has size {list(self.sizes[name])}, config.json says {list(size)}; "
+                    "the folder mixes two models"
+                )
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor, or its rows [start, stop) along `dim` (0 or 1); only those bytes are read where rows lie together."""
+        handle = self._handle(self.files[name])
+        if dim is None:
+            return handle.get_tensor(name)
+        cut = slice(start, stop)
+        return handle.get_slice(name)[cut] if dim == 0 else handle.get_slice(name)[:, cut]
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(str(file), framework="pt")
+        return self._open[file]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, which stands for the folder's."""
+        return self.read(next(iter(self.table.tensors(self.shape))), 0, 0, 1).dtype
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """The header of one safetensors file: tensor name -> dtype, shape, data_offsets.
+
+    Raises:
+        UserError: the file is cut off or not safetensors at all.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise UserError(f"{file}: not a safetensors file, or cut off; download it again")
+        try:
+            header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file}: its header is corrupt; download it again") from None
+    if size != 8 + length + end:
+        raise UserError(f"{file}: {size:,} bytes, its header promises {8 + length + end:,}; download it again")
+    return header
+
+
+def student_config(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The teacher's config.json with the sizes of `shape`; every other key stays."""
+    table = architecture(shape.architecture)
+    changed = dict(config) | {key: getattr(shape, field) for field, key in table.config_keys.items()}
+    changed["architectures"] = [table.hf_class]
+    if dtype is not None:
+        changed.pop("torch_dtype", None)
+        changed["dtype"] = str(dtype).removeprefix("torch.")
+    return changed
+
+
+def check_rules(shape: Shape, where: str) -> None:
+    """Refuse a shape that the loaders of the exported folder would refuse, before any work is done."""
+    for rule in architecture(shape.architecture).rules:
+        broken = rule(shape)
+        if broken:
+            raise UserError(f"{where}: {broken} (a rule of transformers' {shape.architecture} config); change the target")
+
+
+class CheckpointWriter:
+    """Writes tensors into a folder, shard by shard, then the index and config.json. Memory: one shard."""
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self.shards: list[list[str]] = []
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; a full shard goes to disk."""
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self.pending[name] = tensor
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        with disk_errors(self.folder):
+            save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def close(self, config: Mapping[str, Any]) -> None:
+        """Write what is left, name the shards as transformers does, write index and config.json."""
+        self._flush()
+        count = len(self.shards)
+        names = [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+        for k, name in enumerate(names):
+            (self.folder / f"shard-{k}").rename(self.folder / name)
+        if count > 1:
+            weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what a tokenizer is made of, and generation_config.json, when they are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_folder(target: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> None:
+    """A whole Hugging Face folder; `target` exists and is empty (files.atomic_folder gives one)."""
+    writer = CheckpointWriter(target)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close(config)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, target)

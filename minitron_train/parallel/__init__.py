@@ -1,0 +1,1 @@
+"""Processes, groups, and what megatron-core needs on a machine without CUDA."""
