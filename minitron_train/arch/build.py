@@ -1,0 +1,195 @@
+"""megatron-core's GPTModel from a Shape: the one model that is scored, distilled and evaluated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from minitron_train.arch import Shape, architecture
+
+# B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
+
+
+class Norm(torch.nn.Module):
+    """LayerNorm or RMSNorm with optional zero-centred gamma, which megatron-core has only in Transformer Engine."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        self.size, self.eps = (hidden_size,), eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        make = dict(dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(torch.full(self.size, 1.0 - self.offset, **make))
+        layer_norm = config.normalization == "LayerNorm"
+        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(self.size, **make)) if layer_norm else None)
+        for parameter in self.parameters():  # megatron-core sums these gradients over the tensor-parallel group
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        weight = self.weight + self.offset if self.offset else self.weight
+        if self.bias is not None:
+            return F.layer_norm(x, self.size, weight, self.bias, self.eps)
+        return F.rms_norm(x, self.size, weight, self.eps)
+
+
+class SdpaAttention(MegatronModule):
+    """Core attention through torch's scaled_dot_product_attention: never holds the S x S scores in memory."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any) -> None:
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Causal attention; a given bool mask [B, 1, S, S] (True hides) replaces the causal one.
+
+        Fewer queries than keys means that the queries are the last ones (a key/value cache).
+        """
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        mask = None if attention_mask is None else ~attention_mask
+        if mask is None and 1 < num_queries < num_keys:
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = ones.tril(num_keys - num_queries)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and num_queries == num_keys,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)², Nemotron-4's activation."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu, "silu": F.silu}
+
+
+class LanguageModel(GPTModel):
+    """GPTModel in two halves: `forward` stops at the hidden states, so that nobody is forced to make all logits."""
+
+    def forward(  # type: ignore[override]
+        self, tokens_BS: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
+
+        Args:
+            attention_mask: bool [B, 1, S, S], True hides; None is causal.
+        """
+        hidden, rotary = self._preprocess(input_ids=tokens_BS, position_ids=position_ids)[:2]  # type: ignore[arg-type]
+        return self.decoder(hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=rotary)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [vocab / tp, H]."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def logits(self, hidden_SBH: Tensor) -> Tensor:
+        """This rank's part of the vocabulary, [S, B, vocab / tp]."""
+        tied = self.output_weight if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_SBH, weight=tied)[0]
+
+
+def layer_spec(qk_norm: bool = False) -> ModuleSpec:
+    """The unfused layer: norm outputs and attention outputs are visible to hooks, on every device."""
+    spec = get_gpt_layer_local_spec()
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    attention.core_attention = SdpaAttention
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return spec
+
+
+def transformer_config(shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any) -> TransformerConfig:
+    """megatron-core's configuration; its fused CUDA kernels are off, since none of them is needed."""
+    arguments = dict(architecture(shape.architecture).transformer)
+    arguments["activation_func"] = ACTIVATIONS[arguments.pop("activation")]
+    on_cpu = not torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        layernorm_epsilon=shape.layernorm_epsilon,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel and tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # weights always come from a checkpoint or from arch.init
+        use_cpu_initialization=on_cpu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        batch_p2p_sync=False,
+        **{**arguments, **extra},
+    )
+
+
+def build(
+    shape: Shape,
+    *,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    pre_process: bool = True,
+    post_process: bool = True,
+    **extra: Any,
+) -> LanguageModel:
+    """An uninitialised model on this process's device; fill it with arch.convert.load.
+
+    Args:
+        tp: tensor-parallel size; megatron-core's groups must have been started with it.
+        extra: further TransformerConfig arguments, like recompute_granularity.
+    """
+    config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
+    spec = layer_spec()
+    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=Norm)
+    model = LanguageModel(
+        config,
+        block,  # type: ignore[arg-type]
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=shape.rotary_percent,
+        rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        share_embeddings_and_output_weights=shape.tie_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+    )
+    return model.to(torch.cuda.current_device()) if torch.cuda.is_available() else model

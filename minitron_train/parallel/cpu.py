@@ -1,0 +1,73 @@
+"""What megatron-core 0.16 needs on a machine without CUDA. Every function here does nothing where CUDA exists.
+
+megatron-core names "cuda" in places that no argument reaches. `install` replaces four symbols for the whole process;
+`cuda_means_cpu` rewrites literal device names for a block of code (optimizer construction, steps and state dicts).
+tests/unit/test_cpu.py fails when megatron-core renames what is replaced here.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import megatron.core.tensor_parallel.random as megatron_random
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
+    """megatron-core's named random states, kept on the CPU generator."""
+
+    def add(self, name: str, seed: int) -> None:
+        """Create the state `name` from `seed`, which must be new."""
+        assert seed not in self.seeds_ and name not in self.states_, f"random state {name} ({seed}) exists already"
+        self._is_initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Run a block on the state `name`, then go back to the default one."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Rewrites device="cuda", .cuda() and the type name torch.cuda.FloatTensor to their CPU meaning."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)  # the optimizer asks for 'torch.cuda.FloatTensor'
+        if is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        if func is torch.Tensor.to:
+            args = tuple(torch.device("cpu") if is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def is_cuda(device: Any) -> bool:
+    """Whether a device argument, of whatever type, says CUDA."""
+    return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
+
+
+def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
+    """For the block: literal CUDA devices mean the CPU."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu()
+
+
+def install() -> None:
+    """Replace the four symbols, once per process."""
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # rotary embedding, TP mappings
+    torch.cuda.synchronize = lambda device=None: None  # dist_checkpointing, p2p
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    megatron_random.CudaRNGStatesTracker = CpuRngTracker

@@ -1,0 +1,136 @@
+"""Process groups. The only module that touches megatron-core's parallel_state and starts torch.distributed.
+
+A process is started by torchrun or srun, or is alone. Ranks are laid out as megatron-core does: neighbours share a
+tensor-parallel group, the rest is data parallel.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_train.config import ParallelConfig
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """This process's place among the others, and its groups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes for all."""
+        return self.rank == 0
+
+    def gather(self, shard: Tensor) -> list[Tensor]:
+        """Every tensor-parallel rank's shard (of equal size), on all of them."""
+        if self.tp_size == 1:
+            return [shard]
+        shards = [torch.empty_like(shard) for _ in range(self.tp_size)]
+        dist.all_gather(shards, shard.contiguous(), group=self.tp_group)
+        return shards
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def sum_over_data(self, value: Tensor) -> Tensor:
+        """Sum over the data-parallel group, in place."""
+        if self.dp_size > 1:
+            dist.all_reduce(value, group=self.dp_group)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process: all of them get the same answer."""
+        value = torch.tensor([float(flag)], device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]:
+    """Start torch.distributed and megatron-core's groups for a block.
+
+    Raises:
+        UserError: tensor_model_parallel_size does not divide the number of processes.
+    """
+    tp = parallel.tensor_model_parallel_size
+    if world.size % tp:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tp}: must divide the number of processes, {world.size}; "
+            f"start a multiple of {tp} (torchrun --nproc-per-node {tp} -m minitron_train …)"
+        )
+    from megatron.core import parallel_state, tensor_parallel
+
+    from minitron_train.parallel import cpu
+
+    cpu.install()
+    quiet_libraries()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with contextlib.ExitStack() as stack:
+        rendezvous = "env://"
+        if "MASTER_ADDR" not in os.environ:  # alone: no port is opened
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+        dist.init_process_group(
+            backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=COLLECTIVE_TIMEOUT
+        )
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+        random.seed(seed)
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        try:
+            yield Groups(
+                rank=world.rank,
+                world_size=world.size,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tp_size=tp,
+                dp_rank=parallel_state.get_data_parallel_rank(),
+                dp_size=parallel_state.get_data_parallel_world_size(),
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                dp_group=parallel_state.get_data_parallel_group(),
+                device=device,
+            )
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Lower megatron-core's chatter about optional packages."""
+    for name in ("megatron.core", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
