@@ -1,0 +1,227 @@
+"""Stages: a folder each, written whole or not at all, with a provenance.json that says how it came about.
+
+A stage is recognised as finished by its provenance. It is stale when an input or a setting that decides its result has
+changed; then it is done again, and only a successful run replaces the old folder.
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from minitron_train.console import say
+from minitron_train.errors import UserError
+from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover
+
+PROVENANCE = "provenance.json"
+PACKAGES = ("minitron_train", "torch", "megatron-core", "transformers", "datasets", "hydra-core", "lm_eval", "wandb", "numpy")
+
+State = Literal["missing", "finished", "stale"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One step of the chain.
+
+    Attributes:
+        inputs: fingerprint of everything that is read, by label.
+        settings: the part of the configuration that decides the result (not where it runs, nor how it is logged).
+        resumable: the folder grows in place (training); otherwise it appears whole.
+        parent: the folder that this one was made from.
+    """
+
+    name: str
+    folder: Path
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    parent: Path | None = None
+    resumable: bool = False
+    notes: tuple[str, ...] = field(default=())  # for dry_run: what is kept, and the like
+
+    def state(self) -> tuple[State, str]:
+        """Whether the work is done, and what has changed since."""
+        old = read_provenance(self.folder)
+        if not old:
+            return "missing", ""
+        changes = differences(old.get("inputs", {}), self.inputs, "input ")
+        changes += differences(old.get("settings", {}), plain(self.settings), "")
+        return ("stale", "; ".join(changes)) if changes else ("finished", "")
+
+    def describe(self) -> list[str]:
+        """Lines for dry_run."""
+        state, why = self.state()
+        lines = [f"{self.name}: {state}{f' ({why})' if why else ''}"]
+        lines += [f"  reads   {label} {fingerprint[:12]}" for label, fingerprint in self.inputs.items()]
+        return [*lines, f"  writes  {self.folder}", *(f"  {note}" for note in self.notes)]
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What every provenance.json of this process has in common."""
+
+    command: list[str]
+    config: Mapping[str, Any]
+
+
+Work = Callable[[Path], Mapping[str, Any]]
+Share = Callable[[Any], Any]  # rank 0's value on every rank
+
+
+def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, is_first: bool, share: Share) -> bool:
+    """Do the stage's work unless it is done. All ranks call it; rank 0 writes and renames.
+
+    Args:
+        work: gets the folder to write into and returns facts for provenance.json.
+
+    Returns:
+        Whether the work was done now.
+    """
+    state, why = share(stage.state() if is_first else None)
+    if state == "finished" and not force:
+        say(f"{stage.name}: done before, in {stage.folder} (force=true does it again)")
+        return False
+    if state == "stale" and stage.resumable and not force:
+        raise UserError(
+            f"{stage.folder}: was started otherwise ({why}); set another output_dir, restore the setting, "
+            "or give force=true to start again"
+        )
+    if state == "stale":
+        say(f"{stage.name}: {stage.folder} is stale ({why}); doing it again")
+    else:
+        say(f"{stage.name}: writing {stage.folder}")
+    meter = Meter()
+    if stage.resumable:
+        if is_first:
+            with disk_errors(stage.folder):
+                stage.folder.mkdir(parents=True, exist_ok=True)
+        facts = work(stage.folder)
+        if is_first:
+            write_provenance(stage, invocation, meter, facts, stage.folder)
+    elif is_first:
+        with atomic_folder(stage.folder) as scratch:
+            facts = work(share(scratch))
+            write_provenance(stage, invocation, meter, facts, scratch)
+    else:
+        work(share(None))
+    share(None)  # nobody goes on before the folder is in place
+    say(f"{stage.name}: {meter.seconds:.1f} s, peak memory {meter.peak_bytes / 2**30:.2f} GiB")
+    return True
+
+
+def write_provenance(stage: Stage, invocation: Invocation, meter: "Meter", facts: Mapping[str, Any], folder: Path) -> None:
+    """provenance.json of one stage."""
+    record = {
+        "stage": stage.name,
+        "command": shlex.join(invocation.command),
+        "config": plain(invocation.config),
+        "settings": plain(stage.settings),
+        "inputs": dict(stage.inputs),
+        "parent": str(stage.parent) if stage.parent else None,
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "git_commit": git_commit(),
+        "started_at": meter.started_at,
+        "wall_seconds": round(meter.seconds, 3),
+        "peak_rss_bytes": meter.peak_bytes,
+        "facts": plain(facts),
+    }
+    atomic_write_json(folder / PROVENANCE, record)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """provenance.json of a finished stage; empty when it is unfinished or absent."""
+    recover(folder)
+    try:
+        return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:
+    """What changed between two flat or nested mappings: "student.hidden_size was 504, is 480"."""
+    changes = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += differences(before, after, f"{label}{key}.")
+        elif before != after:
+            shorten = 12 if label.startswith("input") else None
+            changes.append(f"{label}{key} was {str(before)[:shorten]}, is {str(after)[:shorten]}")
+    return changes
+
+
+def plain(value: Any) -> Any:
+    """JSON-able copy: enums by name, paths and other objects as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return getattr(value, "name", str(value))
+
+
+class Meter:
+    """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start where it allows that."""
+
+    def __init__(self) -> None:
+        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.start_s = time.perf_counter()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # then the peak is the process's, not the stage's
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.start_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak resident memory (VmHWM: mapped file pages count) of this process."""
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return 0
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of what decides results."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, marked when files differ from it; None when installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def command_line() -> list[str]:
+    """The command as the user typed it."""
+    return ["python", "-m", "minitron_train", *sys.argv[1:]]
