@@ -1,0 +1,9 @@
+"""What a recipe costs before anyone pays for it: parameters, FLOPs, memory, time, network, disk, dollars. Nothing is run.
+
+Everything follows from two shapes, the training settings and a hardware table; no teacher, network or GPU is needed.
+"""
+
+from minitron_train.plan.reckon import plan
+from minitron_train.plan.show import format_plan
+
+__all__ = ["format_plan", "plan"]

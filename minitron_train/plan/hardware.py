@@ -1,0 +1,139 @@
+"""Rates and sizes of the machines: from the hardware table in conf/cluster, or measured here (only then is torch imported)."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from minitron_train.config import ClusterConfig, Precision
+
+GIB = 2**30
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+RUNTIME_BYTES = int(0.85 * GIB)  # Python, torch, megatron-core and transformers loaded, one process without CUDA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One GPU (or process), its links, and how many there are. Rates are per second, sizes in bytes."""
+
+    name: str
+    num_gpus: int
+    gpus_per_node: int
+    memory_bytes: int
+    reserved_bytes: int
+    peak_flops: float
+    utilisation: float
+    memory_rate: float
+    intra_node_rate: float
+    inter_node_rate: float
+    price_per_gpu_hour: float | None
+    cuda: bool
+    measured: bool
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations a second that a step is expected to reach."""
+        return self.peak_flops * self.utilisation
+
+    def link_rate(self, num_ranks: int) -> float:
+        """Bytes a second between one GPU and the others of a group of neighbours."""
+        return self.intra_node_rate if num_ranks <= self.gpus_per_node else self.inter_node_rate
+
+
+def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
+    """The table's figures; what it leaves open is measured on this machine."""
+    local = cluster.peak_tflops is None or cluster.memory_gib is None or cluster.memory_gb_per_s is None
+    cuda = cuda_here() if local else True
+    peak = cluster.peak_tflops * 1e12 if cluster.peak_tflops else gemm_flops(precision, cuda)
+    rate = cluster.memory_gb_per_s * 1e9 if cluster.memory_gb_per_s else copy_rate(cuda)
+    memory = (
+        int(cluster.memory_gib * GIB)
+        if cluster.memory_gib
+        else memory_here(cuda) // (1 if cuda else cluster.gpus_per_node)
+    )
+    return Hardware(
+        name=cluster.name,
+        num_gpus=cluster.num_nodes * cluster.gpus_per_node,
+        gpus_per_node=cluster.gpus_per_node,
+        memory_bytes=memory,
+        reserved_bytes=int(cluster.reserved_gib * GIB) if cuda else RUNTIME_BYTES,
+        peak_flops=peak / (1 if cuda or cluster.peak_tflops else cluster.gpus_per_node),  # processes share the cores
+        utilisation=cluster.utilisation,
+        memory_rate=rate,
+        intra_node_rate=cluster.intra_node_gb_per_s * 1e9,
+        inter_node_rate=cluster.inter_node_gb_per_s * 1e9,
+        price_per_gpu_hour=cluster.price_per_gpu_hour,
+        cuda=cuda,
+        measured=local,
+    )
+
+
+def cuda_here() -> bool:
+    """Whether this machine has a GPU that torch can use."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def gemm_flops(precision: Precision, cuda: bool, repeats: int = 5) -> float:
+    """Measured rate of a square matrix product, median of `repeats`; a fraction of a second."""
+    import torch
+
+    device = "cuda" if cuda else "cpu"
+    size = GEMM_SIZE[device]
+    dtype = torch.bfloat16 if precision is Precision.bf16 and cuda else torch.float32
+    left, right, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+    seconds = []
+    for _ in range(repeats + 1):
+        start_s = time.perf_counter()
+        torch.mm(left, right, out=out)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    return 2 * size**3 / median(seconds[1:])
+
+
+def copy_rate(cuda: bool, repeats: int = 3) -> float:
+    """Measured bytes a second, read and written, of copying arrays that no cache holds."""
+    import torch
+
+    device = "cuda" if cuda else "cpu"
+    source = torch.ones((256 if cuda else 32) * 2**20, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = []
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        target.copy_(source)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    return 2 * source.nbytes / median(seconds)
+
+
+def memory_here(cuda: bool) -> int:
+    """Bytes of one GPU, or what this machine and its control group still have."""
+    if cuda:
+        import torch
+
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    return min([available, *filter(None, map(control_group_left, CGROUP_LIMITS))])
+
+
+def control_group_left(limit_file: str) -> int | None:
+    """Bytes that the container may still take, or None without a limit."""
+    path = Path(limit_file)
+    usage = path.with_name("memory.current" if path.name == "memory.max" else "memory.usage_in_bytes")
+    try:
+        limit, used = int(path.read_text()), int(usage.read_text())
+    except (OSError, ValueError):
+        return None
+    return max(limit - used, 0) if limit < 2**60 else None

@@ -1,0 +1,161 @@
+"""The plan as one nested dictionary of plain numbers: what plan.json holds."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from minitron_train.arch import Shape
+from minitron_train.arch.shape import SIZES
+from minitron_train.config import Config, Precision, StudentConfig
+from minitron_train.files import atomic_write_json
+from minitron_train.plan import counts
+from minitron_train.plan.hardware import Hardware, hardware
+from minitron_train.plan.layouts import Choice, all_choices, dp_bytes_per_step, evaluate, tp_bytes_per_token
+from minitron_train.plan.memory import Layout
+from minitron_train.plan.stages import disk_bytes, scoring, slicing
+
+SECONDS_PER_HOUR = 3600
+
+
+def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
+    """Reckon the cost of a recipe; nothing is run, and torch is imported only to measure a machine.
+
+    Args:
+        target: file that gets the result as JSON (plan.json), written atomically; None writes nothing.
+    """
+    machine = hardware(config.cluster, config.train.precision)
+    base = base_layout(config, machine)
+    choices = all_choices(teacher, student, machine, base, config.train.global_batch_size)
+    best = choices[0] if choices and choices[0].fits else None
+    configured = evaluate(teacher, student, machine, base, config.train.global_batch_size)
+    result = {
+        "name": config.name,
+        "teacher": describe(teacher),
+        "student": describe(student),
+        "training": training(config),
+        "flops": flops(config, teacher, student),
+        "family": family(config, teacher, student),
+        "hardware": asdict(machine),
+        "configured": describe_choice(config, teacher, student, machine, configured),
+        "recommended": best and describe_choice(config, teacher, student, machine, best),
+        "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
+        "scoring": scoring(config, teacher, machine),
+        "slicing": slicing(config, teacher, student, machine),
+        "disk": disk_bytes(config, teacher, student),
+    }
+    if target is not None:
+        atomic_write_json(target, result)
+    return result
+
+
+def sizes_of(student: StudentConfig) -> dict[str, int | None]:
+    """The sizes that pruning may cut, as the student's section gives them."""
+    return {key: getattr(student, key) for key in SIZES}
+
+
+def base_layout(config: Config, machine: Hardware) -> Layout:
+    """The layout that the configuration asks for on this hardware."""
+    tp = config.parallel.tensor_model_parallel_size
+    return Layout(
+        tp=tp,
+        dp=max(machine.num_gpus // tp, 1),
+        micro_batch_size=config.train.micro_batch_size,
+        seq_length=config.train.seq_length,
+        weight_bytes=2 if config.train.precision is Precision.bf16 else 4,
+        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        sharded_optimizer=machine.cuda,
+        cuda=machine.cuda,
+    )
+
+
+def describe(shape: Shape) -> dict[str, Any]:
+    """Sizes and exact counts of one model."""
+    return {
+        key: getattr(shape, key) for key in ("architecture", *SIZES, "kv_channels", "vocab_size")
+    } | counts.parameters(shape)
+
+
+def training(config: Config) -> dict[str, Any]:
+    """Tokens and steps."""
+    train = config.train
+    tokens_per_step = train.global_batch_size * train.seq_length
+    return {
+        "num_tokens": train.num_tokens,
+        "global_batch_size": train.global_batch_size,
+        "seq_length": train.seq_length,
+        "tokens_per_step": tokens_per_step,
+        "steps": -(-train.num_tokens // tokens_per_step),
+    }
+
+
+def flops(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
+    """Floating-point operations of the distillation; causal attention does half of the products."""
+    seq_length = config.train.seq_length
+    forward = counts.forward_flops_per_token(teacher, seq_length)
+    both = counts.training_flops_per_token(student, seq_length)
+    return {
+        "teacher_forward_per_token": forward,
+        "student_training_per_token": both,
+        "per_token": forward + both,
+        "per_step": (forward + both) * config.train.global_batch_size * seq_length,
+        "total": (forward + both) * config.train.num_tokens,
+    }
+
+
+def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | None:
+    """One teacher from scratch and its students by pruning, against all of them from scratch; None without plan.pretraining_tokens.
+
+    Counted as arXiv 2407.14679 counts (footnote 5: 4.4e17, 2.5e17, 1.2e17 per step of 1152 x 4096 tokens): three forward
+    passes a token, full attention. The teacher's forward passes during distillation, which the paper leaves out, are added.
+    """
+    scratch_tokens = config.plan.pretraining_tokens
+    if scratch_tokens is None:
+        return None
+    members = {name: teacher.smaller(**sizes_of(sizes)) for name, sizes in config.plan.family.items()} or {
+        config.name: student
+    }
+    seq_length, tokens_per_step = config.train.seq_length, config.train.global_batch_size * config.train.seq_length
+    cost = {name: counts.training_flops_per_token(shape, seq_length, causal=False) for name, shape in members.items()}
+    teacher_cost = counts.training_flops_per_token(teacher, seq_length, causal=False)
+    teaching = counts.forward_flops_per_token(teacher, seq_length, causal=False) * len(members)
+    from_scratch = (teacher_cost + sum(cost.values())) * scratch_tokens
+    pruned = teacher_cost * scratch_tokens + (sum(cost.values()) + teaching) * config.train.num_tokens
+    return {
+        "pretraining_tokens": scratch_tokens,
+        "flops_per_step": {"teacher": teacher_cost * tokens_per_step}
+        | {k: v * tokens_per_step for k, v in cost.items()},
+        "flops_from_scratch": from_scratch,
+        "flops_with_pruning": pruned,
+        "saving": from_scratch / pruned,
+    }
+
+
+def describe_choice(
+    config: Config, teacher: Shape, student: Shape, machine: Hardware, choice: Choice
+) -> dict[str, Any]:
+    """One layout as numbers: memory by part, seconds by part, hours, dollars, network."""
+    layout, steps = choice.layout, training(config)["steps"]
+    hours = choice.step.total * steps / SECONDS_PER_HOUR
+    gpu_hours = hours * layout.tp * layout.dp
+    tokens = config.train.global_batch_size * config.train.seq_length
+    with_recompute, without = (
+        evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
+            "activations"
+        ]
+        for on in (True, False)
+    )
+    return {
+        "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
+        "fits": choice.fits,
+        "memory_bytes": choice.memory | {"reserved": machine.reserved_bytes},
+        "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
+        "step_seconds": asdict(choice.step) | {"total": choice.step.total},
+        "tokens_per_second": tokens / choice.step.total,
+        "hours": hours,
+        "gpu_hours": gpu_hours,
+        "dollars": None if machine.price_per_gpu_hour is None else gpu_hours * machine.price_per_gpu_hour,
+        "network_bytes_per_step": {
+            "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
+            "data_parallel": dp_bytes_per_step(student, layout),
+        },
+    }

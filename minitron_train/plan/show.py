@@ -1,0 +1,138 @@
+"""The plan as text for a terminal."""
+
+from typing import Any
+
+GIB = 2**30
+MEMORY_ROWS = {
+    "student_weights": "student's weights",
+    "teacher_weights": "teacher's weights",
+    "gradients": "gradients, fp32",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "loss": "fused KL: blocks, gradients",
+    "reserved": "CUDA or Python runtime",
+    "total": "peak",
+}
+PARTS = ("embedding", "attention", "mlp", "norms", "output")
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+)
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """Everything on one screen and a half."""
+    machine = plan["hardware"]
+    chosen = plan["recommended"] or plan["configured"]
+    title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
+    sections = [
+        [f"plan {plan['name']}", ""],
+        models(plan),
+        ["", *costs(plan)],
+        [
+            "",
+            f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}",
+            *memory(chosen, machine),
+        ],
+        time_lines(chosen, machine),
+        ["", *layout_table(plan)],
+        ["", *stage_lines(plan)],
+    ]
+    return "\n".join(line for section in sections for line in section)
+
+
+def models(plan: dict[str, Any]) -> list[str]:
+    """Teacher beside student."""
+    teacher, student = plan["teacher"], plan["student"]
+    lines = [f"{'':<28}{'teacher':>16}{'student':>16}{'kept':>8}"]
+    pairs = [(name, teacher[name], student[name]) for name in (*SIZES, "parameters", "non_embedding_parameters")]
+    pairs += [(f"  {name}", teacher["parameters_by_part"][name], student["parameters_by_part"][name]) for name in PARTS]
+    for name, before, after in pairs:
+        share = f"{after / before:8.1%}" if before and after != before else ""
+        lines.append(f"{name:<28}{before:>16,}{after:>16,}{share}")
+    return lines
+
+
+def costs(plan: dict[str, Any]) -> list[str]:
+    """Tokens, FLOPs, and what a family costs."""
+    training, flops, family = plan["training"], plan["flops"], plan["family"]
+    lines = [
+        f"tokens             {training['num_tokens']:,} = {training['steps']:,} steps of {training['tokens_per_step']:,}"
+        f" ({training['global_batch_size']} x {training['seq_length']})",
+        f"FLOPs per token    teacher forward {flops['teacher_forward_per_token']:.3g}, "
+        f"student forward + backward {flops['student_training_per_token']:.3g}",
+        f"FLOPs              {flops['per_step']:.3g} a step, {flops['total']:.3g} in all",
+    ]
+    if family:
+        per_step = ", ".join(f"{name} {value:.1e}" for name, value in family["flops_per_step"].items())
+        lines.append(
+            f"family             {family['saving']:.2f}x less compute than {len(family['flops_per_step'])} trainings on"
+        )
+        lines.append(
+            f"                   {family['pretraining_tokens']:.0e} tokens (FLOPs a step, full attention: {per_step})"
+        )
+    return lines
+
+
+def layout_text(layout: dict[str, Any]) -> str:
+    """tensor parallel 2, data parallel 64, …"""
+    extra = [name.replace("_", " ") for name in ("recompute", "sequence_parallel", "sharded_optimizer") if layout[name]]
+    text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
+    return ", ".join([text, *extra])
+
+
+def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    """GiB per GPU by part."""
+    parts = choice["memory_bytes"] | {"total": choice["memory_bytes"]["total"] + machine["reserved_bytes"]}
+    lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in MEMORY_ROWS.items()]
+    activations = choice["activations_bytes"]
+    lines[-1] += f" of {machine['memory_bytes'] / GIB:.1f}"
+    lines[4] += (
+        f"   (with recompute {activations['with_recompute'] / GIB:.2f}, without {activations['without_recompute'] / GIB:.2f})"
+    )
+    return lines
+
+
+def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    """Speed, hours, money, network."""
+    step, network = choice["step_seconds"], choice["network_bytes_per_step"]
+    origin = "measured here" if machine["measured"] else "data sheet"
+    dollars = "" if choice["dollars"] is None else f", {choice['dollars']:,.0f} dollars"
+    return [
+        f"  {choice['tokens_per_second']:,.0f} tokens/s, {choice['hours']:,.1f} hours, {choice['gpu_hours']:,.0f} GPU-hours{dollars}",
+        f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); a step: {step['total']:.2f} s ="
+        f" compute {step['compute']:.2f} + optimizer {step['optimizer']:.2f} + TP network {step['tp_network']:.2f}"
+        f" + DP network {step['dp_network']:.2f}",
+        f"  one GPU sends {network['tensor_parallel'] / GIB:.1f} GiB a step for TP, {network['data_parallel'] / GIB:.1f} GiB for DP",
+    ]
+
+
+def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
+    """The fastest layouts that fit, and how many do not."""
+    fitting = [row for row in plan["layouts"] if row["fits"]]
+    lines = [
+        f"{len(fitting)} of {len(plan['layouts'])} layouts fit"
+        + (f"; the fastest {most}:" if len(fitting) > most else ":")
+    ]
+    for row in fitting[:most]:
+        peak = (row["memory_bytes"]["total"] + row["memory_bytes"]["reserved"]) / GIB
+        lines.append(f"  {layout_text(row['layout']):<78}{peak:>7.1f} GiB{row['tokens_per_second']:>12,.0f} tokens/s")
+    return lines
+
+
+def stage_lines(plan: dict[str, Any]) -> list[str]:
+    """Scoring, slicing, disk."""
+    scoring, slicing, disk = plan["scoring"], plan["slicing"], plan["disk"]
+    memory_bytes = scoring["memory_bytes"]
+    return [
+        f"scoring            {scoring['tokens']:,} tokens, {scoring['seconds'] / 60:.1f} min on one GPU; "
+        f"{memory_bytes['resident'] / GIB:.1f} GiB with the teacher in memory, {memory_bytes['streamed'] / GIB:.1f} GiB streamed",
+        f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB",
+        f"disk               {disk['total'] / GIB:.1f} GiB: teacher {disk['teacher'] / GIB:.1f}, pruned {disk['pruned'] / GIB:.1f}, "
+        f"checkpoints {disk['checkpoints'] / GIB:.1f} ({disk['checkpoint'] / GIB:.1f} each), student {disk['student'] / GIB:.1f}",
+    ]
