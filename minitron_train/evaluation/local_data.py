@@ -1,0 +1,105 @@
+"""Evaluation data on this disk: which file serves which lm-eval task, and the check of its columns.
+
+    DATA_DIR/FOLDER/SPLIT.parquet | .jsonl | .jsonl.gz
+
+FOLDER is the task's name, or what TASKS says; SPLIT is train, dev, validation or test.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_train.errors import UserError
+
+SPLITS = ("train", "dev", "validation", "test")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """Where a task's files lie, and the columns that its prompts read (jinja would take a missing one for empty)."""
+
+    columns: tuple[str, ...]
+    folder: str | None = None
+
+
+TASKS = {
+    "hellaswag": Local(("activity_label", "ctx_a", "ctx_b", "endings", "label")),
+    "mmlu": Local(("question", "choices", "answer")),
+    "arc_easy": Local(("question", "choices", "answerKey")),
+    "arc_challenge": Local(("question", "choices", "answerKey")),
+    "winogrande": Local(("sentence", "option1", "option2", "answer")),
+    "gsm8k": Local(("question", "answer")),
+    "humaneval": Local(("prompt", "test", "entry_point")),
+    "mbpp": Local(("text", "code", "test_list")),
+    "truthfulqa_mc1": Local(("question", "mc1_targets"), "truthfulqa"),
+    "truthfulqa_mc2": Local(("question", "mc2_targets"), "truthfulqa"),
+    "xlsum_english": Local(("text", "summary"), "xlsum"),
+    "wikitext": Local(("page",)),
+}
+
+
+def local_files(task: str, data_dir: Path) -> dict[str, Path]:
+    """Split -> file of one lm-eval task; empty when there is none. MMLU's subjects lie in mmlu/SUBJECT."""
+    spec = TASKS.get(task)
+    folder = (spec.folder if spec else None) or (
+        f"mmlu/{task.removeprefix('mmlu_')}" if task.startswith("mmlu_") else task
+    )
+    found = {}
+    for split in SPLITS:
+        candidates = [data_dir / folder / f"{split}{suffix}" for suffix in SUFFIXES]
+        found |= {split: path for path in candidates[::-1] if path.is_file()}
+    return found
+
+
+def check_columns(task: str, files: dict[str, Path]) -> None:
+    """Refuse a file without a column that the task's prompts read."""
+    spec = TASKS.get("mmlu" if task.startswith("mmlu_") else task)
+    for path in files.values():
+        columns = read_columns(path)
+        missing = [column for column in (spec.columns if spec else ()) if column not in columns]
+        if missing:
+            raise UserError(
+                f"{path}: column {missing[0]!r} is missing (it has {', '.join(sorted(columns))}); lm-eval's task {task} reads it"
+            )
+
+
+def read_columns(path: Path) -> set[str]:
+    """Column names of a file, without reading its rows."""
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return set(pq.read_schema(path).names)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path}: not a parquet file ({error}); copy it again") from error
+    return set(next(iter(read_jsonl(path)), {}))
+
+
+def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
+    """The objects of a JSON-lines file, gzipped or not."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error}); copy the file again") from error
+
+
+def read_splits(*, files: dict[str, str], **_: Any) -> dict[str, Any]:
+    """What lm-eval calls in place of the hub (custom_dataset of a task): split -> datasets.Dataset in memory."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    rows = {}
+    for split, name in files.items():
+        path = Path(name)
+        rows[split] = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else list(read_jsonl(path))
+        if not rows[split]:
+            raise UserError(f"{path}: holds no rows; copy the file again")
+    return {split: Dataset.from_list(part) for split, part in rows.items()}

@@ -1,0 +1,42 @@
+"""Perplexity on a fixed set of token sequences."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minitron_train.arch.build import LanguageModel
+from minitron_train.evaluation.forward import hidden_states, inference, target_logprobs
+from minitron_train.parallel.groups import Groups
+
+# B batch, S sequence, H hidden
+
+
+def perplexity(model: LanguageModel, tokens: Tensor, groups: Groups, batch_size: int) -> float:
+    """exp of the mean negative log-likelihood of the next token, natural logarithm.
+
+    Args:
+        tokens: int64 [sequences, S + 1]; each sequence's first S tokens predict its last S.
+        batch_size: sequences per forward pass.
+
+    Returns:
+        The same number on every rank; infinity when it overflows.
+    """
+    if tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        return math.nan
+    total = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    with inference(model):
+        for batch in tokens[groups.dp_rank :: groups.dp_size].split(batch_size):
+            batch = batch.to(groups.device)
+            hidden = causal_hidden(model, batch[:, :-1])
+            group = groups.tp_group if groups.tp_size > 1 else None
+            logprobs, _ = target_logprobs(hidden, model.output_weight, batch[:, 1:].flatten(), group)
+            total += torch.stack([logprobs.double().sum(), torch.tensor(float(len(logprobs)), device=groups.device)])
+    nll = -(groups.sum_over_data(total)[0] / total[1]).item()
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def causal_hidden(model: LanguageModel, tokens_BS: Tensor) -> Tensor:
+    """Final hidden states [B * S, H] of whole sequences."""
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    return hidden_states(model, tokens_BS, positions, None).flatten(0, 1)

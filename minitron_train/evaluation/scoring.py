@@ -1,0 +1,75 @@
+"""Log-likelihoods of token continuations on the model: packed rows in, one number per request out."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minitron_train.arch.build import LanguageModel
+from minitron_train.evaluation.forward import KeyValueCache, hidden_states, inference, target_logprobs
+from minitron_train.evaluation.packing import Request, Row, plan, share
+from minitron_train.parallel.groups import Groups
+
+# B batch (rows), S longest row, P cached prefix, N scored positions, H hidden
+
+Score = tuple[float, bool]  # natural log-likelihood, and whether greedy decoding would give the continuation
+
+
+def score(
+    model: LanguageModel,
+    requests: list[Request],
+    groups: Groups,
+    batch_tokens: int,
+    on_scores: Callable[[dict[int, Score]], None],
+) -> None:
+    """Score this data-parallel rank's share of the requests.
+
+    Args:
+        batch_tokens: tokens of one forward pass, padding included.
+        on_scores: called after each forward pass with request index -> score.
+    """
+    with inference(model):
+        for unit in share(plan(requests, batch_tokens), groups.dp_rank, groups.dp_size):
+            cache = KeyValueCache()
+            if unit.prefix:
+                tokens = torch.tensor([unit.prefix], device=groups.device)
+                with cache.attached(model, keep=True):
+                    hidden_states(model, tokens, torch.arange(len(unit.prefix), device=groups.device)[None], None)
+            with cache.attached(model, keep=False):
+                for batch in unit.batches:
+                    on_scores(score_rows(model, batch, cache.num_tokens, groups))
+
+
+def score_rows(model: LanguageModel, rows: list[Row], num_prefix: int, groups: Groups) -> dict[int, Score]:
+    """One forward pass; only scored positions meet the output layer."""
+    tokens, positions, mask = to_tensors(rows, num_prefix)
+    device = groups.device
+    hidden = hidden_states(model, tokens.to(device), positions.to(device), None if mask is None else mask.to(device))
+    scored = [(b, *target) for b, row in enumerate(rows) for target in row.targets]
+    row_N, place_N, target_N, _ = torch.tensor(scored, device=device).unbind(1)
+    group = groups.tp_group if groups.tp_size > 1 else None
+    logprobs, greedy = target_logprobs(hidden[row_N, place_N], model.output_weight, target_N, group)
+    parts: dict[int, list[Score]] = defaultdict(list)
+    for (*_, index), logprob, is_greedy in zip(scored, logprobs.tolist(), greedy.tolist(), strict=True):
+        parts[index].append((logprob, is_greedy))
+    return {index: (math.fsum(x for x, _ in part), all(g for _, g in part)) for index, part in parts.items()}
+
+
+def to_tensors(rows: list[Row], num_prefix: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens and positions [B, S], right-padded, and the mask [B, S, P + S] (True hides), None where causal is right."""
+    longest = max(len(row.tokens) for row in rows)
+    tokens, positions = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row.tokens)] = torch.tensor(row.tokens)
+        positions[b, : len(row.tokens)] = torch.tensor(row.depths) + num_prefix
+    if num_prefix == 0 and all(row.is_chain for row in rows):
+        return tokens, positions, None
+    visible = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)
+    for b, row in enumerate(rows):
+        for place, parent in enumerate(row.parents):
+            if parent >= 0:
+                visible[b, place] |= visible[b, parent]
+    prefix = torch.ones(len(rows), longest, num_prefix, dtype=torch.bool)
+    return tokens, positions, ~torch.cat([prefix, visible], dim=2)

@@ -1,0 +1,171 @@
+"""lm-eval's own tasks, with their data from this disk where there is any. Importing this module imports lm-eval."""
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import os
+import random
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from urllib.parse import urlsplit
+
+import lm_eval.api.task
+import lm_eval.tasks
+import yaml
+from lm_eval.tasks import TaskManager
+
+from minitron_train.config import EvalConfig
+from minitron_train.errors import UserError
+from minitron_train.evaluation.local_data import check_columns, local_files
+from minitron_train.files import sha256_file
+
+SHIPPED = Path(lm_eval.tasks.__file__).parent
+OWN = Path(__file__).parent / "tasks"
+FOLDERS = "hellaswag mmlu/default arc winogrande gsm8k truthfulqa wikitext piqa openbookqa sciq lambada".split()
+HUB_TIMEOUT_S = 3.0
+
+
+@dataclass(slots=True)
+class TaskSet:
+    """Tasks ready to run, and those that cannot be."""
+
+    tasks: dict[str, Any] = field(default_factory=dict)  # as lm_eval.evaluator.evaluate takes it
+    rows: dict[str, list[int]] = field(default_factory=dict)  # leaf task -> rows to evaluate; all when absent
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # requested task -> where its data come from
+    not_run: dict[str, str] = field(default_factory=dict)  # requested task -> reason
+
+
+def index_of(names: list[str]) -> TaskManager:
+    """The smallest index of tasks that knows all names: reading all of lm-eval's takes seven seconds.
+
+    Raises:
+        UserError: a name that lm-eval does not know; says the closest ones.
+    """
+    small = TaskManager(include_defaults=False, include_path=[OWN, *(SHIPPED / folder for folder in FOLDERS)])
+    if all(name in small.task_index for name in names):
+        return small
+    full = TaskManager(include_path=[OWN])
+    for name in names:
+        if name not in full.task_index:
+            close = difflib.get_close_matches(name, full.all_tasks, n=3) or ["hellaswag", "mmlu"]
+            raise UserError(f"eval.tasks: no task {name!r} in lm-eval; did you mean {', '.join(close)}?")
+    return full
+
+
+def leaves(manager: TaskManager, name: str) -> list[str]:
+    """The tasks behind a task, group or tag."""
+    entry = manager.task_index[name]
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name != "GROUP":
+        return [name]
+    members = entry.cfg["task"] if entry.cfg else []
+    names = [member if isinstance(member, str) else member["task"] for member in members]
+    return [leaf for child in names for leaf in leaves(manager, child)]
+
+
+def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> str:
+    """A task file that includes lm-eval's and reads its data from `files`; splits that are not there are taken out."""
+    config = manager.task_index[task].cfg or {}
+    changed: dict[str, Any] = {"include": str(manager.task_index[task].yaml_path), "task": task}
+    changed["dataset_kwargs"] = {"files": {split: str(path) for split, path in files.items()}}
+    for key in ("training_split", "validation_split", "test_split"):
+        if config.get(key) not in files:
+            changed[key] = None
+    if config.get("fewshot_split") is not None and config["fewshot_split"] not in files:
+        changed["fewshot_split"] = changed.get(
+            "test_split", config.get("test_split")
+        )  # lm-eval then leaves the asked row out
+    return yaml.safe_dump(changed) + "custom_dataset: !function minitron_train.evaluation.local_data.read_splits\n"
+
+
+def hub_reachable() -> bool:
+    """Whether a Hugging Face hub answers within HUB_TIMEOUT_S."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return False
+    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((url.hostname, url.port or 443), timeout=HUB_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A block without lm-eval's and datasets' own progress bars and notices."""
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items):
+        yield
+
+
+def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
+    """Tasks with data, shots and rows set as the configuration says.
+
+    Raises:
+        UserError: an unknown task; a local file without a needed column.
+    """
+    manager = index_of(evaluation.tasks)
+    chosen = TaskSet()
+    overrides: dict[str, str] = {}
+    online: bool | None = None
+    for name in evaluation.tasks:
+        files = {leaf: local_files(leaf, data_dir) if data_dir else {} for leaf in leaves(manager, name)}
+        missing = [leaf for leaf, found in files.items() if not found]
+        if missing and online is None:
+            online = hub_reachable()
+        if missing and not online:
+            where = data_dir or "eval.data_dir (not given)"
+            some = f" for {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else ""
+            chosen.not_run[name] = f"no data in {where}{some}, and no Hugging Face hub in reach"
+            continue
+        for leaf, found in files.items():
+            check_columns(leaf, found)
+            if found:
+                overrides[leaf] = local_override(manager, leaf, found)
+        chosen.data[name] = {"source": "hub" if missing else "local", "sha256": hash_files(files)}
+    runnable = [name for name in evaluation.tasks if name not in chosen.not_run]
+    with tempfile.TemporaryDirectory() as folder:
+        for leaf, text in overrides.items():
+            (Path(folder) / f"{leaf}.yaml").write_text(text)
+        paths = [entry.yaml_path.parent for entry in manager.task_index.values() if entry.yaml_path]
+        manager = TaskManager(include_defaults=False, include_path=[*dict.fromkeys(paths), folder])
+        chosen.tasks = manager.load(runnable)
+    for name in runnable:
+        for leaf in leaves(manager, name):
+            configure(chosen, name, leaf, evaluation)
+    return chosen
+
+
+def hash_files(files: dict[str, dict[str, Path]]) -> str | None:
+    """One sha256 over the files of a task, in order; None when there are none."""
+    hashes = [sha256_file(path) for leaf in files.values() for path in leaf.values()]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
+
+
+def configure(chosen: TaskSet, name: str, leaf: str, evaluation: EvalConfig) -> None:
+    """Shots and rows of one leaf task. A task that lm-eval defines as 0-shot stays so (its own rule)."""
+    task = chosen.tasks["tasks"][leaf]
+    shots = evaluation.num_fewshot if evaluation.num_fewshot is not None else by_task(evaluation.shots, name)
+    default = task.get_config("num_fewshot")
+    if default != 0:
+        task.set_config(key="num_fewshot", value=default or 0 if shots is None else shots)
+    task.set_fewshot_seed(seed=evaluation.seed)
+    limit = evaluation.limit if evaluation.limit is not None else by_task(evaluation.limits, name)
+    num_rows = len(task.eval_docs)
+    if limit is not None and limit < num_rows:
+        chosen.rows[leaf] = sorted(random.Random(f"{evaluation.seed} {leaf}").sample(range(num_rows), limit))
+
+
+def by_task(values: dict[str, int], name: str) -> int | None:
+    """The value for a task; one of MMLU's subjects or categories takes MMLU's."""
+    return values.get(name, values.get("mmlu") if name.startswith("mmlu_") else None)
