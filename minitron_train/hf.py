@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -80,7 +81,9 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
             raise UserError(f"{where}: the key {key!r} is missing; add it as the model's authors give it")
     for key, wanted in table.config_facts.items():
         if config.get(key, wanted) not in (wanted, None):
-            raise UserError(f"{where}: {key}={config[key]!r}: only {wanted!r} is supported for {name}; use another teacher")
+            raise UserError(
+                f"{where}: {key}={config[key]!r}: only {wanted!r} is supported for {name}; use another teacher"
+            )
     percent, base = lookup(config, "partial_rotary_factor"), lookup(config, "rope_theta")
     shape = Shape(
         architecture=table.name,
@@ -142,7 +145,9 @@ class Checkpoint:
             files = {name: self.folder / file for name, file in weight_map.items()}
             missing = sorted({file.name for file in files.values() if not file.exists()})
             if missing:
-                raise UserError(f"{self.folder}: shard {missing[0]} is missing ({len(missing)} in all); download it again")
+                raise UserError(
+                    f"{self.folder}: shard {missing[0]} is missing ({len(missing)} in all); download it again"
+                )
             return files
         if not (self.folder / SINGLE).exists():
             hint = "convert it with save_pretrained" if any(self.folder.glob("*.bin")) else "download it again"
@@ -212,12 +217,26 @@ def student_config(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype |
     return changed
 
 
-def check_rules(shape: Shape, where: str) -> None:
-    """Refuse a shape that the loaders of the exported folder would refuse, before any work is done."""
-    for rule in architecture(shape.architecture).rules:
-        broken = rule(shape)
-        if broken:
-            raise UserError(f"{where}: {broken} (a rule of transformers' {shape.architecture} config); change the target")
+def fingerprint(folder: Path) -> str:
+    """sha256 over config.json, tokenizer.json and, for each tensor, its name, type, size and first 4 KiB of data.
+
+    Any training step changes every tensor, so that different weights have different fingerprints; a 31 GB folder takes
+    well under a second, where hashing all bytes would take minutes.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        if (folder / name).exists():
+            digest.update((folder / name).read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        header = read_header(file)
+        with file.open("rb") as handle:
+            start = 8 + struct.unpack("<Q", handle.read(8))[0]
+            for name, entry in sorted(header.items()):
+                begin, end = entry["data_offsets"]
+                digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                handle.seek(start + begin)
+                digest.update(handle.read(min(4096, end - begin)))
+    return digest.hexdigest()
 
 
 class CheckpointWriter:
@@ -265,7 +284,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def write_folder(target: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None) -> None:
+def write_folder(
+    target: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None
+) -> None:
     """A whole Hugging Face folder; `target` exists and is empty (files.atomic_folder gives one)."""
     writer = CheckpointWriter(target)
     for name, tensor in tensors:

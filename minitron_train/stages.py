@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,18 @@ from minitron_train.errors import UserError
 from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover
 
 PROVENANCE = "provenance.json"
-PACKAGES = ("minitron_train", "torch", "megatron-core", "transformers", "datasets", "hydra-core", "lm_eval", "wandb", "numpy")
+STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
+PACKAGES = (
+    "minitron_train",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "datasets",
+    "hydra-core",
+    "lm_eval",
+    "wandb",
+    "numpy",
+)
 
 State = Literal["missing", "finished", "stale"]
 
@@ -35,7 +47,8 @@ class Stage:
     Attributes:
         inputs: fingerprint of everything that is read, by label.
         settings: the part of the configuration that decides the result (not where it runs, nor how it is logged).
-        resumable: the folder grows in place (training); otherwise it appears whole.
+        manner: `whole`, written beside and renamed; `grows`, in place over many runs (training), never redone unasked;
+            `itself`, the work brings its own atomic folder (downloads).
         parent: the folder that this one was made from.
     """
 
@@ -44,12 +57,13 @@ class Stage:
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
     parent: Path | None = None
-    resumable: bool = False
+    manner: Literal["whole", "grows", "itself"] = "whole"
+    record: str = PROVENANCE  # name of the provenance file
     notes: tuple[str, ...] = field(default=())  # for dry_run: what is kept, and the like
 
     def state(self) -> tuple[State, str]:
         """Whether the work is done, and what has changed since."""
-        old = read_provenance(self.folder)
+        old = read_provenance(self.folder, self.record)
         if not old:
             return "missing", ""
         changes = differences(old.get("inputs", {}), self.inputs, "input ")
@@ -89,7 +103,7 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
     if state == "finished" and not force:
         say(f"{stage.name}: done before, in {stage.folder} (force=true does it again)")
         return False
-    if state == "stale" and stage.resumable and not force:
+    if state == "stale" and stage.manner == "grows" and not force:
         raise UserError(
             f"{stage.folder}: was started otherwise ({why}); set another output_dir, restore the setting, "
             "or give force=true to start again"
@@ -99,10 +113,10 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
     else:
         say(f"{stage.name}: writing {stage.folder}")
     meter = Meter()
-    if stage.resumable:
-        if is_first:
-            with disk_errors(stage.folder):
-                stage.folder.mkdir(parents=True, exist_ok=True)
+    if stage.manner != "whole":
+        if is_first and stage.manner == "grows":
+            start_folder(stage, invocation, fresh=state == "stale" or force)
+        share(None)
         facts = work(stage.folder)
         if is_first:
             write_provenance(stage, invocation, meter, facts, stage.folder)
@@ -117,7 +131,30 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
     return True
 
 
-def write_provenance(stage: Stage, invocation: Invocation, meter: "Meter", facts: Mapping[str, Any], folder: Path) -> None:
+def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
+    """The folder of a growing stage, with a record of what it was started with.
+
+    Raises:
+        UserError: it was started with other inputs or settings and never finished.
+    """
+    with disk_errors(stage.folder):
+        if fresh:
+            shutil.rmtree(stage.folder, ignore_errors=True)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+    now = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
+    started = read_provenance(stage.folder, STARTED)
+    changes = differences(started, now, "") if started else []
+    if changes:
+        raise UserError(
+            f"{stage.folder}: was started otherwise ({'; '.join(changes)}); set another output_dir, restore the setting, "
+            "or give force=true to start again"
+        )
+    atomic_write_json(stage.folder / STARTED, now | {"command": shlex.join(invocation.command)})
+
+
+def write_provenance(
+    stage: Stage, invocation: Invocation, meter: "Meter", facts: Mapping[str, Any], folder: Path
+) -> None:
     """provenance.json of one stage."""
     record = {
         "stage": stage.name,
@@ -134,14 +171,14 @@ def write_provenance(stage: Stage, invocation: Invocation, meter: "Meter", facts
         "peak_rss_bytes": meter.peak_bytes,
         "facts": plain(facts),
     }
-    atomic_write_json(folder / PROVENANCE, record)
+    atomic_write_json(folder / stage.record, record)
 
 
-def read_provenance(folder: Path) -> dict[str, Any]:
+def read_provenance(folder: Path, record: str = PROVENANCE) -> dict[str, Any]:
     """provenance.json of a finished stage; empty when it is unfinished or absent."""
     recover(folder)
     try:
-        return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        return json.loads((folder / record).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -216,7 +253,9 @@ def git_commit() -> str | None:
         return None
     try:
         head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")

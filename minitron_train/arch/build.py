@@ -27,7 +27,7 @@ class Norm(torch.nn.Module):
         self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
         self.size, self.eps = (hidden_size,), eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        make = dict(dtype=config.params_dtype, device=device)
+        make = {"dtype": config.params_dtype, "device": device}
         self.weight = torch.nn.Parameter(torch.full(self.size, 1.0 - self.offset, **make))
         layer_norm = config.normalization == "LayerNorm"
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(self.size, **make)) if layer_norm else None)
@@ -45,7 +45,9 @@ class Norm(torch.nn.Module):
 class SdpaAttention(MegatronModule):
     """Core attention through torch's scaled_dot_product_attention: never holds the S x S scores in memory."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
+    ) -> None:
         super().__init__(config=config)
         self.dropout = config.attention_dropout
 
@@ -106,7 +108,11 @@ class LanguageModel(GPTModel):
     @property
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, [vocab / tp, H]."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [S, B, vocab / tp]."""
@@ -125,7 +131,9 @@ def layer_spec(qk_norm: bool = False) -> ModuleSpec:
     return spec
 
 
-def transformer_config(shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any) -> TransformerConfig:
+def transformer_config(
+    shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any
+) -> TransformerConfig:
     """megatron-core's configuration; its fused CUDA kernels are off, since none of them is needed."""
     arguments = dict(architecture(shape.architecture).transformer)
     arguments["activation_func"] = ACTIVATIONS[arguments.pop("activation")]

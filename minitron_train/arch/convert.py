@@ -62,7 +62,9 @@ def shards_to_parts(row: Row, shape: Shape, shards: list[Tensor]) -> dict[str, T
 
 
 @torch.no_grad()
-def load(module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1) -> None:
+def load(
+    module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1
+) -> None:
     """Fill a megatron-core GPTModel from `source`; refuses a model with parameters that the table does not cover."""
     parameters = dict(module.named_parameters())
     for row in table.rows_of(shape):

@@ -4,7 +4,13 @@ from dataclasses import dataclass, replace
 
 from minitron_train.errors import UserError
 
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # what pruning may cut
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+)  # what pruning may cut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

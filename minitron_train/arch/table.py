@@ -97,5 +97,11 @@ LAYER = "decoder.layers.{i}."
 
 def part_of(mcore: str) -> str:
     """Which part of the model a megatron-core parameter belongs to."""
-    marks = {EMBEDDING: "embedding", OUTPUT: "output", "layernorm": "norms", "self_attention": "attention", "mlp": "mlp"}
+    marks = {
+        EMBEDDING: "embedding",
+        OUTPUT: "output",
+        "layernorm": "norms",
+        "self_attention": "attention",
+        "mlp": "mlp",
+    }
     return next(part for mark, part in marks.items() if mark in mcore)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -121,8 +122,8 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
                 tp_size=tp,
                 dp_rank=parallel_state.get_data_parallel_rank(),
                 dp_size=parallel_state.get_data_parallel_world_size(),
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
-                dp_group=parallel_state.get_data_parallel_group(),
+                tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
+                dp_group=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()),
                 device=device,
             )
         finally:

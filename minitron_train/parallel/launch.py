@@ -27,7 +27,9 @@ def read_world(environ: dict[str, str] | os._Environ[str] = os.environ) -> World
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     else:
         return World()
-    numbers = [int(environ.get(key, default).split("(")[0].split(",")[0]) for key, default in zip(keys, "0101", strict=True)]
+    numbers = [
+        int(environ.get(key, default).split("(")[0].split(",")[0]) for key, default in zip(keys, "0101", strict=True)
+    ]
     return World(*numbers)
 
 

