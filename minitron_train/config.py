@@ -240,12 +240,17 @@ class PruneConfig:
     heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
     include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
+    block_aggregation: str = opt("mean", "1 - cos over all tokens (mean), or its means summed over micro-batches (sum)")
     multiple_of: int = opt(1, "kept hidden and ffn sizes must be multiples of this")
 
     def validate(self) -> None:
         """Names that are not enums."""
-        names = (("neuron_activation", ("pre", "post")), ("head_norm", ("channel", "token")))
-        for key, choices in names:
+        names = {
+            "neuron_activation": ("pre", "post"),
+            "head_norm": ("channel", "token"),
+            "block_aggregation": ("mean", "sum"),
+        }
+        for key, choices in names.items():
             value = getattr(self, key)
             require(value in choices, f"prune.{key}", value, f"one of {', '.join(choices)}", "choose one")
         require_positive(self, "prune", "multiple_of")

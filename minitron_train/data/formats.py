@@ -1,0 +1,229 @@
+"""Text sources as blocks: every format answers `num_blocks`, `block_bytes`, `read(block)` -> documents, `fingerprint`.
+
+A block is a small deterministic piece of the source (some 32 kB of lines, a row group, a few modules) that can be
+read without what comes before it. Shuffling and resuming are then a matter of block numbers. All classes pickle:
+the tokenising processes read their blocks themselves.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow
+import pyarrow.parquet
+
+from minitron_train.data import corpus
+from minitron_train.data.lines import BLOCK_BYTES, CopiedLines, PlainLines, copy_lines, open_lines, sample_sha256
+from minitron_train.errors import UserError
+
+PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
+ROW_GROUP_BYTES = 1 << 24  # Parquet files with larger row groups are copied into blocks
+
+
+class TextFormat(Protocol):
+    """Random access to a source's documents."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Typical size of a block's text; decides how many are tokenised together."""
+        ...
+
+    def read(self, block: int) -> Iterator[Sequence[str]]:
+        """The block's documents, each as passages: pieces that are held out, or not, one by one."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 that changes when the documents do."""
+        ...
+
+
+def combine(hashes: Sequence[str]) -> str:
+    """One sha256 for several."""
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFormat:
+    """What the formats over several files share: blocks are numbered through all of them, in the order of `paths`."""
+
+    paths: tuple[Path, ...]
+    text_key: str = "text"
+    cache_dir: Path = field(default_factory=Path)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Number of blocks up to and including each file."""
+        return list(accumulate(file.num_blocks for file in self.files))
+
+    @cached_property
+    def files(self) -> "Sequence[PlainLines | CopiedLines | RowGroups]":
+        """Block readers of the files."""
+        return [open_lines(path, self.cache_dir) for path in self.paths]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_BYTES
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """Which file holds the block, and its number there."""
+        file = bisect_right(self.ends, block)
+        return file, block - (self.ends[file - 1] if file else 0)
+
+    def fingerprint(self) -> str:
+        return combine([sample_sha256(path) for path in self.paths])
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonLines(FileFormat):
+    """JSON Lines: one document a line, in the column `text_key`."""
+
+    def read(self, block: int) -> Iterator[Sequence[str]]:
+        file, inner = self.locate(block)
+        for line in self.files[file].read(inner):
+            if line.strip():
+                yield [self.text_of(line, file)]
+
+    def text_of(self, line: bytes | str, file: int) -> str:
+        """The text of one line; a line without it is refused with its file and beginning."""
+        try:
+            text = json.loads(line)[self.text_key]
+        except KeyError as error:
+            columns = ", ".join(json.loads(line)) or "none"
+            raise missing_column(self.paths[file], self.text_key, columns) from error
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{self.paths[file]}: not a JSON object: {line[:60]!r}; each line must be one") from error
+        if not isinstance(text, str):
+            raise UserError(
+                f"{self.paths[file]}: column {self.text_key} is not text: {str(text)[:60]}; choose another text_key"
+            )
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles(FileFormat):
+    """Plain text: a file is one document, and each 32 kB of a longer one are (cut at line ends)."""
+
+    def read(self, block: int) -> Iterator[Sequence[str]]:
+        file, inner = self.locate(block)
+        passages, passage = [], b""
+        for line in self.files[file].read(inner):
+            passage += line.removesuffix(b"\r") + b"\n"
+            if len(passage) >= PASSAGE_BYTES:
+                passages.append(passage)
+                passage = b""
+        try:
+            texts = [piece.decode() for piece in [*passages, passage] if piece.strip()]
+        except UnicodeDecodeError as error:
+            what = error.object[error.start : error.start + 8]
+            raise UserError(
+                f"{self.paths[file]}: not UTF-8 near {what!r}; convert the file (iconv -t utf-8)"
+            ) from error
+        if texts:
+            yield texts
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Blocks of a Parquet file: its row groups."""
+
+    path: Path
+    num_blocks: int
+    text_key: str
+
+    def read(self, block: int) -> Iterator[bytes]:
+        """The text column of one row group, as JSON lines."""
+        with pyarrow.parquet.ParquetFile(self.path) as file:
+            for text in file.read_row_group(block, columns=[self.text_key]).column(0).to_pylist():
+                yield json.dumps({self.text_key: text or ""}).encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parquet(JsonLines):
+    """Parquet: a document is a row's `text_key`; files with row groups above 16 MB are copied into smaller blocks."""
+
+    @cached_property
+    def files(self) -> Sequence[CopiedLines | RowGroups]:
+        return [self.open(path) for path in self.paths]
+
+    def open(self, path: Path) -> CopiedLines | RowGroups:
+        """Check the column, decide whether the row groups are small enough."""
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                metadata, columns = file.metadata, file.schema_arrow.names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file ({error}); fetch or write it again") from error
+        if self.text_key not in columns:
+            raise missing_column(path, self.text_key, ", ".join(columns))
+        groups = RowGroups(path, metadata.num_row_groups, self.text_key)
+        if max((row_group_bytes(metadata, g) for g in range(groups.num_blocks)), default=0) <= ROW_GROUP_BYTES:
+            return groups
+        lines = (line for group in range(groups.num_blocks) for line in groups.read(group))
+        return copy_lines(path, lines, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+
+    @cached_property
+    def block_bytes(self) -> int:
+        sizes = [BLOCK_BYTES]
+        for file in self.files:
+            if isinstance(file, RowGroups):
+                metadata = pyarrow.parquet.read_metadata(file.path)
+                sizes += [row_group_bytes(metadata, group) for group in range(file.num_blocks)]
+        return sum(sizes) // len(sizes)
+
+
+def row_group_bytes(metadata: pyarrow.parquet.FileMetaData, group: int) -> int:
+    """Uncompressed bytes of one row group, all columns."""
+    return metadata.row_group(group).total_byte_size
+
+
+def missing_column(path: Path, text_key: str, columns: str) -> UserError:
+    """The one message for a wrong text_key."""
+    return UserError(f"{path}: no column {text_key}: it has {columns}; set text_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """The standard library's own text (`corpus`): `part` is prose or code; a block is some 32 kB of modules."""
+
+    part: str
+
+    @cached_property
+    def groups(self) -> list[list[Path]]:
+        """The modules, grouped by size."""
+        groups: list[list[Path]] = [[]]
+        size_bytes = 0
+        for module in corpus.modules():
+            groups[-1].append(module)
+            size_bytes += module.stat().st_size
+            if size_bytes >= BLOCK_BYTES:
+                groups.append([])
+                size_bytes = 0
+        return [group for group in groups if group]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.groups)
+
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_BYTES
+
+    def read(self, block: int) -> Iterator[Sequence[str]]:
+        for module in self.groups[block]:
+            for text in corpus.documents(module, self.part):
+                yield [text]
+
+    def fingerprint(self) -> str:
+        return combine([corpus.corpus_sha256(), self.part])

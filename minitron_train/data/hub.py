@@ -1,0 +1,68 @@
+"""Data sets of the Hugging Face hub, streamed through `datasets`; resuming goes through its own state.
+
+The documents come in the data set's order (a shuffle buffer does not survive a resume); those of one unit are
+shuffled. `datasets` resumes at the beginning of a shard and skips to the row: prefer data sets of many shards.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from minitron_train.config import SourceConfig
+from minitron_train.data.formats import combine
+from minitron_train.data.units import UNIT_BYTES
+from minitron_train.errors import UserError
+
+
+class HubSource:
+    """One streamed data set: a repository id, or a local folder in the same form."""
+
+    def __init__(self, name: str, source: SourceConfig) -> None:
+        self.name = name
+        self.source = source
+
+    @cached_property
+    def rows(self) -> Any:
+        """The streaming data set."""
+        import datasets
+
+        source = self.source
+        try:
+            rows: Any = datasets.load_dataset(str(source.path), name=source.subset, split=source.split, streaming=True)
+        except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
+            raise UserError(
+                f"data.sources.{self.name}: {source.path} cannot be opened on the hub ({type(error).__name__}: "
+                f"{first_line(error)}); check the name, the network and HF_TOKEN, or download it and give its path"
+            ) from error
+        columns = rows.column_names
+        if columns and source.text_key not in columns:
+            raise UserError(f"{source.path}: no column {source.text_key}: it has {', '.join(columns)}; set text_key")
+        return rows
+
+    def units(self, state: dict | None) -> Iterator[tuple[dict, tuple[str, ...]]]:
+        """One pass from `state`: the state before each unit, and the unit's texts."""
+        rows = self.rows
+        rows.load_state_dict(state or self.initial_state)
+        start, texts, size_bytes = rows.state_dict(), [], 0
+        for row in rows:
+            texts.append(row[self.source.text_key] or "")
+            size_bytes += len(texts[-1])
+            if size_bytes >= UNIT_BYTES:
+                yield start, tuple(texts)
+                start, texts, size_bytes = rows.state_dict(), [], 0
+        if texts:
+            yield start, tuple(texts)
+
+    @cached_property
+    def initial_state(self) -> dict:
+        """Before the first row."""
+        return self.rows.state_dict()
+
+    def fingerprint(self) -> str:
+        """sha256 of repository, subset and split; the content is the hub's."""
+        return combine([str(self.source.path), str(self.source.subset), self.source.split])
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message, shortened to its first line."""
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,103 @@
+"""Pre-tokenised sources: megatron-core's IndexedDataset (.bin/.idx). Random access: only the rows of this rank are read.
+
+The documents must end as the model expects (Megatron's preprocess_data.py --append-eod): nothing is appended.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from minitron_train.data.formats import combine
+from minitron_train.data.lines import sample_sha256
+from minitron_train.data.units import Split, Unit, permutation
+from minitron_train.errors import UserError
+
+BLOCK_TOKENS = 8192
+UNIT_BLOCKS = 32
+
+
+class IndexedSource:
+    """The documents of one or more .bin/.idx pairs, in blocks of about 8192 tokens."""
+
+    def __init__(self, prefixes: Sequence[Path], split: Split) -> None:
+        self.prefixes = prefixes
+        self.split = split
+
+    @cached_property
+    def datasets(self) -> list:
+        """The opened pairs (megatron-core is imported only where such a source is used)."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        datasets = []
+        for prefix in self.prefixes:
+            try:
+                datasets.append(IndexedDataset(str(prefix), mmap=True))
+            except (AssertionError, OSError, ValueError) as error:
+                what = str(error) or "wrong header"
+                raise UserError(f"{prefix}.idx: not a megatron-core index ({what}); write it again") from error
+        return datasets
+
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """Number of the first sequence of each pair, and of the end: int64 [pairs + 1]."""
+        return np.cumsum([0, *(len(dataset.sequence_lengths) for dataset in self.datasets)])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, through all pairs."""
+        return np.concatenate([dataset.sequence_lengths for dataset in self.datasets]).astype(np.int64)
+
+    @cached_property
+    def block_starts(self) -> np.ndarray:
+        """Sequence with which each block begins, and the end: int64 [blocks + 1]."""
+        before = np.cumsum(self.lengths) - self.lengths
+        starts = np.flatnonzero(np.diff(before // BLOCK_TOKENS, prepend=-1))
+        return np.append(starts, len(self.lengths))
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.block_starts) - 1
+
+    def unit(self, blocks: Sequence[int], seed: tuple[int, ...]) -> Unit:
+        """The wanted sequences of some blocks, shuffled; their tokens are read when they are sliced."""
+        numbers = np.concatenate([np.arange(*self.block_starts[block : block + 2]) for block in blocks])
+        numbers = numbers[[self.split.wants(f"sequence {number}") for number in numbers]]
+        numbers = numbers[permutation(len(numbers), *seed)]
+        ends = np.cumsum(self.lengths[numbers])
+        return Unit(IndexedTokens(self, numbers, ends), ends)
+
+    def read(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop of one sequence."""
+        pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        return self.datasets[pair].get(int(number - self.firsts[pair]), offset=start, length=stop - start)
+
+    def fingerprint(self) -> str:
+        """sha256 of the index and token files, sampled."""
+        files = [prefix.with_name(prefix.name + suffix) for prefix in self.prefixes for suffix in (".idx", ".bin")]
+        return combine([sample_sha256(file) for file in files])
+
+
+class IndexedTokens:
+    """The tokens of chosen sequences as one array, read where they are sliced."""
+
+    def __init__(self, source: IndexedSource, numbers: np.ndarray, ends: np.ndarray) -> None:
+        self.source = source
+        self.numbers = numbers
+        self.ends = ends
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, window: slice, /) -> np.ndarray:
+        start, stop, _ = window.indices(len(self))
+        pieces = [np.empty(0, np.int32)]
+        i = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begin = int(self.ends[i - 1]) if i else 0
+            end = min(stop, int(self.ends[i]))
+            pieces.append(self.source.read(self.numbers[i], start - begin, end - begin).astype(np.int32))
+            start, i = end, i + 1
+        return np.concatenate(pieces)

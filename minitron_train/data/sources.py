@@ -1,0 +1,175 @@
+"""From the `data` section to opened sources: which files there are, in which format, with which weights."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from minitron_train.config import DataConfig, SourceConfig, SourceKind
+from minitron_train.data.corpus import PARTS
+from minitron_train.data.formats import Embedded, JsonLines, Parquet, TextFiles, TextFormat, combine
+from minitron_train.data.hub import HubSource
+from minitron_train.data.indexed import IndexedSource
+from minitron_train.data.lines import COMPRESSED
+from minitron_train.data.units import Split
+from minitron_train.errors import UserError
+
+SUFFIXES = {  # of the file names, after .gz or .zst is taken off
+    SourceKind.jsonl: (".jsonl", ".ndjson", ".json"),
+    SourceKind.parquet: (".parquet", ".pq"),
+    SourceKind.bin: (".idx",),
+    SourceKind.text: (".txt", ".md", ".rst", ".py"),
+}
+FORMATS = {SourceKind.jsonl: JsonLines, SourceKind.parquet: Parquet, SourceKind.text: TextFiles}
+EMBEDDED_WEIGHTS = {"prose": 0.7, "code": 0.3}  # there is three times as much code as prose; language models need prose
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named part of the blend."""
+
+    name: str
+    config: SourceConfig
+    cache_dir: Path
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Shares in the first and in the last phase, not normalised."""
+        late = self.config.late_weight
+        return self.config.weight, self.config.weight if late is None else late
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The files that the path stands for, sorted; none for the hub and the embedded corpus."""
+        if self.config.kind in (SourceKind.embedded, SourceKind.hub):
+            return []
+        return matching_files(str(self.config.path), self.config.kind)
+
+    @cached_property
+    def kind(self) -> SourceKind:
+        """The format, from the file names where it is `auto`."""
+        if self.config.kind is not SourceKind.auto:
+            return self.config.kind
+        kinds = {kind_of(path) or SourceKind.text for path in self.paths}
+        if len(kinds) > 1:
+            names = ", ".join(sorted(kind.value for kind in kinds))
+            raise UserError(f"{self.config.path}: files of several formats ({names}); set kind, or a narrower glob")
+        return kinds.pop()
+
+    def open(self, split: Split) -> "TextFormat | IndexedSource | HubSource":
+        """The opened source; compressed files are made seekable here, at the first time."""
+        match self.kind:
+            case SourceKind.embedded:
+                return Embedded(part=str(self.config.path))
+            case SourceKind.hub:
+                return HubSource(self.name, self.config)
+            case SourceKind.bin:
+                prefixes = [path.with_suffix("") for path in self.paths]
+                missing = [prefix for prefix in prefixes if not prefix.with_name(prefix.name + ".bin").exists()]
+                if missing:
+                    raise UserError(f"{missing[0]}.bin: missing beside its .idx; copy both")
+                return IndexedSource(prefixes, split)
+            case kind:
+                make = FORMATS[kind]
+                return make(paths=tuple(self.paths), text_key=self.config.text_key, cache_dir=self.cache_dir)
+
+
+def parts(data: DataConfig) -> list[Part]:
+    """The blend's parts with a weight in some phase; every missing path is named in one error."""
+    cache_dir = Path(
+        data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minitron_train"
+    ).expanduser()
+    configs = {name: source for name, source in blend(data).items() if source.weight or source.late_weight}
+    if not any(source.weight for source in configs.values()):
+        raise UserError("data.sources: every weight is 0; give at least one part a weight")
+    check_paths(configs, data.name)
+    return [Part(name, source, cache_dir) for name, source in configs.items()]
+
+
+def blend(data: DataConfig) -> dict[str, SourceConfig]:
+    """`data.path` alone if there is one, else `data.sources`, else the embedded corpus."""
+    if data.path:
+        return {"own": SourceConfig(path=data.path, text_key=data.text_key)}
+    return data.sources or {
+        name: SourceConfig(path=name, kind=SourceKind.embedded, weight=weight)
+        for name, weight in EMBEDDED_WEIGHTS.items()
+    }
+
+
+def check_paths(configs: dict[str, SourceConfig], blend_name: str) -> None:
+    """Refuse missing paths, all in one line with what could stand there."""
+    missing = {name: source for name, source in configs.items() if source.path in (None, "", "???")}
+    if missing:
+        hints = [f"{name} ({source.suggestion})" if source.suggestion else name for name, source in missing.items()]
+        keys = " ".join(f"data.sources.{name}.path=…" for name in missing)
+        raise UserError(
+            f"data={blend_name}: these parts have no path: {'; '.join(hints)}; give {keys}, or a weight of 0, "
+            f"or train on data=embedded or your own data.path=FILES"
+        )
+    for name, source in configs.items():
+        if source.kind is SourceKind.embedded and source.path not in PARTS:
+            raise UserError(
+                f"data.sources.{name}.path={source.path}: kind=embedded has {' and '.join(PARTS)}; choose one"
+            )
+
+
+def kind_of(path: Path) -> SourceKind | None:
+    """The format that a file name tells."""
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
+
+
+def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
+    """Files of a file name, folder (all below it in a known format) or glob, sorted; none is an error."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+        files = [
+            file for file in files if (kind_of(file) if kind is SourceKind.auto else kind_of(file) in (kind, None))
+        ]
+    elif has_magic(pattern):
+        files = [Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file()]  # noqa: PTH207
+    else:
+        index = (
+            path
+            if path.suffix == ".idx"
+            else path.with_suffix(".idx")
+            if path.suffix == ".bin"
+            else Path(f"{path}.idx")
+        )
+        files = [file for file in (index, path) if file.is_file()][:1]  # Megatron names a pair by its prefix
+    pairs = [file for file in files if file.suffix == ".idx"]
+    files = [file for file in files if not (file.suffix == ".bin" and file.with_suffix(".idx") in pairs)]
+    if not files:
+        raise UserError(f"{pattern}: no text file matches; give an existing file, folder or quoted glob")
+    if not any(file.stat().st_size for file in files):
+        raise UserError(f"{pattern}: the corpus is empty (0 bytes in {len(files)} files); give one with text")
+    return sorted(files)
+
+
+def describe(data: DataConfig) -> dict[str, Any]:
+    """For provenance: names, formats, paths, sizes, hashes and weights of the sources."""
+    return {"name": data.name, "sources": {part.name: describe_part(part) for part in parts(data)}}
+
+
+def describe_part(part: Part) -> dict[str, Any]:
+    """One row of `describe`."""
+    weight, late_weight = part.weights
+    return {
+        "kind": part.kind.value,
+        "path": part.config.path,
+        "files": len(part.paths),
+        "bytes": sum(path.stat().st_size for path in part.paths),
+        "sha256": part.open(Split(held_out=False, fraction=0)).fingerprint(),
+        "weight": weight,
+        "late_weight": late_weight,
+    }
+
+
+def fingerprint(sources: Sequence[Part], opened: Sequence["TextFormat | IndexedSource | HubSource"]) -> str:
+    """sha256 over names, weights and contents of a blend."""
+    rows = [f"{part.name} {part.weights} {source.fingerprint()}" for part, source in zip(sources, opened, strict=True)]
+    return combine(rows)

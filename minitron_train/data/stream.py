@@ -1,0 +1,227 @@
+"""The training stream: global batches that depend on the sources, the tokenizer, the seed and the length, nothing else.
+
+Each source's blocks are permuted by seed and epoch, grouped into units of about a megabyte, tokenised (by workers),
+and packed into windows; the blend says from which source the next window comes. Sequence n of global batch b is row
+n % dp_size's business: rank r takes rows r, r + dp_size, … Neither the number of workers nor of ranks changes a batch.
+
+The state is a few numbers per source. Resuming makes the current unit of each source again: a megabyte of text,
+whatever was seen before. Across ranks: every rank tokenises all text (a row's place is known only once the rows
+before it are tokenised), 1-2 M tokens/s per worker; .bin/.idx sources know their lengths, so each rank reads
+only its own rows: convert once where hundreds of ranks share a large blend.
+"""
+
+# B this rank's sequences, S tokens of a sequence, N validation sequences
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from minitron_train.config import DataConfig
+from minitron_train.data import sources
+from minitron_train.data.blend import Blend
+from minitron_train.data.hub import HubSource
+from minitron_train.data.indexed import UNIT_BLOCKS, IndexedSource
+from minitron_train.data.pack import Packer, Position, Window
+from minitron_train.data.tokenizer import encoder
+from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
+from minitron_train.data.workers import Deferred, Pending, Pool
+from minitron_train.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's rows of a global batch."""
+
+    tokens_BS: Tensor  # int64
+    labels_BS: Tensor  # int64: the next token
+    mask_BS: Tensor  # float32: 0 where the label is the first token of another document (data.document_attention)
+    positions_BS: Tensor | None  # int64, from 0 in each document (data.document_attention), else None
+    documents_BS: Tensor | None  # int64, number of the document in its row (data.document_attention), else None
+    sources: dict[str, int]  # sequences of each source in the whole global batch
+
+
+class Sources:
+    """The opened parts of a blend and the processes that tokenise them."""
+
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, num_workers: int) -> None:
+        self.parts = sources.parts(data)
+        self.opened = [part.open(split) for part in self.parts]
+        texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
+        self.encoder = encoder(tokenizer, data.document_end)
+        self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
+
+    def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
+        """Endless: the units of source i from a position on, epoch after epoch, each in another order."""
+        position = start or {"epoch": 0, "unit": 0}
+        while True:
+            yield from self.epoch(i, (seed, zlib.crc32(self.parts[i].name.encode())), position)
+            position = {"epoch": position["epoch"] + 1, "unit": 0}
+
+    def epoch(self, i: int, seed: tuple[int, ...], start: Position) -> Iterator[tuple[Position, Pending]]:
+        """The rest of one epoch of source i."""
+        source, epoch, first = self.opened[i], start["epoch"], start["unit"]
+        if isinstance(source, HubSource):
+            for unit, (rows, texts) in enumerate(source.units(start.get("rows")), start=first):
+                job = EncodeJob(texts, (*seed, epoch, unit))
+                yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
+            return
+        size = UNIT_BLOCKS if isinstance(source, IndexedSource) else max(1, UNIT_BYTES // source.block_bytes)
+        blocks = permutation(source.num_blocks, *seed, epoch)
+        for unit in range(first, -(-len(blocks) // size)):
+            chosen = tuple(blocks[unit * size : (unit + 1) * size].tolist())
+            unit_seed = (*seed, epoch, unit)
+            if isinstance(source, IndexedSource):
+                pending: Pending = Deferred(partial(source.unit, chosen, unit_seed))
+            else:
+                pending = self.pool.submit(ReadJob(i, chosen, unit_seed))
+            yield {"epoch": epoch, "unit": unit}, pending
+
+    def fingerprint(self) -> str:
+        """sha256 of sources, weights and tokenizer."""
+        text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def train_split(data: DataConfig) -> Split:
+    """The documents that training may see: all but the held-out ones, or all when validation has its own files."""
+    return Split(held_out=False, fraction=0 if data.validation_path else data.validation_fraction)
+
+
+class TokenStream:
+    """Global batches of packed sequences, of which this rank gets its rows.
+
+    `total_tokens` places the late phase (data.late_fraction). A mistake of the user is a UserError: at once for
+    paths, columns and weights, at the first batch for what only reading shows.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_length: int,
+        seed: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        total_tokens: int | None = None,
+    ) -> None:
+        assert 0 <= dp_rank < dp_size
+        if data.late_fraction and total_tokens is None:
+            raise UserError(
+                f"data.late_fraction={data.late_fraction}: needs the length of the run; set train.num_tokens"
+            )
+        self.data = data
+        self.seq_length = seq_length
+        self.seed = seed
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.sources = Sources(data, tokenizer, train_split(data), data.num_workers)
+        late_start = None
+        if data.late_fraction and total_tokens:
+            late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
+        self.blend = Blend(weights=[part.weights for part in self.sources.parts], late_start=late_start)
+        self.packers = [self.packer(i, None) for i in range(len(self.sources.parts))]
+
+    def packer(self, i: int, state: dict | None) -> Packer:
+        """Source i from a saved state, or from its beginning."""
+        units = self.sources.units(i, self.seed, state["position"] if state else None)
+        return Packer(self.sources.parts[i].name, units, self.seq_length, self.data.num_workers, state)
+
+    def next_batch(self, global_batch_size: int) -> Batch:
+        """This rank's rows of the next `global_batch_size` sequences; the size may differ from call to call."""
+        if global_batch_size % self.dp_size:
+            raise UserError(
+                f"train.global_batch_size={global_batch_size}: must be a multiple of the {self.dp_size} data-parallel "
+                "ranks; change one of them"
+            )
+        windows, counts = [], Counter()
+        for row in range(global_batch_size):
+            source = self.blend.draw()
+            counts[self.sources.parts[source].name] += 1
+            window = self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
+            if window:
+                windows.append(window)
+        return make_batch(windows, self.data.document_attention, dict(counts))
+
+    def state_dict(self) -> dict:
+        """Small and JSON-able; the same on every rank, and valid for any number of ranks and workers."""
+        names = [part.name for part in self.sources.parts]
+        states = [packer.state_dict() for packer in self.packers]
+        return {
+            "fingerprint": self.fingerprint(),
+            "blend": self.blend.state_dict(),
+            "sources": dict(zip(names, states, strict=True)),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the batch that would have come next; refuses the state of a stream of other contents."""
+        if state["fingerprint"] != self.fingerprint():
+            raise UserError(
+                "data: files, weights, tokenizer, seed or seq_length differ from the checkpoint's; "
+                "restore them, or start another output_dir"
+            )
+        self.blend.load_state_dict(state["blend"])
+        saved = state["sources"]
+        self.packers = [self.packer(i, saved[part.name]) for i, part in enumerate(self.sources.parts)]
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""
+        data = self.data
+        text = f"{self.sources.fingerprint()} {self.seed} {self.seq_length} {train_split(data).fraction}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def close(self) -> None:
+        """End the tokenising processes."""
+        self.sources.pool.close()
+
+
+def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
+    """Stack windows; positions, documents and the mask matter only where attention stays inside a document."""
+    tokens = torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64))
+    documents = torch.from_numpy(np.stack([window.documents for window in windows]).astype(np.int64))
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if not document_attention:
+        mask = torch.ones(inputs.shape)
+        return Batch(inputs, labels, mask, None, None, counts)
+    mask = (documents[:, :-1] == documents[:, 1:]).float()
+    documents_BS = documents[:, :-1].contiguous()
+    index = torch.arange(inputs.shape[1]).expand_as(inputs)
+    begins = torch.ones_like(mask, dtype=torch.bool)
+    begins[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+    return Batch(inputs, labels, mask, positions, documents_BS, counts)
+
+
+def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
+    """Held-out tokens [N, S + 1] int64, N <= data.validation_tokens / S: each source gives its share, once over.
+
+    From data.validation_path where there is one, else the documents that `TokenStream` leaves out.
+    """
+    own = DataConfig(
+        path=data.validation_path, text_key=data.text_key, document_end=data.document_end, cache_dir=data.cache_dir
+    )
+    split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
+    opened = Sources(own if data.validation_path else data, tokenizer, split, num_workers=0)
+    total = max(1, data.validation_tokens // seq_length)
+    weight = sum(part.weights[0] for part in opened.parts)
+    windows = []
+    for i, part in enumerate(opened.parts):
+        units = opened.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
+        packer = Packer(part.name, units, seq_length, ahead=0)
+        quota = round(total * part.weights[0] / weight)
+        while quota > 0 and (window := packer.next_window()):
+            windows.append(window.tokens)
+            quota -= 1
+    if not windows:
+        raise UserError(
+            f"data.validation_fraction={data.validation_fraction}: the held-out slice has fewer tokens than one "
+            f"sequence of {seq_length}; raise it, give more text, or set data.validation_path"
+        )
+    return torch.from_numpy(np.stack(windows).astype(np.int64))

@@ -1,0 +1,123 @@
+"""Units: about a megabyte of shuffled documents, tokenised. The stream is a sequence of units, and resumes inside one.
+
+Everything here is a pure function of its arguments, so that it does not matter which process does the work.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minitron_train.data.formats import TextFormat
+
+UNIT_BYTES = 1 << 20  # of text; a unit is what a resumed run tokenises again, per source
+
+
+class TokenArray(Protocol):
+    """What a unit needs of its tokens: a length and slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Tokens of some documents, one after the other; each document ends before the position in `ends`."""
+
+    tokens: TokenArray  # [T] int32
+    ends: np.ndarray  # [documents] int64, rising; the last is T
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Which documents are wanted: those held out for validation, or the others."""
+
+    held_out: bool
+    fraction: float  # of the documents, by the hash of their text
+
+    def wants(self, text: str) -> bool:
+        """The same answer for the same text, whatever the seed, the source and the order."""
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        return (number < self.fraction * 2**64) == self.held_out
+
+    def documents(self, passages: Sequence[str]) -> Iterator[str]:
+        """The wanted runs of a document's passages; the gaps of the unwanted ones end a document."""
+        for wanted, run in groupby(passages, key=self.wants):
+            text = "".join(run)
+            if wanted and text.strip():
+                yield text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Text to tokens: the tokenizer as JSON (it travels to other processes), what starts and what ends a document."""
+
+    tokenizer_json: str
+    start: tuple[int, ...]  # BOS, for tokenizers that put it before every text
+    end: int
+
+    def build(self) -> Tokenizer:
+        """The tokenizer itself, never truncating or padding."""
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def sha256(self) -> str:
+        """Of all that decides the tokens."""
+        return hashlib.sha256(f"{self.start}\n{self.end}\n{self.tokenizer_json}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """Read these blocks of one source, keep the split's documents, shuffle and tokenise them."""
+
+    source: int
+    blocks: tuple[int, ...]
+    seed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """Keep the split's documents among these, shuffle and tokenise them."""
+
+    texts: tuple[str, ...]
+    seed: tuple[int, ...]
+
+
+class UnitMaker:
+    """Does the jobs, in this process or in a worker."""
+
+    def __init__(self, formats: dict[int, TextFormat], encoder: Encoder, split: Split) -> None:
+        self.formats = formats
+        self.encoder = encoder
+        self.split = split
+        self.tokenizer = encoder.build()
+
+    def run(self, job: ReadJob | EncodeJob) -> Unit:
+        """One unit."""
+        if isinstance(job, ReadJob):
+            source = self.formats[job.source]
+            documents: Iterable[Sequence[str]] = (item for block in job.blocks for item in source.read(block))
+        else:
+            documents = ([text] for text in job.texts)
+        texts = [text for passages in documents for text in self.split.documents(passages)]
+        return self.encode([texts[i] for i in permutation(len(texts), *job.seed)])
+
+    def encode(self, texts: list[str]) -> Unit:
+        """Tokens of the texts, each between its start and end tokens."""
+        start, end = self.encoder.start, self.encoder.end
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        pieces = [np.asarray([*start, *encoding.ids, end], dtype=np.int32) for encoding in encodings]
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        return Unit(np.concatenate(pieces) if pieces else np.empty(0, np.int32), ends)
+
+
+def permutation(count: int, *seed: int) -> np.ndarray:
+    """A seeded permutation of range(count); numpy promises never to change RandomState's."""
+    return np.random.RandomState([number % 2**32 for number in seed]).permutation(count)

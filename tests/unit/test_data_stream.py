@@ -1,0 +1,280 @@
+"""The stream: pure function of its inputs, exact resume for every kind of source, split over ranks, phases, held out."""
+
+import gzip
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from minitron_train.config import DataConfig, SourceConfig, SourceKind
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.blend import Blend
+from minitron_train.data.pack import Packer
+from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.data.units import Unit
+from minitron_train.data.workers import Deferred
+from minitron_train.errors import UserError
+
+SEQ_LENGTH = 64
+KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet", "bin", "hub", "embedded"]
+
+
+def texts(count: int, tag: str = "") -> list[str]:
+    """Documents of many lengths in several scripts; each names its number."""
+    words = ["наука", "φύσις", "データ", "def f(x):\n\treturn x**2\n", "naïve", "🙂🙃", "plain words"]
+    return [f"{tag}{i}: " + " ".join(words[(i * j) % 7] for j in range(1, 10 + i % 50)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizers.save(tokenizers.train_bpe(texts(300), 400), folder / "bpe")
+    return tokenizers.load(folder / "bpe")
+
+
+def write_source(folder: Path, kind: str, documents: list[str], tokenizer) -> DataConfig:
+    """A source of the given kind, and a section that reads it."""
+    path = folder / f"corpus.{kind}"
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
+    plain = "\n\n".join(documents).encode()
+    match kind:
+        case "embedded":
+            return DataConfig(num_workers=0)
+        case "parquet":
+            table = pyarrow.table({"text": documents})
+            pyarrow.parquet.write_table(table, path, row_group_size=20)
+        case "bin":
+            path = write_indexed(folder / "corpus", documents, tokenizer)
+        case "hub":
+            path = folder / "repository"
+            path.mkdir()
+            (path / "train-0.jsonl").write_bytes(lines)
+            source = SourceConfig(path=str(path), kind=SourceKind.hub)
+            return DataConfig(sources={"hub": source}, num_workers=0, cache_dir=str(folder / "cache"))
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case "txt.gz":
+            path.write_bytes(gzip.compress(plain))
+        case "jsonl.zst":
+            with pyarrow.output_stream(str(path), compression="zstd") as stream:
+                stream.write(lines)
+        case _:
+            path.write_bytes(lines if kind == "jsonl" else plain)
+    return DataConfig(path=str(path), num_workers=0, cache_dir=str(folder / "cache"))
+
+
+def write_indexed(prefix: Path, documents: list[str], tokenizer) -> Path:
+    """The .bin/.idx pair that Megatron's preprocessing would write."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for text in documents:
+        ids = np.array([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        builder.add_document(ids, [len(ids)])  # type: ignore[arg-type]  # it makes a numpy array of whatever comes
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def digest(stream: TokenStream, num_batches: int, size: int = 4) -> list[str]:
+    """sha256 of each of the next batches."""
+    batches = [stream.next_batch(size) for _ in range(num_batches)]
+    return [hashlib.sha256(b.tokens_BS.numpy().tobytes() + b.labels_BS.numpy().tobytes()).hexdigest() for b in batches]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_gives_the_next_batch(kind, tmp_path, tokenizer, monkeypatch):
+    """Saved after any number of batches, also over the ends of units and epochs, the stream goes on as if never ended."""
+    monkeypatch.setattr("minitron_train.data.stream.UNIT_BYTES", 40_000)
+    monkeypatch.setattr("minitron_train.data.hub.UNIT_BYTES", 20_000)
+    monkeypatch.setattr("minitron_train.data.stream.UNIT_BLOCKS", 1)
+    data = write_source(tmp_path, kind, texts(600), tokenizer)
+    stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+    states = {}
+    whole = []
+    for step in range(60):
+        if step in (0, 1, 7, 31, 59):
+            states[step] = json.loads(json.dumps(stream.state_dict()))
+        whole += digest(stream, 1, size=32)
+    positions = [source["position"] for source in stream.state_dict()["sources"].values()]
+    assert any(position["epoch"] or position["unit"] for position in positions), "the test must leave the first unit"
+    for step, state in states.items():
+        assert len(json.dumps(state)) < 2000
+        resumed = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert digest(resumed, min(3, 60 - step), size=32) == whole[step : step + 3]
+
+
+def test_workers_change_nothing(tmp_path, tokenizer):
+    """0, 1 and 3 tokenising processes give the same batches, and end with the stream."""
+    data = write_source(tmp_path, "jsonl", texts(600), tokenizer)
+    digests = []
+    for num_workers in (0, 1, 3):
+        stream = TokenStream(replace(data, num_workers=num_workers), tokenizer, seq_length=SEQ_LENGTH, seed=1)
+        digests.append(digest(stream, 5))
+        processes = [worker.process for worker in stream.sources.pool.workers]
+        assert len(processes) == num_workers
+        stream.close()
+        assert [process.poll() for process in processes] == [0] * num_workers
+    assert digests[0] == digests[1] == digests[2]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "bin"])
+def test_ranks_share_each_batch(kind, tmp_path, tokenizer):
+    """Rank r has rows r, r + dp_size, … of the batch that one rank would have; nothing twice, nothing left out."""
+    data = write_source(tmp_path, kind, texts(400), tokenizer)
+    one = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+    four = [TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1, dp_rank=r, dp_size=4) for r in range(4)]
+    for _ in range(3):
+        whole = one.next_batch(8)
+        for rank, stream in enumerate(four):
+            part = stream.next_batch(8)
+            assert torch.equal(part.tokens_BS, whole.tokens_BS[rank::4])
+            assert part.sources == whole.sources
+        assert all(stream.state_dict() == one.state_dict() for stream in four)
+    four[2].load_state_dict(one.state_dict())
+    assert torch.equal(four[2].next_batch(8).tokens_BS, one.next_batch(8).tokens_BS[2::4])
+
+
+def test_every_byte_arrives_once(tmp_path, tokenizer):
+    """One epoch of packed windows, put together and decoded, is the corpus: no byte of any script is lost or doubled."""
+    documents = texts(500)
+    for kind in ("jsonl", "jsonl.gz", "parquet", "bin"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        data = replace(write_source(folder, kind, documents, tokenizer), validation_fraction=0.0)
+        stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+        expected = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents)
+        batches = [stream.next_batch(1) for _ in range(-(-expected // SEQ_LENGTH))]
+        tokens = [int(batches[0].tokens_BS[0, 0]), *torch.cat([b.labels_BS.flatten() for b in batches]).tolist()]
+        pieces = tokenizer.decode(tokens[:expected]).split(tokenizer.eos_token)
+        assert pieces[-1] == "" and sorted(pieces[:-1]) == sorted(documents)
+
+
+def test_text_files_keep_their_bytes(tmp_path, tokenizer):
+    """A text file longer than a block is cut at line ends only."""
+    lines = [text.replace("\n", " ") for text in texts(900)]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    data = DataConfig(path=str(tmp_path), num_workers=0, validation_fraction=0.0)
+    stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+    unit = next(stream.sources.units(0, 1, None))[1].result()
+    decoded = tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)
+    assert sorted(line for piece in decoded for line in piece.splitlines() if line) == sorted(lines)
+
+
+def test_seed_and_epoch_change_the_order(tmp_path, tokenizer):
+    data = write_source(tmp_path, "jsonl", texts(300), tokenizer)
+    first = [digest(TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=seed), 1) for seed in (1, 1, 2)]
+    assert first[0] == first[1] != first[2]
+    units = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).sources.units(0, 1, None)
+    (_, one), (_, two) = next(units), next(units)
+    tokens = [np.asarray(unit.result().tokens[:]) for unit in (one, two)]
+    assert sorted(tokens[0]) == sorted(tokens[1]) and not np.array_equal(*tokens)
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path, tokenizer):
+    """Validation tokens decode to documents that no epoch of training contains, and are the same for every call."""
+    data = replace(write_source(tmp_path, "jsonl", texts(400), tokenizer), validation_fraction=0.2)
+    held = validation_tokens(data, tokenizer, SEQ_LENGTH, seed=5)
+    assert held.shape[1] == SEQ_LENGTH + 1 and held.dtype == torch.int64
+    assert torch.equal(held, validation_tokens(data, tokenizer, SEQ_LENGTH, seed=5))
+    names = {piece.split(":")[0] for row in held for piece in tokenizer.decode(row).split(tokenizer.eos_token)[1:-1]}
+    stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+    unit = next(stream.sources.units(0, 1, None))[1].result()
+    trained = {piece.split(":")[0] for piece in tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)}
+    assert len(names) > 10 and len(trained) > 250 and names.isdisjoint(trained)
+    own = tmp_path / "own.txt"
+    own.write_text("held out\n" * 500)
+    replaced = validation_tokens(replace(data, validation_path=str(own)), tokenizer, SEQ_LENGTH, seed=5)
+    assert "held out" in tokenizer.decode(replaced[0])
+
+
+def two_sources(folder: Path, **weights) -> DataConfig:
+    """Sources a and b with their own documents."""
+    for name in "ab":
+        lines = [json.dumps({"text": text}) for text in texts(300, tag=name)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = {name: SourceConfig(path=str(folder / f"{name}.jsonl"), **weights[name]) for name in "ab"}
+    return DataConfig(sources=sources, num_workers=0)
+
+
+def test_weights_hold_at_every_moment(tmp_path, tokenizer):
+    data = two_sources(tmp_path, a={"weight": 3}, b={"weight": 1})
+    stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+    drawn = 0
+    for batch in range(1, 20):
+        drawn += stream.next_batch(7).sources["a"]
+        assert abs(drawn - 0.75 * 7 * batch) < 1
+
+
+def test_late_phase(tmp_path, tokenizer):
+    """The last quarter of the tokens has the late weights; a stream resumed there has them too."""
+    data = two_sources(tmp_path, a={"weight": 1}, b={"weight": 0, "late_weight": 1})
+    data = replace(data, late_fraction=0.25)
+    total = 16 * SEQ_LENGTH
+    stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1, total_tokens=total)
+    assert stream.next_batch(12).sources == {"a": 12}
+    state = stream.state_dict()
+    assert stream.next_batch(4).sources == {"a": 2, "b": 2}
+    resumed = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1, total_tokens=total)
+    resumed.load_state_dict(state)
+    assert resumed.next_batch(4).sources == {"a": 2, "b": 2}
+    with pytest.raises(UserError, match="late_fraction"):
+        TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
+
+
+def test_blend_is_within_one_of_its_weights():
+    blend = Blend(weights=[(0.5, 0), (0.3, 0), (0.2, 0)], late_start=None)
+    counts = [0, 0, 0]
+    for n in range(1, 1000):
+        counts[blend.draw()] += 1
+        assert all(abs(count - n * share) <= 1 for count, share in zip(counts, (0.5, 0.3, 0.2), strict=True))
+
+
+def test_document_attention(tmp_path, tokenizer):
+    """Positions begin anew after each EOS, documents count up, labels across a boundary are masked."""
+    data = replace(write_source(tmp_path, "jsonl", texts(300), tokenizer), document_attention=True)
+    batch = TokenStream(data, tokenizer, seq_length=256, seed=1).next_batch(8)
+    assert batch.positions_BS is not None and batch.documents_BS is not None
+    ends = batch.tokens_BS == tokenizer.eos_token_id
+    assert torch.equal(batch.mask_BS == 0, ends)
+    starts = torch.zeros_like(ends)
+    starts[:, 0], starts[:, 1:] = True, ends[:, :-1]
+    assert torch.equal(batch.positions_BS == 0, starts)
+    assert torch.equal(batch.documents_BS, starts.cumsum(1) - 1)
+    assert int(ends.sum()) > 10
+
+
+def test_packer_windows_overlap_by_one_token():
+    """Units of awkward lengths: windows are consecutive, labels of one are the inputs of the next."""
+    lengths = [5, 0, 1, 13, 2, 2, 40]
+    values = iter(range(1000))
+    units = []
+    for number, length in enumerate(lengths):
+        tokens = np.array([next(values) for _ in range(length)], dtype=np.int32)
+        units.append(
+            (
+                {"epoch": 0, "unit": number},
+                Deferred(lambda t=tokens: Unit(t, np.array([len(t)][: len(t)], dtype=np.int64))),
+            )
+        )
+    packer = Packer("test", iter(units), seq_length=4, ahead=1)
+    windows = []
+    while window := packer.next_window():
+        windows.append(window.tokens.tolist())
+    assert windows == [list(range(4 * i, 4 * i + 5)) for i in range(15)]
+
+
+def test_state_of_other_data_is_refused(tmp_path, tokenizer):
+    data = write_source(tmp_path, "jsonl", texts(300), tokenizer)
+    state = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).state_dict()
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match="differ from the checkpoint"):
+        TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).load_state_dict(state)
