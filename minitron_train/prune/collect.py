@@ -1,0 +1,182 @@
+"""Where activations are watched: a table of hook points, and the walk through the layers that fills the statistics."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minitron_train.errors import UserError
+from minitron_train.parallel.groups import Groups
+from minitron_train.prune.layers import Layers, forward
+from minitron_train.prune.statistics import Moments, distance, over_sequence
+
+# N sequences, S sequence, B batch, C channels (the rank's own), H hidden, L layers
+
+Value = Callable[[torch.nn.Module, Tensor], Tensor]  # layer, activation [S, B, …] -> what is scored, [S, B, C]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One activation of a layer: a module's input or output, and what of it is scored."""
+
+    module: str
+    of_input: bool
+    value: Value
+    parallel: bool  # whether each tensor-parallel rank holds its own part of the channels
+
+
+def gate_half(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """What goes into the activation function: of a gated MLP's first linear, the gate."""
+    return x.chunk(2, dim=-1)[0] if layer.config.gated_linear_unit else x  # type: ignore[union-attr]
+
+
+def head_norms(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """The L2 norm of every head's output at every token."""
+    return torch.linalg.vector_norm(x.unflatten(-1, (-1, layer.config.kv_channels)), dim=-1)  # type: ignore[union-attr]
+
+
+def whole(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """The activation as it is."""
+    return x
+
+
+POINTS = {
+    "input_norm": Point("input_layernorm", False, whole, parallel=False),
+    "mlp_norm": Point("pre_mlp_layernorm", False, whole, parallel=False),
+    "head_channels": Point("self_attention.linear_proj", True, whole, parallel=True),
+    "head_norms": Point("self_attention.linear_proj", True, head_norms, parallel=True),
+    "neurons_pre": Point("mlp.linear_fc1", False, gate_half, parallel=True),
+    "neurons_post": Point("mlp.linear_fc2", True, whole, parallel=True),
+}
+FINAL_NORM = "final_norm"
+
+
+@dataclass(slots=True)
+class Statistics:
+    """All that scoring keeps. Names of `moments`: layers.{i}.POINT and final_norm."""
+
+    num_layers: int
+    num_tokens: int = 0
+    num_batches: int = 1  # the first dimension of the calibration tokens
+    moments: dict[str, Moments] = field(default_factory=dict)
+    blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
+    spans: Tensor | None = None  # fp64 [L + 1, L + 1]: Σ over last tokens of cos between the inputs of layers i and j
+
+    def add(self, name: str, x_SBC: Tensor, mask_SB: Tensor | None) -> None:
+        """Count one micro-batch of one activation."""
+        new = Moments.of(over_sequence(x_SBC, mask_SB))
+        self.moments[name] = self.moments[name].merge(new) if name in self.moments else new
+
+    @contextlib.contextmanager
+    def watching(self, layer: torch.nn.Module, i: int, mask: list[Tensor | None]) -> Iterator[None]:
+        """Collect every point of layer `i` in the block; `mask[0]` is the current micro-batch's."""
+
+        def watch(name: str, point: Point) -> torch.utils.hooks.RemovableHandle:
+            def see(x: Tensor | tuple[Tensor, ...]) -> None:
+                first = x[0] if isinstance(x, tuple) else x
+                self.add(f"layers.{i}.{name}", point.value(layer, first), mask[0])
+
+            module = layer.get_submodule(point.module)
+            if point.of_input:
+                return module.register_forward_pre_hook(lambda _, inputs: see(inputs))
+            return module.register_forward_hook(lambda _, __, output: see(output))
+
+        handles = [watch(name, point) for name, point in POINTS.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@torch.no_grad()
+def collect(layers: Layers, tokens_NS: Tensor, *, micro_batch_size: int, chunk_tokens: int) -> Statistics:
+    """One forward pass over the sequences, layer by layer, a chunk of `chunk_tokens` at a time.
+
+    Memory: the activations of one chunk between two layers, those of one micro-batch inside a layer, and the layers
+    that `layers` holds. A negative token is padding (at the end of a sequence) and never counts.
+    """
+    shape, device = layers.shape, layers.groups.device
+    statistics = Statistics(shape.num_layers, num_tokens=int((tokens_NS >= 0).sum()))
+    rotary = layers.rotary(tokens_NS.shape[1])
+    chunks = tokens_NS.split(max(1, chunk_tokens // tokens_NS.shape[1]))
+    bar = tqdm(
+        total=len(chunks) * shape.num_layers,
+        desc="score",
+        unit="layer",
+        disable=None if layers.groups.is_first else True,
+    )
+    for chunk in chunks:
+        batches = chunk.split(micro_batch_size)
+        masks = [None if bool((batch >= 0).all()) else (batch >= 0).t().to(device) for batch in batches]
+        hidden = [layers.embed(batch) for batch in batches]
+        last = [(batch >= 0).sum(1).sub(1).clamp(min=0).to(device) for batch in batches]
+        ends = [last_tokens(hidden, last)]
+        for i in range(shape.num_layers):
+            layer, current = layers[i], [masks[0]]
+            with statistics.watching(layer, i, current):
+                for k, mask in enumerate(masks):
+                    current[0] = mask
+                    after = forward(layer, hidden[k], rotary)
+                    count_block(statistics, i, hidden[k], after, mask)
+                    hidden[k] = after
+            ends.append(last_tokens(hidden, last))
+            bar.update()
+        for x, mask in zip(hidden, masks, strict=True):
+            statistics.add(FINAL_NORM, layers.final_norm(x), mask)
+        count_spans(statistics, ends)
+    bar.close()
+    return statistics
+
+
+def count_block(statistics: Statistics, i: int, before_SBH: Tensor, after_SBH: Tensor, mask_SB: Tensor | None) -> None:
+    """Block importance of layer `i` (arXiv 2403.03853): 1 - cos between its input and its output, over all tokens."""
+    name, new = f"layers.{i}.block", distance(before_SBH, after_SBH, mask_SB)
+    statistics.blocks[name] = statistics.blocks[name] + new if name in statistics.blocks else new
+
+
+def last_tokens(hidden: list[Tensor], last: list[Tensor]) -> Tensor:
+    """The last token of every sequence, normalised, [N, H]."""
+    rows = [x[index, torch.arange(x.shape[1], device=x.device)] for x, index in zip(hidden, last, strict=True)]
+    return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+
+
+def count_spans(statistics: Statistics, ends: list[Tensor]) -> None:
+    """Cosines between the inputs of any two layers, for blocks of layers (arXiv 2403.17887 looks at last tokens too)."""
+    flat = torch.stack(ends).flatten(1)
+    cosines = (flat @ flat.t()).double()
+    statistics.spans = cosines if statistics.spans is None else statistics.spans + cosines
+
+
+def merge_ranks(statistics: Statistics, groups: Groups) -> Statistics:
+    """Statistics of all ranks: the sequences of the data-parallel ranks merged, the channels of the others gathered."""
+    for name, moments in statistics.moments.items():
+        count = groups.sum_over_data(moments.count.clone())
+        mean = groups.sum_over_data(moments.mean * (moments.count / count))
+        apart = moments.deviations + moments.count * (moments.mean - mean).square()
+        deviations = groups.sum_over_data(apart)
+        parts = torch.stack([mean, deviations])
+        point = POINTS.get(name.rsplit(".", 1)[-1])
+        if point is not None and point.parallel:
+            parts = torch.cat(groups.gather(parts), dim=-1)
+        statistics.moments[name] = Moments(count, parts[0], parts[1])
+    for block in statistics.blocks.values():
+        groups.sum_over_data(block)
+    assert statistics.spans is not None
+    groups.sum_over_data(statistics.spans)
+    total = torch.tensor(float(statistics.num_tokens), dtype=torch.float64, device=groups.device)
+    statistics.num_tokens = int(groups.sum_over_data(total))
+    return statistics
+
+
+def check_finite(statistics: Statistics, where: str) -> None:
+    """Refuse NaN and infinities in activations; names the first layer and activation that has one."""
+    for name, moments in statistics.moments.items():
+        if not bool(torch.isfinite(moments.mean).all()):
+            raise UserError(
+                f"{where}: NaN or infinity in the activations, first seen at {name}; "
+                "the weights are damaged or overflow: check the checkpoint"
+            )

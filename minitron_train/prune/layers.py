@@ -1,0 +1,78 @@
+"""A checkpoint's decoder, one layer at a time: scoring and repair walk through it without holding the model."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minitron_train.arch import convert
+from minitron_train.arch.build import build
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
+from minitron_train.parallel.groups import Groups
+
+# B batch, S sequence, H hidden
+
+
+class Layers:
+    """The layers of one model as megatron-core modules, loaded when they are asked for.
+
+    `resident` keeps every layer; otherwise one layer's weights are held at a time, so that a model of any size passes
+    through. Both run the same code on the same weights: their results are bit-equal. Token embeddings are read row by
+    row from the source; the whole table is never in memory.
+
+    Args:
+        source: where tensors come from (hf.Checkpoint, or a pruned view of one).
+        dtype: of weights and activations.
+    """
+
+    def __init__(
+        self,
+        table: Architecture,
+        shape: Shape,
+        source: convert.Source,
+        groups: Groups,
+        *,
+        resident: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.table, self.shape, self.source, self.groups, self.dtype = table, shape, source, groups, dtype
+        slots = shape.num_layers if resident else 1
+        stub = replace(shape, num_layers=slots, vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
+        self.model = build(stub, tp=groups.tp_size, dtype=dtype).eval().requires_grad_(False)
+        self.loaded: list[int | None] = [None] * slots
+        self._fill([row for row in table.rows if not row.per_layer and row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
+        ids, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
+        name = next(iter(next(row for row in self.table.rows if row.mcore == EMBEDDING).hf))
+        rows = torch.cat([self.source.read(name, 0, int(i), int(i) + 1) for i in ids])
+        return rows.to(self.groups.device, self.dtype)[places_BS.t().to(self.groups.device)]
+
+    def rotary(self, length: int) -> Tensor:
+        """The rotary angles of positions 0 … length - 1."""
+        return self.model.rotary_pos_emb(length)
+
+    def __getitem__(self, i: int) -> torch.nn.Module:
+        """Layer `i`, valid until another one is asked for."""
+        slot = i % len(self.loaded)
+        if self.loaded[slot] != i:
+            self._fill([row for row in self.table.rows if row.per_layer], i, slot)
+            self.loaded[slot] = i
+        return self.model.decoder.layers[slot]
+
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The norm after the last layer."""
+        return self.model.decoder.final_layernorm
+
+    def _fill(self, rows: list[convert.Row], i: int, slot: int) -> None:
+        for row in rows:
+            shard = convert.read_shard(row, i, self.shape, self.source, self.groups.tp_rank, self.groups.tp_size)
+            self.model.get_parameter(row.mcore.format(i=slot)).copy_(shard)
+
+
+def forward(layer: torch.nn.Module, hidden_SBH: Tensor, rotary: Tensor) -> Tensor:
+    """One transformer layer with causal attention."""
+    return layer(hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]

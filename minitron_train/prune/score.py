@@ -1,0 +1,68 @@
+"""The scoring stage: calibration tokens through the teacher, statistics of its activations into scores.safetensors."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minitron_train import hf
+from minitron_train.config import Config
+from minitron_train.errors import UserError
+from minitron_train.parallel.groups import Groups
+from minitron_train.prune import scores
+from minitron_train.prune.collect import check_finite, collect, merge_ranks
+from minitron_train.prune.layers import Layers
+
+
+def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Tensor, folder: Path) -> dict[str, Any]:
+    """Score `teacher` on `tokens` and write `folder`/scores.safetensors (the first rank does).
+
+    Args:
+        tokens: int64 [batches, sequences, length]; a negative one is padding at a sequence's end.
+
+    Returns:
+        Facts for the stage's provenance.
+
+    Raises:
+        UserError: tokens outside the vocabulary, too few sequences, NaN or infinities in the activations.
+    """
+    calibration = config.calibration
+    teacher.shape.check_parallel(groups.tp_size, "teacher")
+    sequences_NS = tokens.flatten(0, 1)
+    check_tokens(sequences_NS, teacher, groups.dp_size)
+    mine_NS = sequences_NS[groups.dp_rank :: groups.dp_size]
+    layers = Layers(teacher.table, teacher.shape, teacher, groups, resident=not calibration.streamed)
+    statistics = collect(
+        layers, mine_NS, micro_batch_size=calibration.micro_batch_size, chunk_tokens=calibration.chunk_tokens
+    )
+    statistics = merge_ranks(statistics, groups)
+    statistics.num_batches = len(tokens)
+    check_finite(statistics, str(teacher.folder))
+    facts = {
+        "samples": len(sequences_NS),
+        "tokens": statistics.num_tokens,
+        "teacher": hf.fingerprint(teacher.folder),
+        "streamed": calibration.streamed,
+    }
+    if groups.is_first:
+        scores.write(folder / scores.FILE, statistics, teacher.shape, config.prune, {"teacher": facts["teacher"]})
+    groups.barrier()
+    return facts
+
+
+def check_tokens(sequences_NS: Tensor, teacher: hf.Checkpoint, num_parts: int) -> None:
+    """Refuse tokens that the teacher cannot read."""
+    if len(sequences_NS) < num_parts:
+        raise UserError(
+            f"calibration: {len(sequences_NS)} sequences for {num_parts} data-parallel ranks; give more samples"
+        )
+    largest, vocab, longest = int(sequences_NS.max()), teacher.shape.vocab_size, teacher.shape.max_position_embeddings
+    if largest >= vocab:
+        raise UserError(
+            f"calibration: token {largest} is outside the vocabulary of {vocab} entries; "
+            "use tokens made with this teacher's tokenizer"
+        )
+    if sequences_NS.shape[1] > longest:
+        raise UserError(
+            f"calibration.seq_length={sequences_NS.shape[1]}: the teacher was made for {longest} positions; shorten it"
+        )
