@@ -37,7 +37,7 @@ def candidates(
         for micro in MICRO_BATCH_SIZES:
             if global_batch_size % (dp * micro):
                 continue
-            for recompute in (False, True):
+            for recompute in ("none", "full"):
                 yield Layout(
                     tp=tp,
                     dp=dp,
@@ -62,7 +62,7 @@ def tp_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
     in the teacher's forward pass, the student's forward and backward, and the forward that recompute repeats.
     """
     ring = 2 * (layout.tp - 1) / layout.tp
-    student_passes = 3 if layout.recompute else 2
+    student_passes = 3 if layout.recompute == "full" else 2
     hidden = teacher.num_layers * teacher.hidden_size + student_passes * student.num_layers * student.hidden_size
     return ring * 2 * hidden * layout.weight_bytes
 
@@ -79,7 +79,7 @@ def step_time(teacher: Shape, student: Shape, machine: Hardware, layout: Layout,
     """Seconds of one optimizer step of this rank."""
     tokens = global_batch_size * layout.seq_length / layout.dp
     flops = forward_flops_per_token(teacher, layout.seq_length) + training_flops_per_token(student, layout.seq_length)
-    if layout.recompute:
+    if layout.recompute == "full":
         flops += forward_flops_per_token(student, layout.seq_length)
     updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node

@@ -4,7 +4,7 @@ What autograd keeps is counted tensor by tensor for the layer that arch.build ma
 really saved. Legend: H hidden, A query heads x channels, K key/value heads x channels, F MLP neurons, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.plan.counts import parameters_per_rank
@@ -22,7 +22,7 @@ class Layout:
     micro_batch_size: int
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
-    recompute: bool = False  # keep each layer's input only, run the layer again in the backward pass
+    recompute: str = "none"  # config.Recompute: what the backward pass computes again
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
     cuda: bool = True  # fused RMSNorm keeps no normalised copy
@@ -34,28 +34,50 @@ class Layout:
 
 
 def saved_per_layer(shape: Shape, layout: Layout) -> int:
-    """Bytes that autograd keeps of one layer for one micro-batch on one rank."""
-    table = architecture(shape.architecture).transformer
+    """Bytes that autograd keeps of one layer for one micro-batch on one rank, without full recomputation."""
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
-    copies = 4  # inputs and outputs of two norms
-    if table["normalization"] == "RMSNorm" and not layout.cuda:
-        copies += 2  # the normalised values before the gain
-    replicated = copies * hidden / (layout.tp if layout.sequence_parallel else 1)
+    replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
-    mlp = (5 if table["gated_linear_unit"] else 2) * shape.ffn_hidden_size
+    mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
     return int(layout.tokens * (elements * layout.weight_bytes + small * FP32))
 
 
-def activation_bytes(shape: Shape, layout: Layout) -> int:
-    """Bytes that autograd keeps of a whole forward pass, at its largest: with recompute, every layer's input and one layer."""
-    width = shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
-    layer = saved_per_layer(shape, layout)
-    inputs = int(shape.num_layers * layout.tokens * width * layout.weight_bytes)
-    layers = inputs + layer if layout.recompute else shape.num_layers * layer
-    final_norm = 2 * layout.tokens * width * layout.weight_bytes
-    return int(layers + final_norm)
+def sequence_parts(layout: Layout) -> int:
+    """In how many parts the sequence is cut outside of attention and MLP."""
+    return layout.tp if layout.sequence_parallel else 1
+
+
+def kept_by_norm(shape: Shape, layout: Layout) -> float:
+    """Elements per token: a norm's input; torch's RMSNorm on a CPU keeps the normalised values too."""
+    twice = architecture(shape.architecture).transformer["normalization"] == "RMSNorm" and not layout.cuda
+    return (2 if twice else 1) * shape.hidden_size / sequence_parts(layout)
+
+
+def mlp_elements(shape: Shape) -> int:
+    """What the MLP keeps per token: squared ReLU 2 F; gated: both halves, the activated gate, the linear half again, the product."""
+    return (5 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
+
+
+def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
+    """Bytes that autograd keeps of a whole forward pass; the final hidden states belong to the loss.
+
+    With recomputation the backward pass fills in what it needs of one layer at a time (`with_working_layer`).
+    """
+    final_norm = layout.tokens * kept_by_norm(shape, layout) * layout.weight_bytes
+    if layout.recompute == "full":
+        width = shape.hidden_size / sequence_parts(layout)
+        layers = shape.num_layers * layout.tokens * width * layout.weight_bytes
+        working = saved_per_layer(shape, replace(layout, recompute="none"))
+    else:
+        layers = shape.num_layers * saved_per_layer(shape, layout)
+        working = (
+            layout.tokens * mlp_elements(shape) / layout.tp * layout.weight_bytes
+            if layout.recompute == "selective"
+            else 0
+        )
+    return int(layers + final_norm + (working if with_working_layer else 0))
 
 
 def forward_bytes(shape: Shape, layout: Layout) -> int:

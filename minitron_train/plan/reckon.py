@@ -62,8 +62,11 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         micro_batch_size=config.train.micro_batch_size,
         seq_length=config.train.seq_length,
         weight_bytes=2 if config.train.precision is Precision.bf16 else 4,
+        recompute=config.train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
-        sharded_optimizer=machine.cuda,
+        sharded_optimizer=machine.cuda
+        if config.train.distributed_optimizer is None
+        else config.train.distributed_optimizer,
         cuda=machine.cuda,
     )
 
@@ -142,7 +145,7 @@ def describe_choice(
         evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
             "activations"
         ]
-        for on in (True, False)
+        for on in ("full", "none")
     )
     return {
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},

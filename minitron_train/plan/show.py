@@ -81,7 +81,9 @@ def costs(plan: dict[str, Any]) -> list[str]:
 
 def layout_text(layout: dict[str, Any]) -> str:
     """tensor parallel 2, data parallel 64, …"""
-    extra = [name.replace("_", " ") for name in ("recompute", "sequence_parallel", "sharded_optimizer") if layout[name]]
+    extra = [name.replace("_", " ") for name in ("sequence_parallel", "sharded_optimizer") if layout[name]]
+    if layout["recompute"] != "none":
+        extra.append(f"{layout['recompute']} recompute")
     text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
     return ", ".join([text, *extra])
 
