@@ -251,7 +251,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
     def work(folder: Path) -> Mapping[str, Any]:
         teacher = Checkpoint(ws.teacher_folder)
-        keep = select(Scores.read(scores), ws.config.prune, teacher.shape, student)
+        keep = select(Scores.read(scores, teacher), ws.config.prune, teacher.shape, student)
         return slice_checkpoint(teacher, keep, student, folder)
 
     ws.run(stage, on_first(ws, work))

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Statistics:
         """Collect every point of layer `i` in the block; `mask[0]` is the current micro-batch's."""
 
         def watch(name: str, point: Point) -> torch.utils.hooks.RemovableHandle:
-            def see(x: Tensor | tuple[Tensor, ...]) -> None:
+            def see(x: Any) -> None:
                 first = x[0] if isinstance(x, tuple) else x
                 self.add(f"layers.{i}.{name}", point.value(layer, first), mask[0])
 

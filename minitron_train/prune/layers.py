@@ -65,7 +65,7 @@ class Layers:
     @property
     def final_norm(self) -> torch.nn.Module:
         """The norm after the last layer."""
-        return self.model.decoder.final_layernorm
+        return self.model.get_submodule("decoder.final_layernorm")
 
     def _fill(self, rows: list[convert.Row], i: int, slot: int) -> None:
         for row in rows:

@@ -78,6 +78,41 @@ class Scores:
         """Under any aggregation and scope, without a forward pass."""
         return importance(self.statistics, shape, prune)
 
+    @classmethod
+    def read(cls, path: Path, teacher: hf.Checkpoint) -> "Scores":
+        """Read scores for `teacher`.
+
+        Raises:
+            UserError: no such file, no raw statistics, or scores of another teacher.
+        """
+        if not path.exists():
+            raise UserError(f"{path}: no such file; run `score` first")
+        hf.read_header(path)
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            for key in SHAPE_KEYS:
+                if metadata.get(key) != str(getattr(teacher.shape, key)):
+                    raise UserError(
+                        f"{path}: scores of a model with {key}={metadata.get(key)}, the teacher has "
+                        f"{getattr(teacher.shape, key)}; run `score` again with this teacher"
+                    )
+            if metadata.get("teacher") != hf.fingerprint(teacher.folder):
+                raise UserError(
+                    f"{path}: scores of another teacher than {teacher.folder}; run `score` again with this one"
+                )
+            names = [name for name in list(file.keys()) if name.startswith("raw.")]
+            raw = {name.removeprefix("raw."): file.get_tensor(name) for name in names}
+        statistics = Statistics(
+            teacher.shape.num_layers, num_tokens=int(metadata["tokens"]), num_batches=int(metadata["batches"])
+        )
+        samples, statistics.spans = raw.pop("samples")[0], raw.pop("spans")
+        for name, value in raw.items():
+            if name.endswith(".block"):
+                statistics.blocks[name] = value
+            else:
+                statistics.moments[name] = Moments(samples, value[0], value[1])
+        return cls(statistics, metadata)
+
 
 def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, metadata: dict[str, str]) -> None:
     """The file: scores under `prune` (fp32), raw statistics under `raw.` (fp64), metadata."""
@@ -101,35 +136,3 @@ def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, 
     }
     tensors = {name: value.clone().cpu() for name, value in tensors.items()}  # no two share memory
     save_file(tensors, path, metadata=described)
-
-
-def read(path: Path, teacher: hf.Checkpoint) -> Scores:
-    """Read scores for `teacher`.
-
-    Raises:
-        UserError: no such file, no raw statistics, or scores of another teacher.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `score` first")
-    hf.read_header(path)
-    with safe_open(str(path), framework="pt") as file:
-        metadata = dict(file.metadata() or {})
-        for key in SHAPE_KEYS:
-            if metadata.get(key) != str(getattr(teacher.shape, key)):
-                raise UserError(
-                    f"{path}: scores of a model with {key}={metadata.get(key)}, the teacher has "
-                    f"{getattr(teacher.shape, key)}; run `score` again with this teacher"
-                )
-        if metadata.get("teacher") != hf.fingerprint(teacher.folder):
-            raise UserError(f"{path}: scores of another teacher than {teacher.folder}; run `score` again with this one")
-        raw = {name.removeprefix("raw."): file.get_tensor(name) for name in file.keys() if name.startswith("raw.")}
-    statistics = Statistics(
-        teacher.shape.num_layers, num_tokens=int(metadata["tokens"]), num_batches=int(metadata["batches"])
-    )
-    samples, statistics.spans = raw.pop("samples")[0], raw.pop("spans")
-    for name, value in raw.items():
-        if name.endswith(".block"):
-            statistics.blocks[name] = value
-        else:
-            statistics.moments[name] = Moments(samples, value[0], value[1])
-    return Scores(statistics, metadata)

@@ -103,7 +103,8 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     check_rules(student, "student")
     if student.num_query_groups != teacher.num_query_groups:
         raise UserError(
-            f"student.num_query_groups={student.num_query_groups}: the teacher's {teacher.num_query_groups} are kept; leave it out"
+            f"student.num_query_groups={student.num_query_groups}: the teacher's {teacher.num_query_groups} are kept; "
+            "leave it out"
         )
     for key in ("hidden_size", "ffn_hidden_size"):
         value = getattr(student, key)

@@ -14,7 +14,7 @@ from minitron_train.config import Aggregation, Config, ParallelConfig, Scope
 from minitron_train.parallel import groups
 from minitron_train.parallel.launch import World
 from minitron_train.prune.score import score
-from minitron_train.prune.scores import read
+from minitron_train.prune.scores import Scores
 from minitron_train.prune.select import select
 from minitron_train.prune.slice import slice_checkpoint
 
@@ -51,7 +51,7 @@ def outcome(oracle, tmp_path_factory):
     with groups.start(ParallelConfig(), World(), 1234) as g:
         score(config, g, teacher=teacher, tokens=tokens, folder=folder)
     student = teacher.shape.smaller(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4)
-    keep = select(read(folder / "scores.safetensors", teacher), config.prune, teacher.shape, student)
+    keep = select(Scores.read(folder / "scores.safetensors", teacher), config.prune, teacher.shape, student)
     (folder / "pruned").mkdir()
     slice_checkpoint(teacher, keep, student, folder / "pruned")
     return load_file(folder / "scores.safetensors"), keep, folder / "pruned", tokens
