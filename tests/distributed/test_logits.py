@@ -1,0 +1,46 @@
+"""The model against transformers, whole and split; export gives back what was imported, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_train.config import ParallelConfig
+from minitron_train.hf import Checkpoint
+from minitron_train.parallel.launch import read_world
+from tests.helpers import run_ranks
+from tests.models import hf_logits
+
+TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
+
+
+def split_logits(rank: int, world_size: int, folders: list[Path], sequence_parallel: bool) -> list[torch.Tensor]:
+    """Full-vocabulary logits [B, S, V] of each folder at TP = world_size, after the bit-equality of the export."""
+    from minitron_train.arch.build import build
+    from minitron_train.arch.convert import export, load
+    from minitron_train.parallel.groups import start
+
+    found = []
+    with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:
+        for folder in folders:
+            checkpoint = Checkpoint(folder)
+            model = build(checkpoint.shape, tp=world_size, sequence_parallel=sequence_parallel).eval()
+            load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
+            with torch.no_grad():
+                tokens = TOKENS_BS[:, :16] if sequence_parallel else TOKENS_BS
+                logits = torch.cat(groups.gather(model.logits(model(tokens))), dim=-1).transpose(0, 1)
+            exported = dict(export(model, checkpoint.table, checkpoint.shape, groups.gather))
+            assert set(exported) == set(checkpoint.sizes)
+            for name, tensor in exported.items():
+                assert torch.equal(tensor, checkpoint.read(name)), name
+            found.append(logits.numpy().copy())
+    return found
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, False)])
+def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequence_parallel: bool) -> None:
+    folders = list(tiny_models.values())
+    for answers in zip(folders, *run_ranks(split_logits, tp, folders, sequence_parallel), strict=True):
+        wanted = hf_logits(answers[0], TOKENS_BS)
+        for found in answers[1:]:
+            torch.testing.assert_close(torch.from_numpy(found), wanted[:, : found.shape[1]], rtol=0, atol=1e-4)

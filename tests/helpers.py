@@ -1,0 +1,68 @@
+"""Several ranks in one test: gloo processes on this machine."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 180.0
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Run `function(rank, world_size, *args)` in processes that find each other as torchrun's do.
+
+    `function` is a top-level one and starts torch.distributed itself (parallel.groups.start reads the environment).
+
+    Returns:
+        What each rank returned.
+
+    Raises:
+        AssertionError: a rank failed (its traceback is in the message) or hung.
+    """
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        context.Process(target=work, args=(function, rank, world_size, port, results, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    answers: dict[int, Any] = {}
+    try:
+        while len(answers) < world_size:
+            rank, answer, trace = results.get(timeout=TIMEOUT_S)
+            assert trace is None, f"rank {rank} failed:\n{trace}"
+            answers[rank] = answer
+    finally:
+        for worker in workers:
+            worker.join(timeout=5)
+            if worker.is_alive():
+                worker.kill()
+    return [answers[rank] for rank in range(world_size)]
+
+
+def work(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, args: tuple[Any, ...]
+) -> None:
+    """One rank's process."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, function(rank, world_size, *args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))

@@ -1,0 +1,61 @@
+"""Tiny random models made by transformers itself: the oracle's own code."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "vocab_size": 128,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "nemotron": {
+        "model_type": "nemotron",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_untied": {
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+def save_tiny(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a random model of one family; every parameter is random, norms included."""
+    config = {**COMMON, **FAMILIES[name], **changes}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def hf_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """transformers' own logits [B, S, V], fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens_BS).logits

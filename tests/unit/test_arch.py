@@ -1,0 +1,124 @@
+"""Tables and shapes: exact counts, complete coverage, rules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.convert import pack, read_shard, shards_to_parts
+from minitron_train.arch.init import RandomWeights
+from minitron_train.arch.rules import check_rules
+from minitron_train.errors import UserError
+from minitron_train.hf import Checkpoint
+
+NEMOTRON_15B = Shape(
+    architecture="nemotron",
+    num_layers=32,
+    hidden_size=6144,
+    ffn_hidden_size=24576,
+    num_attention_heads=48,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=256000,
+)
+SMOLLM2 = Shape(
+    architecture="llama",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    kv_channels=64,
+    vocab_size=49152,
+    tie_embeddings=True,
+)
+
+
+def total(shape: Shape) -> int:
+    return sum(architecture(shape.architecture).parameters(shape).values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "parameters"),
+    [
+        (NEMOTRON_15B, {}, 15_628_775_424),  # arXiv 2407.14679 table 5: 15.6 B
+        (NEMOTRON_15B, {"hidden_size": 3072, "num_attention_heads": 24, "ffn_hidden_size": 9216}, 4_190_509_056),
+        (NEMOTRON_15B, {"hidden_size": 3072, "num_attention_heads": 32, "ffn_hidden_size": 9216}, 4_391_835_648),
+        (NEMOTRON_15B, {"hidden_size": 4096, "ffn_hidden_size": 16384}, 8_271_699_968),
+        (SMOLLM2, {}, 134_515_008),
+        (SMOLLM2, {"hidden_size": 504, "num_attention_heads": 6, "ffn_hidden_size": 1056}, 90_121_752),
+    ],
+)
+def test_exact_parameter_counts(shape: Shape, sizes: dict[str, int], parameters: int) -> None:
+    assert total(shape.smaller(**sizes)) == parameters
+
+
+def test_non_embedding_count_of_the_4b() -> None:
+    counts = architecture("nemotron").parameters(
+        NEMOTRON_15B.smaller(hidden_size=3072, num_attention_heads=24, ffn_hidden_size=9216)
+    )
+    assert sum(counts.values()) - counts["embedding"] - counts["output"] == 2_617_645_056
+
+
+def test_tables_cover_the_checkpoints_exactly(tiny_models: dict[str, Path]) -> None:
+    for folder in tiny_models.values():
+        checkpoint = Checkpoint(folder)
+        assert checkpoint.table.tensors(checkpoint.shape) == checkpoint.sizes
+
+
+def test_qkv_is_interleaved_per_group() -> None:
+    """Group by group: the group's query rows, its key rows, its value rows."""
+    row = next(row for row in ARCHITECTURES["llama"].rows if "linear_qkv" in row.mcore)
+    query, key, value = torch.arange(12)[:, None], 100 + torch.arange(4)[:, None], 200 + torch.arange(4)[:, None]
+    fused = pack(row, [query, key, value], groups=2).flatten().tolist()
+    assert fused == [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 6, 7, 8, 9, 10, 11, 102, 103, 202, 203]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shards_give_back_the_parts(tiny_models: dict[str, Path], size: int) -> None:
+    checkpoint = Checkpoint(tiny_models["llama"])
+    for row in checkpoint.table.rows_of(checkpoint.shape):
+        shards = [read_shard(row, 0, checkpoint.shape, checkpoint, rank, size) for rank in range(size)]
+        for name, part in shards_to_parts(row, checkpoint.shape, shards).items():
+            assert torch.equal(part, checkpoint.read(name.format(i=0))), name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 7000}, "student.hidden_size=7000: larger than the teacher's 6144"),
+        ({"num_attention_heads": 20}, "must be a multiple of num_query_groups=8"),
+        ({"num_layers": 0}, "student.num_layers=0: must be at least 1"),
+    ],
+)
+def test_impossible_targets_are_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        NEMOTRON_15B.smaller(**sizes)
+
+
+def test_parallel_size_must_divide() -> None:
+    with pytest.raises(UserError, match="must divide the teacher's num_query_groups=3"):
+        SMOLLM2.check_parallel(9, "teacher")
+    SMOLLM2.check_parallel(3, "teacher")
+
+
+def test_rules_of_the_loaders() -> None:
+    with pytest.raises(UserError, match="hidden_size=500 must be a multiple of num_attention_heads=6"):
+        check_rules(SMOLLM2.smaller(hidden_size=500, num_attention_heads=6), "student")
+    check_rules(SMOLLM2.smaller(hidden_size=504, num_attention_heads=6), "student")
+
+
+def test_unsupported_architecture_names_the_supported() -> None:
+    with pytest.raises(UserError, match="'gpt2' is not supported; supported: .*llama.*nemotron"):
+        architecture("gpt2")
+
+
+def test_random_weights_do_not_depend_on_how_they_are_read() -> None:
+    shape = SMOLLM2.smaller(num_layers=2, hidden_size=66, ffn_hidden_size=32)
+    weights = RandomWeights(shape, std=0.02, seed=5)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(weights.read(name)[8:24], weights.read(name, 0, 8, 24))
+    assert not torch.equal(weights.read(name), RandomWeights(shape, std=0.02, seed=6).read(name))
+    assert weights.read("model.norm.weight").eq(1).all()
+    assert abs(weights.read(name).std().item() / 0.02 - 1) < 0.1
