@@ -1,19 +1,14 @@
-"""What all downloads share: the disk they need, the lines they print, and how a finished folder is recognised."""
+"""What all downloads share: the disk they need, and how a finished folder is recognised."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+from minitron_train.console import say
 from minitron_train.errors import UserError
 
 SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
-
-
-def say(text: str) -> None:
-    """One plain line on stderr (stdout belongs to results)."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def human_bytes(num_bytes: int) -> str:

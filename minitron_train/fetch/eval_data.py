@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minitron_train.config import EvalConfig
+from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.fetch.common import finished_facts, record_facts, require_disk, say
+from minitron_train.fetch.common import finished_facts, record_facts, require_disk
 from minitron_train.fetch.wheel import Wheel, copy_licence, download_wheel, open_wheel, wheel_licence
 from minitron_train.files import atomic_folder
 

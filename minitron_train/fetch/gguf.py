@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minitron_train.errors import UserError
 
 # GGUF stores only the *name* of the pre-tokenizer (tokenizer.ggml.pre), and transformers builds a plain byte-level one
-# for each of them: without this table digits are merged ("2024" -> "202", "4"), where the model saw them one by one.
+# for each of them. SmolLM2 saw every digit alone: with the plain one, "x =  10" has two single spaces before the 1
+# where the model was trained on one double space.
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [

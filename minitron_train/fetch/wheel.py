@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.fetch.common import say
 from minitron_train.files import disk_errors, sha256_file
 
 PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")  # not an option, a URL or a range
