@@ -5,10 +5,10 @@ from pathlib import Path
 import jinja2
 
 from minitron_train.files import atomic_write_text
-from minitron_train.report import charts, page
+from minitron_train.report import charts, evaluation, page
 from minitron_train.report.curves import health_charts, loss_charts
 from minitron_train.report.importance import importance_charts
-from minitron_train.report.load import Run, load_run
+from minitron_train.report.load import MODELS, Run, load_run
 from minitron_train.report.summary import not_run, summary_table
 
 
@@ -38,9 +38,11 @@ def render(run: Run) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template("page.jinja").render(
         run=run,
         page=page,
+        evaluation=evaluation,
+        labels=MODELS,
         models=run.labels,
         view=charts.VIEW,
         importance=importance_charts(run.axes, teacher.shape.num_query_groups if teacher else None),

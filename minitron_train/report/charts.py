@@ -6,7 +6,7 @@ length zero with round ends.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ VIEW = 2000  # units of the stretched square; whole numbers keep the page small
 MAX_POINTS = 400  # of one line; longer series are averaged over buckets
 
 Label = Callable[[float], str]
+Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """One SVG path. `kind` is how it is drawn (line, area, dots, cells, rule), `role` which colour it has."""
+    """One SVG path. `kind` is how it is drawn (line, thin, dashed, rule, dots, fill, outlined), `role` which colour it has."""
 
     kind: str
     role: str
@@ -84,7 +85,7 @@ class Chart:
     wide: bool = False  # over the whole row
 
 
-def linear(values: Iterable[float], label: Label = short, zero: bool = True, num_ticks: int = 4) -> Scale:
+def linear(values: Values, label: Label = short, zero: bool = True, num_ticks: int = 4) -> Scale:
     """A scale over the finite values, with round ticks; `zero` includes 0."""
     finite = [float(value) for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
@@ -97,33 +98,25 @@ def linear(values: Iterable[float], label: Label = short, zero: bool = True, num
     return Scale(low=first * step, high=last * step, ticks=ticks)
 
 
-def logarithmic(values: Iterable[float], label: Label = short) -> Scale:
-    """A scale over the positive finite values, with ticks at 1, 2 and 5 (few decades) or at powers of ten."""
+def logarithmic(values: Values, label: Label = short) -> Scale:
+    """A scale over the positive finite values, with ticks at powers of ten, and between them over few decades."""
     finite = [float(value) for value in values if math.isfinite(value) and value > 0] or [1.0]
     low, high = min(finite), max(finite)
     pad = max((high / low) ** 0.06, 1.05)
     low, high = low / pad, high * pad
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (
-        (1,)
-        if high / low > 300
-        else (1, 3)
-        if high / low > 30
-        else (1, 2, 5)
-        if high / low > 4
-        else (1, 1.5, 2, 3, 4, 5, 7)
-    )
+    steps = (1,) if high / low > 300 else (1, 3) if high / low > 30 else (1, 2, 5)
     ticks = [step * 10.0**k for k in decades for step in steps]
     return Scale(low=low, high=high, log=True, ticks=[(tick, label(tick)) for tick in ticks if low <= tick <= high])
 
 
-def wide_range(values: Iterable[float], ratio: float) -> bool:
+def wide_range(values: Values, ratio: float) -> bool:
     """Whether a logarithmic scale reads better."""
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > ratio
 
 
-def auto(values: Sequence[float], label: Label = short, ratio: float = 20.0) -> Scale:
+def auto(values: Values, label: Label = short, ratio: float = 20.0) -> Scale:
     """Logarithmic when the values span a wide range, linear from zero otherwise."""
     return logarithmic(values, label) if wide_range(values, ratio) else linear(values, label)
 
@@ -147,7 +140,7 @@ def point(x: Scale, y: Scale, x_value: float, y_value: float) -> str:
     return f"{round(x.at(x_value) * VIEW)} {round((1 - y.at(y_value)) * VIEW)}"
 
 
-def polyline(x: Scale, y: Scale, xs: Sequence[float], ys: Sequence[float]) -> str:
+def polyline(x: Scale, y: Scale, xs: Values, ys: Values) -> str:
     """A path through the points, broken where a value is not finite."""
     parts, pen_down = [], False
     for x_value, y_value in zip(xs, ys, strict=True):
@@ -159,7 +152,7 @@ def polyline(x: Scale, y: Scale, xs: Sequence[float], ys: Sequence[float]) -> st
     return "".join(parts)
 
 
-def dots(x: Scale, y: Scale, xs: Sequence[float], ys: Sequence[float]) -> str:
+def dots(x: Scale, y: Scale, xs: Values, ys: Values) -> str:
     """One round dot per finite point."""
     pairs = zip(xs, ys, strict=True)
     return "".join(f"M{point(x, y, *pair)}h0" for pair in pairs if all(math.isfinite(value) for value in pair))
@@ -170,11 +163,6 @@ def box(x: Scale, y: Scale, left: float, right: float, bottom: float, top: float
     x0, x1 = sorted(round(x.at(value) * VIEW) for value in (left, right))
     y0, y1 = sorted(round((1 - y.at(value)) * VIEW) for value in (bottom, top))
     return f"M{x0} {y0}h{x1 - x0}v{y1 - y0}h{x0 - x1}z"
-
-
-def area(x: Scale, y: Scale, xs: Sequence[float], ys: Sequence[float]) -> str:
-    """The surface between finite points and the bottom of the plot."""
-    return f"{polyline(x, y, xs, ys)}V{VIEW}H{round(x.at(xs[0]) * VIEW)}z"
 
 
 def level(x: Scale, y: Scale, value: float) -> str:

@@ -19,7 +19,7 @@ NUM_CHANNELS = 300  # buckets of the ranked embedding channels
 NUM_SHADES = 10
 DECADES = 2  # of the neurons' shades
 MAX_ROW_PX, MAP_PX = 18, 420
-KEYS = [Key(kind="area", role="kept", text="kept"), Key(kind="area", role="cut", text="cut")]
+KEYS = [Key(kind="fill", role="kept", text="kept"), Key(kind="fill", role="cut", text="cut")]
 
 
 def importance_charts(axes: dict[str, Axis], num_query_groups: int | None = None) -> list[Chart]:
@@ -240,8 +240,8 @@ def share_chart(axes: dict[str, Axis]) -> Chart:
         keys.append(Key(kind="line", role=role, text=f"{text} (dashed: {percent(units[name])} of them kept)"))
     return Chart(
         title="Importance kept, layer by layer",
-        caption="Share of each layer's summed importance that its kept heads and neurons hold. Where a line is near "
-        "its dashed level the layer's units were about equally important: the cut costs most there.",
+        caption="Share of each layer's summed importance that its kept heads and neurons hold. Near its "
+        "dashed level a layer's units scored about equally: the cut took nearly its share of the importance.",
         x=x,
         y=y,
         marks=marks,

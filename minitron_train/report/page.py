@@ -5,18 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_train.report import charts, numbers
-from minitron_train.report.charts import Chart, Mark
+import numpy as np
+
+from minitron_train.report import numbers
 from minitron_train.report.load import MODELS, Model, Run
-from minitron_train.report.summary import (
-    CHANCE,
-    SHARES,
-    metric_of,
-    perplexity_of,
-    score_of,
-    task_name,
-    tasks_of,
-)
+from minitron_train.report.summary import metric_of, perplexity_of, score_of, task_name, tasks_of
 
 PARTS = ("embedding", "output", "attention", "mlp", "norms")
 SIZES = (
@@ -136,76 +129,16 @@ def shape_rows(run: Run) -> list[tuple[str, str, str]]:
     return [*rows, ("weights on disk", sizes[0], sizes[1])]
 
 
-def evaluation_rows(run: Run) -> list[dict[str, Any]]:
-    """One row per task (perplexity first): every model's score, rows, shots, and the share of the teacher kept."""
-    rows = []
-    if any(perplexity_of(run, label) is not None for label in run.labels):
-        values = {label: perplexity_of(run, label) for label in run.labels}
-        teacher, student = values.get("teacher"), values.get("student")
-        share = f"× {student / teacher:.2f}" if teacher and student else "–"
-        cells = [(label, numbers.perplexity(value), "") for label, value in values.items()]
-        rows.append(
-            {
-                "task": "Perplexity",
-                "metric": "lower is better",
-                "cells": cells,
-                "rows": "–",
-                "shots": "–",
-                "share": share,
-            }
-        )
-    for task in tasks_of(run):
-        metric = metric_of(run, task)
-        scores = {label: score_of(run, label, task, metric) for label in run.labels}
-        teacher, student = (scores[label].value if label in scores else None for label in ("teacher", "student"))
-        seen = {key: sorted({getattr(s, key) for s in scores.values()} - {None}) for key in ("rows", "num_fewshot")}
-        rows.append(
-            {
-                "task": task_name(task),
-                "metric": metric + (f", chance {CHANCE[task] * 100:.0f} %" if task in CHANCE else ""),
-                "cells": [(label, score.text, score.reason) for label, score in scores.items()],
-                "rows": ", ".join(f"{value:,}" for value in seen["rows"]) or "–",
-                "shots": ", ".join(str(value) for value in seen["num_fewshot"]) or "–",
-                "share": numbers.percent(student / teacher) if teacher and student is not None else "–",
-            }
-        )
-    return rows
-
-
-def score_charts(run: Run) -> list[Chart]:
-    """Each task's scores with one standard error to both sides, and the level of guessing."""
-    made = []
-    for task in tasks_of(run):
-        metric = metric_of(run, task)
-        scores = {label: score_of(run, label, task, metric) for label in run.labels}
-        scores = {label: score for label, score in scores.items() if score.value is not None}
-        if metric not in SHARES or not scores:
-            continue
-        bounds = [score.value + sign * (score.stderr or 0) for score in scores.values() for sign in (-1, 1)]
-        chance = [CHANCE[task]] if task in CHANCE else []
-        x = charts.linear([*bounds, *chance], label=lambda share: numbers.percent(share, 0), zero=False)
-        y = charts.Scale(low=len(scores), high=0, ticks=[(i + 0.5, label) for i, label in enumerate(scores)])
-        marks = [
-            Mark(kind="dashed", role="muted", path=f"M{round(x.at(value) * charts.VIEW)} 0V{charts.VIEW}")
-            for value in chance
-        ]
-        for i, (label, score) in enumerate(scores.items()):
-            role, error = label if label in MODELS else "ink", score.stderr or 0.0
-            whisker = (
-                f"M{charts.point(x, y, score.value - error, i + 0.5)}H{round(x.at(score.value + error) * charts.VIEW)}"
-            )
-            marks.append(Mark(kind="line", role=role, path=whisker, title=f"{label}: {score.text}"))
-            marks.append(
-                Mark(
-                    kind="dots",
-                    role=role,
-                    path=charts.dots(x, y, [score.value], [i + 0.5]),
-                    title=f"{label}: {score.text}",
-                )
-            )
-        said = f"Dots: {metric}; bars: one standard error to both sides" + ("; dashed: guessing." if chance else ".")
-        made.append(Chart(title=task_name(task), caption=said, x=x, y=y, marks=marks, height_px=34 * len(scores) + 12))
-    return made
+def sources(run: Run) -> str:
+    """ "Tokens drawn from: web 70.0 %, code 30.0 %.", of the run so far."""
+    prefix = "source."
+    last = {
+        name.removeprefix(prefix): values[np.isfinite(values)][-1:]
+        for name, values in run.metrics.get("train", {}).items()
+        if name.startswith(prefix)
+    }
+    shares = ", ".join(f"{name} {numbers.percent(float(value[0]))}" for name, value in last.items() if len(value))
+    return f"Tokens drawn from: {shares}." if shares else ""
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:

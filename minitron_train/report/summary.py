@@ -9,15 +9,18 @@ from typing import Any
 from minitron_train.report import numbers
 from minitron_train.report.load import Run, load_run
 
-PREFERRED = (
+PREFERRED = (  # the headline metric of a task is the first of these that it has; lm-eval's filters follow the comma
     "acc_norm",
     "acc",
     "exact_match",
+    "exact_match,flexible-extract",
+    "exact_match,strict-match",
     "pass@1",
+    "pass_at_1",
     "rougeL",
-    "mc2",
-)  # the headline metric of a task: the first it has
-SHARES = frozenset({"acc_norm", "acc", "exact_match", "pass@1", "mc2"})  # between 0 and 1, printed as percent
+    "word_perplexity",
+)
+UNBOUNDED = ("perplexity", "loss")  # endings of metrics that are no shares of 1
 TASK_NAMES = {
     "hellaswag": "HellaSwag",
     "mmlu": "MMLU",
@@ -31,7 +34,6 @@ TASK_NAMES = {
     "wikitext": "WikiText",
     "xlsum": "XLSum",
 }
-CHANCE = {"hellaswag": 0.25, "mmlu": 0.25, "arc_challenge": 0.25, "arc_easy": 0.25, "winogrande": 0.5}  # of guessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +52,20 @@ class Score:
         """ "43.0 ± 4.9 %", "0.213 ± 0.010" or "not run"."""
         if self.value is None:
             return "not run"
-        if self.metric not in SHARES:
+        if not is_share(self.metric):
             return f"{self.value:.3f}" + (f" ± {self.stderr:.3f}" if self.stderr is not None else "")
         error = f" ± {self.stderr * 100:.1f}" if self.stderr is not None else ""
         return f"{self.value * 100:.1f}{error} %"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1 and is printed as percent."""
+    return not metric.partition(",")[0].endswith(UNBOUNDED)
+
+
+def metric_text(metric: str) -> str:
+    """Without the name of lm-eval's filter."""
+    return metric.partition(",")[0]
 
 
 def task_name(task: str) -> str:
@@ -68,8 +80,15 @@ def number(value: Any) -> float | None:
 
 
 def tasks_of(run: Run) -> list[str]:
-    """Every task that any model was evaluated on, or should have been; in the order of the first file."""
-    return list(dict.fromkeys(task for label in run.labels for task in results_of(run, label)))
+    """Every task that any model was evaluated on, or should have been; what ran first."""
+    ran = [task for label in run.labels for task in results_of(run, label)]
+    return list(dict.fromkeys([*ran, *(task for label in run.labels for task in reasons_of(run, label))]))
+
+
+def reasons_of(run: Run, label: str) -> Mapping[str, Any]:
+    """Tasks of one model that were not run, with the reason."""
+    reasons = run.evals.get(label, {}).get("not_run")
+    return reasons if isinstance(reasons, Mapping) else {}
 
 
 def results_of(run: Run, label: str) -> Mapping[str, Any]:
@@ -93,17 +112,22 @@ def entry_of(run: Run, label: str, task: str) -> Mapping[str, Any]:
 def score_of(run: Run, label: str, task: str, metric: str | None = None) -> Score:
     """One model's score on one task."""
     metric = metric or metric_of(run, task)
-    entry = entry_of(run, label, task)
-    if (value := number(entry.get(metric))) is None:
-        reason = str(entry.get("not_run") or "")
-        return Score(metric=metric, reason=reason or ("" if label in run.evals else f"the {label} was not evaluated"))
-    stderr, rows, shots = (number(entry.get(key)) for key in (f"{metric}_stderr", "rows", "num_fewshot"))
+    if label not in run.evals:
+        return Score(metric=metric, reason=f"the {label} was not evaluated")
+    return read_score(entry_of(run, label, task), metric, str(reasons_of(run, label).get(task, "")))
+
+
+def read_score(entry: Mapping[str, Any], metric: str, reason: str = "") -> Score:
+    """The headline numbers of one record of `results` or of its `parts`."""
+    name, comma, filter_name = metric.partition(",")
+    rows, shots = number(entry.get("rows")), number(entry.get("num_fewshot"))
     return Score(
         metric=metric,
-        value=value,
-        stderr=stderr,
+        value=number(entry.get(metric)),
+        stderr=number(entry.get(f"{name}_stderr{comma}{filter_name}")),
         rows=None if rows is None else int(rows),
         num_fewshot=None if shots is None else int(shots),
+        reason=reason,
     )
 
 
@@ -114,14 +138,24 @@ def perplexity_of(run: Run, label: str) -> float | None:
 
 
 def not_run(run: Run) -> list[str]:
-    """ "MMLU: no data …", once for all models that share the reason."""
-    reasons: dict[str, list[str]] = {}
-    for task in tasks_of(run):
-        for label in run.labels:
-            score = score_of(run, label, task)
-            if score.value is None and score.reason:
-                reasons.setdefault(f"{task_name(task)}: not run: {score.reason}", []).append(label)
-    return list(reasons)
+    """ "MMLU: not run: no data …", once for all models that share the reason."""
+    scores = {task: [score_of(run, label, task) for label in run.labels] for task in tasks_of(run)}
+    lines = (
+        f"{task_name(task)}: not run: {score.reason}"
+        for task, found in scores.items()
+        for score in found
+        if score.value is None and score.reason
+    )
+    return list(dict.fromkeys(lines))
+
+
+def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
+    """Parameters and bytes of weights: of the folder, or as the evaluation noted them."""
+    if label in run.models:
+        return run.models[label].parameters, run.models[label].weight_bytes
+    noted = (number(run.evals.get(label, {}).get(key)) for key in ("parameters", "bytes"))
+    parameters, weight_bytes = (None if value is None else int(value) for value in noted)
+    return parameters, weight_bytes
 
 
 def summary_table(output_dir: Path) -> str:
@@ -134,29 +168,35 @@ def summary_table(output_dir: Path) -> str:
     """
     run = load_run(output_dir)
     tasks = tasks_of(run)
-    head = ["", "parameters", "bytes", "perplexity"]
-    for task in tasks:
-        rows = sorted({score.rows for label in run.labels if (score := score_of(run, label, task)).rows is not None})
-        many = f", {rows[0]:,} rows" if len(rows) == 1 else ""
-        head.append(f"{task_name(task)} {metric_of(run, task)}{many}")
-    table = [head]
+    table = [
+        ["", "", "", "", *(task_name(task) for task in tasks)],
+        ["", "", "", "", *(metric_text(metric_of(run, task)) for task in tasks)],
+        ["", "parameters", "bytes", "perplexity", *(rows_text(run, task) for task in tasks)],
+    ]
     for label in run.labels:
-        model = run.models.get(label)
-        table.append(
-            [
-                label,
-                numbers.count(model.parameters) if model else "–",
-                numbers.byte_size(model.weight_bytes) if model else "–",
-                numbers.perplexity(perplexity_of(run, label)),
-                *(score_of(run, label, task).text for task in tasks),
-            ]
-        )
-    widths = [max(len(row[k]) for row in table) for k in range(len(head))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
+        parameters, weight_bytes = size_of(run, label)
+        sizes = [
+            "–" if parameters is None else numbers.count(parameters),
+            "–" if weight_bytes is None else numbers.byte_size(weight_bytes),
+            numbers.perplexity(perplexity_of(run, label)),
+        ]
+        table.append([label, *sizes, *(score_of(run, label, task).text for task in tasks)])
+    lines = aligned(table if tasks else table[2:])
+    lines.insert(len(lines) - len(run.labels), "-" * len(lines[-1]))
+    return "\n".join([*lines, *not_run(run)])
+
+
+def rows_text(run: Run, task: str) -> str:
+    """ "100 rows"; nothing when the models saw different numbers of rows, or none."""
+    rows = {score.rows for label in run.labels if (score := score_of(run, label, task)).rows is not None}
+    return f"{rows.pop():,} rows" if len(rows) == 1 else ""
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Lines with the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    cells = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         for row in table
     ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, *not_run(run)])
+    return ["  ".join(row).rstrip() for row in cells]
