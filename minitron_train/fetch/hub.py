@@ -50,6 +50,7 @@ WANTED = (
     "merges.txt",
     "chat_template.jinja",
     "LICENSE*",
+    "NOTICE*",
 )
 # First match wins: a gated repository is also one that is not found.
 REMEDIES: tuple[tuple[type[Exception], str], ...] = (
@@ -130,6 +131,7 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
     with hub_errors(teacher.repo_id, teacher.revision):
         api = HfApi(endpoint=hub_endpoint())
         info = api.model_info(teacher.repo_id, revision=teacher.revision, files_metadata=True)
+        require_commit(teacher, str(info.sha))
         files = list_files(info.siblings or [])
         missing_bytes = sum(file.num_bytes - arrived_bytes(file, staging) for file in files)
         require_disk(f"teacher {teacher.repo_id}", {folder: missing_bytes})
@@ -148,6 +150,13 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
                 record_facts(scratch, facts)
             shutil.rmtree(staging)
     return facts
+
+
+def require_commit(teacher: TeacherConfig, commit: str) -> None:
+    """Refuse a branch or pull request that is no longer the commit that the recipe was written for."""
+    if not commit.startswith(teacher.commit or ""):
+        moved = f"{teacher.repo_id} at {teacher.revision} is now commit {commit}, the recipe expects {teacher.commit}"
+        raise UserError(f"{moved}; look at what changed, then set teacher.commit")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}" * 50,
     "model.safetensors.index.json": b"{}",
+    "LICENSE": b"",  # empty in nvidia/Minitron-8B-Base
     "model-00001-of-00002.safetensors": bytes(range(256)) * 200,
     SHARD: bytes(reversed(range(256))) * 4000,
 }
@@ -146,7 +147,7 @@ def test_only_model_files_arrive_and_a_finished_folder_needs_no_network(hub, tmp
     folder = tmp_path / "teacher"
     facts = fetch_teacher(teacher_config(), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "source.json"} == FILES
-    assert {name for name, _ in hub.gets} == set(FILES), "nothing else was even asked for"
+    assert {name for name, _ in hub.gets} == set(FILES) - {"LICENSE"}, "nothing else was even asked for"
     assert facts["commit"] == COMMIT and facts["license"] == "mit"
     assert facts["files"][SHARD] == hashlib.sha256(FILES[SHARD]).hexdigest()
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"], "the download folder is gone"
@@ -154,8 +155,13 @@ def test_only_model_files_arrive_and_a_finished_folder_needs_no_network(hub, tmp
     assert fetch_teacher(teacher_config(), folder) == facts
 
 
-def test_a_branch_is_recorded_as_its_commit(hub, tmp_path):
-    assert fetch_teacher(teacher_config("main"), tmp_path / "teacher")["commit"] == COMMIT
+def test_a_branch_is_recorded_as_its_commit_and_must_not_move(hub, tmp_path):
+    teacher = teacher_config("refs/pr/4")
+    teacher.commit = "bbbb"
+    with pytest.raises(UserError, match=r"is now commit aaaa.*expects bbbb; look at what changed"):
+        fetch_teacher(teacher, tmp_path / "teacher")
+    teacher.commit = COMMIT[:7]
+    assert fetch_teacher(teacher, tmp_path / "teacher")["commit"] == COMMIT
 
 
 def test_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
