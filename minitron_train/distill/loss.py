@@ -108,9 +108,7 @@ def distillation_loss(
     if loss.kd_weight == 0:
         teacher_hidden_ND = teacher_weight_VD = None
     elif teacher_hidden_ND is None or teacher_weight_VD is None:
-        raise UserError(
-            f"kd_weight={loss.kd_weight}: needs a teacher; give one, or set kd_weight=0 to use labels alone"
-        )
+        raise UserError(f"kd_weight={loss.kd_weight}: needs a teacher; give one, or set kd_weight=0")
     vocab = _Vocabulary.of(student_weight_VH, teacher_weight_VD, vocab_size, group)
     if loss.top_k > vocab.size:
         raise UserError(f"top_k={loss.top_k}: the vocabulary has {vocab.size} entries; choose at most as many")
@@ -191,9 +189,7 @@ class _Vocabulary:
                 "shards meet; pad both to the same size"
             )
         if len(set(rows.values())) > 1 and vocab_size is None:
-            raise UserError(
-                f"output rows ({named}): differ, and padding cannot be told; give vocab_size, the real size"
-            )
+            raise UserError(f"output rows ({named}): differ, and padding cannot be told; give vocab_size")
         size = shard * num_ranks if vocab_size is None else vocab_size
         if not 0 < size <= min(rows.values()):
             raise UserError(f"vocab_size={size}: must fit the output rows ({named}); give the tokenizer's size")

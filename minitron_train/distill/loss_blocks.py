@@ -36,9 +36,7 @@ class Chunking:
     def validate(self) -> None:
         """A budget that is not negative, and blocks of at least one row and column."""
         if self.memory_budget_u < 0:
-            raise UserError(
-                f"memory_budget_u={self.memory_budget_u}: must be at least 0; give 0 for the smallest blocks"
-            )
+            raise UserError(f"memory_budget_u={self.memory_budget_u}: must be at least 0; 0 is the smallest blocks")
         for name in ("vocab_tile", "token_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -52,33 +50,6 @@ class BlockPlan:
     token_chunk: int
     vocab_tile: int
     keep_bytes: int
-
-
-def plan_blocks(
-    chunking: Chunking, num_tokens: int, vocab: int, free_rows: int, dtype: torch.dtype, device: str
-) -> BlockPlan:
-    """Choose the block's shape for `num_tokens` x `vocab` logits.
-
-    `free_rows` is how many rows of logits fit into the storage of the weight gradient (`LogitBlocks`): token chunks are
-    equal parts of the tokens and do not exceed it, so that whole blocks fit.
-    """
-    num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
-    budget = int(chunking.memory_budget_u * num_tokens * vocab * 4)
-    most = TOKEN_CHUNK.get(device, TOKEN_CHUNK["cuda"])
-    if free_rows >= MIN_TOKEN_CHUNK:
-        most = min(most, free_rows)
-    rows = chunking.token_chunk or _equal_part(num_tokens, most)
-    most_elements = budget // (2 * NUM_WORK_BUFFERS * dtype.itemsize)
-    elements = min(BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"]), most_elements)
-    columns = chunking.vocab_tile or max(elements // rows, MIN_VOCAB_TILE)
-    rows, columns = min(rows, num_tokens), min(columns, vocab)
-    return BlockPlan(rows, columns, max(0, budget - NUM_WORK_BUFFERS * rows * columns * dtype.itemsize))
-
-
-def _equal_part(total: int, most: int) -> int:
-    """Size of equal parts of `total`, each at most `most`: 768 in parts of at most 512 is 384."""
-    num_parts = -(-total // most)
-    return -(-total // num_parts)
 
 
 class Projection:
@@ -117,6 +88,37 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> 
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def plan_blocks(
+    chunking: Chunking, num_tokens: int, vocab: int, student: Projection, weight_grad_VH: Tensor | None
+) -> BlockPlan:
+    """Choose the block's shape for `num_tokens` x `vocab` logits.
+
+    Token chunks are equal parts of the tokens. They do not exceed the rows of logits that fit into the storage of the
+    weight gradient (`LogitBlocks`), so that whole blocks fit. Working memory takes at most half of the budget.
+    """
+    device, dtype, width = student.weight_VH.device.type, student.compute_dtype, student.width
+    num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
+    budget = int(chunking.memory_budget_u * num_tokens * vocab * 4)
+    most = TOKEN_CHUNK.get(device, TOKEN_CHUNK["cuda"])
+    free_rows = 0 if weight_grad_VH is None else width * weight_grad_VH.itemsize // dtype.itemsize
+    if free_rows >= MIN_TOKEN_CHUNK:
+        most = min(most, free_rows)
+    rows = min(chunking.token_chunk or _equal_part(num_tokens, most), num_tokens)
+    narrow = student.weight_VH.dtype != dtype
+    summed_apart = weight_grad_VH is not None and (narrow or rows < num_tokens)
+    column_bytes = (NUM_WORK_BUFFERS * rows + (summed_apart + narrow) * width) * dtype.itemsize
+    elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
+    automatic = max(min(elements // rows, budget // (2 * column_bytes)), MIN_VOCAB_TILE)
+    columns = min(chunking.vocab_tile or automatic, vocab)
+    return BlockPlan(rows, columns, max(0, budget - column_bytes * columns))
+
+
+def _equal_part(total: int, most: int) -> int:
+    """Size of equal parts of `total`, each at most `most`: 768 in parts of at most 512 is 384."""
+    num_parts = -(-total // most)
+    return -(-total // num_parts)
 
 
 @dataclass(slots=True)
@@ -202,10 +204,12 @@ class LogitBlocks:
             self.work[name] = like.new_empty(self.plan.token_chunk * self.plan.vocab_tile, dtype=self.dtype)
         return self.work[name][: num_rows * num_columns].view(num_rows, num_columns)
 
-    def release(self) -> None:
-        """Let go of everything kept."""
-        self.kept.clear()
-        self.work.clear()
+    def release(self) -> Tensor | None:
+        """Let go of all memory and keep nothing from now on; returns the weight gradient."""
+        weight_grad_VH, self.weight_grad_VH, self.keep = self.weight_grad_VH, None, False
+        for held in (self.kept, self.work, self.in_work):
+            held.clear()
+        return weight_grad_VH
 
     def _home(self, block: Block, role: Role) -> Tensor | None:
         """Where this block's logits may stay until the last sweep, or None."""

@@ -49,7 +49,7 @@ class FusedLoss(torch.autograd.Function):
         """Gather the sums of every row, in as many sweeps as the terms need."""
         dtype = _logit_dtype(hidden_NH, problem)
         terms = problem.make_terms(hidden_NH.new_empty(len(hidden_NH), dtype=dtype))
-        weight_grad_VH = torch.empty_like(weight_VH) if problem.wants_grad and weight_VH.requires_grad else None
+        weight_grad_VH = _empty_grad(weight_VH) if problem.wants_grad and weight_VH.requires_grad else None
         blocks = _make_blocks(hidden_NH, weight_VH, weight_grad_VH, problem, list(terms.values()))
         for sweep in range(max(weighted.term.num_sweeps for weighted in terms.values())):
             swept = [weighted.term for weighted in terms.values() if sweep < weighted.term.num_sweeps]
@@ -71,16 +71,24 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """One more sweep: the gradient of each block's logits, multiplied into those of hidden states and weights."""
-        if ctx.blocks is None:
-            raise RuntimeError("distillation_loss: a second backward pass; the first one has used up what was kept")
+        """One more sweep: the gradient of each block's logits, multiplied into those of hidden states and weights.
+
+        Releases all memory, so that a loss which is kept for the log holds none; with `retain_graph` a second
+        backward pass computes all logits anew.
+        """
         hidden_NH, weight_VH = ctx.saved_tensors  # raises when they were changed since the forward pass
-        blocks, ctx.blocks = ctx.blocks, None
+        blocks: LogitBlocks = ctx.blocks
         hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=blocks.dtype) if ctx.needs_input_grad[0] else None
+        if blocks.weight_grad_VH is None and ctx.needs_input_grad[1]:
+            blocks.weight_grad_VH = _empty_grad(weight_VH)
         _sweep_gradients(blocks, ctx.terms, grads[0], hidden_grad_NH)
         if hidden_grad_NH is not None:
             hidden_grad_NH = all_reduce(hidden_grad_NH, ctx.problem.group).to(hidden_NH.dtype)
-        return hidden_grad_NH, blocks.weight_grad_VH, None
+        return hidden_grad_NH, blocks.release(), None
+
+
+def _empty_grad(weight_VH: Tensor) -> Tensor:
+    return torch.empty_like(weight_VH, memory_format=torch.contiguous_format)
 
 
 def _logit_dtype(hidden_NH: Tensor, problem: Problem) -> torch.dtype:
@@ -97,8 +105,7 @@ def _make_blocks(
     projections: dict[Role, Projection] = {"student": Projection(hidden_NH.detach(), weight_VH.detach(), dtype)}
     if problem.teacher is not None:
         projections["teacher"] = Projection(*problem.teacher, dtype)
-    free_rows = 0 if weight_grad_VH is None else weight_grad_VH[0].nbytes // dtype.itemsize
-    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, free_rows, dtype, hidden_NH.device.type)
+    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, projections["student"], weight_grad_VH)
     reread = problem.wants_grad and any(weighted.term.gradient_reads_logits for weighted in terms)
     keep = reread or any(weighted.term.num_sweeps > 1 for weighted in terms)
     return LogitBlocks(projections, plan, len(hidden_NH), problem.vocab, dtype, weight_grad_VH, keep)
@@ -124,7 +131,7 @@ def _sweep_gradients(
                 multiply(grad_RC.T, student.hidden_NH[block.rows], grad_CH, add=block.chunk > 0)
             if hidden_grad_NH is not None:
                 multiply(grad_RC, weight_CH, hidden_grad_NH[block.rows], add=True)
-        if slice_CH is not None and slice_CH is not grad_CH:
+        if slice_CH is not None and grad_CH is not None and grad_CH is not slice_CH:
             slice_CH.copy_(grad_CH)
     if weight_grad_VH is not None:
         weight_grad_VH[blocks.vocab :] = 0
