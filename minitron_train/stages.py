@@ -66,8 +66,7 @@ class Stage:
         old = read_provenance(self.folder, self.record)
         if not old:
             return "missing", ""
-        changes = differences(old.get("inputs", {}), self.inputs, "input ")
-        changes += differences(old.get("settings", {}), plain(self.settings), "")
+        changes = changes_since(old, self)
         return ("stale", "; ".join(changes)) if changes else ("finished", "")
 
     def describe(self) -> list[str]:
@@ -141,15 +140,19 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
         if fresh:
             shutil.rmtree(stage.folder, ignore_errors=True)
         stage.folder.mkdir(parents=True, exist_ok=True)
-    now = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
     started = read_provenance(stage.folder, STARTED)
-    changes = differences(started, now, "") if started else []
+    changes = changes_since(started, stage) if started else []
     if changes:
         raise UserError(
             f"{stage.folder}: was started otherwise ({'; '.join(changes)}); set another output_dir, restore the setting, "
             "or give force=true to start again"
         )
-    atomic_write_json(stage.folder / STARTED, now | {"command": shlex.join(invocation.command)})
+    record = {
+        "inputs": dict(stage.inputs),
+        "settings": plain(stage.settings),
+        "command": shlex.join(invocation.command),
+    }
+    atomic_write_json(stage.folder / STARTED, record)
 
 
 def write_provenance(
@@ -181,6 +184,12 @@ def read_provenance(folder: Path, record: str = PROVENANCE) -> dict[str, Any]:
         return json.loads((folder / record).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def changes_since(record: Mapping[str, Any], stage: Stage) -> list[str]:
+    """How a stage differs from the one that a record describes."""
+    inputs = differences(record.get("inputs", {}), stage.inputs, "input ")
+    return inputs + differences(record.get("settings", {}), plain(stage.settings), "")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:

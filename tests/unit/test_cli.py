@@ -1,0 +1,89 @@
+"""The command line: help, resolved configuration, and one clear line for every mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_train import cli
+from minitron_train.errors import UserError
+
+
+def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minitron_train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prun"], "unknown command 'prun' (did you mean 'prune'?); commands: fetch pretrain"),
+        (["prune", "+recipe=tinny"], "unknown recipe 'tinny' (did you mean 'tiny'?); there are: "),
+        (["prune", "recipe=tiny"], "a recipe is added with a plus: +recipe=tiny"),
+        (["prune", "student.hiden_size=4"], "unknown key 'student.hiden_size' (did you mean 'hidden_size'?)"),
+        (["prune", "sed=4"], "unknown key 'sed' (did you mean 'seed'?)"),
+        (["prune", "seed.x=4"], "seed is a value, not a section"),
+        (["prune", "prune=modelop"], "unknown option of prune 'modelop' (did you mean 'modelopt'?)"),
+        (["prune", "tiny"], "settings look like key=value"),
+        (["prune", "student.hidden_size=big"], "could not be converted to Integer"),
+        (["prune", "student.hidden_size=0"], "student.hidden_size=0: must be greater than 0"),
+        (["prune"], "no teacher in outputs/custom/teacher; give teacher.path=FOLDER"),
+        (["prune", "teacher.path=nowhere"], "teacher.path=nowhere: no such folder"),
+        (["prune", "+recipe=4b"], "was never published as a Hugging Face folder"),
+        (["distill", "+recipe=smollm2"], "run `python -m minitron_train fetch +recipe=smollm2` first"),
+        (["eval"], "nothing to evaluate in outputs/custom"),
+        (["train"], "unknown command 'train'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = minitron(*arguments, cwd=tmp_path)
+    assert message in result.stderr
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_resolved_configuration(tmp_path: Path) -> None:
+    result = minitron("prune", "+recipe=4b", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "output_dir: outputs/4b" in result.stdout
+    assert "hidden_size: 3072" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from minitron_train import cli; from minitron_train.parallel.launch import World\n"
+        "for argv in (['m', '--help'], ['m', 'distill', '--help']): cli.run(argv, World())\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "train.global_batch_size=" in result.stdout
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    from minitron_train import commands
+
+    assert f"usage: python -m minitron_train {name}" in cli.command_help(name)
+    assert name in commands.TABLE
+
+
+@pytest.mark.parametrize("name", list(cli.recipes()))
+def test_every_recipe_composes(name: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    cli.register_recipes()
+    with initialize_config_dir(str(cli.home() / "conf"), version_base="1.3"):
+        config = cli.to_config(compose("config", [f"+recipe={name}"]))
+    assert config.name == name
+    assert config.output_dir == f"outputs/{name}"
+
+
+def test_keys_that_users_name_themselves_pass() -> None:
+    cli.check_override("data.sources.mine.path=x")
+    cli.check_override("+recipe=tiny,smollm2")
+    with pytest.raises(UserError):
+        cli.check_override("data.sorces.mine.path=x")

@@ -1,0 +1,78 @@
+"""Outputs appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from minitron_train.errors import UserError
+from minitron_train.files import atomic_folder, atomic_write_json, recover
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as scratch:
+        (scratch / "old").write_text("1")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as scratch:
+        (scratch / "half").write_text("2")
+        raise RuntimeError
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"old"}
+
+
+def test_a_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with atomic_folder(tmp_path / "out") as scratch:
+            (scratch / name).write_text("1")
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"new"}
+
+
+def test_recover_after_a_kill_between_the_two_renames(tmp_path: Path) -> None:
+    """The old folder was moved aside, the new one is not yet there: the old one comes back, half work goes."""
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.partial-12345678").mkdir()
+    recover(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+
+
+def test_recover_after_a_kill_before_the_old_folder_was_deleted(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "new").touch()
+    (tmp_path / "out.replaced").mkdir()
+    recover(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"new"}
+
+
+def test_json_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        atomic_write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another output_dir"), atomic_folder(tmp_path / "file" / "out"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the disk is full"), atomic_folder(tmp_path / "out") as scratch:
+        with (scratch / "x").open("wb"), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"0" * 10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        target = Path("/proc/minitron_out")  # root may write everywhere but here
+    else:
+        tmp_path.chmod(0o500)
+        target = tmp_path / "out"
+    with pytest.raises((UserError, FileNotFoundError)), atomic_folder(target):
+        pass
