@@ -13,7 +13,8 @@ from torch import Tensor
 
 from minitron_train.arch.build import LanguageModel
 
-# B batch, S tokens of one row, P tokens in the cache, H hidden, N positions, V vocab (local shard), G KV groups, D channels
+# B batch, S tokens of one row, P tokens in the cache, H hidden, N positions, V vocab (local shard)
+# G KV groups held, D channels per head
 
 LOGIT_BYTES = 128 * 2**20  # of the logits that are held at once
 
@@ -120,7 +121,7 @@ def target_logprobs(
         peak = logits.amax(dim=1)
         if group is not None:
             dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        sums = torch.stack([(logits - peak[:, None]).exp_().sum(dim=1), target])
+        sums = torch.stack([logits.sub_(peak[:, None]).exp_().sum(dim=1), target])
         if group is not None:
             dist.all_reduce(sums, group=group)
         logprobs[part] = sums[1] - peak - sums[0].log()

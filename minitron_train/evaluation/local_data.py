@@ -44,14 +44,14 @@ TASKS = {
 
 def local_files(task: str, data_dir: Path) -> dict[str, Path]:
     """Split -> file of one lm-eval task; empty when there is none. MMLU's subjects lie in mmlu/SUBJECT."""
-    spec = TASKS.get(task)
-    folder = (spec.folder if spec else None) or (
-        f"mmlu/{task.removeprefix('mmlu_')}" if task.startswith("mmlu_") else task
-    )
+    subject = task.removeprefix("mmlu_")
+    named = TASKS[task].folder if task in TASKS else None
+    folder = data_dir / (named or (task if subject == task else f"mmlu/{subject}"))
     found = {}
     for split in SPLITS:
-        candidates = [data_dir / folder / f"{split}{suffix}" for suffix in SUFFIXES]
-        found |= {split: path for path in candidates[::-1] if path.is_file()}
+        existing = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+        if existing:
+            found[split] = existing[0]
     return found
 
 
@@ -63,7 +63,8 @@ def check_columns(task: str, files: dict[str, Path]) -> None:
         missing = [column for column in (spec.columns if spec else ()) if column not in columns]
         if missing:
             raise UserError(
-                f"{path}: column {missing[0]!r} is missing (it has {', '.join(sorted(columns))}); lm-eval's task {task} reads it"
+                f"{path}: column {missing[0]!r} is missing, which lm-eval's task {task} reads; "
+                f"rename one of {', '.join(sorted(columns))}, or take the file out"
             )
 
 

@@ -1,17 +1,20 @@
 """Requests that share beginnings, laid out so that every shared token is computed once. Pure Python, no model.
 
 Two means, chosen from the token lists alone:
-- a row is a trie in one sequence. HellaSwag: context, ending 1, … ending 4; each ending sees the context and itself.
-- a group of rows has one cached prefix. MMLU: the few-shot examples of a subject, then its questions.
-Requests with the same input (MMLU's answers A, B, C, D) are one path of the trie with four targets.
+- a tree in one row. HellaSwag: context, ending 1, … ending 4; each ending sees the context and itself. Trees that have
+  nothing in common fill a row together, so that there is hardly any padding.
+- a group of rows with one cached prefix. MMLU: the few-shot examples of a subject, then its questions.
+Requests with the same input (MMLU's answers A, B, C, D) are one path of a tree with four targets.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-MIN_SHARED = 8  # tokens in common that bring two requests into one row
+MIN_SHARED = 8  # tokens in common that bring two requests into one tree
 MIN_CACHED = 128  # tokens in common that are worth a cached prefix
-MAX_ROW = 512  # tokens of a row that holds several requests
+MIN_FILLED = 7 / 8  # of the longest row of a batch; the rest is padding
+MAX_ROW = 384  # tokens of a row that holds several requests: attention costs more in longer rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Request:
 
 @dataclass(slots=True)
 class Row:
-    """A trie of inputs, depth first. A token's parent is the token before it in its text, -1 for the first."""
+    """Trees of inputs, depth first. A token's parent is the token before it in its text, -1 for the first."""
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
@@ -41,6 +44,14 @@ class Row:
     def is_chain(self) -> bool:
         """Whether plain causal attention is right."""
         return self.depths[-1] == len(self.depths) - 1
+
+    def join(self, other: "Row") -> None:
+        """Put another row's trees behind this one's."""
+        start = len(self.tokens)
+        self.tokens.extend(other.tokens)
+        self.depths.extend(other.depths)
+        self.parents.extend(parent + start if parent >= 0 else -1 for parent in other.parents)
+        self.targets.extend((place + start, token, index) for place, token, index in other.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,35 +83,58 @@ def families(requests: Iterable[Request]) -> list[list[Request]]:
     return groups
 
 
-def shared_prefix(family: list[Request]) -> int:
-    """Tokens that a family shares and that no target is read off."""
+def cached_length(family: list[Request]) -> int:
+    """Tokens of a sorted family that are worth a cached prefix: 0 when one row holds it all, or when it shares few."""
+    if len(grow_trees(family, 0)) == 1:
+        return 0
     shared = common_length(family[0].inputs, family[-1].inputs)  # sorted: the first and the last differ earliest
-    return min(shared, *(len(r.inputs) - r.num_targets for r in family))
+    shared = min(shared, *(len(r.inputs) - r.num_targets for r in family))  # no target is read off the prefix
+    return shared if shared >= MIN_CACHED else 0
 
 
-def pack_rows(family: list[Request], num_prefix: int) -> list[Row]:
-    """Rows of a sorted family; the first `num_prefix` tokens are left out, since they are cached."""
-    rows: list[Row] = []
-    path: list[int] = []  # places in the row of the last request's tokens
+def grow_trees(requests: list[Request], num_prefix: int) -> list[Row]:
+    """Trees of sorted requests; the first `num_prefix` tokens are left out, since they are cached.
+
+    A tree has at most MAX_ROW tokens, unless a single request is longer.
+    """
+    trees: list[Row] = []
+    path: list[int] = []  # places in the tree of the last request's tokens
     last: tuple[int, ...] = ()
-    for request in family:
+    for request in requests:
         inputs = request.inputs[num_prefix:]
         shared = common_length(last, inputs)
-        fits = shared == len(inputs) or (rows and len(rows[-1].tokens) + len(inputs) - shared <= MAX_ROW)
-        if shared < min(MIN_SHARED, len(inputs)) or not fits:
-            rows.append(Row())
+        fits = shared == len(inputs) or (trees and len(trees[-1].tokens) + len(inputs) - shared <= MAX_ROW)
+        if not trees or shared < min(MIN_SHARED, len(inputs)) or not fits:
+            trees.append(Row())
             path, shared = [], 0
-        row = rows[-1]
+        tree = trees[-1]
         del path[shared:]
         for token in inputs[shared:]:
-            row.parents.append(path[-1] if path else -1)
-            row.depths.append(len(path))
-            path.append(len(row.tokens))
-            row.tokens.append(token)
+            tree.parents.append(path[-1] if path else -1)
+            tree.depths.append(len(path))
+            path.append(len(tree.tokens))
+            tree.tokens.append(token)
         last = inputs
         places = path[len(path) - request.num_targets :]
         targets = request.tokens[len(request.tokens) - request.num_targets :]
-        row.targets.extend((place, token, request.index) for place, token in zip(places, targets, strict=True))
+        tree.targets.extend((place, token, request.index) for place, token in zip(places, targets, strict=True))
+    return trees
+
+
+def fill_rows(trees: list[Row]) -> list[Row]:
+    """Trees into rows of at most MAX_ROW tokens: the largest first, each into the row that it fills best."""
+    rows: list[Row] = []
+    by_room: dict[int, list[Row]] = defaultdict(list)
+    for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
+        size = len(tree.tokens)
+        room = next((room for room in range(size, MAX_ROW) if by_room[room]), None)
+        if room is None:
+            row = Row()
+            rows.append(row)
+        else:
+            row = by_room[room].pop()
+        row.join(tree)
+        by_room[MAX_ROW - len(row.tokens)].append(row)
     return rows
 
 
@@ -108,7 +142,9 @@ def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
     """Rows of like length together, the longest first, at most `batch_tokens` with padding (but at least one row)."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda r: -len(r.tokens)):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].tokens) <= batch_tokens:
+        longest = len(batches[-1][0].tokens) if batches else 0
+        fits = batches and (len(batches[-1]) + 1) * longest <= batch_tokens
+        if fits and len(row.tokens) >= MIN_FILLED * longest:
             batches[-1].append(row)
         else:
             batches.append([row])
@@ -118,17 +154,15 @@ def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
 def plan(requests: Iterable[Request], batch_tokens: int) -> list[Unit]:
     """All the work, largest pieces first."""
     units: list[Unit] = []
-    loose: list[Row] = []
+    loose: list[Request] = []
     for family in families(requests):
-        rows = pack_rows(family, 0)
-        num_prefix = shared_prefix(family) if len(rows) > 1 or len(rows[0].tokens) > MAX_ROW else 0
-        distinct = len({r.inputs for r in family})
-        if num_prefix < MIN_CACHED or distinct == 1:
-            loose.extend(rows)
+        num_prefix = cached_length(family)
+        if num_prefix == 0:
+            loose.extend(family)
         else:
-            batches = make_batches(pack_rows(family, num_prefix), batch_tokens)
-            units.append(Unit(family[0].tokens[:num_prefix], batches))
-    units.extend(Unit((), [batch]) for batch in make_batches(loose, batch_tokens))
+            rows = fill_rows(grow_trees(family, num_prefix))
+            units.append(Unit(family[0].tokens[:num_prefix], make_batches(rows, batch_tokens)))
+    units.extend(Unit((), [batch]) for batch in make_batches(fill_rows(grow_trees(loose, 0)), batch_tokens))
     return sorted(units, key=lambda unit: -unit.num_tokens)
 
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,10 +67,10 @@ def to_tensors(rows: list[Row], num_prefix: int) -> tuple[Tensor, Tensor, Tensor
         positions[b, : len(row.tokens)] = torch.tensor(row.depths) + num_prefix
     if num_prefix == 0 and all(row.is_chain for row in rows):
         return tokens, positions, None
-    visible = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1)
+    visible = np.stack([np.eye(longest, dtype=bool)] * len(rows))
     for b, row in enumerate(rows):
         for place, parent in enumerate(row.parents):
             if parent >= 0:
                 visible[b, place] |= visible[b, parent]
     prefix = torch.ones(len(rows), longest, num_prefix, dtype=torch.bool)
-    return tokens, positions, ~torch.cat([prefix, visible], dim=2)
+    return tokens, positions, ~torch.cat([prefix, torch.from_numpy(visible)], dim=2)

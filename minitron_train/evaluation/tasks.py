@@ -27,7 +27,7 @@ from minitron_train.files import sha256_file
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"
-FOLDERS = "hellaswag mmlu/default arc winogrande gsm8k truthfulqa wikitext piqa openbookqa sciq lambada".split()
+FOLDERS = ("hellaswag", "mmlu/default", "arc", "winogrande", "gsm8k", "truthfulqa", "wikitext", "piqa", "openbookqa")
 HUB_TIMEOUT_S = 3.0
 
 
