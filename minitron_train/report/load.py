@@ -12,10 +12,13 @@ from safetensors import safe_open
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.errors import UserError
+from minitron_train.files import PARTIAL, REPLACED
 from minitron_train.hf import read_json, shape_from_config
 from minitron_train.stages import PROVENANCE
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
+PATH_SETTINGS = {"teacher": "teacher", "pruned": "student", "student": "export"}  # sections whose `path` moves a model
+TRAININGS = {"train": "train", "pretrain": "pretrain/train"}
 LAYER_KEY = re.compile(r"layers\.(\d+)\.(heads|ffn|block)")
 
 # L layers, U units of one axis in one layer (heads or neurons), H embedding channels, T logged steps
@@ -97,31 +100,31 @@ def load_run(folder: Path) -> Run:
         axes=read_axes(folder / "scores" / "scores.safetensors", folder / "pruned" / "kept.safetensors"),
         metrics={
             name: columns
-            for name in ("pretrain", "train")
-            if (columns := read_metrics(folder / name / "metrics.jsonl"))
+            for name, place in TRAININGS.items()
+            if (columns := read_metrics(folder / place / "metrics.jsonl"))
         },
         evals={
-            file.stem: read_json(file) for file in sorted((folder / "eval").glob("*.json")) if file.name != PROVENANCE
+            file.stem: read_json(file)
+            for file in sorted((folder / "eval").glob("*.json"))
+            if not file.name.endswith(PROVENANCE)
         },
     )
 
 
 def read_stages(folder: Path) -> Iterator[dict[str, Any]]:
     """Provenance of every finished stage, from its own folder or one below."""
-    for pattern in (PROVENANCE, f"*/{PROVENANCE}", f"*/*/{PROVENANCE}"):
+    for pattern in (f"*/*{PROVENANCE}", f"*/*/*{PROVENANCE}"):  # eval/ has one per model: teacher.provenance.json
         for file in sorted(folder.glob(pattern)):
-            if not any(part.startswith(".") or ".partial-" in part for part in file.parts):
-                yield read_json(file) | {"folder": str(file.parent.relative_to(folder))}
+            place = file.parent.relative_to(folder)
+            if not any(PARTIAL in part or REPLACED in part for part in place.parts):
+                yield read_json(file) | {"folder": str(place)}
 
 
 def read_models(folder: Path, stages: list[dict[str, Any]]) -> Iterator[tuple[str, Model]]:
-    """The teacher (in the output folder, or where the configuration says), the pruned model and the student."""
+    """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
     for label in MODELS:
-        places = [folder / label]
-        if label == "teacher":
-            paths = [stage.get("config", {}).get("teacher", {}).get("path") for stage in reversed(stages)]
-            places = [*(Path(path) for path in paths if path), *places]
-        for place in places:
+        sections = [stage.get("config", {}).get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
+        for place in [*(Path(section["path"]) for section in sections if section.get("path")), folder / label]:
             if (place / "config.json").exists():
                 shape = shape_from_config(read_json(place / "config.json"), str(place / "config.json"))
                 weight_bytes = sum(file.stat().st_size for file in place.glob("*.safetensors") if file.stem != "kept")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,17 @@ def small_model(run: Run) -> Model | None:
     return run.models.get("student") or run.models.get("pruned")
 
 
+def small_label(run: Run) -> str:
+    """Whose sizes stand beside the teacher's."""
+    return "student" if "student" in run.models else "pruned"
+
+
 def lede(run: Run) -> str:
     """The whole run in two sentences, of what is known."""
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher is None:
         return "There is no teacher in this output folder yet."
-    said = f"A {teacher.shape.architecture} teacher of {numbers.short(teacher.parameters)} parameters"
+    said = f"{teacher_name(run)} ({teacher.shape.architecture}, {numbers.short(teacher.parameters)} parameters)"
     if student is None:
         return f"{said}; nothing has been pruned yet."
     share = student.parameters / teacher.parameters
@@ -58,6 +64,16 @@ def lede(run: Run) -> str:
     found = [(label, perplexity_of(run, label)) for label in MODELS]
     values = ", ".join(f"{label} {numbers.perplexity(value)}" for label, value in found if value is not None)
     return f"{said} Perplexity on held-out text: {values}." if values else said
+
+
+def teacher_name(run: Run) -> str:
+    """Where the teacher came from: a hub's repository, a wheel, a folder, or this very run."""
+    configs = [stage.get("config", {}).get("teacher") or {} for stage in reversed(run.stages)]
+    for key in ("path", "repo_id", "wheel"):
+        found = next((str(config[key]) for config in configs if config.get(key)), None)
+        if found:
+            return Path(found).name if key == "path" else found
+    return "A teacher trained here" if "pretrain" in run.metrics else "The teacher"
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -84,7 +100,7 @@ def tiles(run: Run) -> list[Tile]:
         total_s = sum(stage.get("wall_seconds") or 0.0 for stage in run.stages)
         peak = max(stage.get("peak_rss_bytes") or 0 for stage in run.stages)
         detail = f"{len(run.stages)} stages, at most {numbers.byte_size(peak)} of memory"
-        made.append(Tile(title="Wall time", value=numbers.duration(total_s), detail=detail))
+        made.append(Tile(title="Wall time, all stages", value=numbers.duration(total_s), detail=detail))
     return made
 
 
@@ -153,10 +169,18 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
             "peak": numbers.byte_size(stage["peak_rss_bytes"]) if stage.get("peak_rss_bytes") else "–",
             "inputs": [(label, str(digest)[:HASH_DIGITS]) for label, digest in (stage.get("inputs") or {}).items()],
             "facts": pretty(stage.get("facts")),
-            "config": pretty(stage.get("config")),
         }
         for stage in run.stages
     ]
+
+
+def configurations(run: Run) -> dict[str, list[str]]:
+    """Resolved configurations, as indented JSON, with the stages that ran under each."""
+    found: dict[str, list[str]] = {}
+    for stage in run.stages:
+        if stage.get("config"):
+            found.setdefault(pretty(stage["config"]), []).append(str(stage.get("stage", stage["folder"])))
+    return found
 
 
 def versions(run: Run) -> list[tuple[str, str]]:

@@ -35,6 +35,12 @@ def model_config(hidden_size: int, ffn: int, heads: int, num_layers: int) -> dic
     }
 
 
+STAGES = (
+    ("score", "scores/provenance.json"),
+    ("prune", "pruned/provenance.json"),
+    ("distill", "train/provenance.json"),
+    ("eval student", "eval/student.provenance.json"),
+)
 CONFIGS = {
     "teacher": model_config(HIDDEN, FFN, HEADS, NUM_LAYERS),
     "pruned": model_config(24, 32, 4, NUM_LAYERS - 1),
@@ -103,11 +109,11 @@ def write_evals(folder: Path) -> None:
 
 
 def write_provenance(folder: Path, name: str = "smollm2") -> None:
-    for k, (stage, place) in enumerate((("score", "scores"), ("prune", "pruned"), ("distill", "train"))):
+    for k, (stage, place) in enumerate(STAGES):
         record = {
             "stage": stage,
             "command": f"python -m minitron_train {stage} +recipe={name}",
-            "config": {"name": name, "seed": 1234, "teacher": {"path": None}},
+            "config": {"name": name, "seed": 1234, "teacher": {"path": None, "wheel": "some-llm==1.0"}},
             "inputs": {"teacher": "0123456789abcdef" * 4},
             "packages": {"torch": "2.13.0"},
             "started_at": f"2026-01-0{k + 1}T10:00:00+00:00",
@@ -115,7 +121,7 @@ def write_provenance(folder: Path, name: str = "smollm2") -> None:
             "peak_rss_bytes": 1_500_000_000,
             "facts": {"url": "https://example.org/"},
         }
-        write_json(folder / place / "provenance.json", record)
+        write_json(folder / place, record)
 
 
 @pytest.fixture
@@ -170,6 +176,8 @@ def test_page_holds_the_measured_numbers(output_dir: Path) -> None:
     teacher, student = parameters("teacher"), parameters("student")
     for expected in (
         "smollm2",
+        "some-llm==1.0 (llama, ",
+        "Configuration of score, prune, distill, eval student",
         f"{teacher:,} {student:,} {student / teacher:.1%}".replace("%", " %"),
         "18.21 312.4 26.90",
         "43.0 ± 4.9 % 28.0 ± 4.9 % 36.0 ± 4.9 % 83.7 % 100 0",
@@ -325,6 +333,12 @@ def test_models_elsewhere_are_found(tmp_path: Path) -> None:
     table = summary_table(tmp_path / "out")
     assert f"{parameters('teacher'):,}" in table
     assert re.search(r"own +77 +154 B +5\.00", table)
+
+
+def test_pretraining_has_its_own_section(tmp_path: Path) -> None:
+    write_metrics(tmp_path / "pretrain" / "train" / "metrics.jsonl")
+    text = Page(write_report(tmp_path)).text
+    assert "The teacher's own training" in text and "Not distilled yet" in text
 
 
 def test_no_folder(tmp_path: Path) -> None:
