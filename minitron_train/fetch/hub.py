@@ -126,6 +126,7 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
     identity = {"source": "hub", "repo_id": teacher.repo_id, "revision": teacher.revision}
     finished = finished_facts(folder, identity)
     if finished and not force:
+        require_commit(teacher, finished["commit"])
         return finished
     staging = folder.with_name(folder.name + ".download")
     with hub_errors(teacher.repo_id, teacher.revision):

