@@ -20,8 +20,7 @@ def main() -> None:
     try:
         cli.run(sys.argv, world)
     except UserError as error:
-        if world.is_first or not getattr(error, "on_every_rank", False):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept", file=sys.stderr)

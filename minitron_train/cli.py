@@ -77,21 +77,29 @@ def run(argv: list[str], world: World) -> None:
         print(command_help(name))
         return
     register_recipes()
-    for argument in arguments:
-        check_override(argument)
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not before.startswith("--"):  # the word after an option of Hydra's, as in --cfg job
+            check_override(argument)
     sys.argv = [argv[0], *arguments]
     typed = ["python", "-m", "minitron_train", name, *arguments]
+
+    mistakes: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
     def composed(config: DictConfig) -> None:
         from minitron_train import commands
 
-        commands.execute(name, to_config(config), typed, world)
+        try:
+            commands.execute(name, to_config(config), typed, world)
+        except UserError as error:  # kept from Hydra, which would print lines of its own
+            mistakes.append(error)
 
     try:
         composed()
     except HydraException as error:
         raise UserError(one_line(error)) from error
+    if mistakes:
+        raise mistakes[0]
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -133,9 +141,9 @@ def register_recipes() -> None:
 
 def check_override(argument: str) -> None:
     """Refuse an override whose key, group option or recipe does not exist, naming those that do."""
-    if argument.startswith("-") or "=" not in argument:
-        if argument.startswith(("-", "~")):
-            return
+    if argument.startswith(("-", "~")):
+        return
+    if "=" not in argument:
         raise UserError(f"argument {argument!r}: settings look like key=value; see --help for the keys")
     key, value = argument.split("=", 1)
     key, prefixed = key.lstrip("+"), argument.startswith("+")
