@@ -76,7 +76,12 @@ def loss_chart(columns: Columns) -> Chart | None:
     if validation:
         marks.append(Mark(kind="dots", role="ink", path=charts.dots(x, y, *validation)))
         keys.append(Key(kind="dots", role="ink", text="validation"))
-        text = f" Validation went from {validation[1][0]:.3g} to {validation[1][-1]:.3g}."
+        first, last = validation[1][0], validation[1][-1]
+        text = (
+            f" Validation went from {first:.3g} to {last:.3g}."
+            if len(validation[1]) > 1
+            else f" Validation: {last:.3g}."
+        )
     lost = int(np.sum(~np.isfinite(columns["loss"]) & np.isfinite(columns.get("lr", columns["loss"]))))
     text += f" Steps without a finite loss, left out: {lost}." if lost else ""
     kind = "distillation loss" if distilled else "cross-entropy"

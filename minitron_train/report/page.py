@@ -122,7 +122,7 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
                 "before": numbers.count(before),
                 "after": "–" if after is None else numbers.count(after),
                 "kept": "–" if after is None else numbers.percent(after / before),
-                "width": None if part == "total" else (before / largest, (after or 0) / largest),
+                "width": None if part == "total" else [before / largest, *([] if after is None else [after / largest])],
             }
         )
     return rows
@@ -187,11 +187,21 @@ def versions(run: Run) -> list[tuple[str, str]]:
     """Package versions, Python and the commit; where stages differ, all of them."""
     found: dict[str, list[str]] = {}
     for stage in run.stages:
-        known = {"python": stage.get("python"), "git commit": stage.get("git_commit"), **(stage.get("packages") or {})}
+        known = {
+            "python": stage.get("python"),
+            "git commit": short_commit(stage.get("git_commit")),
+            **(stage.get("packages") or {}),
+        }
         for name, version in known.items():
             if version and str(version) not in found.setdefault(name, []):
                 found[name].append(str(version))
     return [(name, ", ".join(items)) for name, items in found.items() if items]
+
+
+def short_commit(commit: str | None) -> str | None:
+    """The commit's first digits, and whether files differed from it."""
+    digest, dash, dirty = (commit or "").partition("-")
+    return digest[:HASH_DIGITS] + dash + dirty or None
 
 
 def pretty(value: Mapping[str, Any] | None) -> str:
