@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -200,4 +201,21 @@ def build(
         pre_process=pre_process,
         post_process=post_process,
     )
-    return model.to(torch.cuda.current_device()) if torch.cuda.is_available() else model
+    if torch.cuda.is_available():
+        model.to(torch.cuda.current_device())
+    mark_parallel(model, shape)
+    return model
+
+
+def mark_parallel(model: LanguageModel, shape: Shape) -> None:
+    """Tell megatron-core which parameters are split over the tensor-parallel ranks, or its gradient norm counts one rank's only.
+
+    It does so itself only where it also initialises them.
+    """
+    parameters = dict(model.named_parameters())
+    for row in architecture(shape.architecture).rows_of(shape):
+        dim = row.parallel_dim()
+        for i in row.layers(shape) if dim is not None else ():
+            parameter = parameters.get(row.mcore.format(i=i))
+            if parameter is not None and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, True, dim, 1)

@@ -1,0 +1,76 @@
+"""One forward pass of teacher and student over a batch: hidden states of both, and the loss between them."""
+
+# B sequences, S tokens of a sequence, N = S * B tokens, H hidden size (student's or teacher's)
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from minitron_train.arch.build import LanguageModel
+from minitron_train.config import DistillConfig
+from minitron_train.data.stream import Batch
+from minitron_train.distill.loss import LossParts, LossSpec, distillation_loss
+from minitron_train.parallel.groups import Groups
+
+
+def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
+    """The configured loss; cross-entropy alone without a teacher (`pretrain`)."""
+    if not has_teacher:
+        return LossSpec(kd_weight=0.0, ce_weight=1.0)
+    return LossSpec(
+        kind=distill.loss,
+        temperature=distill.temperature,
+        temperature_squared=distill.temperature_squared,
+        top_k=distill.top_k,
+        kd_weight=distill.kd_weight,
+        ce_weight=distill.ce_weight,
+    )
+
+
+def attention_mask(documents_BS: Tensor | None) -> Tensor | None:
+    """Hides (True) the future and other documents, [B, 1, S, S]; None is causal attention over the whole row."""
+    if documents_BS is None:
+        return None
+    length = documents_BS.shape[1]
+    future_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).triu(1)
+    other_BSS = documents_BS[:, :, None] != documents_BS[:, None, :]
+    return (other_BSS | future_SS)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised. `teacher` is frozen: no gradients, no optimizer state, its own dtype; None trains on labels alone."""
+
+    student: torch.nn.Module  # the LanguageModel, or its DDP wrapper
+    teacher: LanguageModel | None
+    spec: LossSpec
+    groups: Groups
+    vocab_size: int | None = None  # real output rows, where the models differ in padding
+
+    def __call__(self, batch: Batch, spec: LossSpec | None = None) -> LossParts:
+        """Loss summed over the batch's valid tokens; `total.backward()` fills the student's gradients."""
+        mask = attention_mask(batch.documents_BS)
+        teacher_NH = teacher_VH = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_NH = self._hidden(self.teacher, batch.tokens_BS, mask)
+                teacher_VH = self.teacher.output_weight
+        return distillation_loss(
+            self._hidden(self.student, batch.tokens_BS, mask),
+            getattr(self.student, "module", self.student).output_weight,
+            teacher_NH,
+            teacher_VH,
+            loss=spec or self.spec,
+            mask_N=batch.mask_BS.T.flatten(),
+            labels_N=batch.labels_BS.T.flatten(),
+            vocab_size=self.vocab_size,
+            group=self.groups.tp_group if self.groups.tp_size > 1 else None,
+        )
+
+    def _hidden(self, model: torch.nn.Module, tokens_BS: Tensor, mask: Tensor | None) -> Tensor:
+        """Final hidden states [N, H], whole on every tensor-parallel rank."""
+        hidden_SBH = model(tokens_BS, mask)
+        if model.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+        return hidden_SBH.flatten(0, 1)

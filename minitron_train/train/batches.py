@@ -1,0 +1,41 @@
+"""Batches as the training step wants them: on the device, in micro batches, or made from held-out sequences."""
+
+# B sequences, S tokens of a sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minitron_train.data.stream import Batch
+
+TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "positions_BS", "documents_BS")
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    """Those of the batch's tensors that are there."""
+    found = {name: getattr(batch, name) for name in TENSORS}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return replace(batch, **{name: tensor.to(device) for name, tensor in tensors(batch).items()})
+
+
+def micro_batches(batch: Batch, num_rows: int) -> list[Batch]:
+    """A rank's batch in parts of at most `num_rows` sequences."""
+    cuts = {name: tensor.split(num_rows) for name, tensor in tensors(batch).items()}
+    return [replace(batch, **{name: cut[k] for name, cut in cuts.items()}) for k in range(len(cuts["tokens_BS"]))]
+
+
+def held_out_batch(rows: Tensor) -> Batch:
+    """Sequences [B, S + 1] as a batch in which every token counts."""
+    inputs = rows[:, :-1].contiguous()
+    return Batch(
+        tokens_BS=inputs,
+        labels_BS=rows[:, 1:].contiguous(),
+        mask_BS=torch.ones(inputs.shape, device=rows.device),
+        positions_BS=None,
+        documents_BS=None,
+        sources={},
+    )

@@ -1,0 +1,234 @@
+"""Training checkpoints through megatron-core's dist_checkpointing, written by a thread while training goes on.
+
+megatron-core forks its writer. A fork in a process whose gloo threads are at work can hang for ever in Python 3.11
+(PyOS_AfterFork_Child takes a lock that such a thread may have held); so the state is copied to host memory, and a
+thread of this process hands it to megatron-core's writing function. After a kill -9 nobody goes on writing.
+"""
+
+import functools
+import os
+import queue
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from minitron_train.config import CheckpointConfig
+from minitron_train.console import say
+from minitron_train.errors import UserError
+from minitron_train.files import PARTIAL
+from minitron_train.parallel import cpu
+from minitron_train.parallel.groups import Groups
+from minitron_train.train import checkpoint_files as files
+
+WRITER_NICENESS = 10  # the writer yields its core to the training step
+
+WriteBucket = tuple[str, str, tuple[list[Any], list[Any]]]  # path, name, (bytes, tensors): what goes into one file
+
+
+class Writing:
+    """One checkpoint on its way to disk: this rank's files by a thread, the rest by `finish`, collectively."""
+
+    def __init__(self, request: AsyncRequest, folder: Path, rank: int) -> None:
+        self.finalize, self.folder, self.rank = request.finalize_fns, folder, rank
+        self.thread: threading.Thread | None = None
+        if request.async_fn is not None:  # this rank has something to write
+            transforms, (_, buckets, results) = request.async_fn.args[0], request.async_fn_args  # type: ignore[attr-defined]
+            arguments = (transforms, [copy_to_host(bucket) for bucket in buckets], results)
+            self.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+            self.thread.start()
+
+    def _write(self, transforms: list[Any], buckets: list[WriteBucket], results: "queue.Queue[Any]") -> None:
+        """megatron-core's writing, bucket by bucket, then the hashes of what it wrote."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
+        try:
+            written = {k: write_bucket(transforms, k, bucket) for k, bucket in enumerate(buckets)}
+            files.write_sums(self.folder, [Path(bucket[0]) for bucket in buckets], self.rank)
+        except Exception as error:  # megatron-core raises it in `finish`, on all ranks
+            results.put(error)
+        else:
+            results.put(written)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is still at work."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def finish(self) -> None:
+        """Gather the results of all ranks and publish; collective, after every rank's thread has ended.
+
+        Raises:
+            CheckpointException, OSError: on every rank, when one of them could not write.
+        """
+        if self.thread is not None:
+            self.thread.join()
+        with cpu.cuda_means_cpu():
+            for step in self.finalize:
+                step()
+
+
+def copy_to_host(bucket: WriteBucket) -> WriteBucket:
+    """A snapshot that training does not change."""
+    path, name, (raw, tensors) = bucket
+    return path, name, (raw, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors])
+
+
+def write_bucket(transforms: list[Any], k: int, bucket: WriteBucket) -> list[Any]:
+    """One file, fsynced; megatron-core's function reports through queues."""
+    results: queue.Queue[Any] = queue.Queue()
+    counter: queue.Queue[int] = queue.Queue()
+    counter.put(k)
+    FileSystemWriterAsync.write_preloaded_data(transforms, k, bucket, results, counter, True)  # type: ignore[arg-type]
+    outcome = results.get()[1]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: on a file system that all ranks see.
+        belongs_to: the settings that a checkpoint must have been made with to be continued, flat.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointConfig, groups: Groups, belongs_to: Mapping[str, Any]) -> None:
+        self.folder, self.settings, self.groups, self.belongs_to = folder, settings, groups, dict(belongs_to)
+        self.writing: Writing | None = None
+        filesystem_async._results_queue = queue.Queue()  # instead of megatron-core's, which is in a spawned process
+        names = [f"{PARTIAL}{uuid.uuid4().hex[:8]}"]
+        dist.broadcast_object_list(names, src=0)
+        self.suffix = names[0]  # of this process's unfinished folders: a killed one's writer may still be at work
+        if groups.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.remove_partial(folder)
+        groups.barrier()
+
+    def save(self, step: int, state: dict[str, Any], facts: Mapping[str, Any], *, wait: bool = False) -> bool:
+        """Begin to write a checkpoint; collective. The tensors of `state` may change as soon as this returns.
+
+        Args:
+            state: sharded state dict (megatron-core).
+            facts: `tokens`, `validation` and the like, for the manifest.
+            wait: return when it is on disk.
+
+        Returns:
+            Whether nothing has failed so far. A failure is said, and leaves the earlier checkpoints as they are.
+        """
+        good = self.poll(wait=True)
+        scratch = files.checkpoint_path(self.folder, step).with_suffix(self.suffix)
+        if not self._prepare(scratch, state):
+            return False
+        with cpu.cuda_means_cpu():
+            strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+            request = dist_checkpointing.save(state, str(scratch), strategy, async_sharded_save=True)
+        assert isinstance(request, AsyncRequest)
+        manifest = {"step": step, **facts, "belongs_to": self.belongs_to}
+        request.add_finalize_fn(functools.partial(self._publish, scratch, step, manifest))
+        self.writing = Writing(request, scratch, self.groups.rank)
+        return self.poll(wait=wait or not self.settings.asynchronous) and good
+
+    def poll(self, *, wait: bool = False) -> bool:
+        """Publish the checkpoint whose files have arrived; collective. False when writing it failed."""
+        if self.writing is None or (not wait and self.groups.any(self.writing.is_writing)):
+            return True
+        writing, self.writing, reason = self.writing, None, ""
+        try:
+            writing.finish()
+        except (CheckpointException, OSError) as error:
+            reason = str(error).strip().splitlines()[-1] or type(error).__name__
+        if self.groups.any(bool(reason)):
+            self._discard(reason, writing.folder)
+            return False
+        return True
+
+    def load(self, make_template: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole; None when there is none. Collective.
+
+        Args:
+            make_template: gives the sharded state dict whose tensors are filled.
+
+        Raises:
+            UserError: it belongs to other settings (named), or every checkpoint is damaged.
+        """
+        paths = files.finished(self.folder)
+        for path in paths:
+            wrong = files.damage(path, self.groups.rank, self.groups.world_size)
+            if wrong:
+                print(f"checkpoint {path.name} is damaged: {wrong}; falling back to the one before", flush=True)
+            if self.groups.any(wrong is not None):
+                continue
+            self._check_settings(path)
+            with cpu.cuda_means_cpu():
+                return dist_checkpointing.load(make_template(), str(path))
+        if paths:
+            raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to begin again")
+        return None
+
+    def _check_settings(self, path: Path) -> None:
+        changed = files.differences(files.read_manifest(path)["belongs_to"], self.belongs_to)
+        if changed:
+            raise UserError(
+                f"{path} was made with other settings ({'; '.join(changed)}); set them back, or choose another output_dir"
+            )
+
+    def _prepare(self, scratch: Path, state: dict[str, Any]) -> bool:
+        """An empty folder, when the disk has room; all ranks get the same answer."""
+        needed = sum_over_tensors(state)
+        short = False
+        if self.groups.is_first:
+            try:
+                scratch.mkdir()
+                free = shutil.disk_usage(self.folder).free
+                short = free < needed * self.groups.tp_size
+                if short:
+                    say(f"checkpoint {scratch.stem}: {self.folder} has {free:,} bytes free; {needed:,} are needed")
+            except OSError as error:
+                short = True
+                say(f"checkpoint {scratch.stem}: {error}")
+        if self.groups.any(short):
+            self._discard("no room", scratch)
+            return False
+        return True
+
+    def _publish(self, scratch: Path, step: int, manifest: dict[str, Any]) -> None:
+        """After all ranks' files are written: the checkpoint appears."""
+        error: OSError | None = None
+        if self.groups.is_first:
+            try:
+                files.publish(scratch, files.checkpoint_path(self.folder, step), manifest)
+                files.tidy(self.folder, self.settings.keep, self.settings.keep_best)
+            except OSError as caught:
+                error = caught
+        if self.groups.any(error is not None):
+            raise error or OSError("rank 0 could not finish the checkpoint")
+
+    def _discard(self, reason: str, scratch: Path) -> None:
+        """Say that a checkpoint could not be written, and remove what there is of it."""
+        if self.groups.is_first:
+            good = files.finished(self.folder)
+            left = f"the last good one is {good[0].name}" if good else "there is none before it"
+            say(f"checkpoint {scratch.stem} could not be written ({reason}); {left}")
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.groups.barrier()
+
+
+def sum_over_tensors(state: Any) -> int:
+    """Bytes of all tensors in a nested sharded state dict, on this rank."""
+    if isinstance(state, dict):
+        return sum(sum_over_tensors(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(sum_over_tensors(value) for value in state)
+    data = getattr(state, "data", None)
+    return data.numel() * data.element_size() if hasattr(data, "numel") else 0

@@ -1,0 +1,115 @@
+"""What a checkpoint is on disk, and which of them are good. No torch here: a checkpoint is a folder of files with a manifest.
+
+checkpoints/
+  model/                   config.json and tokenizer of the student, for `export`
+  step_00000200/           one checkpoint; this name appears by a rename, after everything in it is on disk
+    manifest.json          step, tokens, validation, the settings it belongs to; size and sha256 of every other file
+    __0_0.distcp, …        megatron-core's files
+  step_00000300.partial-…  being written, or left by a killed run: never read
+  latest, best             text files with the name of a checkpoint
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_train.files import PARTIAL, atomic_write_text, sha256_file, sync_path
+
+MANIFEST = "manifest.json"
+SUMS = "sums-{rank}.json"  # what one rank's writer wrote, until the manifest takes it over
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return folder / f"step_{step:08d}"
+
+
+def finished(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    return sorted((path for path in folder.glob("step_????????") if (path / MANIFEST).exists()), reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished checkpoint; ValueError when it is unreadable."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Size and hash of one file."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
+    """Note what `rank` has written; runs in the writer process, so that hashing does not hold up training."""
+    sums = {file.name: describe(file) for file in files}
+    (folder / SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
+
+
+def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
+    """Complete the manifest, make everything durable, then let the checkpoint appear and `latest` point to it."""
+    sums: dict[str, Any] = {}
+    for part in scratch.glob(SUMS.format(rank="*")):
+        sums |= json.loads(part.read_text(encoding="utf-8"))
+        part.unlink()
+    for file in scratch.iterdir():
+        if file.name not in sums:
+            sums[file.name] = describe(file)
+        sync_path(file)
+    manifest = scratch / MANIFEST
+    manifest.write_text(json.dumps({**facts, "files": sums}, indent=1) + "\n", encoding="utf-8")
+    sync_path(manifest)
+    sync_path(scratch)
+    shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+    scratch.rename(path)
+    sync_path(path.parent)
+    atomic_write_text(path.parent / "latest", path.name + "\n")
+
+
+def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None. Of its files, every `shares`-th is read, beginning with `share`."""
+    try:
+        files = read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} is unreadable ({error})"
+    for name in sorted(files)[share::shares]:
+        file, noted = path / name, files[name]
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != noted["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
+        if sha256_file(file) != noted["sha256"]:
+            return f"{name} has changed (sha256)"
+    return None
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a kill half-way leaves a folder that is never read."""
+    doomed = path.with_name(f"{path.name}{PARTIAL}removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed runs have left."""
+    for path in folder.glob(f"*{PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def tidy(folder: Path, keep: int, keep_best: int) -> None:
+    """Keep the newest `keep` and the `keep_best` with the lowest validation; `best` names the lowest of them."""
+    paths = finished(folder)
+    scores = {path: read_manifest(path).get("validation") for path in paths}
+    best = sorted((path for path in paths if scores[path] is not None), key=lambda path: (scores[path], path.name))
+    if best and keep_best:
+        atomic_write_text(folder / "best", best[0].name + "\n")
+    for path in set(paths[keep:]) - set(best[:keep_best]):
+        remove(path)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Keys with other values, as `train.lr: 0.001, now 0.002`."""
+    keys = sorted(set(old) | set(new))
+    return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

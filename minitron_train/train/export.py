@@ -1,0 +1,121 @@
+"""A training checkpoint -> a Hugging Face folder: the student alone, one tensor after the other, on one process.
+
+Reads the files of torch.distributed.checkpoint directly, so that neither process groups nor a model are needed, whatever
+the layout that wrote them. megatron-core saves the layers of one kind as one tensor [layers, …] in pieces
+of one layer and one rank.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+
+from minitron_train.arch import Row, architecture
+from minitron_train.arch.build import layer_spec
+from minitron_train.arch.convert import shards_to_parts
+from minitron_train.console import say
+from minitron_train.errors import UserError
+from minitron_train.files import sha256_file
+from minitron_train.hf import DTYPES, read_json, shape_from_config, student_config, write_folder
+from minitron_train.train import checkpoint_files as files
+
+MODEL = "model"  # beside the checkpoints: config.json and tokenizer of the student
+
+
+class SavedTensors:
+    """The tensors of one checkpoint, read when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        metadata = FileSystemReader(path).read_metadata()
+        self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data or {}
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """A whole tensor, or one layer's part of a tensor that is stacked over the layers."""
+        entry = self.tensors[name]
+        assert isinstance(entry, TensorStorageMetadata), name
+        skip = 0 if layer is None else 1
+        whole = torch.empty(entry.size[skip:], dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            if layer is None or chunk.offsets[0] == layer:
+                ranges = zip(chunk.offsets[skip:], chunk.sizes[skip:], strict=True)
+                part = whole[tuple(slice(start, start + size) for start, size in ranges)]
+                part.copy_(self._piece(name, chunk).reshape(part.shape))
+        return whole
+
+    def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self.places[MetadataIndex(name, chunk.offsets)]
+        with (self.path / place.relative_path).open("rb") as handle:
+            handle.seek(place.offset)
+            return torch.load(io.BytesIO(handle.read(place.length)), map_location="cpu", weights_only=True)
+
+
+def saved_name(mcore: str) -> str:
+    """Under which name a parameter is saved: without its layer, and norms under the names that fused layers give them."""
+    for own, fused in layer_spec().submodules.sharded_state_dict_keys_map.items():
+        mcore = mcore.replace("{i}." + own, "{i}." + fused)
+    return mcore.replace(".{i}", "")
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint to export: `source` itself, or the newest whole one of a run's folder.
+
+    Raises:
+        UserError: there is none, or the one that was named is damaged.
+    """
+    if (source / files.MANIFEST).exists():
+        wrong = files.damage(source)
+        if wrong:
+            raise UserError(f"{source}: {wrong}; name another checkpoint in export.checkpoint")
+        return source
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    for path in files.finished(folder):
+        wrong = files.damage(path)
+        if wrong is None:
+            return path
+        say(f"checkpoint {path.name} is damaged: {wrong}; falling back to the one before")
+    raise UserError(f"{source}: holds no training checkpoint; run distill first, or set export.checkpoint")
+
+
+def checkpoint_id(source: Path) -> str:
+    """Identifies the checkpoint that `export` would take: its name and the hash of its manifest, which hashes the rest."""
+    path = find_checkpoint(source)
+    return f"{path.name}:{sha256_file(path / files.MANIFEST)}"
+
+
+def export(source: Path, target: Path, dtype: str | None = None) -> dict[str, Any]:
+    """Write the student of a checkpoint, its config.json and its tokenizer into the empty folder `target`.
+
+    Args:
+        source: a checkpoint, or the folder of a run (then its newest whole checkpoint).
+        dtype: float32, bfloat16 or float16; None keeps the type that config.json names.
+
+    Raises:
+        UserError: no checkpoint there, or an unknown dtype.
+    """
+    path = find_checkpoint(source)
+    model = path.parent / MODEL
+    config = read_json(model / "config.json")
+    shape, table = shape_from_config(config, str(model / "config.json")), architecture(str(config["model_type"]))
+    name = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise UserError(f"export.dtype={name}: must be one of {', '.join(DTYPES)}; choose one")
+    saved = SavedTensors(path)
+
+    def read(row: Row, i: int) -> Tensor:
+        return saved.read(saved_name(row.mcore), i if row.per_layer else None).to(DTYPES[name])
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for row in table.rows_of(shape):
+            for i in row.layers(shape):
+                for part, tensor in shards_to_parts(row, shape, [read(row, i)]).items():
+                    yield part.format(i=i), tensor.contiguous()
+
+    write_folder(target, student_config(config, shape, DTYPES[name]), tensors(), model)
+    step = files.read_manifest(path)["step"]
+    return {"checkpoint": path.name, "step": step, "dtype": name, "parameters": sum(table.parameters(shape).values())}

@@ -1,0 +1,180 @@
+"""The training loop."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from minitron_train.arch.build import LanguageModel
+from minitron_train.config import Config, OnNonFinite
+from minitron_train.console import say
+from minitron_train.data.stream import Batch, TokenStream
+from minitron_train.distill.step import Objective
+from minitron_train.errors import UserError
+from minitron_train.parallel.groups import Groups
+from minitron_train.train.batches import micro_batches, to_device
+from minitron_train.train.checkpoint import Checkpoints
+from minitron_train.train.metrics import Row
+from minitron_train.train.optim import Optimizer, learning_rate
+from minitron_train.train.reporter import Reporter
+from minitron_train.train.signals import StopSignals
+from minitron_train.train.state import RunState
+from minitron_train.train.validation import Validation
+
+Hook = Callable[["Trainer"], dict[str, float]]  # further evaluations: collective, gives `eval.TASK.METRIC` values
+
+
+@dataclass(kw_only=True, slots=True)
+class Trainer:
+    """One run: what it is made of, and the loop over its steps."""
+
+    config: Config
+    groups: Groups
+    student: LanguageModel
+    objective: Objective
+    optimizer: Optimizer
+    stream: TokenStream
+    validation: Validation
+    checkpoints: Checkpoints
+    reporter: Reporter
+    state: RunState
+    hooks: list[Hook] = field(default_factory=list)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one global batch."""
+        return self.config.train.global_batch_size * self.config.train.seq_length
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return math.ceil(self.config.train.num_tokens / self.step_tokens)
+
+    def run(self) -> str | None:
+        """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved."""
+        with StopSignals() as signals:
+            while self.state.step < self.num_steps:
+                batch = self.stream.next_batch(self.config.train.global_batch_size)
+                row = self.forward_backward(batch)
+                row |= self.update(row, batch)
+                row |= self.evaluate_if_due()
+                self.reporter.report(self.state.step, row)
+                stop = self.agreed_signal(signals)
+                self.save_if_due(last=stop is not None or self.state.step == self.num_steps)
+                if stop is not None:
+                    return stop
+        return None
+
+    def forward_backward(self, batch: Batch) -> Row:
+        """Gradients of the loss, summed over the global batch's tokens and divided by the number of valid ones."""
+        self.optimizer.zero_grad()
+        batch = to_device(batch, self.groups.device)
+        num_tokens = self.groups.sum_over_data(batch.mask_BS.count_nonzero().double()).clamp(min=1)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        parts = micro_batches(batch, self.config.train.micro_batch_size)
+        for k, part in enumerate(parts):
+            if k < len(parts) - 1:
+                with self.optimizer.no_sync():
+                    sums += self.backward(part, num_tokens)
+            else:
+                sums += self.backward(part, num_tokens)
+        loss, kd_loss, ce_loss = (self.groups.sum_over_data(sums) / num_tokens).tolist()
+        spec = self.objective.spec
+        return {
+            "loss": loss,
+            "kd_loss": kd_loss if spec.kd_weight else None,
+            "ce_loss": ce_loss if spec.ce_weight else None,
+        }
+
+    def backward(self, part: Batch, num_tokens: torch.Tensor) -> torch.Tensor:
+        """Gradients of one micro batch; returns the sums of total, distillation and cross-entropy loss."""
+        losses = self.objective(part)
+        (losses.total / num_tokens.to(losses.total.dtype)).backward()
+        return torch.stack([losses.total.detach().double(), losses.kd_sum.double(), losses.ce_sum.double()])
+
+    def update(self, row: Row, batch: Batch) -> Row:
+        """The optimizer step, unless something is not finite; all ranks decide alike."""
+        lr = learning_rate(self.config.train, self.state.tokens)
+        norm = self.optimizer.gradient_norm()
+        bad = self.groups.any(not (math.isfinite(row["loss"]) and math.isfinite(norm)))
+        if bad:
+            self.refuse_step(row["loss"], norm, batch)
+        else:
+            self.optimizer.step(lr, norm)
+        self.state.step += 1
+        self.state.tokens += self.step_tokens
+        self.reporter.count(self.step_tokens, batch.sources)
+        return {"tokens": self.state.tokens, "lr": lr, "grad_norm": norm}
+
+    def refuse_step(self, loss: float, norm: float, batch: Batch) -> None:
+        """Stop, or go on without this update; names the step and the batch."""
+        step, size = self.state.step + 1, self.config.train.global_batch_size
+        what = f"step {step}: loss {loss}, gradient norm {norm}"
+        where = f"batch of sequences {self.state.step * size} to {step * size - 1} of the stream ({batch.sources})"
+        if self.config.train.on_non_finite is OnNonFinite.stop:
+            raise UserError(
+                f"{what}: not finite, {where}; the weights are those of step {step - 1}; lower train.lr, look at the data, "
+                "or set train.on_non_finite=skip"
+            )
+        self.state.num_skipped += 1
+        say(f"{what}: not finite, {where}; this update is skipped")
+
+    def evaluate_if_due(self) -> Row:
+        """Validation and hooks, every eval.every_tokens and at the end."""
+        every, state = self.config.eval.every_tokens, self.state
+        due = every and state.tokens // every > state.evaluated_tokens // every
+        if not due and state.step < self.num_steps:
+            return {}
+        found = self.validation()
+        for hook in self.hooks:
+            found |= hook(self)
+        state.evaluated_tokens = state.tokens
+        state.validation = found.get("eval.validation.kl", found["eval.validation.loss"])
+        self.reporter.resume_clock()
+        return found
+
+    def agreed_signal(self, signals: StopSignals) -> str | None:
+        """The signal that some rank received; every rank stops at the same step."""
+        if not self.groups.any(signals.received is not None):
+            return None
+        return signals.received or "a signal to another rank"
+
+    def save_if_due(self, *, last: bool) -> None:
+        """A checkpoint every checkpoint.interval_steps, at a new best validation, and at the last step (waited for)."""
+        state, settings = self.state, self.config.checkpoint
+        evaluated = state.validation if state.evaluated_tokens == state.tokens else None
+        is_best = evaluated is not None and settings.keep_best > 0 and (state.best is None or evaluated < state.best)
+        if is_best:
+            state.best = evaluated
+        if not (last or is_best or state.step % settings.interval_steps == 0):
+            self.checkpoints.poll()
+            return
+        state.capture(self.groups, self.stream.state_dict())
+        facts = {"tokens": state.tokens, "validation": evaluated}
+        good = self.checkpoints.save(state.step, self.sharded_state(loading=False), facts, wait=last)
+        if last and not good:
+            raise UserError(
+                f"{self.checkpoints.folder}: the last checkpoint could not be written; free space and run again"
+            )
+
+    def sharded_state(self, loading: bool) -> dict[str, Any]:
+        """Model, optimizer and run state as megatron-core's checkpoints want them."""
+        model = self.student.sharded_state_dict()
+        return {
+            "optimizer": self.optimizer.sharded_state_dict(model, loading),
+            "model": model,
+            **({} if loading else {"run": self.state.state_dict()}),
+        }
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        loaded = self.checkpoints.load(lambda: self.sharded_state(loading=True))
+        if loaded is None:
+            return
+        self.student.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        self.state.load_state_dict(loaded["run"])
+        self.stream.load_state_dict(self.state.restore(self.groups))
+        say(f"resumed at step {self.state.step} of {self.num_steps}")

@@ -1,0 +1,131 @@
+"""Where a run's numbers go: metrics.jsonl, the console, and how fast it is."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_train.console import PLAIN_INTERVAL_S, say
+from minitron_train.files import atomic_write_text
+
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+
+Row = dict[str, Any]
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, each step at most once, however often the run was killed."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open for appending after `step`: lines of later steps, or cut off by a kill, go."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = read_rows(path)
+        kept = [row for row in old if row["step"] <= step]
+        if path.exists():
+            atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.handle = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        """Append one line; values that are not finite become null."""
+        self.handle.write(json.dumps({key: finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self.handle.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file."""
+        self.handle.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole lines of a metrics.jsonl, none when there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a kill in the middle of a line
+            break
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Speedometer:
+    """Tokens per second since the last reading, and the share of the device's matrix rate that the model's FLOPs reach."""
+
+    def __init__(self, flops_per_token: float, gemm_flops_per_second: float, num_devices: int) -> None:
+        self.flops_per_token, self.peak = flops_per_token, gemm_flops_per_second * num_devices
+        self.tokens, self.seconds, self.mark_s = 0, 0.0, time.perf_counter()
+
+    def resume(self) -> None:
+        """Count time from now on."""
+        self.mark_s = time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        """`tokens` more, in the time since the last call or `resume`."""
+        now_s = time.perf_counter()
+        self.tokens, self.seconds, self.mark_s = self.tokens + tokens, self.seconds + now_s - self.mark_s, now_s
+
+    def read(self) -> Row:
+        """Averages since the last reading."""
+        rate = self.tokens / max(self.seconds, 1e-9)
+        self.tokens, self.seconds = 0, 0.0
+        return {"tokens_per_second": rate, "model_flops_utilisation": rate * self.flops_per_token / self.peak}
+
+
+def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of a square matrix product in this process now; what utilisation is measured against."""
+    size = GEMM_SIZE[device.type]
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    best_s = math.inf
+    for _ in range(4):
+        start_s = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size**3 / best_s
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory of this process so far: on the GPU where there is one, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Console:
+    """A progress bar on a terminal; plain lines, at most one in ten seconds, elsewhere. For rank 0."""
+
+    def __init__(self, label: str, step: int, num_steps: int) -> None:
+        self.label, self.num_steps, self.first_step = label, num_steps, step
+        self.start_s, self.said_s = time.monotonic(), -math.inf
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(desc=label, initial=step, total=num_steps, unit="step", leave=False)
+
+    def write(self, row: Row) -> None:
+        """One step's figures."""
+        figures = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(row["step"] - self.bar.n)
+            return
+        now_s, last = time.monotonic(), row["step"] == self.num_steps
+        if last or now_s - self.said_s > PLAIN_INTERVAL_S:
+            self.said_s = now_s
+            left_s = (now_s - self.start_s) / max(1, row["step"] - self.first_step) * (self.num_steps - row["step"])
+            say(f"{self.label}: step {row['step']}/{self.num_steps}, {figures}, about {left_s:.0f} s left")
+
+    def close(self, *, failed: bool = False) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()

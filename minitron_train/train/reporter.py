@@ -1,0 +1,47 @@
+"""One run's numbers, gathered on rank 0 and given to metrics.jsonl, Weights & Biases and the console."""
+
+from collections import Counter
+
+from minitron_train.parallel.groups import Groups
+from minitron_train.train.metrics import Console, MetricsFile, Row, Speedometer, peak_memory_bytes
+from minitron_train.train.tracking import Tracker
+
+
+class Reporter:
+    """Collects every step, writes every `every_steps` and whenever there is an evaluation. On other ranks it only measures."""
+
+    def __init__(
+        self,
+        groups: Groups,
+        speed: Speedometer,
+        every_steps: int,
+        sinks: tuple[MetricsFile, Tracker, Console] | None,
+    ) -> None:
+        self.groups, self.speed, self.every_steps, self.sinks = groups, speed, every_steps, sinks
+        self.sources: Counter[str] = Counter()
+
+    def resume_clock(self) -> None:
+        """Time from here on counts as training."""
+        self.speed.resume()
+
+    def count(self, tokens: int, sources: dict[str, int]) -> None:
+        """Note one step's tokens and where they came from."""
+        self.speed.count(tokens)
+        self.sources.update(sources)
+
+    def report(self, step: int, row: Row) -> None:
+        """Write one step's figures where they are due."""
+        evaluated = any(key.startswith("eval.") for key in row)
+        if step % self.every_steps and not evaluated:
+            return
+        total = max(1, self.sources.total())
+        shares = {f"source.{name}": count / total for name, count in sorted(self.sources.items())}
+        memory = {"peak_memory_bytes": peak_memory_bytes(self.groups.device)}
+        line = {"step": step, **row, **self.speed.read(), **memory, **shares}
+        for sink in self.sinks or ():
+            sink.write(line)
+
+    def close(self, *, failed: bool) -> None:
+        """Close the files; no collectives."""
+        for sink in self.sinks or ():
+            sink.close(failed=failed)

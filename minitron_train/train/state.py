@@ -1,0 +1,75 @@
+"""Everything of a run, besides weights and optimizer, that the next step depends on."""
+
+import random
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from minitron_train.parallel.groups import Groups
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """Where a run stands. The learning rate is a function of `tokens` and needs no state of its own."""
+
+    step: int = 0  # optimizer steps taken or skipped
+    tokens: int = 0  # tokens that went through the student
+    num_skipped: int = 0  # steps without an update, because something was not finite
+    stream: list[dict[str, Any]] = field(default_factory=list)  # of each data-parallel rank
+    rng: list[dict[str, Any]] = field(default_factory=list)  # of each rank
+    layout: tuple[int, int] = (1, 1)  # tensor-parallel and data-parallel size that `stream` and `rng` were taken with
+    wandb_id: str | None = None
+    evaluated_tokens: int = 0  # at the last validation
+    validation: float | None = None  # KL at the last validation (loss without a teacher)
+    best: float | None = None  # the lowest so far
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take over saved values."""
+        for entry in fields(self):
+            setattr(self, entry.name, values[entry.name])
+
+    def capture(self, groups: Groups, stream: dict[str, Any]) -> None:
+        """Collect the stream's position and the random states from every rank; collective."""
+        mine = {"stream": stream, "rng": rng_state(), "dp_rank": groups.dp_rank, "wandb_id": self.wandb_id}
+        everyone: list[Any] = [None] * groups.world_size
+        dist.all_gather_object(everyone, mine)
+        self.rng = [rank["rng"] for rank in everyone]
+        by_dp_rank = {rank["dp_rank"]: rank["stream"] for rank in everyone}
+        self.stream = [by_dp_rank[k] for k in range(groups.dp_size)]
+        self.wandb_id = everyone[0]["wandb_id"]  # only rank 0 talks to W&B
+        self.layout = (groups.tp_size, groups.dp_size)
+
+    def restore(self, groups: Groups) -> dict[str, Any]:
+        """Put back the random states when the layout is the same, and return this rank's stream position."""
+        if tuple(self.layout) == (groups.tp_size, groups.dp_size):
+            set_rng_state(self.rng[groups.rank])
+            return self.stream[groups.dp_rank]
+        return self.stream[0]
+
+
+def rng_state() -> dict[str, Any]:
+    """Python's, torch's and megatron-core's random states of this process."""
+    state = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Inverse of `rng_state`."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

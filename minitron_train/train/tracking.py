@@ -1,0 +1,54 @@
+"""Weights & Biases: the same numbers as metrics.jsonl, one run across restarts, and the line of descent as artifacts."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_train.config import WandbConfig, WandbMode
+
+
+def wandb_mode(mode: WandbMode) -> str:
+    """auto is online with a key and offline without: there is never a question on the terminal."""
+    if mode is not WandbMode.auto:
+        return mode.value
+    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+
+
+class Tracker:
+    """One W&B run; for rank 0. With mode disabled it does nothing."""
+
+    def __init__(
+        self, settings: WandbConfig, *, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]
+    ) -> None:
+        self.run: Any = None
+        self.run_id = run_id
+        mode = wandb_mode(settings.mode)
+        if mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(
+            project=settings.project,
+            name=settings.name or name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            config=dict(config),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
+        )
+        self.run_id = self.run.id
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One step's figures under their own names."""
+        if self.run is not None:
+            self.run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is pending."""
+        if self.run is not None:
+            self.run.finish(exit_code=int(failed))
+            self.run = None
