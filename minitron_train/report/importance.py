@@ -73,7 +73,7 @@ def embedding_chart(axis: Axis) -> Chart:
     """Embedding channels in order of importance, kept and cut."""
     scores_H, kept_H = axis.scores[0], masks_of(axis)[0]
     edges, means, flags = ranked(scores_H, kept_H, NUM_CHANNELS)
-    x, y = charts.linear([0, len(scores_H)], num_ticks=5), charts.auto(means)
+    x, y = charts.linear([0, len(scores_H)], num_ticks=5), charts.auto(means, ratio=5)
     x = charts.Scale(low=0, high=len(scores_H), ticks=[tick for tick in x.ticks if tick[0] <= len(scores_H)])
     marks = []
     for start, stop in runs(flags):
