@@ -6,6 +6,7 @@ Python versions: `corpus_sha256` goes into the provenance.
 """
 
 import ast
+import contextlib
 import hashlib
 import sysconfig
 import warnings
@@ -20,6 +21,9 @@ SKIPPED_FOLDERS = frozenset(
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
 TOPICS = "pydoc_data/topics.py"
+Named = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.Module | Named
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where statements stand in a statement
 MIN_CHARACTERS = 200  # a module with less to say is left out
 
 
@@ -49,8 +53,8 @@ def documents(module: Path, part: str) -> Iterator[str]:
 
 @cache
 def corpus_sha256() -> str:
-    """sha256 over the names and bytes of all modules: which text this machine's Python carries."""
-    digest = hashlib.sha256()
+    """sha256 over the names and bytes of all modules, and of this one, which makes the text from them."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in modules():
         digest.update(path.relative_to(stdlib_root()).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
@@ -77,28 +81,15 @@ def topics() -> list[str]:
 
 def docstrings(name: str, source: str) -> str:
     """All docstrings of a module, each under its qualified name, in the order of the source."""
-    tree = parse(source)
-    return "\n\n".join(sections(tree, name)) + "\n" if tree else ""
-
-
-def sections(node: ast.AST, name: str) -> Iterator[str]:
-    """Name and docstring of one definition and, depth first, of those inside it."""
-    text = ast.get_docstring(node) if isinstance(node, DEFINITIONS) else None
-    if text:
-        yield f"{name}\n\n{text.strip()}"
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, DEFINITIONS[1:]):
-            yield from sections(child, f"{name}.{child.name}")
+    found = [(qualified, ast.get_docstring(node)) for qualified, node in definitions(parse(source), name)]
+    return "\n\n".join(f"{qualified}\n\n{text.strip()}" for qualified, text in found if text) + "\n"
 
 
 def code(source: str) -> str:
     """A module's source without docstrings; a body that was only a docstring becomes `...`."""
-    tree = parse(source)
-    if not tree:
-        return ""
     lines: list[str | None] = [*source.split("\n")]
-    for node in ast.walk(tree):
-        if not isinstance(node, DEFINITIONS) or ast.get_docstring(node, clean=False) is None:
+    for _, node in definitions(parse(source), ""):
+        if ast.get_docstring(node, clean=False) is None:
             continue
         text = node.body[0]
         assert text.end_lineno
@@ -109,13 +100,22 @@ def code(source: str) -> str:
     return "\n".join(line for line in lines if line is not None)
 
 
-def parse(source: str) -> ast.Module | None:
-    """The syntax tree; None for the few templates in the library that are not Python."""
+def definitions(node: ast.AST, name: str) -> Iterator[tuple[str, Definition]]:
+    """Every module, class and function with its qualified name; expressions are not entered, which saves the time."""
+    if isinstance(node, Definition):
+        yield name, node
+    for block in BLOCKS:
+        for child in getattr(node, block, ()):
+            inner = f"{name}.{child.name}" if isinstance(child, Named) else name
+            yield from definitions(child, inner)
+
+
+def parse(source: str) -> ast.Module:
+    """The syntax tree; empty for the few templates in the library that are not Python."""
     with warnings.catch_warnings(action="ignore"):  # old escapes like "\d" are none of the user's business
         try:
+            with contextlib.suppress(SystemError):  # python/cpython#106905: raised when a finalizer runs meanwhile
+                return ast.parse(source)
             return ast.parse(source)
         except (SyntaxError, ValueError):
-            return None
-
-
-DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            return ast.Module(body=[], type_ignores=[])

@@ -9,7 +9,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -57,7 +57,7 @@ class FileFormat:
 
     paths: tuple[Path, ...]
     text_key: str = "text"
-    cache_dir: Path = field(default_factory=Path)
+    cache_dir: Path
 
     @cached_property
     def ends(self) -> list[int]:
@@ -194,36 +194,16 @@ def missing_column(path: Path, text_key: str, columns: str) -> UserError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedded:
-    """The standard library's own text (`corpus`): `part` is prose or code; a block is some 32 kB of modules."""
+class Embedded(JsonLines):
+    """The standard library's own text (`corpus`), parsed once per machine and Python: `part` is prose or code."""
 
     part: str
 
     @cached_property
-    def groups(self) -> list[list[Path]]:
-        """The modules, grouped by size."""
-        groups: list[list[Path]] = [[]]
-        size_bytes = 0
-        for module in corpus.modules():
-            groups[-1].append(module)
-            size_bytes += module.stat().st_size
-            if size_bytes >= BLOCK_BYTES:
-                groups.append([])
-                size_bytes = 0
-        return [group for group in groups if group]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.groups)
-
-    @property
-    def block_bytes(self) -> int:
-        return BLOCK_BYTES
-
-    def read(self, block: int) -> Iterator[Sequence[str]]:
-        for module in self.groups[block]:
-            for text in corpus.documents(module, self.part):
-                yield [text]
+    def files(self) -> Sequence[CopiedLines]:
+        texts = (text for module in corpus.modules() for text in corpus.documents(module, self.part))
+        lines = (json.dumps({self.text_key: text}).encode() for text in texts)
+        return [copy_lines(self.paths[0], lines, self.cache_dir, self.fingerprint())]
 
     def fingerprint(self) -> str:
         return combine([corpus.corpus_sha256(), self.part])

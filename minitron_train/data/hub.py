@@ -10,7 +10,6 @@ from typing import Any
 
 from minitron_train.config import SourceConfig
 from minitron_train.data.formats import combine
-from minitron_train.data.units import UNIT_BYTES
 from minitron_train.errors import UserError
 
 
@@ -20,6 +19,7 @@ class HubSource:
     def __init__(self, name: str, source: SourceConfig) -> None:
         self.name = name
         self.source = source
+        self.initial_state: dict = {}  # of the rows: before the first
 
     @cached_property
     def rows(self) -> Any:
@@ -37,26 +37,25 @@ class HubSource:
         columns = rows.column_names
         if columns and source.text_key not in columns:
             raise UserError(f"{source.path}: no column {source.text_key}: it has {', '.join(columns)}; set text_key")
+        self.initial_state = rows.state_dict()
         return rows
 
-    def units(self, state: dict | None) -> Iterator[tuple[dict, tuple[str, ...]]]:
+    def units(self, state: dict | None, unit_bytes: int) -> Iterator[tuple[dict, tuple[str, ...]]]:
         """One pass from `state`: the state before each unit, and the unit's texts."""
         rows = self.rows
         rows.load_state_dict(state or self.initial_state)
         start, texts, size_bytes = rows.state_dict(), [], 0
         for row in rows:
-            texts.append(row[self.source.text_key] or "")
-            size_bytes += len(texts[-1])
-            if size_bytes >= UNIT_BYTES:
+            text = row[self.source.text_key] or ""
+            if not isinstance(text, str):
+                raise UserError(f"{self.source.path}: column {self.source.text_key} is not text; set text_key")
+            texts.append(text)
+            size_bytes += len(text)
+            if size_bytes >= unit_bytes:
                 yield start, tuple(texts)
                 start, texts, size_bytes = rows.state_dict(), [], 0
         if texts:
             yield start, tuple(texts)
-
-    @cached_property
-    def initial_state(self) -> dict:
-        """Before the first row."""
-        return self.rows.state_dict()
 
     def fingerprint(self) -> str:
         """sha256 of repository, subset and split; the content is the hub's."""

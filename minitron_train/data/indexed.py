@@ -3,7 +3,8 @@
 The documents must end as the model expects (Megatron's preprocess_data.py --append-eod): nothing is appended.
 """
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from minitron_train.data.units import Split, Unit, permutation
 from minitron_train.errors import UserError
 
 BLOCK_TOKENS = 8192
-UNIT_BLOCKS = 32
+HEADER = b"MMIDIDX\0\0"
 
 
 class IndexedSource:
@@ -32,11 +33,13 @@ class IndexedSource:
 
         datasets = []
         for prefix in self.prefixes:
+            with prefix.with_name(prefix.name + ".idx").open("rb") as file:
+                if file.read(len(HEADER)) != HEADER:
+                    raise UserError(f"{prefix}.idx: not a megatron-core index; write it again")
             try:
                 datasets.append(IndexedDataset(str(prefix), mmap=True))
-            except (AssertionError, OSError, ValueError) as error:
-                what = str(error) or "wrong header"
-                raise UserError(f"{prefix}.idx: not a megatron-core index ({what}); write it again") from error
+            except (AssertionError, OSError, ValueError, struct.error) as error:
+                raise UserError(f"{prefix}.idx: a broken megatron-core index ({error}); write it again") from error
         return datasets
 
     @cached_property
@@ -61,7 +64,12 @@ class IndexedSource:
         """Number of blocks."""
         return len(self.block_starts) - 1
 
-    def unit(self, blocks: Sequence[int], seed: tuple[int, ...]) -> Unit:
+    @property
+    def block_bytes(self) -> int:
+        """What a block's tokens would be as text, about."""
+        return 4 * BLOCK_TOKENS
+
+    def unit(self, blocks: Iterable[int], seed: tuple[int, ...]) -> Unit:
         """The wanted sequences of some blocks, shuffled; their tokens are read when they are sliced."""
         numbers = np.concatenate([np.arange(*self.block_starts[block : block + 2]) for block in blocks])
         numbers = numbers[[self.split.wants(f"sequence {number}") for number in numbers]]

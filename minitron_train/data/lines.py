@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow
 
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_file
+from minitron_train.files import partial_path, sync_path
 
 BLOCK_BYTES = 32768
 COMPRESSED = (".gz", ".zst")
@@ -89,14 +89,31 @@ class CopiedLines:
 def copy_lines(source: Path, lines: Iterable[bytes], cache_dir: Path, fingerprint: str) -> CopiedLines:
     """Write `lines` (of `source`) as a seekable copy into `cache_dir`, once per fingerprint; other processes wait."""
     path = cache_dir / f"{source.name}.{fingerprint[:16]}.blocks"
-    if not path.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                with atomic_file(path) as scratch, scratch.open("wb") as file:
-                    write_frames(file, lines)
+    try:
+        if not path.exists():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    write_copy(path, lines)
+    except OSError as error:
+        raise UserError(
+            f"{cache_dir}: the seekable copy of {source.name} cannot be written ({error.strerror}); "
+            "set data.cache_dir to a folder with space"
+        ) from error
     return CopiedLines(path, source)
+
+
+def write_copy(path: Path, lines: Iterable[bytes]) -> None:
+    """The whole copy or nothing."""
+    scratch = partial_path(path)
+    try:
+        with scratch.open("wb") as file:
+            write_frames(file, lines)
+        sync_path(scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_frames(file: BinaryIO, lines: Iterable[bytes]) -> None:

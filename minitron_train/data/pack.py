@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitron_train.data.units import Unit
+from minitron_train.data.units import Unit, permutation
 from minitron_train.data.workers import Pending
 from minitron_train.errors import UserError
 
@@ -16,94 +16,95 @@ Position = dict  # {"epoch", "unit"} of a unit, and "rows" (the state of `datase
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """S + 1 consecutive tokens of one source."""
+    """S + 1 consecutive tokens of one unit."""
 
     tokens: np.ndarray  # [S + 1] int32
     documents: np.ndarray  # [S + 1] int32: 0 for the first document in the window, 1 for the next, …
 
 
-class Packer:
-    """Cuts a source's units into windows of S + 1 tokens, each beginning with the last token of the one before.
+def num_windows(unit: Unit, seq_length: int) -> int:
+    """Windows of a unit: each begins with the last token of the one before it; the rest, below S tokens, is left out.
 
-    So every token but the source's very first is a label exactly once. Windows run on across units and epochs.
+    Documents are shuffled into units anew in each epoch, so the rest is another one each time.
+    """
+    return max(0, len(unit.tokens) - 1) // seq_length
+
+
+def cut(unit: Unit, index: int, seq_length: int) -> Window:
+    """One window of a unit."""
+    start = index * seq_length
+    tokens = unit.tokens[start : start + seq_length + 1]
+    first, last = np.searchsorted(unit.ends, [start, start + seq_length], side="right")
+    begins = np.zeros(seq_length + 1, np.int32)
+    begins[unit.ends[first:last] - start] = 1
+    return Window(tokens, np.cumsum(begins, dtype=np.int32))
+
+
+class Packer:
+    """A source's windows, shuffled inside each unit: neighbours in a batch come from different documents.
+
+    The state is the unit and the number of windows taken from it; going on from it makes that one unit again.
     """
 
     def __init__(
         self,
         name: str,
         units: Iterator[tuple[Position, Pending]],
+        *,
         seq_length: int,
+        seed: int,
         ahead: int,
         state: dict | None = None,
     ) -> None:
         self.name = name
         self.units = units  # from the state's position on
-        self.state = state  # in force until the first unit is there
         self.seq_length = seq_length
+        self.seed = seed
         self.ahead = ahead  # units in the making beyond the one in use
         self.waiting: deque[tuple[Position, Pending]] = deque()
-        self.ready: deque[tuple[Position, Unit]] = deque()
-        self.offset = state["offset"] if state else 0  # of the next window in the first ready unit, tokens
-        self.epoch_tokens: int | None = None  # of the epoch so far, where its beginning was seen
+        self.unit: Unit | None = None
+        self.order = np.empty(0, np.int64)  # of the unit's windows
+        self.position: Position | None = state["position"] if state else None  # of the unit
+        self.taken = state["taken"] if state else 0  # windows of the unit
+        self.epoch_windows: int | None = None  # of the epoch so far, where its beginning was seen
+        self.longest = 0  # unit of the epoch so far, tokens
 
     def state_dict(self) -> dict | None:
-        """Where the next window begins; None before the first."""
-        return {"position": self.ready[0][0], "offset": self.offset} if self.ready else self.state
+        """Where the next window comes from; None before the first."""
+        return None if self.position is None else {"position": self.position, "taken": self.taken}
 
     def next_window(self, wanted: bool = True) -> Window | None:
-        """The next window; None at the end of a source that ends, and for one that is not wanted: it is not read."""
-        if not self.fill():
-            return None
-        window = self.cut() if wanted else None
-        self.offset += self.seq_length
-        while self.offset >= len(self.ready[0][1].tokens):
-            self.offset -= len(self.ready.popleft()[1].tokens)
-        return window
+        """The next window; one that is not wanted is passed over unread."""
+        if self.unit is None:
+            taken = self.taken
+            self.fetch()
+            self.taken = taken
+        while self.taken >= len(self.order):
+            self.fetch()
+        self.taken += 1
+        assert self.unit
+        return cut(self.unit, int(self.order[self.taken - 1]), self.seq_length) if wanted else None
 
-    def fill(self) -> bool:
-        """Have a whole window ready; False where the source ends before."""
-        missing = self.seq_length + 1 + self.offset - sum(len(unit.tokens) for _, unit in self.ready)
-        while missing > 0:
-            if not self.fetch():
-                return False
-            missing -= len(self.ready[-1][1].tokens)
-        return True
+    def fetch(self) -> None:
+        """Wait for the next unit, keeping the ones after it in the making."""
+        while len(self.waiting) <= self.ahead:
+            self.waiting.append(next(self.units))
+        self.position, pending = self.waiting.popleft()
+        self.unit, self.taken = pending.result(), 0
+        self.order = permutation(
+            num_windows(self.unit, self.seq_length), self.seed, self.position["epoch"], self.position["unit"]
+        )
+        self.refuse_small_corpus(self.unit, begins_epoch=self.position["unit"] == 0)
 
-    def fetch(self) -> bool:
-        """Wait for the next unit, keeping the ones after it in the making; False if there is none."""
-        while len(self.waiting) <= self.ahead and (item := next(self.units, None)):
-            self.waiting.append(item)
-        if not self.waiting:
-            return False
-        position, pending = self.waiting.popleft()
-        unit = pending.result()
-        if position["unit"] == 0:
-            self.refuse_small_epoch()
-            self.epoch_tokens = 0
-        if self.epoch_tokens is not None:
-            self.epoch_tokens += len(unit.tokens)
-        self.ready.append((position, unit))
-        return True
-
-    def refuse_small_epoch(self) -> None:
-        """A corpus that does not fill one window would be packed from copies of itself."""
-        if self.epoch_tokens is not None and self.epoch_tokens <= self.seq_length:
-            raise UserError(
-                f"data: source {self.name} has {self.epoch_tokens} tokens, fewer than one sequence of "
-                f"{self.seq_length} and its label; give more text or a smaller seq_length"
-            )
-
-    def cut(self) -> Window:
-        """Copy S + 1 tokens from the ready units, numbering the documents."""
-        length, skip = self.seq_length + 1, self.offset
-        tokens, document = [], np.zeros(length, np.int32)
-        filled = 0
-        for _, unit in self.ready:
-            piece = unit.tokens[skip : skip + length - filled]
-            inside = unit.ends[(unit.ends > skip) & (unit.ends <= skip + len(piece))] - skip + filled
-            tokens.append(piece)
-            document[inside[inside < length]] += 1
-            filled += len(piece)
-            skip = max(0, skip - len(unit.tokens))
-        assert filled == length
-        return Window(np.concatenate(tokens), np.cumsum(document, dtype=np.int32))
+    def refuse_small_corpus(self, unit: Unit, begins_epoch: bool) -> None:
+        """A whole epoch without a window would repeat for ever."""
+        if begins_epoch:
+            if self.epoch_windows == 0:
+                raise UserError(
+                    f"data: source {self.name} has {self.longest} tokens, fewer than one sequence of {self.seq_length} "
+                    "and its label; give more text or a smaller seq_length"
+                )
+            self.epoch_windows = self.longest = 0
+        if self.epoch_windows is not None:
+            self.epoch_windows += len(self.order)
+            self.longest = max(self.longest, len(unit.tokens))

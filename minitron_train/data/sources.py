@@ -63,7 +63,8 @@ class Part:
         """The opened source; compressed files are made seekable here, at the first time."""
         match self.kind:
             case SourceKind.embedded:
-                return Embedded(part=str(self.config.path))
+                part = str(self.config.path)
+                return Embedded(paths=(Path(f"embedded-{part}"),), cache_dir=self.cache_dir, part=part)
             case SourceKind.hub:
                 return HubSource(self.name, self.config)
             case SourceKind.bin:
@@ -152,7 +153,10 @@ def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
 
 def describe(data: DataConfig) -> dict[str, Any]:
     """For provenance: names, formats, paths, sizes, hashes and weights of the sources."""
-    return {"name": data.name, "sources": {part.name: describe_part(part) for part in parts(data)}}
+    return {
+        "name": "own" if data.path else data.name,
+        "sources": {part.name: describe_part(part) for part in parts(data)},
+    }
 
 
 def describe_part(part: Part) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The training stream: global batches that depend on the sources, the tokenizer, the seed and the length, nothing else.
 
 Each source's blocks are permuted by seed and epoch, grouped into units of about a megabyte, tokenised (by workers),
-and packed into windows; the blend says from which source the next window comes. Sequence n of global batch b is row
-n % dp_size's business: rank r takes rows r, r + dp_size, … Neither the number of workers nor of ranks changes a batch.
+packed into windows and shuffled again; the blend says from which source the next window comes. Rank r takes rows r,
+r + dp_size, … of each global batch. Neither the number of workers nor of ranks changes a batch.
 
 The state is a few numbers per source. Resuming makes the current unit of each source again: a megabyte of text,
 whatever was seen before. Across ranks: every rank tokenises all text (a row's place is known only once the rows
@@ -14,9 +14,9 @@ only its own rows: convert once where hundreds of ranks share a large blend.
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -27,12 +27,15 @@ from minitron_train.config import DataConfig
 from minitron_train.data import sources
 from minitron_train.data.blend import Blend
 from minitron_train.data.hub import HubSource
-from minitron_train.data.indexed import UNIT_BLOCKS, IndexedSource
+from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.pack import Packer, Position, Window
 from minitron_train.data.tokenizer import encoder
-from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
+from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, Unit, UnitMaker, permutation
 from minitron_train.data.workers import Deferred, Pending, Pool
 from minitron_train.errors import UserError
+
+UNIT_WINDOWS = 32  # at least, in a unit: what does not fill its last window is left out
+BYTES_PER_TOKEN = 4  # of text, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,15 @@ class Batch:
 class Sources:
     """The opened parts of a blend and the processes that tokenise them."""
 
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, num_workers: int) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, num_workers: int, seq_length: int
+    ) -> None:
         self.parts = sources.parts(data)
         self.opened = [part.open(split) for part in self.parts]
         texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
         self.encoder = encoder(tokenizer, data.document_end)
         self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
+        self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
     def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
         """Endless: the units of source i from a position on, epoch after epoch, each in another order."""
@@ -68,23 +74,23 @@ class Sources:
         """The rest of one epoch of source i."""
         source, epoch, first = self.opened[i], start["epoch"], start["unit"]
         if isinstance(source, HubSource):
-            for unit, (rows, texts) in enumerate(source.units(start.get("rows")), start=first):
+            for unit, (rows, texts) in enumerate(source.units(start.get("rows"), self.unit_bytes), start=first):
                 job = EncodeJob(texts, (*seed, epoch, unit))
                 yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
             return
-        size = UNIT_BLOCKS if isinstance(source, IndexedSource) else max(1, UNIT_BYTES // source.block_bytes)
-        blocks = permutation(source.num_blocks, *seed, epoch)
-        for unit in range(first, -(-len(blocks) // size)):
-            chosen = tuple(blocks[unit * size : (unit + 1) * size].tolist())
+        num_units = max(1, round(source.num_blocks * source.block_bytes / self.unit_bytes))
+        chosen = np.array_split(permutation(source.num_blocks, *seed, epoch), num_units)
+        for unit, blocks in enumerate(chosen[first:], start=first):
             unit_seed = (*seed, epoch, unit)
             if isinstance(source, IndexedSource):
-                pending: Pending = Deferred(partial(source.unit, chosen, unit_seed))
+                pending: Pending = Deferred(partial(source.unit, blocks, unit_seed))
             else:
-                pending = self.pool.submit(ReadJob(i, chosen, unit_seed))
+                pending = self.pool.submit(ReadJob(i, tuple(blocks.tolist()), unit_seed))
             yield {"epoch": epoch, "unit": unit}, pending
 
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 of sources, weights and tokenizer."""
+        """sha256 of sources, weights and tokenizer, as they were when the stream was opened."""
         text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -122,7 +128,7 @@ class TokenStream:
         self.seed = seed
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.sources = Sources(data, tokenizer, train_split(data), data.num_workers)
+        self.sources = Sources(data, tokenizer, train_split(data), data.num_workers, seq_length)
         late_start = None
         if data.late_fraction and total_tokens:
             late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
@@ -132,7 +138,14 @@ class TokenStream:
     def packer(self, i: int, state: dict | None) -> Packer:
         """Source i from a saved state, or from its beginning."""
         units = self.sources.units(i, self.seed, state["position"] if state else None)
-        return Packer(self.sources.parts[i].name, units, self.seq_length, self.data.num_workers, state)
+        return Packer(
+            self.sources.parts[i].name,
+            units,
+            seq_length=self.seq_length,
+            seed=self.seed,
+            ahead=self.data.num_workers,
+            state=state,
+        )
 
     def next_batch(self, global_batch_size: int) -> Batch:
         """This rank's rows of the next `global_batch_size` sequences; the size may differ from call to call."""
@@ -174,7 +187,7 @@ class TokenStream:
     def fingerprint(self) -> str:
         """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""
         data = self.data
-        text = f"{self.sources.fingerprint()} {self.seed} {self.seq_length} {train_split(data).fraction}"
+        text = f"{self.sources.fingerprint} {self.seed} {self.seq_length} {train_split(data).fraction}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
@@ -199,6 +212,18 @@ def make_batch(windows: list[Window], document_attention: bool, counts: dict[str
     return Batch(inputs, labels, mask, positions, documents_BS, counts)
 
 
+def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:
+    """At most `quota` windows of S + 1 tokens, packed across units, as a unit may hold few held-out tokens."""
+    missing, tokens = quota * seq_length + 1, []
+    for unit in units if quota else ():
+        tokens.append(unit.tokens[:missing])
+        missing -= len(tokens[-1])
+        if not missing:
+            break
+    joined = np.concatenate([np.empty(0, np.int32), *tokens])
+    return [joined[start : start + seq_length + 1] for start in range(0, len(joined) - seq_length, seq_length)]
+
+
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
     """Held-out tokens [N, S + 1] int64, N <= data.validation_tokens / S: each source gives its share, once over.
 
@@ -208,17 +233,14 @@ def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_
         path=data.validation_path, text_key=data.text_key, document_end=data.document_end, cache_dir=data.cache_dir
     )
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
-    opened = Sources(own if data.validation_path else data, tokenizer, split, num_workers=0)
+    opened = Sources(own if data.validation_path else data, tokenizer, split, 0, seq_length)
     total = max(1, data.validation_tokens // seq_length)
     weight = sum(part.weights[0] for part in opened.parts)
     windows = []
     for i, part in enumerate(opened.parts):
-        units = opened.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
-        packer = Packer(part.name, units, seq_length, ahead=0)
         quota = round(total * part.weights[0] / weight)
-        while quota > 0 and (window := packer.next_window()):
-            windows.append(window.tokens)
-            quota -= 1
+        units = opened.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
+        windows += first_windows((pending.result() for _, pending in units), quota, seq_length)
     if not windows:
         raise UserError(
             f"data.validation_fraction={data.validation_fraction}: the held-out slice has fewer tokens than one "

@@ -15,10 +15,9 @@ import torch
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.blend import Blend
-from minitron_train.data.pack import Packer
+from minitron_train.data.pack import cut, num_windows
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.data.units import Unit
-from minitron_train.data.workers import Deferred
 from minitron_train.errors import UserError
 
 SEQ_LENGTH = 64
@@ -91,8 +90,6 @@ def digest(stream: TokenStream, num_batches: int, size: int = 4) -> list[str]:
 def test_resume_gives_the_next_batch(kind, tmp_path, tokenizer, monkeypatch):
     """Saved after any number of batches, also over the ends of units and epochs, the stream goes on as if never ended."""
     monkeypatch.setattr("minitron_train.data.stream.UNIT_BYTES", 40_000)
-    monkeypatch.setattr("minitron_train.data.hub.UNIT_BYTES", 20_000)
-    monkeypatch.setattr("minitron_train.data.stream.UNIT_BLOCKS", 1)
     data = write_source(tmp_path, kind, texts(600), tokenizer)
     stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
     states = {}
@@ -100,7 +97,7 @@ def test_resume_gives_the_next_batch(kind, tmp_path, tokenizer, monkeypatch):
     for step in range(60):
         if step in (0, 1, 7, 31, 59):
             states[step] = json.loads(json.dumps(stream.state_dict()))
-        whole += digest(stream, 1, size=32)
+        whole += digest(stream, 1, size=64)
     positions = [source["position"] for source in stream.state_dict()["sources"].values()]
     assert any(position["epoch"] or position["unit"] for position in positions), "the test must leave the first unit"
     for step, state in states.items():
@@ -108,7 +105,7 @@ def test_resume_gives_the_next_batch(kind, tmp_path, tokenizer, monkeypatch):
         resumed = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
-        assert digest(resumed, min(3, 60 - step), size=32) == whole[step : step + 3]
+        assert digest(resumed, min(3, 60 - step), size=64) == whole[step : step + 3]
 
 
 def test_workers_change_nothing(tmp_path, tokenizer):
@@ -143,18 +140,25 @@ def test_ranks_share_each_batch(kind, tmp_path, tokenizer):
 
 
 def test_every_byte_arrives_once(tmp_path, tokenizer):
-    """One epoch of packed windows, put together and decoded, is the corpus: no byte of any script is lost or doubled."""
+    """The windows of an epoch, put back in order and decoded, are the corpus: no byte of any script lost or doubled."""
     documents = texts(500)
     for kind in ("jsonl", "jsonl.gz", "parquet", "bin"):
         folder = tmp_path / kind
         folder.mkdir()
         data = replace(write_source(folder, kind, documents, tokenizer), validation_fraction=0.0)
-        stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
-        expected = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents)
-        batches = [stream.next_batch(1) for _ in range(-(-expected // SEQ_LENGTH))]
-        tokens = [int(batches[0].tokens_BS[0, 0]), *torch.cat([b.labels_BS.flatten() for b in batches]).tolist()]
-        pieces = tokenizer.decode(tokens[:expected]).split(tokenizer.eos_token)
+        unit = next(TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).sources.units(0, 1, None))[1].result()
+        pieces = tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)
         assert pieces[-1] == "" and sorted(pieces[:-1]) == sorted(documents)
+        expected = [tuple(cut(unit, i, SEQ_LENGTH).tokens.tolist()) for i in range(num_windows(unit, SEQ_LENGTH))]
+        joined = [expected[0][0], *(token for window in expected for token in window[1:])]
+        assert joined == unit.tokens[: len(joined)].tolist() and len(unit.tokens) - len(joined) < SEQ_LENGTH
+        batch = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).next_batch(len(expected))
+        rows = [
+            (*inputs, labels[-1])
+            for inputs, labels in zip(*(x.tolist() for x in (batch.tokens_BS, batch.labels_BS)), strict=True)
+        ]
+        assert rows != expected and sorted(rows) == sorted(expected)
+        assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
 
 
 def test_text_files_keep_their_bytes(tmp_path, tokenizer):
@@ -251,24 +255,30 @@ def test_document_attention(tmp_path, tokenizer):
     assert int(ends.sum()) > 10
 
 
-def test_packer_windows_overlap_by_one_token():
-    """Units of awkward lengths: windows are consecutive, labels of one are the inputs of the next."""
-    lengths = [5, 0, 1, 13, 2, 2, 40]
-    values = iter(range(1000))
-    units = []
-    for number, length in enumerate(lengths):
-        tokens = np.array([next(values) for _ in range(length)], dtype=np.int32)
-        units.append(
-            (
-                {"epoch": 0, "unit": number},
-                Deferred(lambda t=tokens: Unit(t, np.array([len(t)][: len(t)], dtype=np.int64))),
-            )
-        )
-    packer = Packer("test", iter(units), seq_length=4, ahead=1)
-    windows = []
-    while window := packer.next_window():
-        windows.append(window.tokens.tolist())
-    assert windows == [list(range(4 * i, 4 * i + 5)) for i in range(15)]
+def test_a_batch_mixes_documents(tmp_path, tokenizer):
+    """Neighbouring rows come from all over the corpus, not from one long document."""
+    for name in range(40):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"file {name} line {i}" for i in range(500)))
+    batch = TokenStream(
+        DataConfig(path=str(tmp_path), num_workers=0), tokenizer, seq_length=SEQ_LENGTH, seed=1
+    ).next_batch(32)
+    files = {tokenizer.decode(row).split("file ")[1].split()[0] for row in batch.tokens_BS}
+    assert len(files) > 12
+
+
+def test_windows_of_a_unit():
+    """Windows overlap by one token and number their documents; the rest of the unit is left out."""
+    unit = Unit(np.arange(23, dtype=np.int32), np.array([5, 6, 17, 23]))
+    windows = [cut(unit, i, 4) for i in range(num_windows(unit, 4))]
+    assert [window.tokens.tolist() for window in windows] == [list(range(4 * i, 4 * i + 5)) for i in range(5)]
+    assert [window.documents.tolist() for window in windows] == [
+        [0, 0, 0, 0, 0],
+        [0, 1, 2, 2, 2],
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1],
+    ]
+    assert [num_windows(Unit(np.arange(n), np.array([n])), 4) for n in (0, 1, 4, 5, 8, 9)] == [0, 0, 0, 1, 1, 2]
 
 
 def test_state_of_other_data_is_refused(tmp_path, tokenizer):

@@ -1,0 +1,190 @@
+"""Finding and opening sources, and what a user reads when that fails."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minitron_train.config import DataConfig, SourceConfig, SourceKind
+from minitron_train.data import lines
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.sources import describe, parts
+from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.data.units import Split
+from minitron_train.errors import UserError
+
+ALL = Split(held_out=False, fraction=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    tokenizers.save(tokenizers.train_bpe(["some words"], 258), folder)
+    return tokenizers.load(folder)
+
+
+def first_batch(data: DataConfig, tokenizer) -> None:
+    TokenStream(data, tokenizer, seq_length=16, seed=1).next_batch(1)
+
+
+def read_all(data: DataConfig) -> list[str]:
+    """All documents of a data section with one source, block after block."""
+    source = parts(data)[0].open(ALL)
+    return ["".join(passages) for block in range(source.num_blocks) for passages in source.read(block)]  # type: ignore
+
+
+def test_blocks_never_cut_lines_or_characters(tmp_path, monkeypatch):
+    """Blocks of 7 bytes, lines in several scripts, with and without a newline at the end: every line once, in order."""
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 7)
+    texts = ["a", "", "наука", "データベース", "🙂🙃", "x" * 30, "naïve", "y"]
+    for end in ("", "\n"):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + end).encode())
+        assert read_all(DataConfig(path=str(path))) == texts
+        packed = tmp_path / f"a{len(end)}.jsonl.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        assert read_all(DataConfig(path=str(packed), cache_dir=str(tmp_path / "cache"))) == texts
+
+
+def test_text_files_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 100)
+    text = "".join(f"{i} строка ライン 🙂\r\n" for i in range(200))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert "".join(read_all(DataConfig(path=str(tmp_path / "a.txt")))) == text.replace("\r", "")
+
+
+def test_large_row_groups_are_copied(tmp_path, monkeypatch):
+    texts = [f"{i} " + "слово " * 50 for i in range(500)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    data = DataConfig(path=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert parts(data)[0].open(ALL).num_blocks == 1 and read_all(data) == texts  # type: ignore[union-attr]
+    monkeypatch.setattr("minitron_train.data.formats.ROW_GROUP_BYTES", 1000)
+    assert parts(data)[0].open(ALL).num_blocks > 5 and read_all(data) == texts  # type: ignore[union-attr]
+
+
+def test_files_folders_globs(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "notes.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
+    assert read_all(DataConfig(path=str(tmp_path))) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    assert read_all(DataConfig(path=f"{tmp_path}/[ab].jsonl")) == ["a.jsonl", "b.jsonl"]
+    assert read_all(DataConfig(path=f"{tmp_path}/b.jsonl")) == ["b.jsonl"]
+
+
+def test_processes_share_one_copy(tmp_path):
+    """Three processes open the same compressed file at once: all read the same, one copy and no scrap is left."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(100_000))))
+    code = (
+        "import sys; from pathlib import Path; from minitron_train.data.lines import open_lines;"
+        "file = open_lines(Path(sys.argv[1]), Path(sys.argv[2]));"
+        "print(sum(1 for block in range(file.num_blocks) for _ in file.read(block)))"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in processes] == ["100000"] * 3
+    assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".blocks", ".lock"]
+
+
+def test_missing_parts_are_named_together(tmp_path):
+    sources = {
+        "web": SourceConfig(suggestion="hub some/web"),
+        "code": SourceConfig(path="???"),
+        "late": SourceConfig(weight=0, late_weight=1),
+        "unused": SourceConfig(weight=0),
+        "own": SourceConfig(path=str(tmp_path)),
+    }
+    with pytest.raises(UserError) as error:
+        parts(DataConfig(name="blend", sources=sources))
+    message = str(error.value)
+    assert "\n" not in message and "web (hub some/web); code; late" in message and "unused" not in message
+    assert "data.sources.code.path=" in message and "own" not in message.split("own data.path")[0]
+
+
+def write(folder: Path, name: str, content: bytes) -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+MISTAKES = {  # file name, content, what the message says
+    "empty": ("a.txt", b"", "corpus is empty"),
+    "blank": ("a.txt", b"\n \n\n", "has 0 tokens"),
+    "short": ("a.txt", b"short\n", "fewer than one sequence of 16"),
+    "column": ("a.jsonl", b'{"content": "x", "id": 1}\n', "no column text: it has content, id"),
+    "not_json": ("a.jsonl", b'{"text": "x"}\nplain\n', "not a JSON object: b'plain'"),
+    "not_text": ("a.jsonl", b'{"text": ["x"]}\n', "column text is not text"),
+    "not_utf8": ("a.txt", b"caf\xe9 au lait\n", "not UTF-8 near"),
+    "corrupt": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:40], "cannot be decompressed"),
+    "no_gzip": ("a.jsonl.gz", b"plain", "cannot be decompressed"),
+    "no_zstd": ("a.jsonl.zst", b"plain", "cannot be decompressed"),
+    "no_parquet": ("a.parquet", b"PAR1 plain", "not a Parquet file"),
+    "no_index": ("a.idx", b"plain", "missing beside its .idx"),
+}
+
+
+@pytest.mark.parametrize(("case", "num_workers"), [*((case, 0) for case in MISTAKES), ("not_json", 1), ("not_utf8", 2)])
+def test_mistakes_in_files(case, num_workers, tmp_path, tokenizer):
+    """One line with file and remedy, also when a worker meets it."""
+    name, content, expected = MISTAKES[case]
+    path = write(tmp_path, name, content)
+    data = DataConfig(path=path, num_workers=num_workers, cache_dir=str(tmp_path / "cache"), validation_fraction=0)
+    with pytest.raises(UserError) as error:
+        first_batch(data, tokenizer)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_mistakes(tmp_path, tokenizer):
+    def message(data: DataConfig) -> str:
+        with pytest.raises(UserError) as error:
+            first_batch(data, tokenizer)
+        return str(error.value)
+
+    assert "no text file matches" in message(DataConfig(path=f"{tmp_path}/*.txt"))
+    assert "no text file matches" in message(DataConfig(path=str(tmp_path)))
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    assert "no column text: it has body" in message(DataConfig(path=str(tmp_path)))
+    write(tmp_path, "b.txt", b"text\n")
+    assert "several formats (parquet, text)" in message(DataConfig(path=str(tmp_path)))
+    write(tmp_path, "c.idx", b"plain")
+    write(tmp_path, "c.bin", b"plain")
+    assert "not a megatron-core index" in message(DataConfig(path=str(tmp_path / "c")))
+    embedded = {"a": SourceConfig(kind=SourceKind.embedded, path="poems")}
+    assert "prose and code" in message(DataConfig(sources=embedded))
+    assert "every weight is 0" in message(DataConfig(sources={"a": SourceConfig(weight=0, late_weight=0)}))
+    hub = {"a": SourceConfig(kind=SourceKind.hub, path=str(tmp_path / "nowhere"))}
+    assert "cannot be opened on the hub" in message(DataConfig(sources=hub))
+    write(tmp_path, "cache", b"a file, not a folder")
+    gz = write(tmp_path, "d.txt.gz", gzip.compress(b"text\n" * 100))
+    assert "set data.cache_dir" in message(DataConfig(path=gz, cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(UserError, match="held-out slice has fewer tokens"):
+        validation_tokens(DataConfig(path=str(tmp_path / "b.txt")), tokenizer, 16, seed=1)
+    with pytest.raises(UserError, match="multiple of the 2 data-parallel ranks"):
+        TokenStream(DataConfig(path=gz), tokenizer, seq_length=16, seed=1, dp_size=2).next_batch(3)
+
+
+def test_describe(tmp_path):
+    """What goes into the provenance changes when a file does."""
+    path = write(tmp_path, "a.txt", b"text\n")
+    sources = {"a": SourceConfig(path=path, weight=2), "b": SourceConfig(kind=SourceKind.embedded, path="prose")}
+    data = DataConfig(name="mine", sources=sources)
+    before = describe(data)
+    assert before["name"] == "mine" and list(before["sources"]) == ["a", "b"]
+    assert before["sources"]["a"] | {"sha256": ""} == {
+        "kind": "text",
+        "path": path,
+        "files": 1,
+        "bytes": 5,
+        "sha256": "",
+        "weight": 2,
+        "late_weight": 2,
+    }
+    json.dumps(before)
+    write(tmp_path, "a.txt", b"Text\n")
+    after = describe(data)
+    assert after["sources"]["a"]["sha256"] != before["sources"]["a"]["sha256"]
+    assert after["sources"]["b"] == before["sources"]["b"]
