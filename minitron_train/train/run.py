@@ -11,6 +11,7 @@ from typing import Any
 from minitron_train.arch import Shape, convert
 from minitron_train.arch.build import LanguageModel, build
 from minitron_train.config import Config
+from minitron_train.console import say
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.distill.step import Objective, loss_spec
@@ -62,7 +63,7 @@ def train(
     """Train `student` on the teacher's logits, or on labels alone without a teacher (`pretrain`); collective.
 
     Resumes by itself from the newest whole checkpoint in `folder`/checkpoints. SIGTERM and SIGUSR1 make all ranks save at
-    the same step and return, with `folder`/stopped.json as the mark that the run is to be started again.
+    the same step and exit with code 0 (SystemExit), with `folder`/stopped.json as the mark that the run is to be started again.
 
     Args:
         student, teacher: Hugging Face folders of any shapes with the same vocabulary.
@@ -70,7 +71,7 @@ def train(
         hooks: further evaluations, called after each validation; their values go to the metrics.
 
     Returns:
-        Facts for the provenance; `finished` is False after a signal.
+        Facts for the provenance.
 
     Raises:
         UserError: settings, data or checkpoints that do not fit, or a loss that is not finite.
@@ -90,22 +91,22 @@ def train(
             trainer.reporter.close(failed=True)
             raise
         trainer.reporter.close(failed=False)
-        facts = {
-            "finished": stopped is None,
-            "step": trainer.state.step,
-            "num_steps": trainer.num_steps,
+        state = trainer.state
+        if stopped is not None:
+            mark = {"signal": stopped, "step": state.step, "num_steps": trainer.num_steps}
+            if groups.is_first:
+                atomic_write_json(folder / STOPPED, mark)
+            groups.barrier()
+            say(f"{stopped}: saved at step {state.step} of {trainer.num_steps}; start again to go on")
+            raise SystemExit(0)
+        return {
+            "steps": state.step,
             "resumed_at_step": first_step,
-            "tokens": trainer.state.tokens,
-            "num_skipped": trainer.state.num_skipped,
-            "validation": trainer.state.validation,
-            "wandb_id": trainer.state.wandb_id,
+            "tokens": state.tokens,
+            "num_skipped": state.num_skipped,
+            "validation": state.validation,
+            "wandb_id": state.wandb_id,
         }
-        if stopped is not None and groups.is_first:
-            atomic_write_json(
-                folder / STOPPED, {"signal": stopped, "step": facts["step"], "num_steps": facts["num_steps"]}
-            )
-        groups.barrier()
-        return facts
 
 
 def check(config: Config, groups: Groups) -> None:
