@@ -42,11 +42,14 @@ def render(run: Run) -> str:
         run=run,
         page=page,
         evaluation=evaluation,
+        score_charts=evaluation.score_charts(run),
         labels=MODELS,
         models=run.labels,
         view=charts.VIEW,
         importance=importance_charts(run.axes, teacher.shape.num_query_groups if teacher else None),
-        losses={name: loss_charts(columns, run.evals) for name, columns in run.metrics.items()},
+        losses={
+            name: loss_charts(columns, run.evals if name == "train" else {}) for name, columns in run.metrics.items()
+        },
         health={name: health_charts(columns) for name, columns in run.metrics.items()},
         missing=page.missing(run),
         not_run=not_run(run),

@@ -116,9 +116,9 @@ def wide_range(values: Values, ratio: float) -> bool:
     return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > ratio
 
 
-def auto(values: Values, label: Label = short, ratio: float = 20.0) -> Scale:
-    """Logarithmic when the values span a wide range, linear from zero otherwise."""
-    return logarithmic(values, label) if wide_range(values, ratio) else linear(values, label)
+def auto(values: Values, label: Label = short, *, ratio: float = 20.0, zero: bool = True) -> Scale:
+    """Logarithmic when the values span a wide range, linear otherwise."""
+    return logarithmic(values, label) if wide_range(values, ratio) else linear(values, label, zero)
 
 
 def round_step(step: float) -> float:

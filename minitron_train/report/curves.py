@@ -110,8 +110,9 @@ def perplexity_chart(columns: Columns, evals: Evals) -> Chart | None:
     levels = {label: evals[label].get("perplexity") for label in ("teacher", "pruned") if label in evals}
     levels = {label: value for label, value in levels.items() if isinstance(value, int | float) and np.isfinite(value)}
     values = [*series[1], *levels.values()]
-    room = [min(values) / 1.3, max(values) * 1.3] if levels else []  # for the levels' names
-    x, y = tokens_scale(columns), charts.auto([*values, *room], ratio=4)
+    spread = max((max(values) / min(values)) ** 0.2, 1.01)
+    room = [min(values) / spread, max(values) * spread] if levels else []  # for the levels' names
+    x, y = tokens_scale(columns), charts.auto([*values, *room], ratio=4, zero=False)
     tokens, values = charts.buckets(*series)
     marks = [
         Mark(kind="line", role="student", path=charts.polyline(x, y, tokens, values)),
@@ -124,7 +125,7 @@ def perplexity_chart(columns: Columns, evals: Evals) -> Chart | None:
     said = " Dashed: the finished evaluation of the other models." if levels else ""
     return Chart(
         title="Validation perplexity",
-        caption=f"Of the model in training, on held-out text, down to {perplexity(float(series[1][-1]))}.{said}",
+        caption=f"Of the model in training, on held-out text; at the end {perplexity(float(series[1][-1]))}.{said}",
         x=x,
         y=y,
         marks=marks,

@@ -48,7 +48,9 @@ def task_row(run: Run, task: str) -> dict[str, Any]:
     teacher, student = (scores[label].value if label in scores else None for label in ("teacher", "student"))
     return {
         "task": task_name(task),
-        "metric": metric_text(metric) + (f", chance {percent(CHANCE[task], 0)}" if task in CHANCE else ""),
+        "metric": ", ".join(
+            filter(None, (metric_text(metric), f"chance {percent(CHANCE[task], 0)}" if task in CHANCE else ""))
+        ),
         "cells": [score.text for score in scores.values()],
         "rows": counts(score.rows for score in scores.values()),
         "shots": counts(score.num_fewshot for score in scores.values()),

@@ -92,7 +92,9 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
-    stages = sorted(read_stages(folder), key=lambda stage: str(stage.get("started_at", "")))
+    stages = sorted(
+        read_stages(folder), key=lambda stage: (str(stage.get("started_at", "")), stage.get("wall_seconds", 0))
+    )
     return Run(
         folder=folder,
         stages=stages,

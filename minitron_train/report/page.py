@@ -167,7 +167,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
             "started_at": str(stage.get("started_at") or "–").replace("T", " ").replace("+00:00", ""),
             "wall": numbers.duration(stage["wall_seconds"]) if stage.get("wall_seconds") is not None else "–",
             "peak": numbers.byte_size(stage["peak_rss_bytes"]) if stage.get("peak_rss_bytes") else "–",
-            "inputs": [(label, str(digest)[:HASH_DIGITS]) for label, digest in (stage.get("inputs") or {}).items()],
+            "inputs": [(label, short_hash(str(digest))) for label, digest in (stage.get("inputs") or {}).items()],
             "facts": pretty(stage.get("facts")),
         }
         for stage in run.stages
@@ -196,6 +196,11 @@ def versions(run: Run) -> list[tuple[str, str]]:
             if version and str(version) not in found.setdefault(name, []):
                 found[name].append(str(version))
     return [(name, ", ".join(items)) for name, items in found.items() if items]
+
+
+def short_hash(value: str) -> str:
+    """The first digits of a sha256; other fingerprints, like a checkpoint's name, stay whole."""
+    return value[:HASH_DIGITS] if len(value) == 64 else value
 
 
 def short_commit(commit: str | None) -> str | None:

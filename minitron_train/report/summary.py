@@ -98,9 +98,9 @@ def results_of(run: Run, label: str) -> Mapping[str, Any]:
 
 
 def metric_of(run: Run, task: str) -> str:
-    """The task's headline metric: the same for every model."""
+    """The task's headline metric, the same for every model; empty when it was not run."""
     found = {name for label in run.labels for name in entry_of(run, label, task)}
-    return next((metric for metric in PREFERRED if metric in found), "acc")
+    return next((metric for metric in PREFERRED if metric in found), "")
 
 
 def entry_of(run: Run, label: str, task: str) -> Mapping[str, Any]:
@@ -181,7 +181,7 @@ def summary_table(output_dir: Path) -> str:
             numbers.perplexity(perplexity_of(run, label)),
         ]
         table.append([label, *sizes, *(score_of(run, label, task).text for task in tasks)])
-    lines = aligned(table if tasks else table[2:])
+    lines = aligned([row for row in table if any(row)])
     lines.insert(len(lines) - len(run.labels), "-" * len(lines[-1]))
     return "\n".join([*lines, *not_run(run)])
 

@@ -321,7 +321,7 @@ def test_summary_table(output_dir: Path) -> None:
         "not run",
     ]
     assert rows["student"] == ["student", student, "1.5 MB", "26.90", "36.0 ± 4.9 %", "26.0 ± 3.0 %", "not run"]
-    assert lines[0].split() == ["HellaSwag", "MMLU", "ARC-C"] and lines[1].split() == ["acc_norm", "acc", "acc"]
+    assert lines[0].split() == ["HellaSwag", "MMLU", "ARC-C"] and lines[1].split() == ["acc_norm", "acc"]
     assert "100 rows" in lines[2] and "285 rows" in lines[2]
     assert lines[-1] == "ARC-C: not run: no data in <eval_data>"
 
