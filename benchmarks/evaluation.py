@@ -21,7 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from minitron_train.arch.build import build
 from minitron_train.arch.convert import load
 from minitron_train.config import EvalConfig, ParallelConfig
-from minitron_train.evaluation.lm import MegatronLM, load_tokenizer
+from minitron_train.data import tokenizer
+from minitron_train.evaluation.lm import MegatronLM
 from minitron_train.evaluation.tasks import load_tasks, quiet
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel import groups
@@ -49,6 +50,7 @@ SUBJECTS = (
     "sociology",
     "virology",
 )
+BATCH_TOKENS = 4096  # of ours
 BATCH_SEQUENCES = 8  # of lm-eval's hf model; its own default is 1, which is slower
 
 
@@ -88,9 +90,7 @@ def load_ours(folder: Path, group: groups.Groups) -> MegatronLM:
     checkpoint = Checkpoint(folder)
     model = build(checkpoint.shape)
     load(model, checkpoint.table, checkpoint.shape, checkpoint)
-    return MegatronLM(
-        model, load_tokenizer(folder), checkpoint.shape.max_position_embeddings, group, EvalConfig().batch_tokens
-    )
+    return MegatronLM(model, tokenizer.load(folder), checkpoint.shape.max_position_embeddings, group, BATCH_TOKENS)
 
 
 def device() -> str:

@@ -57,6 +57,13 @@ class LossKind(Enum):
     top_k_kl = "top_k_kl"
 
 
+class HiddenLossKind(Enum):
+    """How two hidden states are compared; cosine is the better one (arXiv 2407.14679 appendix A.4)."""
+
+    cosine = "cosine"
+    mse = "mse"
+
+
 class Schedule(Enum):
     """Learning rate after the warm-up."""
 
@@ -268,10 +275,22 @@ class DistillConfig:
     teacher_precision: Precision | None = opt(None, "of the teacher's weights; default: train.precision")
     kd_weight: float = opt(1.0, "of the distillation loss")
     ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
+    jsd_beta: float = opt(0.5, "jsd: the teacher's share of the mixture")
+    memory_budget_u: float = opt(0.2, "memory of the loss, in logit tensors [micro-batch tokens, vocabulary per rank] of fp32")
+    vocab_tile: int | None = opt(None, "vocabulary rows of a block of the loss; default: from the memory budget")
+    token_chunk: int | None = opt(None, "tokens of a block of the loss; default: from the memory budget")
+    hidden_layers: list[str] = opt(list, "layers whose outputs are compared, STUDENT:TEACHER, from 0: [embedding:embedding, 13:29]")
+    hidden_loss: HiddenLossKind = opt(HiddenLossKind.cosine, "between those outputs, the student's projected up")
+    hidden_weight: float | None = opt(None, "of that loss; default: dynamic, the logit loss over it in the step before")
 
     def validate(self) -> None:
         """Ranges."""
         require_positive(self, "distill", "temperature")
+        for pair in self.hidden_layers:
+            names = pair.split(":")
+            fits = len(names) == 2 and all(name == "embedding" or name.isdecimal() for name in names)
+            rule = "must be STUDENT:TEACHER, each a layer's number or embedding"
+            require(fits, "distill.hidden_layers", pair, rule, "give pairs like 13:29")
         fits = (self.top_k > 0) == (self.loss is LossKind.top_k_kl)
         require(fits, "distill.top_k", self.top_k, "goes with distill.loss=top_k_kl", "set both or neither")
 
@@ -358,7 +377,9 @@ class EvalConfig:
     disk_bytes: int = opt(0, "fetch: size of the unpacked data; 0: unknown")
     every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
     batch_size: int = opt(8, "validation sequences per forward pass")
-    batch_tokens: int = opt(4096, "tokens per forward pass of a task, padding included")
+    batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
+    allow_code_execution: bool = opt(False, "run generated programs (HumanEval, MBPP), each in a limited process")
+    compare: list[str] = opt(list, "labels of finished evaluations to compare row by row; nothing is evaluated")
 
     def validate(self) -> None:
         """Positive counts, shots that are not negative."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -22,7 +23,7 @@ LOGIT_BYTES = 128 * 2**20  # of the logits that are held at once
 class KeyValueCache:
     """Keys and values of every layer for tokens that later tokens attend to.
 
-    It is hooked in front of the core attention, where keys are already rotated, so that it holds them in any order.
+    They are taken in front of the core attention, where keys are already rotated, so that their order does not matter.
     """
 
     def __init__(self) -> None:
@@ -34,12 +35,8 @@ class KeyValueCache:
         return next(iter(self.layers.values()))[0].shape[0] if self.layers else 0
 
     @contextlib.contextmanager
-    def attached(self, model: LanguageModel, *, keep: bool) -> Iterator[None]:
-        """Run a block in which the model's tokens attend to the cached ones too.
-
-        Args:
-            keep: add the block's own keys and values to the cache. Otherwise a cache of batch 1 serves any batch.
-        """
+    def attached(self, model: LanguageModel, keep: bool) -> Iterator[None]:
+        """Run a block in which the model's tokens attend to the cached ones too; `keep` adds them to the cache."""
 
         def extend(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query, *new, mask = args
@@ -50,46 +47,60 @@ class KeyValueCache:
                 self.layers[module] = new[0], new[1]
             return query, *new, mask
 
-        hooks = [
-            layer.self_attention.core_attention.register_forward_pre_hook(extend) for layer in model.decoder.layers
-        ]
+        attentions = [layer.self_attention.core_attention for layer in model.decoder.layers]
+        hooks = [attention.register_forward_pre_hook(extend) for attention in attentions]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only some rows of the batch."""
+    def keep_tokens(self, num_tokens: int) -> None:
+        """Forget all tokens but the first ones."""
+        self.layers = {module: (key[:num_tokens], value[:num_tokens]) for module, (key, value) in self.layers.items()}
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but some."""
         self.layers = {module: (key[:, rows], value[:, rows]) for module, (key, value) in self.layers.items()}
 
 
 def hidden_states(
-    model: LanguageModel, tokens_BS: Tensor, positions_BS: Tensor, hidden_mask_BSP: Tensor | None
+    model: LanguageModel,
+    tokens_BS: Tensor,
+    positions_BS: Tensor,
+    hidden_mask_BSP: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """Final hidden states [B, S, H] of tokens at given positions of their texts.
 
     Args:
         positions_BS: of each token; decides its rotary embedding.
         hidden_mask_BSP: bool, True hides key P (cached ones first) from query S; None is causal.
+        cache: what the tokens attend to besides; one of batch 1 serves any batch.
+        keep: add the tokens to the cache.
     """
-    num_padding = 0
+    cache = KeyValueCache() if cache is None else cache
+    num_tokens = tokens_BS.shape[1]
+    num_keys = cache.num_tokens + num_tokens
     if model.config.sequence_parallel:  # the sequence is split over the ranks: its length must divide
-        num_padding = -tokens_BS.shape[1] % model.config.tensor_model_parallel_size
-        tokens_BS, positions_BS = (torch.nn.functional.pad(x, (0, num_padding)) for x in (tokens_BS, positions_BS))
-        if hidden_mask_BSP is not None:
-            hidden_mask_BSP = torch.nn.functional.pad(hidden_mask_BSP, (0, num_padding, 0, num_padding), value=True)
-            hidden_mask_BSP[:, tokens_BS.shape[1] - num_padding :] = False  # a row that sees nothing would be NaN
+        padding = (0, -num_tokens % model.config.tensor_model_parallel_size)
+        tokens_BS, positions_BS = F.pad(tokens_BS, padding), F.pad(positions_BS, padding)
+        if hidden_mask_BSP is not None:  # padding sees everything, since a row that sees nothing would be NaN
+            hidden_mask_BSP = F.pad(F.pad(hidden_mask_BSP, padding, value=True), (0, 0, *padding), value=False)
     embedded_SBH = model.embedding(input_ids=tokens_BS, position_ids=positions_BS)
     angles = model.rotary_pos_emb(int(positions_BS.max()) + 1)[:, 0, 0]
-    hidden_SBH = model.decoder(
-        hidden_states=embedded_SBH,
-        attention_mask=None if hidden_mask_BSP is None else hidden_mask_BSP[:, None],
-        rotary_pos_emb=angles[positions_BS.T][:, :, None],
-    )
+    with cache.attached(model, keep):
+        hidden_SBH = model.decoder(
+            hidden_states=embedded_SBH,
+            attention_mask=None if hidden_mask_BSP is None else hidden_mask_BSP[:, None],
+            rotary_pos_emb=angles[positions_BS.T][:, :, None],
+        )
+    if keep:
+        cache.keep_tokens(num_keys)
     if model.config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
-    return hidden_SBH[: hidden_SBH.shape[0] - num_padding].transpose(0, 1)
+    return hidden_SBH[:num_tokens].transpose(0, 1)
 
 
 def target_logprobs(

@@ -1,35 +1,57 @@
 """The trained model as lm-eval sees it. Importing this module imports lm-eval."""
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from minitron_train.arch.build import LanguageModel
 from minitron_train.errors import UserError
+from minitron_train.evaluation.generate import greedy
+from minitron_train.evaluation.journal import Journal, key_of
 from minitron_train.evaluation.packing import Request
 from minitron_train.evaluation.scoring import Score, score
 from minitron_train.parallel.groups import Groups
+
+Answer = TypeVar("Answer")
+
+MAX_NEW_TOKENS = 256  # where a task sets none; lm-eval's default
 
 
 class MegatronLM(TemplateLM):
     """lm-eval's model interface over a LanguageModel at any tensor- and data-parallel size.
 
     Every rank is given every request and returns every answer; in between, each data-parallel rank does its share.
+
+    Args:
+        max_length: tokens of the longest context; longer requests lose their beginning and are counted.
+        batch_tokens: tokens of one forward pass, padding included.
+        journal: keeps answers on disk as they come; None keeps nothing.
+        end_tokens: tokens that end a generated text, besides the tokenizer's EOS.
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Any, max_length: int, groups: Groups, batch_tokens: int
+        self,
+        model: LanguageModel,
+        tokenizer: Any,
+        max_length: int,
+        groups: Groups,
+        batch_tokens: int,
+        journal: Journal | None = None,
+        end_tokens: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.groups = model, tokenizer, groups
+        self.model, self.tokenizer, self.groups, self.journal = model, tokenizer, groups, journal
         self.max_length, self.batch_tokens = max_length, batch_tokens
-        self.num_truncated = 0
+        self.end_tokens = end_tokens | {tokenizer.eos_token_id}
+        self.num_truncated: Counter[str] = Counter()  # by task
         self.bar = tqdm(desc="evaluate", total=0, unit="request", disable=not groups.is_first)
 
     @property
@@ -57,44 +79,61 @@ class MegatronLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
         """Log-likelihood and greediness of each (context, continuation)."""
+        self.owners = [request.task_name or "" for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
-        """Score token lists; what is too long loses its beginning (lm-eval's rule) and is counted."""
+        """Score token lists."""
         cut = []
         for index, (_, context, continuation) in enumerate(requests):
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
-            self.num_truncated += len(tokens) < len(context) + len(continuation)
+            if len(tokens) < len(context) + len(continuation):
+                self.num_truncated[self.owners[index]] += 1
             cut.append(Request(index, tokens, len(continuation)))
-        scores: dict[int, Score] = {}
-        self.bar.total += len(requests)
-        self.bar.refresh()
 
-        def keep(new: dict[int, Score]) -> None:
-            scores.update(new)
+        def compute(left: list[int], on_answers: Callable[[dict[int, Score]], None]) -> None:
+            score(self.model, [cut[index] for index in left], self.groups, self.batch_tokens, on_answers)
+
+        answers = self.answer([key_of(request.tokens, request.num_targets) for request in cut], compute)
+        for index, (value, _) in enumerate(answers):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self.owners[index]}: logits are not finite at {str(requests[index][0])[:80]!r}; "
+                    "the weights are broken, evaluate another checkpoint"
+                )
+        return [(value, is_greedy) for value, is_greedy in answers]
+
+    def answer(
+        self, keys: list[str], compute: Callable[[list[int], Callable[[dict[int, Answer]], None]], None]
+    ) -> list[Answer]:
+        """Answers to all requests: from the journal, else computed by this rank or by another one.
+
+        Args:
+            keys: one per request, for the journal.
+            compute: given the requests that are left, reports this rank's share of the answers bit by bit.
+        """
+        known = self.journal.answers if self.journal else {}
+        left = [index for index, key in enumerate(keys) if key not in known]
+        self.bar.total += len(keys)
+        self.bar.update(len(keys) - len(left))
+        mine: dict[int, Answer] = {}
+
+        def on_answers(new: dict[int, Answer]) -> None:
+            mine.update(new)
+            if self.journal:
+                self.journal.add({keys[index]: answer for index, answer in new.items()})
             self.bar.update(len(new) * self.groups.dp_size)
 
-        score(self.model, cut, self.groups, self.batch_tokens, keep)
-        merged = self.merge(scores)
-        broken = [index for index, (value, _) in merged.items() if not math.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"logits are not finite at {str(requests[min(broken)][0])[:80]!r}: the model's weights are broken"
-            )
-        return [merged[index] for index in range(len(requests))]
-
-    def merge(self, mine: dict[int, Any]) -> dict[int, Any]:
-        """All data-parallel ranks' answers."""
-        if self.groups.dp_size == 1:
-            return mine
-        everyone: list[Any] = [None] * self.groups.dp_size
-        dist.all_gather_object(everyone, mine, group=self.groups.dp_group)
-        return {index: answer for part in everyone for index, answer in part.items()}
+        compute(left, on_answers)
+        everyone: list[Any] = [mine]
+        if self.groups.dp_size > 1:
+            everyone = [None] * self.groups.dp_size
+            dist.all_gather_object(everyone, mine, group=self.groups.dp_group)
+        computed = {index: answer for part in everyone for index, answer in part.items()}
+        return [computed[index] if index in computed else known[key] for index, key in enumerate(keys)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts, in windows of the context length with one token of overlap."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -102,18 +141,75 @@ class MegatronLM(TemplateLM):
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 windows.append((request.args[0], *make_disjoint_window(window)))
                 owners.append(index)
+        self.owners = [requests[owner].task_name or "" for owner in owners]
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[owner] += value
         return totals
 
-    def generate_until(self, requests: Iterable[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuation of each text."""
-        raise NotImplementedError
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuation of each text, up to the task's stop strings or the end of the text."""
+        prompts, limits, stops = [], [], []
+        for request in requests:
+            context, settings = request.args
+            if settings.get("do_sample") or settings.get("temperature"):
+                raise UserError(f"{request.task_name}: asks for sampling; only greedy generation is supported")
+            until = settings.get("until") or []
+            limits.append(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)))
+            stops.append([until] if isinstance(until, str) else list(until))
+            tokens = self.tok_encode(context)
+            room = self.max_length - limits[-1]
+            if room < 1:
+                raise UserError(
+                    f"{request.task_name}: generates {limits[-1]} tokens, the context has {self.max_length}"
+                )
+            self.num_truncated[request.task_name or ""] += len(tokens) > room
+            prompts.append(tokens[-room:] or [self.prefix_token_id])
+
+        def compute(left: list[int], on_answers: Callable[[dict[int, str]], None]) -> None:
+            for batch in self.generation_batches(left, prompts, limits):
+                ended = {index: Stop(self.tokenizer, stops[index], self.end_tokens) for index in batch}
+                texts = greedy(
+                    self.model,
+                    [prompts[index] for index in batch],
+                    limits[batch[0]],
+                    [ended[index] for index in batch],
+                    self.groups,
+                )
+                on_answers({index: ended[index].text(text) for index, text in zip(batch, texts, strict=True)})
+
+        keys = [key_of(*parts) for parts in zip(prompts, limits, stops, strict=True)]
+        return self.answer(keys, compute)
+
+    def generation_batches(self, left: list[int], prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """This rank's requests, those of like prompt length and equal limit together."""
+        batches: list[list[int]] = []
+        for index in sorted(left, key=lambda k: (limits[k], -len(prompts[k]))):
+            first = batches[-1][0] if batches else index
+            size = (len(batches[-1]) + 1) * (len(prompts[first]) + limits[first]) if batches else 0
+            if batches and limits[first] == limits[index] and size <= self.batch_tokens:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        return batches[self.groups.dp_rank :: self.groups.dp_size]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder."""
-    from minitron_train.data import tokenizer
+class Stop:
+    """Whether a growing text has reached its end: a token that ends texts, or one of the stop strings."""
 
-    return tokenizer.load(folder)
+    def __init__(self, tokenizer: Any, strings: list[str], end_tokens: frozenset[int]) -> None:
+        self.tokenizer, self.strings, self.end_tokens = tokenizer, strings, end_tokens
+        self.window = max((len(tokenizer.encode(string)) for string in strings), default=0) + 2
+
+    def __call__(self, tokens: list[int]) -> bool:
+        """Looks at the last few tokens only."""
+        if tokens[-1] in self.end_tokens:
+            return True
+        tail = self.tokenizer.decode(tokens[-self.window :])
+        return any(string in tail for string in self.strings)
+
+    def text(self, tokens: list[int]) -> str:
+        """The text before the first stop string, as lm-eval cuts it."""
+        eos = [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return postprocess_generated_text(text, stop=[*self.strings, *eos], think_end_token=None)

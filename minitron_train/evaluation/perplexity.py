@@ -39,4 +39,4 @@ def perplexity(model: LanguageModel, tokens: Tensor, groups: Groups, batch_size:
 def causal_hidden(model: LanguageModel, tokens_BS: Tensor) -> Tensor:
     """Final hidden states [B * S, H] of whole sequences."""
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    return hidden_states(model, tokens_BS, positions, None).flatten(0, 1)
+    return hidden_states(model, tokens_BS, positions).flatten(0, 1)

@@ -1,10 +1,10 @@
 """lm-eval's nested result object -> the flat records that are written to eval/LABEL.json."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
-def collect(raw: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+def collect(raw: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """One record per requested task; a group's record has its members under `parts`."""
     return {name: record(raw, name) for name in names}
 
@@ -16,10 +16,24 @@ def record(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         metric, _, filter_name = key.partition(",")
         if filter_name and isinstance(value, int | float):
             metrics[metric if filter_name == "none" else f"{metric},{filter_name}"] = value
-    members = [record(raw, child) | {"task": child} for child in raw["group_subtasks"].get(name, [])]
-    rows = sum(member["rows"] for member in members) if members else raw["n-samples"][name]["effective"]
-    shots = members[0]["num_fewshot"] if members else raw["n-shot"][name]
+    members = {child: record(raw, child) for child in raw["group_subtasks"].get(name, [])}
+    rows = sum(member["rows"] for member in members.values()) if members else raw["n-samples"][name]["effective"]
+    shots = next(iter(members.values()))["num_fewshot"] if members else raw["n-shot"][name]
     result = metrics | {"rows": rows, "num_fewshot": shots, "version": raw["versions"].get(name)}
-    if members:
-        result["parts"] = {member.pop("task"): member for member in members}
-    return result
+    return result | ({"parts": members} if members else {})
+
+
+def items(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One object per evaluated row: what identifies it, what the model answered, and its metrics."""
+    for task, samples in sorted(raw["samples"].items()):
+        for sample in samples:
+            yield {
+                "task": task,
+                "doc_id": sample["doc_id"],
+                "doc_hash": sample["doc_hash"],
+                "prompt_hash": sample["prompt_hash"],
+                "filter": sample["filter"],
+                "target": sample["target"],
+                "answers": sample["filtered_resps"],
+                "metrics": {metric: sample[metric] for metric in sample["metrics"]},
+            }

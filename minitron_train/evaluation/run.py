@@ -1,5 +1,7 @@
-"""One model, all its numbers: perplexity and lm-eval's tasks, written to one JSON file."""
+"""One model, all its numbers: perplexity and lm-eval's tasks, written to one JSON file and one line per row."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ from torch import Tensor
 from minitron_train.arch.build import LanguageModel, build
 from minitron_train.arch.convert import load
 from minitron_train.config import Config, EvalConfig
+from minitron_train.evaluation.journal import Journal, model_fingerprint
 from minitron_train.evaluation.perplexity import perplexity
-from minitron_train.files import atomic_write_json
+from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
 
@@ -25,34 +28,43 @@ def evaluate(
     data_dir: Path | None,
     validation_tokens: Tensor | None,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face folder and write folder/LABEL.json.
+    """Evaluate a Hugging Face folder; write folder/LABEL.json and folder/LABEL.items.jsonl.
+
+    An interrupted evaluation goes on from folder/LABEL.partial.
 
     Args:
         model: Hugging Face folder; loaded at the tensor-parallel size of `groups`.
-        label: names the result file.
         data_dir: local evaluation data (see evaluation.local_data); what is not there comes from the hub, if any.
         validation_tokens: int64 [sequences, length + 1] for the perplexity; None leaves it out.
 
     Returns:
-        What was written: perplexity, results per task, tasks not run with the reason, model size, versions, data hashes.
+        What was written: perplexity, results per task, tasks not run with the reason, sizes, versions, data hashes.
+
+    Raises:
+        UserError: an unknown task, broken data or weights, a model that the tensor-parallel size does not divide.
     """
     checkpoint = Checkpoint(model)
     checkpoint.shape.check_parallel(groups.tp_size, label)
     live = build(checkpoint.shape, tp=groups.tp_size)
     load(live, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
-    results = run_tasks(live, model, checkpoint.shape.max_position_embeddings, config.eval, groups, data_dir)
     report = {
         "label": label,
         "model": str(model),
-        "parameters": sum(torch.Size(size).numel() for size in checkpoint.table.tensors(checkpoint.shape).values()),
+        "parameters": sum(math.prod(size) for size in checkpoint.table.tensors(checkpoint.shape).values()),
         "bytes": sum(path.stat().st_size for path in set(checkpoint.files.values())),
         "perplexity": None,
-        **results,
     }
     if validation_tokens is not None:
         report["perplexity"] = perplexity(live, validation_tokens, groups, config.eval.batch_size)
+        report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
+    journal = Journal(folder / f"{label}.partial", model_fingerprint(model, groups.tp_size), groups)
+    max_length = checkpoint.shape.max_position_embeddings
+    results, items = run_tasks(live, model, max_length, config.eval, groups, data_dir, journal)
+    report |= results
     if groups.is_first:
+        atomic_write_text(folder / f"{label}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
         atomic_write_json(folder / f"{label}.json", report)
+        journal.remove()
     groups.barrier()
     return report
 
@@ -64,24 +76,68 @@ def run_tasks(
     evaluation: EvalConfig,
     groups: Groups,
     data_dir: Path | None,
-) -> dict[str, Any]:
-    """lm-eval's tasks on a live model: `results`, `not_run` and `data`, the same on every rank."""
+    journal: Journal | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """lm-eval's tasks on a live model, the same on every rank.
+
+    Args:
+        tokenizer: Hugging Face folder that has one.
+
+    Returns:
+        `results`, `not_run`, `data` and what else eval/LABEL.json says of the tasks; and one object per evaluated row.
+    """
     if not evaluation.tasks:
-        return {"results": {}, "not_run": {}, "data": {}}
+        return {"results": {}, "not_run": {}, "data": {}}, []
     from importlib.metadata import version
 
-    from lm_eval.evaluator import evaluate as lm_evaluate
-
-    from minitron_train.evaluation.lm import MegatronLM, load_tokenizer
-    from minitron_train.evaluation.results import collect
-    from minitron_train.evaluation.tasks import load_tasks, quiet
+    from minitron_train.data import tokenizer as tokenizers
+    from minitron_train.evaluation.lm import MegatronLM
+    from minitron_train.evaluation.results import collect, items
+    from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
 
     with quiet():
         chosen = load_tasks(evaluation, data_dir)
-        report = {"results": {}, "not_run": chosen.not_run, "data": chosen.data, "lm_eval": version("lm_eval")}
-        if chosen.tasks["tasks"]:
-            lm = MegatronLM(model, load_tokenizer(tokenizer), max_length, groups, evaluation.batch_tokens)
-            raw = lm_evaluate(lm, chosen.tasks, samples=chosen.rows, bootstrap_iters=1000)
-            assert raw is not None, "lm-eval returns results on its rank 0, which every rank is"
-            report |= {"results": collect(raw, list(chosen.data)), "truncated_requests": lm.num_truncated}
-    return report
+        report: dict[str, Any] = {
+            "results": {},
+            "not_run": chosen.not_run,
+            "data": chosen.data,
+            "seed": evaluation.seed,
+        }
+        report["lm_eval"] = version("lm_eval")
+        if not chosen.leaves:
+            return report, []
+        batch_tokens = evaluation.batch_tokens or find_batch_tokens(model, groups)
+        ends = end_tokens(tokenizer)
+        lm = MegatronLM(model, tokenizers.load(tokenizer), max_length, groups, batch_tokens, journal, ends)
+        raw = run_lm_eval(lm, chosen, evaluation)
+        lm.bar.close()
+    report["results"] = collect(raw, chosen.leaves)
+    report["truncated_requests"] = {task: count for task, count in lm.num_truncated.items() if count}
+    report["answers_from_interrupted_run"] = journal.num_found if journal else 0
+    return report, list(items(raw))
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Tokens that end a text, as generation_config.json or config.json lists them; chat models have several."""
+    for name in ("generation_config.json", "config.json"):
+        found = json.loads((folder / name).read_text()).get("eos_token_id") if (folder / name).exists() else None
+        if found is not None:
+            return frozenset([found] if isinstance(found, int) else found)
+    return frozenset()
+
+
+def find_batch_tokens(model: LanguageModel, groups: Groups) -> int:
+    """Tokens of one forward pass: 4096 on a CPU, whose speed does not grow further; on GPUs what fits into free memory.
+
+    A layer without gradients holds about eight hidden states and three MLP states per token, and attention a mask byte
+    per key; half of what is free is used, and all ranks use the same.
+    """
+    if groups.device.type == "cpu":
+        return 4096
+    config = model.config
+    width = 8 * config.hidden_size + 3 * (config.ffn_hidden_size or 0) // groups.tp_size
+    free_bytes, _ = torch.cuda.mem_get_info(groups.device)
+    least = torch.tensor([free_bytes / 2 / (4 * width + 2048)], device=groups.device)
+    if groups.world_size > 1:
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return max(4096, min(65536, int(least.item())))

@@ -36,18 +36,18 @@ def score(
             cache = KeyValueCache()
             if unit.prefix:
                 tokens = torch.tensor([unit.prefix], device=groups.device)
-                with cache.attached(model, keep=True):
-                    hidden_states(model, tokens, torch.arange(len(unit.prefix), device=groups.device)[None], None)
-            with cache.attached(model, keep=False):
-                for batch in unit.batches:
-                    on_scores(score_rows(model, batch, cache.num_tokens, groups))
+                places = torch.arange(len(unit.prefix), device=groups.device)[None]
+                hidden_states(model, tokens, places, cache=cache, keep=True)
+            for batch in unit.batches:
+                on_scores(score_rows(model, batch, cache, groups))
 
 
-def score_rows(model: LanguageModel, rows: list[Row], num_prefix: int, groups: Groups) -> dict[int, Score]:
+def score_rows(model: LanguageModel, rows: list[Row], cache: KeyValueCache, groups: Groups) -> dict[int, Score]:
     """One forward pass; only scored positions meet the output layer."""
-    tokens, positions, mask = to_tensors(rows, num_prefix)
     device = groups.device
-    hidden = hidden_states(model, tokens.to(device), positions.to(device), None if mask is None else mask.to(device))
+    tokens, positions, mask = (None if x is None else x.to(device) for x in to_tensors(rows, cache.num_tokens))
+    assert tokens is not None and positions is not None
+    hidden = hidden_states(model, tokens, positions, mask, cache)
     scored = [(b, *target) for b, row in enumerate(rows) for target in row.targets]
     row_N, place_N, target_N, _ = torch.tensor(scored, device=device).unbind(1)
     group = groups.tp_group if groups.tp_size > 1 else None

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import lm_eval.api.task
 import lm_eval.tasks
 import yaml
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
@@ -29,6 +30,7 @@ SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"
 FOLDERS = ("hellaswag", "mmlu/default", "arc", "winogrande", "gsm8k", "truthfulqa", "wikitext", "piqa", "openbookqa")
 HUB_TIMEOUT_S = 3.0
+BOOTSTRAP_ITERATIONS = 1000  # of standard errors that have no formula
 
 
 @dataclass(slots=True)
@@ -37,6 +39,7 @@ class TaskSet:
 
     tasks: dict[str, Any] = field(default_factory=dict)  # as lm_eval.evaluator.evaluate takes it
     rows: dict[str, list[int]] = field(default_factory=dict)  # leaf task -> rows to evaluate; all when absent
+    leaves: dict[str, list[str]] = field(default_factory=dict)  # requested task -> its leaf tasks
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # requested task -> where its data come from
     not_run: dict[str, str] = field(default_factory=dict)  # requested task -> reason
 
@@ -121,6 +124,10 @@ def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
     for name in evaluation.tasks:
         files = {leaf: local_files(leaf, data_dir) if data_dir else {} for leaf in leaves(manager, name)}
         missing = [leaf for leaf, found in files.items() if not found]
+        unsafe = [leaf for leaf in files if (manager.task_index[leaf].cfg or {}).get("unsafe_code")]
+        if unsafe and not evaluation.allow_code_execution:
+            chosen.not_run[name] = "runs generated programs; allow it with eval.allow_code_execution=true"
+            continue
         if missing and online is None:
             online = hub_reachable()
         if missing and not online:
@@ -140,8 +147,9 @@ def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
         paths = [entry.yaml_path.parent for entry in manager.task_index.values() if entry.yaml_path]
         manager = TaskManager(include_defaults=False, include_path=[*dict.fromkeys(paths), folder])
         chosen.tasks = manager.load(runnable)
-    for name in runnable:
-        for leaf in leaves(manager, name):
+    chosen.leaves = {name: leaves(manager, name) for name in runnable}
+    for name, members in chosen.leaves.items():
+        for leaf in members:
             configure(chosen, name, leaf, evaluation)
     return chosen
 
@@ -159,7 +167,6 @@ def configure(chosen: TaskSet, name: str, leaf: str, evaluation: EvalConfig) -> 
     default = task.get_config("num_fewshot")
     if default != 0:
         task.set_config(key="num_fewshot", value=default or 0 if shots is None else shots)
-    task.set_fewshot_seed(seed=evaluation.seed)
     limit = evaluation.limit if evaluation.limit is not None else by_task(evaluation.limits, name)
     num_rows = len(task.eval_docs)
     if limit is not None and limit < num_rows:
@@ -169,3 +176,18 @@ def configure(chosen: TaskSet, name: str, leaf: str, evaluation: EvalConfig) -> 
 def by_task(values: dict[str, int], name: str) -> int | None:
     """The value for a task; one of MMLU's subjects or categories takes MMLU's."""
     return values.get(name, values.get("mmlu") if name.startswith("mmlu_") else None)
+
+
+def run_lm_eval(lm: Any, chosen: TaskSet, evaluation: EvalConfig) -> dict[str, Any]:
+    """lm-eval's evaluation of tasks that were loaded before; running it again gives the same prompts."""
+    for task in chosen.tasks["tasks"].values():
+        task.set_fewshot_seed(seed=evaluation.seed)
+    raw = evaluate(
+        lm,
+        chosen.tasks,
+        samples=chosen.rows,
+        bootstrap_iters=BOOTSTRAP_ITERATIONS,
+        confirm_run_unsafe_code=evaluation.allow_code_execution,
+    )
+    assert raw is not None, "lm-eval returns results on its rank 0, which every rank is"
+    return dict(raw)

@@ -1,0 +1,78 @@
+"""pass@1 of generated programs, each run in a process of its own with limits on time, memory and files.
+
+The limits keep an accident small; they are no jail. That is why eval.allow_code_execution is off by default.
+"""
+
+import ast
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TIME_S = 5
+MEMORY_BYTES = 2**30
+FILE_BYTES = 2**20
+
+
+def passes(program: str, time_s: int = TIME_S) -> bool:
+    """Whether a Python program ends without an error within the limits.
+
+    It runs isolated (-I) in an empty scratch folder, with an empty environment and no input.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(program, encoding="utf-8", errors="replace")
+        try:
+            process = subprocess.run(
+                [sys.executable, "-I", "-c", LIMITED, str(path), str(time_s)],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=time_s + 5,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+    return process.returncode == 0
+
+
+LIMITED = f"""
+import resource, runpy, sys
+path, time_s = sys.argv[1], int(sys.argv[2])
+for limit, value in (
+    ({resource.RLIMIT_CPU}, time_s), ({resource.RLIMIT_AS}, {MEMORY_BYTES}), ({resource.RLIMIT_FSIZE}, {FILE_BYTES}),
+):
+    resource.setrlimit(limit, (value, value))
+runpy.run_path(path, run_name="__main__")
+"""
+
+
+def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]]) -> float:
+    """lm-eval's metric of HumanEval and MBPP: share of problems whose first program passes its tests."""
+    first = [programs if isinstance(programs, str) else programs[0] for programs in predictions]
+    outcomes = [passes(f"{program}\n{test}\n") for program, test in zip(first, references, strict=True)]
+    return sum(outcomes) / len(outcomes)
+
+
+def prepend_prompt(resps: list[list[str]], docs: list[dict[str, str]]) -> list[list[str]]:
+    """HumanEval's filter: the completion goes behind its prompt."""
+    return [[doc["prompt"] + text for text in texts] for texts, doc in zip(resps, docs, strict=True)]
+
+
+def mbpp_examples() -> list[dict[str, Any]]:
+    """MBPP's three prompt rows, read off lm-eval's source: importing that module would download its metric."""
+    import lm_eval.tasks
+
+    source = Path(lm_eval.tasks.__file__).parent / "mbpp" / "utils.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    function = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "list_fewshot_samples"
+    )
+    statement = function.body[-1]
+    assert isinstance(statement, ast.Return) and statement.value is not None
+    return ast.literal_eval(statement.value)

@@ -1,0 +1,118 @@
+"""Two or more evaluated models, row by row: differences, their standard errors, and a paired test."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_train.errors import UserError
+
+METRICS = (
+    "acc_norm",
+    "acc",
+    "exact_match,flexible-extract",
+    "exact_match",
+    "pass_at_1",
+    "rougeL",
+)  # first that is there
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric of one task, of two models on the same rows."""
+
+    task: str
+    metric: str
+    rows: int
+    first: float
+    second: float
+    stderr: float  # of the difference second - first, over the paired rows
+    p_value: float  # that a difference this large arises by chance
+
+    @property
+    def difference(self) -> float:
+        """Of the means."""
+        return self.second - self.first
+
+
+def read_items(folder: Path, label: str) -> dict[tuple[str, str, int, str], dict[str, float]]:
+    """Metrics of each row of folder/LABEL.items.jsonl, by task, filter, row and hash of the prompt."""
+    path = folder / f"{label}.items.jsonl"
+    if not path.exists():
+        there = sorted(file.name.removesuffix(".items.jsonl") for file in folder.glob("*.items.jsonl"))
+        raise UserError(f"eval.compare: {path} does not exist; evaluated so far: {', '.join(there) or 'nothing'}")
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        found[item["task"], item["filter"], item["doc_id"], item["prompt_hash"]] = item["metrics"]
+    return found
+
+
+def compare(folder: Path, first: str, second: str) -> list[Comparison]:
+    """Every task that both labels were evaluated on, on the rows and prompts that they share; MMLU's subjects as one."""
+    ours, theirs = read_items(folder, first), read_items(folder, second)
+    pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for key in ours.keys() & theirs.keys():
+        task, filter_name, *_ = key
+        name = "mmlu" if task.startswith("mmlu_") else task
+        for metric in ours[key].keys() & theirs[key].keys():
+            values = ours[key][metric], theirs[key][metric]
+            if all(isinstance(value, int | float) for value in values):
+                full = metric if filter_name == "none" else f"{metric},{filter_name}"
+                pairs.setdefault((name, full), []).append(values)
+    if not pairs:
+        raise UserError(
+            f"eval.compare: {first} and {second} share no evaluated row; evaluate them with the same eval.*"
+        )
+    return [paired(task, metric, values) for (task, metric), values in sorted(pairs.items())]
+
+
+def paired(task: str, metric: str, values: list[tuple[float, float]]) -> Comparison:
+    """Mean difference with its standard error; exact McNemar test for right/wrong, else a paired z-test."""
+    differences = [b - a for a, b in values]
+    count = len(values)
+    mean = math.fsum(differences) / count
+    variance = math.fsum((d - mean) ** 2 for d in differences) / max(1, count - 1)
+    stderr = math.sqrt(variance / count)
+    if all(x in (0, 1) for pair in values for x in pair):
+        p_value = mcnemar(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+    else:
+        p_value = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else 1.0
+    first, second = (math.fsum(column) / count for column in zip(*values, strict=True))
+    return Comparison(task, metric, count, first, second, stderr, p_value)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p-value: under no difference, each changed row is a fair coin."""
+    changed = gained + lost
+    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def compare_table(folder: Path, labels: list[str]) -> str:
+    """The first label against each other one, a line per task and metric."""
+    head = f"{'task':24} {'metric':18} {'rows':>6} {'first':>8} {'second':>8} {'diff':>8} {'±':>7} {'p':>7}"
+    lines = []
+    for label in labels[1:]:
+        lines += [f"{labels[0]} -> {label}", head]
+        lines += [format_row(row) for row in compare(folder, labels[0], label)]
+    return "\n".join(lines)
+
+
+def format_row(row: Comparison) -> str:
+    """One line of the table."""
+    return (
+        f"{row.task:24} {row.metric:18} {row.rows:6} {row.first:8.4f} {row.second:8.4f} "
+        f"{row.difference:+8.4f} {row.stderr:7.4f} {row.p_value:7.4f}"
+    )
+
+
+def headline(record: dict[str, Any], metrics: Iterable[str] = METRICS) -> tuple[str, float, float | None] | None:
+    """The metric of a result record that stands for its task: name, value and standard error."""
+    for metric in metrics:
+        if metric in record:
+            name, _, filter_name = metric.partition(",")
+            return metric, record[metric], record.get(f"{name}_stderr" + (f",{filter_name}" if filter_name else ""))
+    return None

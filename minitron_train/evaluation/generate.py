@@ -1,0 +1,74 @@
+"""Greedy decoding with a key/value cache, at any tensor-parallel size."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_train.arch.build import LanguageModel
+from minitron_train.evaluation.forward import KeyValueCache, hidden_states, inference
+from minitron_train.parallel.groups import Groups
+
+# B texts still growing, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard)
+
+
+def greedy(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    is_finished: Sequence[Callable[[list[int]], bool]],
+    groups: Groups,
+) -> list[list[int]]:
+    """The most probable next token, again and again.
+
+    Prompts of unequal length are padded on the right; nothing attends to the padding, so each text grows as if alone.
+
+    Args:
+        is_finished: one per prompt: whether its new tokens end it; a text ends after `max_new_tokens` in any case.
+
+    Returns:
+        New tokens of each prompt, the last one that made it finished included.
+    """
+    assert all(prompts), "an empty prompt has no last token to continue from"
+    device = groups.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    places = torch.arange(tokens.shape[1], device=device)
+    texts: list[list[int]] = [[] for _ in prompts]
+    growing = torch.arange(len(prompts), device=device)
+    cache = KeyValueCache()
+    with inference(model):
+        hidden_BSH = hidden_states(model, tokens, places.expand_as(tokens), cache=cache, keep=True)
+        hidden_BH = hidden_BSH[growing, lengths - 1]
+        hidden_keys_BP = places >= lengths[:, None]
+        for step in range(max_new_tokens):
+            next_B = most_probable(hidden_BH, model.output_weight, groups)
+            for row, token in zip(growing.tolist(), next_B.tolist(), strict=True):
+                texts[row].append(token)
+            going = [k for k, row in enumerate(growing.tolist()) if not is_finished[row](texts[row])]
+            if not going or step == max_new_tokens - 1:
+                break
+            if len(going) < len(growing):
+                rows = torch.tensor(going, device=device)
+                cache.keep_rows(rows)
+                growing, next_B, hidden_keys_BP = growing[rows], next_B[rows], hidden_keys_BP[rows]
+            hidden_keys_BP = torch.nn.functional.pad(hidden_keys_BP, (0, 1), value=False)
+            positions_B1 = (lengths[growing] + step)[:, None]
+            hidden_keys_B1P = hidden_keys_BP[:, None]
+            hidden_BH = hidden_states(model, next_B[:, None], positions_B1, hidden_keys_B1P, cache, keep=True)[:, 0]
+    return texts
+
+
+def most_probable(hidden_BH: Tensor, weight_VH: Tensor, groups: Groups) -> Tensor:
+    """The token with the largest logit, int64 [B]; of equal ones the first, on every rank the same."""
+    peaks_B, tokens_B = (hidden_BH @ weight_VH.T).float().max(dim=1)
+    if groups.tp_size == 1:
+        return tokens_B
+    tokens_B += groups.tp_rank * weight_VH.shape[0]
+    best = torch.stack(groups.gather(peaks_B)).argmax(dim=0)  # ranks hold the vocabulary in order
+    chosen_B = torch.stack(groups.gather(tokens_B)).gather(0, best[None])[0]
+    dist.broadcast(chosen_B, dist.get_global_rank(groups.tp_group, 0), group=groups.tp_group)
+    return chosen_B

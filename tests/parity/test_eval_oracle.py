@@ -1,0 +1,130 @@
+"""Every row's answers against lm-eval's own `hf` model: log-likelihoods, accuracies, rolling windows, generated tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_train.config import EvalConfig, ParallelConfig
+from minitron_train.parallel.launch import read_world
+from tests.eval_data import save_data, save_model
+from tests.helpers import run_ranks
+
+TASKS = EvalConfig(
+    tasks=["hellaswag", "mmlu_anatomy", "winogrande", "wikitext", "gsm8k", "xlsum_english"],
+    shots={"mmlu": 5, "winogrande": 3, "gsm8k": 2},
+)
+LOGLIK_TOLERANCE = 1e-4  # natural log, of one row
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_data(tmp_path_factory.mktemp("eval_data"))
+
+
+def hf_answers(folder: Path, evaluation: EvalConfig, data_dir: Path) -> dict[str, Any]:
+    """lm-eval's results with its own model, fp32 with the softmax in fp64 (in fp32 it is off by 3e-6 of the value)."""
+    from lm_eval.models.huggingface import HFLM
+
+    from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
+
+    with quiet():
+        lm = HFLM(pretrained=str(folder), dtype="float32", softmax_dtype="float64", device="cpu", batch_size=4)
+        return run_lm_eval(lm, load_tasks(evaluation, data_dir), evaluation)
+
+
+def our_answers(rank: int, world_size: int, tp: int, folder: Path, evaluation: EvalConfig, data_dir: Path) -> Any:
+    """Results and rows of the same tasks on GPTModel."""
+    from minitron_train.arch.build import build
+    from minitron_train.arch.convert import load
+    from minitron_train.evaluation.run import run_tasks
+    from minitron_train.hf import Checkpoint
+    from minitron_train.parallel.groups import start
+
+    with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
+        checkpoint = Checkpoint(folder)
+        model = build(checkpoint.shape, tp=tp)
+        load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, tp)
+        length = checkpoint.shape.max_position_embeddings
+        return run_tasks(model, folder, length, evaluation, groups, data_dir)
+
+
+def assert_same(ours: Any, theirs: dict[str, Any]) -> None:
+    """Same rows, log-likelihoods, greediness and metrics."""
+    from minitron_train.evaluation.results import collect, items
+
+    report, rows = ours
+    wanted = list(items(theirs))
+    assert len(rows) == len(wanted) > 0
+    for found, expected in zip(rows, wanted, strict=True):
+        for key in ("task", "doc_id", "filter", "prompt_hash"):
+            assert found[key] == expected[key]
+        if isinstance(found["answers"][0], str):
+            assert found["answers"] == expected["answers"]
+            continue
+        flat = [torch.tensor(item["answers"], dtype=torch.float64).flatten() for item in (found, expected)]
+        relative = 1e-6 if found["task"] == "wikitext" else 0  # whole texts: thousands of nats
+        torch.testing.assert_close(*flat, rtol=relative, atol=LOGLIK_TOLERANCE)
+    for task, record in collect(theirs, report["results"]).items():
+        assert report["results"][task] == pytest.approx(record, rel=1e-5), task
+
+
+def answers(ranks: int, tp: int, folder: Path, evaluation: EvalConfig, data_dir: Path) -> list[Any]:
+    """Each rank's answers; one rank needs no process of its own."""
+    if ranks == 1:
+        return [our_answers(0, 1, tp, folder, evaluation, data_dir)]
+    return run_ranks(our_answers, ranks, tp, folder, evaluation, data_dir)
+
+
+@pytest.mark.parametrize(("family", "tp", "ranks"), [("nemotron", 1, 1), ("llama", 1, 1), ("nemotron", 2, 4)])
+def test_answers_equal_lm_evals(tmp_path: Path, data_dir: Path, family: str, tp: int, ranks: int) -> None:
+    folder = save_model(family, tmp_path / "model")
+    theirs = hf_answers(folder, TASKS, data_dir)
+    for ours in answers(ranks, tp, folder, TASKS, data_dir):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_generated_tokens_equal_transformers(tmp_path: Path, tp: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = save_model("llama", tmp_path / "model")
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [3, 4], [20, 21, 22, 23]]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = []
+    for prompt in prompts:
+        settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        tokens = model.generate(torch.tensor([prompt]), **settings)
+        wanted.append(tokens[0, len(prompt) :].tolist())
+    for found in [generate(0, 1, folder, prompts)] if tp == 1 else run_ranks(generate, tp, folder, prompts):
+        assert found == wanted
+
+
+def generate(rank: int, world_size: int, folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of unequal prompts in one batch; one of them ends early and leaves the batch."""
+    from minitron_train.arch.build import build
+    from minitron_train.arch.convert import load
+    from minitron_train.evaluation.generate import greedy
+    from minitron_train.hf import Checkpoint
+    from minitron_train.parallel.groups import start
+
+    with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:
+        checkpoint = Checkpoint(folder)
+        model = build(checkpoint.shape, tp=world_size, sequence_parallel=True)
+        load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, world_size)
+        ends = [lambda text: False, lambda text: len(text) == 5, lambda text: False]
+        first = greedy(model, prompts, 24, ends, groups)
+        assert len(first[1]) == 5
+        full = greedy(model, prompts, 24, [lambda text: False] * 3, groups)
+        assert [first[0], first[1], first[2]] == [full[0], full[1][:5], full[2]]
+        return full
+
+
+@pytest.mark.needs_data
+@pytest.mark.parametrize("tp", [1, 3])
+def test_smollm2_answers_equal_lm_evals(smollm2: Path, data: Path, tp: int) -> None:
+    evaluation = EvalConfig(tasks=["hellaswag", "mmlu_anatomy"], limit=4, shots={"mmlu": 2})
+    theirs = hf_answers(smollm2, evaluation, data / "eval")
+    for ours in answers(tp, tp, smollm2, evaluation, data / "eval"):
+        assert_same(ours, theirs)
