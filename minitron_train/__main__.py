@@ -5,6 +5,7 @@ Kept light on imports: --help, --cfg and plan answer without loading torch.
 
 import os
 import sys
+import warnings
 
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import read_world, share_cores
@@ -14,6 +15,7 @@ def main() -> None:
     """Run one command; a user's mistake is one line and exit code 2."""
     world = read_world()
     share_cores(world)
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
     from minitron_train import cli
 
