@@ -4,20 +4,13 @@ Legend: N tokens, H student's hidden size, D teacher's.
 """
 
 from collections.abc import Sequence
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minitron_train.config import HiddenLossKind
 from minitron_train.errors import UserError
-
-
-class HiddenLossKind(Enum):
-    """How two hidden states are compared; cosine is the better one (arXiv 2407.14679 appendix A.4)."""
-
-    cosine = "cosine"
-    mse = "mse"
 
 
 class HiddenProjection(nn.Module):

@@ -10,7 +10,9 @@ from torch import Tensor
 from minitron_train.arch.build import LanguageModel
 from minitron_train.config import DistillConfig
 from minitron_train.data.stream import Batch
+from minitron_train.distill.hidden import HiddenPairs
 from minitron_train.distill.loss import LossParts, LossSpec, distillation_loss
+from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.parallel.groups import Groups
 
 
@@ -23,6 +25,7 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
         temperature=distill.temperature,
         temperature_squared=distill.temperature_squared,
         top_k=distill.top_k,
+        jsd_beta=distill.jsd_beta,
         kd_weight=distill.kd_weight,
         ce_weight=distill.ce_weight,
     )
@@ -39,38 +42,58 @@ def attention_mask(documents_BS: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
+class StepLosses:
+    """Sums over the valid tokens of one micro batch; `total` carries the gradients, `sums` is [total, kd, ce, hidden]."""
+
+    total: Tensor
+    sums: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """What is minimised. `teacher` is frozen: no gradients, no optimizer state, its own dtype; None trains on labels alone."""
 
-    student: torch.nn.Module  # the LanguageModel, or its DDP wrapper
+    student: torch.nn.Module  # the LanguageModel in its DDP wrapper
     teacher: LanguageModel | None
     spec: LossSpec
     groups: Groups
+    chunking: Chunking = Chunking()
+    hidden: HiddenPairs | None = None
     vocab_size: int | None = None  # real output rows, where the models differ in padding
 
-    def __call__(self, batch: Batch, spec: LossSpec | None = None) -> LossParts:
-        """Loss summed over the batch's valid tokens; `total.backward()` fills the student's gradients."""
+    def __call__(self, batch: Batch, hidden_weight: float = 0.0) -> StepLosses:
+        """The configured loss of a batch: logits, and the hidden states times `hidden_weight` where layers are paired."""
+        logits = self.logit_loss(batch, self.spec)
+        total, hidden = logits.total, torch.zeros_like(logits.kd_sum)
+        if self.hidden is not None:
+            hidden = self.hidden.loss(batch.mask_BS.T.flatten(), self._gather)
+            total = total + hidden_weight * hidden
+        sums = torch.stack([value.detach().double() for value in (total, logits.kd_sum, logits.ce_sum, hidden)])
+        return StepLosses(total, sums)
+
+    def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
+        """One forward pass of both models and the loss `spec` on their logits."""
         mask = attention_mask(batch.documents_BS)
         teacher_NH = teacher_VH = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_NH = self._hidden(self.teacher, batch.tokens_BS, mask)
+                teacher_NH = self._gather(self.teacher(batch.tokens_BS, mask))
                 teacher_VH = self.teacher.output_weight
         return distillation_loss(
-            self._hidden(self.student, batch.tokens_BS, mask),
-            getattr(self.student, "module", self.student).output_weight,
+            self._gather(self.student(batch.tokens_BS, mask)),
+            self.student.module.output_weight,
             teacher_NH,
             teacher_VH,
-            loss=spec or self.spec,
+            loss=spec,
             mask_N=batch.mask_BS.T.flatten(),
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,
             group=self.groups.tp_group if self.groups.tp_size > 1 else None,
+            chunking=self.chunking,
         )
 
-    def _hidden(self, model: torch.nn.Module, tokens_BS: Tensor, mask: Tensor | None) -> Tensor:
-        """Final hidden states [N, H], whole on every tensor-parallel rank."""
-        hidden_SBH = model(tokens_BS, mask)
-        if model.config.sequence_parallel:
+    def _gather(self, hidden_SBH: Tensor) -> Tensor:
+        """Hidden states [N, H], whole on every tensor-parallel rank."""
+        if self.student.config.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
         return hidden_SBH.flatten(0, 1)

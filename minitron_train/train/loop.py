@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,27 +73,40 @@ class Trainer:
         self.optimizer.zero_grad()
         batch = to_device(batch, self.groups.device)
         num_tokens = self.groups.sum_over_data(batch.mask_BS.count_nonzero().double()).clamp(min=1)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         parts = micro_batches(batch, self.config.train.micro_batch_size)
+        weight = self.hidden_weight(parts)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
         for k, part in enumerate(parts):
-            if k < len(parts) - 1:
-                with self.optimizer.no_sync():
-                    sums += self.backward(part, num_tokens)
-            else:
-                sums += self.backward(part, num_tokens)
-        loss, kd_loss, ce_loss = (self.groups.sum_over_data(sums) / num_tokens).tolist()
+            with self.optimizer.no_sync() if k < len(parts) - 1 else contextlib.nullcontext():
+                losses = self.objective(part, weight)
+                (losses.total / num_tokens.to(losses.total.dtype)).backward()
+            sums += losses.sums
+        loss, kd_loss, ce_loss, hidden_loss = (self.groups.sum_over_data(sums) / num_tokens).tolist()
         spec = self.objective.spec
-        return {
-            "loss": loss,
-            "kd_loss": kd_loss if spec.kd_weight else None,
-            "ce_loss": ce_loss if spec.ce_weight else None,
-        }
+        row: Row = {"loss": loss}
+        row |= {"kd_loss": kd_loss if spec.kd_weight else None, "ce_loss": ce_loss if spec.ce_weight else None}
+        if self.objective.hidden is not None:
+            row |= {"hidden_loss": hidden_loss, "hidden_weight": weight}
+            self.state.hidden_weight = ratio(loss - weight * hidden_loss, hidden_loss)
+        return row
 
-    def backward(self, part: Batch, num_tokens: torch.Tensor) -> torch.Tensor:
-        """Gradients of one micro batch; returns the sums of total, distillation and cross-entropy loss."""
-        losses = self.objective(part)
-        (losses.total / num_tokens.to(losses.total.dtype)).backward()
-        return torch.stack([losses.total.detach().double(), losses.kd_sum.double(), losses.ce_sum.double()])
+    def hidden_weight(self, parts: list[Batch]) -> float:
+        """Weight of the hidden-state loss: the configured one, or L_logits / L_is of the step before (arXiv 2407.14679 §3).
+
+        Of the step before, and over the global batch, so that it depends neither on micro batches nor on ranks. The
+        first step measures it on its own batch.
+        """
+        if self.objective.hidden is None:
+            return 0.0
+        if self.config.distill.hidden_weight is not None:
+            return self.config.distill.hidden_weight
+        if self.state.hidden_weight is None:
+            with torch.no_grad():
+                total, _, _, hidden = self.groups.sum_over_data(
+                    sum(self.objective(part).sums for part in parts)
+                ).tolist()
+            self.state.hidden_weight = ratio(total, hidden)
+        return self.state.hidden_weight
 
     def update(self, row: Row, batch: Batch) -> Row:
         """The optimizer step, unless something is not finite; all ranks decide alike."""
@@ -178,3 +192,8 @@ class Trainer:
         self.state.load_state_dict(loaded["run"])
         self.stream.load_state_dict(self.state.restore(self.groups))
         say(f"resumed at step {self.state.step} of {self.num_steps}")
+
+
+def ratio(logits: float, hidden: float) -> float:
+    """The weight with which both losses count alike; 0 where there is nothing to weigh."""
+    return logits / hidden if hidden > 0 and math.isfinite(logits / hidden) else 0.0

@@ -10,10 +10,12 @@ from typing import Any
 
 from minitron_train.arch import Shape, convert
 from minitron_train.arch.build import LanguageModel, build
-from minitron_train.config import Config
+from minitron_train.config import Config, Recompute
 from minitron_train.console import say
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.distill.hidden import HiddenPairs
+from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_write_json
@@ -46,7 +48,17 @@ RESUMABLE = {  # settings that a checkpoint belongs to, by section; the others m
         "clip_grad",
         "precision",
     ),
-    "distill": ("loss", "temperature", "temperature_squared", "top_k", "kd_weight", "ce_weight"),
+    "distill": (
+        "loss",
+        "temperature",
+        "temperature_squared",
+        "top_k",
+        "kd_weight",
+        "ce_weight",
+        "hidden_layers",
+        "hidden_loss",
+        "hidden_weight",
+    ),
 }
 
 
@@ -117,6 +129,10 @@ def check(config: Config, groups: Groups) -> None:
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
         )
+    if config.distill.hidden_layers and train.recompute is Recompute.full:
+        raise UserError(
+            "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
+        )
     if config.parallel.sequence_parallel and train.seq_length % groups.tp_size:
         raise UserError(
             f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
@@ -153,12 +169,21 @@ def assemble(
             teacher_files, config, groups, dtype=DTYPES[config.distill.teacher_precision or train.precision]
         )
         teacher.requires_grad_(False).eval()
+    hidden = None
+    if teacher is not None and config.distill.hidden_layers:
+        hidden = HiddenPairs.attach(config.distill, student, teacher, config.seed)
     optimizer = Optimizer(student, train)
     objective = Objective(
-        optimizer.model,
-        teacher,
-        loss_spec(config.distill, teacher is not None),
-        groups,
+        student=optimizer.model,
+        teacher=teacher,
+        spec=loss_spec(config.distill, teacher is not None),
+        groups=groups,
+        chunking=Chunking(
+            memory_budget_u=config.distill.memory_budget_u,
+            vocab_tile=config.distill.vocab_tile,
+            token_chunk=config.distill.token_chunk,
+        ),
+        hidden=hidden,
         vocab_size=real_vocab_size(student_files.shape, teacher_files.shape if teacher_files else None, len(tokenizer)),
     )
     validation = Validation(

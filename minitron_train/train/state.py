@@ -22,6 +22,7 @@ class RunState:
     rng: list[dict[str, Any]] = field(default_factory=list)  # of each rank
     layout: tuple[int, int] = (1, 1)  # tensor-parallel and data-parallel size that `stream` and `rng` were taken with
     wandb_id: str | None = None
+    hidden_weight: float | None = None  # of the hidden-state loss in the next step, where it is dynamic
     evaluated_tokens: int = 0  # at the last validation
     validation: float | None = None  # KL at the last validation (loss without a teacher)
     best: float | None = None  # the lowest so far

@@ -34,7 +34,7 @@ class Validation:
         student.eval()
         try:
             for rows in self.tokens[self.groups.dp_rank :: self.groups.dp_size].split(self.batch_size):
-                parts = self.objective(held_out_batch(rows.to(self.groups.device)), spec)
+                parts = self.objective.logit_loss(held_out_batch(rows.to(self.groups.device)), spec)
                 sums += torch.stack([parts.kd_sum.double(), parts.ce_sum.double(), sums.new_tensor(parts.num_valid)])
         finally:
             student.train(was_training)
