@@ -1,0 +1,97 @@
+"""Tokenise a corpus once into megatron-core's .bin/.idx, for runs in which many ranks share it.
+
+    python -m minitron_train.data.pretokenise PATH --tokenizer FOLDER --output PREFIX [--num-workers 8] [--text-key text]
+
+Then data.sources.NAME.path=PREFIX: no rank tokenises any more, and each reads only its own rows.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from minitron_train.config import DataConfig
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.hub import HubSource
+from minitron_train.data.indexed import IndexedSource
+from minitron_train.data.stream import Sources
+from minitron_train.data.units import Split, Unit
+from minitron_train.errors import UserError
+from minitron_train.files import partial_path, sync_path
+
+
+def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Path, seed: int = 0) -> dict[str, int]:
+    """Write PREFIX.bin and PREFIX.idx with every document of the only source, shuffled, each with its end token.
+
+    Nothing is held out here: the stream that reads the pair holds out by document number. Returns the counts.
+    """
+    sources = Sources(data, tokenizer, Split(held_out=False, fraction=0), data.num_workers, seq_length=1)
+    if len(sources.parts) != 1 or isinstance(sources.opened[0], IndexedSource | HubSource):
+        raise UserError("pretokenise takes one source of text, JSONL or Parquet files; convert the others one by one")
+    with contextlib.closing(sources.pool):
+        return write_pair(prefix, units(sources, seed), len(tokenizer))
+
+
+def units(sources: Sources, seed: int) -> Iterator[Unit]:
+    """One epoch, with as many units in the making as there are processes."""
+    jobs = sources.epoch(0, (seed,), {"epoch": 0, "unit": 0})
+    waiting = deque(islice(jobs, sources.pool.num_workers + 1))
+    while waiting:
+        yield waiting.popleft()[1].result()
+        waiting.extend(islice(jobs, 1))
+
+
+def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str, int]:
+    """The pair, whole or not at all; the index comes last."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    scratch = partial_path(prefix)
+    files = {suffix: (Path(f"{scratch}{suffix}"), Path(f"{prefix}{suffix}")) for suffix in (".bin", ".idx")}
+    counts = {"documents": 0, "tokens": 0}
+    try:
+        builder = IndexedDatasetBuilder(str(files[".bin"][0]), dtype=DType.optimal_dtype(vocab_size))
+        for unit in units:
+            for tokens in np.split(unit.tokens[:], unit.ends[:-1]):
+                if len(tokens):
+                    builder.add_document(tokens, [len(tokens)])  # type: ignore[arg-type]  # arrays are what it makes of it
+                    counts["documents"] += 1
+                    counts["tokens"] += len(tokens)
+        if not counts["documents"]:
+            raise UserError("pretokenise: the corpus is empty; give one with text")
+        builder.finalize(str(files[".idx"][0]))
+        for written, target in files.values():
+            sync_path(written)
+            written.replace(target)
+    finally:
+        for written, _ in files.values():
+            written.unlink(missing_ok=True)
+    return counts
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="file, folder or quoted glob of text, JSONL(.gz/.zst) or Parquet")
+    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="of the .bin and .idx files")
+    parser.add_argument("--num-workers", type=int, default=4, help="tokenising processes")
+    parser.add_argument("--text-key", default="text", help="column that holds the text")
+    arguments = parser.parse_args()
+    data = DataConfig(path=arguments.path, text_key=arguments.text_key, num_workers=arguments.num_workers)
+    try:
+        counts = pretokenise(data, tokenizers.load(arguments.tokenizer), arguments.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens in {arguments.output}.bin")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Text -> .bin/.idx -> stream: the same documents, and nothing half-written."""
+
+import json
+
+import pytest
+
+from minitron_train.config import DataConfig
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.pretokenise import pretokenise
+from minitron_train.data.stream import TokenStream
+from minitron_train.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    tokenizers.save(tokenizers.train_bpe(["some words"], 258), folder)
+    return tokenizers.load(folder)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pair_holds_every_document(num_workers, tmp_path, tokenizer):
+    documents = [f"{i} слово " * (i % 30 + 1) for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    prefix = tmp_path / "pairs" / "a"
+    counts = pretokenise(DataConfig(path=str(tmp_path / "a.jsonl"), num_workers=num_workers), tokenizer, prefix)
+    assert sorted(file.name for file in prefix.parent.iterdir()) == ["a.bin", "a.idx"]
+    data = DataConfig(path=str(prefix), validation_fraction=0)
+    stream = TokenStream(data, tokenizer, seq_length=64, seed=1)
+    unit = next(stream.sources.units(0, 1, None))[1].result()
+    pieces = tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)
+    assert sorted(pieces[:-1]) == sorted(documents)
+    assert counts == {"documents": 400, "tokens": len(unit.tokens)} and (unit.tokens[:][unit.ends - 1] == 1).all()
+
+
+def test_a_mistake_leaves_nothing(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nplain\n')
+    with pytest.raises(UserError, match="not a JSON object"):
+        pretokenise(DataConfig(path=str(tmp_path / "a.jsonl"), num_workers=0), tokenizer, tmp_path / "pairs" / "a")
+    assert not list((tmp_path / "pairs").iterdir())
