@@ -162,7 +162,12 @@ def search(ws: Workspace) -> None:
 
 
 def evaluate(ws: Workspace) -> None:
-    """Perplexity and tasks, for one model or for every stage that has made one."""
+    """Perplexity and tasks, for one model or for every stage that has made one; or finished ones row by row."""
+    if ws.config.eval.compare:
+        from minitron_train.evaluation.compare import compare_table
+
+        say(compare_table(ws.eval_folder, ws.config.eval.compare))
+        return
     stages = {"teacher": ws.teacher_folder, "pruned": ws.pruned_folder, "student": ws.student_folder}
     asked = ws.config.eval.model
     if asked:
@@ -184,7 +189,8 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     from minitron_train.evaluation.run import evaluate as measure
 
     config, data = ws.config, data_inputs(ws)
-    settings = {"eval": subset(config.eval, "tasks", "limit", "num_fewshot"), "seed": config.seed}
+    names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "allow_code_execution")
+    settings = {"eval": subset(config.eval, *names), "seed": config.seed}
     inputs = {"model": ws.fingerprint(model)} | data
     record = f"{label}.provenance.json"
     stage = Stage(

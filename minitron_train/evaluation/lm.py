@@ -10,13 +10,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from minitron_train.arch.build import LanguageModel
 from minitron_train.errors import UserError
 from minitron_train.evaluation.generate import greedy
 from minitron_train.evaluation.journal import Journal, key_of
 from minitron_train.evaluation.packing import Request
+from minitron_train.evaluation.progress import RequestBar
 from minitron_train.evaluation.scoring import Score, score
 from minitron_train.parallel.groups import Groups
 
@@ -51,8 +51,9 @@ class MegatronLM(TemplateLM):
         self.model, self.tokenizer, self.groups, self.journal = model, tokenizer, groups, journal
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.end_tokens = end_tokens | {tokenizer.eos_token_id}
+        self.owners: list[str] = []  # task of each request under way
         self.num_truncated: Counter[str] = Counter()  # by task
-        self.bar = tqdm(desc="evaluate", total=0, unit="request", disable=not groups.is_first)
+        self.bar = RequestBar(groups.is_first)
 
     @property
     def eot_token_id(self) -> int:
@@ -114,15 +115,15 @@ class MegatronLM(TemplateLM):
         """
         known = self.journal.answers if self.journal else {}
         left = [index for index, key in enumerate(keys) if key not in known]
-        self.bar.total += len(keys)
-        self.bar.update(len(keys) - len(left))
+        self.bar.expect(len(keys))
+        self.bar.advance(len(keys) - len(left))
         mine: dict[int, Answer] = {}
 
         def on_answers(new: dict[int, Answer]) -> None:
             mine.update(new)
             if self.journal:
                 self.journal.add({keys[index]: answer for index, answer in new.items()})
-            self.bar.update(len(new) * self.groups.dp_size)
+            self.bar.advance(len(new) * self.groups.dp_size)
 
         compute(left, on_answers)
         everyone: list[Any] = [mine]

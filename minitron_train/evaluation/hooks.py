@@ -1,0 +1,92 @@
+"""lm-eval's tasks on the live student while it is trained, beside the teacher's figures."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from minitron_train.arch.build import LanguageModel
+from minitron_train.config import EvalConfig
+from minitron_train.console import say
+from minitron_train.evaluation.compare import headline
+from minitron_train.evaluation.run import run_tasks
+from minitron_train.parallel.groups import Groups
+
+
+class Training(Protocol):
+    """What a run shows of itself to a hook (train.loop.Trainer)."""
+
+    student: LanguageModel
+    objective: Any  # distill.step.Objective: has the teacher, or None
+
+
+class TaskHook:
+    """A hook of the training loop: evaluates eval.training_tasks without an export; collective.
+
+    Training goes on as if it had not been called: random states and the models' modes are put back.
+
+    Args:
+        tokenizer: Hugging Face folder that has the student's tokenizer.
+        max_length: tokens of the longest context.
+        data_dir: local evaluation data.
+    """
+
+    def __init__(
+        self, evaluation: EvalConfig, tokenizer: Path, max_length: int, groups: Groups, data_dir: Path | None
+    ) -> None:
+        tasks, limit = evaluation.training_tasks, evaluation.training_limit
+        self.evaluation = replace(evaluation, tasks=tasks, limit=limit)
+        self.tokenizer, self.max_length, self.groups, self.data_dir = tokenizer, max_length, groups, data_dir
+        self.teacher: dict[str, float] | None = None
+
+    def __call__(self, training: Training) -> dict[str, float]:
+        """`eval.TASK.METRIC` of the student, with `.teacher` of the teacher (measured once) and `.kept`, their ratio."""
+        with same_random_states():
+            if self.teacher is None:
+                teacher = training.objective.teacher
+                self.teacher = {} if teacher is None else self.measure(teacher)
+            student = self.measure(training.student)
+        found: dict[str, float] = {}
+        for name, value in student.items():
+            found[f"eval.{name}"] = value
+            reference = self.teacher.get(name)
+            line = f"{name}: student {value:.4f}"
+            if reference is not None:
+                found[f"eval.{name}.teacher"] = reference
+                line += f" / teacher {reference:.4f}"
+                if reference:
+                    found[f"eval.{name}.kept"] = value / reference
+                    line += f" ({value / reference:.0%} kept)"
+            say(line)
+        return found
+
+    def measure(self, model: LanguageModel) -> dict[str, float]:
+        """`TASK.METRIC` -> value, one metric for each task that has data."""
+        report, _ = run_tasks(model, self.tokenizer, self.max_length, self.evaluation, self.groups, self.data_dir)
+        return main_metrics(report["results"])
+
+
+def main_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The metric that stands for each task, as `TASK.METRIC`."""
+    found = {task: headline(dict(record)) for task, record in results.items()}
+    return {f"{task}.{best[0]}": best[1] for task, best in found.items() if best is not None}
+
+
+@contextlib.contextmanager
+def same_random_states() -> Iterator[None]:
+    """Put Python's, NumPy's and torch's random states back after a block."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
