@@ -17,6 +17,7 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.train.batches import micro_batches, to_device
 from minitron_train.train.checkpoint import Checkpoints
+from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.metrics import Row
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
@@ -41,6 +42,7 @@ class Trainer:
     checkpoints: Checkpoints
     reporter: Reporter
     state: RunState
+    heartbeat: Heartbeat
     hooks: list[Hook] = field(default_factory=list)
 
     @property
@@ -117,7 +119,7 @@ class Trainer:
             self.refuse_step(row["loss"], norm, batch)
         else:
             self.optimizer.step(lr, norm)
-        self.state.step += 1
+        self.heartbeat.step = self.state.step = self.state.step + 1
         self.state.tokens += self.step_tokens
         self.reporter.count(self.step_tokens, batch.sources)
         return {"tokens": self.state.tokens, "lr": lr, "grad_norm": norm}

@@ -23,6 +23,7 @@ from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.train.checkpoint import Checkpoints
+from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.loop import Hook, Trainer
 from minitron_train.train.metrics import Console, MetricsFile, Speedometer, gemm_flops_per_second
 from minitron_train.train.optim import DTYPES, Optimizer, student_arguments
@@ -99,8 +100,11 @@ def train(
         trainer.reporter = open_reporter(config, trainer, folder, run_name or config.name)
         try:
             stopped = trainer.run()
-        except BaseException:
+        except BaseException as error:  # no collectives from here on: another rank may be gone
             trainer.reporter.close(failed=True)
+            if isinstance(error, RuntimeError) and groups.world_size > 1:
+                where = f"rank {groups.rank}, step {trainer.state.step + 1}"
+                raise RuntimeError(f"{where}: {trainer.heartbeat.explain()} ({error})") from error
             raise
         trainer.reporter.close(failed=False)
         state = trainer.state
@@ -210,6 +214,7 @@ def assemble(
             groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps, None
         ),
         state=RunState(),
+        heartbeat=stack.enter_context(Heartbeat(groups)),
     )
 
 
