@@ -273,7 +273,22 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
         inputs["teacher"] = ws.fingerprint(teacher)
         settings["distill"] = subset(config.distill, *config.distill.__dataclass_fields__)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
-    ws.run(stage, lambda target: train(config, ws.groups, student=student, teacher=teacher, folder=target))
+
+    def work(target: Path) -> Mapping[str, Any]:
+        hooks = [task_hook(ws, student)] if config.eval.training_tasks else []
+        return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
+
+    ws.run(stage, work)
+
+
+def task_hook(ws: Workspace, student: Path) -> Any:
+    """lm-eval's tasks on the live student, as eval.training_tasks asks."""
+    from minitron_train.evaluation.hooks import TaskHook
+    from minitron_train.hf import read_json, shape_from_config
+
+    length = shape_from_config(read_json(student / "config.json"), str(student)).max_position_embeddings
+    data_dir = ws.eval_data_folder if ws.eval_data_folder.exists() else None
+    return TaskHook(ws.config.eval, student, length, ws.groups, data_dir)
 
 
 def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:
