@@ -192,7 +192,7 @@ def resume_seconds(folder: Path, documents: list[str], tokenizer: Any) -> dict[s
     for share in SHARES:
         stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
         packer = stream.packers[0]
-        units = sum(1 for _ in stream.sources.epoch(0, (1, 0), {"epoch": 0, "unit": 0}))
+        units = sum(1 for _ in stream.feed.epoch(0, (1, 0), {"epoch": 0, "unit": 0}))
         packer.position = {"epoch": 0, "unit": int(share * units)}
         state = stream.state_dict()
         found["state_bytes"] = len(json.dumps(state))

@@ -237,9 +237,35 @@ class DataConfig:
             require(min(weights) >= 0, key, weights, "must not be negative", "0 leaves the part out")
 
 
+class Refit(Enum):
+    """Which linears are fitted anew by least squares: none, the outputs of attention and MLP, or all of a layer."""
+
+    none = "none"
+    outputs = "outputs"
+    all = "all"
+
+
+class Merge(Enum):
+    """What kept heads take over from dropped ones (arXiv 2407.14679 §2.2).
+
+    queries: the query projection as printed, q_i + (q_i - q_j); outputs: the output projection, o_i + o_j.
+    """
+
+    none = "none"
+    queries = "queries"
+    outputs = "outputs"
+
+
+class Depth(Enum):
+    """Which layers go: those of least block importance, or the contiguous block that changes the stream least."""
+
+    block = "block"
+    contiguous = "contiguous"
+
+
 @dataclass(kw_only=True, slots=True)
 class PruneConfig:
-    """How importance is read and what is repaired (arXiv 2407.14679 §2)."""
+    """How importance is read, what is cut and what is repaired (arXiv 2407.14679 §2)."""
 
     preset: str = opt("default", "name of this preset; goes into provenance")
     batch_aggregation: Aggregation = opt(Aggregation.l2, "over the batch")
@@ -250,10 +276,22 @@ class PruneConfig:
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
     include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
     block_aggregation: str = opt("mean", "1 - cos over all tokens (mean), or its means summed over micro-batches (sum)")
+    depth: Depth = opt(Depth.block, "which layers go when student.num_layers is smaller")
+    drop_layers: list[int] | None = opt(None, "layers to drop, counted from 0; default: chosen by prune.depth")
+    head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
+    norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
+    refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
+    ridge: float = opt(0.03, "of the least squares, as a share of the mean squared input")
+    iterations: int = opt(1, "score and cut in so many equal steps (arXiv 2407.14679 §2.2; no gain there)")
     multiple_of: int = opt(1, "kept hidden and ffn sizes must be multiples of this")
 
+    @property
+    def repairs(self) -> bool:
+        """Whether pruning needs calibration tokens besides the scores."""
+        return self.norm_scale or self.refit is not Refit.none
+
     def validate(self) -> None:
-        """Names that are not enums."""
+        """Names that are not enums, positive numbers."""
         names = {
             "neuron_activation": ("pre", "post"),
             "head_norm": ("channel", "token"),
@@ -262,7 +300,7 @@ class PruneConfig:
         for key, choices in names.items():
             value = getattr(self, key)
             require(value in choices, f"prune.{key}", value, f"one of {', '.join(choices)}", "choose one")
-        require_positive(self, "prune", "multiple_of")
+        require_positive(self, "prune", "multiple_of", "ridge", "iterations")
 
 
 @dataclass(kw_only=True, slots=True)

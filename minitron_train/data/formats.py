@@ -105,6 +105,8 @@ class JsonLines(FileFormat):
             raise missing_column(self.paths[file], self.text_key, columns) from error
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"{self.paths[file]}: not a JSON object: {line[:60]!r}; each line must be one") from error
+        if text is None:
+            return ""
         if not isinstance(text, str):
             raise UserError(
                 f"{self.paths[file]}: column {self.text_key} is not text: {str(text)[:60]}; choose another text_key"

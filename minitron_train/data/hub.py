@@ -28,7 +28,9 @@ class HubSource:
 
         source = self.source
         try:
-            rows: Any = datasets.load_dataset(str(source.path), name=source.subset, split=source.split, streaming=True)
+            rows: Any = datasets.load_dataset(
+                str(source.path), name=source.subset, split=source.split, revision=source.revision, streaming=True
+            )
         except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
             raise UserError(
                 f"data.sources.{self.name}: {source.path} cannot be opened on the hub ({type(error).__name__}: "
@@ -41,25 +43,26 @@ class HubSource:
         return rows
 
     def units(self, state: dict | None, unit_bytes: int) -> Iterator[tuple[dict, tuple[str, ...]]]:
-        """One pass from `state`: the state before each unit, and the unit's texts."""
+        """One pass from `state`: the state before each unit, and the unit's texts; one unit at least, if an empty one."""
         rows = self.rows
         rows.load_state_dict(state or self.initial_state)
-        start, texts, size_bytes = rows.state_dict(), [], 0
+        start, texts, size_bytes, num_units = rows.state_dict(), [], 0, 0
         for row in rows:
-            text = row[self.source.text_key] or ""
+            text = row.get(self.source.text_key) or ""
             if not isinstance(text, str):
                 raise UserError(f"{self.source.path}: column {self.source.text_key} is not text; set text_key")
             texts.append(text)
             size_bytes += len(text)
             if size_bytes >= unit_bytes:
                 yield start, tuple(texts)
-                start, texts, size_bytes = rows.state_dict(), [], 0
-        if texts:
+                start, texts, size_bytes, num_units = rows.state_dict(), [], 0, num_units + 1
+        if texts or not num_units:
             yield start, tuple(texts)
 
     def fingerprint(self) -> str:
-        """sha256 of repository, subset and split; the content is the hub's."""
-        return combine([str(self.source.path), str(self.source.subset), self.source.split])
+        """sha256 of repository, subset, split and revision; the content is the hub's."""
+        source = self.source
+        return combine([str(key) for key in (source.path, source.subset, source.split, source.revision)])
 
 
 def first_line(error: Exception) -> str:

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
 from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.feed import Feed
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
-from minitron_train.data.stream import Sources
 from minitron_train.data.units import Split, Unit
 from minitron_train.errors import UserError
 from minitron_train.files import partial_path, sync_path
@@ -31,17 +31,17 @@ def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Pa
 
     Nothing is held out here: the stream that reads the pair holds out by document number. Returns the counts.
     """
-    sources = Sources(data, tokenizer, Split(held_out=False, fraction=0), data.num_workers, seq_length=1)
-    if len(sources.parts) != 1 or isinstance(sources.opened[0], IndexedSource | HubSource):
+    feed = Feed(data, tokenizer, Split(held_out=False, fraction=0), data.num_workers, seq_length=1)
+    if len(feed.parts) != 1 or isinstance(feed.opened[0], IndexedSource | HubSource):
         raise UserError("pretokenise takes one source of text, JSONL or Parquet files; convert the others one by one")
-    with contextlib.closing(sources.pool):
-        return write_pair(prefix, units(sources, seed), len(tokenizer))
+    with contextlib.closing(feed.pool):
+        return write_pair(prefix, units(feed, seed), len(tokenizer))
 
 
-def units(sources: Sources, seed: int) -> Iterator[Unit]:
+def units(feed: Feed, seed: int) -> Iterator[Unit]:
     """One epoch, with as many units in the making as there are processes."""
-    jobs = sources.epoch(0, (seed,), {"epoch": 0, "unit": 0})
-    waiting = deque(islice(jobs, sources.pool.num_workers + 1))
+    jobs = feed.epoch(0, (seed,), {"epoch": 0, "unit": 0})
+    waiting = deque(islice(jobs, feed.pool.num_workers + 1))
     while waiting:
         yield waiting.popleft()[1].result()
         waiting.extend(islice(jobs, 1))

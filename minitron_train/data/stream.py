@@ -14,9 +14,8 @@ only its own rows: convert once where hundreds of ranks share a large blend.
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -24,18 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
-from minitron_train.data import sources
 from minitron_train.data.blend import Blend
-from minitron_train.data.hub import HubSource
-from minitron_train.data.indexed import IndexedSource
-from minitron_train.data.pack import Packer, Position, Window
-from minitron_train.data.tokenizer import encoder
-from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, Unit, UnitMaker, permutation
-from minitron_train.data.workers import Deferred, Pending, Pool
+from minitron_train.data.feed import Feed
+from minitron_train.data.pack import Packer, Window
+from minitron_train.data.units import Split, Unit
 from minitron_train.errors import UserError
-
-UNIT_WINDOWS = 32  # at least, in a unit: what does not fill its last window is left out
-BYTES_PER_TOKEN = 4  # of text, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,51 +40,6 @@ class Batch:
     positions_BS: Tensor | None  # int64, from 0 in each document (data.document_attention), else None
     documents_BS: Tensor | None  # int64, number of the document in its row (data.document_attention), else None
     sources: dict[str, int]  # sequences of each source in the whole global batch
-
-
-class Sources:
-    """The opened parts of a blend and the processes that tokenise them."""
-
-    def __init__(
-        self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, num_workers: int, seq_length: int
-    ) -> None:
-        self.parts = sources.parts(data)
-        self.opened = [part.open(split) for part in self.parts]
-        texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
-        self.encoder = encoder(tokenizer, data.document_end)
-        self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
-        self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
-
-    def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
-        """Endless: the units of source i from a position on, epoch after epoch, each in another order."""
-        position = start or {"epoch": 0, "unit": 0}
-        while True:
-            yield from self.epoch(i, (seed, zlib.crc32(self.parts[i].name.encode())), position)
-            position = {"epoch": position["epoch"] + 1, "unit": 0}
-
-    def epoch(self, i: int, seed: tuple[int, ...], start: Position) -> Iterator[tuple[Position, Pending]]:
-        """The rest of one epoch of source i."""
-        source, epoch, first = self.opened[i], start["epoch"], start["unit"]
-        if isinstance(source, HubSource):
-            for unit, (rows, texts) in enumerate(source.units(start.get("rows"), self.unit_bytes), start=first):
-                job = EncodeJob(texts, (*seed, epoch, unit))
-                yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
-            return
-        num_units = max(1, round(source.num_blocks * source.block_bytes / self.unit_bytes))
-        chosen = np.array_split(permutation(source.num_blocks, *seed, epoch), num_units)
-        for unit, blocks in enumerate(chosen[first:], start=first):
-            unit_seed = (*seed, epoch, unit)
-            if isinstance(source, IndexedSource):
-                pending: Pending = Deferred(partial(source.unit, blocks, unit_seed))
-            else:
-                pending = self.pool.submit(ReadJob(i, tuple(blocks.tolist()), unit_seed))
-            yield {"epoch": epoch, "unit": unit}, pending
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of sources, weights and tokenizer, as they were when the stream was opened."""
-        text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def train_split(data: DataConfig) -> Split:
@@ -128,18 +75,19 @@ class TokenStream:
         self.seed = seed
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.sources = Sources(data, tokenizer, train_split(data), data.num_workers, seq_length)
+        self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length)
+        self.identity = self.feed.fingerprint()  # of the files as they are now
         late_start = None
         if data.late_fraction and total_tokens:
             late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
-        self.blend = Blend(weights=[part.weights for part in self.sources.parts], late_start=late_start)
-        self.packers = [self.packer(i, None) for i in range(len(self.sources.parts))]
+        self.blend = Blend(weights=[part.weights for part in self.feed.parts], late_start=late_start)
+        self.packers = [self.packer(i, None) for i in range(len(self.feed.parts))]
 
     def packer(self, i: int, state: dict | None) -> Packer:
         """Source i from a saved state, or from its beginning."""
-        units = self.sources.units(i, self.seed, state["position"] if state else None)
+        units = self.feed.units(i, self.seed, state["position"] if state else None)
         return Packer(
-            self.sources.parts[i].name,
+            self.feed.parts[i].name,
             units,
             seq_length=self.seq_length,
             seed=self.seed,
@@ -157,7 +105,7 @@ class TokenStream:
         windows, counts = [], Counter()
         for row in range(global_batch_size):
             source = self.blend.draw()
-            counts[self.sources.parts[source].name] += 1
+            counts[self.feed.parts[source].name] += 1
             window = self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
             if window:
                 windows.append(window)
@@ -165,7 +113,7 @@ class TokenStream:
 
     def state_dict(self) -> dict:
         """Small and JSON-able; the same on every rank, and valid for any number of ranks and workers."""
-        names = [part.name for part in self.sources.parts]
+        names = [part.name for part in self.feed.parts]
         states = [packer.state_dict() for packer in self.packers]
         return {
             "fingerprint": self.fingerprint(),
@@ -182,17 +130,16 @@ class TokenStream:
             )
         self.blend.load_state_dict(state["blend"])
         saved = state["sources"]
-        self.packers = [self.packer(i, saved[part.name]) for i, part in enumerate(self.sources.parts)]
+        self.packers = [self.packer(i, saved[part.name]) for i, part in enumerate(self.feed.parts)]
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""
-        data = self.data
-        text = f"{self.sources.fingerprint} {self.seed} {self.seq_length} {train_split(data).fraction}"
+        text = f"{self.identity} {self.seed} {self.seq_length} {train_split(self.data).fraction}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
         """End the tokenising processes."""
-        self.sources.pool.close()
+        self.feed.pool.close()
 
 
 def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
@@ -233,13 +180,13 @@ def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_
         path=data.validation_path, text_key=data.text_key, document_end=data.document_end, cache_dir=data.cache_dir
     )
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
-    opened = Sources(own if data.validation_path else data, tokenizer, split, 0, seq_length)
+    feed = Feed(own if data.validation_path else data, tokenizer, split, 0, seq_length)
     total = max(1, data.validation_tokens // seq_length)
-    weight = sum(part.weights[0] for part in opened.parts)
+    weight = sum(part.weights[0] for part in feed.parts)
     windows = []
-    for i, part in enumerate(opened.parts):
+    for i, part in enumerate(feed.parts):
         quota = round(total * part.weights[0] / weight)
-        units = opened.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
+        units = feed.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
         windows += first_windows((pending.result() for _, pending in units), quota, seq_length)
     if not windows:
         raise UserError(

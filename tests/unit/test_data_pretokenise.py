@@ -27,7 +27,7 @@ def test_pair_holds_every_document(num_workers, tmp_path, tokenizer):
     assert sorted(file.name for file in prefix.parent.iterdir()) == ["a.bin", "a.idx"]
     data = DataConfig(path=str(prefix), validation_fraction=0)
     stream = TokenStream(data, tokenizer, seq_length=64, seed=1)
-    unit = next(stream.sources.units(0, 1, None))[1].result()
+    unit = next(stream.feed.units(0, 1, None))[1].result()
     pieces = tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)
     assert sorted(pieces[:-1]) == sorted(documents)
     assert counts == {"documents": 400, "tokens": len(unit.tokens)} and (unit.tokens[:][unit.ends - 1] == 1).all()

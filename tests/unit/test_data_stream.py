@@ -89,7 +89,7 @@ def digest(stream: TokenStream, num_batches: int, size: int = 4) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_gives_the_next_batch(kind, tmp_path, tokenizer, monkeypatch):
     """Saved after any number of batches, also over the ends of units and epochs, the stream goes on as if never ended."""
-    monkeypatch.setattr("minitron_train.data.stream.UNIT_BYTES", 40_000)
+    monkeypatch.setattr("minitron_train.data.feed.UNIT_BYTES", 40_000)
     data = write_source(tmp_path, kind, texts(600), tokenizer)
     stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
     states = {}
@@ -115,7 +115,7 @@ def test_workers_change_nothing(tmp_path, tokenizer):
     for num_workers in (0, 1, 3):
         stream = TokenStream(replace(data, num_workers=num_workers), tokenizer, seq_length=SEQ_LENGTH, seed=1)
         digests.append(digest(stream, 5))
-        processes = [worker.process for worker in stream.sources.pool.workers]
+        processes = [worker.process for worker in stream.feed.pool.workers]
         assert len(processes) == num_workers
         stream.close()
         assert [process.poll() for process in processes] == [0] * num_workers
@@ -146,7 +146,7 @@ def test_every_byte_arrives_once(tmp_path, tokenizer):
         folder = tmp_path / kind
         folder.mkdir()
         data = replace(write_source(folder, kind, documents, tokenizer), validation_fraction=0.0)
-        unit = next(TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).sources.units(0, 1, None))[1].result()
+        unit = next(TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).feed.units(0, 1, None))[1].result()
         pieces = tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)
         assert pieces[-1] == "" and sorted(pieces[:-1]) == sorted(documents)
         expected = [tuple(cut(unit, i, SEQ_LENGTH).tokens.tolist()) for i in range(num_windows(unit, SEQ_LENGTH))]
@@ -167,7 +167,7 @@ def test_text_files_keep_their_bytes(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
     data = DataConfig(path=str(tmp_path), num_workers=0, validation_fraction=0.0)
     stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
-    unit = next(stream.sources.units(0, 1, None))[1].result()
+    unit = next(stream.feed.units(0, 1, None))[1].result()
     decoded = tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)
     assert sorted(line for piece in decoded for line in piece.splitlines() if line) == sorted(lines)
 
@@ -176,7 +176,7 @@ def test_seed_and_epoch_change_the_order(tmp_path, tokenizer):
     data = write_source(tmp_path, "jsonl", texts(300), tokenizer)
     first = [digest(TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=seed), 1) for seed in (1, 1, 2)]
     assert first[0] == first[1] != first[2]
-    units = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).sources.units(0, 1, None)
+    units = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).feed.units(0, 1, None)
     (_, one), (_, two) = next(units), next(units)
     tokens = [np.asarray(unit.result().tokens[:]) for unit in (one, two)]
     assert sorted(tokens[0]) == sorted(tokens[1]) and not np.array_equal(*tokens)
@@ -190,7 +190,7 @@ def test_held_out_documents_are_never_trained_on(tmp_path, tokenizer):
     assert torch.equal(held, validation_tokens(data, tokenizer, SEQ_LENGTH, seed=5))
     names = {piece.split(":")[0] for row in held for piece in tokenizer.decode(row).split(tokenizer.eos_token)[1:-1]}
     stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
-    unit = next(stream.sources.units(0, 1, None))[1].result()
+    unit = next(stream.feed.units(0, 1, None))[1].result()
     trained = {piece.split(":")[0] for piece in tokenizer.decode(unit.tokens[:]).split(tokenizer.eos_token)}
     assert len(names) > 10 and len(trained) > 250 and names.isdisjoint(trained)
     own = tmp_path / "own.txt"

@@ -1,0 +1,66 @@
+"""The opened sources of a blend and the processes that tokenise them: for each source, its units in order."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from minitron_train.config import DataConfig
+from minitron_train.data import sources
+from minitron_train.data.hub import HubSource
+from minitron_train.data.indexed import IndexedSource
+from minitron_train.data.pack import Position
+from minitron_train.data.tokenizer import encoder
+from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
+from minitron_train.data.workers import Deferred, Pending, Pool
+
+UNIT_WINDOWS = 32  # at least, in a unit: what does not fill its last window is left out
+BYTES_PER_TOKEN = 4  # of text, about
+
+
+class Feed:
+    """The opened parts of a blend and the processes that tokenise them."""
+
+    def __init__(
+        self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, num_workers: int, seq_length: int
+    ) -> None:
+        self.parts = sources.parts(data)
+        self.opened = [part.open(split) for part in self.parts]
+        texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
+        self.encoder = encoder(tokenizer, data.document_end)
+        self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
+        self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
+
+    def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
+        """Endless: the units of source i from a position on, epoch after epoch, each in another order."""
+        position = start or {"epoch": 0, "unit": 0}
+        while True:
+            yield from self.epoch(i, (seed, zlib.crc32(self.parts[i].name.encode())), position)
+            position = {"epoch": position["epoch"] + 1, "unit": 0}
+
+    def epoch(self, i: int, seed: tuple[int, ...], start: Position) -> Iterator[tuple[Position, Pending]]:
+        """The rest of one epoch of source i."""
+        source, epoch, first = self.opened[i], start["epoch"], start["unit"]
+        if isinstance(source, HubSource):
+            for unit, (rows, texts) in enumerate(source.units(start.get("rows"), self.unit_bytes), start=first):
+                job = EncodeJob(texts, (*seed, epoch, unit))
+                yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
+            return
+        blocks_per_unit = max(1, self.unit_bytes // source.block_bytes)
+        num_units = max(1, round(source.num_blocks / blocks_per_unit))
+        chosen = np.array_split(permutation(source.num_blocks, *seed, epoch), num_units)
+        for unit, blocks in enumerate(chosen[first:], start=first):
+            unit_seed = (*seed, epoch, unit)
+            if isinstance(source, IndexedSource):
+                pending: Pending = Deferred(partial(source.unit, blocks, unit_seed))
+            else:
+                pending = self.pool.submit(ReadJob(i, tuple(blocks.tolist()), unit_seed))
+            yield {"epoch": epoch, "unit": unit}, pending
+
+    def fingerprint(self) -> str:
+        """sha256 of sources, weights and tokenizer."""
+        text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
+        return hashlib.sha256(text.encode()).hexdigest()
