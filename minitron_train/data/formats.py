@@ -111,6 +111,10 @@ class JsonLines(FileFormat):
             raise UserError(
                 f"{self.paths[file]}: column {self.text_key} is not text: {str(text)[:60]}; choose another text_key"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, as "\\ud83d" alone: JSON allows it, UTF-8 does not
+            text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         return text
 
 

@@ -85,12 +85,19 @@ class Packer:
         assert self.unit
         return cut(self.unit, int(self.order[self.taken - 1]), self.seq_length) if wanted else None
 
+    def start(self) -> None:
+        """Have the first unit made, so that several sources do not wait for each other."""
+        if self.unit is None and not self.waiting:
+            self.waiting.append(next(self.units))
+
     def fetch(self) -> None:
-        """Wait for the next unit, keeping the ones after it in the making."""
-        while len(self.waiting) <= self.ahead:
+        """Wait for the next unit, and have the ones after it made."""
+        if not self.waiting:
             self.waiting.append(next(self.units))
         self.position, pending = self.waiting.popleft()
         self.unit, self.taken = pending.result(), 0
+        while len(self.waiting) < self.ahead:
+            self.waiting.append(next(self.units))
         self.order = permutation(
             num_windows(self.unit, self.seq_length), self.seed, self.position["epoch"], self.position["unit"]
         )

@@ -102,14 +102,15 @@ class TokenStream:
                 f"train.global_batch_size={global_batch_size}: must be a multiple of the {self.dp_size} data-parallel "
                 "ranks; change one of them"
             )
-        windows, counts = [], Counter()
-        for row in range(global_batch_size):
-            source = self.blend.draw()
-            counts[self.feed.parts[source].name] += 1
-            window = self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
-            if window:
-                windows.append(window)
-        return make_batch(windows, self.data.document_attention, dict(counts))
+        drawn = [self.blend.draw() for _ in range(global_batch_size)]
+        for source in set(drawn):
+            self.packers[source].start()
+        windows = [
+            self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
+            for row, source in enumerate(drawn)
+        ]
+        counts = Counter(self.feed.parts[source].name for source in drawn)
+        return make_batch([window for window in windows if window], self.data.document_attention, dict(counts))
 
     def state_dict(self) -> dict:
         """Small and JSON-able; the same on every rank, and valid for any number of ranks and workers."""

@@ -51,6 +51,13 @@ def test_blocks_never_cut_lines_or_characters(tmp_path, monkeypatch):
         assert read_all(DataConfig(path=str(packed), cache_dir=str(tmp_path / "cache"))) == texts
 
 
+def test_half_a_surrogate_pair_and_null(tmp_path):
+    """What JSON allows and UTF-8 does not becomes U+FFFD; null is an empty document, which nobody reads."""
+    lines = [r'{"text": "a\ud83d b"}', r'{"text": "\ud83d\ude42"}', '{"text": null}', ""]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read_all(DataConfig(path=str(tmp_path / "a.jsonl"))) == ["a\ufffd\ufffd\ufffd b", "🙂", ""]
+
+
 def test_text_files_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK_BYTES", 100)
     text = "".join(f"{i} строка ライン 🙂\r\n" for i in range(200))
