@@ -29,6 +29,9 @@ def greedy(
 
     Returns:
         New tokens of each prompt, the last one that made it finished included.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
     """
     assert all(prompts), "an empty prompt has no last token to continue from"
     device = groups.device
@@ -66,9 +69,18 @@ def most_probable(hidden_BH: Tensor, weight_VH: Tensor, groups: Groups) -> Tenso
     """The token with the largest logit, int64 [B]; of equal ones the first, on every rank the same."""
     peaks_B, tokens_B = (hidden_BH @ weight_VH.T).float().max(dim=1)
     if groups.tp_size == 1:
+        require_finite(peaks_B)
         return tokens_B
     tokens_B += groups.tp_rank * weight_VH.shape[0]
-    best = torch.stack(groups.gather(peaks_B)).argmax(dim=0)  # ranks hold the vocabulary in order
+    all_peaks = torch.stack(groups.gather(peaks_B))
+    require_finite(all_peaks)
+    best = all_peaks.argmax(dim=0)  # ranks hold the vocabulary in order
     chosen_B = torch.stack(groups.gather(tokens_B)).gather(0, best[None])[0]
     dist.broadcast(chosen_B, dist.get_global_rank(groups.tp_group, 0), group=groups.tp_group)
     return chosen_B
+
+
+def require_finite(peaks: Tensor) -> None:
+    """Raise FloatingPointError unless all largest logits are finite."""
+    if not peaks.isfinite().all():
+        raise FloatingPointError("logits are not finite")

@@ -93,15 +93,15 @@ class MegatronLM(TemplateLM):
             cut.append(Request(index, tokens, len(continuation)))
 
         def compute(left: list[int], on_answers: Callable[[dict[int, Score]], None]) -> None:
-            score(self.model, [cut[index] for index in left], self.groups, self.batch_tokens, on_answers)
+            def checked(scores: dict[int, Score]) -> None:
+                broken = [index for index, (value, _) in scores.items() if not math.isfinite(value)]
+                if broken:
+                    raise not_finite(self.owners[broken[0]], requests[broken[0]][0])
+                on_answers(scores)
+
+            score(self.model, [cut[index] for index in left], self.groups, self.batch_tokens, checked)
 
         answers = self.answer([key_of(request.tokens, request.num_targets) for request in cut], compute)
-        for index, (value, _) in enumerate(answers):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{self.owners[index]}: logits are not finite at {str(requests[index][0])[:80]!r}; "
-                    "the weights are broken, evaluate another checkpoint"
-                )
         return [(value, is_greedy) for value, is_greedy in answers]
 
     def answer(
@@ -170,13 +170,16 @@ class MegatronLM(TemplateLM):
         def compute(left: list[int], on_answers: Callable[[dict[int, str]], None]) -> None:
             for batch in self.generation_batches(left, prompts, limits):
                 ended = {index: Stop(self.tokenizer, stops[index], self.end_tokens) for index in batch}
-                texts = greedy(
-                    self.model,
-                    [prompts[index] for index in batch],
-                    limits[batch[0]],
-                    [ended[index] for index in batch],
-                    self.groups,
-                )
+                try:
+                    texts = greedy(
+                        self.model,
+                        [prompts[index] for index in batch],
+                        limits[batch[0]],
+                        [ended[index] for index in batch],
+                        self.groups,
+                    )
+                except FloatingPointError:
+                    raise not_finite(requests[batch[0]].task_name or "", requests[batch[0]].args[0]) from None
                 on_answers({index: ended[index].text(text) for index, text in zip(batch, texts, strict=True)})
 
         keys = [key_of(*parts) for parts in zip(prompts, limits, stops, strict=True)]
@@ -193,6 +196,13 @@ class MegatronLM(TemplateLM):
             else:
                 batches.append([index])
         return batches[self.groups.dp_rank :: self.groups.dp_size]
+
+
+def not_finite(task: str, text: Any) -> UserError:
+    """The end of an evaluation whose model gives NaN; raised at once, on the rank that sees it."""
+    return UserError(
+        f"{task}: logits are not finite at {str(text)[:80]!r}; the weights are broken, evaluate another checkpoint"
+    )
 
 
 class Stop:

@@ -1,0 +1,58 @@
+"""The paired table against statistics computed another way."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitron_train.errors import UserError
+from minitron_train.evaluation.compare import compare, compare_table, headline, mcnemar, paired
+
+
+def write_items(folder: Path, label: str, rows: list[tuple[str, dict[str, float]]]) -> None:
+    lines = [
+        {"task": task, "filter": "none", "doc_id": k, "prompt_hash": f"p{k}", "metrics": metrics}
+        for k, (task, metrics) in enumerate(rows)
+    ]
+    (folder / f"{label}.items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_mcnemar_equals_scipys_binomial_test() -> None:
+    from scipy.stats import binomtest
+
+    for gained, lost in ((0, 0), (1, 0), (3, 9), (10, 10), (40, 22)):
+        wanted = binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
+        assert mcnemar(gained, lost) == pytest.approx(wanted)
+
+
+def test_paired_error_is_that_of_the_differences() -> None:
+    import numpy as np
+
+    source = np.random.default_rng(0)
+    first, second = source.random(50), source.random(50)
+    row = paired("task", "rougeL", list(zip(first.tolist(), second.tolist(), strict=True)))
+    assert row.difference == pytest.approx((second - first).mean())
+    assert row.stderr == pytest.approx((second - first).std(ddof=1) / np.sqrt(50))
+    assert 0 < row.p_value < 1
+
+
+def test_rows_are_matched_by_prompt_and_subjects_are_joined(tmp_path: Path) -> None:
+    write_items(tmp_path, "a", [("mmlu_x", {"acc": 0.0}), ("mmlu_y", {"acc": 1.0}), ("hellaswag", {"acc": 1.0})])
+    write_items(tmp_path, "b", [("mmlu_x", {"acc": 1.0}), ("mmlu_y", {"acc": 1.0}), ("winogrande", {"acc": 1.0})])
+    (row,) = compare(tmp_path, "a", "b")
+    assert (row.task, row.metric, row.rows, row.first, row.second) == ("mmlu", "acc", 2, 0.5, 1.0)
+    assert "mmlu" in compare_table(tmp_path, ["a", "b"])
+
+
+def test_missing_label_and_disjoint_rows_are_refused(tmp_path: Path) -> None:
+    write_items(tmp_path, "a", [("hellaswag", {"acc": 1.0})])
+    with pytest.raises(UserError, match=r"eval.compare: .*b.items.jsonl does not exist; evaluated so far: a"):
+        compare(tmp_path, "a", "b")
+    write_items(tmp_path, "b", [("winogrande", {"acc": 1.0})])
+    with pytest.raises(UserError, match="share no evaluated row"):
+        compare(tmp_path, "a", "b")
+
+
+def test_headline_takes_the_metric_that_is_published() -> None:
+    assert headline({"acc": 0.1, "acc_norm": 0.2, "acc_norm_stderr": 0.01}) == ("acc_norm", 0.2, 0.01)
+    assert headline({"word_perplexity": 3.0}) is None

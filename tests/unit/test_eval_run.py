@@ -1,0 +1,192 @@
+"""One evaluation from folder to files: resumed after a kill, broken weights, awkward tokenizers, and inside training."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron_train.arch.build import LanguageModel, build
+from minitron_train.arch.convert import load
+from minitron_train.config import Config, EvalConfig, ParallelConfig
+from minitron_train.errors import UserError
+from minitron_train.evaluation.hooks import TaskHook
+from minitron_train.evaluation.journal import Journal
+from minitron_train.evaluation.run import evaluate, run_tasks
+from minitron_train.hf import Checkpoint
+from minitron_train.parallel.groups import Groups, start
+from minitron_train.parallel.launch import World
+from tests.eval_data import save_data, save_model
+from tests.models import hf_logits
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    root = tmp_path_factory.mktemp("evaluation")
+    return SimpleNamespace(model=save_model("llama", root / "model"), data=save_data(root / "data"))
+
+
+def config_of(**evaluation: Any) -> Config:
+    config = Config()
+    config.eval = EvalConfig(**evaluation)
+    return config
+
+
+def run(config: Config, model: Path, folder: Path, data_dir: Path | None, tokens: torch.Tensor | None = None) -> Any:
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        return evaluate(
+            config, groups, model=model, label="m", folder=folder, data_dir=data_dir, validation_tokens=tokens
+        )
+
+
+def test_files_hold_what_was_measured(folders: SimpleNamespace, tmp_path: Path) -> None:
+    tokens = torch.randint(0, 288, (5, 33), generator=torch.Generator().manual_seed(0))
+    report = run(
+        config_of(tasks=["hellaswag", "arc_challenge"], limit=6), folders.model, tmp_path, folders.data, tokens
+    )
+    assert json.loads((tmp_path / "m.json").read_text()) == report
+    items = [json.loads(line) for line in (tmp_path / "m.items.jsonl").read_text().splitlines()]
+    record = report["results"]["hellaswag"]
+    assert record["rows"] == len(items) == 6 and record["num_fewshot"] == 0
+    assert record["acc"] == pytest.approx(sum(item["metrics"]["acc"] for item in items) / 6)
+    assert list(report["not_run"]) == ["arc_challenge"] and "arc_challenge" not in report["results"]
+    assert report["bytes"] == (folders.model / "model.safetensors").stat().st_size
+    weights = load_file(folders.model / "model.safetensors")
+    assert report["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    logits = hf_logits(folders.model, tokens[:, :-1]).double().log_softmax(-1)
+    nll = -logits.gather(2, tokens[:, 1:, None]).mean()
+    assert report["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
+    assert not (tmp_path / "m.partial").exists()
+
+
+def test_interrupted_evaluation_goes_on(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tasks=["hellaswag", "gsm8k"], batch_tokens=256, limit=4)
+    whole = run(config, folders.model, tmp_path / "whole", folders.data)
+    add, calls = Journal.add, []
+
+    def killed(self: Journal, answers: dict[str, Any]) -> None:
+        add(self, answers)
+        calls.append(answers)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, folders.model, tmp_path / "cut", folders.data)
+    file = tmp_path / "cut" / "m.partial" / "rank0.jsonl"
+    file.write_text(file.read_text() + '{"fingerprint": "half a li')
+    known = {key for answers in calls for key in answers}
+    calls.clear()
+    monkeypatch.setattr(Journal, "add", lambda self, answers: (add(self, answers), calls.append(answers)))
+    resumed = run(config, folders.model, tmp_path / "cut", folders.data)
+    assert resumed.pop("answers_from_interrupted_run") == len(known) > 0 == whole.pop("answers_from_interrupted_run")
+    assert resumed == whole
+    assert not known & {key for answers in calls for key in answers}
+
+
+def test_another_models_answers_are_not_taken(tmp_path: Path) -> None:
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        Journal(tmp_path / "j", "one", groups).add({"k": 1})
+        assert Journal(tmp_path / "j", "one", groups).answers == {"k": 1}
+        assert Journal(tmp_path / "j", "two", groups).answers == {}
+
+
+def test_broken_weights_name_the_row(folders: SimpleNamespace, tmp_path: Path) -> None:
+    broken = save_model("llama", tmp_path / "model")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"hellaswag: logits are not finite at .*; the weights are broken"):
+        run(config_of(tasks=["hellaswag"], limit=2), broken, tmp_path / "eval", folders.data)
+    with pytest.raises(UserError, match=r"gsm8k: logits are not finite at .*; the weights are broken"):
+        run(config_of(tasks=["gsm8k"], limit=2), broken, tmp_path / "eval", folders.data)
+    assert not (tmp_path / "eval" / "m.json").exists()
+
+
+def live(folder: Path, groups: Groups, max_length: int, evaluation: EvalConfig, data_dir: Path) -> Any:
+    checkpoint = Checkpoint(folder)
+    model = build(checkpoint.shape)
+    load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    return run_tasks(model, folder, max_length, evaluation, groups, data_dir)
+
+
+def test_rows_longer_than_the_context_lose_their_beginning_and_are_counted(folders: SimpleNamespace) -> None:
+    evaluation = EvalConfig(tasks=["mmlu_anatomy"], shots={"mmlu": 5})
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        report, items = live(folders.model, groups, 40, evaluation, folders.data)
+    assert report["truncated_requests"] == {"mmlu_anatomy": 8 * 4}
+    assert len(items) == 8
+
+
+def test_tokenizer_without_bos_and_eos(folders: SimpleNamespace, tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("bos_token", "eos_token"):
+        settings.pop(key)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        report, _ = live(folder, groups, 512, EvalConfig(tasks=["hellaswag", "gsm8k"], limit=2), folders.data)
+        assert set(report["results"]) == {"hellaswag", "gsm8k"}
+        with pytest.raises(UserError, match="neither BOS nor EOS"):
+            live(folder, groups, 512, EvalConfig(tasks=["wikitext"]), folders.data)
+
+
+def test_generated_code_is_run_only_when_allowed(folders: SimpleNamespace) -> None:
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        refused, _ = live(folders.model, groups, 1024, EvalConfig(tasks=["humaneval"]), folders.data)
+        assert refused["results"] == {} and list(refused["not_run"]) == ["humaneval"]
+        allowed = EvalConfig(tasks=["humaneval"], allow_code_execution=True, limit=1)
+        report, items = live(folders.model, groups, 1100, allowed, folders.data)
+        assert report["results"]["humaneval"]["pass_at_1,create_test"] == 0.0 and len(items) == 1
+
+
+@dataclass
+class Training:
+    """The part of a trainer that a hook sees."""
+
+    student: LanguageModel
+    objective: SimpleNamespace
+
+
+def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace) -> None:
+    evaluation = EvalConfig(training_tasks=["hellaswag", "gsm8k"], training_limit=3, num_fewshot=1)
+
+    def train(with_hook: bool) -> tuple[list[float], list[dict[str, float]]]:
+        with start(ParallelConfig(), World(), seed=1) as groups:
+            random.seed(1)
+            np.random.seed(1)
+            checkpoint = Checkpoint(folders.model)
+            student, teacher = build(checkpoint.shape), build(checkpoint.shape)
+            for model in (student, teacher):
+                load(model, checkpoint.table, checkpoint.shape, checkpoint)
+            student.train()
+            hook = TaskHook(evaluation, folders.model, 512, groups, folders.data)
+            optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)
+            losses, found = [], []
+            for _ in range(3):
+                tokens = torch.randint(0, 288, (2, 16)) + random.randrange(1) + np.random.randint(1)
+                loss = student.logits(student(tokens)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                if with_hook:
+                    found.append(hook(Training(student, SimpleNamespace(teacher=teacher))))
+                    assert student.training and all(not m._forward_pre_hooks for m in student.modules())
+            losses += [random.random(), float(np.random.random()), torch.rand(()).item()]
+            return losses, found
+
+    without, _ = train(False)
+    losses, found = train(True)
+    assert losses == without
+    assert {"eval.hellaswag.acc_norm", "eval.hellaswag.acc_norm.teacher"} <= set(found[0])
+    assert all(row["eval.hellaswag.acc_norm.teacher"] == found[0]["eval.hellaswag.acc_norm.teacher"] for row in found)
