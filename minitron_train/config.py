@@ -475,6 +475,7 @@ class ClusterConfig:
     gpus_per_node: int = opt(1, "processes per machine, one per GPU")
     memory_gib: float | None = opt(None, "of one GPU; null: what this machine has left")
     peak_tflops: float | None = opt(None, "dense bf16 peak of one GPU; null: a matrix product is timed here")
+    fp32_tflops: float | None = opt(None, "fp32 peak of one GPU, for scoring; null: the same as peak_tflops")
     memory_gb_per_s: float | None = opt(None, "memory bandwidth of one GPU, 1e9 bytes a second; null: timed here")
     intra_node_gb_per_s: float = opt(5.0, "one GPU to its neighbours, one direction, 1e9 bytes a second")
     inter_node_gb_per_s: float = opt(1.0, "one GPU to other nodes, one direction, 1e9 bytes a second")
@@ -484,7 +485,7 @@ class ClusterConfig:
 
     def validate(self) -> None:
         """Positive numbers, a share that is one."""
-        names = ("num_nodes", "gpus_per_node", "memory_gib", "peak_tflops", "memory_gb_per_s")
+        names = ("num_nodes", "gpus_per_node", "memory_gib", "peak_tflops", "fp32_tflops", "memory_gb_per_s")
         require_positive(self, "cluster", *names, "intra_node_gb_per_s", "inter_node_gb_per_s")
         require(0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual")
 

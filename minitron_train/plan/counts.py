@@ -35,11 +35,6 @@ def layer_parameters(shape: Shape, tp: int = 1) -> int:
     return sum(size if dim is None else size // tp for size, dim in sizes)
 
 
-def largest_row(shape: Shape) -> int:
-    """Elements of the largest Hugging Face tensor: an embedding, in nearly every model."""
-    return max(prod(size) for size in architecture(shape.architecture).tensors(shape).values())
-
-
 def forward_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:
     """Multiply-adds count two. Matrices: 2 per parameter. Attention: Q K^T and P V against `seq_length` keys, half of them
     where the causal mask is made use of (the papers' own figures count all of them).

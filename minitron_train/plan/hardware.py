@@ -11,7 +11,6 @@ from minitron_train.config import ClusterConfig, Precision
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
-RUNTIME_BYTES = int(0.85 * GIB)  # Python, torch, megatron-core and transformers loaded, one process without CUDA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +21,11 @@ class Hardware:
     num_gpus: int
     gpus_per_node: int
     memory_bytes: int
-    reserved_bytes: int
+    reserved_bytes: (
+        int  # of a GPU: CUDA context, NCCL, fragmentation; 0 without CUDA, where memory.py knows the libraries
+    )
     peak_flops: float
+    fp32_flops: float
     utilisation: float
     memory_rate: float
     intra_node_rate: float
@@ -37,36 +39,40 @@ class Hardware:
         """Floating-point operations a second that a step is expected to reach."""
         return self.peak_flops * self.utilisation
 
+    def fits(self, memory: dict[str, int]) -> bool:
+        """Whether a process with these parts fits; pages of mapped files are given back when memory is short."""
+        return memory["total"] - memory.get("mapped_files", 0) <= self.memory_bytes
+
     def link_rate(self, num_ranks: int) -> float:
         """Bytes a second between one GPU and the others of a group of neighbours."""
         return self.intra_node_rate if num_ranks <= self.gpus_per_node else self.inter_node_rate
 
 
 def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
-    """The table's figures; what it leaves open is measured on this machine."""
-    local = cluster.peak_tflops is None or cluster.memory_gib is None or cluster.memory_gb_per_s is None
-    cuda = cuda_here() if local else True
-    peak = cluster.peak_tflops * 1e12 if cluster.peak_tflops else gemm_flops(precision, cuda)
-    rate = cluster.memory_gb_per_s * 1e9 if cluster.memory_gb_per_s else copy_rate(cuda)
-    memory = (
-        int(cluster.memory_gib * GIB)
-        if cluster.memory_gib
-        else memory_here(cuda) // (1 if cuda else cluster.gpus_per_node)
-    )
+    """The table's figures; what it leaves open is measured on this machine, whose processes share cores and memory."""
+    given = (cluster.peak_tflops, cluster.memory_gib, cluster.memory_gb_per_s)
+    measured = None in given
+    cuda = cuda_here() if measured else True
+    share = 1 if cuda else cluster.gpus_per_node
+    peak = cluster.peak_tflops * 1e12 if cluster.peak_tflops else gemm_flops(precision, cuda) / share
+    fp32 = cluster.fp32_tflops * 1e12 if cluster.fp32_tflops else peak
+    memory = int(cluster.memory_gib * GIB) if cluster.memory_gib else memory_here(cuda) // share
+    rate = cluster.memory_gb_per_s * 1e9 if cluster.memory_gb_per_s else copy_rate(cuda) / share
     return Hardware(
         name=cluster.name,
         num_gpus=cluster.num_nodes * cluster.gpus_per_node,
         gpus_per_node=cluster.gpus_per_node,
         memory_bytes=memory,
-        reserved_bytes=int(cluster.reserved_gib * GIB) if cuda else RUNTIME_BYTES,
-        peak_flops=peak / (1 if cuda or cluster.peak_tflops else cluster.gpus_per_node),  # processes share the cores
+        reserved_bytes=int(cluster.reserved_gib * GIB) if cuda else 0,
+        peak_flops=peak,
+        fp32_flops=fp32,
         utilisation=cluster.utilisation,
         memory_rate=rate,
         intra_node_rate=cluster.intra_node_gb_per_s * 1e9,
         inter_node_rate=cluster.inter_node_gb_per_s * 1e9,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
         cuda=cuda,
-        measured=local,
+        measured=measured,
     )
 
 

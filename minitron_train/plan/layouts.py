@@ -44,6 +44,8 @@ def candidates(
                     micro_batch_size=micro,
                     seq_length=base.seq_length,
                     weight_bytes=base.weight_bytes,
+                    teacher_weight_bytes=base.teacher_weight_bytes,
+                    runtime_bytes=base.runtime_bytes,
                     recompute=recompute,
                     sequence_parallel=tp > 1 and machine.cuda,
                     sharded_optimizer=machine.cuda,
@@ -106,8 +108,7 @@ def evaluate(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, 
     """What a layout needs and how long its step takes."""
     memory = distill_bytes(teacher, student, layout)
     step = step_time(teacher, student, machine, layout, global_batch_size)
-    fits = memory["total"] + machine.reserved_bytes <= machine.memory_bytes
-    return Choice(layout=layout, memory=memory, step=step, fits=fits)
+    return Choice(layout=layout, memory=memory, step=step, fits=machine.fits(memory))
 
 
 def all_choices(

@@ -7,10 +7,15 @@ really saved. Legend: H hidden, A query heads x channels, K key/value heads x ch
 from dataclasses import dataclass, replace
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.plan.counts import parameters_per_rank
+from minitron_train.plan.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
 LOSS_BUDGET_U = 0.2  # distill.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
+SLICE_BLOCK_BYTES, SLICE_THREADS = 16 * 2**20, 8  # prune.slice: at most so many
+STATISTICS_BYTES = 2 * 3 * 8  # prune.statistics.Moments: mean and deviations of three values, fp64
+RUNTIME_BYTES = {
+    stage: mib * 2**20 for stage, mib in {"score": 470, "slice": 470, "distill": 560}.items()
+}  # libraries, no CUDA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +27,8 @@ class Layout:
     micro_batch_size: int
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
+    teacher_weight_bytes: int
+    runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0: a process without CUDA
     recompute: str = "none"  # config.Recompute: what the backward pass computes again
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
@@ -56,7 +63,7 @@ def kept_by_norm(shape: Shape, layout: Layout) -> float:
 
 
 def mlp_elements(shape: Shape) -> int:
-    """What the MLP keeps per token: squared ReLU 2 F; gated: both halves, the activated gate, the linear half again, the product."""
+    """What the MLP keeps per token. Squared ReLU: 2 F. Gated: both halves, activated gate, second half again, product."""
     return (5 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
 
 
@@ -80,21 +87,21 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
     return int(layers + final_norm + (working if with_working_layer else 0))
 
 
-def forward_bytes(shape: Shape, layout: Layout) -> int:
-    """Temporaries of a forward pass without gradients: the widest layer's tensors that exist at once."""
+def working_bytes(shape: Shape, layout: Layout) -> int:
+    """What exists at once inside the widest layer of a forward pass without gradients: residual, norm, MLP or attention."""
     gated = architecture(shape.architecture).transformer["gated_linear_unit"]
-    mlp = (4 if gated else 2) * shape.ffn_hidden_size
+    mlp = (5 if gated else 3) * shape.ffn_hidden_size
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
     return int(layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp))
 
 
-def loss_bytes(shape: Shape, teacher: Shape, layout: Layout) -> int:
-    """The fused loss: working blocks of logits, the gradients of hidden states and of the output weights' shard."""
-    vocab = shape.vocab_size // layout.tp
+def loss_bytes(student: Shape, teacher: Shape, layout: Layout) -> int:
+    """The fused loss: blocks of logits, the gradient of the output weights' shard, both hidden states and one gradient."""
+    vocab = student.vocab_size // layout.tp
     blocks = LOSS_BUDGET_U * layout.tokens * vocab * FP32
-    weight_grad = vocab * shape.hidden_size * layout.weight_bytes
+    weight_grad = vocab * student.hidden_size * layout.weight_bytes
     hidden = layout.tokens * (
-        shape.hidden_size * FP32 + (shape.hidden_size + teacher.hidden_size) * layout.weight_bytes
+        2 * student.hidden_size * layout.weight_bytes + teacher.hidden_size * layout.teacher_weight_bytes
     )
     return int(blocks + weight_grad + hidden)
 
@@ -105,18 +112,53 @@ def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
     return state * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
 
 
+def mapped_bytes(layout: Layout, num_parameters: int) -> int:
+    """Pages of safetensors files that stay mapped: resident on paper, but given back when memory is short. None on a GPU."""
+    return 0 if layout.cuda else num_parameters * layout.weight_bytes
+
+
 def distill_bytes(teacher: Shape, student: Shape, layout: Layout) -> dict[str, int]:
-    """Memory of one distillation process by part; `total` is the peak over teacher forward, student step and update."""
-    own = parameters_per_rank(student, layout.tp)
-    parts = {
+    """Memory of one distillation process by part; `total` is the peak over the teacher's forward pass and the student's step."""
+    own, taught = parameters_per_rank(student, layout.tp), parameters_per_rank(teacher, layout.tp)
+    fixed = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
+        "mapped_files": mapped_bytes(layout, own + taught),
         "student_weights": own * layout.weight_bytes,
-        "teacher_weights": parameters_per_rank(teacher, layout.tp) * layout.weight_bytes,
+        "teacher_weights": taught * layout.teacher_weight_bytes,
         "gradients": own * FP32,
         "optimizer": optimizer_bytes(own, layout),
-        "activations": activation_bytes(student, layout),
-        "loss": loss_bytes(student, teacher, layout),
-        "teacher_forward": forward_bytes(teacher, layout),
     }
-    fixed = sum(parts[name] for name in ("student_weights", "teacher_weights", "gradients", "optimizer"))
-    step = parts["activations"] + max(parts["loss"], forward_bytes(student, layout))
-    return parts | {"total": fixed + max(step, parts["teacher_forward"])}
+    moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
+    teacher_forward = working_bytes(teacher, replace(layout, weight_bytes=layout.teacher_weight_bytes))
+    return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
+
+
+def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: bool) -> dict[str, int]:
+    """Memory of one process that scores: no vocabulary is held, `chunk_tokens` tokens wait between two layers.
+
+    Args:
+        layout: tokens of one forward pass.
+        streamed: one layer's weights at a time.
+    """
+    layers = (1 if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
+    channels = (2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size) // layout.tp + 2 * teacher.hidden_size
+    vectors = (
+        min(chunk_tokens, teacher.vocab_size) + chunk_tokens
+    )  # embeddings of the different tokens, and of all of them
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],
+        "mapped_files": mapped_bytes(
+            layout, teacher.num_layers * layer_parameters(teacher, layout.tp) + teacher.vocab_size * teacher.hidden_size
+        ),
+        "weights": layers * layout.weight_bytes,
+        "chunk": vectors * teacher.hidden_size * layout.weight_bytes,
+        "working": working_bytes(teacher, layout),
+        "statistics": teacher.num_layers * channels * STATISTICS_BYTES,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def slice_bytes() -> dict[str, int]:
+    """Memory of the process that slices: blocks of rows, read and cut, a pair for each thread; whatever the model's size."""
+    parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": SLICE_THREADS * 2 * SLICE_BLOCK_BYTES}
+    return parts | {"total": sum(parts.values())}

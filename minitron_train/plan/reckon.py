@@ -15,6 +15,7 @@ from minitron_train.plan.memory import Layout
 from minitron_train.plan.stages import disk_bytes, scoring, slicing
 
 SECONDS_PER_HOUR = 3600
+WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
 
 
 def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = N
         "recommended": best and describe_choice(config, teacher, student, machine, best),
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
         "scoring": scoring(config, teacher, machine),
-        "slicing": slicing(config, teacher, student, machine),
+        "slicing": slicing(config, teacher, student),
         "disk": disk_bytes(config, teacher, student),
     }
     if target is not None:
@@ -61,7 +62,9 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         dp=max(machine.num_gpus // tp, 1),
         micro_batch_size=config.train.micro_batch_size,
         seq_length=config.train.seq_length,
-        weight_bytes=2 if config.train.precision is Precision.bf16 else 4,
+        weight_bytes=WEIGHT_BYTES[config.train.precision],
+        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or config.train.precision],
+        runtime_bytes=machine.reserved_bytes,
         recompute=config.train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         sharded_optimizer=machine.cuda
@@ -106,7 +109,7 @@ def flops(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
 
 
 def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | None:
-    """One teacher from scratch and its students by pruning, against all of them from scratch; None without plan.pretraining_tokens.
+    """One teacher from scratch and pruned students, against all of them from scratch; None without plan.pretraining_tokens.
 
     Counted as arXiv 2407.14679 counts (footnote 5: 4.4e17, 2.5e17, 1.2e17 per step of 1152 x 4096 tokens): three forward
     passes a token, full attention. The teacher's forward passes during distillation, which the paper leaves out, are added.
@@ -150,7 +153,7 @@ def describe_choice(
     return {
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
         "fits": choice.fits,
-        "memory_bytes": choice.memory | {"reserved": machine.reserved_bytes},
+        "memory_bytes": choice.memory,
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "step_seconds": asdict(choice.step) | {"total": choice.step.total},
         "tokens_per_second": tokens / choice.step.total,

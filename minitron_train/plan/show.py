@@ -4,13 +4,14 @@ from typing import Any
 
 GIB = 2**30
 MEMORY_ROWS = {
+    "runtime": "CUDA, NCCL, libraries",
+    "mapped_files": "mapped files",
     "student_weights": "student's weights",
     "teacher_weights": "teacher's weights",
     "gradients": "gradients, fp32",
     "optimizer": "optimizer state",
     "activations": "activations",
     "loss": "fused KL: blocks, gradients",
-    "reserved": "CUDA or Python runtime",
     "total": "peak",
 }
 PARTS = ("embedding", "attention", "mlp", "norms", "output")
@@ -90,11 +91,11 @@ def layout_text(layout: dict[str, Any]) -> str:
 
 def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """GiB per GPU by part."""
-    parts = choice["memory_bytes"] | {"total": choice["memory_bytes"]["total"] + machine["reserved_bytes"]}
-    lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in MEMORY_ROWS.items()]
-    activations = choice["activations_bytes"]
+    parts, activations = choice["memory_bytes"], choice["activations_bytes"]
+    rows = {name: text for name, text in MEMORY_ROWS.items() if parts[name]}
+    lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in rows.items()]
     lines[-1] += f" of {machine['memory_bytes'] / GIB:.1f}"
-    lines[4] += (
+    lines[list(rows).index("activations")] += (
         f"   (with recompute {activations['with_recompute'] / GIB:.2f}, without {activations['without_recompute'] / GIB:.2f})"
     )
     return lines
@@ -105,12 +106,16 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     step, network = choice["step_seconds"], choice["network_bytes_per_step"]
     origin = "measured here" if machine["measured"] else "data sheet"
     dollars = "" if choice["dollars"] is None else f", {choice['dollars']:,.0f} dollars"
+    parts = " + ".join(
+        f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
+    )
     return [
-        f"  {choice['tokens_per_second']:,.0f} tokens/s, {choice['hours']:,.1f} hours, {choice['gpu_hours']:,.0f} GPU-hours{dollars}",
-        f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); a step: {step['total']:.2f} s ="
-        f" compute {step['compute']:.2f} + optimizer {step['optimizer']:.2f} + TP network {step['tp_network']:.2f}"
-        f" + DP network {step['dp_network']:.2f}",
-        f"  one GPU sends {network['tensor_parallel'] / GIB:.1f} GiB a step for TP, {network['data_parallel'] / GIB:.1f} GiB for DP",
+        f"  {choice['tokens_per_second']:,.0f} tokens/s, {choice['hours']:,.1f} hours, "
+        f"{choice['gpu_hours']:,.0f} GPU-hours{dollars}",
+        f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
+        f"a step: {step['total']:.2f} s = {parts}",
+        f"  one GPU sends {network['tensor_parallel'] / GIB:.1f} GiB a step for TP, "
+        f"{network['data_parallel'] / GIB:.1f} GiB for DP",
     ]
 
 
@@ -122,19 +127,21 @@ def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
         + (f"; the fastest {most}:" if len(fitting) > most else ":")
     ]
     for row in fitting[:most]:
-        peak = (row["memory_bytes"]["total"] + row["memory_bytes"]["reserved"]) / GIB
+        peak = row["memory_bytes"]["total"] / GIB
         lines.append(f"  {layout_text(row['layout']):<78}{peak:>7.1f} GiB{row['tokens_per_second']:>12,.0f} tokens/s")
     return lines
 
 
 def stage_lines(plan: dict[str, Any]) -> list[str]:
     """Scoring, slicing, disk."""
-    scoring, slicing, disk = plan["scoring"], plan["slicing"], plan["disk"]
-    memory_bytes = scoring["memory_bytes"]
+    scoring, slicing = plan["scoring"], plan["slicing"]
+    gib = {name: size / GIB for name, size in plan["disk"].items()}
+    resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
     return [
-        f"scoring            {scoring['tokens']:,} tokens, {scoring['seconds'] / 60:.1f} min on one GPU; "
-        f"{memory_bytes['resident'] / GIB:.1f} GiB with the teacher in memory, {memory_bytes['streamed'] / GIB:.1f} GiB streamed",
-        f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB",
-        f"disk               {disk['total'] / GIB:.1f} GiB: teacher {disk['teacher'] / GIB:.1f}, pruned {disk['pruned'] / GIB:.1f}, "
-        f"checkpoints {disk['checkpoints'] / GIB:.1f} ({disk['checkpoint'] / GIB:.1f} each), student {disk['student'] / GIB:.1f}",
+        f"scoring            {scoring['tokens']:,} tokens in fp32, {scoring['seconds'] / 60:.1f} min; "
+        f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
+        f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
+        f"in {slicing['memory_bytes']['total'] / GIB:.1f} GiB of memory",
+        f"disk               {gib['total']:.1f} GiB: teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
+        f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}",
     ]

@@ -121,7 +121,12 @@ def test_activations_are_what_autograd_keeps(architecture: str, recompute: Recom
         vocab_size=512,
     )
     layout = Layout(
-        micro_batch_size=2, seq_length=64, weight_bytes=4, recompute=recompute.name, cuda=torch.cuda.is_available()
+        micro_batch_size=2,
+        seq_length=64,
+        weight_bytes=4,
+        teacher_weight_bytes=4,
+        recompute=recompute.name,
+        cuda=torch.cuda.is_available(),
     )
     with groups.start(ParallelConfig(), World(), seed=1):
         model = build(shape, **RECOMPUTE[recompute]).train()
