@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.training import Material
 
 MARKS = {
     "needs_data": lambda: "MINITRON_DATA" in os.environ and "MINITRON_ORACLES" in os.environ,
@@ -50,6 +54,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("models")
     return {name: save_tiny(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory: pytest.TempPathFactory) -> "Material":
+    """Student, teacher and text for training runs of a second."""
+    from tests.training import make_material
+
+    return make_material(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,159 @@
+"""Training over ranks: layouts agree with one process, checkpoints change layout, ranks stop together or name the dead."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_train.train import checkpoint_files as files
+from tests.helpers import run_ranks
+from tests.training import Interrupted, Material, before_step, interrupt, rows, run
+
+SPLIT = {"parallel__tensor_model_parallel_size": 2}
+HIDDEN = {"distill__hidden_layers": ["embedding:embedding", "1:2"], "distill__ce_weight": 0.5}
+LOSSES = ("loss", "grad_norm", "eval.validation.kl", "eval.validation.loss")
+
+
+def train_here(rank: int, world_size: int, runs: list[tuple[Material, Path, dict[str, Any]]]) -> None:
+    """Several runs in the same processes, one after the other; `stop_in` breaks a run off in that step."""
+    for number, (material, folder, settings) in enumerate(runs):
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 7 * number)
+        settings = dict(settings)
+        stop_in = settings.pop("stop_in", 0)
+        with before_step(stop_in, interrupt):
+            try:
+                run(material, folder, **settings)
+            except Interrupted:
+                assert stop_in
+
+
+def differences(folder: Path, wanted: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest distance of each logged value from another run's, step by step."""
+    found = rows(folder)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    pairs = [
+        (key, row[key], other[key]) for row, other in zip(found, wanted, strict=True) for key in LOSSES if key in row
+    ]
+    return {
+        name: max(abs(value - other) for key, value, other in pairs if key == name)
+        for name in {key for key, *_ in pairs}
+    }
+
+
+@pytest.fixture(scope="module")
+def one_rank(training: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What one process logs, plain and with hidden states and labels in the loss."""
+    root = tmp_path_factory.mktemp("one")
+    run(training, root / "plain")
+    run(training, root / "hidden", **HIDDEN)
+    return {name: rows(root / name) for name in ("plain", "hidden")}
+
+
+def assert_equal(folder: Path, wanted: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
+    """Every logged value is within `tolerance` (relative to the wanted one)."""
+    for name, distance in differences(folder, wanted).items():
+        scale = max(abs(row[name]) for row in wanted if name in row)
+        assert distance < tolerance * max(1.0, scale), (folder.name, name, distance)
+
+
+def test_two_ranks_and_changes_of_layout(
+    training: Material, one_rank: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """TP 2 and DP 2 log what one rank logs; TP 2 -> 1 -> 2 and DP 1 -> 2 go on as if nothing had happened."""
+    split, data = tmp_path / "tp2_to_1_to_2", tmp_path / "dp1_to_2"
+    with before_step(5, interrupt), pytest.raises(Interrupted):
+        run(training, data)
+    run_ranks(
+        train_here,
+        2,
+        [
+            (training, tmp_path / "tp2", SPLIT),
+            (training, tmp_path / "tp2_sp_hidden", SPLIT | HIDDEN | {"parallel__sequence_parallel": True}),
+            (training, tmp_path / "dp2", {}),
+            (training, tmp_path / "dp2_hidden", HIDDEN),
+            (training, data, {}),
+            (training, split, SPLIT | {"stop_in": 4}),
+        ],
+    )
+    with before_step(7, interrupt), pytest.raises(Interrupted):
+        run(training, split)
+    assert files.finished(split / "checkpoints")[0].name == "step_00000006"
+    run_ranks(train_here, 2, [(training, split, SPLIT)])
+    for folder in tmp_path.iterdir():
+        assert_equal(folder, one_rank["hidden" if "hidden" in folder.name else "plain"])
+
+
+def test_four_ranks(training: Material, one_rank: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """TP 2 x DP 2 with sequence parallelism; a resumed half is bit-equal to the whole run in the same layout."""
+    layout = SPLIT | {"parallel__sequence_parallel": True}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    runs = [(training, whole, layout), (training, resumed, layout | {"stop_in": 5}), (training, resumed, layout)]
+    run_ranks(train_here, 4, runs)
+    assert_equal(whole, one_rank["plain"])
+    assert rows(resumed) == rows(whole)
+
+
+def signalled(rank: int, world_size: int, material: Material, folder: Path) -> int | None:
+    """Only the last rank gets the signal."""
+
+    def send(_: Any) -> None:
+        if rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with before_step(4, send):
+        try:
+            run(material, folder)
+        except SystemExit as ended:
+            return ended.code
+    return None
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(training: Material, tmp_path: Path) -> None:
+    assert run_ranks(signalled, 2, training, tmp_path) == [0, 0]
+    assert files.finished(tmp_path / "checkpoints")[0].name == "step_00000004"
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def left_behind(rank: int, world_size: int, material: Material, folder: Path) -> tuple[str, float]:
+    """The last rank dies without a word; what the others say, and after how many seconds."""
+    died_s = [0.0]
+
+    def die(_: Any) -> None:
+        died_s[0] = time.monotonic()
+        if rank == world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with before_step(4, die):
+        try:
+            run(material, folder)
+        except RuntimeError as error:
+            return str(error), time.monotonic() - died_s[0]
+    return "", 0.0
+
+
+def test_a_dead_rank_is_named(training: Material, tmp_path: Path) -> None:
+    import torch.multiprocessing as mp
+
+    from tests import helpers
+
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    port = 20000 + os.getpid() % 20000
+    workers = [
+        context.Process(
+            target=helpers.work, args=(left_behind, rank, 2, port, results, (training, tmp_path)), daemon=True
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    rank, answer, trace = results.get(timeout=120)
+    assert (rank, trace) == (0, None)
+    said, seconds = answer
+    assert said.startswith("rank 0, step 4: rank 1 has ended or hangs, last heard of at step")
+    assert seconds < 60
+    for worker in workers:
+        worker.join(timeout=10)

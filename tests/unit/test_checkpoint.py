@@ -1,0 +1,175 @@
+"""Checkpoints: what is continued is bit-equal, what is damaged is passed over, what does not fit is refused."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_train.errors import UserError
+from minitron_train.hf import Checkpoint
+from minitron_train.train import checkpoint_files as files
+from minitron_train.train.export import checkpoint_id, export
+from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(training: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(training, folder, checkpoint__keep=5)
+    return folder
+
+
+@pytest.fixture
+def broken_off(training: Material, tmp_path: Path) -> Path:
+    """A run that ended in step 8, with checkpoints of steps 3 and 6."""
+    with before_step(8, interrupt), pytest.raises(Interrupted):
+        run(training, tmp_path)
+    assert [path.name for path in files.finished(tmp_path / "checkpoints")] == ["step_00000006", "step_00000003"]
+    return tmp_path
+
+
+def student_of(folder: Path, target: Path) -> dict[str, torch.Tensor]:
+    """The exported weights."""
+    target.mkdir()
+    export(folder, target)
+    opened = Checkpoint(target)
+    return {name: opened.read(name) for name in opened.sizes}
+
+
+def test_resume_is_bit_equal(training: Material, uninterrupted: Path, broken_off: Path, tmp_path: Path) -> None:
+    facts = run(training, broken_off)
+    assert facts["resumed_at_step"] == 6
+    assert rows(broken_off) == rows(uninterrupted)
+    wanted, found = student_of(uninterrupted, tmp_path / "a"), student_of(broken_off, tmp_path / "b")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_finished_run_is_not_trained_again(training: Material, uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert run(training, uninterrupted, checkpoint__keep=5)["resumed_at_step"] == NUM_STEPS
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def flip(file: Path) -> None:
+    """One bit."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "bit": lambda path: flip(path / "__0_0.distcp"),
+    "cut": lambda path: os.truncate(path / "__0_0.distcp", 1000),
+    "missing": lambda path: (path / "common.pt").unlink(),
+    "manifest": lambda path: (path / "manifest.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over(
+    training: Material, uninterrupted: Path, broken_off: Path, damage: str, capsys: pytest.CaptureFixture
+) -> None:
+    DAMAGES[damage](broken_off / "checkpoints" / "step_00000006")
+    assert run(training, broken_off)["resumed_at_step"] == 3
+    assert "step_00000006 is damaged" in capsys.readouterr().out
+    assert rows(broken_off) == rows(uninterrupted)
+
+
+def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -> None:
+    for path in files.finished(broken_off / "checkpoints"):
+        flip(path / "__0_0.distcp")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        run(training, broken_off)
+
+
+def test_checkpoint_of_other_settings_is_refused(training: Material, broken_off: Path) -> None:
+    with pytest.raises(UserError, match=r"train.lr: 0.003, now 0.1.*train.num_tokens: 2048, now 4096"):
+        run(training, broken_off, train__lr=0.1, train__num_tokens=4096)
+
+
+def test_what_may_change_between_restarts(training: Material, uninterrupted: Path, broken_off: Path) -> None:
+    run(training, broken_off, checkpoint__interval_steps=2, train__log_every_steps=1, data__num_workers=1)
+    assert [row["loss"] for row in rows(broken_off)] == [row["loss"] for row in rows(uninterrupted)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_exits(training: Material, uninterrupted: Path, tmp_path: Path, number: int) -> None:
+    with before_step(5, lambda _: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as ended:
+        run(training, tmp_path)
+    assert ended.value.code == 0
+    mark = json.loads((tmp_path / "stopped.json").read_text())
+    assert mark == {"signal": signal.Signals(number).name, "step": 5, "num_steps": NUM_STEPS}
+    assert signal.getsignal(number) is signal.SIG_DFL
+    assert run(training, tmp_path)["resumed_at_step"] == 5
+    assert not (tmp_path / "stopped.json").exists()
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(
+    training: Material, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(trainer) -> None:
+        trainer.checkpoints.poll(wait=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # a checkpoint needs more
+
+    try:
+        with before_step(5, fill), pytest.raises(UserError, match="the last checkpoint could not be written"):
+            run(training, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().out
+    assert "step_00000006 could not be written" in said
+    assert "the last good one is step_00000003" in said
+    assert not list((tmp_path / "checkpoints").glob("*.partial*"))
+    assert run(training, tmp_path)["resumed_at_step"] == 3
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_no_room_is_seen_before_writing(
+    training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr("minitron_train.train.checkpoint.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="free space and run again"):
+        run(training, tmp_path)
+    assert "has 1,000 bytes free" in capsys.readouterr().out
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    for step, validation in enumerate([0.3, 0.1, None, 0.2, None], 1):
+        scratch = tmp_path / f"step_{step:08d}.partial-x"
+        scratch.mkdir()
+        (scratch / "data").write_text(str(step))
+        files.publish(scratch, files.checkpoint_path(tmp_path, step), {"step": step, "validation": validation})
+        files.tidy(tmp_path, keep=2, keep_best=1)
+    assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000004", "step_00000002"]
+    assert (tmp_path / "latest").read_text() == "step_00000005\n"
+    assert (tmp_path / "best").read_text() == "step_00000002\n"
+    assert files.damage(tmp_path / "step_00000002") is None
+
+
+@pytest.mark.parametrize("family", ["nemotron", "llama"])
+def test_export_of_an_untrained_student_is_the_student(tmp_path: Path, family: str) -> None:
+    material = make_material(tmp_path, family)
+    run(material, tmp_path / "train", train__lr=0.0, train__min_lr=0.0)
+    found, wanted = student_of(tmp_path / "train", tmp_path / "out"), Checkpoint(material.student)
+    assert set(found) == set(wanted.sizes)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, wanted.read(name)), name
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no training checkpoint"):
+        export(tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
+        export(uninterrupted, tmp_path, "int8")
+    assert checkpoint_id(uninterrupted).startswith("step_00000008:")
+    assert checkpoint_id(uninterrupted / "checkpoints" / "step_00000003").startswith("step_00000003:")

@@ -1,0 +1,175 @@
+"""The training loop on one process: schedule, accumulation, recomputation, faults in the numbers, validation, metrics."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_train.config import OnNonFinite, Precision, Recompute, Schedule, TrainConfig, WandbConfig, WandbMode
+from minitron_train.errors import UserError
+from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
+from minitron_train.train.optim import learning_rate
+from tests.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, rows, run
+
+STEP_TOKENS = ROWS * SEQ_LENGTH
+
+
+@pytest.fixture(scope="module")
+def plain(training: Material, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(training, folder)
+    return rows(folder)
+
+
+def test_learning_rate() -> None:
+    train = TrainConfig(num_tokens=100, global_batch_size=1, seq_length=10, lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [learning_rate(train, 10 * step) for step in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[9] == pytest.approx(0.1)
+    train.schedule = Schedule.linear
+    assert learning_rate(train, 60) == pytest.approx(0.55)
+    train.schedule = Schedule.constant
+    assert learning_rate(train, 90) == 1.0
+    train.warmup_steps = 0
+    assert learning_rate(train, 0) == 1.0
+
+
+def test_student_learns_from_the_teacher(plain: list[dict]) -> None:
+    assert [row["step"] for row in plain] == list(range(1, NUM_STEPS + 1))
+    assert plain[-1]["tokens"] == NUM_STEPS * STEP_TOKENS
+    assert plain[-1]["kd_loss"] < 0.9 * plain[0]["kd_loss"]
+    assert plain[0]["loss"] == plain[0]["kd_loss"]
+    assert plain[0]["ce_loss"] is None
+    assert plain[-1]["source.own"] == 1.0
+    assert {"eval.validation.kl", "eval.validation.loss", "eval.validation.perplexity"} <= set(plain[-1])
+
+
+def test_pretrain_uses_labels_alone(training: Material, tmp_path: Path) -> None:
+    run(training, tmp_path, alone=True)
+    first, last = rows(tmp_path)[0], rows(tmp_path)[-1]
+    assert first["kd_loss"] is None
+    assert first["loss"] == pytest.approx(math.log(320), abs=0.5)
+    assert last["loss"] < first["loss"]
+    assert "eval.validation.kl" not in last
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"),
+    [
+        ({"train__micro_batch_size": 8}, 1e-6),
+        ({"train__recompute": Recompute.full}, 0.0),
+        ({"train__recompute": Recompute.selective}, 0.0),
+        ({"eval__every_tokens": STEP_TOKENS}, 0.0),  # validation changes nothing
+        ({"checkpoint__asynchronous": False, "checkpoint__interval_steps": 1}, 0.0),
+        ({"train__precision": Precision.bf16}, 0.03),
+    ],
+    ids=str,
+)
+def test_same_losses_with(
+    training: Material, plain: list[dict], tmp_path: Path, setting: dict, tolerance: float
+) -> None:
+    run(training, tmp_path, **setting)
+    for row, wanted in zip(rows(tmp_path), plain, strict=True):
+        for key in ("loss", "grad_norm", "lr"):
+            assert row[key] == pytest.approx(wanted[key], rel=tolerance, abs=0), (row["step"], key)
+
+
+def test_documents_do_not_see_each_other(training: Material, plain: list[dict], tmp_path: Path) -> None:
+    run(training, tmp_path, data__document_attention=True)
+    assert all(math.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+def test_hidden_states_count_as_much_as_logits(training: Material, plain: list[dict], tmp_path: Path) -> None:
+    run(training, tmp_path, distill__hidden_layers=["embedding:embedding", "1:2"])
+    found = rows(tmp_path)
+    first, second = found[:2]
+    assert first["kd_loss"] == plain[0]["kd_loss"]
+    assert first["hidden_weight"] == pytest.approx(first["kd_loss"] / first["hidden_loss"])
+    assert first["loss"] == pytest.approx(2 * first["kd_loss"])
+    assert second["hidden_weight"] == pytest.approx(first["kd_loss"] / first["hidden_loss"])
+    assert found[-1]["hidden_loss"] < first["hidden_loss"]
+    with pytest.raises(UserError, match="the teacher has no layer 7"):
+        run(training, tmp_path / "other", distill__hidden_layers=["0:7"])
+
+
+def poison(trainer) -> None:
+    """One gradient is not a number."""
+    next(iter(trainer.student.parameters())).main_grad.view(-1)[3] = math.nan
+
+
+def test_a_nan_stops_before_the_step(training: Material, tmp_path: Path) -> None:
+    kept = {}
+
+    def keep(trainer) -> None:
+        kept["before"] = {name: value.clone() for name, value in trainer.student.named_parameters()}
+        kept["student"] = trainer.student
+        poison(trainer)
+
+    with (
+        before_step(5, keep),
+        pytest.raises(UserError, match=r"step 5: .*sequences 32 to 39 .*train.on_non_finite=skip"),
+    ):
+        run(training, tmp_path)
+    for name, value in kept["student"].named_parameters():
+        assert torch.equal(value, kept["before"][name]), name
+
+
+def test_a_nan_can_be_skipped(training: Material, plain: list[dict], tmp_path: Path) -> None:
+    with before_step(3, poison):
+        facts = run(training, tmp_path, train__on_non_finite=OnNonFinite.skip)
+    found = rows(tmp_path)
+    assert facts["num_skipped"] == 1
+    assert found[2]["grad_norm"] is None
+    assert [row["loss"] for row in found[:3]] == [row["loss"] for row in plain[:3]]
+    assert found[-1]["loss"] < plain[0]["loss"]
+
+
+def test_batches_that_do_not_fit(training: Material, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.global_batch_size=8: must be a multiple of train.micro_batch_size=3"):
+        run(training, tmp_path, train__micro_batch_size=3)
+
+
+def test_metrics_file_holds_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    for step in range(1, 5):
+        file.write({"step": step, "loss": math.nan})
+    file.close()
+    with path.open("a") as handle:
+        handle.write('{"step": 5, "lo')  # a kill in the middle of a line
+    file = MetricsFile(path, 2)
+    file.write({"step": 3, "loss": 1.0})
+    file.close()
+    assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
+
+
+def test_speed_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 12.0])
+    monkeypatch.setattr("minitron_train.train.metrics.time.perf_counter", lambda: next(clock))
+    speed = Speedometer(flops_per_token=10.0, gemm_flops_per_second=100.0, num_devices=2)
+    speed.count(8)
+    speed.resume()  # validation took from 2 to 10
+    speed.count(8)
+    assert speed.read() == {"tokens_per_second": 4.0, "model_flops_utilisation": pytest.approx(4.0 * 10 / 200)}
+
+
+def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minitron_train.train.tracking import Tracker, wandb_mode
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert wandb_mode(WandbMode.auto) == "offline"
+    first = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=None, config={"train.lr": 1.0})
+    first.write({"step": 1, "loss": 2.0, "ce_loss": None})
+    first.close()
+    again = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=first.run_id, config={})
+    again.close()
+    assert first.run_id == again.run_id
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}"))) >= 1
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert wandb_mode(WandbMode.auto) == "online"
+    assert json.dumps("secret") not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*.yaml"))
