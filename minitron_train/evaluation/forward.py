@@ -47,7 +47,7 @@ class KeyValueCache:
                 self.layers[module] = new[0], new[1]
             return query, *new, mask
 
-        attentions = [layer.self_attention.core_attention for layer in model.decoder.layers]
+        attentions = [module for name, module in model.decoder.named_modules() if name.endswith(".core_attention")]
         hooks = [attention.register_forward_pre_hook(extend) for attention in attentions]
         try:
             yield

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
@@ -152,7 +152,7 @@ class MegatronLM(TemplateLM):
         """Greedy continuation of each text, up to the task's stop strings or the end of the text."""
         prompts, limits, stops = [], [], []
         for request in requests:
-            context, settings = request.args
+            context, settings = cast("tuple[str, dict[str, Any]]", request.args)
             if settings.get("do_sample") or settings.get("temperature"):
                 raise UserError(f"{request.task_name}: asks for sampling; only greedy generation is supported")
             until = settings.get("until") or []

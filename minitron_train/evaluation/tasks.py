@@ -37,7 +37,7 @@ BOOTSTRAP_ITERATIONS = 1000  # of standard errors that have no formula
 class TaskSet:
     """Tasks ready to run, and those that cannot be."""
 
-    tasks: dict[str, Any] = field(default_factory=dict)  # as lm_eval.evaluator.evaluate takes it
+    tasks: Any = None  # as lm_eval.evaluator.evaluate takes it: lm_eval.tasks.manager.TaskDict
     rows: dict[str, list[int]] = field(default_factory=dict)  # leaf task -> rows to evaluate; all when absent
     leaves: dict[str, list[str]] = field(default_factory=dict)  # requested task -> its leaf tasks
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # requested task -> where its data come from
