@@ -1,6 +1,7 @@
 """The commands, each a short story: what is read, what is done, which folder appears."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,10 @@ def pretrain(ws: Workspace) -> None:
 
 def score(ws: Workspace) -> None:
     """Importance of every channel, head, neuron and layer, from forward passes over the calibration tokens."""
-    from minitron_train.data.calibration import calibration_batches
     from minitron_train.prune.score import score as measure
 
     teacher, calibration = ws.open_teacher(), ws.config.calibration
     ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
-    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
     settings = {"calibration": subset(calibration, "path", "num_samples", "seq_length"), "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
     if calibration.tokens is None:
@@ -90,8 +89,7 @@ def score(ws: Workspace) -> None:
     stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
 
     def work(folder: Path) -> Mapping[str, Any]:
-        tokens = calibration_batches(calibration, ws.config.data, tokenizer, ws.config.seed)
-        return measure(ws.config, ws.groups, teacher=teacher, tokens=tokens, folder=folder)
+        return measure(ws.config, ws.groups, teacher=teacher, tokens=calibration_tokens(ws), folder=folder)
 
     ws.run(stage, work)
 
@@ -227,6 +225,15 @@ def load_tokenizer(folder: Path) -> Any:
     return loaded
 
 
+def calibration_tokens(ws: Workspace) -> Any:
+    """Calibration tokens [batches, sequences, length], from a file or with the teacher's tokenizer."""
+    from minitron_train.data.calibration import calibration_batches
+
+    calibration = ws.config.calibration
+    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
+    return calibration_batches(calibration, ws.config.data, tokenizer, ws.config.seed)
+
+
 def data_inputs(ws: Workspace) -> dict[str, str]:
     """Fingerprint of every source of the stream."""
     from minitron_train.data.sources import describe
@@ -237,12 +244,9 @@ def data_inputs(ws: Workspace) -> dict[str, str]:
 
 def cut(ws: Workspace, student: Shape) -> None:
     """Scores -> kept indices -> the pruned folder."""
-    from minitron_train.hf import Checkpoint
-    from minitron_train.prune.scores import Scores
-    from minitron_train.prune.select import select
-    from minitron_train.prune.slice import slice_checkpoint
+    from minitron_train.prune.cut import cut as write
 
-    scores = ws.folder / "scores" / "scores.safetensors"
+    teacher, scores = ws.open_teacher(), ws.folder / "scores" / "scores.safetensors"
     sizes = {size: getattr(student, size) for size in STUDENT_SIZES}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder), "scores": sha256_file(scores) if scores.exists() else ""}
     settings = {"prune": subset(ws.config.prune, *ws.config.prune.__dataclass_fields__), "student": sizes}
@@ -256,11 +260,12 @@ def cut(ws: Workspace, student: Shape) -> None:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
-        teacher = Checkpoint(ws.teacher_folder)
-        keep = select(Scores.read(scores, teacher), ws.config.prune, teacher.shape, student)
-        return slice_checkpoint(teacher, keep, student, folder)
+        tokens = functools.partial(calibration_tokens, ws)
+        return write(
+            ws.config, ws.groups, teacher=teacher, student=student, scores=scores, tokens=tokens, folder=folder
+        )
 
-    ws.run(stage, on_first(ws, work))
+    ws.run(stage, work)
 
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:

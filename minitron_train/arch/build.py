@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -14,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 
@@ -172,6 +174,7 @@ def build(
     shape: Shape,
     *,
     tp: int = 1,
+    tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     pre_process: bool = True,
@@ -181,12 +184,14 @@ def build(
     """An uninitialised model on this process's device; fill it with arch.convert.load.
 
     Args:
-        tp: tensor-parallel size; megatron-core's groups must have been started with it.
+        tp: tensor-parallel size; megatron-core's groups must have been started with it, or `tp_group` has that size.
         extra: further TransformerConfig arguments, like recompute_granularity.
     """
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
     spec = layer_spec()
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=Norm)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.tp = tp_group or groups.tp
     model = LanguageModel(
         config,
         block,  # type: ignore[arg-type]

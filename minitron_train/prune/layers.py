@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch import convert
-from minitron_train.arch.build import build
+from minitron_train.arch.build import Norm, build
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
 from minitron_train.parallel.groups import Groups
@@ -39,7 +39,7 @@ class Layers:
         self.table, self.shape, self.source, self.groups, self.dtype = table, shape, source, groups, dtype
         slots = shape.num_layers if resident else 1
         stub = replace(shape, num_layers=slots, vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
-        self.model = build(stub, tp=groups.tp_size, dtype=dtype).eval().requires_grad_(False)
+        self.model = build(stub, tp=groups.tp_size, tp_group=groups.tp_group, dtype=dtype).eval().requires_grad_(False)
         self.loaded: list[int | None] = [None] * slots
         self._fill([row for row in table.rows if not row.per_layer and row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
 
@@ -52,7 +52,7 @@ class Layers:
 
     def rotary(self, length: int) -> Tensor:
         """The rotary angles of positions 0 … length - 1."""
-        return self.model.rotary_pos_emb(length)
+        return self.model.rotary_pos_emb(length)  # type: ignore[operator]
 
     def __getitem__(self, i: int) -> torch.nn.Module:
         """Layer `i`, valid until another one is asked for."""
@@ -63,9 +63,9 @@ class Layers:
         return self.model.decoder.layers[slot]
 
     @property
-    def final_norm(self) -> torch.nn.Module:
+    def final_norm(self) -> Norm:
         """The norm after the last layer."""
-        return self.model.get_submodule("decoder.final_layernorm")
+        return self.model.get_submodule("decoder.final_layernorm")  # type: ignore[return-value]
 
     def _fill(self, rows: list[convert.Row], i: int, slot: int) -> None:
         for row in rows:

@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.config import Config
+from minitron_train.config import CalibrationConfig, Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune import scores
-from minitron_train.prune.collect import check_finite, collect, merge_ranks
+from minitron_train.prune.collect import Statistics, check_finite, collect, merge_ranks
 from minitron_train.prune.layers import Layers
 
 
@@ -30,13 +30,8 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     teacher.shape.check_parallel(groups.tp_size, "teacher")
     sequences_NS = tokens.flatten(0, 1)
     check_tokens(sequences_NS, teacher, groups.dp_size)
-    mine_NS = sequences_NS[groups.dp_rank :: groups.dp_size]
     layers = Layers(teacher.table, teacher.shape, teacher, groups, resident=not calibration.streamed)
-    statistics = collect(
-        layers, mine_NS, micro_batch_size=calibration.micro_batch_size, chunk_tokens=calibration.chunk_tokens
-    )
-    statistics = merge_ranks(statistics, groups)
-    statistics.num_batches = len(tokens)
+    statistics = measure(layers, tokens, calibration)
     check_finite(statistics, str(teacher.folder))
     facts = {
         "samples": len(sequences_NS),
@@ -48,6 +43,16 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
         scores.write(folder / scores.FILE, statistics, teacher.shape, config.prune, {"teacher": facts["teacher"]})
     groups.barrier()
     return facts
+
+
+def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig) -> Statistics:
+    """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank."""
+    groups = layers.groups
+    mine_NS = tokens.flatten(0, 1)[groups.dp_rank :: groups.dp_size]
+    sizes = {"micro_batch_size": calibration.micro_batch_size, "chunk_tokens": calibration.chunk_tokens}
+    statistics = merge_ranks(collect(layers, mine_NS, **sizes), groups)
+    statistics.num_batches = len(tokens)
+    return statistics
 
 
 def check_tokens(sequences_NS: Tensor, teacher: hf.Checkpoint, num_parts: int) -> None:

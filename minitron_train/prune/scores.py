@@ -74,10 +74,6 @@ class Scores:
     statistics: Statistics
     metadata: dict[str, str]
 
-    def importance(self, shape: Shape, prune: PruneConfig) -> Importance:
-        """Under any aggregation and scope, without a forward pass."""
-        return importance(self.statistics, shape, prune)
-
     @classmethod
     def read(cls, path: Path, teacher: hf.Checkpoint) -> "Scores":
         """Read scores for `teacher`.

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import SIZES, Shape
-from minitron_train.config import PruneConfig
+from minitron_train.config import Depth, Merge, PruneConfig
 from minitron_train.errors import UserError
-from minitron_train.prune.scores import Importance, Scores
+from minitron_train.prune.collect import Statistics
+from minitron_train.prune.scores import Importance, importance
 
 FILE = "kept.safetensors"
+ALONE = -1  # a kept head that takes over no dropped one
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Kept indices of the teacher, ascending, int64; `heads`, `groups` and `ffn` by teacher layer."""
+    """Kept indices of the teacher, ascending, int64; `heads`, `groups`, `ffn` and `partners` by teacher layer."""
 
     teacher: Shape
     student: Shape
@@ -27,6 +29,8 @@ class Keep:
     heads: dict[int, Tensor]
     groups: dict[int, Tensor]
     ffn: dict[int, Tensor]
+    partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
+    merge: Merge = Merge.none
 
     def rows(self, axis: str, layer: int) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""
@@ -42,12 +46,15 @@ class Keep:
             return None
         if len(kept) * size == self.teacher.axis_size(axis):
             return None
-        return (kept[:, None] * size + torch.arange(size)).flatten()
+        return spread(kept, size)
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in kept.safetensors: `layers.{i}` is the teacher's layer i."""
         named = {"embedding": self.embedding, "layers": self.layers}
-        for kind, kept in (("heads", self.heads), ("groups", self.groups), ("ffn", self.ffn)):
+        kinds = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
+        if self.merge is not Merge.none:
+            kinds["partners"] = self.partners
+        for kind, kept in kinds.items():
             named |= {f"layers.{i}.{kind}": index for i, index in kept.items()}
         return named
 
@@ -55,27 +62,48 @@ class Keep:
         """kept.safetensors."""
         save_file({name: index.contiguous() for name, index in self.tensors().items()}, folder / FILE)
 
+    def then(self, after: "Keep") -> "Keep":
+        """This cut, and `after` on its result, as one cut."""
+        kept = after.layers.tolist()
+        origin = {i: int(self.layers[i]) for i in kept}
+        return Keep(
+            self.teacher,
+            after.student,
+            embedding=self.embedding[after.embedding],
+            layers=self.layers[after.layers],
+            heads={origin[i]: self.heads[origin[i]][after.heads[i]] for i in kept},
+            groups={origin[i]: self.groups[origin[i]][after.groups[i]] for i in kept},
+            ffn={origin[i]: self.ffn[origin[i]][after.ffn[i]] for i in kept},
+            partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
+        )
 
-def select(scores: Scores, prune: PruneConfig, teacher: Shape, student: Shape) -> Keep:
+
+def spread(kept: Tensor, size: int) -> Tensor:
+    """Indices of blocks of `size` rows -> indices of the rows."""
+    return (kept[:, None] * size + torch.arange(size)).flatten()
+
+
+def select(statistics: Statistics, prune: PruneConfig, teacher: Shape, student: Shape) -> Keep:
     """Rank every axis and keep the best.
 
     Heads are ranked inside their KV group and every group keeps the same number, so that the student is a valid
-    grouped-query model (arXiv 2407.14679 prunes query heads only). Layers are dropped lowest block importance first.
-
-    Raises:
-        UserError: the student is not smaller in the sense of Shape.smaller, or breaks prune.multiple_of.
+    grouped-query model (arXiv 2407.14679 prunes query heads only). Fewer KV groups than the teacher's, where asked for,
+    are those whose kept heads score highest. Embedding channels are the same in all layers.
+    The target must have passed check_target, or lie between one that has and the teacher.
     """
-    check_target(teacher, student, prune)
-    importance = scores.importance(teacher, prune)
-    layers = keep_layers(importance, student.num_layers)
+    scores = importance(statistics, teacher, prune)
+    layers = keep_layers(scores, statistics, prune, teacher.num_layers, student.num_layers)
+    chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     return Keep(
         teacher,
         student,
-        embedding=best(importance.embedding, student.hidden_size),
+        embedding=best(scores.embedding, student.hidden_size),
         layers=layers,
-        heads={i: best_heads(importance.heads[i], teacher, student) for i in layers.tolist()},
-        groups={i: torch.arange(teacher.num_query_groups) for i in layers.tolist()},
-        ffn={i: best(importance.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
+        heads={i: heads for i, (heads, _, _) in chosen.items()},
+        groups={i: groups for i, (_, groups, _) in chosen.items()},
+        ffn={i: best(scores.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
+        partners={i: partners for i, (_, _, partners) in chosen.items()},
+        merge=prune.head_merge,
     )
 
 
@@ -84,28 +112,61 @@ def best(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> Tensor:
-    """The best query heads of every KV group, the same number in each."""
+def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept query heads (the same number in every kept KV group), kept groups, and the heads' partners.
+
+    Of a group's L heads by rank, K are kept; head i stands in for head 2K - i + 1 where there is one: (K, K + 1),
+    (K - 1, K + 2), … (arXiv 2407.14679 §2.2, whose printed range of i begins one too low).
+    """
     per_group = student.num_attention_heads // student.num_query_groups
     grouped = scores.view(teacher.num_query_groups, -1)
-    kept = torch.stack([best(group, per_group) for group in grouped])
-    return (kept + torch.arange(len(grouped))[:, None] * grouped.shape[1]).flatten()
+    ranked = grouped.argsort(dim=1, descending=True, stable=True)
+    groups = best(grouped.gather(1, ranked[:, :per_group]).square().sum(1), student.num_query_groups)
+    ranked = ranked[groups] + groups[:, None] * grouped.shape[1]
+    heads, order = ranked[:, :per_group].sort(dim=1)
+    dropped = ranked[:, per_group : 2 * per_group].flip(1)  # the partners of the last kept ranks
+    partners = torch.full_like(heads, ALONE)
+    partners[:, per_group - dropped.shape[1] :] = dropped
+    return heads.flatten(), groups, partners.gather(1, order).flatten()
 
 
-def keep_layers(importance: Importance, count: int) -> Tensor:
-    """The `count` layers of highest block importance, in the teacher's order."""
-    return best(torch.cat(importance.block), count)
+def keep_layers(scores: Importance, statistics: Statistics, prune: PruneConfig, have: int, want: int) -> Tensor:
+    """Kept layers: all but prune.drop_layers, or but those that change the stream least."""
+    if prune.drop_layers is not None:
+        return torch.tensor([i for i in range(have) if i not in prune.drop_layers])
+    if prune.depth is Depth.contiguous and want < have:
+        assert statistics.spans is not None
+        length = have - want
+        similarity = statistics.spans.diagonal(length)  # between the inputs of layers i and i + length
+        first = int(similarity.argmax())
+        return torch.tensor([i for i in range(have) if not first <= i < first + length])
+    return best(torch.cat(scores.block), want)
 
 
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     """Refuse a student that cannot be cut out of the teacher, before any work."""
     teacher.smaller(**{key: getattr(student, key) for key in SIZES})
     check_rules(student, "student")
-    if student.num_query_groups != teacher.num_query_groups:
+    before, after = (shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student))
+    if after > before:
         raise UserError(
-            f"student.num_query_groups={student.num_query_groups}: the teacher's {teacher.num_query_groups} are kept; "
-            "leave it out"
+            f"student.num_attention_heads={student.num_attention_heads}: {after} heads in each of "
+            f"{student.num_query_groups} KV groups, the teacher's have {before}; "
+            f"choose at most {before * student.num_query_groups}"
         )
+    if prune.head_merge is not Merge.none and 2 * after < before:
+        raise UserError(
+            f"prune.head_merge={prune.head_merge.value}: a kept head can take over one dropped head, so at least half of "
+            f"the {before} heads of a KV group must stay; raise student.num_attention_heads or set prune.head_merge=none"
+        )
+    if prune.drop_layers is not None:
+        dropped = set(prune.drop_layers)
+        if len(dropped) != teacher.num_layers - student.num_layers or not dropped <= set(range(teacher.num_layers)):
+            raise UserError(
+                f"prune.drop_layers={prune.drop_layers}: student.num_layers={student.num_layers} of {teacher.num_layers} "
+                f"asks for {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
+                "change one of them"
+            )
     for key in ("hidden_size", "ffn_hidden_size"):
         value = getattr(student, key)
         if value != getattr(teacher, key) and value % prune.multiple_of:

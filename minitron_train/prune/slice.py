@@ -1,57 +1,160 @@
-"""The slicing stage: the kept rows and columns of every tensor, from one Hugging Face folder into another."""
+"""The slicing stage: the kept rows and columns of every tensor, from one Hugging Face folder into another.
 
-from collections.abc import Iterator
+Blocks of rows pass through a few threads, each reading, cutting and writing its own: memory is a few blocks, whatever
+the size of the model, and rows that are not kept are not read.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import Axes
-from minitron_train.prune.select import Keep
+from minitron_train.config import Merge
+from minitron_train.prune.select import ALONE, Keep, spread
+from minitron_train.prune.shards import ITEM_BYTES, RowReader, RowWriter
+
+BLOCK_BYTES = 16 * 2**20  # read at once by one thread
+NUM_THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor of the student comes from."""
+
+    name: str  # the teacher's tensor
+    layer: int  # the teacher's layer
+    axes: Axes
+
+
+def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
+    """Of every tensor of the student, by its name."""
+    found = {}
+    for row in teacher.table.rows_of(keep.student):
+        for i in row.layers(keep.student):
+            layer = int(keep.layers[i])
+            for name, axes in row.hf.items():
+                found[name.format(i=i)] = Origin(name.format(i=layer), layer, axes)
+    return found
 
 
 class Sliced:
     """The student as a view of its teacher: a Source (see arch.convert) that reads and cuts one tensor at a time."""
 
     def __init__(self, teacher: hf.Checkpoint, keep: Keep) -> None:
-        self.teacher, self.keep = teacher, keep
-        self.origin: dict[str, tuple[str, Axes, int]] = {}  # student tensor -> teacher tensor, axes, teacher layer
-        for row in teacher.table.rows_of(keep.student):
-            for i in row.layers(keep.student):
-                layer = int(keep.layers[i])
-                for name, axes in row.hf.items():
-                    self.origin[name.format(i=i)] = (name.format(i=layer), axes, layer)
+        self.teacher, self.keep, self.origins = teacher, keep, origins(teacher, keep)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The student's tensor `name`, or its rows [start, stop) along `dim`."""
-        source, axes, layer = self.origin[name]
-        kept = [self.keep.rows(axis, layer) for axis in axes]
+        origin = self.origins[name]
+        kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
         if dim == 0 and kept[0] is None:  # rows that the student shares with the teacher: read only those
-            tensor, kept = self.teacher.read(source, 0, start, stop), [None, *kept[1:]]
-            dim = None
+            whole, kept, dim = self.teacher.read(origin.name, 0, start, stop), [None, *kept[1:]], None
         else:
-            tensor = self.teacher.read(source)
+            whole = self.teacher.read(origin.name)
+        tensor = whole
         for axis, index in enumerate(kept):
             tensor = tensor if index is None else tensor.index_select(axis, index)
+        if self.is_merged(origin):
+            tensor = self._merge(tensor, whole, origin, kept)
         return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them, one after the other."""
-        for name in self.origin:
-            yield name, self.read(name).contiguous()
+    def is_merged(self, origin: Origin) -> bool:
+        """Whether kept heads take over something of dropped ones in this tensor."""
+        if self.keep.merge is Merge.none or "q" not in origin.axes:
+            return False
+        return (origin.axes[0] == "q") == (self.keep.merge is Merge.queries)
+
+    def _merge(self, tensor: Tensor, whole: Tensor, origin: Origin, kept: list[Tensor | None]) -> Tensor:
+        """Head residual merge (arXiv 2407.14679 §2.2): q_i + (q_i - q_j), or o_i + o_j."""
+        axis, partners = origin.axes.index("q"), self.keep.partners[origin.layer]
+        paired = partners != ALONE
+        size = self.keep.teacher.kv_channels
+        taken = whole.index_select(axis, spread(partners[paired], size))
+        for other, index in enumerate(kept):
+            taken = taken if other == axis or index is None else taken.index_select(other, index)
+        places = spread(paired.nonzero().flatten(), size)
+        own = tensor.index_select(axis, places)
+        merged = own + (own - taken) if self.keep.merge is Merge.queries else own + taken
+        return tensor.index_copy(axis, places, merged)
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are more than a slice of the teacher's."""
+        for name, origin in self.origins.items():
+            if self.is_merged(origin):
+                yield name, self.read(name)
 
 
-def slice_checkpoint(teacher: hf.Checkpoint, keep: Keep, student: Shape, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of one tensor: the unit of work."""
+
+    name: str
+    origin: Origin
+    first_row: int  # in the student's tensor
+    rows: np.ndarray  # in the teacher's tensor
+    columns: np.ndarray | None
+
+
+def blocks(teacher: hf.Checkpoint, keep: Keep, names: Mapping[str, Origin]) -> Iterator[Block]:
+    """The work of slicing, cut so that each block reads about BLOCK_BYTES."""
+    for name, origin in names.items():
+        size, kept = teacher.sizes[origin.name], [keep.rows(axis, origin.layer) for axis in origin.axes]
+        rows = np.arange(size[0]) if kept[0] is None else kept[0].numpy()
+        columns = kept[1].numpy() if len(kept) > 1 and kept[1] is not None else None
+        step = max(1, BLOCK_BYTES // (prod(size[1:]) * ITEM_BYTES[teacher.dtypes[origin.name]]))
+        for start in range(0, len(rows), step):
+            yield Block(name, origin, start, rows[start : start + step], columns)
+
+
+def copy_block(block: Block, reader: RowReader, writer: RowWriter, dtype: str) -> None:
+    """Read, cut, write."""
+    item = {8: np.uint64, 4: np.uint32, 2: np.uint16}[ITEM_BYTES[dtype]]  # bits are moved, never interpreted
+    raw = np.empty((len(block.rows), reader.places[block.origin.name].row_bytes), np.uint8)
+    reader.read(block.origin.name, block.rows, raw)
+    values = raw.view(item)
+    if block.columns is not None:
+        cut = np.empty((len(values), len(block.columns)), item)
+        values = np.take(values, block.columns, axis=1, out=cut, mode="clip")  # clip spares the check of every index
+    writer.write(block.name, block.first_row, values)
+
+
+def slice_checkpoint(
+    teacher: hf.Checkpoint, keep: Keep, student: Shape, folder: Path, replaced: Iterable[tuple[str, Tensor]] = ()
+) -> dict[str, Any]:
     """Write the student's Hugging Face folder, with kept.safetensors, into the empty `folder`.
+
+    Args:
+        replaced: tensors of the student that are not the teacher's (repaired ones), in the checkpoint's dtype.
 
     Returns:
         Facts for the stage's provenance.
     """
-    view = Sliced(teacher, keep)
-    hf.write_folder(folder, hf.student_config(teacher.config, student), view.tensors(), teacher.folder)
+    found = origins(teacher, keep)
+    sizes = teacher.table.tensors(student)
+    layout = {name: (teacher.dtypes[origin.name], sizes[name]) for name, origin in found.items()}
+    with RowReader(teacher) as reader, RowWriter(folder, layout) as writer:
+        for name, tensor in replaced:
+            origin = found.pop(name)
+            assert tensor.shape == sizes[name], f"{name}: {tuple(tensor.shape)} repaired, {sizes[name]} planned"
+            like = teacher.read(origin.name, 0, 0, 1)
+            writer.write(name, 0, tensor.to("cpu", like.dtype).contiguous().view(torch.uint8).numpy())
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            jobs = blocks(teacher, keep, found)
+            for _ in pool.map(lambda block: copy_block(block, reader, writer, layout[block.name][0]), jobs):
+                pass
+    (folder / "config.json").write_text(json.dumps(hf.student_config(teacher.config, student), indent=2) + "\n")
+    hf.copy_tokenizer(teacher.folder, folder)
     keep.write(folder)
     return {"parameters": check_parameters(hf.Checkpoint(folder), student)}
 

@@ -1,0 +1,125 @@
+"""The pruning stage: scores -> kept indices -> repaired or plainly sliced checkpoint."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_train import hf
+from minitron_train.arch.shape import SIZES, Shape
+from minitron_train.config import Config
+from minitron_train.parallel.groups import Groups
+from minitron_train.prune.collect import Statistics
+from minitron_train.prune.layers import Layers
+from minitron_train.prune.score import measure
+from minitron_train.prune.scores import Scores
+from minitron_train.prune.select import Keep, check_target, select
+from minitron_train.prune.slice import Sliced, slice_checkpoint
+
+
+def cut(
+    config: Config,
+    groups: Groups,
+    *,
+    teacher: hf.Checkpoint,
+    student: Shape,
+    scores: Path,
+    tokens: Callable[[], Tensor],
+    folder: Path,
+) -> dict[str, Any]:
+    """Prune `teacher` to `student` and write its Hugging Face folder, with kept.safetensors (the first rank does).
+
+    Args:
+        scores: the file that `score` wrote.
+        tokens: gives the calibration tokens [batches, sequences, length]; asked only when something is repaired.
+
+    Returns:
+        Facts for the stage's provenance.
+
+    Raises:
+        UserError: a target that cannot be cut out of the teacher, scores of another teacher, too few tokens to repair.
+    """
+    student.check_parallel(groups.tp_size, "student")
+    check_target(teacher.shape, student, config.prune)
+    statistics = Scores.read(scores, teacher).statistics
+    keep = choose(config, groups, teacher, student, statistics, tokens)
+    if config.prune.repairs:
+        changed = repaired_tensors(config, groups, teacher, keep, tokens())
+    else:
+        changed = Sliced(teacher, keep).merged()
+    facts: dict[str, Any] = {}
+    if groups.is_first:
+        facts = slice_checkpoint(teacher, keep, student, folder, changed)
+    for _ in changed:  # the other ranks share the work of a repair; the first one writes
+        pass
+    groups.barrier()
+    return facts
+
+
+def choose(
+    config: Config,
+    groups: Groups,
+    teacher: hf.Checkpoint,
+    student: Shape,
+    statistics: Statistics,
+    tokens: Callable[[], Tensor],
+) -> Keep:
+    """Kept indices, at once or in prune.iterations steps, each scored on the model that the step before left.
+
+    Step t of T keeps teacher - t (teacher - student) / T of every size (arXiv 2407.14679 §2.2).
+    """
+    keep = None
+    for step in range(1, config.prune.iterations + 1):
+        shape = between(teacher.shape, student, step / config.prune.iterations)
+        chosen = select(statistics, config.prune, keep.student if keep else teacher.shape, shape)
+        keep = keep.then(chosen) if keep else chosen
+        if step < config.prune.iterations:
+            layers = Layers(teacher.table, shape, Sliced(teacher, keep), groups, resident=False)
+            statistics = measure(layers, tokens(), config.calibration)
+    assert keep is not None
+    return keep
+
+
+def between(teacher: Shape, student: Shape, share: float) -> Shape:
+    """A shape on the way, `share` of the cut done; heads stay a multiple of the KV groups."""
+    sizes = {}
+    for key in SIZES:
+        have, want = getattr(teacher, key), getattr(student, key)
+        sizes[key] = want if share == 1 else have - round((have - want) * share)
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
+    sizes["num_attention_heads"] = -(-heads // groups) * groups
+    return replace(teacher, **sizes)
+
+
+def repaired_tensors(
+    config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of repaired tensors. At most calibration.chunk_tokens tokens are used: all are held at once."""
+    from minitron_train.prune.repair import Repair
+
+    sequences_NS = tokens.flatten(0, 1)
+    used = max(groups.world_size, config.calibration.chunk_tokens // sequences_NS.shape[1])
+    whole = whole_layers(groups)
+    before = Layers(teacher.table, teacher.shape, teacher, whole, resident=False)
+    after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)
+    repair = Repair(before, after, keep, config.prune, sequences_NS[:used], config.calibration.micro_batch_size)
+    return repair.tensors()
+
+
+def whole_layers(groups: Groups) -> Groups:
+    """The same processes, each holding layers whole: all of them data parallel."""
+    if groups.tp_size == 1:
+        return groups
+    alone = [dist.new_group([rank]) for rank in range(groups.world_size)][groups.rank]
+    return replace(
+        groups,
+        tp_rank=0,
+        tp_size=1,
+        dp_rank=groups.rank,
+        dp_size=groups.world_size,
+        tp_group=alone,
+        dp_group=dist.group.WORLD,
+    )

@@ -1,0 +1,281 @@
+"""Closed-form repair of a cut model: least squares against the teacher, layer after layer, with the student's own inputs.
+
+Teacher and student walk side by side through the same tokens. In every layer the linears are fitted in the order in
+which they are used, each on what the student itself, repaired so far, feeds into it:
+
+    linear_qkv, linear_fc1      to the teacher's outputs of the kept heads and neurons
+    linear_proj, linear_fc2     to what the student's residual stream lacks of the teacher's, at the kept channels
+
+so that the kept part makes up for the dropped part as far as it predicts it, and errors do not pile up from layer to
+layer. Layers that are dropped altogether are absorbed by the linear_fc2 before them. Where embeddings are not tied, the
+output layer is fitted last. Memory: one layer of each model, two residual streams of all tokens, one Gram matrix.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from minitron_train.arch.build import Norm
+from minitron_train.arch.convert import pack, shards_to_parts
+from minitron_train.arch.table import OUTPUT, Row
+from minitron_train.config import PruneConfig, Refit
+from minitron_train.errors import UserError
+from minitron_train.prune.layers import Layers, forward
+from minitron_train.prune.select import Keep
+
+# S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
+
+TOKEN_WEIGHT_POWER = (
+    0.75  # a token weighs rms(stream)^-0.75: first tokens are 100 times larger and must not decide alone
+)
+REFITTED = {
+    Refit.none: (),
+    Refit.outputs: ("linear_proj", "linear_fc2"),
+    Refit.all: ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+}
+
+
+class LeastSquares:
+    """argmin over W of Σ w ‖y - W x‖² + ridge ‖W - W₀‖², from sums over tokens."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+
+    def add(self, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor) -> None:
+        """Count tokens."""
+        weighted_IN = (x_NI * weight_N[:, None]).t()
+        self.gram += weighted_IN @ x_NI
+        self.cross += weighted_IN @ y_NO
+
+    def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
+        """The best weights, drawn towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal."""
+        if dist.get_world_size() > 1:
+            dist.all_reduce(self.gram)
+            dist.all_reduce(self.cross)
+        start = start_OI.double()
+        missing = self.cross - self.gram @ start.t()
+        self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
+        change_IO = torch.linalg.solve(self.gram, missing)
+        return (start + change_IO.t()).to(start_OI.dtype)
+
+
+@dataclass(slots=True)
+class Streams:
+    """The residual streams of one micro-batch, [S, B, D] and [S, B, H]; a mask [S, B] is False at padding."""
+
+    teacher: Tensor
+    student: Tensor
+    mask: Tensor
+
+    def weight(self) -> Tensor:
+        """Of every token in the least squares, [N]."""
+        rms = self.teacher[self.mask].float().square().mean(-1).sqrt()
+        return rms.clamp(min=1e-6).pow(-TOKEN_WEIGHT_POWER)
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One half of a layer: norm, first linear, whatever is between, second linear, residual."""
+
+    norm: str
+    first: str
+    second: str
+    run: Callable[[torch.nn.Module, Tensor, Tensor], Tensor]  # layer, normalised stream, rotary -> what is added
+
+
+HALVES = (
+    Half(
+        "input_layernorm",
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary)[0],  # type: ignore[operator]
+    ),
+    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", lambda layer, x, _: layer.mlp(x)[0]),  # type: ignore[operator],
+)
+
+
+class Repair:
+    """Walks teacher and student through `tokens_NS` and gives the student's repaired tensors.
+
+    Both must hold whole layers (no tensor parallelism); several processes share the sequences and find the same weights.
+
+    Raises:
+        UserError: fewer tokens than the widest linear has inputs.
+    """
+
+    def __init__(
+        self, teacher: Layers, student: Layers, keep: Keep, prune: PruneConfig, tokens_NS: Tensor, micro_batch_size: int
+    ) -> None:
+        self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
+        widest = max(keep.student.axis_size("q"), keep.student.ffn_hidden_size, keep.student.hidden_size)
+        if prune.refit is not Refit.none and tokens_NS.numel() < widest:
+            raise UserError(
+                f"calibration: {tokens_NS.numel()} tokens are too few to fit {widest} inputs by least squares; "
+                "raise calibration.num_samples (and chunk_tokens), or set prune.refit=none"
+            )
+        groups = teacher.groups
+        batches = tokens_NS[groups.dp_rank :: groups.dp_size].split(micro_batch_size)
+        self.streams = [
+            Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t().to(groups.device)) for batch in batches
+        ]
+        self.rotary = teacher.rotary(tokens_NS.shape[1])
+        self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.rows if row.per_layer}
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face name and value of every tensor of the student's layers, its last norm and its output layer."""
+        kept = self.keep.layers.tolist()
+        for i, layer in enumerate(tqdm(kept, desc="repair", unit="layer", disable=self.quiet)):
+            absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
+            for half in HALVES:
+                self._repair_half(half, i, layer, list(absorbed) if half is HALVES[-1] else [])
+            yield from self._parts(self.student[i], [row for row in self.student.table.rows if row.per_layer], i)
+        yield from self._last()
+
+    @property
+    def quiet(self) -> bool | None:
+        """tqdm's `disable`: only the first rank draws, and only on a terminal."""
+        return None if self.teacher.groups.is_first else True
+
+    def _parts(self, module: torch.nn.Module, rows: list[Row], i: int) -> Iterator[tuple[str, Tensor]]:
+        for row in rows:
+            name = row.mcore.split("{i}.")[-1] if row.per_layer else row.mcore.removeprefix("decoder.final_layernorm.")
+            shards = [module.get_parameter(name).detach()]
+            for part, tensor in shards_to_parts(row, self.keep.student, shards).items():
+                yield part.format(i=i), tensor
+
+    def _repair_half(self, half: Half, i: int, layer: int, absorbed: list[int]) -> None:
+        """Fit both linears of one half, then advance both streams by it; the teacher's by the `absorbed` layers too."""
+        teacher, student, keep = self.teacher[layer], self.student[i], self.keep
+        student_norm: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
+        rows = kept_rows(self.rows[f"{half.first}.weight"], keep, layer).to(self.rotary.device)
+        channels = keep.embedding.to(self.rotary.device)
+        if self.prune.norm_scale:
+            self._scale(student_norm)
+        wanted = self._advance_teacher(teacher, half)
+        if self._fits(half.first):
+            pairs = (
+                (student_norm(streams.student), y[..., rows]) for streams, y in zip(self.streams, wanted, strict=True)
+            )
+            self._fit(student.get_submodule(half.first), pairs)
+        for _ in wanted:  # what the fit has not asked for
+            pass
+        for dropped in absorbed:
+            module = self.teacher[dropped]
+            for streams in self.streams:
+                streams.teacher = forward(module, streams.teacher, self.rotary)
+        if self._fits(half.second):
+            self._fit(student.get_submodule(half.second), self._lacking(student, half, channels))
+        for streams in self.streams:
+            streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
+
+    def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
+        """Move the teacher's streams through one half; gives its first linear's output of each micro-batch."""
+        norm = teacher.get_submodule(half.norm)
+        for streams in self.streams:
+            with seeing(teacher.get_submodule(half.first), of_input=False) as seen:
+                streams.teacher = streams.teacher + half.run(teacher, norm(streams.teacher), self.rotary)
+            yield seen[0]
+
+    def _lacking(self, student: torch.nn.Module, half: Half, channels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Input of the second linear, and what its output should be."""
+        norm = student.get_submodule(half.norm)
+        for streams in self.streams:
+            with seeing(student.get_submodule(half.second), of_input=True) as seen:
+                half.run(student, norm(streams.student), self.rotary)
+            yield seen[0], streams.teacher[..., channels] - streams.student
+
+    def _fits(self, name: str) -> bool:
+        return name.split(".")[-1] in REFITTED[self.prune.refit]
+
+    def _fit(self, linear: torch.nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit one linear to (input, wanted output) of all micro-batches."""
+        weight = linear.get_parameter("weight")
+        squares = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
+        for streams, (x, y) in zip(self.streams, pairs, strict=True):
+            squares.add(x[streams.mask], y[streams.mask], streams.weight())
+        weight.copy_(squares.solve(weight, self.prune.ridge))
+
+    def _scale(self, norm: Norm) -> None:
+        """Undo what the cut does to a norm: its denominator changes, and for LayerNorm the mean too.
+
+        With σ the RMS (LayerNorm: the standard deviation) and µ the mean over channels, effective weights become
+        γ mean(σ_student / σ_teacher), and biases gain γ mean((µ_student - µ_teacher) / σ_teacher).
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self.rotary.device)
+        for streams in self.streams:
+            (mean_t, scale_t), (mean_s, scale_s) = (
+                channel_moments(x[streams.mask].float(), centred=norm.bias is not None)
+                for x in (streams.teacher, streams.student)
+            )
+            ratios = torch.stack([scale_s / scale_t, (mean_s - mean_t) / scale_t, torch.ones_like(scale_t)])
+            sums += ratios.double().sum(1)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        stretch, shift = (sums[:2] / sums[2]).tolist()
+        gamma = norm.weight + norm.offset
+        norm.weight.copy_(gamma * stretch - norm.offset)
+        if norm.bias is not None:
+            norm.bias.copy_(norm.bias + gamma * shift)
+
+    def _last(self) -> Iterator[tuple[str, Tensor]]:
+        """The last norm and, where embeddings are not tied, the output layer."""
+        table, norm = self.student.table, self.student.final_norm
+        if self.prune.norm_scale:
+            self._scale(norm)
+        yield from self._parts(norm, [row for row in table.rows if row.mcore.startswith("decoder.final")], 0)
+        if self.prune.refit is Refit.all and not self.keep.student.tie_embeddings:
+            yield from self._output_layer()
+
+    def _output_layer(self) -> Iterator[tuple[str, Tensor]]:
+        """logits = W y with y the teacher's last norm: W' = W R, where R fits y to the student's last norm."""
+        hidden, teacher_hidden = self.keep.student.hidden_size, self.keep.teacher.hidden_size
+        squares = LeastSquares(hidden, teacher_hidden, self.rotary.device)
+        for streams in self.streams:
+            x, y = self.student.final_norm(streams.student), self.teacher.final_norm(streams.teacher)
+            squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()))
+        start = torch.zeros(teacher_hidden, hidden, device=self.rotary.device)
+        start[self.keep.embedding, torch.arange(hidden)] = 1.0
+        fitted = squares.solve(start, self.prune.ridge)
+        name = next(iter(next(row for row in self.teacher.table.rows if row.mcore == OUTPUT).hf))
+        weight = self.teacher.source.read(name).to(fitted)
+        yield name, weight @ fitted
+
+
+def channel_moments(x_NC: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over channels of every token, [N] each; not `centred`: zero and the RMS."""
+    mean = x_NC.mean(-1) if centred else torch.zeros_like(x_NC[:, 0])
+    return mean, (x_NC - mean[:, None]).square().mean(-1).sqrt()
+
+
+@contextlib.contextmanager
+def seeing(module: torch.nn.Module, *, of_input: bool) -> Iterator[list[Tensor]]:
+    """Collect a module's inputs or outputs in the block."""
+    seen: list[Tensor] = []
+    if of_input:
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def kept_rows(row: Row, keep: Keep, layer: int) -> Tensor:
+    """For each row of the student's fused parameter, its position in the teacher's (see arch.convert.pack)."""
+    parts, start, teacher = [], 0, keep.teacher
+    for axes in row.hf.values():
+        parts.append(torch.arange(start, start + teacher.axis_size(axes[0])))
+        start += len(parts[-1])
+    place = torch.empty(start, dtype=torch.int64)
+    place[pack(row, parts, teacher.num_query_groups)] = torch.arange(start)
+    kept = [keep.rows(axes[0], layer) for axes in row.hf.values()]
+    chosen = [part if index is None else part[index] for part, index in zip(parts, kept, strict=True)]
+    return place[pack(row, chosen, keep.student.num_query_groups)]

@@ -1,0 +1,149 @@
+"""Safetensors files by rows: read only kept rows, write blocks in any order and by many threads.
+
+Rows travel through plain reads and writes at offsets, never through a memory map: file pages stay the kernel's and do
+not count as this process's memory. All sizes are known before the first byte is written, so that a disk without
+room is noticed at the start.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minitron_train import hf
+from minitron_train.files import disk_errors
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+ALIGNMENT = 4096  # of the data in a written file
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's rows lie."""
+
+    file: int  # file descriptor
+    offset: int  # of the first byte
+    row_bytes: int
+
+
+class RowReader:
+    """Rows of the tensors of a Hugging Face folder, as bytes."""
+
+    def __init__(self, checkpoint: hf.Checkpoint) -> None:
+        self.places: dict[str, Place] = {}
+        self.files: list[int] = []
+        for path in sorted(set(checkpoint.files.values())):
+            file = os.open(path, os.O_RDONLY)
+            self.files.append(file)
+            start = 8 + struct.unpack("<Q", os.pread(file, 8, 0))[0]
+            for name, entry in hf.read_header(path).items():
+                row_bytes = prod(entry["shape"][1:]) * ITEM_BYTES[entry["dtype"]]
+                self.places[name] = Place(file, start + entry["data_offsets"][0], row_bytes)
+
+    def read(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Read `rows` (ascending) of tensor `name` into `out`, uint8 [rows, row_bytes]; neighbours in one go."""
+        place = self.places[name]
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+            view = memoryview(out[first:last].data).cast("B")
+            offset = place.offset + int(rows[first]) * place.row_bytes
+            while view:  # a single call reads at most 2 GiB and may be cut short
+                count = os.preadv(place.file, [view], offset)
+                assert count > 0, f"{name}: the file ends early"
+                view, offset = view[count:], offset + count
+
+    def __enter__(self) -> "RowReader":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self.files:
+            os.close(file)
+
+
+class RowWriter:
+    """Tensors of a Hugging Face folder whose rows may be written in any order.
+
+    Args:
+        tensors: dtype (as safetensors spells it) and size of every tensor, in the order of the files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+    ) -> None:
+        self.folder = folder
+        self.places: dict[str, Place] = {}
+        self.files: list[int] = []
+        shards = split_shards(tensors, max_shard_bytes)
+        paths = [folder / hf.SINGLE]
+        if len(shards) > 1:
+            paths = [folder / f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+        with disk_errors(folder):
+            for path, names in zip(paths, shards, strict=True):
+                self._lay_out(path, {name: tensors[name] for name in names})
+            if len(shards) > 1:
+                total = sum(num_bytes(*tensor) for tensor in tensors.values())
+                weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (folder / hf.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _lay_out(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Header, and room for all bytes of one file."""
+        offsets, end = {}, 0
+        for name, tensor in tensors.items():
+            offsets[name], end = end, end + num_bytes(*tensor)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, (dtype, size) in tensors.items():
+            ends = [offsets[name], offsets[name] + num_bytes(dtype, size)]
+            header[name] = {"dtype": dtype, "shape": list(size), "data_offsets": ends}
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self.files.append(file)
+        start = 8 + len(text)
+        os.posix_fallocate(file, 0, start + end)
+        os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
+        for name, (dtype, size) in tensors.items():
+            self.places[name] = Place(file, start + offsets[name], prod(size[1:]) * ITEM_BYTES[dtype])
+
+    def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
+        """Write contiguous `rows`, any dtype, from row `first_row` of tensor `name` on. Thread-safe."""
+        place, view = self.places[name], memoryview(rows.data).cast("B")
+        offset = place.offset + first_row * place.row_bytes
+        with disk_errors(self.folder):
+            while view:
+                count = os.pwrite(place.file, view, offset)
+                view, offset = view[count:], offset + count
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self.files:
+            os.close(file)
+
+
+def num_bytes(dtype: str, size: tuple[int, ...]) -> int:
+    """Of one tensor."""
+    return prod(size) * ITEM_BYTES[dtype]
+
+
+def split_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each file, in order, at most `max_bytes` each (a larger tensor is alone)."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        size = num_bytes(*tensor)
+        if shards[-1] and held + size > max_bytes:
+            shards, held = [*shards, []], 0
+        shards[-1].append(name)
+        held += size
+    return shards

@@ -1,0 +1,39 @@
+"""Scores, kept indices and repaired weights are the same on any number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minitron_train.config import ParallelConfig, Refit
+from minitron_train.parallel.launch import read_world
+from tests.helpers import run_ranks
+from tests.pruning import configuration, random_tokens, run_cut
+
+FAMILY = "nemotron"
+
+
+def prune_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path) -> None:
+    """Score, cut and repair with `tp` ranks per model copy."""
+    from minitron_train.parallel.groups import start
+
+    with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
+        tokens = random_tokens(sequences=8)
+        sizes = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4}
+        run_cut(folder, teacher, configuration(refit=Refit.all), tokens, groups, **sizes)
+
+
+@pytest.mark.parametrize(("world_size", "tp"), [(2, 2), (4, 4), (2, 1), (4, 2)])
+def test_ranks_agree_with_one(tmp_path, tiny_models, world_size, tp):
+    results = []
+    for name, size, parallel in (("one", 1, 1), ("many", world_size, tp)):
+        run_ranks(prune_on, size, parallel, tiny_models[FAMILY], tmp_path / name)
+        files = ("scores.safetensors", "pruned/kept.safetensors", "pruned/model.safetensors")
+        results.append([load_file(tmp_path / name / file) for file in files])
+    (scores, kept, weights), (other_scores, other_kept, other_weights) = results
+    for name, tensor in scores.items():
+        torch.testing.assert_close(other_scores[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert all(torch.equal(other_kept[name], tensor) for name, tensor in kept.items())
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other_weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
