@@ -15,7 +15,7 @@ from minitron_train.errors import UserError
 Role = Literal["student", "teacher"]
 
 NUM_WORK_BUFFERS = 4  # blocks that exist at once: student, teacher, two scratch (JSD: two more)
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}  # elementwise passes stay in the cache on a CPU, and fill a GPU
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}  # elementwise passes stay in the cache on a CPU, and fill a GPU
 TOKEN_CHUNK = {"cpu": 512, "cuda": 4096}  # more rows do not make the products faster
 MIN_TOKEN_CHUNK = 64
 MIN_VOCAB_TILE = 128
