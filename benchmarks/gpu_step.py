@@ -1,13 +1,14 @@
 """One GPU: tokens per second, memory and utilisation of a full-size distillation step, beside what `plan` predicts.
 
-    python benchmarks/gpu_step.py [--quick] [--json FILE] [--teacher nemotron4_15b] [--micro-batch-size 1] [--steps 8]
+    python benchmarks/gpu_step.py [--quick] [--json FILE] [--teacher nemotron4_15b] [--micro-batch-size 1] [--accumulate 8]
 
 Teacher and student have random weights and tokens: neither time nor memory depends on their values. The step is the
 trainer's own (distill.step.Objective, train.optim.Optimizer); data, checkpoints and logging are not in it.
-JSON keys: tokens_per_second, utilisation (model FLOPs over wall time x measured bf16 GEMM rate), peak_gib, loss_gib.
+JSON keys: tokens_per_second, utilisation (model FLOPs over wall time x measured bf16 GEMM rate), peak_gib, loss_gib, loss_peak_u.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -65,6 +66,12 @@ def random_batch(shape: Shape, train: TrainConfig, groups: Groups) -> Batch:
     )
 
 
+def now_s() -> float:
+    """The clock, when the GPU has caught up."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def gib(num_bytes: int) -> float:
     return round(num_bytes / 2**30, 2)
 
@@ -74,7 +81,7 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
     train = TrainConfig(
         precision=Precision.bf16,
         micro_batch_size=options.micro_batch_size,
-        global_batch_size=options.micro_batch_size,
+        global_batch_size=options.micro_batch_size * options.accumulate,
         seq_length=128 if quick else options.seq_length,
         distributed_optimizer=False,
     )
@@ -89,17 +96,21 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
     weights = torch.cuda.memory_allocated()
     batch = random_batch(teacher_is, train, groups)
     tokens = batch.tokens_BS.numel()
-    times = []
+    forward_backward, update = [], []
     for _ in range(options.warmup + options.steps):
-        torch.cuda.synchronize()
-        start_s = time.perf_counter()
+        start_s = now_s()
         optimizer.zero_grad()
-        (objective(batch).total / tokens).backward()
+        for k in range(options.accumulate):
+            with optimizer.no_sync() if k < options.accumulate - 1 else contextlib.nullcontext():
+                (objective(batch).total / (tokens * options.accumulate)).backward()
+        middle_s = now_s()
         optimizer.step(1e-5, optimizer.gradient_norm())
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start_s)
-    seconds = statistics.median(times[options.warmup :])
-    loss_gib = loss_memory(objective, batch)
+        forward_backward.append(middle_s - start_s)
+        update.append(now_s() - middle_s)
+    median_s = [statistics.median(part[options.warmup :]) for part in (forward_backward, update)]
+    seconds, tokens = sum(median_s), tokens * options.accumulate
+    peak_bytes = torch.cuda.max_memory_allocated()
+    loss = loss_memory(objective, batch)
     flops = forward_flops_per_token(teacher_is, train.seq_length) + training_flops_per_token(
         student_is, train.seq_length
     )
@@ -111,13 +122,15 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
         "student_parameters": counts[1],
         "seq_length": train.seq_length,
         "micro_batch_size": train.micro_batch_size,
+        "accumulate": options.accumulate,
         "step_seconds": round(seconds, 4),
+        "optimizer_seconds": round(median_s[1], 4),
         "tokens_per_second": round(tokens / seconds, 1),
         "utilisation": round(flops * tokens / seconds / rate, 3),
         "gemm_tflops": round(rate / 1e12, 1),
         "resident_gib": gib(weights),
-        "peak_gib": gib(torch.cuda.max_memory_allocated()),
-        "loss_gib": loss_gib,
+        "peak_gib": gib(peak_bytes),
+        **{f"loss_{key}": value for key, value in loss.items()},
         "torch": torch.__version__,
     }
 
@@ -132,22 +145,17 @@ def loss_memory(objective: Objective, batch: Batch) -> dict:
         student_NH, teacher_NH = student(batch.tokens_BS).flatten(0, 1), teacher(batch.tokens_BS).flatten(0, 1)
     student_NH.requires_grad_(True)
     weight = student.output_weight.detach().requires_grad_(True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start_s = time.perf_counter()
-    distillation_loss(student_NH, weight, teacher_NH, teacher.output_weight, loss=objective.spec).total.backward()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start_s
+    for _ in range(3):  # the last one counts
+        student_NH.grad = weight.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start_s = torch.cuda.memory_allocated(), now_s()
+        distillation_loss(student_NH, weight, teacher_NH, teacher.output_weight, loss=objective.spec).total.backward()
+        seconds = now_s() - start_s
     gradients = student_NH.nbytes + weight.nbytes
     unit = 4 * student_NH.shape[0] * weight.shape[0]
     beyond = torch.cuda.max_memory_allocated() - before - gradients
-    return {
-        "beyond_gib": gib(beyond),
-        "one_logits_tensor_gib": gib(unit),
-        "u": round(beyond / unit, 3),
-        "seconds": round(seconds, 3),
-    }
+    return {"gib": gib(beyond), "peak_u": round(beyond / unit, 3), "seconds": round(seconds, 4)}
 
 
 def main() -> None:
@@ -157,8 +165,9 @@ def main() -> None:
     parser.add_argument("--teacher", default="nemotron4_15b")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--accumulate", type=int, default=8, help="micro batches per optimizer step")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")

@@ -111,6 +111,7 @@ def plan_blocks(
     column_bytes = (NUM_WORK_BUFFERS * rows + (summed_apart + narrow) * width) * dtype.itemsize
     elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
     automatic = max(min(elements // rows, budget // (2 * column_bytes)), MIN_VOCAB_TILE)
+    automatic -= automatic % MIN_VOCAB_TILE  # a GPU multiplies unaligned tiles at a third of its rate
     columns = min(chunking.vocab_tile or automatic, vocab)
     return BlockPlan(rows, columns, max(0, budget - column_bytes * columns))
 
