@@ -26,7 +26,7 @@ from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import read_world
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
-from minitron_train.train.metrics import gemm_flops_per_second
+from minitron_train.plan.hardware import gemm_flops
 from minitron_train.train.optim import Optimizer, student_arguments
 
 STUDENT_4B = {"hidden_size": 3072, "ffn_hidden_size": 9216, "num_attention_heads": 24}
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
     flops = forward_flops_per_token(teacher_is, train.seq_length) + training_flops_per_token(
         student_is, train.seq_length
     )
-    rate = gemm_flops_per_second(groups.device, torch.bfloat16)
+    rate = gemm_flops(Precision.bf16, cuda=True)
     counts = [sum(architecture(s.architecture).parameters(s).values()) for s in (teacher_is, student_is)]
     return {
         "device": torch.cuda.get_device_name(),
