@@ -116,6 +116,7 @@ def export(ws: Workspace) -> None:
     """A training checkpoint as a Hugging Face folder with its model card."""
     source = Path(ws.config.export.checkpoint) if ws.config.export.checkpoint else ws.folder / "train"
     export_stage(ws, "export", source=source, target=ws.student_folder, dtype=ws.config.export.dtype)
+    model_card(ws)
 
 
 def report(ws: Workspace) -> None:
@@ -179,6 +180,15 @@ def evaluate(ws: Workspace) -> None:
             raise UserError(f"nothing to evaluate in {ws.folder}; give eval.model=FOLDER, or run the earlier stages")
     for label, folder in models.items():
         evaluate_one(ws, label, folder)
+    model_card(ws)
+
+
+def model_card(ws: Workspace) -> None:
+    """README.md of the student, with what is known by now."""
+    from minitron_train.evaluation.card import write_card
+
+    if ws.world.is_first and not ws.config.dry_run and (ws.student_folder / "config.json").exists():
+        write_card(ws.student_folder, ws.folder)
 
 
 def evaluate_one(ws: Workspace, label: str, model: Path) -> None:

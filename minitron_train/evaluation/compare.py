@@ -2,10 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minitron_train.errors import UserError
 
@@ -107,12 +105,3 @@ def format_row(row: Comparison) -> str:
         f"{row.task:24} {row.metric:18} {row.rows:6} {row.first:8.4f} {row.second:8.4f} "
         f"{row.difference:+8.4f} {row.stderr:7.4f} {row.p_value:7.4f}"
     )
-
-
-def headline(record: dict[str, Any], metrics: Iterable[str] = METRICS) -> tuple[str, float, float | None] | None:
-    """The metric of a result record that stands for its task: name, value and standard error."""
-    for metric in metrics:
-        if metric in record:
-            name, _, filter_name = metric.partition(",")
-            return metric, record[metric], record.get(f"{name}_stderr" + (f",{filter_name}" if filter_name else ""))
-    return None

@@ -13,9 +13,9 @@ import torch
 from minitron_train.arch.build import LanguageModel
 from minitron_train.config import EvalConfig
 from minitron_train.console import say
-from minitron_train.evaluation.compare import headline
 from minitron_train.evaluation.run import run_tasks
 from minitron_train.parallel.groups import Groups
+from minitron_train.report.summary import PREFERRED
 
 
 class Training(Protocol):
@@ -73,8 +73,8 @@ class TaskHook:
 
 def main_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The metric that stands for each task, as `TASK.METRIC`."""
-    found = {task: headline(dict(record)) for task, record in results.items()}
-    return {f"{task}.{best[0]}": best[1] for task, best in found.items() if best is not None}
+    names = {task: next((metric for metric in PREFERRED if metric in record), None) for task, record in results.items()}
+    return {f"{task}.{metric}": results[task][metric] for task, metric in names.items() if metric}
 
 
 @contextlib.contextmanager

@@ -62,9 +62,3 @@ class Journal:
 def key_of(*parts: Any) -> str:
     """A request's key: of its token ids and whatever else decides the answer."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-
-def model_fingerprint(folder: Path, *settings: Any) -> str:
-    """What a Hugging Face folder's answers depend on, without reading the weights: names, sizes and times of its files."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    return key_of(files, *settings)

@@ -11,10 +11,10 @@ from torch import Tensor
 from minitron_train.arch.build import LanguageModel, build
 from minitron_train.arch.convert import load
 from minitron_train.config import Config, EvalConfig
-from minitron_train.evaluation.journal import Journal, model_fingerprint
+from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.files import atomic_write_json, atomic_write_text
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import Checkpoint, fingerprint
 from minitron_train.parallel.groups import Groups
 
 
@@ -57,7 +57,7 @@ def evaluate(
     if validation_tokens is not None:
         report["perplexity"] = perplexity(live, validation_tokens, groups, config.eval.batch_size)
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
-    journal = Journal(folder / f"{label}.partial", model_fingerprint(model, groups.tp_size), groups)
+    journal = Journal(folder / f"{label}.partial", fingerprint(model), groups)
     max_length = checkpoint.shape.max_position_embeddings
     results, items = run_tasks(live, model, max_length, config.eval, groups, data_dir, journal)
     report |= results

@@ -17,6 +17,7 @@ PREFERRED = (  # the headline metric of a task is the first of these that it has
     "exact_match,strict-match",
     "pass@1",
     "pass_at_1",
+    "pass_at_1,create_test",
     "rougeL",
     "word_perplexity",
 )
@@ -32,7 +33,7 @@ TASK_NAMES = {
     "mbpp": "MBPP",
     "truthfulqa_mc2": "TruthfulQA",
     "wikitext": "WikiText",
-    "xlsum": "XLSum",
+    "xlsum_english": "XLSum",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minitron_train.errors import UserError
-from minitron_train.evaluation.compare import compare, compare_table, headline, mcnemar, paired
+from minitron_train.evaluation.compare import compare, compare_table, mcnemar, paired
 
 
 def write_items(folder: Path, label: str, rows: list[tuple[str, dict[str, float]]]) -> None:
@@ -51,8 +51,3 @@ def test_missing_label_and_disjoint_rows_are_refused(tmp_path: Path) -> None:
     write_items(tmp_path, "b", [("winogrande", {"acc": 1.0})])
     with pytest.raises(UserError, match="share no evaluated row"):
         compare(tmp_path, "a", "b")
-
-
-def test_headline_takes_the_metric_that_is_published() -> None:
-    assert headline({"acc": 0.1, "acc_norm": 0.2, "acc_norm_stderr": 0.01}) == ("acc_norm", 0.2, 0.01)
-    assert headline({"word_perplexity": 3.0}) is None

@@ -1,0 +1,256 @@
+"""README.md of a student, in the form of the Hugging Face Hub. Every number comes from a file of the run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from minitron_train.errors import UserError
+from minitron_train.evaluation.serving import servable_sizes
+from minitron_train.files import atomic_write_text
+from minitron_train.report.load import MODELS, Model, Run, load_run
+from minitron_train.report.numbers import percent, perplexity
+from minitron_train.report.summary import (
+    is_share,
+    metric_of,
+    metric_text,
+    not_run,
+    perplexity_of,
+    results_of,
+    score_of,
+    task_name,
+    tasks_of,
+)
+
+CARD = "README.md"
+PUBLISHED = Path(__file__).parent / "published.yaml"
+SIZES = {
+    "Layers": "num_layers",
+    "Hidden size": "hidden_size",
+    "MLP neurons": "ffn_hidden_size",
+    "Query heads": "num_attention_heads",
+    "Key/value heads": "num_query_groups",
+    "Channels per head": "kv_channels",
+    "Vocabulary": "vocab_size",
+    "Context, tokens": "max_position_embeddings",
+}
+
+
+def write_card(student_folder: Path, output_dir: Path) -> Path:
+    """Write README.md into the student's folder, from what `output_dir` holds; again after an evaluation, to add it.
+
+    A figure that no stage has recorded is left out, never guessed; the licence is the teacher's, or none.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: the student's folder is not a checkpoint, or a file of the run is damaged.
+    """
+    run = load_run(output_dir)
+    atomic_write_text(student_folder / CARD, render(run, student_folder))
+    return student_folder / CARD
+
+
+def render(run: Run, student_folder: Path) -> str:
+    """The card as text."""
+    loader = jinja2.PackageLoader("minitron_train.evaluation", "templates")
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    student = run.models.get("student")
+    if student is None:
+        raise UserError(f"{run.folder}: there is no student to describe; run export first")
+    sizes, problems = servable_sizes(student_folder)
+    license_name = teacher_license(run)
+    return environment.get_template("card.md.jinja").render(
+        header=yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
+        name=run.name,
+        path=str(student_folder),
+        teacher_name=teacher_name(run),
+        license=license_name,
+        student=student,
+        teacher=run.models.get("teacher"),
+        share=share_kept(run, student),
+        architecture=architecture_rows(run),
+        pruning=stage_settings(run, "prune", "prune"),
+        calibration=calibration(run),
+        training=training(run),
+        sources=sources(run),
+        labels=evaluated(run),
+        evaluation=evaluation_rows(run),
+        published=published(run),
+        not_run=not_run(run),
+        sizes=sizes,
+        problems=problems,
+        stages=run.stages,
+        commands=list(dict.fromkeys(stage["command"] for stage in run.stages)),
+    )
+
+
+def header(run: Run, license_name: str | None) -> dict[str, Any]:
+    """The YAML metadata that the Hub reads; keys without a known value are left out."""
+    settings = stage_config(run, "teacher")
+    found = {
+        "license": license_name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": settings.get("repo_id"),
+        "tags": ["minitron", "pruning", "knowledge-distillation"],
+        "model-index": model_index(run),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def model_index(run: Run) -> list[dict[str, Any]]:
+    """The student's measured results as the Hub lists them."""
+    results = []
+    for task in results_of(run, "student"):
+        score = score_of(run, "student", task)
+        if score.value is not None:
+            metric = {"type": metric_text(score.metric), "value": round(score.value, 4)}
+            results.append(
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {
+                        "type": task,
+                        "name": f"{task_name(task)} ({score.num_fewshot}-shot, {score.rows} rows)",
+                    },
+                    "metrics": [metric],
+                }
+            )
+    return [{"name": run.name, "results": results}] if results else []
+
+
+def stage_config(run: Run, section: str) -> Mapping[str, Any]:
+    """A section of the newest configuration that a stage of the run recorded."""
+    found = (stage["config"].get(section) for stage in reversed(run.stages) if "config" in stage)
+    return next((section for section in found if section), {})
+
+
+def stage_settings(run: Run, stage: str, section: str) -> Mapping[str, Any]:
+    """A section of the configuration of one stage; empty when it was not run."""
+    return ((run.stage(stage) or {}).get("config") or {}).get(section) or {}
+
+
+def teacher_name(run: Run) -> str:
+    """How the teacher is called where it came from."""
+    settings = stage_config(run, "teacher")
+    facts = (run.stage("fetch teacher") or {}).get("facts") or {}
+    path = settings.get("path")
+    names = (settings.get("repo_id"), facts.get("gguf"), Path(path).name if path else None)
+    fallback = "a teacher trained from scratch by the same run" if run.stage("pretrain") else "the teacher"
+    return next((str(name) for name in names if name), fallback)
+
+
+def teacher_license(run: Run) -> str | None:
+    """The licence that the teacher's source states, as the Hub spells it; None when it states none."""
+    facts = (run.stage("fetch teacher") or {}).get("facts") or {}
+    if facts.get("license"):
+        return str(facts["license"]).lower()
+    teacher = run.models.get("teacher")
+    if teacher is None or not (teacher.folder / CARD).exists():
+        return None
+    text = (teacher.folder / CARD).read_text(encoding="utf-8")
+    if not text.startswith("---"):
+        return None
+    try:
+        metadata = yaml.safe_load(text.split("---", 2)[1])
+    except yaml.YAMLError:
+        return None
+    return str(metadata["license"]) if isinstance(metadata, dict) and metadata.get("license") else None
+
+
+def share_kept(run: Run, student: Model) -> str | None:
+    """Parameters of the student as a share of the teacher's."""
+    teacher = run.models.get("teacher")
+    return percent(student.parameters / teacher.parameters) if teacher else None
+
+
+def architecture_rows(run: Run) -> list[tuple[str, list[str]]]:
+    """Sizes of student and teacher, from their config.json files."""
+    models = [run.models[label] for label in ("student", "teacher") if label in run.models]
+    rows = [(name, [f"{getattr(model.shape, key):,}" for model in models]) for name, key in SIZES.items()]
+    rows.append(("Parameters", [f"{model.parameters:,}" for model in models]))
+    inner = [model.parameters - model.parts.get("embedding", 0) - model.parts.get("output", 0) for model in models]
+    rows.append(("… without embeddings", [f"{count:,}" for count in inner]))
+    rows.append(("Weights on disk, bytes", [f"{model.weight_bytes:,}" for model in models]))
+    return rows
+
+
+def calibration(run: Run) -> dict[str, Any]:
+    """What the importance was measured on."""
+    facts = (run.stage("score") or {}).get("facts") or {}
+    return {**stage_settings(run, "score", "calibration"), "tokens_used": facts.get("tokens")} if facts else {}
+
+
+def training(run: Run) -> dict[str, Any]:
+    """Length and settings of the distillation, from its provenance."""
+    stage = run.stage("distill")
+    if stage is None:
+        return {}
+    facts, config = stage.get("facts") or {}, stage["config"]
+    return {
+        **config["train"],
+        "loss": config["distill"]["loss"],
+        "temperature": config["distill"]["temperature"],
+        **facts,
+    }
+
+
+def sources(run: Run) -> list[tuple[str, str, str]]:
+    """Name, share of the tokens and fingerprint of each part of the training data."""
+    stage = run.stage("distill") or {}
+    data = (stage.get("config") or {}).get("data") or {}
+    hashes = {key.removeprefix("data "): value for key, value in (stage.get("inputs") or {}).items()}
+    total = sum(source["weight"] for source in data.get("sources", {}).values()) or 1.0
+    found = [
+        (name, percent(source["weight"] / total), str(hashes.get(name, ""))[:16])
+        for name, source in data.get("sources", {}).items()
+    ]
+    return (
+        found or [(str(data["path"]), percent(1.0), next(iter(hashes.values()), "")[:16])]
+        if data.get("path")
+        else found
+    )
+
+
+def evaluated(run: Run) -> list[str]:
+    """The run's own models that have been evaluated: teacher, pruned, student."""
+    return [label for label in MODELS if label in run.evals]
+
+
+def evaluation_rows(run: Run) -> list[dict[str, Any]]:
+    """Measured values of every evaluated model, rows and shots, and the published value where there is one."""
+    labels = evaluated(run)
+    known = (published(run) or {}).get("results", {})
+    rows = []
+    values = [perplexity_of(run, label) for label in labels]
+    if any(value is not None for value in values):
+        cells = [perplexity(value) for value in values]
+        rows.append({"task": "Perplexity, held-out text", "cells": cells, "rows": "–", "shots": "–", "published": "–"})
+    for task in tasks_of(run):
+        metric = metric_of(run, task)
+        scores = [score_of(run, label, task, metric) for label in labels]
+        measured = next((score for score in scores if score.value is not None), None)
+        if measured is None:
+            continue
+        other = known.get(task)
+        rows.append(
+            {
+                "task": f"{task_name(task)} ({metric_text(metric)})",
+                "cells": [score.text if is_share(metric) or score.value is not None else "–" for score in scores],
+                "rows": f"{measured.rows:,}",
+                "shots": str(measured.num_fewshot),
+                "published": f"{other['value']} % ({other['num_fewshot']}-shot)" if other else "–",
+            }
+        )
+    return rows
+
+
+def published(run: Run) -> dict[str, Any] | None:
+    """The papers' own figures, when the run follows one of their recipes."""
+    entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return next((entry for entry in entries.values() if run.name in entry["recipes"]), None)

@@ -1,0 +1,49 @@
+"""Whether the programs that serve Hugging Face folders (vLLM, TensorRT-LLM) can take an exported one."""
+
+from pathlib import Path
+
+from minitron_train.hf import Checkpoint, read_json
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
+    """Rules of the Hugging Face layout that a folder breaks, one sentence each; empty when it can be served.
+
+    Checked: head_dim is explicit where it is not hidden_size / heads; query heads, KV heads, MLP and vocabulary divide
+    by the tensor-parallel size; every tensor is there, under its name, and none else; one dtype, the config's.
+
+    Raises:
+        UserError: the folder cannot be opened as a checkpoint at all.
+    """
+    checkpoint = Checkpoint(folder)
+    config, shape = checkpoint.config, checkpoint.shape
+    problems = []
+    if "head_dim" not in config and shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
+        problems.append("config.json has no head_dim, and hidden_size / num_attention_heads is not it")
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        if getattr(shape, key) % tensor_parallel_size:
+            problems.append(
+                f"{key}={getattr(shape, key)} is not divisible by tensor parallelism {tensor_parallel_size}"
+            )
+    unknown = sorted(set(checkpoint.sizes) - set(checkpoint.table.tensors(shape)))
+    if unknown:
+        problems.append(f"{len(unknown)} tensors that no loader knows, like {unknown[0]}")
+    found = sorted({DTYPES.get(dtype, dtype) for dtype in checkpoint.dtypes.values()})
+    wanted = config.get("dtype", config.get("torch_dtype"))
+    if len(found) > 1:
+        problems.append(f"tensors of several types: {', '.join(found)}")
+    elif wanted is not None and [wanted] != found:
+        problems.append(f"config.json says dtype {wanted}, the tensors are {found[0]}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).exists():
+            problems.append(f"{name} is missing")
+    if (folder / "tokenizer_config.json").exists():
+        read_json(folder / "tokenizer_config.json")
+    return problems
+
+
+def servable_sizes(folder: Path) -> tuple[list[int], list[str]]:
+    """Tensor-parallel sizes (of 1, 2, 4, 8) at which all rules hold, and what fails at 1."""
+    return [size for size in PARALLEL_SIZES if not serving_problems(folder, size)], serving_problems(folder)
