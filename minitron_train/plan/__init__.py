@@ -3,7 +3,8 @@
 Everything follows from two shapes, the training settings and a hardware table; no teacher, network or GPU is needed.
 """
 
+from minitron_train.plan.check import check_fits
 from minitron_train.plan.reckon import plan
 from minitron_train.plan.show import format_plan
 
-__all__ = ["format_plan", "plan"]
+__all__ = ["check_fits", "format_plan", "plan"]

@@ -39,10 +39,6 @@ class Hardware:
         """Floating-point operations a second that a step is expected to reach."""
         return self.peak_flops * self.utilisation
 
-    def fits(self, memory: dict[str, int]) -> bool:
-        """Whether a process with these parts fits; pages of mapped files are given back when memory is short."""
-        return memory["total"] - memory.get("mapped_files", 0) <= self.memory_bytes
-
     def link_rate(self, num_ranks: int) -> float:
         """Bytes a second between one GPU and the others of a group of neighbours."""
         return self.intra_node_rate if num_ranks <= self.gpus_per_node else self.inter_node_rate

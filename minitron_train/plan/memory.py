@@ -162,3 +162,8 @@ def slice_bytes() -> dict[str, int]:
     """Memory of the process that slices: blocks of rows, read and cut, a pair for each thread; whatever the model's size."""
     parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": SLICE_THREADS * 2 * SLICE_BLOCK_BYTES}
     return parts | {"total": sum(parts.values())}
+
+
+def needed(parts: dict[str, int]) -> int:
+    """Bytes that must be there: pages of mapped files are given back when memory is short."""
+    return parts["total"] - parts.get("mapped_files", 0)

@@ -6,7 +6,7 @@ from minitron_train.arch import Shape
 from minitron_train.config import Config, Precision
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.plan.hardware import Hardware
-from minitron_train.plan.memory import FP32, Layout, score_bytes, slice_bytes
+from minitron_train.plan.memory import FP32, Layout, needed, score_bytes, slice_bytes
 
 BF16 = 2
 
@@ -28,7 +28,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
         "flops": flops,
         "seconds": flops / layout.tp / (machine.fp32_flops * machine.utilisation),
         "memory_bytes": memory,
-        "fits": machine.fits(chosen),
+        "fits": needed(chosen) <= machine.memory_bytes,
     }
 
 

@@ -1,0 +1,155 @@
+"""Refuse, before anything is allocated, a run that its own plan says cannot fit, and name the nearest one that does."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minitron_train.arch import Shape
+from minitron_train.config import Config
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+from minitron_train.plan.hardware import GIB, cuda_here, memory_here
+from minitron_train.plan.layouts import divides
+from minitron_train.plan.memory import Layout, distill_bytes, needed, score_bytes
+from minitron_train.plan.reckon import WEIGHT_BYTES
+from minitron_train.plan.stages import disk_bytes
+
+DISK_PARTS = {"prune": "pruned", "distill": "checkpoints", "export": "student"}  # of plan.stages.disk_bytes
+OVERRIDE = "plan.check=false overrides"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to run a stage: what would have to be set, and the memory of one process."""
+
+    settings: tuple[str, ...]
+    needed_bytes: int
+
+
+def check_fits(config: Config, stage: str, teacher: Shape, student: Shape, world: World, folder: Path) -> None:
+    """Refuse `stage` when memory or disk is too small; does nothing with plan.check=false.
+
+    Args:
+        stage: score, prune, distill or export.
+        folder: output_dir, whose disk is looked at; it need not exist.
+
+    Raises:
+        UserError: what is needed, what is there, and the nearest settings that fit.
+    """
+    if not config.plan.check:
+        return
+    if stage in ("score", "distill"):
+        cuda = cuda_here()
+        left = memory_here(cuda) // (1 if cuda else world.local_size)
+        options = list(OPTIONS[stage](config, teacher, student, world, cuda))
+        refuse_memory(stage, options[0].needed_bytes, left, options[1:])
+    if stage in DISK_PARTS:
+        refuse_disk(stage, disk_bytes(config, teacher, student)[DISK_PARTS[stage]], folder)
+
+
+def refuse_memory(stage: str, needed: int, left: int, others: list[Option]) -> None:
+    """One line when `needed` is more than is `left`: the option that changes least and fits, or the smallest one."""
+    if needed <= left:
+        return
+    what = f"{stage}: needs {needed / GIB:.1f} GiB of memory per process, {left / GIB:.1f} GiB are there"
+    fitting = [option for option in others if option.needed_bytes <= left]
+    if fitting:
+        nearest = min(fitting, key=lambda option: (len(option.settings), -option.needed_bytes))
+        raise UserError(f"{what}; {' '.join(nearest.settings)} needs {nearest.needed_bytes / GIB:.1f} GiB ({OVERRIDE})")
+    smallest = min([needed, *(option.needed_bytes for option in others)])
+    raise UserError(
+        f"{what}, and no layout on these processes needs less than {smallest / GIB:.1f}; "
+        f"use more GPUs with a larger parallel.tensor_model_parallel_size ({OVERRIDE})"
+    )
+
+
+def refuse_disk(stage: str, needed: int, folder: Path) -> None:
+    """One line when the disk of `folder` is too small; what an earlier run of the stage left there may be reused."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if stage == "distill" and (folder / "train").is_dir():
+        free += sum(file.stat().st_size for file in (folder / "train").rglob("*") if file.is_file())
+    if needed > free:
+        remedy = "free space, set output_dir to another disk" + (
+            ", or lower checkpoint.keep" if stage == "distill" else ""
+        )
+        raise UserError(
+            f"{stage}: needs {needed / GIB:.1f} GiB of disk in {folder}, {free / GIB:.1f} GiB are free; {remedy} ({OVERRIDE})"
+        )
+
+
+def distill_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """The configured layout first, then the others that the same processes could take."""
+    train, tp = config.train, config.parallel.tensor_model_parallel_size
+    distributed = cuda if train.distributed_optimizer is None else train.distributed_optimizer
+    now = Layout(
+        tp=tp,
+        dp=max(world.size // tp, 1),
+        micro_batch_size=train.micro_batch_size,
+        seq_length=train.seq_length,
+        weight_bytes=WEIGHT_BYTES[train.precision],
+        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
+        runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+        recompute=train.recompute.name,
+        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        sharded_optimizer=distributed,
+        cuda=cuda,
+    )
+    yield Option((), needed(distill_bytes(teacher, student, now)))
+    sizes = [
+        size
+        for size in range(1, world.size + 1)
+        if world.size % size == 0 and divides(teacher, size) and divides(student, size)
+    ]
+    for size in sizes:
+        for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
+            for recompute in ("none", "selective", "full"):
+                other = replace(now, tp=size, dp=world.size // size, micro_batch_size=micro, recompute=recompute)
+                names = {
+                    "parallel.tensor_model_parallel_size": (tp, size),
+                    "train.micro_batch_size": (train.micro_batch_size, micro),
+                    "train.recompute": (train.recompute.name, recompute),
+                }
+                yield Option(changed(names), needed(distill_bytes(teacher, student, other)))
+
+
+def score_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """The configured way of scoring first, then streamed and in smaller pieces."""
+    calibration = config.calibration
+    tokens = calibration.num_samples * calibration.seq_length
+    micro_sizes = {calibration.micro_batch_size, max(calibration.micro_batch_size // 4, 1), 1}
+    ways = [
+        (calibration.streamed, calibration.micro_batch_size, calibration.chunk_tokens),
+        *(
+            (on, micro, chunk)
+            for on in (False, True)
+            for micro in micro_sizes
+            for chunk in (calibration.chunk_tokens, 16384)
+        ),
+    ]
+    for streamed, micro, chunk in ways:
+        layout = Layout(
+            tp=config.parallel.tensor_model_parallel_size,
+            micro_batch_size=micro,
+            seq_length=calibration.seq_length,
+            weight_bytes=4,
+            teacher_weight_bytes=4,
+            runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+            cuda=cuda,
+        )
+        names = {
+            "calibration.streamed": (calibration.streamed, streamed),
+            "calibration.micro_batch_size": (calibration.micro_batch_size, micro),
+            "calibration.chunk_tokens": (calibration.chunk_tokens, chunk),
+        }
+        parts = score_bytes(teacher, layout, chunk_tokens=min(chunk, tokens), streamed=streamed)
+        yield Option(changed(names), needed(parts))
+
+
+def changed(names: dict[str, tuple[object, object]]) -> tuple[str, ...]:
+    """key=value of every setting that differs."""
+    return tuple(f"{key}={str(new).lower()}" for key, (old, new) in names.items() if old != new)
+
+
+OPTIONS = {"score": score_options, "distill": distill_options}

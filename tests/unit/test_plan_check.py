@@ -1,0 +1,127 @@
+"""A run that cannot fit is refused in one line that names a layout which does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minitron_train.arch import Shape
+from minitron_train.config import Config, Recompute
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+from minitron_train.plan import check, check_fits
+from minitron_train.plan.hardware import GIB, control_group_left
+from minitron_train.plan.memory import needed
+
+TEACHER = Shape(
+    architecture="nemotron",
+    num_layers=8,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_attention_heads=16,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=32000,
+)
+STUDENT = TEACHER.smaller(hidden_size=1024, ffn_hidden_size=4096)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets what this machine has, in GiB."""
+
+    def set_gib(gib: float) -> None:
+        monkeypatch.setattr(check, "cuda_here", lambda: False)
+        monkeypatch.setattr(check, "memory_here", lambda cuda: int(gib * GIB))
+
+    return set_gib
+
+
+def config() -> Config:
+    made = Config()
+    made.train.micro_batch_size, made.train.global_batch_size, made.train.seq_length = 8, 64, 1024
+    return made
+
+
+def option_settings(stage: str, made: Config, world: World, settings: tuple[str, ...]) -> float:
+    """GiB of the option with these settings."""
+    found = check.OPTIONS[stage](made, TEACHER, STUDENT, world, False)
+    return next(option.needed_bytes / GIB for option in found if option.settings == settings)
+
+
+def test_a_run_that_fits_passes(memory: Callable[[float], None], tmp_path: Path) -> None:
+    memory(1000)
+    for stage in ("score", "prune", "distill", "export"):
+        check_fits(config(), stage, TEACHER, STUDENT, World(), tmp_path / "new" / "folder")
+
+
+def test_the_nearest_layout_is_named_and_fits(memory: Callable[[float], None], tmp_path: Path) -> None:
+    full = option_settings("distill", config(), World(), ())
+    half = option_settings("distill", config(), World(), ("train.micro_batch_size=4",))
+    recompute = option_settings("distill", config(), World(), ("train.recompute=full",))
+    assert half < full and recompute < full
+    memory(max(half, recompute) + 0.01)
+    with pytest.raises(
+        UserError, match=r"^distill: needs .* GiB of memory per process, .*train\.\w+=\w+ needs"
+    ) as error:
+        check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
+    assert "\n" not in str(error.value) and "plan.check=false" in str(error.value)
+    memory(1)
+    with pytest.raises(UserError, match="no layout on these processes"):
+        check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
+
+
+def test_scoring_that_does_not_fit_is_told_to_stream(memory: Callable[[float], None], tmp_path: Path) -> None:
+    memory(option_settings("score", config(), World(), ("calibration.streamed=true",)) + 0.01)
+    with pytest.raises(UserError, match=r"calibration\.streamed=true needs"):
+        check_fits(config(), "score", TEACHER, STUDENT, World(), tmp_path)
+
+
+def test_processes_of_one_machine_share_its_memory(memory: Callable[[float], None], tmp_path: Path) -> None:
+    alone = option_settings("distill", config(), World(), ())
+    memory(1.5 * alone)
+    check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
+    with pytest.raises(UserError, match="distill: needs"):
+        check_fits(config(), "distill", TEACHER, STUDENT, World(size=2, local_size=2), tmp_path)
+
+
+def test_a_full_disk_is_refused_and_old_checkpoints_count_as_free(
+    memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory(1000)
+    usage = check.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=GIB))
+    with pytest.raises(UserError, match=r"^distill: needs .* GiB of disk in .*checkpoint\.keep"):
+        check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
+    (tmp_path / "train").mkdir()
+    with (tmp_path / "train" / "old").open("wb") as file:
+        file.truncate(100 * GIB)  # sparse
+    check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
+
+
+def test_the_check_can_be_overridden(memory: Callable[[float], None], tmp_path: Path) -> None:
+    memory(0.1)
+    made = config()
+    made.plan.check = False
+    check_fits(made, "distill", TEACHER, STUDENT, World(), tmp_path)
+
+
+def test_recompute_and_tensor_parallelism_save_memory() -> None:
+    two = World(size=2, local_size=2)
+    base = option_settings("distill", config(), two, ())
+    assert option_settings("distill", config(), two, ("parallel.tensor_model_parallel_size=2",)) < 0.7 * base
+    made = config()
+    made.train.recompute = Recompute.full
+    assert option_settings("distill", made, World(), ()) < base
+
+
+def test_mapped_pages_are_no_need() -> None:
+    assert needed({"total": 10, "mapped_files": 4}) == 6
+
+
+def test_control_group(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert control_group_left(str(tmp_path / "memory.max")) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert control_group_left(str(tmp_path / "memory.max")) is None
