@@ -89,6 +89,7 @@ def score(ws: Workspace) -> None:
     stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
 
     def work(folder: Path) -> Mapping[str, Any]:
+        ws.check_fits("score", ws.teacher_shape)
         return measure(ws.config, ws.groups, teacher=teacher, tokens=calibration_tokens(ws), folder=folder)
 
     ws.run(stage, work)
@@ -270,6 +271,7 @@ def cut(ws: Workspace, student: Shape) -> None:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
+        ws.check_fits("prune", student)
         tokens = functools.partial(calibration_tokens, ws)
         return write(
             ws.config, ws.groups, teacher=teacher, student=student, scores=scores, tokens=tokens, folder=folder
@@ -290,6 +292,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 
     def work(target: Path) -> Mapping[str, Any]:
+        if teacher is not None:
+            ws.check_fits("distill", ws.shape_of(student))
         hooks = [task_hook(ws, student)] if config.eval.training_tasks else []
         return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
 
@@ -299,9 +303,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
 def task_hook(ws: Workspace, student: Path) -> Any:
     """lm-eval's tasks on the live student, as eval.training_tasks asks."""
     from minitron_train.evaluation.hooks import TaskHook
-    from minitron_train.hf import read_json, shape_from_config
 
-    length = shape_from_config(read_json(student / "config.json"), str(student)).max_position_embeddings
+    length = ws.shape_of(student).max_position_embeddings
     data_dir = ws.eval_data_folder if ws.eval_data_folder.exists() else None
     return TaskHook(ws.config.eval, student, length, ws.groups, data_dir)
 

@@ -124,10 +124,7 @@ class Workspace:
             UserError: neither tells.
         """
         if (self.teacher_folder / "config.json").exists():
-            from minitron_train.hf import read_json, shape_from_config
-
-            path = self.teacher_folder / "config.json"
-            return shape_from_config(read_json(path), str(path))
+            return self.shape_of(self.teacher_folder)
         shape = shape_of_recipe(self.config)
         if shape is None:
             self.check_teacher_is_there()
@@ -148,6 +145,26 @@ class Workspace:
         self.teacher_shape.check_parallel(tp, "teacher")
         student.check_parallel(tp, "student")
         return student
+
+    def shape_of(self, folder: Path) -> Shape:
+        """From a folder's config.json."""
+        from minitron_train.hf import read_json, shape_from_config
+
+        return shape_from_config(read_json(folder / "config.json"), str(folder))
+
+    def check_fits(self, stage: str, student: Shape) -> None:
+        """Refuse a stage that by its plan fits neither memory nor disk; all ranks follow rank 0 (see plan.check_fits)."""
+        from minitron_train.plan import check_fits
+
+        refusal = ""
+        if self.world.is_first:
+            try:
+                check_fits(self.config, stage, self.teacher_shape, student, self.world, self.folder)
+            except UserError as error:
+                refusal = str(error)
+        refusal = self.share(refusal)
+        if refusal:
+            raise UserError(refusal)
 
     def fingerprint(self, folder: Path) -> str:
         """Of a Hugging Face folder, by rank 0; "" while it does not exist (dry_run)."""

@@ -131,11 +131,13 @@ def memory_here(cuda: bool) -> int:
 
 
 def control_group_left(limit_file: str) -> int | None:
-    """Bytes that the container may still take, or None without a limit."""
+    """Bytes that the container may still take, or None without a limit. Cached file pages count as free."""
     path = Path(limit_file)
     usage = path.with_name("memory.current" if path.name == "memory.max" else "memory.usage_in_bytes")
     try:
         limit, used = int(path.read_text()), int(usage.read_text())
+        statistics = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    return max(limit - used, 0) if limit < 2**60 else None
+    cached = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    return max(limit - used + cached, 0) if limit < 2**60 else None

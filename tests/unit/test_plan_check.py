@@ -122,6 +122,7 @@ def test_mapped_pages_are_no_need() -> None:
 def test_control_group(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
-    assert control_group_left(str(tmp_path / "memory.max")) == 600
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 60\nactive_file 40\n")
+    assert control_group_left(str(tmp_path / "memory.max")) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert control_group_left(str(tmp_path / "memory.max")) is None
