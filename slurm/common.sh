@@ -42,10 +42,11 @@ on_stop() {
   scancel --signal="$1" "$SLURM_JOB_ID"
 }
 
-# Run a job step in the background, for bash runs traps only between commands and in `wait`. Sets rc.
-# A failing rank ends the step at once; when one has left, the others get a minute.
+# Run a job step and set rc. It runs in the background, for bash runs traps only between commands and in `wait`.
+# A failing rank ends the step at once; should that be missed, the others get a minute after the first has left.
 step() {
-  local pid
+  local pid log_size
+  log_size=$(stat --dereference --format=%s /dev/stderr)
   srun --kill-on-bad-exit=1 --wait=60 "${site_srun[@]}" "$@" </dev/null &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do
@@ -53,6 +54,19 @@ step() {
   done
   rc=0
   wait "$pid" || rc=$?
+  ((rc == 0)) || rc=$(first_failure "$log_size")
+}
+
+# srun's exit code is the largest of all ranks: 143 of those that it ended itself would hide the 2 of the one that failed.
+# The log tells what came first: "srun: error: n2: task 1: Exited with exit code 2", or "... task 1: Killed".
+first_failure() {
+  local first
+  first=$(tail --bytes="+$(($1 + 1))" /dev/stderr | sed -nE '/^srun: error: [^ ]+: tasks? [^ ]+: /{s///p;q}')
+  case $first in
+    "Exited with exit code "*) echo "${first##* }" ;;
+    Killed | "Out Of Memory") echo 137 ;;
+    *) echo "$rc" ;;
+  esac
 }
 
 job_state() { scontrol --oneliner show job "$SLURM_JOB_ID" | sed -E 's/.* JobState=([A-Z_]+).*/\1/'; }

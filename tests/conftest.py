@@ -11,27 +11,31 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest  # noqa: E402
 
+from tests.slurm import cluster as slurm_cluster  # noqa: E402
+
 if TYPE_CHECKING:
     from tests.training import Material
 
 MARKS = {
     "needs_data": lambda: "MINITRON_DATA" in os.environ and "MINITRON_ORACLES" in os.environ,
     "gpu": lambda: __import__("torch").cuda.is_available(),
+    "slurm": lambda: slurm_cluster.unavailable() is None,
 }
 REASONS = {
     "needs_data": "MINITRON_DATA and MINITRON_ORACLES are not set",
     "gpu": "no CUDA device",
+    "slurm": f"no Slurm cluster can be started here: {slurm_cluster.unavailable()}",
 }
+REQUIRED = {"needs_data": "MINITRON_REQUIRE_DATA", "slurm": "MINITRON_REQUIRE_SLURM"}  # continuous integration sets these
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; MINITRON_REQUIRE_DATA=1 (continuous integration) makes missing data a failure."""
+    """Skip what this machine cannot run; the variables of REQUIRED make that a failure."""
     for item in items:
         for mark, available in MARKS.items():
             if item.get_closest_marker(mark) and not available():
-                required = mark == "needs_data" and os.environ.get("MINITRON_REQUIRE_DATA")
-                if required:
-                    raise pytest.UsageError(f"{item.nodeid}: {REASONS[mark]}, but MINITRON_REQUIRE_DATA is")
+                if os.environ.get(REQUIRED.get(mark, "")):
+                    raise pytest.UsageError(f"{item.nodeid}: {REASONS[mark]}, but {REQUIRED[mark]} is set")
                 item.add_marker(pytest.mark.skip(reason=REASONS[mark]))
 
 

@@ -1,0 +1,86 @@
+"""Stands where Python does in a job script, so that the scripts' own behaviour is tested in seconds.
+
+Called as `fake_trainer.py -m minitron_train COMMAND [OVERRIDE…]`; an override act.COMMAND=NAME picks one of ACTS. Everything goes
+into the folder $FAKE: `lives`, a line per start of rank 0, and `argv.RANK`, the words that arrived.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(os.environ["FAKE"])
+RANK = int(os.environ.get("SLURM_PROCID", "0"))
+LIVES = FOLDER / "lives"
+CHAIN = ("score", "prune", "distill", "export")
+
+
+def succeed() -> None:
+    """A finished command."""
+
+
+def train() -> None:
+    """Runs until it is told to save; its second life finds the work done."""
+    if life() == 1:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, save)
+        time.sleep(300)
+
+
+def save(number: int, _: object) -> None:
+    """What all ranks do at a signal."""
+    if RANK == 0:
+        (FOLDER / "train").mkdir(exist_ok=True)
+        (FOLDER / "train" / "stopped.json").write_text(signal.Signals(number).name)
+    sys.exit(0)
+
+
+def load() -> None:
+    """Still importing: a signal ends it. Its second life is quick."""
+    if life() == 1:
+        time.sleep(300)
+
+
+def refuse() -> None:
+    """A user's mistake."""
+    sys.exit(2)
+
+
+def fail() -> None:
+    """Rank 1 ends with an error, rank 0 waits for it in a collective."""
+    time.sleep(0.5 if RANK == 1 else 300)
+    sys.exit(3)
+
+
+def vanish() -> None:
+    """Rank 1 is killed, as by the kernel when memory is short."""
+    time.sleep(0.5 if RANK == 1 else 300)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ACTS = {act.__name__: act for act in (succeed, train, load, refuse, fail, vanish)}
+
+
+def life() -> int:
+    """How often rank 0 has been started, this time included."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+
+
+def main() -> None:
+    """Answer `chain` and `check` as the real ones do, else act."""
+    _, module, command, *words = sys.argv[1:]
+    if module == "minitron_train.slurm":
+        print("\n".join([str(FOLDER), *(CHAIN if command == "chain" else [])]))
+        return
+    (FOLDER / f"argv.{RANK}").write_text(json.dumps([command, *words]))
+    if RANK == 0:
+        with LIVES.open("a") as lives:
+            print(life(), file=lives)
+    prefix = f"act.{command}="
+    chosen = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+    ACTS[chosen[0] if chosen else "succeed"]()
+
+
+main()

@@ -1,0 +1,148 @@
+"""What a job script does around the program: words, secrets, signals, requeues, failures. The program is a fake one."""
+
+import json
+import time
+
+import pytest
+
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.conftest import Lab
+
+pytestmark = pytest.mark.slurm
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+def started(lab: Lab, *, life: int = 1) -> None:
+    """Wait until the fake trainer runs, and has had a moment to install its handlers."""
+    lives = lab.fake / "lives"
+    until("start of the step", lambda: lives.exists() and f"{life}\n" in lives.read_text(), timeout_s=60)
+    time.sleep(0.3)
+
+
+def lives(lab: Lab) -> list[str]:
+    """Every start of rank 0."""
+    return (lab.fake / "lives").read_text().split()
+
+
+def test_words_reach_python_as_they_are(lab: Lab) -> None:
+    words = ["+recipe=micro", "tracking.wandb.name='a  b'", "name=$(touch pwned)", "x=`id`", 'y="q";*', "eval.tasks=[]"]
+    job = lab.submit("eval", "--comment=two words", *words)
+    assert lab.cluster.wait(job, *ENDED)["JobState"] == "COMPLETED", lab.log(job)
+    assert json.loads((lab.fake / "argv.0").read_text()) == ["eval", *words]
+    assert not (lab.folder / "pwned").exists()
+
+
+def test_environment_is_logged_without_secrets(lab: Lab) -> None:
+    secrets = {"WANDB_API_KEY": "wandb-123", "HF_TOKEN": "hf-123", "NCCL_AUTH": "nccl-123", "MY_PASSWORD": "my-123"}
+    job = lab.submit("eval", environ={**secrets, "NCCL_DEBUG": "WARN", "UNRELATED": "private"})
+    lab.cluster.wait(job, "COMPLETED")
+    log = lab.log(job)
+    assert "NCCL_DEBUG=WARN" in log and "MASTER_ADDR=n" in log and f"SLURM_JOB_ID={job}" in log
+    assert "HF_TOKEN=(set, not shown)" in log
+    assert not any(value in log for value in [*secrets.values(), "private"])
+
+
+def test_signal_saves_and_requeues(wide_lab: Lab) -> None:
+    """As Slurm warns before the time limit: the batch script gets USR1 and passes it on."""
+    lab = wide_lab
+    job = lab.submit("distill", "act.distill=train")
+    started(lab)
+    lab.cluster.call("scancel", "--batch", "--signal=USR1", job)
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], shown["Restarts"], lives(lab)) == ("COMPLETED", "1", ["1", "2"]), lab.log(job)
+    log = lab.log(job)  # one file for both lives
+    assert "SIGUSR1: passed on" in log and "requeued (restart 1 of at most 3)" in log
+
+
+def test_signal_while_loading_begins_again(wide_lab: Lab) -> None:
+    lab = wide_lab
+    job = lab.submit("distill", "act.distill=load")
+    started(lab)
+    lab.cluster.call("scancel", "--batch", "--signal=USR1", job)
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], lives(lab)) == ("COMPLETED", ["1", "2"]), lab.log(job)
+
+
+def test_preempted_job_gives_way_and_comes_back(wide_lab: Lab) -> None:
+    """Slurm tells only the step (SIGTERM) and gives a minute: the job must not use it up."""
+    lab, cluster = wide_lab, wide_lab.cluster
+    job = lab.submit("distill", "act.distill=train")
+    started(lab)
+    urgent = preempt(cluster)
+    shown = cluster.wait(job, *ENDED)
+    assert (shown["JobState"], shown["Restarts"], lives(lab)) == ("COMPLETED", "1", ["1", "2"]), lab.log(job)
+    waited_s = seconds(cluster.show(urgent)["StartTime"]) - seconds(cluster.show(urgent)["SubmitTime"])
+    assert waited_s < 30, "the preempted job used up its grace time"
+
+
+def test_preempted_command_without_checkpoints_begins_again(lab: Lab) -> None:
+    job = lab.submit("score", "--nodes=2", "--exclusive", "act.score=load")
+    started(lab)
+    preempt(lab.cluster)
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], lives(lab)) == ("COMPLETED", ["1", "2"]), lab.log(job)
+
+
+def preempt(cluster: Cluster) -> str:
+    """Take both nodes for a moment."""
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    return cluster.call("sbatch", "--parsable", *options).stdout.strip()
+
+
+def seconds(time_text: str) -> float:
+    """Slurm's 2026-01-31T12:00:00 as seconds."""
+    return time.mktime(time.strptime(time_text, "%Y-%m-%dT%H:%M:%S"))
+
+
+def test_cancelled_job_stays_cancelled(wide_lab: Lab) -> None:
+    """It is sent SIGTERM too, and its ranks save."""
+    lab = wide_lab
+    job = lab.submit("distill", "act.distill=train")
+    started(lab)
+    lab.cluster.call("scancel", job)
+    lab.cluster.wait(job, "CANCELLED")
+    time.sleep(2)
+    assert lab.cluster.show(job)["JobState"] == "CANCELLED" and lives(lab) == ["1"]
+
+
+def test_requeues_are_capped(lab: Lab) -> None:
+    site = lab.folder / "slurm" / "site.env"
+    site.write_text(site.read_text().replace("max_requeues=3", "max_requeues=0"))
+    job = lab.submit("distill", "act.distill=train")
+    after = lab.submit("export", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    started(lab)
+    lab.cluster.call("scancel", "--batch", "--signal=USR1", job)
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "75:0")
+    assert "(max_requeues=0): giving up" in lab.log(job)
+    assert lab.cluster.wait(after, *ENDED)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(("act", "code"), [("fail", "3:0"), ("vanish", "137:0")])
+def test_failed_rank_ends_the_job(wide_lab: Lab, act: str, code: str) -> None:
+    """The other rank would wait for ever; a job that only failed is not requeued."""
+    lab = wide_lab
+    job = lab.submit("distill", f"act.distill={act}")
+    shown = lab.cluster.wait(job, *ENDED, timeout_s=100)
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", code), lab.log(job)
+    assert lives(lab) == ["1"]
+
+
+def test_failed_stage_cancels_the_rest(lab: Lab) -> None:
+    jobs = lab.chain("micro", "act.score=refuse")
+    assert list(jobs) == ["score", "prune", "distill", "export"]
+    shown = lab.cluster.wait(jobs["score"], *ENDED)
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "2:0")
+    for command in ("prune", "distill", "export"):
+        assert lab.cluster.wait(jobs[command], *ENDED)["JobState"] == "CANCELLED"
+
+
+def test_second_chain_waits_for_the_first(lab: Lab) -> None:
+    """Two jobs of one stage must not write the same folder."""
+    first = lab.chain("micro", "act.score=load")
+    started(lab)
+    second = lab.chain("micro")
+    assert lab.cluster.show(second["score"])["JobState"] == "PENDING"
+    lab.cluster.call("scancel", *first.values())
+    assert lab.cluster.wait(second["export"], *ENDED)["JobState"] == "COMPLETED"
