@@ -191,7 +191,8 @@ def build(
     spec = layer_spec()
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=Norm)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.tp = tp_group or groups.tp
+    if tp_group is not None:
+        groups.tp = tp_group
     model = LanguageModel(
         config,
         block,  # type: ignore[arg-type]
@@ -205,6 +206,7 @@ def build(
         share_embeddings_and_output_weights=shape.tie_embeddings,
         pre_process=pre_process,
         post_process=post_process,
+        pg_collection=groups,
     )
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())

@@ -24,16 +24,32 @@ def prune_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path) -
         run_cut(folder, teacher, configuration(refit=Refit.all), tokens, groups, **sizes)
 
 
-@pytest.mark.parametrize(("world_size", "tp"), [(2, 2), (4, 4), (2, 1), (4, 2)])
-def test_ranks_agree_with_one(tmp_path, tiny_models, world_size, tp):
-    results = []
-    for name, size, parallel in (("one", 1, 1), ("many", world_size, tp)):
-        run_ranks(prune_on, size, parallel, tiny_models[FAMILY], tmp_path / name)
-        files = ("scores.safetensors", "pruned/kept.safetensors", "pruned/model.safetensors")
-        results.append([load_file(tmp_path / name / file) for file in files])
-    (scores, kept, weights), (other_scores, other_kept, other_weights) = results
+def results(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Scores, kept indices, weights."""
+    return [
+        load_file(folder / file)
+        for file in ("scores.safetensors", "pruned/kept.safetensors", "pruned/model.safetensors")
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_models):
+    folder = tmp_path_factory.mktemp("alone")
+    run_ranks(prune_on, 1, 1, tiny_models[FAMILY], folder)
+    return results(folder)
+
+
+@pytest.mark.parametrize(("world_size", "tp"), [(4, 4), (4, 2)])
+def test_ranks_agree_with_one(tmp_path, tiny_models, alone, world_size, tp):
+    run_ranks(prune_on, world_size, tp, tiny_models[FAMILY], tmp_path)
+    (scores, kept, weights), (other_scores, other_kept, other_weights) = alone, results(tmp_path)
     for name, tensor in scores.items():
-        torch.testing.assert_close(other_scores[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        rtol = 1e-3 if name.startswith("raw.") else 1e-5  # raw holds variances of variances
+        torch.testing.assert_close(
+            other_scores[name], tensor, rtol=rtol, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert all(torch.equal(other_kept[name], tensor) for name, tensor in kept.items())
     for name, tensor in weights.items():
-        torch.testing.assert_close(other_weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(
+            other_weights[name], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
