@@ -6,11 +6,11 @@ been connected to and from. A missing or unreachable rank is named within DEADLI
 
 import importlib.metadata
 import json
-import os
 import platform
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Client, Connection, Listener
@@ -60,8 +60,7 @@ def meet(complaints: list[str], folder: Path, world: World, environ: Mapping[str
         except OSError as error:
             raise UserError(f"MASTER_PORT={port}: {error.strerror} on {host}; set another one") from error
         with listener:
-            proof = folder / f".meeting-{environ.get('SLURM_JOB_ID', os.getpid())}"
-            return gather(card, own, listener, proof, world.size, arrived)
+            return gather(card, own, listener, folder, world.size, arrived)
 
 
 def report(card: Card, own: Listener, folder: Path, first: tuple[str, int]) -> list[str]:
@@ -73,7 +72,7 @@ def report(card: Card, own: Listener, folder: Path, first: tuple[str, int]) -> l
     with connection:
         send(connection, card)
         notice = receive(connection)
-        seen = Path(notice["proof"]).exists()
+        seen = notice["proof"] is None or Path(notice["proof"]).exists()
         found = (
             [] if seen else [f"{card['host']}: does not see {folder} of rank 0; output_dir must be on a shared disk"]
         )
@@ -81,9 +80,9 @@ def report(card: Card, own: Listener, folder: Path, first: tuple[str, int]) -> l
         return ["see the message of rank 0"] if receive(connection) else []
 
 
-def gather(card: Card, own: Listener, listener: Listener, proof: Path, size: int, arrived: list[int]) -> list[str]:
+def gather(card: Card, own: Listener, listener: Listener, folder: Path, size: int, arrived: list[int]) -> list[str]:
     """Rank 0's side. `arrived` is filled as the ranks come."""
-    cards, others = {0: card}, {}
+    cards, others, proof = {0: card}, {}, folder / f".meeting-{uuid.uuid4().hex[:8]}"
     with ExitStack() as stack:
         while len(cards) < size:
             connection = stack.enter_context(listener.accept())
@@ -92,10 +91,11 @@ def gather(card: Card, own: Listener, listener: Listener, proof: Path, size: int
             arrived.append(theirs["rank"])
         ranks = [(cards[rank]["host"], cards[rank]["port"]) for rank in sorted(cards)]
         stack.callback(proof.unlink, missing_ok=True)
-        if proof.parent.exists():  # else rank 0 has already complained about it
+        shared = folder.exists()  # else rank 0 has complained already
+        if shared:
             proof.touch()
         for connection in others.values():
-            send(connection, {"ranks": ranks, "proof": str(proof.absolute())})
+            send(connection, {"ranks": ranks, "proof": str(proof.absolute()) if shared else None})
         complaints = [text for rank in sorted(cards) for text in cards[rank]["complaints"]]
         complaints += version_complaints(cards) + call_neighbour(own, ranks, 0)
         for rank in sorted(others):

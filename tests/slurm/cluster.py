@@ -1,6 +1,6 @@
-"""A throw-away Slurm cluster on this host: munged, slurmctld and two slurmd on loopback, everything in one folder.
+"""A throw-away Slurm cluster on this host: munged, slurmctld and three slurmd on loopback, everything in one folder.
 
-No systemd, no cgroups, no accounting. Each slurmd lives in name spaces of its own with its own host name (n1, n2), hence
+No systemd, no cgroups, no accounting. Each slurmd lives in name spaces of its own, for a host name of its own, hence
 root. What was learnt about it:
 
 - All nodes are 127.0.0.1 with ports of their own. An address per node (127.0.1.x) makes srun hang, for its replies come
@@ -26,7 +26,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
-NUM_NODES, NUM_CPUS, NUM_GPUS = 2, 8, 8  # of every node; what the scripts ask for, not what this machine has
+NUM_NODES, NUM_CPUS, NUM_GPUS = 3, 8, 8  # of every node; what the scripts ask for, not what this machine has
 FIRST_PORT = 26817
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -69,8 +69,9 @@ SlurmdTimeout=60
 MailProg=/bin/true
 GresTypes=gpu
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=apart Nodes=n3 MaxTime=INFINITE DefaultTime=10 PriorityTier=1 State=UP
 """
 SLURMD = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -D -N "$1" -f "$2/slurm.conf"'
 
@@ -105,7 +106,7 @@ class Cluster:
             for node in range(1, NUM_NODES + 1):
                 spaces = ("unshare", "--uts", "--mount", "--propagation", "private")
                 self._start(*spaces, "bash", "-ec", SLURMD, "slurmd", f"n{node}", str(self.folder))
-            until("idle nodes", lambda: self._num_idle() == NUM_NODES, timeout_s=60)
+            until("idle nodes", lambda: self._num_idle() == NUM_NODES, timeout_s=60, otherwise=self._logs)
         except BaseException:
             self.__exit__()
             raise
@@ -162,8 +163,8 @@ class Cluster:
     def _num_idle(self) -> int:
         for daemon in self.daemons:
             assert daemon.poll() is None, f"{daemon.args} ended: {self._logs()}"
-        listed = self.call("sinfo", "--noheader", "--Node", "--partition=batch", "--states=idle", check=False).stdout
-        return len(listed.splitlines())
+        listed = self.call("sinfo", "--noheader", "--states=idle", "--format=%n", check=False).stdout
+        return len(set(listed.split()))
 
     def _logs(self) -> str:
         return "\n".join(

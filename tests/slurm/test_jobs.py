@@ -13,6 +13,14 @@ pytestmark = pytest.mark.slurm
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, str]:
+    """A job that reaches its time limit on a node of its own, while the other tests run: it takes a minute."""
+    lab = Lab(tmp_path_factory.mktemp("limited") / "lab", cluster, {}, real=False)
+    options = ("--partition=apart", "--time=1", "--signal=B:USR1@30")
+    return lab, lab.submit("pretrain", *options, "act.pretrain=train")
+
+
 def started(lab: Lab, *, life: int = 1) -> None:
     """Wait until the fake trainer runs, and has had a moment to install its handlers."""
     lives = lab.fake / "lives"
@@ -146,3 +154,11 @@ def test_second_chain_waits_for_the_first(lab: Lab) -> None:
     assert lab.cluster.show(second["score"])["JobState"] == "PENDING"
     lab.cluster.call("scancel", *first.values())
     assert lab.cluster.wait(second["export"], *ENDED)["JobState"] == "COMPLETED"
+
+
+def test_time_limit_saves_and_requeues(limited: tuple[Lab, str]) -> None:
+    """Slurm itself sends the warning, up to a minute early."""
+    lab, job = limited
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], shown["Restarts"], lives(lab)) == ("COMPLETED", "1", ["1", "2"]), lab.log(job)
+    assert "SIGUSR1: passed on" in lab.log(job)

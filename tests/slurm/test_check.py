@@ -1,0 +1,107 @@
+"""minitron_train.slurm: which jobs a chain has, and what `check` finds before a job's work."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from minitron_train import slurm
+from minitron_train.errors import UserError
+from minitron_train.parallel import meeting
+from minitron_train.parallel.launch import World
+
+AFTER = ["distill", "export", "eval", "report"]
+
+
+@pytest.mark.parametrize(
+    ("words", "commands"),
+    [
+        (["+recipe=micro"], ["pretrain", "score", "prune", *AFTER]),
+        (["+recipe=smollm2"], ["fetch", "score", "prune", *AFTER]),
+        (["+recipe=smollm2", "teacher.path=/teacher"], ["fetch", "score", "prune", *AFTER]),  # the evaluation data
+        (["+recipe=smollm2", "teacher.path=/teacher", "eval.data_dir=/data"], ["score", "prune", *AFTER]),
+        (["+recipe=4b", "teacher.path=/teacher"], ["score", "prune", *AFTER]),
+        (["+recipe=micro", "student.path=/student"], ["pretrain", *AFTER]),
+    ],
+)
+def test_chain(words: list[str], commands: list[str]) -> None:
+    assert slurm.chain(slurm.compose(words)) == commands
+
+
+def test_gpus() -> None:
+    def complaints(gpus: str, local_size: int) -> list[str]:
+        environ = {"SLURM_GPUS_ON_NODE": gpus, "SLURMD_NODENAME": "n7"}
+        return list(slurm.gpu_complaints(environ, World(0, 8, 0, local_size)))
+
+    found = slurm.count_gpus()
+    assert complaints("", 4) == [] and complaints("0", 4) == []
+    assert complaints(str(found + 1), 1) == [
+        f"n7: the job has {found + 1} GPUs here, nvidia-smi lists {found}; leave the node out (--exclude=n7)"
+    ]
+
+
+def test_teacher_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["+recipe=4b_from_8b", f"output_dir={tmp_path}/out"]
+    with pytest.raises(UserError, match=r"no teacher in .*; run `python -m minitron_train fetch"):
+        slurm.check("distill", slurm.compose(words), World(), {})
+    (tmp_path / "out" / "teacher").mkdir(parents=True)
+    monkeypatch.setattr(slurm.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"1,000 bytes are free, distill writes [0-9,]{14}"):
+        slurm.check("distill", slurm.compose(words), World(), {})
+    slurm.check("distill", slurm.compose([*words, "plan.check=false"]), World(), {})
+
+
+def ranks(size: int, *words: str, present: int | None = None, **variables: str) -> list[tuple[int, str, str]]:
+    """`check distill` on `present` of `size` ranks; exit code, output and errors of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(size if present is None else present):
+        environ = {
+            **os.environ,
+            **{"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size)},
+            **{"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURMD_NODENAME": "localhost"},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **variables},
+        }
+        command = [sys.executable, "-m", "minitron_train.slurm", "check", "distill", *words]
+        started.append(
+            subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    done = [(*process.communicate(timeout=120), process.returncode) for process in started]
+    return [(code, output, errors) for output, errors, code in done]
+
+
+def test_ranks_meet(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    folder = tmp_path / "out"
+    found = ranks(3, "+recipe=micro", f"teacher.path={tmp_path}/teacher", f"output_dir={folder}")
+    assert found == [(0, f"{folder}\n", ""), (0, "", ""), (0, "", "")]
+    assert list(folder.iterdir()) == []
+
+
+def test_complaint_of_one_rank_ends_all(tmp_path: Path) -> None:
+    first, second = ranks(2, "+recipe=micro", f"teacher.path={tmp_path}/none", f"output_dir={tmp_path}/out")
+    assert first[0] == second[0] == 2 and not first[1]
+    assert first[2] == f"error: teacher.path={tmp_path}/none: no such folder; give a Hugging Face folder (rank 0)\n"
+    assert second[2] == "error: see the message of rank 0 (rank 1)\n"
+
+
+def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "DEADLINE_S", 1)
+    environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    with pytest.raises(UserError, match="1 s: ranks 1, 2 did not reach localhost"):
+        meeting.meet([], tmp_path, World(0, 3), environ)
+
+
+def test_different_software_is_named() -> None:
+    cards = {
+        0: {"host": "n1", "versions": {"python": "3.11.9", "torch": "2.9.1"}},
+        1: {"host": "n2", "versions": {"python": "3.11.9", "torch": "2.8.0"}},
+    }
+    assert meeting.version_complaints(cards) == ["rank 1 on n2: torch is 2.8.0, on rank 0 it is 2.9.1"]
+    assert meeting.absent([0, 2], 12) == "1, 3, 4, 5, 6, 7, 8, 9 and 2 more"
