@@ -9,6 +9,8 @@ teacher's forward pass at the rate of the fastest large GEMM on all cores (bench
 comes). Resume: seconds from a saved state to the next batch, after a share of one large JSONL.gz.
 """
 
+from step import SEQ_LENGTH, STUDENT, TEACHER, VOCAB, gemm_gflops  # isort: skip  # first: it sets the number of threads
+
 import argparse
 import gzip
 import json
@@ -24,19 +26,15 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from minitron_train.arch import Shape
 from minitron_train.config import DataConfig
 from minitron_train.data import corpus
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream
-from minitron_train.plan.counts import forward_flops_per_token, parameters, training_flops_per_token
-from minitron_train.train.metrics import gemm_flops_per_second
+from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
 
-SEQ_LENGTH, BATCH, VOCAB = 256, 32, 8192
-WIDTHS = {"student": (384, 1536, 6), "teacher": (640, 2560, 10)}  # hidden, ffn, heads; 12 layers
+BATCH = 32
 SHARES = (0.01, 0.5, 0.9)  # of the file, after which a run is resumed
 
 
@@ -72,30 +70,9 @@ def main() -> None:
 
 
 def trainer_tokens_per_second() -> float:
-    """Tokens per second that the matrix products alone allow on all cores."""
-    shapes = {name: shape(*sizes) for name, sizes in WIDTHS.items()}
-    sizes = {name: parameters(each)["parameters"] for name, each in shapes.items()}
-    flops = training_flops_per_token(shapes["student"], SEQ_LENGTH) + forward_flops_per_token(
-        shapes["teacher"], SEQ_LENGTH
-    )
-    print(
-        f"student {sizes['student'] / 1e6:.0f} M, teacher {sizes['teacher'] / 1e6:.0f} M, {flops / 1e9:.2f} GFLOP per token"
-    )
-    return gemm_flops_per_second(torch.device("cpu"), torch.float32) / flops
-
-
-def shape(hidden_size: int, ffn_hidden_size: int, num_heads: int) -> Shape:
-    """A Nemotron of 12 layers."""
-    return Shape(
-        architecture="nemotron",
-        num_layers=12,
-        hidden_size=hidden_size,
-        ffn_hidden_size=ffn_hidden_size,
-        num_attention_heads=num_heads,
-        num_query_groups=num_heads // 2,
-        kv_channels=64,
-        vocab_size=VOCAB,
-    )
+    """Tokens per second that the matrix products of benchmarks/step.py alone allow on all cores."""
+    flops = training_flops_per_token(STUDENT, SEQ_LENGTH) + forward_flops_per_token(TEACHER, SEQ_LENGTH)
+    return gemm_gflops() * 1e9 / flops
 
 
 def throughput(folder: Path, documents: list[str], tokenizer: Any, budget_s: float) -> list[Row]:

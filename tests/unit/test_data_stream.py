@@ -3,10 +3,14 @@
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -53,7 +57,9 @@ def write_source(folder: Path, kind: str, documents: list[str], tokenizer) -> Da
         case "hub":
             path = folder / "repository"
             path.mkdir()
-            (path / "train-0.jsonl").write_bytes(lines)
+            shards = lines.splitlines(keepends=True)
+            for number in range(3):
+                (path / f"train-{number}.jsonl").write_bytes(b"".join(shards[number::3]))
             source = SourceConfig(path=str(path), kind=SourceKind.hub)
             return DataConfig(sources={"hub": source}, num_workers=0, cache_dir=str(folder / "cache"))
         case "jsonl.gz":
@@ -120,6 +126,32 @@ def test_workers_change_nothing(tmp_path, tokenizer):
         stream.close()
         assert [process.poll() for process in processes] == [0] * num_workers
     assert digests[0] == digests[1] == digests[2]
+
+
+def test_workers_end_with_a_killed_process(tmp_path, tokenizer):
+    """After kill -9 of the training process no tokenising process is left behind."""
+    data = write_source(tmp_path, "jsonl", texts(600), tokenizer)
+    code = (
+        "import sys, time; from minitron_train.config import DataConfig; from minitron_train.data import tokenizer;"
+        "from minitron_train.data.stream import TokenStream;"
+        "data = DataConfig(path=sys.argv[1], num_workers=2);"
+        "stream = TokenStream(data, tokenizer.load(sys.argv[2]), seq_length=64, seed=1); stream.next_batch(4);"
+        "print(*[worker.process.pid for worker in stream.feed.pool.workers], flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(data.path), tokenizer.name_or_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    for worker in workers:
+        for _ in range(200):
+            if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail(f"worker {worker.pid} still runs")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "bin"])
