@@ -13,8 +13,6 @@ import torch
 from minitron_train.console import PLAIN_INTERVAL_S, say
 from minitron_train.files import atomic_write_text
 
-GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
-
 Row = dict[str, Any]
 
 
@@ -77,20 +75,6 @@ class Speedometer:
         rate = self.tokens / max(self.seconds, 1e-9)
         self.tokens, self.seconds = 0, 0.0
         return {"tokens_per_second": rate, "model_flops_utilisation": rate * self.flops_per_token / self.peak}
-
-
-def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of a square matrix product in this process now; what utilisation is measured against."""
-    size = GEMM_SIZE[device.type]
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    best_s = math.inf
-    for _ in range(4):
-        start_s = time.perf_counter()
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return 2 * size**3 / best_s
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,6 +1,9 @@
 """One run's numbers, gathered on rank 0 and given to metrics.jsonl, Weights & Biases and the console."""
 
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from minitron_train.parallel.groups import Groups
 from minitron_train.train.metrics import Console, MetricsFile, Row, Speedometer, peak_memory_bytes
@@ -15,9 +18,10 @@ class Reporter:
         groups: Groups,
         speed: Speedometer,
         every_steps: int,
-        sinks: tuple[MetricsFile, Tracker, Console] | None,
+        tracker: Tracker | None = None,
+        sinks: tuple[MetricsFile | Tracker | Console, ...] = (),
     ) -> None:
-        self.groups, self.speed, self.every_steps, self.sinks = groups, speed, every_steps, sinks
+        self.groups, self.speed, self.every_steps, self.tracker, self.sinks = groups, speed, every_steps, tracker, sinks
         self.sources: Counter[str] = Counter()
 
     def resume_clock(self) -> None:
@@ -38,10 +42,16 @@ class Reporter:
         shares = {f"source.{name}": count / total for name, count in sorted(self.sources.items())}
         memory = {"peak_memory_bytes": peak_memory_bytes(self.groups.device)}
         line = {"step": step, **row, **self.speed.read(), **memory, **shares}
-        for sink in self.sinks or ():
+        for sink in self.sinks:
             sink.write(line)
+
+    def record(self, folders: Mapping[str, Path], *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
+        """Folders by kind, as artifacts of the tracked run."""
+        if self.tracker is not None:
+            for kind, folder in folders.items():
+                self.tracker.record(kind, folder, consumed=consumed, facts=facts)
 
     def close(self, *, failed: bool) -> None:
         """Close the files; no collectives."""
-        for sink in self.sinks or ():
+        for sink in self.sinks:
             sink.close(failed=failed)

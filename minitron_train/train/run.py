@@ -1,66 +1,24 @@
 """One training run, from two Hugging Face folders to checkpoints and metrics."""
 
 import contextlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from minitron_train.arch import Shape, convert
-from minitron_train.arch.build import LanguageModel, build
-from minitron_train.config import Config, Recompute
+from minitron_train.config import Config
 from minitron_train.console import say
-from minitron_train.data import tokenizer as tokenizers
-from minitron_train.data.stream import TokenStream, validation_tokens
-from minitron_train.distill.hidden import HiddenPairs
-from minitron_train.distill.loss_blocks import Chunking
-from minitron_train.distill.step import Objective, loss_spec
-from minitron_train.errors import UserError
 from minitron_train.files import atomic_write_json
-from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
+from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
-from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
-from minitron_train.train.checkpoint import Checkpoints
-from minitron_train.train.heartbeat import Heartbeat
+from minitron_train.stages import plain
+from minitron_train.train.assemble import assemble, check
 from minitron_train.train.loop import Hook, Trainer
-from minitron_train.train.metrics import Console, MetricsFile, Speedometer, gemm_flops_per_second
-from minitron_train.train.optim import DTYPES, Optimizer, student_arguments
+from minitron_train.train.metrics import Console, MetricsFile
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.state import RunState
 from minitron_train.train.tracking import Tracker
-from minitron_train.train.validation import Validation
 
 STOPPED = "stopped.json"  # in the run's folder after a signal: {"signal", "step", "num_steps"}; start again to go on
-RESUMABLE = {  # settings that a checkpoint belongs to, by section; the others may change between restarts
-    "train": (
-        "num_tokens",
-        "global_batch_size",
-        "seq_length",
-        "lr",
-        "min_lr",
-        "warmup_steps",
-        "schedule",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_eps",
-        "clip_grad",
-        "precision",
-    ),
-    "distill": (
-        "loss",
-        "temperature",
-        "temperature_squared",
-        "top_k",
-        "kd_weight",
-        "ce_weight",
-        "hidden_layers",
-        "hidden_loss",
-        "hidden_weight",
-    ),
-}
 
 
 def train(
@@ -93,188 +51,63 @@ def train(
     with contextlib.ExitStack() as stack:
         trainer = assemble(config, groups, Checkpoint(student), Checkpoint(teacher) if teacher else None, folder, stack)
         trainer.hooks = list(hooks)
-        if groups.is_first:
-            (folder / STOPPED).unlink(missing_ok=True)
         trainer.resume()
         first_step = trainer.state.step
-        trainer.reporter = open_reporter(config, trainer, folder, run_name or config.name)
-        try:
-            stopped = trainer.run()
-        except BaseException as error:  # no collectives from here on: another rank may be gone
-            trainer.reporter.close(failed=True)
-            if isinstance(error, RuntimeError) and groups.world_size > 1:
-                where = f"rank {groups.rank}, step {trainer.state.step + 1}"
-                raise RuntimeError(f"{where}: {trainer.heartbeat.explain()} ({error})") from error
-            raise
-        trainer.reporter.close(failed=False)
-        state = trainer.state
+        if groups.is_first:
+            (folder / STOPPED).unlink(missing_ok=True)
+            trainer.reporter = open_reporter(config, trainer, folder, run_name or config.name)
+            trainer.reporter.record({} if first_step else ancestors(student, teacher), consumed=True)
+        stopped = run_guarded(trainer)
         if stopped is not None:
-            mark = {"signal": stopped, "step": state.step, "num_steps": trainer.num_steps}
-            if groups.is_first:
-                atomic_write_json(folder / STOPPED, mark)
-            groups.barrier()
-            say(f"{stopped}: saved at step {state.step} of {trainer.num_steps}; start again to go on")
-            raise SystemExit(0)
-        return {
-            "steps": state.step,
-            "resumed_at_step": first_step,
-            "tokens": state.tokens,
-            "num_skipped": state.num_skipped,
-            "validation": state.validation,
-            "wandb_id": state.wandb_id,
-        }
-
-
-def check(config: Config, groups: Groups) -> None:
-    """Refuse batches that the ranks cannot share, before anything is read."""
-    train, rows = config.train, config.train.micro_batch_size * groups.dp_size
-    if train.global_batch_size % rows:
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
+            leave_mark(trainer, stopped, folder)
+        state = trainer.state
+        facts = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
+        facts |= {"num_skipped": state.num_skipped, "validation": state.validation, "wandb_id": state.wandb_id}
+        trainer.reporter.record(
+            {"student" if teacher else "teacher": folder / "checkpoints"}, consumed=False, facts=facts
         )
-    if config.distill.hidden_layers and train.recompute is Recompute.full:
-        raise UserError(
-            "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
-        )
-    if config.parallel.sequence_parallel and train.seq_length % groups.tp_size:
-        raise UserError(
-            f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
-            f"{groups.tp_size} with parallel.sequence_parallel; change one of them"
-        )
+        trainer.reporter.close(failed=False)
+        groups.barrier()
+        return facts
 
 
-def assemble(
-    config: Config,
-    groups: Groups,
-    student_files: Checkpoint,
-    teacher_files: Checkpoint | None,
-    folder: Path,
-    stack: contextlib.ExitStack,
-) -> Trainer:
-    """All parts of a run, in the state of step 0."""
-    train = config.train
-    tokenizer = tokenizers.load(student_files.folder)
-    tokenizers.check_tokenizer(tokenizer, student_files.shape.vocab_size)
-    stream = TokenStream(
-        config.data,
-        tokenizer,
-        seq_length=train.seq_length,
-        seed=config.seed,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        total_tokens=train.num_tokens,
-    )
-    stack.callback(stream.close)
-    student = load_model(student_files, config, groups, **student_arguments(train))
-    teacher = None
-    if teacher_files is not None:
-        teacher = load_model(
-            teacher_files, config, groups, dtype=DTYPES[config.distill.teacher_precision or train.precision]
-        )
-        teacher.requires_grad_(False).eval()
-    hidden = None
-    if teacher is not None and config.distill.hidden_layers:
-        hidden = HiddenPairs.attach(config.distill, student, teacher, config.seed)
-    optimizer = Optimizer(student, train)
-    objective = Objective(
-        student=optimizer.model,
-        teacher=teacher,
-        spec=loss_spec(config.distill, teacher is not None),
-        groups=groups,
-        chunking=Chunking(
-            memory_budget_u=config.distill.memory_budget_u,
-            vocab_tile=config.distill.vocab_tile,
-            token_chunk=config.distill.token_chunk,
-        ),
-        hidden=hidden,
-        vocab_size=real_vocab_size(student_files.shape, teacher_files.shape if teacher_files else None, len(tokenizer)),
-    )
-    validation = Validation(
-        validation_tokens(config.data, tokenizer, train.seq_length, config.seed),
-        objective,
-        train.micro_batch_size,
-        groups,
-    )
-    checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint, groups, belongs_to(config, student_files, teacher_files)
-    )
-    if groups.is_first:
-        put_model_files(folder / "checkpoints" / "model", student_files)
-    return Trainer(
-        config=config,
-        groups=groups,
-        student=student,
-        objective=objective,
-        optimizer=optimizer,
-        stream=stream,
-        validation=validation,
-        checkpoints=checkpoints,
-        reporter=Reporter(
-            groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps, None
-        ),
-        state=RunState(),
-        heartbeat=stack.enter_context(Heartbeat(groups)),
-    )
+def run_guarded(trainer: Trainer) -> str | None:
+    """The loop; on a failure the reports are closed, and a lost rank is named, without collectives."""
+    try:
+        return trainer.run()
+    except BaseException as error:
+        trainer.reporter.close(failed=True)
+        if isinstance(error, RuntimeError) and trainer.groups.world_size > 1:
+            where = f"rank {trainer.groups.rank}, step {trainer.state.step + 1}"
+            raise RuntimeError(f"{where}: {trainer.heartbeat.explain()} ({error})") from error
+        raise
 
 
-def load_model(files: Checkpoint, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
-    """This rank's part of a Hugging Face folder's model."""
-    model = build(files.shape, tp=groups.tp_size, sequence_parallel=config.parallel.sequence_parallel, **arguments)
-    convert.load(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
-    return model
-
-
-def real_vocab_size(student: Shape, teacher: Shape | None, tokenizer_size: int) -> int | None:
-    """Output rows that are no padding, needed when the models are padded differently."""
-    return None if teacher is None or teacher.vocab_size == student.vocab_size else tokenizer_size
-
-
-def belongs_to(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:
-    """The settings that a checkpoint of this run must have been made with, flat."""
-    values: dict[str, Any] = {"seed": config.seed}
-    for section, names in RESUMABLE.items():
-        for name in names if section == "train" or teacher else ():
-            value = getattr(getattr(config, section), name)
-            values[f"{section}.{name}"] = value.value if isinstance(value, Enum) else value
-    for label, files in (("student", student), ("teacher", teacher)):
-        if files is not None:
-            values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items()}
-    return values
-
-
-def put_model_files(target: Path, student: Checkpoint) -> None:
-    """What `export` needs besides weights: config.json and the tokenizer."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    atomic_write_json(target / "config.json", student_config(student.config, student.shape))
-    copy_tokenizer(student.folder, target)
-
-
-def speedometer(config: Config, groups: Groups, student: Checkpoint, teacher: Checkpoint | None) -> Speedometer:
-    """Model FLOPs: student forward and backward, teacher forward."""
-    length = config.train.seq_length
-    flops = training_flops_per_token(student.shape, length)
-    flops += forward_flops_per_token(teacher.shape, length) if teacher else 0
-    return Speedometer(flops, gemm_flops_per_second(groups.device, DTYPES[config.train.precision]), groups.world_size)
+def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
+    """End every rank with exit code 0, and say for whoever looks that the run is not over."""
+    trainer.reporter.close(failed=False)
+    if trainer.groups.is_first:
+        mark = {"signal": stopped, "step": trainer.state.step, "num_steps": trainer.num_steps}
+        atomic_write_json(folder / STOPPED, mark)
+    trainer.groups.barrier()
+    say(f"{stopped}: saved at step {trainer.state.step} of {trainer.num_steps}; start again to go on")
+    raise SystemExit(0)
 
 
 def open_reporter(config: Config, trainer: Trainer, folder: Path, run_name: str) -> Reporter:
-    """Metrics file, W&B and console of rank 0, going on after the resumed step."""
-    old, sinks = trainer.reporter, None
-    if trainer.groups.is_first:
-        state = trainer.state
-        tracker = Tracker(
-            config.tracking.wandb,
-            folder=folder,
-            name=run_name,
-            run_id=state.wandb_id,
-            config=trainer.checkpoints.belongs_to,
-        )
-        state.wandb_id = tracker.run_id
-        sinks = (
-            MetricsFile(folder / "metrics.jsonl", state.step),
-            tracker,
-            Console(run_name, state.step, trainer.num_steps),
-        )
-    return Reporter(trainer.groups, old.speed, old.every_steps, sinks)
+    """Metrics file, W&B and console, going on after the resumed step; for rank 0."""
+    state, measured = trainer.state, trainer.reporter
+    tracker = Tracker(
+        config.tracking.wandb, folder=folder, name=run_name, run_id=state.wandb_id, config=plain(asdict(config))
+    )
+    state.wandb_id = tracker.run_id
+    file, console = MetricsFile(folder / "metrics.jsonl", state.step), Console(run_name, state.step, trainer.num_steps)
+    return Reporter(trainer.groups, measured.speed, measured.every_steps, tracker, (file, tracker, console))
+
+
+def ancestors(student: Path, teacher: Path | None) -> dict[str, Path]:
+    """Folders that a distilled student comes from, by kind: teacher -> scores -> pruned."""
+    if teacher is None:
+        return {}
+    chain = {"teacher": teacher, "scores": student.parent / "scores", "pruned": student}
+    return {kind: folder for kind, folder in chain.items() if folder.exists()}

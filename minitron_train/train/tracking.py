@@ -1,5 +1,6 @@
 """Weights & Biases: the same numbers as metrics.jsonl, one run across restarts, and the line of descent as artifacts."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ class Tracker:
         self, settings: WandbConfig, *, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]
     ) -> None:
         self.run: Any = None
-        self.run_id = run_id
+        self.run_id, self.name = run_id, settings.name or name
         mode = wandb_mode(settings.mode)
         if mode == "disabled":
             return
@@ -32,7 +33,7 @@ class Tracker:
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=settings.project,
-            name=settings.name or name,
+            name=self.name,
             id=run_id,
             resume="allow",
             dir=str(folder),
@@ -41,6 +42,28 @@ class Tracker:
             settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
         )
         self.run_id = self.run.id
+
+    def record(self, kind: str, folder: Path, *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
+        """One stage's folder as an artifact: a reference and its provenance, not its bytes.
+
+        The run has consumed it or made it; W&B links consumed ones online only, offline they are logged as they are.
+        """
+        if self.run is None:
+            return
+        import wandb
+
+        path = folder / "provenance.json"
+        provenance = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = {
+            key: provenance.get(key)
+            for key in ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")
+        }
+        artifact = wandb.Artifact(f"{self.name}-{kind}", type=kind, metadata={**known, **(facts or {})})
+        artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+        if consumed and not self.run.offline:
+            self.run.use_artifact(artifact)
+        else:
+            self.run.log_artifact(artifact)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One step's figures under their own names."""

@@ -1,0 +1,193 @@
+"""The parts of a training run, made from two Hugging Face folders and put together in the state of step 0."""
+
+import contextlib
+import shutil
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from minitron_train.arch import Shape, convert
+from minitron_train.arch.build import LanguageModel, build
+from minitron_train.config import Config, Recompute
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.distill.hidden import HiddenPairs
+from minitron_train.distill.loss_blocks import Chunking
+from minitron_train.distill.step import Objective, loss_spec
+from minitron_train.errors import UserError
+from minitron_train.files import atomic_write_json
+from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
+from minitron_train.parallel.groups import Groups
+from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
+from minitron_train.plan.hardware import gemm_flops
+from minitron_train.train.checkpoint import Checkpoints
+from minitron_train.train.export import MODEL
+from minitron_train.train.heartbeat import Heartbeat
+from minitron_train.train.loop import Trainer
+from minitron_train.train.metrics import Speedometer
+from minitron_train.train.optim import DTYPES, Optimizer, student_arguments
+from minitron_train.train.reporter import Reporter
+from minitron_train.train.state import RunState
+from minitron_train.train.validation import Validation
+
+RESUMABLE = {  # settings that a checkpoint belongs to, by section; the others may change between restarts
+    "train": (
+        "num_tokens",
+        "global_batch_size",
+        "seq_length",
+        "lr",
+        "min_lr",
+        "warmup_steps",
+        "schedule",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+        "clip_grad",
+        "precision",
+    ),
+    "distill": (
+        "loss",
+        "temperature",
+        "temperature_squared",
+        "top_k",
+        "kd_weight",
+        "ce_weight",
+        "hidden_layers",
+        "hidden_loss",
+        "hidden_weight",
+    ),
+}
+
+
+def check(config: Config, groups: Groups) -> None:
+    """Refuse batches that the ranks cannot share, before anything is read."""
+    train, rows = config.train, config.train.micro_batch_size * groups.dp_size
+    if train.global_batch_size % rows:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
+        )
+    if config.distill.hidden_layers and train.recompute is Recompute.full:
+        raise UserError(
+            "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
+        )
+    if config.parallel.sequence_parallel and train.seq_length % groups.tp_size:
+        raise UserError(
+            f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
+            f"{groups.tp_size} with parallel.sequence_parallel; change one of them"
+        )
+
+
+def assemble(
+    config: Config,
+    groups: Groups,
+    student_files: Checkpoint,
+    teacher_files: Checkpoint | None,
+    folder: Path,
+    stack: contextlib.ExitStack,
+) -> Trainer:
+    """All parts of a run, in the state of step 0."""
+    train = config.train
+    tokenizer = tokenizers.load(student_files.folder)
+    tokenizers.check_tokenizer(tokenizer, student_files.shape.vocab_size)
+    stream = TokenStream(
+        config.data,
+        tokenizer,
+        seq_length=train.seq_length,
+        seed=config.seed,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        total_tokens=train.num_tokens,
+    )
+    stack.callback(stream.close)
+    student = load_model(student_files, config, groups, **student_arguments(train))
+    teacher = None
+    if teacher_files is not None:
+        teacher = load_model(
+            teacher_files, config, groups, dtype=DTYPES[config.distill.teacher_precision or train.precision]
+        )
+        teacher.requires_grad_(False).eval()
+    hidden = None
+    if teacher is not None and config.distill.hidden_layers:
+        hidden = HiddenPairs.attach(config.distill, student, teacher, config.seed)
+    optimizer = Optimizer(student, train)
+    objective = Objective(
+        student=optimizer.model,
+        teacher=teacher,
+        spec=loss_spec(config.distill, teacher is not None),
+        groups=groups,
+        chunking=Chunking(
+            memory_budget_u=config.distill.memory_budget_u,
+            vocab_tile=config.distill.vocab_tile,
+            token_chunk=config.distill.token_chunk,
+        ),
+        hidden=hidden,
+        vocab_size=real_vocab_size(student_files.shape, teacher_files.shape if teacher_files else None, len(tokenizer)),
+    )
+    validation = Validation(
+        validation_tokens(config.data, tokenizer, train.seq_length, config.seed),
+        objective,
+        train.micro_batch_size,
+        groups,
+    )
+    checkpoints = Checkpoints(
+        folder / "checkpoints", config.checkpoint, groups, belongs_to(config, student_files, teacher_files)
+    )
+    if groups.is_first:
+        put_model_files(folder / "checkpoints" / MODEL, student_files)
+    return Trainer(
+        config=config,
+        groups=groups,
+        student=student,
+        objective=objective,
+        optimizer=optimizer,
+        stream=stream,
+        validation=validation,
+        checkpoints=checkpoints,
+        reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
+        state=RunState(),
+        heartbeat=stack.enter_context(Heartbeat(groups)),
+    )
+
+
+def load_model(files: Checkpoint, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
+    """This rank's part of a Hugging Face folder's model."""
+    model = build(files.shape, tp=groups.tp_size, sequence_parallel=config.parallel.sequence_parallel, **arguments)
+    convert.load(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
+    return model
+
+
+def real_vocab_size(student: Shape, teacher: Shape | None, tokenizer_size: int) -> int | None:
+    """Output rows that are no padding, needed when the models are padded differently."""
+    return None if teacher is None or teacher.vocab_size == student.vocab_size else tokenizer_size
+
+
+def belongs_to(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:
+    """The settings that a checkpoint of this run must have been made with, flat."""
+    values: dict[str, Any] = {"seed": config.seed}
+    for section, names in RESUMABLE.items():
+        for name in names if section == "train" or teacher else ():
+            value = getattr(getattr(config, section), name)
+            values[f"{section}.{name}"] = value.value if isinstance(value, Enum) else value
+    for label, files in (("student", student), ("teacher", teacher)):
+        if files is not None:
+            values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items()}
+    return values
+
+
+def put_model_files(target: Path, student: Checkpoint) -> None:
+    """What `export` needs besides weights: config.json and the tokenizer."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    atomic_write_json(target / "config.json", student_config(student.config, student.shape))
+    copy_tokenizer(student.folder, target)
+
+
+def speedometer(config: Config, groups: Groups, student: Checkpoint, teacher: Checkpoint | None) -> Speedometer:
+    """Model FLOPs: student forward and backward, teacher forward."""
+    length = config.train.seq_length
+    flops = training_flops_per_token(student.shape, length)
+    flops += forward_flops_per_token(teacher.shape, length) if teacher else 0
+    return Speedometer(flops, gemm_flops(config.train.precision, groups.device.type == "cuda"), groups.world_size)
