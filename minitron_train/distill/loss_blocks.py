@@ -85,7 +85,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> 
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
     elif add:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+        out.add_(torch.mm(left, right, out_dtype=out.dtype))
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 

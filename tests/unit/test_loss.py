@@ -1,6 +1,7 @@
 """The fused loss against full logits in float64: every kind, every way of splitting the work, masks, padding, refusals."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,14 @@ from minitron_train.errors import UserError
 from tests.loss_reference import Case, make_case, reference, relative_error, row_losses, spec_name, specs
 
 CE_ONLY = LossSpec(kd_weight=0, ce_weight=1)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """The loss works in buffers that start uninitialised: torch fills them with NaN in its deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def run(case: Case, spec: LossSpec, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
