@@ -11,11 +11,13 @@ root. What was learnt about it:
 - A requeued job waits for cred_expire (120 s by default).
 """
 
+import contextlib
 import functools
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -25,9 +27,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv")
 NUM_NODES, NUM_CPUS, NUM_GPUS = 3, 8, 8  # of every node; what the scripts ask for, not what this machine has
-FIRST_PORT = 26817
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 SLURM_CONF = """\
@@ -61,7 +62,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=60
 OverTimeLimit=0
 MinJobAge=3600
 SlurmctldTimeout=60
@@ -137,13 +138,14 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         nodes = [f"n{node}" for node in range(1, NUM_NODES + 1)]
+        own_port, *ports = free_ports(1 + NUM_NODES)
         lines = [
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={FIRST_PORT + 1 + k} CPUs={NUM_CPUS} RealMemory=16000 "
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs={NUM_CPUS} RealMemory=16000 "
             f"Gres=gpu:{NUM_GPUS} State=UNKNOWN"
-            for k, name in enumerate(nodes)
+            for name, port in zip(nodes, ports, strict=True)
         ]
         host = os.uname().nodename.split(".")[0]
-        text = SLURM_CONF.format(host=host, port=FIRST_PORT, folder=self.folder, nodes="\n".join(lines))
+        text = SLURM_CONF.format(host=host, port=own_port, folder=self.folder, nodes="\n".join(lines))
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "hosts").write_text(
             Path("/etc/hosts").read_text() + "".join(f"\n127.0.0.1 {name}" for name in nodes) + "\n"
@@ -155,8 +157,14 @@ class Cluster:
 
     def _start(self, *command: str) -> None:
         with (self.folder / "log" / f"start.{len(self.daemons)}").open("wb") as log:
+            # ended with this process, even by a kill that leaves no time for __exit__
             daemon = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, start_new_session=True
+                ("setpriv", "--pdeathsig", "TERM", *command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
             )
         self.daemons.append(daemon)
 
@@ -197,6 +205,15 @@ class Cluster:
             timeout_s=timeout_s,
             otherwise=lambda: str(self.show(job)),
         )
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def until(what: str, ready: Callable[[], T | None], *, timeout_s: float, otherwise: Callable[[], str] = str) -> T:
