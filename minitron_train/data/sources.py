@@ -124,31 +124,34 @@ def kind_of(path: Path) -> SourceKind | None:
 
 
 def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
-    """Files of a file name, folder (all below it in a known format) or glob, sorted; none is an error."""
+    """Files of a file name, a folder or a glob, sorted; none is an error. A .bin/.idx pair counts as its .idx file."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file()]
-        files = [
-            file for file in files if (kind_of(file) if kind is SourceKind.auto else kind_of(file) in (kind, None))
-        ]
+        files = files_below(path, kind)
     elif has_magic(pattern):
         files = [Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file()]  # noqa: PTH207
     else:
-        index = (
-            path
-            if path.suffix == ".idx"
-            else path.with_suffix(".idx")
-            if path.suffix == ".bin"
-            else Path(f"{path}.idx")
-        )
-        files = [file for file in (index, path) if file.is_file()][:1]  # Megatron names a pair by its prefix
-    pairs = [file for file in files if file.suffix == ".idx"]
-    files = [file for file in files if not (file.suffix == ".bin" and file.with_suffix(".idx") in pairs)]
+        files = [file for file in (path, Path(f"{path}.idx")) if file.is_file()]  # Megatron names a pair by its prefix
+    files = sorted({index_of(file) for file in files})
     if not files:
         raise UserError(f"{pattern}: no text file matches; give an existing file, folder or quoted glob")
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{pattern}: the corpus is empty (0 bytes in {len(files)} files); give one with text")
-    return sorted(files)
+    return files
+
+
+def files_below(folder: Path, kind: SourceKind) -> list[Path]:
+    """The files below a folder whose names tell the format; all of them where a format is set and no name tells it."""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    if kind is SourceKind.auto:
+        return [file for file in files if kind_of(file)]
+    return [file for file in files if kind_of(file) is kind] or files
+
+
+def index_of(path: Path) -> Path:
+    """The .idx beside a .bin file; any other file is itself."""
+    index = path.with_suffix(".idx")
+    return index if path.suffix == ".bin" and index.is_file() else path
 
 
 def describe(data: DataConfig) -> dict[str, Any]:

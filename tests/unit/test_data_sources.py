@@ -13,7 +13,7 @@ import pytest
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data import lines
 from minitron_train.data import tokenizer as tokenizers
-from minitron_train.data.sources import describe, parts
+from minitron_train.data.sources import describe, matching_files, parts
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.data.units import Split
 from minitron_train.errors import UserError
@@ -83,6 +83,20 @@ def test_files_folders_globs(tmp_path):
     assert read_all(DataConfig(path=f"{tmp_path}/b.jsonl")) == ["b.jsonl"]
 
 
+def test_pairs_and_set_kinds(tmp_path):
+    """A .bin/.idx pair is found by prefix, by either file, by glob and by folder; a set kind overrules file names."""
+    for name in ("a.b.idx", "a.b.bin", "c.idx", "c.bin", "log", ".hidden.txt"):
+        write(tmp_path, name, b"x")
+
+    def names(pattern: str, kind: SourceKind = SourceKind.auto) -> list[str]:
+        return [file.name for file in matching_files(f"{tmp_path}/{pattern}", kind)]
+
+    assert names("a.b") == names("a.b.bin") == names("a.b.idx") == names("a*.bin") == ["a.b.idx"]
+    assert names("") == names("", SourceKind.bin) == names("*.*") == ["a.b.idx", "c.idx"]
+    write(tmp_path / "plain", "log", b"x")
+    assert names("plain", SourceKind.text) == ["log"]
+
+
 def test_processes_share_one_copy(tmp_path):
     """Three processes open the same compressed file at once: all read the same, one copy and no scrap is left."""
     path = tmp_path / "a.jsonl.gz"
@@ -114,6 +128,7 @@ def test_missing_parts_are_named_together(tmp_path):
 
 
 def write(folder: Path, name: str, content: bytes) -> str:
+    folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     return str(folder / name)
 
