@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from minitron_train.config import HiddenLossKind
 from minitron_train.distill.intermediate import (
-    HiddenLossKind,
     HiddenProjection,
     dynamic_weight,
     hidden_loss,
