@@ -173,7 +173,7 @@ class CalibrationConfig:
     seq_length: int = opt(512, "tokens per sequence")
     micro_batch_size: int = opt(8, "sequences per forward pass")
     chunk_tokens: int = opt(131072, "tokens whose activations are held at once; bounds memory")
-    streamed: bool = opt(False, "hold one layer's weights at a time: teachers larger than memory")
+    streamed: bool | None = opt(None, "hold one layer's weights at a time; default: when all take over half the free memory")
 
     def validate(self) -> None:
         """Positive counts."""
@@ -402,7 +402,7 @@ class EvalConfig:
     """Tasks and how much of them."""
 
     preset: str = opt("default", "name of this preset; goes into provenance")
-    model: str | None = opt(None, "teacher, pruned, student, or any Hugging Face folder; default: all there are")
+    model: str | None = opt(None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all")
     label: str | None = opt(None, "name of the result file; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
     limit: int | None = opt(None, "rows of every task (MMLU: of every subject), a random subset by eval.seed; default: limits")

@@ -211,6 +211,7 @@ def student_config(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype |
     table = architecture(shape.architecture)
     changed = dict(config) | {key: getattr(shape, field) for field, key in table.config_keys.items()}
     changed["architectures"] = [table.hf_class]
+    changed.pop("layer_types", None)  # one entry per layer; without sliding windows its default is right
     if dtype is not None:
         changed.pop("torch_dtype", None)
         changed["dtype"] = str(dtype).removeprefix("torch.")

@@ -43,12 +43,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def save_tiny(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a random model of one family; every parameter is random, norms included."""
-    config = {**COMMON, **FAMILIES[name], **changes}
+    return save_random({**COMMON, **FAMILIES[name], **changes}, folder, seed)
+
+
+def save_random(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
+    """Write a random model of any transformers config; norms and biases are random too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(torch.float32).save_pretrained(folder)
     return folder

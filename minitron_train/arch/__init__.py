@@ -1,12 +1,14 @@
 """Model families as tables. Adding one is adding a table here."""
 
 from minitron_train.arch.llama import LLAMA
+from minitron_train.arch.mistral import MISTRAL
 from minitron_train.arch.nemotron import NEMOTRON
+from minitron_train.arch.qwen import QWEN2, QWEN3
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import Architecture, Row
 from minitron_train.errors import UserError
 
-ARCHITECTURES = {table.name: table for table in (NEMOTRON, LLAMA)}
+ARCHITECTURES = {table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def architecture(name: str) -> Architecture:

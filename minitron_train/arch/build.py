@@ -188,7 +188,7 @@ def build(
         extra: further TransformerConfig arguments, like recompute_granularity.
     """
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
-    spec = layer_spec()
+    spec = layer_spec(config.qk_layernorm)
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=Norm)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:

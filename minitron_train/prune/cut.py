@@ -17,6 +17,7 @@ from minitron_train.prune.layers import Layers
 from minitron_train.prune.score import measure
 from minitron_train.prune.scores import Scores
 from minitron_train.prune.select import Keep, check_target, select
+from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced, slice_checkpoint
 
 
@@ -103,7 +104,7 @@ def repaired_tensors(
     sequences_NS = tokens.flatten(0, 1)
     used = max(groups.world_size, config.calibration.chunk_tokens // sequences_NS.shape[1])
     whole = whole_layers(groups)
-    before = Layers(teacher.table, teacher.shape, teacher, whole, resident=False)
+    before = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)
     repair = Repair(before, after, keep, config.prune, sequences_NS[:used], config.calibration.micro_batch_size)
     return repair.tensors()

@@ -196,9 +196,10 @@ class Repair:
 
     def _fit(self, linear: torch.nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Fit one linear to (input, wanted output) of all micro-batches."""
-        weight = linear.get_parameter("weight")
+        weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
         squares = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
         for streams, (x, y) in zip(self.streams, pairs, strict=True):
+            y = y if bias is None else y - bias
             squares.add(x[streams.mask], y[streams.mask], streams.weight())
         weight.copy_(squares.solve(weight, self.prune.ridge))
 
@@ -222,7 +223,7 @@ class Repair:
         gamma = norm.weight + norm.offset
         norm.weight.copy_(gamma * stretch - norm.offset)
         if norm.bias is not None:
-            norm.bias.copy_(norm.bias + gamma * shift)
+            norm.get_parameter("bias").add_(gamma * shift)
 
     def _last(self) -> Iterator[tuple[str, Tensor]]:
         """The last norm and, where embeddings are not tied, the output layer."""

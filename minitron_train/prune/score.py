@@ -3,15 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor
 
 from minitron_train import hf
+from minitron_train.arch import architecture
+from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune import scores
 from minitron_train.prune.collect import Statistics, check_finite, collect, merge_ranks
 from minitron_train.prune.layers import Layers
+from minitron_train.prune.shards import RowReader
 
 
 def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Tensor, folder: Path) -> dict[str, Any]:
@@ -30,14 +35,15 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     teacher.shape.check_parallel(groups.tp_size, "teacher")
     sequences_NS = tokens.flatten(0, 1)
     check_tokens(sequences_NS, teacher, groups.dp_size)
-    layers = Layers(teacher.table, teacher.shape, teacher, groups, resident=not calibration.streamed)
+    streamed = calibration.streamed if calibration.streamed is not None else not fits(teacher.shape, groups)
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=not streamed)
     statistics = measure(layers, tokens, calibration)
     check_finite(statistics, str(teacher.folder))
     facts = {
         "samples": len(sequences_NS),
         "tokens": statistics.num_tokens,
         "teacher": hf.fingerprint(teacher.folder),
-        "streamed": calibration.streamed,
+        "streamed": streamed,
     }
     if groups.is_first:
         scores.write(folder / scores.FILE, statistics, teacher.shape, config.prune, {"teacher": facts["teacher"]})
@@ -53,6 +59,17 @@ def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig) -> S
     statistics = merge_ranks(collect(layers, mine_NS, **sizes), groups)
     statistics.num_batches = len(tokens)
     return statistics
+
+
+def fits(shape: Shape, groups: Groups) -> bool:
+    """Whether all layers in fp32 take at most half of the memory that is free on every rank's device."""
+    counts = architecture(shape.architecture).parameters(shape)
+    needed = 4 * sum(counts[part] for part in ("attention", "mlp", "norms")) / groups.tp_size
+    if groups.device.type == "cuda":
+        free = torch.cuda.mem_get_info(groups.device)[0]
+    else:
+        free = psutil.virtual_memory().available / groups.world_size
+    return not groups.any(needed > free / 2)
 
 
 def check_tokens(sequences_NS: Tensor, teacher: hf.Checkpoint, num_parts: int) -> None:

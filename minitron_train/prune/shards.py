@@ -8,18 +8,22 @@ room is noticed at the start.
 import json
 import os
 import struct
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.files import disk_errors
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ALIGNMENT = 4096  # of the data in a written file
 
 
@@ -33,24 +37,33 @@ class Place:
 
 
 class RowReader:
-    """Rows of the tensors of a Hugging Face folder, as bytes."""
+    """The tensors of a Hugging Face folder, by rows: a Source (see arch.convert) that leaves nothing behind in memory."""
 
     def __init__(self, checkpoint: hf.Checkpoint) -> None:
+        self.checkpoint = checkpoint
         self.places: dict[str, Place] = {}
-        self.files: list[int] = []
+        files: list[int] = []
+        weakref.finalize(self, close_all, files)
         for path in sorted(set(checkpoint.files.values())):
             file = os.open(path, os.O_RDONLY)
-            self.files.append(file)
+            files.append(file)
             start = 8 + struct.unpack("<Q", os.pread(file, 8, 0))[0]
             for name, entry in hf.read_header(path).items():
                 row_bytes = prod(entry["shape"][1:]) * ITEM_BYTES[entry["dtype"]]
                 self.places[name] = Place(file, start + entry["data_offsets"][0], row_bytes)
 
-    def read(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
-        """Read `rows` (ascending) of tensor `name` into `out`, uint8 [rows, row_bytes]; neighbours in one go."""
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor, or its rows [start, stop) along `dim` (0 or 1)."""
+        size = self.checkpoint.sizes[name]
+        first, last = (start, size[0] if stop is None else stop) if dim == 0 else (0, size[0])
+        tensor = torch.empty(last - first, *size[1:], dtype=TORCH_DTYPES[self.checkpoint.dtypes[name]])
+        self.read_rows(name, np.arange(first, last), tensor.view(last - first, -1).view(torch.uint8).numpy())
+        return tensor[:, start:stop] if dim == 1 else tensor
+
+    def read_rows(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
+        """Read `rows` (ascending) of tensor `name` into `out`, uint8 [rows, row_bytes]; neighbours in one go. Thread-safe."""
         place = self.places[name]
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+        for first, last in runs(rows):
             view = memoryview(out[first:last].data).cast("B")
             offset = place.offset + int(rows[first]) * place.row_bytes
             while view:  # a single call reads at most 2 GiB and may be cut short
@@ -58,12 +71,17 @@ class RowReader:
                 assert count > 0, f"{name}: the file ends early"
                 view, offset = view[count:], offset + count
 
-    def __enter__(self) -> "RowReader":
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        for file in self.files:
-            os.close(file)
+def runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ends of the stretches of neighbours in ascending `rows`: [3, 4, 7] gives (0, 2), (2, 3)."""
+    breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+    return zip([0, *breaks], [*breaks, len(rows)], strict=True)
+
+
+def close_all(files: list[int]) -> None:
+    """Close file descriptors."""
+    for file in files:
+        os.close(file)
 
 
 class RowWriter:
@@ -127,8 +145,7 @@ class RowWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for file in self.files:
-            os.close(file)
+        close_all(self.files)
 
 
 def num_bytes(dtype: str, size: tuple[int, ...]) -> int:

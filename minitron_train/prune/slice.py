@@ -52,16 +52,16 @@ class Sliced:
     """The student as a view of its teacher: a Source (see arch.convert) that reads and cuts one tensor at a time."""
 
     def __init__(self, teacher: hf.Checkpoint, keep: Keep) -> None:
-        self.teacher, self.keep, self.origins = teacher, keep, origins(teacher, keep)
+        self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The student's tensor `name`, or its rows [start, stop) along `dim`."""
         origin = self.origins[name]
         kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
         if dim == 0 and kept[0] is None:  # rows that the student shares with the teacher: read only those
-            whole, kept, dim = self.teacher.read(origin.name, 0, start, stop), [None, *kept[1:]], None
+            whole, kept, dim = self.source.read(origin.name, 0, start, stop), [None, *kept[1:]], None
         else:
-            whole = self.teacher.read(origin.name)
+            whole = self.source.read(origin.name)
         tensor = whole
         for axis, index in enumerate(kept):
             tensor = tensor if index is None else tensor.index_select(axis, index)
@@ -121,7 +121,7 @@ def copy_block(block: Block, reader: RowReader, writer: RowWriter, dtype: str) -
     """Read, cut, write."""
     item = {8: np.uint64, 4: np.uint32, 2: np.uint16}[ITEM_BYTES[dtype]]  # bits are moved, never interpreted
     raw = np.empty((len(block.rows), reader.places[block.origin.name].row_bytes), np.uint8)
-    reader.read(block.origin.name, block.rows, raw)
+    reader.read_rows(block.origin.name, block.rows, raw)
     values = raw.view(item)
     if block.columns is not None:
         cut = np.empty((len(values), len(block.columns)), item)
@@ -143,11 +143,12 @@ def slice_checkpoint(
     found = origins(teacher, keep)
     sizes = teacher.table.tensors(student)
     layout = {name: (teacher.dtypes[origin.name], sizes[name]) for name, origin in found.items()}
-    with RowReader(teacher) as reader, RowWriter(folder, layout) as writer:
+    reader = RowReader(teacher)
+    with RowWriter(folder, layout) as writer:
         for name, tensor in replaced:
             origin = found.pop(name)
             assert tensor.shape == sizes[name], f"{name}: {tuple(tensor.shape)} repaired, {sizes[name]} planned"
-            like = teacher.read(origin.name, 0, 0, 1)
+            like = reader.read(origin.name, 0, 0, 1)
             writer.write(name, 0, tensor.to("cpu", like.dtype).contiguous().view(torch.uint8).numpy())
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             jobs = blocks(teacher, keep, found)
