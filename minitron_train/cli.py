@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import types
@@ -84,6 +85,7 @@ def run(argv: list[str], world: World) -> None:
     typed = ["python", "-m", "minitron_train", name, *arguments]
 
     mistakes: list[UserError] = []
+    here = os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(home() / "conf"), config_name="config")
     def composed(config: DictConfig) -> None:
@@ -92,6 +94,8 @@ def run(argv: list[str], world: World) -> None:
         try:
             commands.execute(name, to_config(config), typed, world)
         except UserError as error:  # kept from Hydra, which would print lines of its own
+            if os.getpid() != here:  # a job of a sweep's launcher: the list would not come back
+                raise
             mistakes.append(error)
 
     try:
