@@ -169,12 +169,14 @@ def evaluate(ws: Workspace) -> None:
         say(compare_table(ws.eval_folder, ws.config.eval.compare))
         return
     stages = {"teacher": ws.teacher_folder, "pruned": ws.pruned_folder, "student": ws.student_folder}
+    named = stages | {"checkpoint": ws.folder / "train"}
     asked = ws.config.eval.model
     if asked:
-        label = ws.config.eval.label or (asked if asked in stages else Path(asked).name)
-        models = {label: stages.get(asked, Path(asked))}
+        label = ws.config.eval.label or (asked if asked in named else Path(asked).name)
+        models = {label: named.get(asked, Path(asked))}
         if not models[label].exists():
-            raise UserError(f"eval.model={asked}: no folder {models[label]}; give teacher, pruned, student or a folder")
+            choices = "teacher, pruned, student, checkpoint or a folder"
+            raise UserError(f"eval.model={asked}: no folder {models[label]}; give {choices}")
     else:
         models = {label: folder for label, folder in stages.items() if folder.exists()}
         if not models:
@@ -195,12 +197,16 @@ def model_card(ws: Workspace) -> None:
 def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     """One model -> eval/LABEL.json."""
     from minitron_train.data.stream import validation_tokens
+    from minitron_train.evaluation.local_data import listing
     from minitron_train.evaluation.run import evaluate as measure
+    from minitron_train.evaluation.source import open_origin
 
     config, data = ws.config, data_inputs(ws)
     names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "allow_code_execution")
     settings = {"eval": subset(config.eval, *names), "seed": config.seed}
-    inputs = {"model": ws.fingerprint(model)} | data
+    exists = model.exists() and ws.world.is_first
+    inputs = {"model": ws.share(open_origin(model).identity if exists else "")} | data
+    inputs["evaluation data"] = ws.share(listing(ws.eval_data_folder) if ws.world.is_first else "")
     record = f"{label}.provenance.json"
     stage = Stage(
         name=f"eval {label}",
@@ -213,7 +219,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(open_origin(model).tokenizer)
         tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
         data_dir = ws.eval_data_folder if ws.eval_data_folder.exists() else None
         return measure(

@@ -304,6 +304,31 @@ class PruneConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SearchConfig:
+    """Which student shapes are tried (arXiv 2407.14679 §2.3, table 12). An empty list: the teacher's own value."""
+
+    budget: str = opt("parameters", "parameters, non_embedding_parameters or memory_gib (weights and KV cache)")
+    target: float | None = opt(None, "of the budget")
+    tolerance: float = opt(0.05, "allowed distance from the target, as a share of it")
+    num_layers: list[int] = opt(list, "tried")
+    num_attention_heads: list[int] = opt(list, "tried")
+    hidden_size: list[int] = opt(list, "tried")
+    ffn_expansion: list[float] = opt(list, "tried MLP sizes, as multiples of hidden_size; empty: the teacher's MLP size")
+    batch_size: int = opt(1, "sequences in inference, for memory_gib")
+    context: int = opt(4096, "tokens per sequence in inference, for memory_gib and FLOPs")
+    evaluate: bool = opt(False, "cut every candidate and measure its loss on the validation tokens")
+    retrain_tokens: int = opt(0, "then distil every candidate for so many tokens and rank by that (the paper: 1.8 B)")
+
+    def validate(self) -> None:
+        """Names, positive numbers."""
+        budgets = ("parameters", "non_embedding_parameters", "memory_gib")
+        require(self.budget in budgets, "search.budget", self.budget, f"one of {', '.join(budgets)}", "choose one")
+        require_positive(self, "search", "target", "batch_size", "context")
+        require(0 <= self.tolerance < 1, "search.tolerance", self.tolerance, "at least 0 and below 1", "0.05 is ±5 %")
+        require(self.retrain_tokens >= 0, "search.retrain_tokens", self.retrain_tokens, "must not be negative", "0 is none")
+
+
+@dataclass(kw_only=True, slots=True)
 class DistillConfig:
     """The loss (arXiv 2407.14679 §3)."""
 
@@ -514,6 +539,7 @@ class Config:
     calibration: CalibrationConfig = opt(CalibrationConfig, "")
     data: DataConfig = opt(DataConfig, "")
     prune: PruneConfig = opt(PruneConfig, "")
+    search: SearchConfig = opt(SearchConfig, "")
     distill: DistillConfig = opt(DistillConfig, "")
     pretrain: PretrainConfig = opt(PretrainConfig, "")
     train: TrainConfig = opt(TrainConfig, "")

@@ -6,6 +6,7 @@ FOLDER is the task's name, or what TASKS says; SPLIT is train, dev, validation o
 """
 
 import gzip
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ def local_files(task: str, data_dir: Path) -> dict[str, Path]:
         if existing:
             found[split] = existing[0]
     return found
+
+
+def listing(data_dir: Path) -> str:
+    """A hash of the names and sizes of all files: changes when data come or go."""
+    files = sorted(path for path in data_dir.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(data_dir)} {path.stat().st_size}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_columns(task: str, files: dict[str, Path]) -> None:

@@ -1,20 +1,18 @@
 """One model, all its numbers: perplexity and lm-eval's tasks, written to one JSON file and one line per row."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitron_train.arch.build import LanguageModel, build
-from minitron_train.arch.convert import load
+from minitron_train.arch.build import LanguageModel
 from minitron_train.config import Config, EvalConfig
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.perplexity import perplexity
+from minitron_train.evaluation.source import open_origin
 from minitron_train.files import atomic_write_json, atomic_write_text
-from minitron_train.hf import Checkpoint, fingerprint
 from minitron_train.parallel.groups import Groups
 
 
@@ -28,12 +26,12 @@ def evaluate(
     data_dir: Path | None,
     validation_tokens: Tensor | None,
 ) -> dict[str, Any]:
-    """Evaluate a Hugging Face folder; write folder/LABEL.json and folder/LABEL.items.jsonl.
+    """Evaluate a Hugging Face folder or a training checkpoint; write folder/LABEL.json and folder/LABEL.items.jsonl.
 
     An interrupted evaluation goes on from folder/LABEL.partial.
 
     Args:
-        model: Hugging Face folder; loaded at the tensor-parallel size of `groups`.
+        model: Hugging Face folder, training checkpoint, or folder of a run (its newest checkpoint).
         data_dir: local evaluation data (see evaluation.local_data); what is not there comes from the hub, if any.
         validation_tokens: int64 [sequences, length + 1] for the perplexity; None leaves it out.
 
@@ -43,23 +41,22 @@ def evaluate(
     Raises:
         UserError: an unknown task, broken data or weights, a model that the tensor-parallel size does not divide.
     """
-    checkpoint = Checkpoint(model)
-    checkpoint.shape.check_parallel(groups.tp_size, label)
-    live = build(checkpoint.shape, tp=groups.tp_size)
-    load(live, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
+    origin = open_origin(model)
+    origin.shape.check_parallel(groups.tp_size, label)
+    live = origin.build(groups)
     report = {
         "label": label,
         "model": str(model),
-        "parameters": sum(math.prod(size) for size in checkpoint.table.tensors(checkpoint.shape).values()),
-        "bytes": sum(path.stat().st_size for path in set(checkpoint.files.values())),
+        "parameters": origin.num_parameters,
+        "bytes": origin.num_bytes,
         "perplexity": None,
     }
     if validation_tokens is not None:
         report["perplexity"] = perplexity(live, validation_tokens, groups, config.eval.batch_size)
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
-    journal = Journal(folder / f"{label}.partial", fingerprint(model), groups)
-    max_length = checkpoint.shape.max_position_embeddings
-    results, items = run_tasks(live, model, max_length, config.eval, groups, data_dir, journal)
+    journal = Journal(folder / f"{label}.partial", origin.identity, groups)
+    max_length = origin.shape.max_position_embeddings
+    results, items = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
     report |= results
     if groups.is_first:
         atomic_write_text(folder / f"{label}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))

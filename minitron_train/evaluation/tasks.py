@@ -146,8 +146,19 @@ def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
             (Path(folder) / f"{leaf}.yaml").write_text(text)
         paths = [entry.yaml_path.parent for entry in manager.task_index.values() if entry.yaml_path]
         manager = TaskManager(include_defaults=False, include_path=[*dict.fromkeys(paths), folder])
-        chosen.tasks = manager.load(runnable)
-    chosen.leaves = {name: leaves(manager, name) for name in runnable}
+        chosen.tasks = {"tasks": {}, "groups": {}, "group_map": {}}
+        for name in runnable:
+            try:
+                loaded = manager.load([name])
+            except (OSError, ValueError) as error:  # what `datasets` raises when the hub refuses or has no such set
+                if chosen.data[name]["source"] == "local":
+                    raise
+                chosen.not_run[name] = f"the hub gave no data: {str(error).splitlines()[0]}"
+                continue
+            for part, found in loaded.items():
+                chosen.tasks[part] |= found
+            chosen.leaves[name] = leaves(manager, name)
+    chosen.data = {name: data for name, data in chosen.data.items() if name in chosen.leaves}
     for name, members in chosen.leaves.items():
         for leaf in members:
             configure(chosen, name, leaf, evaluation)

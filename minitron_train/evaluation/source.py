@@ -1,0 +1,95 @@
+"""Where an evaluated model comes from: a Hugging Face folder, or a training checkpoint, which need not be exported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from minitron_train.arch import Architecture, Shape, architecture
+from minitron_train.arch.build import LanguageModel, build
+from minitron_train.arch.convert import Source, load, shards_to_parts
+from minitron_train.hf import Checkpoint, fingerprint, read_json, shape_from_config
+from minitron_train.parallel.groups import Groups
+from minitron_train.train import checkpoint_files
+from minitron_train.train.export import MODEL, SavedTensors, checkpoint_id, find_checkpoint, saved_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """A model that can be built, and what it is known by.
+
+    Attributes:
+        tokenizer: folder with the tokenizer and generation_config.json.
+        identity: changes when the weights change.
+        num_bytes: of the weights, as Hugging Face folders hold them.
+    """
+
+    shape: Shape
+    table: Architecture
+    source: Source
+    tokenizer: Path
+    identity: str
+    num_bytes: int
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters; tied weights count once."""
+        return sum(self.table.parameters(self.shape).values())
+
+    def build(self, groups: Groups) -> LanguageModel:
+        """The model in fp32, at the tensor-parallel size of `groups`; each rank reads its own part."""
+        model = build(self.shape, tp=groups.tp_size)
+        load(model, self.table, self.shape, self.source, groups.tp_rank, groups.tp_size)
+        return model
+
+
+class SavedSource:
+    """Hugging Face tensors out of a training checkpoint, one at a time."""
+
+    def __init__(self, path: Path, table: Architecture, shape: Shape) -> None:
+        self.saved, self.shape = SavedTensors(path), shape
+        self.rows = {
+            name.format(i=i): (row, i) for row in table.rows_of(shape) for i in row.layers(shape) for name in row.hf
+        }
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The tensor `name`, or its rows [start, stop) along `dim`."""
+        row, i = self.rows[name]
+        fused = self.saved.read(saved_name(row.mcore), i if row.per_layer else None)
+        parts = shards_to_parts(row, self.shape, [fused])
+        tensor = next(part for key, part in parts.items() if key.format(i=i) == name)
+        return (
+            tensor if dim is None else tensor.narrow(dim, start, (tensor.shape[dim] if stop is None else stop) - start)
+        )
+
+
+def is_training(path: Path) -> bool:
+    """Whether a path is a training checkpoint, or the folder of a run that has some."""
+    return (path / checkpoint_files.MANIFEST).exists() or (path / "checkpoints").is_dir()
+
+
+def open_origin(path: Path) -> Origin:
+    """Open what `eval.model` names; nothing but headers is read.
+
+    Raises:
+        UserError: neither a Hugging Face folder nor a training checkpoint, or a damaged one.
+    """
+    if not is_training(path):
+        checkpoint = Checkpoint(path)
+        return Origin(
+            shape=checkpoint.shape,
+            table=checkpoint.table,
+            source=checkpoint,
+            tokenizer=path,
+            identity=fingerprint(path),
+            num_bytes=sum(file.stat().st_size for file in set(checkpoint.files.values())),
+        )
+    saved = find_checkpoint(path)
+    model = saved.parent / MODEL
+    shape = shape_from_config(read_json(model / "config.json"), str(model / "config.json"))
+    table = architecture(shape.architecture)
+    source = SavedSource(saved, table, shape)
+    size = sum(table.parameters(shape).values()) * 4
+    return Origin(
+        shape=shape, table=table, source=source, tokenizer=model, identity=checkpoint_id(saved), num_bytes=size
+    )
