@@ -124,8 +124,8 @@ def plain_copy(teacher: hf.Checkpoint, keep: Keep, target: Path) -> tuple[int, i
 def sampled(names: list[str], num_layers: int) -> Iterator[str]:
     """Names of tensors that are compared: every kind, in the first and the last layer."""
     for name in names:
-        layer = name.split(".")[2]
-        if any(kind in name for kind in SAMPLE) and (not layer.isdigit() or int(layer) in (0, num_layers - 1)):
+        layers = [int(part) for part in name.split(".") if part.isdigit()]
+        if any(kind in name for kind in SAMPLE) and set(layers) <= {0, num_layers - 1}:
             yield name
 
 

@@ -1,0 +1,172 @@
+"""Student shapes that fit a budget, with their cost, and on demand their loss (arXiv 2407.14679 §2.3)."""
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_train.arch.shape import Shape
+from minitron_train.config import SearchConfig
+from minitron_train.console import say
+from minitron_train.errors import UserError
+from minitron_train.files import atomic_write_json
+from minitron_train.plan.counts import forward_flops_per_token, parameters
+
+if TYPE_CHECKING:
+    from minitron_train.workspace import Workspace
+
+INFERENCE_BYTES = 2  # of a weight and of a cached key or value: bf16
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One shape and what it costs."""
+
+    shape: Shape
+    parameters: int
+    non_embedding_parameters: int
+    memory_gib: float  # weights and KV cache in inference
+    flops_per_token: int  # forward
+    zero_shot_loss: float | None = None
+    retrained_loss: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder: layers, heads, MLP and hidden size."""
+        s = self.shape
+        return f"l{s.num_layers}-a{s.num_attention_heads}-f{s.ffn_hidden_size}-h{s.hidden_size}"
+
+    @property
+    def loss(self) -> float:
+        """What ranks it: after retraining where there was one, else zero-shot."""
+        known = [loss for loss in (self.retrained_loss, self.zero_shot_loss) if loss is not None]
+        return known[0] if known else math.inf
+
+    def row(self) -> dict[str, Any]:
+        """For search.json."""
+        sizes = ("num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
+        return {"name": self.name, **{size: getattr(self.shape, size) for size in sizes}, **values}
+
+
+def weigh(shape: Shape, search: SearchConfig) -> Candidate:
+    """A shape's cost."""
+    counts = parameters(shape)
+    cache = 2 * shape.num_layers * shape.axis_size("kv") * search.batch_size * search.context
+    return Candidate(
+        shape,
+        counts["parameters"],
+        counts["non_embedding_parameters"],
+        INFERENCE_BYTES * (counts["parameters"] + cache) / 2**30,
+        forward_flops_per_token(shape, search.context),
+    )
+
+
+def grid(search: SearchConfig, teacher: Shape) -> list[Candidate]:
+    """Every shape of the grid that the teacher can be cut to, largest first."""
+    axes = [
+        getattr(search, key) or [getattr(teacher, key)] for key in ("num_layers", "num_attention_heads", "hidden_size")
+    ]
+    found = []
+    for layers, heads, hidden, factor in itertools.product(*axes, search.ffn_expansion or [None]):
+        ffn = teacher.ffn_hidden_size if factor is None else round(factor * hidden)
+        sizes = {"num_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_hidden_size": ffn}
+        found.append(weigh(teacher.smaller(**sizes), search))
+    return sorted(found, key=lambda candidate: -candidate.parameters)
+
+
+def candidates(search: SearchConfig, teacher: Shape) -> list[Candidate]:
+    """The shapes of the grid within the budget, largest first.
+
+    Raises:
+        UserError: no target, or nothing fits it; the message names what comes nearest.
+    """
+    if search.target is None:
+        raise UserError(f"search.target is not set: a search needs the {search.budget} to aim at; set it, like 4.0e9")
+    every, target = grid(search, teacher), search.target
+    distance = {candidate.name: abs(getattr(candidate, search.budget) / target - 1) for candidate in every}
+    fitting = [candidate for candidate in every if distance[candidate.name] <= search.tolerance]
+    if not fitting:
+        nearest = min(every, key=lambda candidate: distance[candidate.name])
+        raise UserError(
+            f"search.target={target:g}: none of {len(every)} shapes has {search.budget} within ±{search.tolerance:.1%}; "
+            f"the nearest, {nearest.name}, has {getattr(nearest, search.budget):g}: change target, tolerance or the lists"
+        )
+    return fitting
+
+
+def table(found: list[Candidate]) -> str:
+    """For people."""
+    heads = f"{'candidate':26}{'parameters':>16}{'non-embedding':>16}{'memory GiB':>12}{'GFLOP/token':>13}"
+    lines = [f"{heads}{'loss':>9}{'retrained':>11}"]
+    for c in found:
+        losses = [f"{loss:.4f}" if loss is not None else "-" for loss in (c.zero_shot_loss, c.retrained_loss)]
+        lines.append(
+            f"{c.name:26}{c.parameters:>16,}{c.non_embedding_parameters:>16,}{c.memory_gib:>12.2f}"
+            f"{c.flops_per_token / 1e9:>13.2f}{losses[0]:>9}{losses[1]:>11}"
+        )
+    return "\n".join(lines)
+
+
+def search(ws: "Workspace") -> None:
+    """List the candidates; cut, measure and retrain them where search.evaluate and search.retrain_tokens ask for it.
+
+    Each candidate is a run of its own in OUTPUT_DIR/search/NAME, which a second search goes on with.
+    """
+    settings = ws.config.search
+    found = candidates(settings, ws.teacher_shape)
+    if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
+        from minitron_train.commands import score
+
+        score(ws)
+        for number, candidate in enumerate(found, start=1):
+            if ws.world.is_first:
+                say(f"search: {candidate.name} ({number} of {len(found)})")
+            try_out(ws, candidate)
+        found.sort(key=lambda candidate: candidate.loss)
+    if ws.world.is_first:
+        say(table(found))
+        if not ws.config.dry_run:
+            atomic_write_json(ws.folder / "search.json", {"candidates": [candidate.row() for candidate in found]})
+
+
+def try_out(ws: "Workspace", candidate: Candidate) -> None:
+    """Cut one candidate, measure its loss, retrain it a little: stages in its own folder, finished ones are kept."""
+    from minitron_train import commands
+    from minitron_train.workspace import Workspace
+
+    settings = ws.config.search
+    folder = ws.folder / "search" / candidate.name
+    sizes = {f.name: getattr(candidate.shape, f.name, None) for f in dataclasses.fields(ws.config.student)}
+    config = dataclasses.replace(
+        ws.config,
+        output_dir=str(folder),
+        student=dataclasses.replace(ws.config.student, **sizes | {"path": None}),
+        teacher=dataclasses.replace(ws.config.teacher, path=str(ws.teacher_folder)),
+        train=dataclasses.replace(ws.config.train, num_tokens=settings.retrain_tokens or ws.config.train.num_tokens),
+        eval=dataclasses.replace(ws.config.eval, tasks=[], training_tasks=[]),
+    )
+    child = Workspace(config, ws.invocation.command, ws.world, ws._stack)
+    child._groups = ws.groups
+    if ws.world.is_first:  # the scores are the same for all
+        shutil.copytree(ws.folder / "scores", folder / "scores", dirs_exist_ok=True)
+    ws.share(None)
+    commands.cut(child, candidate.shape)
+    commands.evaluate_one(child, "pruned", child.pruned_folder)
+    candidate.zero_shot_loss = ws.share(read_loss(child.eval_folder / "pruned.json") if ws.world.is_first else None)
+    if settings.retrain_tokens:
+        commands.distill(child)
+        commands.export(child)
+        commands.evaluate_one(child, "student", child.student_folder)
+        candidate.retrained_loss = ws.share(
+            read_loss(child.eval_folder / "student.json") if ws.world.is_first else None
+        )
+
+
+def read_loss(file: Path) -> float:
+    """The validation loss behind a perplexity."""
+    return math.log(json.loads(file.read_text())["perplexity"])

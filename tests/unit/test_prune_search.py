@@ -1,0 +1,70 @@
+"""The search's grid: the paper's candidate lists, budgets, refusals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minitron_train.arch.shape import Shape
+from minitron_train.config import SearchConfig
+from minitron_train.errors import UserError
+from minitron_train.prune.search import candidates, grid, table
+
+ROOT = Path(__file__).parents[2]
+TABLE_19 = {  # arXiv 2407.14679: layers, heads, MLP, hidden of the 15 candidates for 8B
+    *((32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096)),
+    *((31, 32, 12800, 5120), (31, 32, 16128, 4608), (31, 48, 13824, 4608), (31, 48, 16384, 4096)),
+    *((30, 32, 12800, 5120), (30, 32, 16128, 4608), (30, 48, 13824, 4608), (30, 48, 16384, 4096)),
+    *((29, 32, 12800, 5120), (29, 32, 16128, 4608), (29, 48, 13824, 4608)),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Shape:
+    model = yaml.safe_load((ROOT / "conf" / "model" / "nemotron4_15b.yaml").read_text())
+    return Shape(**{key: model[key] for key in model if key not in ("init_std", "layernorm_epsilon")})
+
+
+def settings(recipe: str) -> SearchConfig:
+    """The search section of a recipe, with what it inherits from 4b."""
+    sections = [yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["search"] for name in ("4b", recipe)]
+    merged = {key: float(value) if key == "target" else value for section in sections for key, value in section.items()}
+    return SearchConfig(**merged)
+
+
+def sizes(found) -> list[tuple[int, ...]]:
+    shapes = [candidate.shape for candidate in found]
+    return [(s.num_layers, s.num_attention_heads, s.ffn_hidden_size, s.hidden_size) for s in shapes]
+
+
+def test_4b_has_the_papers_18_candidates(teacher):
+    found = sizes(candidates(settings("4b"), teacher))
+    assert len(found) == 18
+    assert (32, 24, 9216, 3072) in found
+    assert len(grid(settings("4b"), teacher)) == 240
+
+
+def test_8b_gives_table_19(teacher):
+    found = candidates(settings("8b"), teacher)
+    assert set(sizes(found)) == TABLE_19
+    assert [round(found[k].parameters / 1e9, 4) for k in (-1, 0)] == [7.8712, 8.4941]
+    assert len(grid(settings("8b"), teacher)) == 160
+
+
+def test_memory_counts_weights_and_cache(teacher):
+    search = replace(settings("4b"), budget="memory_gib", target=8.0, batch_size=4, context=4096)
+    shape_bytes = {c.name: c.memory_gib for c in grid(search, teacher)}["l32-a24-f9216-h3072"] * 2**30
+    assert shape_bytes == pytest.approx(2 * 4_190_509_056 + 2 * 2 * 32 * 8 * 128 * 4 * 4096)
+    assert all(abs(c.memory_gib / 8.0 - 1) <= 0.05 for c in candidates(search, teacher))
+
+
+def test_refusals_name_the_remedy(teacher):
+    with pytest.raises(UserError, match=r"search\.target is not set"):
+        candidates(SearchConfig(), teacher)
+    with pytest.raises(UserError, match="the nearest, l29-a24-f6400-h2560, has"):
+        candidates(replace(settings("4b"), target=1e9), teacher)
+
+
+def test_the_table_has_a_line_per_candidate(teacher):
+    assert len(table(candidates(settings("4b"), teacher)).splitlines()) == 19
