@@ -39,7 +39,7 @@ print_environment() {
 on_stop() {
   stop_asked=$1
   log "SIG$1: passed on to all ranks"
-  scancel --signal="$1" "$SLURM_JOB_ID"
+  scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null || true # refused when Slurm is ending the job: it tells them itself
 }
 
 # Run a job step and set rc. It runs in the background, for bash runs traps only between commands and in `wait`.
