@@ -58,7 +58,7 @@ def main() -> None:
         documents = [
             text for path in corpus.modules() for part in corpus.PARTS for text in corpus.documents(path, part)
         ]
-        tokenizers.save(tokenizers.train_bpe(documents[::4], VOCAB), folder / "tokenizer")
+        tokenizers.save(tokenizers.train_bpe(documents[::4], VOCAB), folder / "tokenizer", max_length=1 << 20)
         tokenizer = tokenizers.load(folder / "tokenizer")
         trainer = trainer_tokens_per_second()
         rows = throughput(folder, documents, tokenizer, budget_s=1.5 if arguments.quick else 8.0)
