@@ -37,7 +37,7 @@ from minitron_train.train.run import train
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS, INTERVAL_STEPS = 40, 4
-LATEST_KILL_S = 4.0
+LATEST_KILL = 0.6  # of the seconds of a whole run
 COMPARED = ("step", "tokens", "loss", "kd_loss", "grad_norm", "lr", "eval.validation.kl", "eval.validation.perplexity")
 RESUMED = re.compile(r"resumed at step (\d+) of")
 
@@ -121,7 +121,7 @@ def measure(folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
         wanted = compared(folder / name)
     assert wanted is not None and len(wanted) == NUM_STEPS
     moments, run, attempts = random.Random(seed), folder / "run", []
-    latest_s = min(whole_s, LATEST_KILL_S)
+    latest_s = LATEST_KILL * whole_s
     print(f"untouched run: {whole_s:.1f} s; killing at random moments of up to {latest_s:.1f} s", flush=True)
     while sum(attempt.killed for attempt in attempts) < num_kills or attempts[-1].killed:
         enough = sum(attempt.killed for attempt in attempts) >= num_kills

@@ -33,8 +33,7 @@ class HiddenPairs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # the same on all ranks
             projection = HiddenProjection(student.config.hidden_size, teacher.config.hidden_size)
-        weight = student.decoder.layers[0].mlp.linear_fc2.weight
-        setattr(student, PROJECTION, projection.to(device=weight.device, dtype=weight.dtype))
+        setattr(student, PROJECTION, projection.to(student.output_weight))
         pairs = cls(settings, projection)
         for pair in settings.hidden_layers:
             for owner, model, name in zip(("student", "teacher"), (student, teacher), pair.split(":"), strict=True):

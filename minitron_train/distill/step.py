@@ -2,8 +2,10 @@
 
 # B sequences, S tokens of a sequence, N = S * B tokens, H hidden size (student's or teacher's)
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class StepLosses:
 class Objective:
     """What is minimised. `teacher` is frozen: no gradients, no optimizer state, its own dtype; None trains on labels alone."""
 
-    student: torch.nn.Module  # the LanguageModel in its DDP wrapper
+    student: DistributedDataParallel  # around the LanguageModel
     teacher: LanguageModel | None
     spec: LossSpec
     groups: Groups
@@ -71,6 +73,11 @@ class Objective:
         sums = torch.stack([value.detach().double() for value in (total, logits.kd_sum, logits.ce_sum, hidden)])
         return StepLosses(total, sums)
 
+    @property
+    def model(self) -> LanguageModel:
+        """The student without its wrapper."""
+        return cast(LanguageModel, self.student.module)
+
     def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
         """One forward pass of both models and the loss `spec` on their logits."""
         mask = attention_mask(batch.documents_BS)
@@ -81,7 +88,7 @@ class Objective:
                 teacher_VH = self.teacher.output_weight
         return distillation_loss(
             self._gather(self.student(batch.tokens_BS, mask)),
-            self.student.module.output_weight,
+            self.model.output_weight,
             teacher_NH,
             teacher_VH,
             loss=spec,
@@ -94,6 +101,6 @@ class Objective:
 
     def _gather(self, hidden_SBH: Tensor) -> Tensor:
         """Hidden states [N, H], whole on every tensor-parallel rank."""
-        if self.student.config.sequence_parallel:
+        if self.model.config.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
         return hidden_SBH.flatten(0, 1)

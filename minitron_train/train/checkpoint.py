@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_train.config import CheckpointConfig
@@ -171,7 +172,7 @@ class Checkpoints:
                 continue
             self._check_settings(path)
             with cpu.cuda_means_cpu():
-                return dist_checkpointing.load(make_template(), str(path))
+                return cast(dict[str, Any], dist_checkpointing.load(make_template(), str(path)))
         if paths:
             raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to begin again")
         return None
@@ -231,4 +232,4 @@ def sum_over_tensors(state: Any) -> int:
     if isinstance(state, list | tuple):
         return sum(sum_over_tensors(value) for value in state)
     data = getattr(state, "data", None)
-    return data.numel() * data.element_size() if hasattr(data, "numel") else 0
+    return data.numel() * data.element_size() if isinstance(data, Tensor) else 0

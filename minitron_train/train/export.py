@@ -8,11 +8,11 @@ of one layer and one rank.
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from minitron_train.arch import Row, architecture
@@ -57,7 +57,7 @@ class SavedTensors:
 
 def saved_name(mcore: str) -> str:
     """Under which name a parameter is saved: without its layer, and norms under the names that fused layers give them."""
-    for own, fused in layer_spec().submodules.sharded_state_dict_keys_map.items():
+    for own, fused in cast(Any, layer_spec().submodules).sharded_state_dict_keys_map.items():
         mcore = mcore.replace("{i}." + own, "{i}." + fused)
     return mcore.replace(".{i}", "")
 

@@ -2,8 +2,8 @@
 
 import threading
 import time
+from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.parallel.groups import Groups
@@ -17,7 +17,7 @@ class Heartbeat:
     def __init__(self, groups: Groups) -> None:
         self.groups, self.step = groups, 0
         self.ended = threading.Event()
-        self.store: dist.Store | None = _get_default_store().clone() if groups.world_size > 1 else None
+        self.store: Any = _get_default_store() if groups.world_size > 1 else None
 
     def __enter__(self) -> "Heartbeat":
         if self.store is not None:
@@ -27,7 +27,7 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
 
-    def _beat(self, store: dist.Store) -> None:
+    def _beat(self, store: Any) -> None:
         beats = 0
         while not self.ended.wait(INTERVAL_S if beats else 0):
             beats += 1
@@ -53,6 +53,6 @@ class Heartbeat:
             f"rank {rank} has ended or hangs, last heard of at step {after[rank].split()[1]}" for rank in silent
         )
 
-    def _read(self, store: dist.Store) -> dict[int, str]:
+    def _read(self, store: Any) -> dict[int, str]:
         keys = {rank: f"heartbeat/{rank}" for rank in range(self.groups.world_size)}
         return {rank: store.get(key).decode() if store.check([key]) else "0 0" for rank, key in keys.items()}

@@ -89,7 +89,8 @@ class Trainer:
         row |= {"kd_loss": kd_loss if spec.kd_weight else None, "ce_loss": ce_loss if spec.ce_weight else None}
         if self.objective.hidden is not None:
             row |= {"hidden_loss": hidden_loss, "hidden_weight": weight}
-            self.state.hidden_weight = ratio(loss - weight * hidden_loss, hidden_loss)
+            if math.isfinite(loss):
+                self.state.hidden_weight = ratio(loss - weight * hidden_loss, hidden_loss)
         return row
 
     def hidden_weight(self, parts: list[Batch]) -> float:
@@ -104,9 +105,8 @@ class Trainer:
             return self.config.distill.hidden_weight
         if self.state.hidden_weight is None:
             with torch.no_grad():
-                total, _, _, hidden = self.groups.sum_over_data(
-                    sum(self.objective(part).sums for part in parts)
-                ).tolist()
+                sums = torch.stack([self.objective(part).sums for part in parts]).sum(0)
+            total, _, _, hidden = self.groups.sum_over_data(sums).tolist()
             self.state.hidden_weight = ratio(total, hidden)
         return self.state.hidden_weight
 

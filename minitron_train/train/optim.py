@@ -72,10 +72,9 @@ class Optimizer:
         )
         with cpu.cuda_means_cpu():
             self.model = DistributedDataParallel(student.config, ddp, student)
-            self.inner = get_megatron_optimizer(settings, [self.model])
-        if not torch.cuda.is_available():
-            for group in self.inner.param_groups:
-                group["fused"] = True  # torch's AdamW in one pass over memory
+            self.inner: Any = get_megatron_optimizer(settings, [self.model])
+        for group in self.inner.param_groups:
+            group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""

@@ -2,11 +2,11 @@
 
 import random
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from minitron_train.parallel.groups import Groups
 
@@ -60,7 +60,7 @@ def rng_state() -> dict[str, Any]:
     state = {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": cast(CudaRNGStatesTracker, get_cuda_rng_tracker()).get_states(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -71,6 +71,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Inverse of `rng_state`."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    cast(CudaRNGStatesTracker, get_cuda_rng_tracker()).set_states(state["tracker"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
