@@ -118,7 +118,9 @@ def mapped_bytes(layout: Layout, num_parameters: int) -> int:
 
 
 def distill_bytes(teacher: Shape, student: Shape, layout: Layout) -> dict[str, int]:
-    """Memory of one distillation process by part; `total` is the peak over teacher forward, step and update."""
+    """Memory of one distillation process by part; `total` is the peak over teacher forward and step
+    (AdamW's fused update works in place).
+    """
     own, taught = parameters_per_rank(student, layout.tp), parameters_per_rank(teacher, layout.tp)
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
@@ -129,19 +131,8 @@ def distill_bytes(teacher: Shape, student: Shape, layout: Layout) -> dict[str, i
         "optimizer": optimizer_bytes(own, layout),
     }
     moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
-    phases = {
-        "step": sum(moving.values()),
-        "teacher_forward": working_bytes(teacher, replace(layout, weight_bytes=layout.teacher_weight_bytes)),
-        "update": update_bytes(own, layout),
-    }
-    return fixed | moving | {"update": phases["update"], "total": sum(fixed.values()) + max(phases.values())}
-
-
-def update_bytes(num_parameters: int, layout: Layout) -> int:
-    """Temporaries of AdamW's update, when activations are gone: on a GPU torch's foreach form makes a copy of its share."""
-    if not layout.cuda:
-        return 0  # the fused form works in place
-    return FP32 * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
+    teacher_forward = working_bytes(teacher, replace(layout, weight_bytes=layout.teacher_weight_bytes))
+    return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
 
 
 def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: bool) -> dict[str, int]:
