@@ -343,7 +343,7 @@ class DistillConfig:
     memory_budget_u: float = opt(0.2, "memory of the loss, in logit tensors [micro-batch tokens, vocabulary per rank] of fp32")
     vocab_tile: int | None = opt(None, "vocabulary rows of a block of the loss; default: from the memory budget")
     token_chunk: int | None = opt(None, "tokens of a block of the loss; default: from the memory budget")
-    hidden_layers: list[str] = opt(list, "layers whose outputs are compared, STUDENT:TEACHER, from 0: [embedding:embedding, 13:29]")
+    hidden_layers: list[str] = opt(list, "layers whose outputs are compared, STUDENT/TEACHER, from 0: [embedding/embedding, 13/29]")
     hidden_loss: HiddenLossKind = opt(HiddenLossKind.cosine, "between those outputs, the student's projected up")
     hidden_weight: float | None = opt(None, "of that loss; default: dynamic, the logit loss over it in the step before")
 
@@ -351,10 +351,10 @@ class DistillConfig:
         """Ranges."""
         require_positive(self, "distill", "temperature")
         for pair in self.hidden_layers:
-            names = pair.split(":")
+            names = pair.split("/")
             fits = len(names) == 2 and all(name == "embedding" or name.isdecimal() for name in names)
-            rule = "must be STUDENT:TEACHER, each a layer's number or embedding"
-            require(fits, "distill.hidden_layers", pair, rule, "give pairs like 13:29")
+            rule = "must be STUDENT/TEACHER, each a layer's number or embedding"
+            require(fits, "distill.hidden_layers", pair, rule, "give pairs like 13/29")
         fits = (self.top_k > 0) == (self.loss is LossKind.top_k_kl)
         require(fits, "distill.top_k", self.top_k, "goes with distill.loss=top_k_kl", "set both or neither")
 

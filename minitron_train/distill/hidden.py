@@ -36,7 +36,7 @@ class HiddenPairs:
         setattr(student, PROJECTION, projection.to(student.output_weight))
         pairs = cls(settings, projection)
         for pair in settings.hidden_layers:
-            for owner, model, name in zip(("student", "teacher"), (student, teacher), pair.split(":"), strict=True):
+            for owner, model, name in zip(("student", "teacher"), (student, teacher), pair.split("/"), strict=True):
                 find_module(model, owner, name).register_forward_hook(pairs.catch(owner, name))
         return pairs
 
@@ -56,7 +56,7 @@ class HiddenPairs:
         """
         pairs = []
         for pair in self.settings.hidden_layers:
-            student, teacher = pair.split(":")
+            student, teacher = pair.split("/")
             pairs.append((gather(self.outputs["student", student]), gather(self.outputs["teacher", teacher])))
         self.outputs.clear()
         return intermediate_loss(pairs, self.projection, mask_N=mask_N, kind=self.settings.hidden_loss)

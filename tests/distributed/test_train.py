@@ -13,7 +13,7 @@ from tests.helpers import run_ranks
 from tests.training import Interrupted, Material, before_step, interrupt, rows, run
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
-HIDDEN = {"distill__hidden_layers": ["embedding:embedding", "1:2"], "distill__ce_weight": 0.5}
+HIDDEN = {"distill__hidden_layers": ["embedding/embedding", "1/2"], "distill__ce_weight": 0.5}
 LOSSES = ("loss", "grad_norm", "eval.validation.kl", "eval.validation.loss")
 
 

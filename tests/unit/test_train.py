@@ -84,7 +84,7 @@ def test_documents_do_not_see_each_other(training: Material, plain: list[dict], 
 
 
 def test_hidden_states_count_as_much_as_logits(training: Material, plain: list[dict], tmp_path: Path) -> None:
-    run(training, tmp_path, distill__hidden_layers=["embedding:embedding", "1:2"])
+    run(training, tmp_path, distill__hidden_layers=["embedding/embedding", "1/2"])
     found = rows(tmp_path)
     first, second = found[:2]
     assert first["kd_loss"] == plain[0]["kd_loss"]
@@ -93,7 +93,7 @@ def test_hidden_states_count_as_much_as_logits(training: Material, plain: list[d
     assert second["hidden_weight"] == pytest.approx(first["kd_loss"] / first["hidden_loss"])
     assert found[-1]["hidden_loss"] < first["hidden_loss"]
     with pytest.raises(UserError, match="the teacher has no layer 7"):
-        run(training, tmp_path / "other", distill__hidden_layers=["0:7"])
+        run(training, tmp_path / "other", distill__hidden_layers=["0/7"])
 
 
 def poison(trainer) -> None:
