@@ -1,12 +1,14 @@
 """Weights & Biases: the same numbers as metrics.jsonl, one run across restarts, and the line of descent as artifacts."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_train.config import WandbConfig, WandbMode
+from minitron_train.console import say
 
 
 def wandb_mode(mode: WandbMode) -> str:
@@ -60,18 +62,29 @@ class Tracker:
         }
         artifact = wandb.Artifact(f"{self.name}-{kind}", type=kind, metadata={**known, **(facts or {})})
         artifact.add_reference(folder.resolve().as_uri(), checksum=False)
-        if consumed and not self.run.offline:
-            self.run.use_artifact(artifact)
-        else:
-            self.run.log_artifact(artifact)
+        use = self.run.use_artifact if consumed and not self.run.offline else self.run.log_artifact
+        self._send(lambda: use(artifact))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One step's figures under their own names."""
         if self.run is not None:
-            self.run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+            values = {key: value for key, value in row.items() if value is not None}
+            self._send(lambda: self.run.log(values, step=row["step"]))
 
     def close(self, *, failed: bool = False) -> None:
         """Write what is pending."""
         if self.run is not None:
-            self.run.finish(exit_code=int(failed))
+            self._send(lambda: self.run.finish(exit_code=int(failed)))
             self.run = None
+
+    def _send(self, action: Callable[[], object]) -> None:
+        """Go on without W&B when that fails: a scheduler's SIGTERM, after which we save, also ends W&B's own process."""
+        try:
+            action()
+        except Exception as error:  # of any kind: the figures are in metrics.jsonl, and training matters more
+            import wandb
+
+            say(f"W&B has ended ({error}); metrics.jsonl goes on, and so will the W&B run after the next start")
+            self.run = None
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # which fails too, but takes back what would fail once more at exit
