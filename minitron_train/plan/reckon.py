@@ -10,9 +10,10 @@ from minitron_train.config import Config, Precision, StudentConfig
 from minitron_train.files import atomic_write_json
 from minitron_train.plan import counts
 from minitron_train.plan.hardware import Hardware, hardware
-from minitron_train.plan.layouts import Choice, all_choices, dp_bytes_per_step, evaluate, tp_bytes_per_token
+from minitron_train.plan.layouts import Choice, all_choices, evaluate
 from minitron_train.plan.memory import Layout
 from minitron_train.plan.stages import disk_bytes, scoring, slicing
+from minitron_train.plan.timing import dp_bytes_per_step, tp_bytes_per_token
 
 SECONDS_PER_HOUR = 3600
 WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}

@@ -7,6 +7,7 @@ from minitron_train.config import Config, Precision
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.plan.hardware import Hardware
 from minitron_train.plan.memory import FP32, Layout, needed, score_bytes, slice_bytes
+from minitron_train.plan.timing import score_seconds
 
 BF16 = 2
 
@@ -26,7 +27,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
     return {
         "tokens": tokens,
         "flops": flops,
-        "seconds": flops / layout.tp / (machine.fp32_flops * machine.utilisation),
+        "seconds": score_seconds(teacher, machine, layout, tokens),
         "memory_bytes": memory,
         "fits": needed(chosen) <= machine.memory_bytes,
     }

@@ -1,0 +1,123 @@
+"""Seconds of steps and of scoring: matrix products at a share of the peak rate, everything else at the rate of memory.
+
+The passes over memory are counted in arch.build's layer and in distill.loss; benchmarks/plan_check.py (CPU) and
+benchmarks/plan_gpu.py hold the result against measurements.
+"""
+
+from dataclasses import dataclass
+
+from minitron_train.arch import Shape, architecture
+from minitron_train.plan.counts import forward_flops_per_token, parameters_per_rank, training_flops_per_token
+from minitron_train.plan.hardware import Hardware
+from minitron_train.plan.memory import FP32, LOSS_BUDGET_U, Layout
+
+PASSES = {
+    "hidden": 12,
+    "attention": 12,
+    "squared_relu": 4,
+    "silu": 7,
+}  # tensors read or written by one layer, per width
+LOGIT_PASSES = 12  # over one fp32 logit of either model: two sweeps of exponentials, sums, gradient
+WATCH_PASSES = 6  # over each watched activation: prune.statistics reduces it three times
+UPDATE_PASSES = 20  # gradient norm, clipping, AdamW, zeroing: over fp32 weights, gradients and moments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step by what they are spent on; nothing is assumed to overlap."""
+
+    matrices: float
+    elementwise: float
+    loss: float
+    optimizer: float
+    tp_network: float
+    dp_network: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return self.matrices + self.elementwise + self.loss + self.optimizer + self.tp_network + self.dp_network
+
+
+def layer_passes(shape: Shape, layout: Layout) -> float:
+    """Elements that one layer's forward pass reads or writes outside of matrix products, per token and rank."""
+    activation = PASSES[architecture(shape.architecture).transformer["activation"]] * shape.ffn_hidden_size
+    attention = PASSES["attention"] * (shape.axis_size("q") + shape.axis_size("kv"))
+    replicated = PASSES["hidden"] * shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
+    return replicated + (attention + activation) / layout.tp
+
+
+def elementwise_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
+    """Memory traffic of the layers: teacher forward, student forward and backward (two forwards), recomputation."""
+    student_passes = 4 if layout.recompute == "full" else 3
+    taught = teacher.num_layers * layer_passes(teacher, layout) * layout.teacher_weight_bytes
+    return taught + student_passes * student.num_layers * layer_passes(student, layout) * layout.weight_bytes
+
+
+def loss_flops_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
+    """Output layers of both models, the student's gradients, and the logits that are made a second time.
+
+    Logits stay between the two sweeps as far as the weight gradient's storage and half of the loss's budget hold them.
+    """
+    rows_kept = student.hidden_size * layout.weight_bytes / FP32 + LOSS_BUDGET_U / 2 * layout.tokens
+    again = max(0.0, 1 - rows_kept / (2 * layout.tokens))
+    forward = 2 * (teacher.hidden_size + student.hidden_size)
+    return student.vocab_size * ((1 + again) * forward + 4 * student.hidden_size)
+
+
+def output_flops_per_token(shape: Shape) -> int:
+    """The output layer's forward pass."""
+    return 2 * shape.vocab_size * shape.hidden_size
+
+
+def tp_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
+    """Bytes that one rank sends per token: an all-reduce (a ring: 2 (tp - 1) / tp of the data) after attention and MLP,
+    in the teacher's forward pass, the student's forward and backward, and the forward that recompute repeats.
+    """
+    ring = 2 * (layout.tp - 1) / layout.tp
+    student_passes = 3 if layout.recompute == "full" else 2
+    taught = teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
+    return ring * 2 * (taught + student_passes * student.num_layers * student.hidden_size * layout.weight_bytes)
+
+
+def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
+    """Bytes that one rank sends per step: fp32 gradients are summed; with a sharded optimizer the weights come back."""
+    own, ring = parameters_per_rank(student, layout.tp), (layout.dp - 1) / layout.dp
+    if layout.sharded_optimizer:
+        return ring * own * (FP32 + layout.weight_bytes)
+    return 2 * ring * own * FP32
+
+
+def step_time(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int) -> StepTime:
+    """Seconds of one optimizer step of one rank."""
+    tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
+    forward = forward_flops_per_token(student, length)
+    flops = forward_flops_per_token(teacher, length) + training_flops_per_token(student, length)
+    flops -= output_flops_per_token(teacher) + 3 * output_flops_per_token(student)
+    if layout.recompute == "full":
+        flops += forward - output_flops_per_token(student)
+    logits = student.vocab_size * LOGIT_PASSES * FP32
+    updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
+    across_nodes = machine.num_gpus > machine.gpus_per_node
+    network = machine.inter_node_rate if across_nodes else machine.intra_node_rate
+    return StepTime(
+        matrices=tokens * flops / layout.tp / machine.flops,
+        elementwise=tokens * elementwise_bytes_per_token(teacher, student, layout) / machine.memory_rate,
+        loss=tokens
+        / layout.tp
+        * (loss_flops_per_token(teacher, student, layout) / machine.flops + logits / machine.memory_rate),
+        optimizer=updated * UPDATE_PASSES * FP32 / machine.memory_rate,
+        tp_network=tokens * tp_bytes_per_token(teacher, student, layout) / machine.link_rate(layout.tp),
+        dp_network=dp_bytes_per_step(student, layout) / network,
+    )
+
+
+def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int) -> float:
+    """Seconds of scoring `tokens` tokens in fp32: no output layer, every watched activation reduced, weights read once."""
+    flops = forward_flops_per_token(teacher, layout.seq_length) - output_flops_per_token(teacher)
+    parallel = 2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size
+    watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
+    traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * FP32
+    weights = 2 * parameters_per_rank(teacher, layout.tp) * FP32
+    rate = machine.fp32_flops * machine.utilisation
+    return tokens * (flops / layout.tp / rate + traffic / machine.memory_rate) + weights / machine.memory_rate
