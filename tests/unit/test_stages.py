@@ -79,7 +79,7 @@ def test_a_growing_stage_goes_on_but_not_with_other_settings(stage: Stage) -> No
     with pytest.raises(RuntimeError):
         run(training, "step 5", fail=True)
     assert (training.folder / "result").read_text() == "step 5", "what has grown stays"
-    with pytest.raises(UserError, match="student.hidden_size was 8, is 4"):
+    with pytest.raises(UserError, match=r"student.hidden_size was 8, is 4"):
         run(replace(training, settings={"student": {"hidden_size": 4}}))
     assert run(training, "step 9")
     with pytest.raises(UserError, match="force=true"):
