@@ -28,6 +28,7 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Speedometer
 from minitron_train.train.optim import DTYPES, Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
+from minitron_train.train.signals import StopSignals
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
@@ -149,6 +150,7 @@ def assemble(
         reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
         state=RunState(),
         heartbeat=stack.enter_context(Heartbeat(groups)),
+        signals=stack.enter_context(StopSignals()),
     )
 
 

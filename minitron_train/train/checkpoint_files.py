@@ -101,12 +101,20 @@ def remove_partial(folder: Path) -> None:
 def tidy(folder: Path, keep: int, keep_best: int) -> None:
     """Keep the newest `keep` and the `keep_best` with the lowest validation; `best` names the lowest of them."""
     paths = finished(folder)
-    scores = {path: read_manifest(path).get("validation") for path in paths}
+    scores = {path: validation_of(path) for path in paths}
     best = sorted((path for path in paths if scores[path] is not None), key=lambda path: (scores[path], path.name))
     if best and keep_best:
         atomic_write_text(folder / "best", best[0].name + "\n")
     for path in set(paths[keep:]) - set(best[:keep_best]):
         remove(path)
+
+
+def validation_of(path: Path) -> float | None:
+    """The validation noted in a manifest; None when there was none, or the manifest is unreadable."""
+    try:
+        return read_manifest(path).get("validation")
+    except (OSError, ValueError):
+        return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -63,11 +63,13 @@ def saved_name(mcore: str) -> str:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The checkpoint to export: `source` itself, or the newest whole one of a run's folder.
+    """The checkpoint to export: `source` itself, the one that a file `latest` or `best` names, or a run's newest whole one.
 
     Raises:
         UserError: there is none, or the one that was named is damaged.
     """
+    if source.is_file():
+        source = source.parent / source.read_text(encoding="utf-8").strip()
     if (source / files.MANIFEST).exists():
         wrong = files.damage(source)
         if wrong:

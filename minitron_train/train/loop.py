@@ -43,6 +43,7 @@ class Trainer:
     reporter: Reporter
     state: RunState
     heartbeat: Heartbeat
+    signals: StopSignals
     hooks: list[Hook] = field(default_factory=list)
 
     @property
@@ -57,17 +58,16 @@ class Trainer:
 
     def run(self) -> str | None:
         """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved."""
-        with StopSignals() as signals:
-            while self.state.step < self.num_steps:
-                batch = self.stream.next_batch(self.config.train.global_batch_size)
-                row = self.forward_backward(batch)
-                row |= self.update(row, batch)
-                row |= self.evaluate_if_due()
-                self.reporter.report(self.state.step, row)
-                stop = self.agreed_signal(signals)
-                self.save_if_due(last=stop is not None or self.state.step == self.num_steps)
-                if stop is not None:
-                    return stop
+        while self.state.step < self.num_steps:
+            batch = self.stream.next_batch(self.config.train.global_batch_size)
+            row = self.forward_backward(batch)
+            row |= self.update(row, batch)
+            row |= self.evaluate_if_due()
+            self.reporter.report(self.state.step, row)
+            stop = self.agreed_signal()
+            self.save_if_due(last=stop is not None or self.state.step == self.num_steps)
+            if stop is not None:
+                return stop
         return None
 
     def forward_backward(self, batch: Batch) -> Row:
@@ -151,11 +151,11 @@ class Trainer:
         self.reporter.resume_clock()
         return found
 
-    def agreed_signal(self, signals: StopSignals) -> str | None:
+    def agreed_signal(self) -> str | None:
         """The signal that some rank received; every rank stops at the same step."""
-        if not self.groups.any(signals.received is not None):
+        if not self.groups.any(self.signals.received is not None):
             return None
-        return signals.received or "a signal to another rank"
+        return self.signals.received or "a signal to another rank"
 
     def save_if_due(self, *, last: bool) -> None:
         """A checkpoint every checkpoint.interval_steps, at a new best validation, and at the last step (waited for)."""

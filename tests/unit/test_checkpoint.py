@@ -110,6 +110,13 @@ def test_signal_saves_and_exits(training: Material, uninterrupted: Path, tmp_pat
     assert rows(tmp_path) == rows(uninterrupted)
 
 
+def test_ctrl_c_ends_and_resumes(training: Material, uninterrupted: Path, tmp_path: Path) -> None:
+    with before_step(5, lambda _: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        run(training, tmp_path)
+    assert run(training, tmp_path)["resumed_at_step"] in (0, 3)  # the save of step 3 may have been under way
+    assert rows(tmp_path) == rows(uninterrupted)
+
+
 def test_full_disk_leaves_the_earlier_checkpoint(
     training: Material, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -153,6 +160,9 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "step_00000005\n"
     assert (tmp_path / "best").read_text() == "step_00000002\n"
     assert files.damage(tmp_path / "step_00000002") is None
+    (tmp_path / "step_00000004" / "manifest.json").write_text("{")
+    files.tidy(tmp_path, keep=1, keep_best=1)
+    assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000002"]
 
 
 @pytest.mark.parametrize("family", ["nemotron", "llama"])
@@ -172,4 +182,5 @@ def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
         export(uninterrupted, tmp_path, "int8")
     assert checkpoint_id(uninterrupted).startswith("step_00000008:")
+    assert checkpoint_id(uninterrupted / "checkpoints" / "best").startswith("step_00000008:")
     assert checkpoint_id(uninterrupted / "checkpoints" / "step_00000003").startswith("step_00000003:")

@@ -165,6 +165,7 @@ def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypa
     assert wandb_mode(WandbMode.auto) == "offline"
     first = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=None, config={"train.lr": 1.0})
     first.write({"step": 1, "loss": 2.0, "ce_loss": None})
+    first.record("teacher", training.teacher, consumed=True)
     first.close()
     again = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=first.run_id, config={})
     again.close()
