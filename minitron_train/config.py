@@ -281,7 +281,7 @@ class PruneConfig:
     head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
     norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
     refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
-    ridge: float = opt(0.03, "of the least squares, as a share of the mean squared input")
+    ridge: float = opt(0.03, "of the least squares at least, as a share of the mean squared input; few tokens raise it by themselves")
     iterations: int = opt(1, "score and cut in so many equal steps (arXiv 2407.14679 §2.2; no gain there)")
     multiple_of: int = opt(1, "kept hidden and ffn sizes must be multiples of this")
 
@@ -379,6 +379,7 @@ class TrainConfig:
     precision: Precision = opt(Precision.fp32, "weights in forward and backward")
     on_non_finite: OnNonFinite = opt(OnNonFinite.stop, "of a loss or gradient")
     recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
+    transformer_engine: bool = opt(False, "fused layers of Transformer Engine (CUDA and the package; not tested)")
     distributed_optimizer: bool | None = opt(None, "optimizer state split over data-parallel ranks; default: on GPUs")
     log_every_steps: int = opt(1, "metrics.jsonl and W&B")
 

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.convert import parameters_by_row
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
 
@@ -33,6 +37,7 @@ class Norm(torch.nn.Module):
         make = {"dtype": config.params_dtype, "device": device}
         self.weight = torch.nn.Parameter(torch.full(self.size, 1.0 - self.offset, **make))
         layer_norm = config.normalization == "LayerNorm"
+        self.bias: torch.nn.Parameter | None
         self.register_parameter("bias", torch.nn.Parameter(torch.zeros(self.size, **make)) if layer_norm else None)
         for parameter in self.parameters():  # megatron-core sums these gradients over the tensor-parallel group
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -111,11 +116,10 @@ class LanguageModel(GPTModel):
     @property
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, [vocab / tp, H]."""
-        return (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        return weight
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [S, B, vocab / tp]."""
@@ -123,10 +127,13 @@ class LanguageModel(GPTModel):
         return self.output_layer(hidden_SBH, weight=tied)[0]
 
 
-def layer_spec(qk_norm: bool = False) -> ModuleSpec:
-    """The unfused layer: norm outputs and attention outputs are visible to hooks, on every device."""
+def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> ModuleSpec:
+    """The unfused layer, on every device: hooks see the outputs of norms and attention. Or Transformer Engine's, fused."""
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer: Any = spec.submodules
+    attention = layer.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.core_attention = SdpaAttention
     if qk_norm:
@@ -179,17 +186,20 @@ def build(
     dtype: torch.dtype = torch.float32,
     pre_process: bool = True,
     post_process: bool = True,
+    transformer_engine: bool = False,
     **extra: Any,
 ) -> LanguageModel:
     """An uninitialised model on this process's device; fill it with arch.convert.load.
 
     Args:
         tp: tensor-parallel size; megatron-core's groups must have been started with it, or `tp_group` has that size.
+        transformer_engine: its fused layers (CUDA, the package installed) in place of the unfused ones.
         extra: further TransformerConfig arguments, like recompute_granularity.
     """
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
-    spec = layer_spec(config.qk_layernorm)
-    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=Norm)
+    spec: Any = layer_spec(config.qk_layernorm, transformer_engine)
+    norm: Any = Norm
+    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
@@ -219,7 +229,7 @@ def mark_parallel(model: LanguageModel, shape: Shape) -> None:
 
     It does so itself only where it also initialises them.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_row(model)
     for row in architecture(shape.architecture).rows_of(shape):
         dim = row.parallel_dim()
         for i in row.layers(shape) if dim is not None else ():

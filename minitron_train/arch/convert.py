@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import Architecture, Row
+from minitron_train.arch.table import FUSED_NORMS, Architecture, Row
 
 
 class Source(Protocol):
@@ -61,12 +61,22 @@ def shards_to_parts(row: Row, shape: Shape, shards: list[Tensor]) -> dict[str, T
     return dict(zip(row.hf, joined, strict=True))
 
 
+def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The model's parameters under the names that the tables use, also where Transformer Engine fuses norm and linear."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        for fused, plain in FUSED_NORMS.items():
+            name = name.replace(fused, plain)
+        found[name] = parameter
+    return found
+
+
 @torch.no_grad()
 def load(
     module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1
 ) -> None:
     """Fill a megatron-core GPTModel from `source`; refuses a model with parameters that the table does not cover."""
-    parameters = dict(module.named_parameters())
+    parameters = parameters_by_row(module)
     for row in table.rows_of(shape):
         for i in row.layers(shape):
             parameter = parameters.pop(row.mcore.format(i=i))
@@ -85,7 +95,7 @@ def export(
     Args:
         gather: collective that gives all tensor-parallel ranks' shards of one parameter (parallel.groups.gather).
     """
-    parameters = dict(module.named_parameters())
+    parameters = parameters_by_row(module)
     for row in table.rows_of(shape):
         for i in row.layers(shape):
             shards = gather(parameters[row.mcore.format(i=i)].detach())

@@ -93,6 +93,10 @@ class Architecture:
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 LAYER = "decoder.layers.{i}."
+FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the linear that follows it
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 
 
 def part_of(mcore: str) -> str:

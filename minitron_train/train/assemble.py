@@ -1,11 +1,14 @@
 """The parts of a training run, made from two Hugging Face folders and put together in the state of step 0."""
 
 import contextlib
+import importlib.util
 import shutil
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minitron_train.arch import Shape, convert
 from minitron_train.arch.build import LanguageModel, build
@@ -70,6 +73,8 @@ def check(config: Config, groups: Groups) -> None:
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
         )
+    if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
+        raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
     if config.distill.hidden_layers and train.recompute is Recompute.full:
         raise UserError(
             "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
@@ -156,7 +161,13 @@ def assemble(
 
 def load_model(files: Checkpoint, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
     """This rank's part of a Hugging Face folder's model."""
-    model = build(files.shape, tp=groups.tp_size, sequence_parallel=config.parallel.sequence_parallel, **arguments)
+    model = build(
+        files.shape,
+        tp=groups.tp_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        transformer_engine=config.train.transformer_engine,
+        **arguments,
+    )
     convert.load(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
     return model
 
