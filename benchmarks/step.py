@@ -38,7 +38,7 @@ from minitron_train.train.assemble import assemble
 from minitron_train.train.loop import Trainer
 from minitron_train.train.run import open_reporter
 
-SEQ_LENGTH, BATCH, VOCAB, WARMUP_STEPS, GEMM_SIZE = 256, 16, 8192, 2, 2048
+SEQ_LENGTH, BATCH, VOCAB, WARMUP_STEPS, GEMM_SIZE = 256, 8, 8192, 2, 2048
 TEACHER = Shape(
     architecture="nemotron",
     num_layers=13,
@@ -111,12 +111,11 @@ def measure(folder: Path, num_steps: int) -> None:
         trainer = assemble(config, groups, *files, target, stack)
         if groups.is_first:
             trainer.reporter = open_reporter(config, trainer, target, "step")
-        rates, steps = [gemm_gflops()], []
+        rates, steps = [], []
         with watched(trainer) as seconds:
-            for number in range(WARMUP_STEPS + num_steps):
+            for _ in range(WARMUP_STEPS + num_steps):
                 steps.append(timed_step(trainer, seconds, save=False))
-                if number % 4 == 3:
-                    rates.append(gemm_gflops())
+                rates += [gemm_gflops() for _ in range(3)]
             step_s = statistics.median(step["total"] for step in steps[WARMUP_STEPS:])
             stall_s = save_stall(trainer, seconds, step_s)
         if not groups.is_first:
@@ -196,14 +195,11 @@ def watched(trainer: Trainer) -> Iterator[Seconds]:
 
 
 def gemm_gflops() -> float:
-    """Rate of a square fp32 product with this process's threads, best of three."""
+    """Rate of one square fp32 product with this process's threads."""
     left, right, out = (torch.ones(GEMM_SIZE, GEMM_SIZE) for _ in range(3))
-    best_s = float("inf")
-    for _ in range(3):
-        begin_s = time.perf_counter()
-        torch.mm(left, right, out=out)
-        best_s = min(best_s, time.perf_counter() - begin_s)
-    return 2 * GEMM_SIZE**3 / best_s / 1e9
+    begin_s = time.perf_counter()
+    torch.mm(left, right, out=out)
+    return 2 * GEMM_SIZE**3 / (time.perf_counter() - begin_s) / 1e9
 
 
 def show(result: dict[str, Any]) -> None:
