@@ -1,13 +1,14 @@
 """The commands, each a short story: what is read, what is done, which folder appears."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.config import Config
+from minitron_train.config import Config, DataConfig
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
@@ -83,7 +84,8 @@ def score(ws: Workspace) -> None:
     settings = {"calibration": subset(calibration, "path", "num_samples", "seq_length"), "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
     if calibration.tokens is None:
-        inputs |= data_inputs(ws)
+        own = dataclasses.replace(ws.config.data, path=calibration.path) if calibration.path else ws.config.data
+        inputs |= data_inputs(ws, own)
     elif Path(calibration.tokens).exists():
         settings, inputs["tokens"] = {}, sha256_file(Path(calibration.tokens))
     stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
@@ -251,11 +253,11 @@ def calibration_tokens(ws: Workspace) -> Any:
     return calibration_batches(calibration, ws.config.data, tokenizer, ws.config.seed)
 
 
-def data_inputs(ws: Workspace) -> dict[str, str]:
-    """Fingerprint of every source of the stream."""
+def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]:
+    """Fingerprint of every source of the stream, or of other data."""
     from minitron_train.data.sources import describe
 
-    found = ws.share(describe(ws.config.data) if ws.world.is_first else None)
+    found = ws.share(describe(data or ws.config.data) if ws.world.is_first else None)
     return {f"data {name}": source["sha256"] for name, source in found["sources"].items()}
 
 
