@@ -69,20 +69,23 @@ first_failure() {
   esac
 }
 
-job_state() { scontrol --oneliner show job "$SLURM_JOB_ID" | sed -E 's/.* JobState=([A-Z_]+).*/\1/'; }
-is_preempted() { ! scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=None'; }
+show_job() { scontrol --oneliner show job "$SLURM_JOB_ID"; }
 
 # Whether the step ended because it was asked to, with work left. rc is the step's exit code.
 was_interrupted() {
-  local state mark
-  state=$(job_state)
-  [[ $state != CANCELLED ]] || return 1
+  local shown mark
+  shown=$(show_job)
+  case $shown in
+    *" JobState=RUNNING "*) ;;                                             # warned before its limit, or being preempted
+    *" JobState=COMPLETING Reason=TimeLimit "*) ((rc == 0)) || return 1 ;; # at its limit: only if it could save
+    *) return 1 ;;                                                         # cancelled; or requeued by Slurm itself
+  esac
   if ((rc == 0)); then
     for mark in "${marks[@]}"; do [[ ! -e $mark ]] || return 0; done
     return 1
   fi
   # ended by a signal before it could save (still loading, or a command without checkpoints): begin again
-  ((rc >= 128)) && [[ $state != TIMEOUT ]] && { [[ -n $stop_asked ]] || is_preempted; }
+  ((rc >= 128)) && [[ -n $stop_asked || $shown != *" PreemptTime=None "* ]]
 }
 
 requeue() {

@@ -14,11 +14,14 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, str]:
-    """A job that reaches its time limit on a node of its own, while the other tests run: it takes a minute."""
-    lab = Lab(tmp_path_factory.mktemp("limited") / "lab", cluster, {}, real=False)
-    options = ("--partition=apart", "--time=1", "--signal=B:USR1@30")
-    return lab, lab.submit("pretrain", *options, "act.pretrain=train")
+def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Lab, str]]:
+    """Jobs that reach their time limit on a node of their own, while the other tests run: it takes a minute and more."""
+    found = {}
+    for act in ("train", "train_late"):
+        lab = Lab(tmp_path_factory.mktemp(act) / "lab", cluster, {}, real=False)
+        options = ("--partition=apart", "--time=1", "--signal=B:USR1@30")
+        found[act] = lab, lab.submit("pretrain", *options, f"act.pretrain={act}")
+    return found
 
 
 def started(lab: Lab, *, life: int = 1) -> None:
@@ -156,9 +159,10 @@ def test_second_chain_waits_for_the_first(lab: Lab) -> None:
     assert lab.cluster.wait(second["export"], *ENDED)["JobState"] == "COMPLETED"
 
 
-def test_time_limit_saves_and_requeues(limited: tuple[Lab, str]) -> None:
-    """Slurm itself sends the warning, up to a minute early."""
-    lab, job = limited
+@pytest.mark.parametrize(("act", "signal"), [("train", "USR1"), ("train_late", "TERM")])
+def test_time_limit_saves_and_requeues(limited: dict[str, tuple[Lab, str]], act: str, signal: str) -> None:
+    """Slurm itself sends the warning, up to a minute early; at the limit it is SIGTERM, and KillWait to obey."""
+    lab, job = limited[act]
     shown = lab.cluster.wait(job, *ENDED)
     assert (shown["JobState"], shown["Restarts"], lives(lab)) == ("COMPLETED", "1", ["1", "2"]), lab.log(job)
-    assert "SIGUSR1: passed on" in lab.log(job)
+    assert f"saved after SIG{signal}" in lab.log(job)
