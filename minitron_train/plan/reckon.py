@@ -25,12 +25,19 @@ def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = N
     Args:
         target: file that gets the result as JSON (plan.json), written atomically; None writes nothing.
     """
-    machine = hardware(config.cluster, config.train.precision)
+    result = reckon(config, teacher, student, hardware(config.cluster, config.train.precision))
+    if target is not None:
+        atomic_write_json(target, result)
+    return result
+
+
+def reckon(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
+    """The plan on a machine whose rates are known."""
     base = base_layout(config, machine)
     choices = all_choices(teacher, student, machine, base, config.train.global_batch_size)
     best = choices[0] if choices and choices[0].fits else None
     configured = evaluate(teacher, student, machine, base, config.train.global_batch_size)
-    result = {
+    return {
         "name": config.name,
         "teacher": describe(teacher),
         "student": describe(student),
@@ -42,12 +49,9 @@ def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = N
         "recommended": best and describe_choice(config, teacher, student, machine, best),
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
         "scoring": scoring(config, teacher, machine),
-        "slicing": slicing(config, teacher, student),
+        "slicing": slicing(config, teacher, student, machine),
         "disk": disk_bytes(config, teacher, student),
     }
-    if target is not None:
-        atomic_write_json(target, result)
-    return result
 
 
 def sizes_of(student: StudentConfig) -> dict[str, int | None]:

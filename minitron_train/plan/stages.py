@@ -7,7 +7,7 @@ from minitron_train.config import Config, Precision
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.plan.hardware import Hardware
 from minitron_train.plan.memory import FP32, Layout, needed, score_bytes, slice_bytes
-from minitron_train.plan.timing import score_seconds
+from minitron_train.plan.timing import score_seconds, slice_seconds
 
 BF16 = 2
 
@@ -46,13 +46,15 @@ def scoring_layout(config: Config, machine: Hardware) -> Layout:
     )
 
 
-def slicing(config: Config, teacher: Shape, student: Shape) -> dict[str, Any]:
-    """Memory of the process that slices, and the bytes that it reads and writes."""
+def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
+    """Memory and seconds of the process that slices, and the bytes that it reads and writes."""
     weight_bytes = file_weight_bytes(config)
+    read, written = (parameters(shape)["parameters"] * weight_bytes for shape in (teacher, student))
     return {
-        "read_bytes": parameters(teacher)["parameters"] * weight_bytes,
-        "written_bytes": parameters(student)["parameters"] * weight_bytes,
+        "read_bytes": read,
+        "written_bytes": written,
         "memory_bytes": slice_bytes(),
+        "seconds": slice_seconds(read, written, machine),
     }
 
 

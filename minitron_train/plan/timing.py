@@ -19,6 +19,7 @@ PASSES = {
 }  # tensors read or written by one layer, per width
 LOGIT_PASSES = 12  # over one fp32 logit of either model: two sweeps of exponentials, sums, gradient
 WATCH_PASSES = 6  # over each watched activation: prune.statistics reduces it three times
+FILE_PASSES = 4  # over a byte that is written: cut, copied into the page cache, zeroed before
 UPDATE_PASSES = 20  # gradient norm, clipping, AdamW, zeroing: over fp32 weights, gradients and moments
 
 
@@ -121,3 +122,8 @@ def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int
     weights = 2 * parameters_per_rank(teacher, layout.tp) * FP32
     rate = machine.fp32_flops * machine.utilisation
     return tokens * (flops / layout.tp / rate + traffic / machine.memory_rate) + weights / machine.memory_rate
+
+
+def slice_seconds(read_bytes: int, written_bytes: int, machine: Hardware) -> float:
+    """Seconds of slicing from and to files that the page cache holds; a slower disk takes longer."""
+    return (read_bytes + FILE_PASSES * written_bytes) / machine.memory_rate
