@@ -9,7 +9,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/python -m minitron_train run +recipe=smollm2
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What all tests share: where the data are, tiny models of every family, and quiet single-threaded processes."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
 import pytest
 
@@ -26,7 +28,10 @@ REASONS = {
     "gpu": "no CUDA device",
     "slurm": f"no Slurm cluster can be started here: {slurm_cluster.unavailable()}",
 }
-REQUIRED = {"needs_data": "MINITRON_REQUIRE_DATA", "slurm": "MINITRON_REQUIRE_SLURM"}  # continuous integration sets these
+REQUIRED = {
+    "needs_data": "MINITRON_REQUIRE_DATA",
+    "slurm": "MINITRON_REQUIRE_SLURM",
+}  # continuous integration sets these
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 180.0
+PORTS_TRIED = 3
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -23,6 +24,17 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     Raises:
         AssertionError: a rank failed (its traceback is in the message) or hung.
     """
+    for _ in range(PORTS_TRIED):
+        try:
+            return run_once(function, world_size, args)
+        except AssertionError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+    raise AssertionError("no free port")
+
+
+def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> list[Any]:
+    """One try of run_ranks, on a port that is free now; another process may take it before the ranks do."""
     context = mp.get_context("spawn")
     results: Any = context.Queue()
     with socket.socket() as probe:
