@@ -11,9 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 
-import pytest
+import pytest  # noqa: E402
 
-from tests.slurm import cluster as slurm_cluster
+from tests.slurm import cluster as slurm_cluster  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.training import Material
