@@ -91,7 +91,11 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
     teacher = random_model(teacher_is, dtype=torch.bfloat16).requires_grad_(False).eval()
     optimizer = Optimizer(random_model(student_is, **student_arguments(train)), train)
     objective = Objective(
-        student=optimizer.model, teacher=teacher, spec=loss_spec(DistillConfig(), has_teacher=True), groups=groups
+        student=optimizer.model,
+        teacher=teacher,
+        spec=loss_spec(DistillConfig(), has_teacher=True),
+        distill=DistillConfig(),
+        groups=groups,
     )
     weights = torch.cuda.memory_allocated()
     batch = random_batch(teacher_is, train, groups)

@@ -24,7 +24,7 @@ import torch
 
 from minitron_train.arch import Shape
 from minitron_train.arch.build import LanguageModel, build
-from minitron_train.config import Config, ParallelConfig, Precision, Recompute
+from minitron_train.config import Config, DistillConfig, ParallelConfig, Precision, Recompute
 from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.parallel import groups
 from minitron_train.parallel.launch import World
@@ -65,7 +65,7 @@ def measure(teacher: Shape, student: Shape, config: Config, repeats: int) -> dic
         taught = fill(build(teacher, dtype=dtype)).requires_grad_(False).eval()
         optimizer = Optimizer(fill(build(student, **student_arguments(train))), train)
         spec = loss_spec(config.distill, has_teacher=True)
-        objective = Objective(student=optimizer.model, teacher=taught, spec=spec, groups=g)
+        objective = Objective(student=optimizer.model, teacher=taught, spec=spec, distill=DistillConfig(), groups=g)
         tokens = torch.randint(0, student.vocab_size, (train.micro_batch_size, train.seq_length), device=g.device)
         batch = SimpleNamespace(tokens_BS=tokens, labels_BS=tokens, mask_BS=torch.ones_like(tokens), documents_BS=None)
         seconds, rates = [], []

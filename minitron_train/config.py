@@ -356,9 +356,7 @@ class DistillConfig:
     kd_weight: float = opt(1.0, "of the distillation loss")
     ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
     jsd_beta: float = opt(0.5, "jsd: the teacher's share of the mixture")
-    memory_budget_u: float = opt(
-        0.2, "memory of the loss, in logit tensors [micro-batch tokens, vocabulary per rank] of fp32"
-    )
+    memory_budget_u: float | None = opt(None, "memory of the loss, in fp32 logit tensors; default: 0.2, or 256 MiB")
     vocab_tile: int | None = opt(None, "vocabulary rows of a block of the loss; default: from the memory budget")
     token_chunk: int | None = opt(None, "tokens of a block of the loss; default: from the memory budget")
     hidden_layers: list[str] = opt(list, "layers compared, STUDENT/TEACHER, from 0: [embedding/embedding, 13/29]")

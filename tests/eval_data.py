@@ -8,10 +8,10 @@ from typing import Any
 from minitron_train.data import tokenizer as tokenizers
 from tests.models import save_tiny
 
-WORDS = (
-    "the a small big red old cat dog man woman bird house tree river stone runs jumps reads writes sings under over near "
-    "with of and then slowly quickly water bread music paper light dark morning evening garden winter summer"
-).split()
+WORDS = """
+the a small big red old cat dog man woman bird house tree river stone runs jumps reads writes sings under over near with of
+and then slowly quickly water bread music paper light dark morning evening garden winter summer
+""".split()
 
 
 def sentence(source: random.Random, low: int, high: int) -> str:

@@ -17,6 +17,8 @@ from minitron_train.distill.loss import LossParts, LossSpec, distillation_loss
 from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.parallel.groups import Groups
 
+SMALL_BYTES = 256 * 2**20  # of kept logits do not hurt anybody, and save computing them twice
+
 
 def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
     """The configured loss; cross-entropy alone without a teacher (`pretrain`)."""
@@ -31,6 +33,14 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
         kd_weight=distill.kd_weight,
         ce_weight=distill.ce_weight,
     )
+
+
+def chunking(distill: DistillConfig, num_tokens: int, num_rows: int) -> Chunking:
+    """Memory of the loss: as configured, or 0.2 logit tensors, or so much that small vocabularies keep all their logits."""
+    budget_u = distill.memory_budget_u
+    if budget_u is None:
+        budget_u = max(Chunking().memory_budget_u, SMALL_BYTES / (num_tokens * num_rows * 4))
+    return Chunking(memory_budget_u=budget_u, vocab_tile=distill.vocab_tile, token_chunk=distill.token_chunk)
 
 
 def attention_mask(documents_BS: Tensor | None) -> Tensor | None:
@@ -58,8 +68,8 @@ class Objective:
     student: DistributedDataParallel  # around the LanguageModel
     teacher: LanguageModel | None
     spec: LossSpec
+    distill: DistillConfig  # how the loss is cut into blocks
     groups: Groups
-    chunking: Chunking = Chunking()
     hidden: HiddenPairs | None = None
     vocab_size: int | None = None  # real output rows, where the models differ in padding
 
@@ -96,7 +106,7 @@ class Objective:
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,
             group=self.groups.tp_group if self.groups.tp_size > 1 else None,
-            chunking=self.chunking,
+            chunking=chunking(self.distill, batch.tokens_BS.numel(), len(self.model.output_weight)),
         )
 
     def _gather(self, hidden_SBH: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def check_fits(config: Config, stage: str, teacher: Shape, student: Shape, world
         cuda = cuda_here()
         left = memory_here(cuda) // (1 if cuda else world.local_size)
         options = list(OPTIONS[stage](config, teacher, student, world, cuda))
-        refuse_memory(stage, options[0].needed_bytes, left, options[1:])
+        as_configured = min(option.needed_bytes for option in options if not option.settings)
+        refuse_memory(stage, as_configured, left, options)
     if stage in DISK_PARTS:
         refuse_disk(stage, disk_bytes(config, teacher, student)[DISK_PARTS[stage]], folder)
 
@@ -120,7 +121,7 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
     tokens = calibration.num_samples * calibration.seq_length
     micro_sizes = {calibration.micro_batch_size, max(calibration.micro_batch_size // 4, 1), 1}
     ways = [
-        (calibration.streamed, calibration.micro_batch_size, calibration.chunk_tokens),
+        (bool(calibration.streamed), calibration.micro_batch_size, calibration.chunk_tokens),
         *(
             (on, micro, chunk)
             for on in (False, True)
@@ -139,7 +140,7 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
             cuda=cuda,
         )
         names = {
-            "calibration.streamed": (calibration.streamed, streamed),
+            "calibration.streamed": (streamed if calibration.streamed is None else calibration.streamed, streamed),
             "calibration.micro_batch_size": (calibration.micro_batch_size, micro),
             "calibration.chunk_tokens": (calibration.chunk_tokens, chunk),
         }

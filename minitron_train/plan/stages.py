@@ -23,7 +23,8 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
         name: score_bytes(teacher, layout, chunk_tokens=chunk_tokens, streamed=streamed)
         for name, streamed in (("resident", False), ("streamed", True))
     }
-    chosen = memory["streamed" if calibration.streamed else "resident"]
+    ways = {True: ["streamed"], False: ["resident"], None: ["resident", "streamed"]}[calibration.streamed]
+    chosen = min((memory[way] for way in ways), key=needed)
     return {
         "tokens": tokens,
         "flops": flops,

@@ -33,6 +33,7 @@ from minitron_train.prune.select import Keep
 TOKEN_WEIGHT_POWER = (
     0.75  # a token weighs rms(stream)^-0.75: first tokens are 100 times larger and must not decide alone
 )
+TOKENS_PER_INPUT = 4  # fewer tokens fit noise: on SmolLM2 the result is then worse than the plain cut
 REFITTED = {
     Refit.none: (),
     Refit.outputs: ("linear_proj", "linear_fc2"),
@@ -58,11 +59,10 @@ class LeastSquares:
         if dist.get_world_size() > 1:
             dist.all_reduce(self.gram)
             dist.all_reduce(self.cross)
-        start = start_OI.double()
-        missing = self.cross - self.gram @ start.t()
+        missing = self.cross - self.gram @ start_OI.double().t()
         self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
-        change_IO = torch.linalg.solve(self.gram, missing)
-        return (start + change_IO.t()).to(start_OI.dtype)
+        change_IO = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))
+        return start_OI + change_IO.t().to(start_OI.dtype)
 
 
 @dataclass(slots=True)
@@ -106,7 +106,7 @@ class Repair:
     Both must hold whole layers (no tensor parallelism); several processes share the sequences and find the same weights.
 
     Raises:
-        UserError: fewer tokens than the widest linear has inputs.
+        UserError: too few tokens for the widest linear.
     """
 
     def __init__(
@@ -114,9 +114,10 @@ class Repair:
     ) -> None:
         self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
         widest = max(keep.student.axis_size("q"), keep.student.ffn_hidden_size, keep.student.hidden_size)
-        if prune.refit is not Refit.none and tokens_NS.numel() < widest:
+        if prune.refit is not Refit.none and tokens_NS.numel() < TOKENS_PER_INPUT * widest:
             raise UserError(
-                f"calibration: {tokens_NS.numel()} tokens are too few to fit {widest} inputs by least squares; "
+                f"calibration: {tokens_NS.numel()} tokens are too few to fit {widest} inputs by least squares, "
+                f"{TOKENS_PER_INPUT * widest} are the least; "
                 "raise calibration.num_samples (and chunk_tokens), or set prune.refit=none"
             )
         groups = teacher.groups

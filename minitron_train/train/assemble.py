@@ -16,7 +16,6 @@ from minitron_train.config import Config, Recompute
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.distill.hidden import HiddenPairs
-from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_write_json
@@ -124,11 +123,7 @@ def assemble(
         teacher=teacher,
         spec=loss_spec(config.distill, teacher is not None),
         groups=groups,
-        chunking=Chunking(
-            memory_budget_u=config.distill.memory_budget_u,
-            vocab_tile=config.distill.vocab_tile,
-            token_chunk=config.distill.token_chunk,
-        ),
+        distill=config.distill,
         hidden=hidden,
         vocab_size=real_vocab_size(student_files.shape, teacher_files.shape if teacher_files else None, len(tokenizer)),
     )

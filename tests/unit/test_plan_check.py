@@ -71,10 +71,18 @@ def test_the_nearest_layout_is_named_and_fits(memory: Callable[[float], None], t
         check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
 
 
+def resident() -> Config:
+    """Scoring that is told to keep all layers in memory."""
+    made = config()
+    made.calibration.streamed = False
+    return made
+
+
 def test_scoring_that_does_not_fit_is_told_to_stream(memory: Callable[[float], None], tmp_path: Path) -> None:
-    memory(option_settings("score", config(), World(), ("calibration.streamed=true",)) + 0.01)
+    memory(option_settings("score", resident(), World(), ("calibration.streamed=true",)) + 0.01)
     with pytest.raises(UserError, match=r"calibration\.streamed=true needs"):
-        check_fits(config(), "score", TEACHER, STUDENT, World(), tmp_path)
+        check_fits(resident(), "score", TEACHER, STUDENT, World(), tmp_path)
+    check_fits(config(), "score", TEACHER, STUDENT, World(), tmp_path)  # by default it streams by itself
 
 
 def test_processes_of_one_machine_share_its_memory(memory: Callable[[float], None], tmp_path: Path) -> None:

@@ -1,0 +1,229 @@
+"""What each way of ranking and each repair is worth: loss right after the cut, no training.
+
+    python benchmarks/pruning_quality.py [--quick] [--json FILE] [--teacher FOLDER] [--tiny FOLDER]
+
+SmolLM2-135M-Instruct (fetched as the recipe `smollm2` does, unless --teacher gives a folder) is cut to 432 channels,
+1024 neurons and 6 heads of 576, 1536 and 9. With MINITRON_DATA calibration is its corpora and validation is WikiText-2;
+without, both come from the embedded corpus (validation from its held-out part). --tiny adds the same comparison for a
+Nemotron teacher that `pretrain +recipe=tiny` made, calibrated and validated on the embedded corpus.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from minitron_train import hf
+from minitron_train.arch.convert import Source
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import EMBEDDING, OUTPUT
+from minitron_train.config import CalibrationConfig, Config, DataConfig, ParallelConfig, PruneConfig, TeacherConfig
+from minitron_train.data.calibration import calibration_batches
+from minitron_train.data.stream import validation_tokens
+from minitron_train.fetch.teacher import fetch_teacher
+from minitron_train.parallel.groups import Groups, start
+from minitron_train.parallel.launch import World
+from minitron_train.prune.collect import Statistics
+from minitron_train.prune.cut import choose, repaired_tensors
+from minitron_train.prune.layers import Layers, forward
+from minitron_train.prune.score import measure
+from minitron_train.prune.shards import RowReader
+from minitron_train.prune.slice import Sliced
+
+ROOT = Path(__file__).parents[1]
+SMOLLM2_SIZES = {"hidden_size": 432, "ffn_hidden_size": 1024, "num_attention_heads": 6}
+QUICKSTART_SIZES = {"hidden_size": 504, "ffn_hidden_size": 1056, "num_attention_heads": 6}
+TINY_SIZES = {"hidden_size": 192, "ffn_hidden_size": 640, "num_attention_heads": 4}
+AGGREGATIONS = ("mean", "l2", "var")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the comparison: a preset, what differs from it, and which sizes are cut."""
+
+    name: str
+    preset: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] | None = None  # None: all axes
+
+
+def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
+    """The comparison, for one target."""
+    found = [Case("modelopt", "modelopt"), Case("default", "default")]
+    if quick:
+        return found
+    heads, ffn, hidden = ({key: sizes[key]} for key in ("num_attention_heads", "ffn_hidden_size", "hidden_size"))
+    found += [Case("paper", "paper")]
+    found += [
+        Case(
+            f"batch {batch}, sequence {sequence}",
+            "modelopt",
+            {"batch_aggregation": batch, "sequence_aggregation": sequence},
+        )
+        for batch in AGGREGATIONS
+        for sequence in AGGREGATIONS
+    ]
+    found += [
+        Case("ffn alone", "modelopt", {}, ffn),
+        Case("ffn alone, summed over layers", "modelopt", {"ffn_scope": "network"}, ffn),
+        Case("ffn alone, before the activation", "modelopt", {"neuron_activation": "pre"}, ffn),
+        Case("heads alone", "modelopt", {}, heads),
+        Case("heads alone, norms of tokens", "modelopt", {"head_norm": "token"}, heads),
+        Case("heads alone, merged as printed", "modelopt", {"head_merge": "queries"}, heads),
+        Case("heads alone, merged in the output", "modelopt", {"head_merge": "outputs"}, heads),
+        Case("heads alone, outputs refitted", "modelopt", {"refit": "outputs"}, heads),
+        Case("hidden alone", "modelopt", {}, hidden),
+        Case("hidden alone, final norm counted", "modelopt", {"include_final_norm": True}, hidden),
+        Case("hidden alone, norms rescaled", "modelopt", {"norm_scale": True}, hidden),
+        Case("norms rescaled", "modelopt", {"norm_scale": True}),
+        Case("merged in the output", "modelopt", {"head_merge": "outputs"}),
+        Case("outputs refitted", "modelopt", {"refit": "outputs"}),
+        Case("two iterations", "modelopt", {"iterations": 2}),
+        Case("default, ridge 0.003", "default", {"ridge": 0.003}),
+        Case("default, ridge 0.3", "default", {"ridge": 0.3}),
+    ]
+    return found
+
+
+class Overlay:
+    """A Source whose tensors are partly replaced."""
+
+    def __init__(self, below: Source, replaced: Mapping[str, Tensor]) -> None:
+        self.below, self.replaced = below, replaced
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The replaced tensor where there is one."""
+        if name not in self.replaced:
+            return self.below.read(name, dim, start, stop)
+        tensor = self.replaced[name]
+        return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
+
+
+@torch.no_grad()
+def loss_of(teacher: hf.Checkpoint, shape: Shape, source: Source, groups: Groups, tokens_NS: Tensor) -> float:
+    """Mean next-token cross-entropy, nats."""
+    layers = Layers(teacher.table, shape, source, groups, resident=False)
+    batches = tokens_NS.split(8)
+    hidden, rotary = [layers.embed(batch) for batch in batches], layers.rotary(tokens_NS.shape[1])
+    for i in range(shape.num_layers):
+        layer = layers[i]
+        hidden = [forward(layer, x, rotary) for x in hidden]
+    row = next(row for row in teacher.table.rows if row.mcore == (EMBEDDING if shape.tie_embeddings else OUTPUT))
+    weight, total = source.read(next(iter(row.hf))), 0.0
+    for x_SBH, batch in zip(hidden, batches, strict=True):
+        for y_SH, tokens_S in zip(layers.final_norm(x_SBH).transpose(0, 1), batch, strict=True):
+            total += torch.nn.functional.cross_entropy(y_SH[:-1] @ weight.t(), tokens_S[1:], reduction="sum").item()
+    return total / tokens_NS[:, 1:].numel()
+
+
+def configuration(case: Case, calibration: CalibrationConfig) -> Config:
+    """The program's configuration for one case."""
+    preset = OmegaConf.load(ROOT / "conf" / "prune" / f"{case.preset}.yaml")
+    merged = OmegaConf.merge(OmegaConf.structured(PruneConfig), preset, OmegaConf.create(dict(case.changes)))
+    return Config(prune=OmegaConf.to_object(merged), calibration=calibration)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(slots=True)
+class Bench:
+    """One teacher with its statistics."""
+
+    teacher: hf.Checkpoint
+    groups: Groups
+    calibration: CalibrationConfig
+    tokens: Tensor  # [batches, sequences, length]
+    validation_NS: Tensor
+    statistics: Statistics
+
+    def run(self, case: Case, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Cut, repair, measure."""
+        start_s, config = time.perf_counter(), configuration(case, self.calibration)
+        student = self.teacher.shape.smaller(**(case.sizes or sizes))
+        keep = choose(config, self.groups, self.teacher, student, self.statistics, lambda: self.tokens)
+        source: Source = Sliced(self.teacher, keep)
+        if config.prune.repairs:
+            source = Overlay(source, dict(repaired_tensors(config, self.groups, self.teacher, keep, self.tokens)))
+        loss = loss_of(self.teacher, student, source, self.groups, self.validation_NS)
+        seconds = time.perf_counter() - start_s
+        print(f"{case.name:45}{loss:9.4f}{seconds:8.0f} s", flush=True)
+        return {"case": case.name, "preset": case.preset, **case.changes, "loss": loss, "seconds": round(seconds, 1)}
+
+
+def embedded_data() -> DataConfig:
+    """The corpus that every machine has."""
+    merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(ROOT / "conf" / "data" / "embedded.yaml"))
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_validation: int) -> Bench:
+    """Tokens and statistics of one teacher; `local`: from MINITRON_DATA where that is set."""
+    teacher, tokenizer = hf.Checkpoint(folder), AutoTokenizer.from_pretrained(folder)
+    calibration = CalibrationConfig(num_samples=num_samples, seq_length=512, micro_batch_size=8)
+    data, corpus = embedded_data(), os.environ.get("MINITRON_DATA") if local else None
+    data.validation_tokens = 512 * num_validation
+    if corpus:
+        calibration.path = str(Path(corpus) / "corpus" / "[!v]*.jsonl.gz")  # all but valid_wikitext2
+        data.validation_path = str(Path(corpus) / "corpus" / "valid_wikitext2.jsonl.gz")
+    tokens = calibration_batches(calibration, data, tokenizer, seed=1234)
+    validation_NS = validation_tokens(data, tokenizer, 512, seed=1234)[:num_validation]
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
+    return Bench(teacher, groups, calibration, tokens, validation_NS, measure(layers, tokens, calibration))
+
+
+def compare(bench: Bench, sizes: Mapping[str, int], *, quick: bool) -> tuple[float, list[dict[str, Any]]]:
+    """The teacher's loss, and every case's."""
+    loss = loss_of(bench.teacher, bench.teacher.shape, RowReader(bench.teacher), bench.groups, bench.validation_NS)
+    print(f"{'teacher':45}{loss:9.4f}", flush=True)
+    return loss, [bench.run(case, sizes) for case in cases(sizes, quick=quick)]
+
+
+def main() -> None:
+    """Compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two cases on few tokens: not the figures of the docs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into outputs/pruning_quality")
+    parser.add_argument("--tiny", type=Path, help="folder of a tiny Nemotron teacher")
+    arguments = parser.parse_args()
+    folder = arguments.teacher or Path("outputs/pruning_quality/teacher")
+    if not folder.exists():
+        recipe = OmegaConf.load(ROOT / "recipes" / "smollm2.yaml")
+        fetch_teacher(TeacherConfig(**recipe.teacher), folder)
+    amounts = (
+        {"num_samples": 16, "num_validation": 2} if arguments.quick else {"num_samples": 128, "num_validation": 32}
+    )
+    with start(ParallelConfig(), World(), 1234) as groups:
+        bench = prepare(folder, groups, local=True, **amounts)
+        teacher_loss, rows = compare(bench, SMOLLM2_SIZES, quick=arguments.quick)
+        if not arguments.quick:
+            rows += [
+                bench.run(Case(f"{name}, quickstart's target", name, {}, QUICKSTART_SIZES), {})
+                for name in ("modelopt", "default")
+            ]
+        losses = {row["case"]: row["loss"] for row in rows}
+        report: dict[str, Any] = {
+            "teacher_loss": teacher_loss,
+            "modelopt_loss": losses["modelopt"],
+            "ours_loss": losses["default"],
+            "calibration_tokens": bench.tokens.numel(),
+            "validation_tokens": bench.validation_NS.numel(),
+        }
+        if arguments.tiny:
+            bench = prepare(arguments.tiny, groups, local=False, **amounts)
+            report["tiny_teacher_loss"], tiny = compare(bench, TINY_SIZES, quick=arguments.quick)
+            rows += [{**row, "case": f"tiny: {row['case']}"} for row in tiny]
+    report["cases"] = rows
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
