@@ -20,7 +20,7 @@ def commands() -> list[str]:
         text = page.read_text().replace("\\\n", " ")
         for line in re.findall(r"^\s*(?:\w+=\S+ )*.*?-m minitron_train (\S.*)$", text, flags=re.MULTILINE):
             line = line.split("`")[0].split(" #")[0].strip()
-            if not re.search(r"--cfg|…|COMMAND|NAME|FOLDER|\||\.\.\.", line):
+            if not re.search(r"--cfg|hydra/launcher|…|COMMAND|NAME|FOLDER|\||\.\.\.", line):
                 found.append(line)
     return sorted(set(found))
 
