@@ -17,7 +17,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Lab, str]]:
     """Jobs that reach their time limit on a node of their own, while the other tests run: it takes a minute and more."""
     found = {}
-    for act in ("train", "train_late"):
+    for act in ("train",):
         lab = Lab(tmp_path_factory.mktemp(act) / "lab", cluster, {}, real=False)
         options = ("--partition=apart", "--time=1", "--signal=B:USR1@30")
         found[act] = lab, lab.submit("pretrain", *options, f"act.pretrain={act}")
@@ -159,7 +159,7 @@ def test_second_chain_waits_for_the_first(lab: Lab) -> None:
     assert lab.cluster.wait(second["export"], *ENDED)["JobState"] == "COMPLETED"
 
 
-@pytest.mark.parametrize(("act", "signal"), [("train", "USR1"), ("train_late", "TERM")])
+@pytest.mark.parametrize(("act", "signal"), [("train", "USR1")])
 def test_time_limit_saves_and_requeues(limited: dict[str, tuple[Lab, str]], act: str, signal: str) -> None:
     """Slurm itself sends the warning, up to a minute early; at the limit it is SIGTERM, and KillWait to obey."""
     lab, job = limited[act]
