@@ -528,7 +528,7 @@ class ClusterConfig:
     peak_tflops: float | None = opt(None, "dense bf16 peak of one GPU; null: a matrix product is timed here")
     fp32_tflops: float | None = opt(None, "fp32 peak of one GPU, for scoring; null: the same as peak_tflops")
     memory_gb_per_s: float | None = opt(None, "memory bandwidth of one GPU, 1e9 bytes a second; null: timed here")
-    intra_node_gb_per_s: float = opt(5.0, "one GPU to its neighbours, one direction, 1e9 bytes a second")
+    intra_node_gb_per_s: float = opt(1.0, "one GPU to its neighbours, one direction, 1e9 bytes a second")
     inter_node_gb_per_s: float = opt(1.0, "one GPU to other nodes, one direction, 1e9 bytes a second")
     utilisation: float = opt(0.85, "share of the peak that the matrix products of a step reach")
     reserved_gib: float = opt(3.0, "of each GPU's memory: CUDA context, NCCL, fragmentation")

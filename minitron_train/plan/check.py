@@ -92,6 +92,7 @@ def distill_options(config: Config, teacher: Shape, student: Shape, world: World
         weight_bytes=WEIGHT_BYTES[train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
         runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+        loss_budget_u=config.distill.memory_budget_u,
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         sharded_optimizer=distributed,

@@ -31,6 +31,7 @@ def candidates(
                     weight_bytes=base.weight_bytes,
                     teacher_weight_bytes=base.teacher_weight_bytes,
                     runtime_bytes=base.runtime_bytes,
+                    loss_budget_u=base.loss_budget_u,
                     recompute=recompute,
                     sequence_parallel=tp > 1 and machine.cuda,
                     sharded_optimizer=machine.cuda,

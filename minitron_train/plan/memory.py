@@ -4,17 +4,20 @@ What autograd keeps is counted tensor by tensor for the layer that arch.build ma
 really saved. Legend: H hidden, A query heads x channels, K key/value heads x channels, F MLP neurons, V vocabulary.
 """
 
+import os
 from dataclasses import dataclass, replace
+from math import prod
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.plan.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
 LOSS_BUDGET_U = 0.2  # distill.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
-SLICE_BLOCK_BYTES, SLICE_THREADS = 16 * 2**20, 8  # prune.slice: at most so many
+SMALL_LOGITS_BYTES = 256 * 2**20  # distill.step.SMALL_BYTES
+SLICE_BLOCK_BYTES = 16 * 2**20  # prune.slice.BLOCK_BYTES
 STATISTICS_BYTES = 2 * 3 * 8  # prune.statistics.Moments: mean and deviations of three values, fp64
 RUNTIME_BYTES = {
-    stage: mib * 2**20 for stage, mib in {"score": 470, "slice": 470, "distill": 560}.items()
+    stage: mib * 2**20 for stage, mib in {"score": 490, "slice": 440, "distill": 560}.items()
 }  # libraries, no CUDA
 
 
@@ -29,6 +32,7 @@ class Layout:
     weight_bytes: int  # 2 for bf16, 4 for fp32
     teacher_weight_bytes: int
     runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0: a process without CUDA
+    loss_budget_u: float | None = None  # distill.memory_budget_u
     recompute: str = "none"  # config.Recompute: what the backward pass computes again
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
@@ -95,10 +99,18 @@ def working_bytes(shape: Shape, layout: Layout) -> int:
     return int(layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp))
 
 
+def logit_budget(vocab: int, layout: Layout) -> float:
+    """Bytes that the loss may use for blocks of logits and for logits kept between its sweeps; `vocab` rows are this rank's."""
+    logits = layout.tokens * vocab * FP32
+    if layout.loss_budget_u is not None:
+        return layout.loss_budget_u * logits
+    return max(LOSS_BUDGET_U * logits, SMALL_LOGITS_BYTES)
+
+
 def loss_bytes(student: Shape, teacher: Shape, layout: Layout) -> int:
     """The fused loss: blocks of logits, the gradient of the output weights' shard, both hidden states and one gradient."""
     vocab = student.vocab_size // layout.tp
-    blocks = LOSS_BUDGET_U * layout.tokens * vocab * FP32
+    blocks = min(logit_budget(vocab, layout), 2 * layout.tokens * vocab * FP32)
     weight_grad = vocab * student.hidden_size * layout.weight_bytes
     hidden = layout.tokens * (
         2 * student.hidden_size * layout.weight_bytes + teacher.hidden_size * layout.teacher_weight_bytes
@@ -149,9 +161,6 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
     )  # embeddings of the different tokens, and of all of them
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],
-        "mapped_files": mapped_bytes(
-            layout, teacher.num_layers * layer_parameters(teacher, layout.tp) + teacher.vocab_size * teacher.hidden_size
-        ),
         "weights": layers * layout.weight_bytes,
         "chunk": vectors * teacher.hidden_size * layout.weight_bytes,
         "working": working_bytes(teacher, layout),
@@ -160,9 +169,11 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
     return parts | {"total": sum(parts.values())}
 
 
-def slice_bytes() -> dict[str, int]:
+def slice_bytes(teacher: Shape, weight_bytes: int) -> dict[str, int]:
     """Memory of the process that slices: blocks of rows, read and cut, a pair for each thread; whatever the model's size."""
-    parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": SLICE_THREADS * 2 * SLICE_BLOCK_BYTES}
+    threads = max(2, min(8, len(os.sched_getaffinity(0))))
+    largest = max(prod(size) for size in architecture(teacher.architecture).tensors(teacher).values()) * weight_bytes
+    parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": threads * 2 * min(SLICE_BLOCK_BYTES, largest)}
     return parts | {"total": sum(parts.values())}
 
 

@@ -54,7 +54,7 @@ def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -
     return {
         "read_bytes": read,
         "written_bytes": written,
-        "memory_bytes": slice_bytes(),
+        "memory_bytes": slice_bytes(teacher, weight_bytes),
         "seconds": slice_seconds(read, written, machine),
     }
 

@@ -7,9 +7,9 @@ benchmarks/plan_gpu.py hold the result against measurements.
 from dataclasses import dataclass
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.plan.counts import forward_flops_per_token, parameters_per_rank, training_flops_per_token
+from minitron_train.plan.counts import forward_flops_per_token, parameters_per_rank
 from minitron_train.plan.hardware import Hardware
-from minitron_train.plan.memory import FP32, LOSS_BUDGET_U, Layout
+from minitron_train.plan.memory import FP32, Layout, logit_budget
 
 PASSES = {
     "hidden": 12,
@@ -19,7 +19,12 @@ PASSES = {
 }  # tensors read or written by one layer, per width
 LOGIT_PASSES = 12  # over one fp32 logit of either model: two sweeps of exponentials, sums, gradient
 WATCH_PASSES = 6  # over each watched activation: prune.statistics reduces it three times
-FILE_PASSES = 4  # over a byte that is written: cut, copied into the page cache, zeroed before
+READ_PASSES, WRITE_PASSES = (
+    2,
+    10,
+)  # over a byte that is read; that is cut, written and put into a zeroed page of the cache
+SCORE_START_S, SLICE_START_S = 0.1, 0.02  # files opened, modules built, results written
+ATTENTION_SHARE = {False: 0.3, True: 0.6}  # of the matrix products' rate, without and with CUDA
 UPDATE_PASSES = 20  # gradient norm, clipping, AdamW, zeroing: over fp32 weights, gradients and moments
 
 
@@ -58,17 +63,21 @@ def elementwise_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) 
 def loss_flops_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
     """Output layers of both models, the student's gradients, and the logits that are made a second time.
 
-    Logits stay between the two sweeps as far as the weight gradient's storage and half of the loss's budget hold them.
+    Logits stay between the two sweeps as far as the weight gradient's storage and the loss's budget hold them; a budget
+    that is a share of the logits is half used by working blocks.
     """
-    rows_kept = student.hidden_size * layout.weight_bytes / FP32 + LOSS_BUDGET_U / 2 * layout.tokens
+    vocab = student.vocab_size // layout.tp
+    rows_kept = student.hidden_size * layout.weight_bytes / FP32 + 0.5 * logit_budget(vocab, layout) / (vocab * FP32)
     again = max(0.0, 1 - rows_kept / (2 * layout.tokens))
     forward = 2 * (teacher.hidden_size + student.hidden_size)
     return student.vocab_size * ((1 + again) * forward + 4 * student.hidden_size)
 
 
-def output_flops_per_token(shape: Shape) -> int:
-    """The output layer's forward pass."""
-    return 2 * shape.vocab_size * shape.hidden_size
+def layer_cost(shape: Shape, seq_length: int, machine: Hardware) -> float:
+    """Forward FLOPs per token of all layers, those of attention weighed by its lower rate."""
+    attention = 2 * shape.num_layers * shape.axis_size("q") * seq_length
+    matrices = forward_flops_per_token(shape, seq_length) - attention - 2 * shape.vocab_size * shape.hidden_size
+    return matrices + attention / ATTENTION_SHARE[machine.cuda]
 
 
 def tp_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
@@ -92,11 +101,8 @@ def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
 def step_time(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int) -> StepTime:
     """Seconds of one optimizer step of one rank."""
     tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
-    forward = forward_flops_per_token(student, length)
-    flops = forward_flops_per_token(teacher, length) + training_flops_per_token(student, length)
-    flops -= output_flops_per_token(teacher) + 3 * output_flops_per_token(student)
-    if layout.recompute == "full":
-        flops += forward - output_flops_per_token(student)
+    passes = 4 if layout.recompute == "full" else 3
+    flops = layer_cost(teacher, length, machine) + passes * layer_cost(student, length, machine)
     logits = student.vocab_size * LOGIT_PASSES * FP32
     updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node
@@ -113,17 +119,24 @@ def step_time(teacher: Shape, student: Shape, machine: Hardware, layout: Layout,
     )
 
 
+def score_network_bytes(teacher: Shape, layout: Layout) -> float:
+    """Bytes that one rank sends per token: an all-reduce after attention and MLP."""
+    return 2 * (layout.tp - 1) / layout.tp * 2 * teacher.num_layers * teacher.hidden_size * FP32
+
+
 def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int) -> float:
     """Seconds of scoring `tokens` tokens in fp32: no output layer, every watched activation reduced, weights read once."""
-    flops = forward_flops_per_token(teacher, layout.seq_length) - output_flops_per_token(teacher)
+    flops = layer_cost(teacher, layout.seq_length, machine)
     parallel = 2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size
     watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
     traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * FP32
     weights = 2 * parameters_per_rank(teacher, layout.tp) * FP32
     rate = machine.fp32_flops * machine.utilisation
-    return tokens * (flops / layout.tp / rate + traffic / machine.memory_rate) + weights / machine.memory_rate
+    network = tokens * score_network_bytes(teacher, layout) / machine.link_rate(layout.tp)
+    working = tokens * (flops / layout.tp / rate + traffic / machine.memory_rate)
+    return SCORE_START_S + working + weights / machine.memory_rate + network
 
 
 def slice_seconds(read_bytes: int, written_bytes: int, machine: Hardware) -> float:
     """Seconds of slicing from and to files that the page cache holds; a slower disk takes longer."""
-    return (read_bytes + FILE_PASSES * written_bytes) / machine.memory_rate
+    return SLICE_START_S + (READ_PASSES * read_bytes + WRITE_PASSES * written_bytes) / machine.memory_rate

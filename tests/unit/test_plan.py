@@ -136,3 +136,14 @@ def test_activations_are_what_autograd_keeps(architecture: str, recompute: Recom
         measured = saved_bytes(model, torch.randint(0, 512, (2, 64), device=device))
     planned = activation_bytes(shape, layout, with_working_layer=False)
     assert planned == pytest.approx(measured, rel=0.03)
+
+
+def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
+    """plan imports no torch, so it repeats these."""
+    from minitron_train.distill import loss_blocks, step
+    from minitron_train.plan import memory
+    from minitron_train.prune import slice as slicing
+
+    assert loss_blocks.Chunking().memory_budget_u == memory.LOSS_BUDGET_U
+    assert memory.SMALL_LOGITS_BYTES == step.SMALL_BYTES
+    assert memory.SLICE_BLOCK_BYTES == slicing.BLOCK_BYTES
