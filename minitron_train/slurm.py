@@ -1,7 +1,9 @@
 """What the scripts of slurm/ ask Python for: the jobs of a recipe's chain, and whether the ranks of a job can begin.
 
     python -m minitron_train.slurm chain +recipe=tiny …          output folder, then one command of the chain a line
-    python -m minitron_train.slurm check distill +recipe=tiny …  on every rank of a job step; prints the output folder
+    python -m minitron_train.slurm candidates +recipe=4b …       output folder, then the number of the search's candidates
+    python -m minitron_train.slurm check distill +recipe=tiny …  on every rank of a job step; prints the files that mark
+                                                                 a training that was stopped and is to be started again
 
 No torch here: both answer within a second or two.
 """
@@ -22,27 +24,32 @@ from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World, read_world
 from minitron_train.parallel.meeting import host_name, meet
+from minitron_train.prune.search import Candidate, candidates, choose
 from minitron_train.workspace import Workspace, late
 
-NEEDS_TEACHER = ("score", "prune", "distill")
+STOPPED = "stopped.json"  # train.run's, not imported from there because that loads torch
+NEEDS_TEACHER = ("score", "prune", "distill", "search")
 WRITES = {"prune": "pruned", "distill": "checkpoints", "export": "student"}  # command -> part of plan's disk use
 
 
 def main(argv: Sequence[str]) -> None:
-    """`chain` or `check`; a user's mistake is one line and exit code 2."""
+    """`chain`, `candidates` or `check`; a user's mistake is one line and exit code 2."""
     world = read_world()
     try:
         verb, arguments = argv[1], list(argv[2:])
         if verb == "chain":
             config = compose(arguments)
             print("\n".join([config.output_dir, *chain(config)]))
+        elif verb == "candidates":
+            config = compose(arguments)
+            print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
         elif verb == "check":
-            config = compose(arguments[1:])
-            check(arguments[0], config, world, os.environ)
-            if world.is_first:
-                print(config.output_dir)
+            command, config = arguments[0], compose(arguments[1:])
+            check(command, config, world, os.environ)
+            for mark in marks(command, config, world) if world.is_first else ():
+                print(mark)
         else:
-            raise UserError(f"unknown verb {verb!r}: one of chain, check")
+            raise UserError(f"unknown verb {verb!r}: one of chain, candidates, check")
     except UserError as error:
         late(world.rank)
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
@@ -73,6 +80,30 @@ def chain(config: Config) -> list[str]:
         *(["score", "prune"] if config.student.path is None else []),
         *("distill", "export", "eval", "report"),
     ]
+
+
+def search_candidates(config: Config, world: World) -> list[Candidate]:
+    """What `search` would try.
+
+    Raises:
+        UserError: nothing fits the budget, or nothing would be measured.
+    """
+    if not config.search.evaluate and not config.search.retrain_tokens:
+        raise UserError(
+            "search.evaluate=false: there is nothing to run; set search.evaluate=true or search.retrain_tokens"
+        )
+    with ExitStack() as stack:
+        return candidates(config.search, Workspace(config, [], world, stack).teacher_shape)
+
+
+def marks(command: str, config: Config, world: World) -> list[Path]:
+    """The files that a command's trainings leave when a signal has stopped them."""
+    folder = Path(config.output_dir)
+    runs = {"pretrain": ["pretrain/train"], "distill": ["train"], "run": ["pretrain/train", "train"]}.get(command, [])
+    if command == "search" and config.search.retrain_tokens:
+        chosen = choose(search_candidates(config, world), config.search.only)
+        runs = [f"search/{candidate.name}/train" for candidate in chosen]
+    return [folder / run / STOPPED for run in runs]
 
 
 def check(command: str, config: Config, world: World, environ: Mapping[str, str]) -> None:

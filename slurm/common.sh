@@ -76,7 +76,7 @@ was_interrupted() {
   local shown mark
   shown=$(show_job)
   case $shown in
-    *" JobState=RUNNING "*) ;;                                             # warned before its limit, or being preempted
+    *" JobState=RUNNING "* | *" JobState=SIGNALING "*) ;;                  # warned before its limit, or being preempted
     *" JobState=COMPLETING Reason=TimeLimit "*) ((rc == 0)) || return 1 ;; # at its limit: only if it could save
     *) return 1 ;;                                                         # cancelled; or requeued by Slurm itself
   esac
@@ -101,7 +101,7 @@ requeue() {
 
 # run COMMAND [OVERRIDE...]: the words reach Python as they are; no shell reads them again.
 run() {
-  local command=$1 answer output_dir rc marks=()
+  local command=$1 answer rc marks=()
   shift
   log "$command on ${SLURM_JOB_NODELIST} (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0})"
   (($# == 0)) || printf '  argument %q\n' "$@"
@@ -112,10 +112,9 @@ run() {
 
   answer=$(mktemp)
   step "${site_python[@]}" -m minitron_train.slurm check "$command" "$@" >"$answer"
-  output_dir=$(tail -n 1 "$answer")
+  mapfile -t marks <"$answer" # files that a training leaves which was stopped
   rm -f "$answer"
   if ((rc == 0)); then
-    marks=("$output_dir/train/stopped.json" "$output_dir/pretrain/train/stopped.json")
     rm -f "${marks[@]}"
     step "${site_python[@]}" -m minitron_train "$command" "$@"
   fi

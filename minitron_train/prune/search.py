@@ -99,6 +99,17 @@ def candidates(search: SearchConfig, teacher: Shape) -> list[Candidate]:
     return fitting
 
 
+def choose(found: list[Candidate], only: int | None) -> list[Candidate]:
+    """All, or the one that search.only counts to.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if only is not None and only > len(found):
+        raise UserError(f"search.only={only}: there are {len(found)} candidates; give a number from 1 to {len(found)}")
+    return found if only is None else [found[only - 1]]
+
+
 def table(found: list[Candidate]) -> str:
     """For people."""
     heads = f"{'candidate':26}{'parameters':>16}{'non-embedding':>16}{'memory GiB':>12}{'GFLOP/token':>13}"
@@ -115,22 +126,24 @@ def table(found: list[Candidate]) -> str:
 def search(ws: "Workspace") -> None:
     """List the candidates; cut, measure and retrain them where search.evaluate and search.retrain_tokens ask for it.
 
-    Each candidate is a run of its own in OUTPUT_DIR/search/NAME, which a second search goes on with.
+    Each candidate is a run of its own in OUTPUT_DIR/search/NAME, which a second search goes on with: the tasks of a job
+    array can try one each (search.only), and a search after them finds all done and ranks them.
     """
     settings = ws.config.search
     found = candidates(settings, ws.teacher_shape)
+    chosen = choose(found, settings.only)
     if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
         from minitron_train.commands import score
 
         score(ws)
-        for number, candidate in enumerate(found, start=1):
+        for candidate in chosen:
             if ws.world.is_first:
-                say(f"search: {candidate.name} ({number} of {len(found)})")
+                say(f"search: {candidate.name} ({found.index(candidate) + 1} of {len(found)})")
             try_out(ws, candidate)
         found.sort(key=lambda candidate: candidate.loss)
     if ws.world.is_first:
-        say(table(found))
-        if not ws.config.dry_run:
+        say(table(chosen if settings.only else found))
+        if not ws.config.dry_run and settings.only is None:
             atomic_write_json(ws.folder / "search.json", {"candidates": [candidate.row() for candidate in found]})
 
 

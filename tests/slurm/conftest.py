@@ -47,9 +47,9 @@ class Lab:
         """slurm/submit.sh; returns the job's id."""
         return self.cluster.call("slurm/submit.sh", command, *words, cwd=self.folder, environ=environ).stdout.strip()
 
-    def chain(self, *words: str) -> dict[str, str]:
-        """slurm/chain.sh; returns the jobs' ids by command."""
-        printed = self.cluster.call("slurm/chain.sh", *words, cwd=self.folder).stdout
+    def chain(self, *words: str, script: str = "chain") -> dict[str, str]:
+        """slurm/chain.sh or search.sh; returns the jobs' ids by name."""
+        printed = self.cluster.call(f"slurm/{script}.sh", *words, cwd=self.folder).stdout
         lines = [line.split() for line in printed.splitlines() if line.startswith("  ")]
         return {words[0]: words[2].rstrip(",") for words in lines}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 FOLDER = Path(os.environ["FAKE"])
 RANK = int(os.environ.get("SLURM_PROCID", "0"))
 LIVES = FOLDER / "lives"
-CHAIN = ("score", "prune", "distill", "export")
+MARK = FOLDER / "train" / "stopped.json"
+ANSWERS = {"chain": [FOLDER, "score", "prune", "distill", "export"], "candidates": [FOLDER, 3], "check": [MARK]}
 
 
 def succeed() -> None:
@@ -41,8 +42,8 @@ def save(number: int, _: object) -> None:
     """What all ranks do at a signal."""
     if RANK == 0:
         print(f"saved after {signal.Signals(number).name}")
-        (FOLDER / "train").mkdir(exist_ok=True)
-        (FOLDER / "train" / "stopped.json").write_text(signal.Signals(number).name)
+        MARK.parent.mkdir(exist_ok=True)
+        MARK.write_text(signal.Signals(number).name)
     sys.exit(0)
 
 
@@ -78,10 +79,10 @@ def life() -> int:
 
 
 def main() -> None:
-    """Answer `chain` and `check` as the real ones do, else act."""
+    """Answer as minitron_train.slurm does, or act as a command."""
     _, module, command, *words = sys.argv[1:]
     if module == "minitron_train.slurm":
-        print("\n".join([str(FOLDER), *(CHAIN if command == "chain" else [])]))
+        print("\n".join(map(str, ANSWERS[command])))
         return
     (FOLDER / f"argv.{RANK}").write_text(json.dumps([command, *words]))
     if RANK == 0:

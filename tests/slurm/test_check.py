@@ -32,6 +32,31 @@ def test_chain(words: list[str], commands: list[str]) -> None:
     assert slurm.chain(slurm.compose(words)) == commands
 
 
+GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,96]", "search.ffn_expansion=[2,3]")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "marked"),
+    [
+        ("pretrain", [], ["pretrain/train"]),
+        ("distill", [], ["train"]),
+        ("run", [], ["pretrain/train", "train"]),
+        ("eval", [], []),
+        ("search", ["search.evaluate=true", *GRID], []),
+        ("search", ["search.retrain_tokens=1000", *GRID, "search.only=2"], ["search/l3-a4-f128-h64/train"]),
+    ],
+)
+def test_marks(command: str, words: list[str], marked: list[str]) -> None:
+    config = slurm.compose(["+recipe=micro", "output_dir=out", *words])
+    assert slurm.marks(command, config, World()) == [Path("out", folder, "stopped.json") for folder in marked]
+
+
+def test_the_mark_is_the_one_that_training_leaves() -> None:
+    from minitron_train.train.run import STOPPED
+
+    assert slurm.STOPPED == STOPPED
+
+
 def test_gpus() -> None:
     def complaints(gpus: str, local_size: int) -> list[str]:
         environ = {"SLURM_GPUS_ON_NODE": gpus, "SLURMD_NODENAME": "n7"}
@@ -80,7 +105,7 @@ def test_ranks_meet(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     folder = tmp_path / "out"
     found = ranks(3, "+recipe=micro", f"teacher.path={tmp_path}/teacher", f"output_dir={folder}")
-    assert found == [(0, f"{folder}\n", ""), (0, "", ""), (0, "", "")]
+    assert found == [(0, f"{folder}/train/stopped.json\n", ""), (0, "", ""), (0, "", "")]
     assert list(folder.iterdir()) == []
 
 

@@ -159,6 +159,27 @@ def test_second_chain_waits_for_the_first(lab: Lab) -> None:
     assert lab.cluster.wait(second["export"], *ENDED)["JobState"] == "COMPLETED"
 
 
+def test_search_tries_the_candidates_side_by_side(lab: Lab) -> None:
+    jobs = lab.chain("micro", "act.search=load", script="search")
+    assert list(jobs) == ["score", "try", "rank"]
+    lab.cluster.wait(jobs["score"], "COMPLETED")
+
+    def running() -> list[str]:
+        listed = lab.cluster.call(
+            "squeue", "--noheader", "--states=running", "--array", "--format=%K", "-j", jobs["try"]
+        )
+        return sorted(listed.stdout.split())
+
+    until("three tasks at once", lambda: running() == ["1", "2", "3"], timeout_s=60)
+    words = until(
+        "a try", lambda: [w for w in json.loads((lab.fake / "argv.0").read_text()) if "only" in w], timeout_s=60
+    )
+    assert words[0] in {f"search.only={k}" for k in (1, 2, 3)}
+    assert lab.cluster.show(jobs["rank"])["JobState"] == "PENDING"
+    lab.cluster.call("scancel", jobs["try"])
+    assert lab.cluster.wait(jobs["rank"], *ENDED)["JobState"] == "CANCELLED"
+
+
 @pytest.mark.parametrize(("act", "signal"), [("train", "USR1")])
 def test_time_limit_saves_and_requeues(limited: dict[str, tuple[Lab, str]], act: str, signal: str) -> None:
     """Slurm itself sends the warning, up to a minute early; at the limit it is SIGTERM, and KillWait to obey."""

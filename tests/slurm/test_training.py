@@ -102,6 +102,17 @@ def material(chained: tuple[Lab, dict[str, str], dict[str, str]]) -> tuple[str, 
     return f"teacher.path={output / 'teacher'}", f"student.path={output / 'pruned'}"
 
 
+def test_search_ranks_what_the_array_has_tried(lab: Lab, material: tuple[str, str]) -> None:
+    grid = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,96]", "search.ffn_expansion=[2,3]")
+    jobs = lab.chain("micro", *grid, "search.evaluate=true", script="search")
+    completed(lab, jobs["rank"])
+    log = lab.log(jobs["rank"])
+    assert log.count("prune: done before") == log.count("eval pruned: done before") == 2
+    ranked = json.loads((lab.folder / "outputs" / "micro" / "search.json").read_text())["candidates"]
+    found = [row["zero_shot_loss"] for row in ranked]
+    assert len(found) == 2 and found == sorted(found)
+
+
 def losses(folder: Path) -> list[tuple[int, float, float]]:
     """What must be equal to the last bit."""
     return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(folder)]

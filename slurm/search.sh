@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Submit a search: scores first, then a job array with a task for every candidate, then a job that ranks them.
+#   slurm/search.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]      (the options apply to every job)
+#   slurm/search.sh 4b teacher.path=/models/nemotron-15b search.retrain_tokens=1_800_000_000
+# Run it again to go on: finished candidates end at once. The ranking follows when all tasks have succeeded.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source slurm/site.sh
+
+if [[ $# -eq 0 || $1 == -* || $1 == *=* ]]; then
+  echo "usage: slurm/search.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]" >&2
+  exit 2
+fi
+recipe=$1
+shift
+options=()
+while [[ ${1:-} == --* ]]; do
+  options+=("$1")
+  shift
+done
+
+answer=$("${site_python[@]}" -m minitron_train.slurm candidates "+recipe=$recipe" "$@")
+mapfile -t lines <<<"$answer"
+name=$(basename "${lines[0]}")
+count=${lines[1]}
+
+# submit_one LABEL COMMAND DEPENDENCY [SBATCH-OPTION]: the job's id goes to `id`
+submit_one() {
+  id=$(slurm/submit.sh "$2" --job-name="$name-$1" --dependency="$3" --kill-on-invalid-dep=yes "${@:4}" \
+    "${options[@]}" "+recipe=$recipe" "${overrides[@]}")
+  printf '  %-8s job %s\n' "$1" "$id"
+}
+
+overrides=("$@")
+echo "$recipe -> ${lines[0]}, $count candidates"
+submit_one score score singleton
+submit_one try search "afterok:$id,singleton" "--array=1-$count"
+submit_one rank search "afterok:$id,singleton" --nodes=1
