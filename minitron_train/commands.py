@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.config import Config, DataConfig
+from minitron_train.config import Config, DataConfig, Depth
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
@@ -81,14 +81,19 @@ def score(ws: Workspace) -> None:
 
     teacher, calibration = ws.open_teacher(), ws.config.calibration
     ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
-    settings = {"calibration": subset(calibration, "path", "num_samples", "seq_length"), "seed": ws.config.seed}
+    numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
+    settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
     if calibration.tokens is None:
         own = dataclasses.replace(ws.config.data, path=calibration.path) if calibration.path else ws.config.data
         inputs |= data_inputs(ws, own)
     elif Path(calibration.tokens).exists():
-        settings, inputs["tokens"] = {}, sha256_file(Path(calibration.tokens))
+        settings = {"calibration": subset(calibration, "precision")}
+        inputs["tokens"] = sha256_file(Path(calibration.tokens))
     stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
+    with_losses = dataclasses.replace(stage, settings=settings | {"losses_without_layers": True})
+    if ws.config.prune.depth is Depth.perplexity or has_more(ws, with_losses):
+        stage = with_losses
 
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("score", ws.teacher_shape)
@@ -97,10 +102,18 @@ def score(ws: Workspace) -> None:
     ws.run(stage, work)
 
 
+def has_more(ws: Workspace, stage: Stage) -> bool:
+    """Whether a stage was done before that holds more than is asked for: then it will do."""
+    return not ws.config.force and ws.share(ws.world.is_first and stage.state()[0] == "finished")
+
+
 def prune(ws: Workspace) -> None:
     """Scores, unless they are there; then the kept indices; then the sliced checkpoint."""
+    from minitron_train.prune.cut import check_request
+
     ws.check_teacher_is_there()
     student = ws.student_shape
+    check_request(ws.teacher_shape, student, ws.config, ws.world.size)
     score(ws)
     cut(ws, student)
 
@@ -264,6 +277,7 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]
 def cut(ws: Workspace, student: Shape) -> None:
     """Scores -> kept indices -> the pruned folder."""
     from minitron_train.prune.cut import cut as write
+    from minitron_train.prune.describe import describe
 
     teacher, scores = ws.open_teacher(), ws.folder / "scores" / "scores.safetensors"
     sizes = {size: getattr(student, size) for size in STUDENT_SIZES}
@@ -275,7 +289,7 @@ def cut(ws: Workspace, student: Shape) -> None:
         inputs=inputs,
         settings=settings,
         parent=ws.teacher_folder,
-        notes=tuple(f"keeps   {size} {sizes[size]} of {getattr(ws.teacher_shape, size)}" for size in STUDENT_SIZES),
+        notes=tuple(describe(ws.teacher_shape, student, ws.config.prune)),
     )
 
     def work(folder: Path) -> Mapping[str, Any]:

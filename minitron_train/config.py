@@ -180,6 +180,9 @@ class CalibrationConfig:
     seq_length: int = opt(512, "tokens per sequence")
     micro_batch_size: int = opt(8, "sequences per forward pass")
     chunk_tokens: int = opt(131072, "tokens whose activations are held at once; bounds memory")
+    precision: Precision | None = opt(
+        None, "of the forward passes (statistics are fp32 and fp64); default: bf16 on GPUs, else fp32"
+    )
     streamed: bool | None = opt(
         None, "hold one layer's weights at a time; default: when all take over half the free memory"
     )
@@ -266,10 +269,15 @@ class Merge(Enum):
 
 
 class Depth(Enum):
-    """Which layers go: those of least block importance, or the contiguous block that changes the stream least."""
+    """Which layers go (arXiv 2407.14679 §2.2).
+
+    block: those of least 1 - cos between input and output; contiguous: the block of neighbours with the least 1 - cos
+    between its input and its output (arXiv 2403.17887); perplexity: those without which the loss is lowest.
+    """
 
     block = "block"
     contiguous = "contiguous"
+    perplexity = "perplexity"
 
 
 @dataclass(kw_only=True, slots=True)

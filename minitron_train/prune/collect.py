@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from minitron_train.console import progress
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.layers import Layers, forward
@@ -36,7 +36,8 @@ def gate_half(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
 def head_norms(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """The L2 norm of every head's output at every token."""
-    return torch.linalg.vector_norm(x.unflatten(-1, (-1, layer.config.kv_channels)), dim=-1)  # type: ignore[union-attr]
+    heads = x.unflatten(-1, (-1, layer.config.kv_channels))  # type: ignore[union-attr]
+    return torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32)
 
 
 def whole(layer: torch.nn.Module, x: Tensor) -> Tensor:
@@ -64,6 +65,7 @@ class Statistics:
     num_batches: int = 1  # the first dimension of the calibration tokens
     moments: dict[str, Moments] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
+    losses_without: Tensor | None = None  # fp64 [L + 1], nats: without layer i; last, with all (see prune.depth)
     spans: Tensor | None = None  # fp64 [L + 1, L + 1]: Σ over last tokens of cos between the inputs of layers i and j
 
     def add(self, name: str, x_SBC: Tensor, mask_SB: Tensor | None) -> None:
@@ -100,37 +102,34 @@ def collect(layers: Layers, tokens_NS: Tensor, *, micro_batch_size: int, chunk_t
     Memory: the activations of one chunk between two layers, those of one micro-batch inside a layer, and the layers
     that `layers` holds. A negative token is padding (at the end of a sequence) and never counts.
     """
-    shape, device = layers.shape, layers.groups.device
-    statistics = Statistics(shape.num_layers, num_tokens=int((tokens_NS >= 0).sum()))
-    rotary = layers.rotary(tokens_NS.shape[1])
+    statistics = Statistics(layers.shape.num_layers, num_tokens=int((tokens_NS >= 0).sum()))
     chunks = tokens_NS.split(max(1, chunk_tokens // tokens_NS.shape[1]))
-    bar = tqdm(
-        total=len(chunks) * shape.num_layers,
-        desc="score",
-        unit="layer",
-        disable=None if layers.groups.is_first else True,
-    )
-    for chunk in chunks:
-        batches = chunk.split(micro_batch_size)
-        masks = [None if bool((batch >= 0).all()) else (batch >= 0).t().to(device) for batch in batches]
-        hidden = [layers.embed(batch) for batch in batches]
-        last = [(batch >= 0).sum(1).sub(1).clamp(min=0).to(device) for batch in batches]
-        ends = [last_tokens(hidden, last)]
-        for i in range(shape.num_layers):
-            layer, current = layers[i], [masks[0]]
-            with statistics.watching(layer, i, current):
-                for k, mask in enumerate(masks):
-                    current[0] = mask
-                    after = forward(layer, hidden[k], rotary)
-                    count_block(statistics, i, hidden[k], after, mask)
-                    hidden[k] = after
-            ends.append(last_tokens(hidden, last))
-            bar.update()
-        for x, mask in zip(hidden, masks, strict=True):
-            statistics.add(FINAL_NORM, layers.final_norm(x), mask)
-        count_spans(statistics, ends)
-    bar.close()
+    walk = (i for chunk in chunks for i in count_chunk(statistics, layers, chunk.split(micro_batch_size)))
+    for _ in progress(walk, "score", len(chunks) * layers.shape.num_layers):
+        pass
     return statistics
+
+
+def count_chunk(statistics: Statistics, layers: Layers, batches: tuple[Tensor, ...]) -> Iterator[int]:
+    """Count one chunk, [B, S] each; yields after every layer."""
+    device, rotary = layers.groups.device, layers.rotary(batches[0].shape[1])
+    masks = [None if bool((batch >= 0).all()) else (batch >= 0).t().to(device) for batch in batches]
+    last = [(batch >= 0).sum(1).sub(1).clamp(min=0).to(device) for batch in batches]
+    hidden = [layers.embed(batch) for batch in batches]
+    ends = [last_tokens(hidden, last)]
+    for i in range(layers.shape.num_layers):
+        layer, current = layers[i], [masks[0]]
+        with statistics.watching(layer, i, current):
+            for k, mask in enumerate(masks):
+                current[0] = mask
+                after = forward(layer, hidden[k], rotary)
+                count_block(statistics, i, hidden[k], after, mask)
+                hidden[k] = after
+        ends.append(last_tokens(hidden, last))
+        yield i
+    for x, mask in zip(hidden, masks, strict=True):
+        statistics.add(FINAL_NORM, layers.final_norm(x), mask)
+    count_spans(statistics, ends)
 
 
 def count_block(statistics: Statistics, i: int, before_SBH: Tensor, after_SBH: Tensor, mask_SB: Tensor | None) -> None:
@@ -173,11 +172,11 @@ def merge_ranks(statistics: Statistics, groups: Groups) -> Statistics:
     return statistics
 
 
-def check_finite(statistics: Statistics, where: str) -> None:
+def check_finite(statistics: Statistics) -> None:
     """Refuse NaN and infinities in activations; names the first layer and activation that has one."""
     for name, moments in statistics.moments.items():
         if not bool(torch.isfinite(moments.mean).all()):
             raise UserError(
-                f"{where}: NaN or infinity in the activations, first seen at {name}; "
-                "the weights are damaged or overflow: check the checkpoint"
+                f"the model's activations: NaN or infinity, first seen at {name}; "
+                "the weights are damaged or overflow: check the checkpoint, or set calibration.precision=fp32"
             )

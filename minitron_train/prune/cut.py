@@ -10,11 +10,11 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import SIZES, Shape
-from minitron_train.config import Config
+from minitron_train.config import CalibrationConfig, Config
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.layers import Layers
-from minitron_train.prune.score import measure
+from minitron_train.prune.score import measure, scoring_dtype
 from minitron_train.prune.scores import Scores
 from minitron_train.prune.select import Keep, check_target, select
 from minitron_train.prune.shards import RowReader
@@ -60,6 +60,24 @@ def cut(
     return facts
 
 
+def check_request(teacher: Shape, student: Shape, config: Config, world_size: int) -> None:
+    """Refuse, before scoring, a target that cannot be cut out of the teacher, or a repair from too few tokens."""
+    from minitron_train.prune.repair import check_enough
+
+    check_target(teacher, student, config.prune)
+    calibration = config.calibration
+    if calibration.tokens is None:
+        num_sequences = min(
+            calibration.num_samples, num_repair_sequences(calibration, calibration.seq_length, world_size)
+        )
+        check_enough(num_sequences * calibration.seq_length, student, config.prune)
+
+
+def num_repair_sequences(calibration: CalibrationConfig, seq_length: int, world_size: int) -> int:
+    """Sequences that a repair uses at most: all are held at once, so that calibration.chunk_tokens bounds them."""
+    return max(world_size, calibration.chunk_tokens // seq_length)
+
+
 def choose(
     config: Config,
     groups: Groups,
@@ -78,8 +96,9 @@ def choose(
         chosen = select(statistics, config.prune, keep.student if keep else teacher.shape, shape)
         keep = keep.then(chosen) if keep else chosen
         if step < config.prune.iterations:
-            layers = Layers(teacher.table, shape, Sliced(teacher, keep), groups, resident=False)
-            statistics = measure(layers, tokens(), config.calibration)
+            dtype = scoring_dtype(config.calibration, groups.device)
+            layers = Layers(teacher.table, shape, Sliced(teacher, keep), groups, resident=False, dtype=dtype)
+            statistics = measure(layers, tokens(), config.calibration, config.prune.depth)
     assert keep is not None
     return keep
 
@@ -98,11 +117,11 @@ def between(teacher: Shape, student: Shape, share: float) -> Shape:
 def repaired_tensors(
     config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of repaired tensors. At most calibration.chunk_tokens tokens are used: all are held at once."""
+    """Names and values of repaired tensors."""
     from minitron_train.prune.repair import Repair
 
     sequences_NS = tokens.flatten(0, 1)
-    used = max(groups.world_size, config.calibration.chunk_tokens // sequences_NS.shape[1])
+    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], groups.world_size)
     whole = whole_layers(groups)
     before = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)

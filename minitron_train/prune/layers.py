@@ -46,9 +46,19 @@ class Layers:
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
         ids, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
-        name = next(iter(next(row for row in self.table.rows if row.mcore == EMBEDDING).hf))
+        name = self.tensor_name(EMBEDDING)
         rows = torch.cat([self.source.read(name, 0, int(i), int(i) + 1) for i in ids])
         return rows.to(self.groups.device, self.dtype)[places_BS.t().to(self.groups.device)]
+
+    def output_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the output layer's weight [V, H] (tied: of the embedding)."""
+        name = self.tensor_name(EMBEDDING if self.shape.tie_embeddings else OUTPUT)
+        return self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype)
+
+    def tensor_name(self, mcore: str) -> str:
+        """The Hugging Face tensor of a parameter that is one tensor."""
+        row = next(row for row in self.table.rows if row.mcore == mcore)
+        return next(iter(row.hf))
 
     def rotary(self, length: int) -> Tensor:
         """The rotary angles of positions 0 … length - 1."""

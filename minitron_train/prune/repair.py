@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from minitron_train.arch.build import Norm
 from minitron_train.arch.convert import pack, shards_to_parts
+from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import OUTPUT, Row
 from minitron_train.config import PruneConfig, Refit
+from minitron_train.console import progress
 from minitron_train.errors import UserError
+from minitron_train.parallel.groups import Groups
 from minitron_train.prune.layers import Layers, forward
 from minitron_train.prune.select import Keep
 
@@ -41,12 +42,24 @@ REFITTED = {
 }
 
 
-class LeastSquares:
-    """argmin over W of Σ w ‖y - W x‖² + ridge ‖W - W₀‖², from sums over tokens."""
+def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
+    """Refuse a fit on so few tokens that it would fit noise."""
+    widest = max(student.axis_size("q"), student.ffn_hidden_size, student.hidden_size)
+    if prune.refit is not Refit.none and num_tokens < TOKENS_PER_INPUT * widest:
+        raise UserError(
+            f"calibration: {num_tokens} tokens are too few to fit {widest} inputs by least squares, "
+            f"{TOKENS_PER_INPUT * widest} are the least; "
+            "raise calibration.num_samples (and chunk_tokens), or set prune.refit=none"
+        )
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+
+class LeastSquares:
+    """argmin over W of Σ w ‖y - W x‖² + ridge ‖W - W₀‖², from sums over the tokens of all processes."""
+
+    def __init__(self, inputs: int, outputs: int, groups: Groups) -> None:
+        self.groups = groups
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=groups.device)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=groups.device)
 
     def add(self, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor) -> None:
         """Count tokens."""
@@ -56,9 +69,8 @@ class LeastSquares:
 
     def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
         """The best weights, drawn towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal."""
-        if dist.get_world_size() > 1:
-            dist.all_reduce(self.gram)
-            dist.all_reduce(self.cross)
+        for sums in (self.gram, self.cross):
+            self.groups.sum(sums)
         missing = self.cross - self.gram @ start_OI.double().t()
         self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
         change_IO = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))
@@ -113,14 +125,8 @@ class Repair:
         self, teacher: Layers, student: Layers, keep: Keep, prune: PruneConfig, tokens_NS: Tensor, micro_batch_size: int
     ) -> None:
         self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
-        widest = max(keep.student.axis_size("q"), keep.student.ffn_hidden_size, keep.student.hidden_size)
-        if prune.refit is not Refit.none and tokens_NS.numel() < TOKENS_PER_INPUT * widest:
-            raise UserError(
-                f"calibration: {tokens_NS.numel()} tokens are too few to fit {widest} inputs by least squares, "
-                f"{TOKENS_PER_INPUT * widest} are the least; "
-                "raise calibration.num_samples (and chunk_tokens), or set prune.refit=none"
-            )
-        groups = teacher.groups
+        check_enough(int((tokens_NS >= 0).sum()), keep.student, prune)
+        self.groups = groups = teacher.groups
         batches = tokens_NS[groups.dp_rank :: groups.dp_size].split(micro_batch_size)
         self.streams = [
             Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t().to(groups.device)) for batch in batches
@@ -132,17 +138,13 @@ class Repair:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and value of every tensor of the student's layers, its last norm and its output layer."""
         kept = self.keep.layers.tolist()
-        for i, layer in enumerate(tqdm(kept, desc="repair", unit="layer", disable=self.quiet)):
+        for i, layer in progress(enumerate(kept), "repair", len(kept)):
             absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
-            for half in HALVES:
-                self._repair_half(half, i, layer, list(absorbed) if half is HALVES[-1] else [])
+            attention, mlp = HALVES
+            self._repair_half(attention, i, layer, [])
+            self._repair_half(mlp, i, layer, list(absorbed))
             yield from self._parts(self.student[i], [row for row in self.student.table.rows if row.per_layer], i)
         yield from self._last()
-
-    @property
-    def quiet(self) -> bool | None:
-        """tqdm's `disable`: only the first rank draws, and only on a terminal."""
-        return None if self.teacher.groups.is_first else True
 
     def _parts(self, module: torch.nn.Module, rows: list[Row], i: int) -> Iterator[tuple[str, Tensor]]:
         for row in rows:
@@ -155,8 +157,8 @@ class Repair:
         """Fit both linears of one half, then advance both streams by it; the teacher's by the `absorbed` layers too."""
         teacher, student, keep = self.teacher[layer], self.student[i], self.keep
         student_norm: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
-        rows = kept_rows(self.rows[f"{half.first}.weight"], keep, layer).to(self.rotary.device)
-        channels = keep.embedding.to(self.rotary.device)
+        rows = kept_rows(self.rows[f"{half.first}.weight"], keep, layer).to(self.groups.device)
+        channels = keep.embedding.to(self.groups.device)
         if self.prune.norm_scale:
             self._scale(student_norm)
         wanted = self._advance_teacher(teacher, half)
@@ -198,7 +200,7 @@ class Repair:
     def _fit(self, linear: torch.nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Fit one linear to (input, wanted output) of all micro-batches."""
         weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
-        squares = LeastSquares(weight.shape[1], weight.shape[0], weight.device)
+        squares = LeastSquares(weight.shape[1], weight.shape[0], self.groups)
         for streams, (x, y) in zip(self.streams, pairs, strict=True):
             y = y if bias is None else y - bias
             squares.add(x[streams.mask], y[streams.mask], streams.weight())
@@ -210,7 +212,7 @@ class Repair:
         With σ the RMS (LayerNorm: the standard deviation) and µ the mean over channels, effective weights become
         γ mean(σ_student / σ_teacher), and biases gain γ mean((µ_student - µ_teacher) / σ_teacher).
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=self.rotary.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         for streams in self.streams:
             (mean_t, scale_t), (mean_s, scale_s) = (
                 channel_moments(x[streams.mask].float(), centred=norm.bias is not None)
@@ -218,8 +220,7 @@ class Repair:
             )
             ratios = torch.stack([scale_s / scale_t, (mean_s - mean_t) / scale_t, torch.ones_like(scale_t)])
             sums += ratios.double().sum(1)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        self.groups.sum(sums)
         stretch, shift = (sums[:2] / sums[2]).tolist()
         gamma = norm.weight + norm.offset
         norm.weight.copy_(gamma * stretch - norm.offset)
@@ -238,14 +239,14 @@ class Repair:
     def _output_layer(self) -> Iterator[tuple[str, Tensor]]:
         """logits = W y with y the teacher's last norm: W' = W R, where R fits y to the student's last norm."""
         hidden, teacher_hidden = self.keep.student.hidden_size, self.keep.teacher.hidden_size
-        squares = LeastSquares(hidden, teacher_hidden, self.rotary.device)
+        squares = LeastSquares(hidden, teacher_hidden, self.groups)
         for streams in self.streams:
             x, y = self.student.final_norm(streams.student), self.teacher.final_norm(streams.teacher)
             squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()))
-        start = torch.zeros(teacher_hidden, hidden, device=self.rotary.device)
+        start = torch.zeros(teacher_hidden, hidden, device=self.groups.device)
         start[self.keep.embedding, torch.arange(hidden)] = 1.0
         fitted = squares.solve(start, self.prune.ridge)
-        name = next(iter(next(row for row in self.teacher.table.rows if row.mcore == OUTPUT).hf))
+        name = self.teacher.tensor_name(OUTPUT)
         weight = self.teacher.source.read(name).to(fitted)
         yield name, weight @ fitted
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from minitron_train import hf
 from minitron_train.arch import architecture
 from minitron_train.arch.shape import Shape
-from minitron_train.config import CalibrationConfig, Config
+from minitron_train.config import CalibrationConfig, Config, Depth, Precision
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune import scores
 from minitron_train.prune.collect import Statistics, check_finite, collect, merge_ranks
+from minitron_train.prune.depth import losses_without
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.shards import RowReader
 
@@ -35,15 +36,16 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     teacher.shape.check_parallel(groups.tp_size, "teacher")
     sequences_NS = tokens.flatten(0, 1)
     check_tokens(sequences_NS, teacher, groups.dp_size)
-    streamed = calibration.streamed if calibration.streamed is not None else not fits(teacher.shape, groups)
-    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=not streamed)
-    statistics = measure(layers, tokens, calibration)
-    check_finite(statistics, str(teacher.folder))
+    dtype = scoring_dtype(calibration, groups.device)
+    streamed = calibration.streamed if calibration.streamed is not None else not fits(teacher.shape, groups, dtype)
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=not streamed, dtype=dtype)
+    statistics = measure(layers, tokens, calibration, config.prune.depth)
     facts = {
         "samples": len(sequences_NS),
         "tokens": statistics.num_tokens,
         "teacher": hf.fingerprint(teacher.folder),
         "streamed": streamed,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if groups.is_first:
         scores.write(folder / scores.FILE, statistics, teacher.shape, config.prune, {"teacher": facts["teacher"]})
@@ -51,20 +53,35 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     return facts
 
 
-def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig) -> Statistics:
-    """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank."""
+def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, depth: Depth = Depth.block) -> Statistics:
+    """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank.
+
+    The losses without each layer cost half as many passes as there are layers: measured only where `depth` asks for it.
+
+    Raises:
+        UserError: NaN or infinities in the activations.
+    """
     groups = layers.groups
     mine_NS = tokens.flatten(0, 1)[groups.dp_rank :: groups.dp_size]
     sizes = {"micro_batch_size": calibration.micro_batch_size, "chunk_tokens": calibration.chunk_tokens}
     statistics = merge_ranks(collect(layers, mine_NS, **sizes), groups)
+    check_finite(statistics)
     statistics.num_batches = len(tokens)
+    if depth is Depth.perplexity:
+        statistics.losses_without = losses_without(layers, mine_NS, **sizes)
     return statistics
 
 
-def fits(shape: Shape, groups: Groups) -> bool:
-    """Whether all layers in fp32 take at most half of the memory that is free on every rank's device."""
+def scoring_dtype(calibration: CalibrationConfig, device: torch.device) -> torch.dtype:
+    """Of weights and activations; statistics are fp32 and fp64 in any case."""
+    default = Precision.bf16 if device.type == "cuda" else Precision.fp32
+    return {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[calibration.precision or default]
+
+
+def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:
+    """Whether all layers take at most half of the memory that is free on every rank's device."""
     counts = architecture(shape.architecture).parameters(shape)
-    needed = 4 * sum(counts[part] for part in ("attention", "mlp", "norms")) / groups.tp_size
+    needed = dtype.itemsize * sum(counts[part] for part in ("attention", "mlp", "norms")) / groups.tp_size
     if groups.device.type == "cuda":
         free = torch.cuda.mem_get_info(groups.device)[0]
     else:

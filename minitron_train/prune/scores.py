@@ -26,14 +26,15 @@ class Importance:
     embedding: Tensor  # [hidden_size]
     heads: list[Tensor]  # [num_attention_heads] each
     ffn: list[Tensor]  # [ffn_hidden_size] each
-    block: list[Tensor]  # [1] each
+    block: list[Tensor]  # [1] each: 1 - cos between a layer's input and output
+    loss_without: list[Tensor]  # [1] each: loss when the layer is dropped; empty where it was not measured
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in the file."""
         named = {"embedding": self.embedding}
         for i, (heads, ffn, block) in enumerate(zip(self.heads, self.ffn, self.block, strict=True)):
             named |= {f"layers.{i}.heads": heads, f"layers.{i}.ffn": ffn, f"layers.{i}.block": block}
-        return named
+        return named | {f"layers.{i}.loss_without": loss for i, loss in enumerate(self.loss_without)}
 
 
 def importance(statistics: Statistics, shape: Shape, prune: PruneConfig) -> Importance:
@@ -54,11 +55,13 @@ def importance(statistics: Statistics, shape: Shape, prune: PruneConfig) -> Impo
     ffn = [aggregate(f"layers.{i}.neurons_{prune.neuron_activation}") for i in every]
     scale = statistics.num_batches if prune.block_aggregation == "sum" else 1
     blocks = [statistics.blocks[f"layers.{i}.block"] for i in every]
+    losses = statistics.losses_without
     return Importance(
         embedding=torch.stack([aggregate(name) for name in norms]).sum(0),
         heads=[sum_layers(heads)] * len(heads) if prune.heads_scope is Scope.network else heads,
         ffn=[sum_layers(ffn)] * len(ffn) if prune.ffn_scope is Scope.network else ffn,
         block=[(scale * total / tokens).view(1) for total, tokens in blocks],
+        loss_without=[] if losses is None else list(losses[:-1].split(1)),
     )
 
 
@@ -102,6 +105,7 @@ class Scores:
             teacher.shape.num_layers, num_tokens=int(metadata["tokens"]), num_batches=int(metadata["batches"])
         )
         samples, statistics.spans = raw.pop("samples")[0], raw.pop("spans")
+        statistics.losses_without = raw.pop("losses_without", None)
         for name, value in raw.items():
             if name.endswith(".block"):
                 statistics.blocks[name] = value
@@ -121,6 +125,8 @@ def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, 
     tensors |= {f"raw.{name}": block for name, block in statistics.blocks.items()}
     assert statistics.spans is not None
     tensors["raw.spans"] = statistics.spans
+    if statistics.losses_without is not None:
+        tensors["raw.losses_without"] = statistics.losses_without
     described = {
         "aggregation": f"batch={prune.batch_aggregation.value} sequence={prune.sequence_aggregation.value}",
         "preset": prune.preset,

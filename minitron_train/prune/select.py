@@ -131,7 +131,7 @@ def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, 
 
 
 def keep_layers(scores: Importance, statistics: Statistics, prune: PruneConfig, have: int, want: int) -> Tensor:
-    """Kept layers: all but prune.drop_layers, or but those that change the stream least."""
+    """Kept layers: all but prune.drop_layers, or but those that prune.depth finds least important."""
     if prune.drop_layers is not None:
         return torch.tensor([i for i in range(have) if i not in prune.drop_layers])
     if prune.depth is Depth.contiguous and want < have:
@@ -140,6 +140,9 @@ def keep_layers(scores: Importance, statistics: Statistics, prune: PruneConfig, 
         similarity = statistics.spans.diagonal(length)  # between the inputs of layers i and i + length
         first = int(similarity.argmax())
         return torch.tensor([i for i in range(have) if not first <= i < first + length])
+    if prune.depth is Depth.perplexity and want < have:
+        assert scores.loss_without, "scores without losses"
+        return best(torch.cat(scores.loss_without), want)
     return best(torch.cat(scores.block), want)
 
 
