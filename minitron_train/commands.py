@@ -16,11 +16,6 @@ from minitron_train.parallel.launch import World
 from minitron_train.stages import Stage
 from minitron_train.workspace import STUDENT_SIZES, Workspace, late, shape_of_recipe, subset
 
-TRAIN_SETTINGS = (
-    *("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "min_lr", "warmup_steps", "schedule"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "precision"),
-)
-
 
 def execute(name: str, config: Config, typed: list[str], world: World) -> None:
     """Run one command with a workspace of its own.
@@ -307,10 +302,11 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     from minitron_train.train.run import train
 
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
-    settings: dict[str, Any] = {"train": subset(config.train, *TRAIN_SETTINGS), "seed": config.seed}
+    from minitron_train.train.settings import deciding_settings
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
-        settings["distill"] = subset(config.distill, *config.distill.__dataclass_fields__)
+    check_length(config.train)
+    settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 
     def work(target: Path) -> Mapping[str, Any]:

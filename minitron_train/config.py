@@ -411,12 +411,17 @@ class TrainConfig:
         """Positive counts, batches that divide."""
         counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
         require_positive(self, "train", *counts)
+    early_stop_evaluations: int = opt(
+        0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
+    )
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             "train.global_batch_size",
             self.global_batch_size,
             f"must be a multiple of train.micro_batch_size={self.micro_batch_size}",
             "change one of them",
+        stop = self.early_stop_evaluations
+        require(stop >= 0, "train.early_stop_evaluations", stop, "must not be negative", "0 is never")
         )
         require(
             0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it"
@@ -429,8 +434,13 @@ class CheckpointConfig:
 
     interval_steps: int = opt(100, "between saves; one more at the end")
     keep: int = opt(2, "newest checkpoints kept")
-    keep_best: int = opt(1, "checkpoints with the lowest validation KL (loss without a teacher) kept besides")
-    asynchronous: bool = opt(True, "write in a forked process while training goes on")
+    keep_best: int = opt(1, "best checkpoints, by best_metric, kept besides")
+    best_metric: str | None = opt(
+        None,
+        "validation.perplexity, hellaswag.acc_norm (TASK.METRIC of eval.training_tasks), …; "
+        "default: validation.kl, without a teacher validation.loss",
+    )
+    asynchronous: bool = opt(True, "write in a thread while training goes on")
 
     def validate(self) -> None:
         """Positive counts."""

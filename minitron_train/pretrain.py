@@ -85,4 +85,5 @@ def pretrain_config(config: Config) -> Config:
     """The training loop's configuration for the teacher: the `pretrain` section's budget and learning rates."""
     names = ("num_tokens", "lr", "min_lr")
     train = dataclasses.replace(config.train, **{name: getattr(config.pretrain, name) for name in names})
-    return dataclasses.replace(config, train=train)
+    checkpoint = dataclasses.replace(config.checkpoint, best_metric=None)  # the student's; a teacher has no KL
+    return dataclasses.replace(config, train=train, checkpoint=checkpoint)

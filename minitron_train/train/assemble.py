@@ -3,8 +3,8 @@
 import contextlib
 import importlib.util
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.plan.hardware import gemm_flops
+from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.export import MODEL
 from minitron_train.train.heartbeat import Heartbeat
@@ -30,38 +31,10 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Speedometer
 from minitron_train.train.optim import DTYPES, Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
+from minitron_train.train.settings import deciding_settings
 from minitron_train.train.signals import StopSignals
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
-
-RESUMABLE = {  # settings that a checkpoint belongs to, by section; the others may change between restarts
-    "train": (
-        "num_tokens",
-        "global_batch_size",
-        "seq_length",
-        "lr",
-        "min_lr",
-        "warmup_steps",
-        "schedule",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_eps",
-        "clip_grad",
-        "precision",
-    ),
-    "distill": (
-        "loss",
-        "temperature",
-        "temperature_squared",
-        "top_k",
-        "kd_weight",
-        "ce_weight",
-        "hidden_layers",
-        "hidden_loss",
-        "hidden_weight",
-    ),
-}
 
 
 def check(config: Config, groups: Groups) -> None:
@@ -74,6 +47,11 @@ def check(config: Config, groups: Groups) -> None:
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
+    if train.early_stop_evaluations and not config.eval.every_tokens:
+        raise UserError(
+            f"train.early_stop_evaluations={train.early_stop_evaluations}: there is one evaluation, at the end; "
+            "set eval.every_tokens"
+        )
     if config.distill.hidden_layers and train.recompute is Recompute.full:
         raise UserError(
             "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
@@ -94,7 +72,7 @@ def assemble(
     stack: contextlib.ExitStack,
 ) -> Trainer:
     """All parts of a run, in the state of step 0."""
-    train = config.train
+    train, yardstick = config.train, Yardstick.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
     tokenizers.check_tokenizer(tokenizer, student_files.shape.vocab_size)
     stream = TokenStream(
@@ -133,9 +111,8 @@ def assemble(
         train.micro_batch_size,
         groups,
     )
-    checkpoints = Checkpoints(
-        folder / "checkpoints", config.checkpoint, groups, belongs_to(config, student_files, teacher_files)
-    )
+    owner = belongs_to(config, student_files, teacher_files)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, groups, yardstick, owner)
     if groups.is_first:
         put_model_files(folder / "checkpoints" / MODEL, student_files)
     return Trainer(
@@ -147,6 +124,7 @@ def assemble(
         stream=stream,
         validation=validation,
         checkpoints=checkpoints,
+        yardstick=yardstick,
         reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
         state=RunState(),
         heartbeat=stack.enter_context(Heartbeat(groups)),
@@ -174,15 +152,19 @@ def real_vocab_size(student: Shape, teacher: Shape | None, tokenizer_size: int) 
 
 def belongs_to(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:
     """The settings that a checkpoint of this run must have been made with, flat."""
-    values: dict[str, Any] = {"seed": config.seed}
-    for section, names in RESUMABLE.items():
-        for name in names if section == "train" or teacher else ():
-            value = getattr(getattr(config, section), name)
-            values[f"{section}.{name}"] = value.value if isinstance(value, Enum) else value
+    values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
         if files is not None:
             values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items()}
     return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: `train.lr`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def put_model_files(target: Path, student: Checkpoint) -> None:

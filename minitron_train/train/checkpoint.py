@@ -31,6 +31,7 @@ from minitron_train.files import PARTIAL
 from minitron_train.parallel import cpu
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files as files
+from minitron_train.train.best import Yardstick
 
 WRITER_NICENESS = 10  # the writer yields its core to the training step
 
@@ -101,11 +102,20 @@ class Checkpoints:
 
     Args:
         folder: on a file system that all ranks see.
+        yardstick: which of them are the best.
         belongs_to: the settings that a checkpoint must have been made with to be continued, flat.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointConfig, groups: Groups, belongs_to: Mapping[str, Any]) -> None:
-        self.folder, self.settings, self.groups, self.belongs_to = folder, settings, groups, dict(belongs_to)
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        groups: Groups,
+        yardstick: Yardstick,
+        belongs_to: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.settings, self.groups = folder, settings, groups
+        self.yardstick, self.belongs_to = yardstick, dict(belongs_to)
         self.writing: Writing | None = None
         filesystem_async._results_queue = queue.Queue()  # instead of megatron-core's, which is in a spawned process
         names = [f"{PARTIAL}{uuid.uuid4().hex[:8]}"]
@@ -121,7 +131,7 @@ class Checkpoints:
 
         Args:
             state: sharded state dict (megatron-core).
-            facts: `tokens`, `validation` and the like, for the manifest.
+            facts: `tokens`, `evaluation` and the like, for the manifest.
             wait: return when it is on disk.
 
         Returns:
@@ -209,7 +219,7 @@ class Checkpoints:
         if self.groups.is_first:
             try:
                 files.publish(scratch, files.checkpoint_path(self.folder, step), manifest)
-                files.tidy(self.folder, self.settings.keep, self.settings.keep_best)
+                files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
             except OSError as caught:
                 error = caught
         if self.groups.any(error is not None):

@@ -3,19 +3,21 @@
 checkpoints/
   model/                   config.json and tokenizer of the student, for `export`
   step_00000200/           one checkpoint; this name appears by a rename, after everything in it is on disk
-    manifest.json          step, tokens, validation, the settings it belongs to; size and sha256 of every other file
+    manifest.json          step, tokens, evaluation, the settings it belongs to; size and sha256 of every other file
     __0_0.distcp, …        megatron-core's files
   step_00000300.partial-…  being written, or left by a killed run: never read
   latest, best             text files with the name of a checkpoint
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_train.files import PARTIAL, atomic_write_text, sha256_file, sync_path
+from minitron_train.train.best import Yardstick
 
 MANIFEST = "manifest.json"
 SUMS = "sums-{rank}.json"  # what one rank's writer wrote, until the manifest takes it over
@@ -58,7 +60,7 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
             sums[file.name] = describe(file)
         sync_path(file)
     manifest = scratch / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": sums}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({**facts, "files": sums}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     sync_path(manifest)
     sync_path(scratch)
     shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
@@ -98,23 +100,23 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path, keep: int, keep_best: int) -> None:
-    """Keep the newest `keep` and the `keep_best` with the lowest validation; `best` names the lowest of them."""
+def tidy(folder: Path, keep: int, keep_best: int, yardstick: Yardstick) -> None:
+    """Keep the newest `keep` and the `keep_best` whose evaluation is best; `best` names the very best."""
     paths = finished(folder)
-    scores = {path: validation_of(path) for path in paths}
-    best = sorted((path for path in paths if scores[path] is not None), key=lambda path: (scores[path], path.name))
+    ranks = {path: yardstick.rank(evaluation_of(path).get(yardstick.name)) for path in paths}
+    best = sorted((path for path in paths if math.isfinite(ranks[path])), key=lambda path: (ranks[path], path.name))
     if best and keep_best:
         atomic_write_text(folder / "best", best[0].name + "\n")
     for path in set(paths[keep:]) - set(best[:keep_best]):
         remove(path)
 
 
-def validation_of(path: Path) -> float | None:
-    """The validation noted in a manifest; None when there was none, or the manifest is unreadable."""
+def evaluation_of(path: Path) -> dict[str, float | None]:
+    """The evaluation noted in a manifest, by TASK.METRIC; empty when there was none, or the manifest is unreadable."""
     try:
-        return read_manifest(path).get("validation")
+        return read_manifest(path).get("evaluation", {})
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from minitron_train.distill.step import Objective
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.train.batches import micro_batches, to_device
+from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.metrics import Row
@@ -26,6 +27,7 @@ from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
 Hook = Callable[["Trainer"], dict[str, float]]  # further evaluations: collective, gives `eval.TASK.METRIC` values
+DERIVED = (".teacher", ".kept")  # endings of what hooks say besides the student's own values
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +42,7 @@ class Trainer:
     stream: TokenStream
     validation: Validation
     checkpoints: Checkpoints
+    yardstick: Yardstick
     reporter: Reporter
     state: RunState
     heartbeat: Heartbeat
@@ -56,18 +59,34 @@ class Trainer:
         """Steps of the whole run."""
         return math.ceil(self.config.train.num_tokens / self.step_tokens)
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether train.early_stop_evaluations have passed without a better one."""
+        patience, state = self.config.train.early_stop_evaluations, self.state
+        return 0 < patience <= state.num_since_best and state.best_metric == self.yardstick.name
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to take."""
+        return self.state.step >= self.num_steps or self.is_stalled
+
     def run(self) -> str | None:
         """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved."""
-        while self.state.step < self.num_steps:
+        while not self.is_over:
             batch = self.stream.next_batch(self.config.train.global_batch_size)
             row = self.forward_backward(batch)
             row |= self.update(row, batch)
             row |= self.evaluate_if_due()
             self.reporter.report(self.state.step, row)
             stop = self.agreed_signal()
-            self.save_if_due(last=stop is not None or self.state.step == self.num_steps)
+            self.save_if_due(last=stop is not None or self.is_over)
             if stop is not None:
                 return stop
+        if self.is_stalled:
+            best = f"{self.yardstick.name} {self.state.best}"
+            say(
+                f"step {self.state.step}: {self.state.num_since_best} evaluations without a better one than {best}; ends"
+            )
         return None
 
     def forward_backward(self, batch: Batch) -> Row:
@@ -146,8 +165,8 @@ class Trainer:
         found = self.validation()
         for hook in self.hooks:
             found |= hook(self)
-        state.evaluated_tokens = state.tokens
-        state.validation = found.get("eval.validation.kl", found["eval.validation.loss"])
+        values = {name.removeprefix("eval."): value for name, value in found.items()}
+        state.judge({name: value for name, value in values.items() if not name.endswith(DERIVED)}, self.yardstick)
         self.reporter.resume_clock()
         return found
 
@@ -158,17 +177,14 @@ class Trainer:
         return self.signals.received or "a signal to another rank"
 
     def save_if_due(self, *, last: bool) -> None:
-        """A checkpoint every checkpoint.interval_steps, at a new best validation, and at the last step (waited for)."""
+        """A checkpoint every checkpoint.interval_steps, at a new best evaluation, and at the last step (waited for)."""
         state, settings = self.state, self.config.checkpoint
-        evaluated = state.validation if state.evaluated_tokens == state.tokens else None
-        is_best = evaluated is not None and settings.keep_best > 0 and (state.best is None or evaluated < state.best)
-        if is_best:
-            state.best = evaluated
+        is_best = state.is_evaluated and state.num_since_best == 0 and settings.keep_best > 0
         if not (last or is_best or state.step % settings.interval_steps == 0):
             self.checkpoints.poll()
             return
         state.capture(self.groups, self.stream.state_dict())
-        facts = {"tokens": state.tokens, "validation": evaluated}
+        facts = {"tokens": state.tokens, "evaluation": state.finite_evaluation if state.is_evaluated else {}}
         good = self.checkpoints.save(state.step, self.sharded_state(loading=False), facts, wait=last)
         if last and not good:
             raise UserError(

@@ -62,7 +62,8 @@ def train(
             leave_mark(trainer, stopped, folder)
         state = trainer.state
         facts = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
-        facts |= {"num_skipped": state.num_skipped, "validation": state.validation, "wandb_id": state.wandb_id}
+        facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation, "wandb_id": state.wandb_id}
+        facts |= {"best_metric": state.best_metric, "best": state.best, "stopped_early": trainer.is_stalled}
         trainer.reporter.record(
             {"student" if teacher else "teacher": folder / "checkpoints"}, consumed=False, facts=facts
         )

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from minitron_train.parallel.groups import Groups
+from minitron_train.train.best import Yardstick
+from minitron_train.train.metrics import finite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,8 +26,10 @@ class RunState:
     wandb_id: str | None = None
     hidden_weight: float | None = None  # of the hidden-state loss in the next step, where it is dynamic
     evaluated_tokens: int = 0  # at the last validation
-    validation: float | None = None  # KL at the last validation (loss without a teacher)
-    best: float | None = None  # the lowest so far
+    evaluation: dict[str, float] = field(default_factory=dict)  # what the last one gave, by TASK.METRIC
+    best: float | None = None  # value of `best_metric` so far
+    best_metric: str | None = None  # what `best` and `num_since_best` go by
+    num_since_best: int = 0  # evaluations after the best one
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -35,6 +39,27 @@ class RunState:
         """Take over saved values."""
         for entry in fields(self):
             setattr(self, entry.name, values[entry.name])
+
+    def judge(self, evaluation: dict[str, float], yardstick: Yardstick) -> None:
+        """Note what an evaluation at this step gave, and whether it is the best so far."""
+        if self.best_metric != yardstick.name:  # a restart may choose another one
+            self.best, self.best_metric, self.num_since_best = None, yardstick.name, 0
+        value = yardstick.value(evaluation)
+        self.evaluation, self.evaluated_tokens = evaluation, self.tokens
+        if yardstick.rank(value) < yardstick.rank(self.best):
+            self.best, self.num_since_best = value, 0
+        else:
+            self.num_since_best += 1
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether this very step has been evaluated."""
+        return bool(self.evaluation) and self.evaluated_tokens == self.tokens
+
+    @property
+    def finite_evaluation(self) -> dict[str, float | None]:
+        """The last evaluation for JSON, which has neither NaN nor infinity."""
+        return {name: finite(value) for name, value in self.evaluation.items()}
 
     def capture(self, groups: Groups, stream: dict[str, Any]) -> None:
         """Collect the stream's position and the random states from every rank; collective."""

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from minitron_train.config import OnNonFinite
 from minitron_train.errors import UserError
 from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
+from minitron_train.train.best import Yardstick
 from minitron_train.train.export import checkpoint_id, export
 from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
@@ -88,13 +90,16 @@ def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -
 
 
 def test_checkpoint_of_other_settings_is_refused(training: Material, broken_off: Path) -> None:
-    with pytest.raises(UserError, match=r"train.lr: 0.003, now 0.1.*train.num_tokens: 2048, now 4096"):
-        run(training, broken_off, train__lr=0.1, train__num_tokens=4096)
+    with pytest.raises(UserError, match=r"distill.jsd_beta: 0.5, now 0.1.*lr: 0.003, now 0.1.*tokens: 2048, now 4096"):
+        run(training, broken_off, train__lr=0.1, train__num_tokens=4096, distill__jsd_beta=0.1)
 
 
 def test_what_may_change_between_restarts(training: Material, uninterrupted: Path, broken_off: Path) -> None:
-    run(training, broken_off, checkpoint__interval_steps=2, train__log_every_steps=1, data__num_workers=1)
-    assert [row["loss"] for row in rows(broken_off)] == [row["loss"] for row in rows(uninterrupted)]
+    other = {"checkpoint__interval_steps": 2, "checkpoint__best_metric": "validation.loss", "data__num_workers": 1}
+    other |= {"distill__token_chunk": 4, "train__micro_batch_size": 4, "train__on_non_finite": OnNonFinite.skip}
+    run(training, broken_off, **other)
+    for row, wanted in zip(rows(broken_off), rows(uninterrupted), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -149,19 +154,25 @@ def test_no_room_is_seen_before_writing(
     assert "has 1,000 bytes free" in capsys.readouterr().out
 
 
-def test_newest_and_best_are_kept(tmp_path: Path) -> None:
-    for step, validation in enumerate([0.3, 0.1, None, 0.2, None], 1):
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [("validation.kl", [0.3, 0.1, None, 0.2, None]), ("hellaswag.acc_norm", [0.3, 0.5, None, 0.4, None])],
+)
+def test_newest_and_best_are_kept(tmp_path: Path, metric: str, values: list[float | None]) -> None:
+    yardstick = Yardstick(metric)
+    for step, value in enumerate(values, 1):
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
         (scratch / "data").write_text(str(step))
-        files.publish(scratch, files.checkpoint_path(tmp_path, step), {"step": step, "validation": validation})
-        files.tidy(tmp_path, keep=2, keep_best=1)
+        facts = {"step": step, "evaluation": {metric: value, "other.acc": step / 10}}
+        files.publish(scratch, files.checkpoint_path(tmp_path, step), facts)
+        files.tidy(tmp_path, 2, 1, yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000004", "step_00000002"]
     assert (tmp_path / "latest").read_text() == "step_00000005\n"
     assert (tmp_path / "best").read_text() == "step_00000002\n"
     assert files.damage(tmp_path / "step_00000002") is None
     (tmp_path / "step_00000004" / "manifest.json").write_text("{")
-    files.tidy(tmp_path, keep=1, keep_best=1)
+    files.tidy(tmp_path, 1, 1, yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000002"]
 
 

@@ -1,0 +1,108 @@
+"""The best checkpoint by a chosen metric, and the end of a run that no longer improves."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_train.config import Config
+from minitron_train.errors import UserError
+from minitron_train.train import checkpoint_files as files
+from minitron_train.train.best import Yardstick
+from tests.training import ROWS, SEQ_LENGTH, Interrupted, Material, before_step, interrupt, make_config, rows
+
+EVERY_STEP: dict[str, Any] = {
+    "eval__every_tokens": ROWS * SEQ_LENGTH,
+    "eval__training_tasks": ["quiz"],
+    "checkpoint__keep": 9,
+}
+ACCURACIES = [0.1, 0.4, 0.3, 0.4, 0.2, 0.9, 0.9, 0.9]  # after each of the eight steps
+BY_QUIZ = EVERY_STEP | {"checkpoint__best_metric": "quiz.acc"}
+PATIENT = BY_QUIZ | {"train__early_stop_evaluations": 3}
+
+
+def quiz(trainer: Any) -> dict[str, float]:
+    """An evaluation whose outcome is known."""
+    accuracy = ACCURACIES[trainer.state.step - 1]
+    return {"eval.quiz.acc": accuracy, "eval.quiz.acc.teacher": 1.0, "eval.quiz.acc.kept": accuracy}
+
+
+def run(
+    material: Material, folder: Path, settings: dict[str, Any], hook: Callable[[Any], dict[str, float]] = quiz
+) -> dict[str, Any]:
+    """A run with an evaluation after every step."""
+    from minitron_train.parallel.groups import start
+    from minitron_train.parallel.launch import World
+    from minitron_train.train.run import train
+
+    config = make_config(material, **settings)
+    with start(config.parallel, World(), config.seed) as groups:
+        return train(config, groups, student=material.student, teacher=material.teacher, folder=folder, hooks=[hook])
+
+
+def test_directions() -> None:
+    assert Yardstick("validation.kl").rank(0.1) < Yardstick("validation.kl").rank(0.2)
+    assert Yardstick("wikitext.word_perplexity").rank(10.0) < Yardstick("wikitext.word_perplexity").rank(11.0)
+    assert Yardstick("hellaswag.acc_norm").rank(0.4) < Yardstick("hellaswag.acc_norm").rank(0.3)
+    for nothing in (None, math.nan, math.inf, -math.inf):
+        assert Yardstick("hellaswag.acc").rank(0.0) < Yardstick("hellaswag.acc").rank(nothing) == math.inf
+
+
+def test_metrics_that_no_evaluation_gives(training: Material, tmp_path: Path) -> None:
+    config = Config()
+    assert Yardstick.of(config, distilled=True).name == "validation.kl"
+    assert Yardstick.of(config, distilled=False).name == "validation.loss"
+    config.eval.training_tasks, config.checkpoint.best_metric = ["hellaswag"], "mmlu.acc"
+    with pytest.raises(UserError, match=r"best_metric=mmlu.acc: must be one of validation.kl, .*, hellaswag.METRIC;"):
+        Yardstick.of(config, distilled=True)
+    given = r"best_metric=quiz.f1: the evaluation gave validation.kl, validation.loss, validation.perplexity, quiz.acc;"
+    with pytest.raises(UserError, match=given):
+        run(training, tmp_path, EVERY_STEP | {"checkpoint__best_metric": "quiz.f1"})
+
+
+def test_best_checkpoint_by_a_task(training: Material, tmp_path: Path) -> None:
+    facts = run(training, tmp_path, BY_QUIZ | {"checkpoint__keep": 1})
+    assert (facts["best_metric"], facts["best"], facts["stopped_early"]) == ("quiz.acc", 0.9, False)
+    found = tmp_path / "checkpoints"
+    assert [path.name for path in files.finished(found)] == ["step_00000008", "step_00000006"]
+    assert (found / "best").read_text() == "step_00000006\n"
+
+
+def test_early_stop(training: Material, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    facts = run(training, tmp_path, PATIENT)
+    assert facts["steps"] == 5 and facts["stopped_early"]
+    assert "step 5: 3 evaluations without a better one than quiz.acc 0.4" in capsys.readouterr().out
+    found = tmp_path / "checkpoints"
+    assert (found / "latest").read_text() == "step_00000005\n"
+    assert (found / "best").read_text() == "step_00000002\n"
+    assert run(training, tmp_path, PATIENT)["steps"] == 5, "started again, it is still over"
+    assert run(training, tmp_path, PATIENT | {"train__early_stop_evaluations": 0})["steps"] == 8
+
+
+def test_early_stop_counts_over_a_resume(training: Material, tmp_path: Path) -> None:
+    settings = PATIENT | {"checkpoint__interval_steps": 1}
+    with before_step(5, interrupt), pytest.raises(Interrupted):
+        run(training, tmp_path, settings)
+    facts = run(training, tmp_path, settings)
+    assert (facts["resumed_at_step"], facts["steps"]) == (4, 5)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_another_metric_after_a_restart_counts_anew(training: Material, tmp_path: Path) -> None:
+    run(training, tmp_path, PATIENT)
+    facts = run(training, tmp_path, PATIENT | {"checkpoint__best_metric": "validation.loss"})
+    assert (facts["steps"], facts["best_metric"]) == (8, "validation.loss")
+    assert facts["best"] == min(row["eval.validation.loss"] for row in rows(tmp_path)[5:])
+
+
+def test_numbers_that_are_none_are_never_best(training: Material, tmp_path: Path) -> None:
+    facts = run(training, tmp_path, PATIENT, lambda _: {"eval.quiz.acc": math.nan})
+    assert (facts["steps"], facts["best"], facts["evaluation"]["quiz.acc"]) == (3, None, None)
+    assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_early_stop_needs_evaluations(training: Material, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.early_stop_evaluations=2: .* set eval.every_tokens"):
+        run(training, tmp_path, {"train__early_stop_evaluations": 2})

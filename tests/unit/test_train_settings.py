@@ -1,0 +1,50 @@
+"""A run goes on under the settings that decide its result; the others may change."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from minitron_train.config import Config, LossKind, OnNonFinite, Precision, Recompute
+from minitron_train.train.settings import NEUTRAL, deciding_settings
+
+
+def with_setting(key: str, value: Any) -> Config:
+    """The default configuration with one other value."""
+    config, (section, name) = Config(), key.split(".")
+    assert getattr(getattr(config, section), name) != value, key
+    setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("distill.memory_budget_u", 0.1), ("distill.vocab_tile", 64), ("distill.token_chunk", 64)],
+        *[("train.micro_batch_size", 1), ("train.recompute", Recompute.full), ("train.log_every_steps", 7)],
+        *[("train.on_non_finite", OnNonFinite.skip), ("train.early_stop_evaluations", 2)],
+        *[("checkpoint.asynchronous", False), ("checkpoint.keep", 9), ("checkpoint.best_metric", "validation.loss")],
+        *[("eval.every_tokens", 1000), ("eval.training_tasks", ["mmlu"]), ("data.num_workers", 4)],
+        *[("parallel.tensor_model_parallel_size", 2), ("tracking.wandb", None)],
+    ],
+)
+def test_neutral(key: str, value: Any) -> None:
+    assert deciding_settings(with_setting(key, value), distilled=True) == deciding_settings(Config(), distilled=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("distill.loss", LossKind.jsd), ("distill.jsd_beta", 0.1), ("distill.teacher_precision", Precision.bf16)],
+        *[("train.lr", 1.0), ("train.num_tokens", 7), ("train.seq_length", 7), ("train.precision", Precision.bf16)],
+        *[("data.document_attention", True), ("data.late_fraction", 0.1)],
+    ],
+)
+def test_deciding(key: str, value: Any) -> None:
+    assert deciding_settings(with_setting(key, value), distilled=True) != deciding_settings(Config(), distilled=True)
+
+
+def test_every_neutral_setting_exists() -> None:
+    for section, names in NEUTRAL.items():
+        assert names < {f.name for f in fields(getattr(Config(), section))}, section
+    assert "distill" not in deciding_settings(Config(), distilled=False)
