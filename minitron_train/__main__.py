@@ -8,18 +8,20 @@ import sys
 import warnings
 
 from minitron_train.errors import UserError
-from minitron_train.parallel.launch import read_world, share_cores
+from minitron_train.parallel.launch import World, read_world, share_cores
 
 
 def main() -> None:
     """Run one command; a user's mistake is one line and exit code 2."""
-    world = read_world()
-    share_cores(world)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's to megatron-core: nothing a user can act on
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
-    from minitron_train import cli
-
+    world = World()
     try:
+        world = read_world()
+        share_cores(world)
+        from minitron_train import cli
+
         cli.run(sys.argv, world)
     except UserError as error:
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -54,6 +54,13 @@ COMMANDS = {
         "the whole chain of a recipe", ("teacher", "student", "calibration", "data", "distill", "train", "eval")
     ),
 }
+
+
+HYDRA_OPTIONS = (
+    *("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r"),
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"),
+    *("--hydra-help", "--version", "--shell-completion", "-sc"),
+)
 
 
 def home() -> Path:
@@ -100,6 +107,9 @@ def run(argv: list[str], world: World) -> None:
 
     try:
         composed()
+    except OverrideParseException as error:
+        remedy = "lists look like 'key=[a,b]', words with blanks or commas like key='\"a, b\"'"
+        raise UserError(f"argument {error.override!r}: {one_line(error)}; {remedy}") from error
     except HydraException as error:
         raise UserError(one_line(error)) from error
     if mistakes:
@@ -145,7 +155,10 @@ def register_recipes() -> None:
 
 def check_override(argument: str) -> None:
     """Refuse an override whose key, group option or recipe does not exist, naming those that do."""
-    if argument.startswith(("-", "~")):
+    if argument.startswith("-"):
+        refuse_unknown(argument.split("=")[0], HYDRA_OPTIONS, "option")
+        return
+    if argument.startswith("~"):
         return
     if "=" not in argument:
         raise UserError(f"argument {argument!r}: settings look like key=value; see --help for the keys")

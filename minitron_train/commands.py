@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.config import Config, DataConfig, Depth
+from minitron_train.config import Config, DataConfig, Depth, TrainConfig
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
@@ -180,6 +181,8 @@ def evaluate(ws: Workspace) -> None:
         return
     stages = {"teacher": ws.teacher_folder, "pruned": ws.pruned_folder, "student": ws.student_folder}
     named = stages | {"checkpoint": ws.folder / "train"}
+    if ws.config.eval.data_dir and not ws.eval_data_folder.is_dir():
+        raise UserError(f"eval.data_dir={ws.config.eval.data_dir}: no such folder; give one, or leave it out")
     asked = ws.config.eval.model
     if asked:
         label = ws.config.eval.label or (asked if asked in named else Path(asked).name)
@@ -300,9 +303,9 @@ def cut(ws: Workspace, student: Shape) -> None:
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
     from minitron_train.train.run import train
+    from minitron_train.train.settings import deciding_settings
 
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
-    from minitron_train.train.settings import deciding_settings
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
     check_length(config.train)
@@ -318,6 +321,15 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     ws.run(stage, work)
 
 
+def check_length(train: TrainConfig) -> None:
+    """Refuse a warm-up that the run does not outlast."""
+    num_steps = math.ceil(train.num_tokens / (train.global_batch_size * train.seq_length))
+    if train.warmup_steps > num_steps:
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps}: longer than the run of {num_steps} steps; lower it or train on more"
+        )
+
+
 def task_hook(ws: Workspace, student: Path) -> Any:
     """lm-eval's tasks on the live student, as eval.training_tasks asks."""
     from minitron_train.evaluation.hooks import TaskHook
@@ -329,12 +341,19 @@ def task_hook(ws: Workspace, student: Path) -> Any:
 
 def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:
     """Training checkpoint -> Hugging Face folder, on one process."""
-    from minitron_train.train.export import checkpoint_id
+    from minitron_train.train.export import MODEL, checkpoint_id
     from minitron_train.train.export import export as write
 
+    places = [base / MODEL for base in (source / "checkpoints", source, source.parent)]  # beside the checkpoints
     inputs = {"checkpoint": "" if ws.config.dry_run else ws.share(checkpoint_id(source) if ws.world.is_first else "")}
     stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
-    ws.run(stage, on_first(ws, lambda folder: write(source, folder, dtype)))
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        shape = ws.shape_of(next(path for path in places if path.is_dir()))
+        ws.check_fits("export", shape, teacher=shape, folder=target)
+        return on_first(ws, lambda folder: write(source, folder, dtype))(folder)
+
+    ws.run(stage, work)
 
 
 TABLE: dict[str, Callable[[Workspace], None]] = {

@@ -381,6 +381,12 @@ class DistillConfig:
             require(fits, "distill.hidden_layers", pair, rule, "give pairs like 13/29")
         fits = (self.top_k > 0) == (self.loss is LossKind.top_k_kl)
         require(fits, "distill.top_k", self.top_k, "goes with distill.loss=top_k_kl", "set both or neither")
+        require(0 < self.jsd_beta < 1, "distill.jsd_beta", self.jsd_beta, "must lie between 0 and 1", "0.5 is usual")
+        for name in ("kd_weight", "ce_weight"):
+            value = getattr(self, name)
+            require(value >= 0, f"distill.{name}", value, "must not be negative", "0 leaves the loss out")
+        weighted = self.kd_weight + self.ce_weight > 0
+        require(weighted, "distill.kd_weight", self.kd_weight, "0 together with distill.ce_weight", "raise one of them")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -405,27 +411,32 @@ class TrainConfig:
     recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
     transformer_engine: bool = opt(False, "fused layers of Transformer Engine (CUDA and the package; not tested)")
     distributed_optimizer: bool | None = opt(None, "optimizer state split over data-parallel ranks; default: on GPUs")
+    early_stop_evaluations: int = opt(
+        0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
+    )
     log_every_steps: int = opt(1, "metrics.jsonl and W&B")
 
     def validate(self) -> None:
         """Positive counts, batches that divide."""
         counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
         require_positive(self, "train", *counts)
-    early_stop_evaluations: int = opt(
-        0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
-    )
+        stop = self.early_stop_evaluations
+        require(stop >= 0, "train.early_stop_evaluations", stop, "must not be negative", "0 is never")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             "train.global_batch_size",
             self.global_batch_size,
             f"must be a multiple of train.micro_batch_size={self.micro_batch_size}",
             "change one of them",
-        stop = self.early_stop_evaluations
-        require(stop >= 0, "train.early_stop_evaluations", stop, "must not be negative", "0 is never")
         )
         require(
             0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it"
         )
+        for name in ("weight_decay", "clip_grad", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name}", value, "must be at least 0 and below 1", "0.9 and 0.95 are usual")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -45,17 +45,37 @@ def disk_errors(path: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as error:
-        if error.errno not in remedies:
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has an error class of its own, with the system's words in it
+        code = getattr(error, "errno", None) or next((c for c in remedies if os.strerror(c) in str(error)), None)
+        if code not in remedies:
             raise
-        raise UserError(f"cannot write {path}: {remedies[error.errno]}") from error
+        raise UserError(f"cannot write {path}: {remedies[code]}") from error
+
+
+@contextlib.contextmanager
+def parent_folders(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; on failure those that were made, and are empty, go again."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as in /proc
+            raise UserError(f"cannot write {path}: no folder can be made there; choose another output_dir") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one that holds something stays, and so do those above it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a scratch path beside `path`; on success it is fsynced and renamed over `path`, on failure removed."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path), parent_folders(path):
         scratch = partial_path(path)
         try:
             yield scratch
@@ -73,8 +93,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An older `path` is moved aside first and removed last, so that a kill at any moment leaves the old folder, or the
     new one, but never a mixture (`recover` puts back an old one that was just moved aside).
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path), parent_folders(path):
         recover(path)
         scratch = partial_path(path)
         scratch.mkdir()

@@ -79,6 +79,8 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     for field, key in table.config_keys.items():
         if values[field] is None:
             raise UserError(f"{where}: the key {key!r} is missing; add it as the model's authors give it")
+        if not isinstance(values[field], int | float):
+            raise UserError(f"{where}: {key}={values[field]!r} is not a number; set it as the model's authors give it")
     for key, wanted in table.config_facts.items():
         if config.get(key, wanted) not in (wanted, None):
             raise UserError(

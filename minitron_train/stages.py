@@ -4,6 +4,7 @@ A stage is recognised as finished by its provenance. It is stale when an input o
 changed; then it is done again, and only a successful run replaces the old folder.
 """
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -14,14 +15,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover
+from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, parent_folders, recover
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
@@ -113,10 +114,11 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
         say(f"{stage.name}: writing {stage.folder}")
     meter = Meter()
     if stage.manner != "whole":
-        if is_first and stage.manner == "grows":
-            start_folder(stage, invocation, fresh=state == "stale" or force)
-        share(None)
-        facts = work(stage.folder)
+        grows = is_first and stage.manner == "grows"
+        fresh = state == "stale" or force
+        with growing_folder(stage, invocation, fresh=fresh) if grows else contextlib.nullcontext():
+            share(None)
+            facts = work(stage.folder)
         if is_first:
             write_provenance(stage, invocation, meter, facts, stage.folder)
     elif is_first:
@@ -128,6 +130,21 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
     share(None)  # nobody goes on before the folder is in place
     say(f"{stage.name}: {meter.seconds:.1f} s, peak memory {meter.peak_bytes / 2**30:.2f} GiB")
     return True
+
+
+@contextlib.contextmanager
+def growing_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Iterator[None]:
+    """The folder of a growing stage; work that is refused before its first step leaves none."""
+    with parent_folders(stage.folder):
+        start_folder(stage, invocation, fresh=fresh)
+        try:
+            yield
+        except UserError:
+            steps = stage.folder / "metrics.jsonl"
+            begun = steps.exists() and steps.stat().st_size > 0
+            if not begun and not any(stage.folder.glob("checkpoints/step_*")):
+                shutil.rmtree(stage.folder, ignore_errors=True)
+            raise
 
 
 def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
@@ -147,12 +164,9 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
             f"{stage.folder}: was started otherwise ({'; '.join(changes)}); set another output_dir, restore the setting, "
             "or give force=true to start again"
         )
-    record = {
-        "inputs": dict(stage.inputs),
-        "settings": plain(stage.settings),
-        "command": shlex.join(invocation.command),
-    }
-    atomic_write_json(stage.folder / STARTED, record)
+    if not started:
+        record = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
+        atomic_write_json(stage.folder / STARTED, record | {"command": shlex.join(invocation.command)})
 
 
 def write_provenance(

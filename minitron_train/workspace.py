@@ -152,14 +152,17 @@ class Workspace:
 
         return shape_from_config(read_json(folder / "config.json"), str(folder))
 
-    def check_fits(self, stage: str, student: Shape) -> None:
+    def check_fits(
+        self, stage: str, student: Shape, *, teacher: Shape | None = None, folder: Path | None = None
+    ) -> None:
         """Refuse a stage that by its plan fits neither memory nor disk; all ranks follow rank 0 (see plan.check_fits)."""
         from minitron_train.plan import check_fits
 
         refusal = ""
         if self.world.is_first:
             try:
-                check_fits(self.config, stage, self.teacher_shape, student, self.world, self.folder)
+                shapes = teacher or self.teacher_shape, student
+                check_fits(self.config, stage, *shapes, self.world, folder or self.folder)
             except UserError as error:
                 refusal = str(error)
         refusal = self.share(refusal)

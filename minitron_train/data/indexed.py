@@ -16,7 +16,20 @@ from minitron_train.data.units import Split, Unit, permutation
 from minitron_train.errors import UserError
 
 BLOCK_TOKENS = 8192
-HEADER = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, number of sequences, number of documents
+MAGIC = b"MMIDIDX\0\0"
+
+
+def check_index(path: Path) -> None:
+    """Refuse an .idx file that is none or is cut off (megatron-core's reader would say so in several lines)."""
+    with path.open("rb") as file:
+        head = file.read(HEADER.size)
+    if not head.startswith(MAGIC):
+        raise UserError(f"{path}: not a megatron-core index; write it again")
+    _, _, _, num_sequences, num_documents = HEADER.unpack(head) if len(head) == HEADER.size else (0,) * 5
+    size = HEADER.size + num_sequences * (4 + 8) + num_documents * 8  # lengths and offsets, documents
+    if path.stat().st_size < size:
+        raise UserError(f"{path}: a broken megatron-core index (cut off); write it again")
 
 
 class IndexedSource:
@@ -33,9 +46,7 @@ class IndexedSource:
 
         datasets = []
         for prefix in self.prefixes:
-            with prefix.with_name(prefix.name + ".idx").open("rb") as file:
-                if file.read(len(HEADER)) != HEADER:
-                    raise UserError(f"{prefix}.idx: not a megatron-core index; write it again")
+            check_index(prefix.with_name(prefix.name + ".idx"))
             try:
                 datasets.append(IndexedDataset(str(prefix), mmap=True))
             except (AssertionError, OSError, ValueError, struct.error) as error:

@@ -104,6 +104,11 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
     backend = "nccl" if device.type == "cuda" else "gloo"
     with contextlib.ExitStack() as stack:
         rendezvous = "env://"
+        if "MASTER_ADDR" not in os.environ and world.size > 1:
+            raise UserError(
+                f"MASTER_ADDR is not set: {world.size} processes need a place to meet; start them with torchrun, "
+                "or set MASTER_ADDR and MASTER_PORT as slurm/common.sh does"
+            )
         if "MASTER_ADDR" not in os.environ:  # alone: no port is opened
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             rendezvous = f"file://{Path(folder) / 'rendezvous'}"

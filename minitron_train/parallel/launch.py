@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from minitron_train.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -27,10 +29,11 @@ def read_world(environ: dict[str, str] | os._Environ[str] = os.environ) -> World
         keys = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     else:
         return World()
-    numbers = [
-        int(environ.get(key, default).split("(")[0].split(",")[0]) for key, default in zip(keys, "0101", strict=True)
-    ]
-    return World(*numbers)
+    found = [environ.get(key, default).split("(")[0].split(",")[0] for key, default in zip(keys, "0101", strict=True)]
+    given = ", ".join(f"{key}={value}" for key, value in zip(keys, found, strict=True))
+    if not all(value.isdecimal() for value in found) or int(found[0]) >= int(found[1]):
+        raise UserError(f"{given}: must be whole numbers, a rank below its world's size; start with torchrun or srun")
+    return World(*map(int, found))
 
 
 def share_cores(world: World) -> None:

@@ -11,11 +11,14 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan.hardware import GIB, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
-from minitron_train.plan.memory import Layout, distill_bytes, needed, score_bytes
+from minitron_train.plan.memory import Layout, distill_bytes, export_bytes, needed, score_bytes
 from minitron_train.plan.reckon import WEIGHT_BYTES
-from minitron_train.plan.stages import disk_bytes
+from minitron_train.plan.stages import disk_bytes, export_weight_bytes
 
 DISK_PARTS = {"prune": "pruned", "distill": "checkpoints", "export": "student"}  # of plan.stages.disk_bytes
+MORE = dict.fromkeys(("score", "distill"), "use more GPUs with a larger parallel.tensor_model_parallel_size") | {
+    "export": "run it alone, on a machine with more memory"
+}
 OVERRIDE = "plan.check=false overrides"
 
 
@@ -39,9 +42,9 @@ def check_fits(config: Config, stage: str, teacher: Shape, student: Shape, world
     """
     if not config.plan.check:
         return
-    if stage in ("score", "distill"):
-        cuda = cuda_here()
-        left = memory_here(cuda) // (1 if cuda else world.local_size)
+    if stage in OPTIONS:
+        cuda = stage != "export" and cuda_here()
+        left = memory_here(cuda) // (1 if cuda or stage == "export" else world.local_size)
         options = list(OPTIONS[stage](config, teacher, student, world, cuda))
         as_configured = min(option.needed_bytes for option in options if not option.settings)
         refuse_memory(stage, as_configured, left, options)
@@ -60,8 +63,7 @@ def refuse_memory(stage: str, needed: int, left: int, others: list[Option]) -> N
         raise UserError(f"{what}; {' '.join(nearest.settings)} needs {nearest.needed_bytes / GIB:.1f} GiB ({OVERRIDE})")
     smallest = min([needed, *(option.needed_bytes for option in others)])
     raise UserError(
-        f"{what}, and no layout on these processes needs less than {smallest / GIB:.1f}; "
-        f"use more GPUs with a larger parallel.tensor_model_parallel_size ({OVERRIDE})"
+        f"{what}, and no layout on these processes needs less than {smallest / GIB:.1f}; {MORE[stage]} ({OVERRIDE})"
     )
 
 
@@ -76,7 +78,7 @@ def refuse_disk(stage: str, needed: int, folder: Path) -> None:
             ", or lower checkpoint.keep" if stage == "distill" else ""
         )
         raise UserError(
-            f"{stage}: needs {needed / GIB:.1f} GiB of disk in {folder}, {free / GIB:.1f} GiB are free; {remedy} ({OVERRIDE})"
+            f"{stage}: needs {needed / GIB:.3g} GiB of disk in {folder}, {free / GIB:.3g} GiB are free; {remedy} ({OVERRIDE})"
         )
 
 
@@ -154,4 +156,9 @@ def changed(names: dict[str, tuple[object, object]]) -> tuple[str, ...]:
     return tuple(f"{key}={str(new).lower()}" for key, (old, new) in names.items() if old != new)
 
 
-OPTIONS = {"score": score_options, "distill": distill_options}
+def export_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """The one way: a single process, a shard at a time."""
+    yield Option((), needed(export_bytes(student, export_weight_bytes(config))))
+
+
+OPTIONS = {"score": score_options, "distill": distill_options, "export": export_options}

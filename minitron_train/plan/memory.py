@@ -15,9 +15,10 @@ FP32 = 4
 LOSS_BUDGET_U = 0.2  # distill.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
 SMALL_LOGITS_BYTES = 256 * 2**20  # distill.step.SMALL_BYTES
 SLICE_BLOCK_BYTES = 16 * 2**20  # prune.slice.BLOCK_BYTES
+SHARD_BYTES = 4 * 2**30  # hf.MAX_SHARD_BYTES
 STATISTICS_BYTES = 2 * 3 * 8  # prune.statistics.Moments: mean and deviations of three values, fp64
 RUNTIME_BYTES = {
-    stage: mib * 2**20 for stage, mib in {"score": 490, "slice": 440, "distill": 560}.items()
+    stage: mib * 2**20 for stage, mib in {"score": 490, "slice": 440, "distill": 560, "export": 390}.items()
 }  # libraries, no CUDA
 
 
@@ -174,6 +175,15 @@ def slice_bytes(teacher: Shape, weight_bytes: int) -> dict[str, int]:
     threads = max(2, min(8, len(os.sched_getaffinity(0))))
     largest = max(prod(size) for size in architecture(teacher.architecture).tensors(teacher).values()) * weight_bytes
     parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": threads * 2 * min(SLICE_BLOCK_BYTES, largest)}
+    return parts | {"total": sum(parts.values())}
+
+
+def export_bytes(student: Shape, weight_bytes: int) -> dict[str, int]:
+    """Memory of the process that exports: one shard of the folder, and one tensor as it was saved, as read and as cast."""
+    table = architecture(student.architecture)
+    whole = sum(table.parameters(student).values()) * weight_bytes
+    largest = max(sum(map(prod, row.sizes(student).values())) for row in table.rows_of(student)) * FP32
+    parts = {"runtime": RUNTIME_BYTES["export"], "shard": min(whole, SHARD_BYTES), "tensor": 3 * largest}
     return parts | {"total": sum(parts.values())}
 
 

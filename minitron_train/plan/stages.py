@@ -69,9 +69,16 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
         "teacher": parameters(teacher)["parameters"] * weight_bytes if config.teacher.source else 0,
         "pruned": own * weight_bytes,
         "checkpoints": checkpoint * num_kept,
-        "student": own * weight_bytes,
+        "student": own * export_weight_bytes(config),
     }
     return parts | {"total": sum(parts.values()), "checkpoint": checkpoint}
+
+
+def export_weight_bytes(config: Config) -> int:
+    """Bytes of one weight in the exported folder."""
+    if config.export.dtype is None:
+        return file_weight_bytes(config)
+    return FP32 if config.export.dtype == "float32" else BF16
 
 
 def file_weight_bytes(config: Config) -> int:

@@ -10,6 +10,7 @@ from minitron_train.config import Config, Recompute
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan import check, check_fits
+from minitron_train.plan.counts import parameters
 from minitron_train.plan.hardware import GIB, control_group_left
 from minitron_train.plan.memory import needed
 
@@ -105,6 +106,26 @@ def test_a_full_disk_is_refused_and_old_checkpoints_count_as_free(
     with (tmp_path / "train" / "old").open("wb") as file:
         file.truncate(100 * GIB)  # sparse
     check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
+
+
+def test_an_export_needs_a_shard_of_memory_and_its_folder_on_disk(
+    memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, gib = config(), parameters(STUDENT)["parameters"] * 4 / GIB
+    memory(1 + gib)
+    check_fits(made, "export", STUDENT, STUDENT, World(), tmp_path)
+    memory(gib)
+    with pytest.raises(
+        UserError, match=r"^export: needs .* GiB of memory.*run it alone, on a machine with more memory"
+    ):
+        check_fits(made, "export", STUDENT, STUDENT, World(), tmp_path)
+    memory(1 + gib)
+    usage = check.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=int(0.75 * gib * GIB)))
+    with pytest.raises(UserError, match=r"^export: needs .* GiB of disk"):
+        check_fits(made, "export", STUDENT, STUDENT, World(), tmp_path)
+    made.export.dtype = "bfloat16"
+    check_fits(made, "export", STUDENT, STUDENT, World(), tmp_path)
 
 
 def test_the_check_can_be_overridden(memory: Callable[[float], None], tmp_path: Path) -> None:
