@@ -31,6 +31,12 @@ class Workspace:
         self.folder = Path(config.output_dir)
         self._groups: Groups | None = None
 
+    def beside(self, config: Config) -> "Workspace":
+        """Another output folder, with its own configuration, worked on by the same processes."""
+        other = Workspace(config, self.invocation.command, self.world, self._stack)
+        other._groups = self.groups
+        return other
+
     # paths
     @property
     def teacher_folder(self) -> Path:

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_train.arch.shape import Shape
@@ -150,7 +149,6 @@ def search(ws: "Workspace") -> None:
 def try_out(ws: "Workspace", candidate: Candidate) -> None:
     """Cut one candidate, measure its loss, retrain it a little: stages in its own folder, finished ones are kept."""
     from minitron_train import commands
-    from minitron_train.workspace import Workspace
 
     settings = ws.config.search
     folder = ws.folder / "search" / candidate.name
@@ -163,23 +161,21 @@ def try_out(ws: "Workspace", candidate: Candidate) -> None:
         train=dataclasses.replace(ws.config.train, num_tokens=settings.retrain_tokens or ws.config.train.num_tokens),
         eval=dataclasses.replace(ws.config.eval, tasks=[], training_tasks=[]),
     )
-    child = Workspace(config, ws.invocation.command, ws.world, ws._stack)
-    child._groups = ws.groups
+    child = ws.beside(config)
     if ws.world.is_first:  # the scores are the same for all
         shutil.copytree(ws.folder / "scores", folder / "scores", dirs_exist_ok=True)
     ws.share(None)
     commands.cut(child, candidate.shape)
     commands.evaluate_one(child, "pruned", child.pruned_folder)
-    candidate.zero_shot_loss = ws.share(read_loss(child.eval_folder / "pruned.json") if ws.world.is_first else None)
+    candidate.zero_shot_loss = validation_loss(child, "pruned")
     if settings.retrain_tokens:
         commands.distill(child)
         commands.export(child)
         commands.evaluate_one(child, "student", child.student_folder)
-        candidate.retrained_loss = ws.share(
-            read_loss(child.eval_folder / "student.json") if ws.world.is_first else None
-        )
+        candidate.retrained_loss = validation_loss(child, "student")
 
 
-def read_loss(file: Path) -> float:
-    """The validation loss behind a perplexity."""
-    return math.log(json.loads(file.read_text())["perplexity"])
+def validation_loss(ws: "Workspace", label: str) -> float:
+    """Nats, of one evaluated model."""
+    file = ws.eval_folder / f"{label}.json"
+    return math.log(ws.share(json.loads(file.read_text())["perplexity"] if ws.world.is_first else None))

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.arch import convert
-from minitron_train.config import Merge, ParallelConfig, Refit
+from minitron_train.config import Depth, Merge, ParallelConfig, Precision, Refit
 from minitron_train.parallel.groups import start
 from minitron_train.parallel.launch import World
 from minitron_train.prune.layers import Layers
@@ -116,3 +116,20 @@ def test_repair_brings_the_student_nearer(tmp_path, tiny_models, groups, family)
     plain, outputs, everything = (divergence(kind.value, refit=kind) for kind in Refit)
     assert everything < outputs < plain
     assert everything < 0.8 * plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_in_bf16_are_near_those_in_fp32(tmp_path, tiny_models, groups, family):
+    """The same sets but for near ties: statistics are fp32 and fp64 whatever the weights are."""
+    scores, kept = {}, {}
+    for precision in Precision:
+        config = configuration(depth=Depth.perplexity)
+        config.calibration.precision = precision
+        folder = run_cut(tmp_path / precision.name, tiny_models[family], config, TOKENS, groups, **SIZES)
+        scores[precision] = load_file(folder.parent / "scores.safetensors")
+        kept[precision] = load_file(folder / "kept.safetensors")
+    for name, exact in scores[Precision.fp32].items():
+        if not name.startswith("raw."):
+            torch.testing.assert_close(scores[Precision.bf16][name], exact, rtol=0.05, atol=0.05 * exact.abs().mean())
+    exact, rounded = ({(name, i) for name, index in kept[p].items() for i in index.tolist()} for p in Precision)
+    assert len(exact & rounded) >= 0.95 * len(exact)

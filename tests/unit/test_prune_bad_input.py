@@ -1,0 +1,153 @@
+"""What pruning refuses: scores of another model, NaN in activations, too few tokens for a fit; and when it does so."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron_train import hf
+from minitron_train.config import ParallelConfig, Refit
+from minitron_train.errors import UserError
+from minitron_train.parallel.groups import start
+from minitron_train.parallel.launch import World
+from minitron_train.prune.cut import check_request, cut
+from minitron_train.prune.score import score
+from minitron_train.prune.scores import Scores
+from tests.models import save_tiny
+from tests.pruning import configuration, random_tokens, run_cut
+
+TOKENS = random_tokens()
+
+
+@pytest.fixture(scope="module")
+def groups():
+    with start(ParallelConfig(), World(), 1) as g:
+        yield g
+
+
+@pytest.fixture(scope="module")
+def scores(tiny_models, groups, tmp_path_factory):
+    """Of the tiny Nemotron."""
+    folder = tmp_path_factory.mktemp("scores")
+    score(configuration(), groups, teacher=hf.Checkpoint(tiny_models["nemotron"]), tokens=TOKENS, folder=folder)
+    return folder / "scores.safetensors"
+
+
+def cut_with(scores, teacher: hf.Checkpoint, groups, folder) -> None:
+    folder.mkdir()
+    student = teacher.shape.smaller(ffn_hidden_size=56)
+    cut(
+        configuration(),
+        groups,
+        teacher=teacher,
+        student=student,
+        scores=scores,
+        tokens=lambda: TOKENS,
+        folder=folder,
+    )
+
+
+def test_scores_of_another_teacher(scores, groups, tmp_path):
+    """The same shape with other weights."""
+    other = hf.Checkpoint(save_tiny("nemotron", tmp_path / "other", seed=1))
+    with pytest.raises(
+        UserError, match=r"scores\.safetensors: scores of another teacher than .*other; run `score` again"
+    ):
+        cut_with(scores, other, groups, tmp_path / "pruned")
+    assert not list((tmp_path / "pruned").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 2}, "num_layers=3, the teacher has 2"),
+        ({"intermediate_size": 64}, "ffn_hidden_size=96, the teacher has 64"),
+        ({"hidden_size": 32}, "hidden_size=64, the teacher has 32"),
+        ({"num_key_value_heads": 2}, "num_query_groups=4, the teacher has 2"),
+    ],
+)
+def test_scores_of_another_shape(scores, groups, tmp_path, change, message):
+    other = hf.Checkpoint(save_tiny("nemotron", tmp_path / "other", **change))
+    with pytest.raises(UserError, match=message):
+        cut_with(scores, other, groups, tmp_path / "pruned")
+    assert not list((tmp_path / "pruned").iterdir())
+
+
+def test_no_scores_and_damaged_scores(scores, tiny_models, tmp_path):
+    teacher = hf.Checkpoint(tiny_models["nemotron"])
+    with pytest.raises(UserError, match="no such file; run `score` first"):
+        Scores.read(tmp_path / "scores.safetensors", teacher)
+    (tmp_path / "short.safetensors").write_bytes(scores.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"short\.safetensors"):
+        Scores.read(tmp_path / "short.safetensors", teacher)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "layers.1.neurons_pre"),
+        ("model.layers.2.self_attn.v_proj.weight", "layers.2.head_channels"),
+        ("model.norm.weight", "final_norm"),
+    ],
+)
+def test_activations_that_are_not_finite(tiny_models, groups, tmp_path, streamed, value, tensor, named):
+    """One damaged weight is named by the first layer whose activations show it."""
+    folder = save_tiny("nemotron", tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    weights[tensor].view(-1)[3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = configuration()
+    config.calibration.streamed = streamed
+    with pytest.raises(UserError, match=f"NaN or infinity, first seen at {named};"):
+        score(config, groups, teacher=hf.Checkpoint(folder), tokens=TOKENS, folder=tmp_path)
+    assert not (tmp_path / "scores.safetensors").exists()
+
+
+def test_padding_does_not_hide_a_nan_nor_make_one(tiny_models, groups, tmp_path):
+    tokens = TOKENS.clone()
+    tokens[:, :, 20:] = -1
+    score(configuration(), groups, teacher=hf.Checkpoint(tiny_models["nemotron"]), tokens=tokens, folder=tmp_path)
+    assert (
+        int(Scores.read(tmp_path / "scores.safetensors", hf.Checkpoint(tiny_models["nemotron"])).metadata["tokens"])
+        == 240
+    )
+
+
+def test_too_few_tokens_for_a_fit(tiny_models, groups, tmp_path):
+    """96 inputs need 384 tokens; padding does not count."""
+    tokens = TOKENS.clone()
+    config = configuration(refit=Refit.all)
+    run_cut(tmp_path / "enough", tiny_models["nemotron"], config, tokens, groups)
+    tokens[:, :, 31:] = -1
+    with pytest.raises(UserError, match="372 tokens are too few to fit 96 inputs by least squares, 384 are the least"):
+        run_cut(tmp_path / "few", tiny_models["nemotron"], config, tokens, groups)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "prune", "message"),
+    [
+        ({"num_samples": 2, "seq_length": 100}, {"refit": Refit.outputs}, "200 tokens are too few to fit 96 inputs"),
+        ({"chunk_tokens": 300, "seq_length": 100}, {"refit": Refit.all}, "300 tokens are too few to fit 96 inputs"),
+        ({}, {"drop_layers": [7]}, r"prune\.drop_layers=\[7\]"),
+    ],
+)
+def test_refusals_come_before_scoring(tiny_models, calibration, prune, message):
+    config = configuration(**prune)
+    config.calibration = dataclasses.replace(config.calibration, **calibration)
+    teacher = hf.Checkpoint(tiny_models["nemotron"]).shape
+    with pytest.raises(UserError, match=message):
+        check_request(teacher, teacher.smaller(hidden_size=48), config, world_size=1)
+
+
+def test_tokens_outside_the_vocabulary(tiny_models, groups, tmp_path):
+    with pytest.raises(UserError, match="token 128 is outside the vocabulary of 128 entries"):
+        score(
+            configuration(),
+            groups,
+            teacher=hf.Checkpoint(tiny_models["nemotron"]),
+            tokens=torch.full((1, 2, 8), 128),
+            folder=tmp_path,
+        )
