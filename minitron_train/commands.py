@@ -308,6 +308,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
+    check_length(config.train)
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 
