@@ -1,0 +1,197 @@
+"""What a case of bad_input.py is, and the steps that prepare its folder."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MICRO = (
+    "+recipe=micro output_dir=out tracking.wandb.mode=disabled pretrain.num_tokens=4096 train.num_tokens=4096 "
+    "train.warmup_steps=1 train.global_batch_size=8"
+)
+TEACHER = "out/teacher"
+WEIGHTS = f"{TEACHER}/model.safetensors"
+
+
+@dataclass(slots=True)
+class Scene:
+    """The folder that a case runs in, and the finished stages that it may copy from.
+
+    Attributes:
+        mounts: file systems to unmount afterwards.
+    """
+
+    folder: Path
+    material: Path
+    mounts: list[Path] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Unmount."""
+        for mount in self.mounts:
+            subprocess.run(["umount", str(mount)], check=True)
+
+
+Step = Callable[[Scene], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One mistake.
+
+    Attributes:
+        command: what follows `python -m minitron_train`.
+        says: a regular expression that the error's line must hold.
+        finishes: folders of stages that are done before the mistake can be met.
+        keeps: a run that had begun and can be gone on with.
+        quick: part of `--quick`; needs no material.
+    """
+
+    name: str
+    command: str
+    says: str
+    prepare: tuple[Step, ...] = ()
+    finishes: tuple[str, ...] = ()
+    keeps: tuple[str, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
+    quick: bool = False
+    needs_root: bool = False
+
+
+# What a case prepares
+
+
+def have(*stages: str) -> Step:
+    """Finished stages of the material under out/."""
+
+    def step(scene: Scene) -> None:
+        for stage in stages:
+            shutil.copytree(scene.material / stage, scene.folder / "out" / stage)
+
+    return step
+
+
+def write(path: str, content: str | bytes) -> Step:
+    """A file."""
+
+    def step(scene: Scene) -> None:
+        target = scene.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return step
+
+
+def remove(*paths: str) -> Step:
+    """Without these files."""
+
+    def step(scene: Scene) -> None:
+        for path in paths:
+            (scene.folder / path).unlink()
+
+    return step
+
+
+def cut_off(path: str, share: float = 0.5) -> Step:
+    """The file's first part alone."""
+
+    def step(scene: Scene) -> None:
+        file = next(iter(sorted(scene.folder.glob(path))))
+        os.truncate(file, int(file.stat().st_size * share))
+
+    return step
+
+
+def flip(path: str, offset: int) -> Step:
+    """Eight bytes of the file inverted, its size as before."""
+
+    def step(scene: Scene) -> None:
+        file = next(iter(sorted(scene.folder.glob(path))))
+        content = bytearray(file.read_bytes())
+        content[offset : offset + 8] = bytes(255 - byte for byte in content[offset : offset + 8])
+        file.write_bytes(content)
+
+    return step
+
+
+def edit(path: str, **changes: Any) -> Step:
+    """A JSON file with keys changed; None removes the key."""
+
+    def step(scene: Scene) -> None:
+        file = scene.folder / path
+        merged = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({key: value for key, value in merged.items() if value is not None}))
+
+    return step
+
+
+def tensors(path: str, **changes: torch.Tensor) -> Step:
+    """A safetensors file with these tensors."""
+
+    def step(scene: Scene) -> None:
+        save_file(changes, scene.folder / path, metadata={"format": "pt"})
+
+    return step
+
+
+def without_tensor(name: str) -> Step:
+    """The teacher's weights without one tensor."""
+
+    def step(scene: Scene) -> None:
+        file = scene.folder / WEIGHTS
+        save_file(
+            {key: value for key, value in load_file(file).items() if key != name}, file, metadata={"format": "pt"}
+        )
+
+    return step
+
+
+def shard(scene: Scene) -> None:
+    """The teacher in two shards with an index."""
+    file = scene.folder / WEIGHTS
+    whole = list(load_file(file).items())
+    file.unlink()
+    weight_map = {}
+    for k, part in enumerate((dict(whole[::2]), dict(whole[1::2])), start=1):
+        name = f"model-{k:05d}-of-00002.safetensors"
+        save_file(part, file.with_name(name), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def mount(path: str, options: str) -> Step:
+    """A small file system; what the folder held is there too, as long as it fits."""
+
+    def step(scene: Scene) -> None:
+        target = scene.folder / path
+        held = target.with_name(target.name + ".held")
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(target, held)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(target)], check=True)
+        scene.mounts.append(target)
+        shutil.copytree(held, target, dirs_exist_ok=True)
+        shutil.rmtree(held)
+
+    return step
+
+
+def read_only(path: str) -> Step:
+    """A file system that refuses writing."""
+
+    def step(scene: Scene) -> None:
+        mount(path, "size=16m")(scene)
+        subprocess.run(["mount", "-o", "remount,ro", str(scene.folder / path)], check=True)
+
+    return step
+
+
+TRAINED = (have("teacher", "pruned", "train"),)
+PRUNED = (have("teacher", "pruned"),)
+TAUGHT = (have("teacher"),)
+SCORED = (have("teacher", "scores"),)
