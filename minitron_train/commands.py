@@ -174,11 +174,14 @@ def search(ws: Workspace) -> None:
 
 def evaluate(ws: Workspace) -> None:
     """Perplexity and tasks, for one model or for every stage that has made one; or finished ones row by row."""
+    from minitron_train.evaluation.task_names import check_names
+
     if ws.config.eval.compare:
         from minitron_train.evaluation.compare import compare_table
 
         say(compare_table(ws.eval_folder, ws.config.eval.compare))
         return
+    check_names(ws.config.eval.tasks)
     stages = {"teacher": ws.teacher_folder, "pruned": ws.pruned_folder, "student": ws.student_folder}
     named = stages | {"checkpoint": ws.folder / "train"}
     if ws.config.eval.data_dir and not ws.eval_data_folder.is_dir():
@@ -302,6 +305,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
+    from minitron_train.evaluation.task_names import check_names
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
 
@@ -309,6 +313,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
     check_length(config.train)
+    check_names(config.eval.training_tasks)
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 

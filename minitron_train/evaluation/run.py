@@ -1,6 +1,7 @@
 """One model, all its numbers: perplexity and lm-eval's tasks, written to one JSON file and one line per row."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from minitron_train.arch.build import LanguageModel
 from minitron_train.config import Config, EvalConfig
+from minitron_train.console import say
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.perplexity import perplexity
+from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.parallel.groups import Groups
@@ -52,18 +55,27 @@ def evaluate(
         "perplexity": None,
     }
     if validation_tokens is not None:
-        report["perplexity"] = perplexity(live, validation_tokens, groups, config.eval.batch_size)
+        value = perplexity(live, validation_tokens, groups, config.eval.batch_size)
+        report["perplexity"] = value if math.isfinite(value) else None
+        if not math.isfinite(value):
+            report["perplexity_reason"] = f"{value}: the model's log-likelihoods overflow or are not numbers"
+            say(f"{label}: perplexity is {report['perplexity_reason']}; the rest is measured")
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
     journal = Journal(folder / f"{label}.partial", origin.identity, groups)
     max_length = origin.shape.max_position_embeddings
-    results, items = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
+    results, rows = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
     report |= results
     if groups.is_first:
-        atomic_write_text(folder / f"{label}.items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+        atomic_write_text(folder / f"{label}.items.jsonl", "".join(line(item) for item in rows))
         atomic_write_json(folder / f"{label}.json", report)
         journal.remove()
     groups.barrier()
     return report
+
+
+def line(item: dict[str, Any]) -> str:
+    """One row as a line of JSON."""
+    return json.dumps(without_infinities(item), allow_nan=False) + "\n"
 
 
 def run_tasks(
@@ -89,7 +101,6 @@ def run_tasks(
 
     from minitron_train.data import tokenizer as tokenizers
     from minitron_train.evaluation.lm import MegatronLM
-    from minitron_train.evaluation.results import collect, items
     from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
 
     with quiet():

@@ -1,7 +1,6 @@
 """lm-eval's own tasks, with their data from this disk where there is any. Importing this module imports lm-eval."""
 
 import contextlib
-import difflib
 import hashlib
 import logging
 import os
@@ -22,13 +21,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
-from minitron_train.errors import UserError
 from minitron_train.evaluation.local_data import check_columns, local_files
+from minitron_train.evaluation.task_names import FOLDERS, OWN, check_names, shipped, unknown
 from minitron_train.files import sha256_file
 
-SHIPPED = Path(lm_eval.tasks.__file__).parent
-OWN = Path(__file__).parent / "tasks"
-FOLDERS = ("hellaswag", "mmlu/default", "arc", "winogrande", "gsm8k", "truthfulqa", "wikitext", "piqa", "openbookqa")
 HUB_TIMEOUT_S = 3.0
 BOOTSTRAP_ITERATIONS = 1000  # of standard errors that have no formula
 
@@ -50,14 +46,14 @@ def index_of(names: list[str]) -> TaskManager:
     Raises:
         UserError: a name that lm-eval does not know; says the closest ones.
     """
-    small = TaskManager(include_defaults=False, include_path=[OWN, *(SHIPPED / folder for folder in FOLDERS)])
+    check_names(names)
+    small = TaskManager(include_defaults=False, include_path=[OWN, *(shipped() / folder for folder in FOLDERS)])
     if all(name in small.task_index for name in names):
         return small
     full = TaskManager(include_path=[OWN])
     for name in names:
         if name not in full.task_index:
-            close = difflib.get_close_matches(name, full.all_tasks, n=3) or ["hellaswag", "mmlu"]
-            raise UserError(f"eval.tasks: no task {name!r} in lm-eval; did you mean {', '.join(close)}?")
+            raise unknown(name, full.all_tasks)
     return full
 
 

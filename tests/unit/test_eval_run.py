@@ -18,7 +18,8 @@ from minitron_train.config import Config, EvalConfig, ParallelConfig
 from minitron_train.errors import UserError
 from minitron_train.evaluation.hooks import TaskHook
 from minitron_train.evaluation.journal import Journal
-from minitron_train.evaluation.run import evaluate, run_tasks
+from minitron_train.evaluation.results import collect
+from minitron_train.evaluation.run import evaluate, line, run_tasks
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import World
@@ -190,3 +191,28 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
     assert losses == without
     assert {"eval.hellaswag.acc_norm", "eval.hellaswag.acc_norm.teacher"} <= set(found[0])
     assert all(row["eval.hellaswag.acc_norm.teacher"] == found[0]["eval.hellaswag.acc_norm.teacher"] for row in found)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_perplexity_that_is_no_number_is_null(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr("minitron_train.evaluation.run.perplexity", lambda *_: value)
+    run(config_of(tasks=[]), folders.model, tmp_path, folders.data, torch.zeros(1, 5, dtype=torch.int64))
+    report = json.loads((tmp_path / "m.json").read_text())
+    assert report["perplexity"] is None
+    assert report["perplexity_reason"].startswith(f"{value}: ")
+
+
+def test_metrics_that_are_no_numbers_stand_apart() -> None:
+    raw = {
+        "results": {"wikitext": {"word_perplexity,none": float("inf"), "byte_perplexity,none": 3.0}},
+        "group_subtasks": {},
+        "n-samples": {"wikitext": {"effective": 2}},
+        "n-shot": {"wikitext": 0},
+        "versions": {},
+    }
+    found = collect(raw, ["wikitext"])["wikitext"]
+    assert found["not_finite"] == {"word_perplexity": "inf"} and found["byte_perplexity"] == 3.0
+    assert "word_perplexity" not in found
+    assert json.loads(line({"answers": [float("-inf"), (1.5, True)]})) == {"answers": [None, [1.5, True]]}

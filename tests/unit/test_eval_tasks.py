@@ -12,6 +12,7 @@ from minitron_train.evaluation import tasks as module
 from minitron_train.evaluation.code import mbpp_examples, pass_at_1, passes
 from minitron_train.evaluation.local_data import check_columns, local_files, read_splits
 from minitron_train.evaluation.rouge import rouge_l
+from minitron_train.evaluation.task_names import check_names, names_in, shipped
 from minitron_train.evaluation.tasks import load_tasks, quiet
 from tests.eval_data import save_data
 
@@ -114,3 +115,11 @@ def test_programs_run_within_limits(tmp_path: Path) -> None:
 def test_mbpp_examples_come_from_lm_eval() -> None:
     examples = mbpp_examples()
     assert [row["task_id"] for row in examples] == [2, 3, 4] and all(row["is_fewshot"] for row in examples)
+
+
+def test_unknown_names_are_refused_without_an_index() -> None:
+    with pytest.raises(UserError, match="no task 'helaswag' in lm-eval; did you mean hellaswag"):
+        check_names(["mmlu", "helaswag"])
+    check_names(["hellaswag", "mmlu", "arc_challenge", "xlsum_english", "lambada_openai"])
+    check_names(["RC_tasks"])  # a tag that the file of a group has in a comment
+    assert {"hellaswag", "mmlu", "ai2_arc"} <= set(names_in([shipped()]))

@@ -1,0 +1,52 @@
+"""Whether lm-eval knows a task, read off its task files: importing lm-eval and indexing them takes many times as long."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from minitron_train.errors import UserError
+
+OWN = Path(__file__).parent / "tasks"
+FOLDERS = ("hellaswag", "mmlu/default", "arc", "winogrande", "gsm8k", "truthfulqa", "wikitext", "piqa", "openbookqa")
+NAMES = re.compile(
+    r"^[\"']?(?:task|group|tag)[\"']? *:(.*(?:\n[ \t]*- .*)*)", re.MULTILINE
+)  # `tag: a`, `tag: [a, b]` or a list below
+
+
+def shipped() -> Path:
+    """lm-eval's folder of task files; the package is not imported."""
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None, "lm_eval is a dependency"
+    return Path(spec.origin).parent / "tasks"
+
+
+def names_in(folders: Iterable[Path]) -> Iterator[str]:
+    """Names of tasks, groups and tags in the task files below some folders, and in the files that those include."""
+    for folder in folders:
+        for file in folder.rglob("*yaml"):
+            for found in NAMES.findall(file.read_text(encoding="utf-8", errors="ignore")):
+                yield from re.findall(r"[^\s\[\],'\"]+", re.sub(r"\s#.*|^\s*- ", " ", found, flags=re.MULTILINE))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse tasks that lm-eval does not have, in a second or two.
+
+    A few names are made in ways that only lm-eval's own index sees; what some task file mentions is left to it.
+
+    Raises:
+        UserError: says the closest names.
+    """
+    root = shipped()
+    missing = set(names) - set(names_in([OWN, *(root / folder for folder in FOLDERS)]))
+    known = set(names_in([root])) if missing else set()
+    for name in sorted(missing - known):
+        if not any(name.encode() in file.read_bytes() for file in root.rglob("*") if file.is_file()):
+            raise unknown(name, known)
+
+
+def unknown(name: str, known: Iterable[str]) -> UserError:
+    """The error for a task that there is not."""
+    close = difflib.get_close_matches(name, sorted(known), n=3) or ["hellaswag", "mmlu"]
+    return UserError(f"eval.tasks: no task {name!r} in lm-eval; did you mean {', '.join(close)}?")
