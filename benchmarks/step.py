@@ -41,16 +41,16 @@ from minitron_train.train.run import open_reporter
 SEQ_LENGTH, BATCH, VOCAB, WARMUP_STEPS, GEMM_SIZE = 256, 8, 8192, 2, 2048
 TEACHER = Shape(
     architecture="nemotron",
-    num_layers=13,
-    hidden_size=512,
+    num_layers=7,
+    hidden_size=768,
     ffn_hidden_size=3072,
-    num_attention_heads=8,
+    num_attention_heads=12,
     num_query_groups=4,
     kv_channels=64,
     vocab_size=VOCAB,
     rotary_percent=0.5,
 )
-STUDENT = TEACHER.smaller(num_layers=10, hidden_size=384, ffn_hidden_size=1920)
+STUDENT = TEACHER.smaller(hidden_size=512, num_attention_heads=8, ffn_hidden_size=1920)
 PARTS = ("data", "teacher forward", "student forward", "loss and backward", "optimizer", "logging", "checkpoint")
 
 Seconds = dict[str, float]

@@ -91,9 +91,28 @@ class SdpaAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
 
 
+class SquaredRelu(torch.autograd.Function):
+    """relu(x)² in two passes over memory forward and one backward; of its parts autograd makes three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Keeps relu(x) for the backward pass."""
+        positive = F.relu(x)
+        if not x.requires_grad:
+            return positive.square_()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """2 relu(x) grad."""
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)², Nemotron-4's activation."""
-    return F.relu(x).square()
+    return SquaredRelu.apply(x)  # type: ignore[return-value]
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu, "silu": F.silu}
