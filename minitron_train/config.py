@@ -465,10 +465,11 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = opt(1, "processes that share each layer")
     sequence_parallel: bool = opt(False, "split norms and residuals over the tensor-parallel group too")
+    timeout_minutes: float = opt(10.0, "without a word from a rank, after which the others end and name it")
 
     def validate(self) -> None:
         """Positive counts."""
-        require_positive(self, "parallel", "tensor_model_parallel_size")
+        require_positive(self, "parallel", "tensor_model_parallel_size", "timeout_minutes")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -23,8 +23,6 @@ from minitron_train.config import ParallelConfig
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-
 
 @dataclass(frozen=True, slots=True)
 class Groups:
@@ -112,10 +110,14 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
         if "MASTER_ADDR" not in os.environ:  # alone: no port is opened
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+        timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         dist.init_process_group(
-            backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=COLLECTIVE_TIMEOUT
+            backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=timeout
         )
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
+        )
         random.seed(seed)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -117,24 +117,27 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(training: Material, tmp
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
-def left_behind(rank: int, world_size: int, material: Material, folder: Path) -> tuple[str, float]:
-    """The last rank dies without a word; what the others say, and after how many seconds."""
-    died_s = [0.0]
+def left_behind(
+    rank: int, world_size: int, material: Material, folder: Path, sent: signal.Signals
+) -> tuple[str, float]:
+    """The last rank dies, or stops, without a word; what the others say, and after how many seconds."""
+    fell_silent_s = [0.0]
 
-    def die(_: Any) -> None:
-        died_s[0] = time.monotonic()
+    def fall_silent(_: Any) -> None:
+        fell_silent_s[0] = time.monotonic()
         if rank == world_size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
 
-    with before_step(4, die):
+    with before_step(4, fall_silent):
         try:
-            run(material, folder)
+            run(material, folder, **SPLIT, parallel__timeout_minutes=0.25)
         except RuntimeError as error:
-            return str(error), time.monotonic() - died_s[0]
+            return str(error), time.monotonic() - fell_silent_s[0]
     return "", 0.0
 
 
-def test_a_dead_rank_is_named(training: Material, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hanging_rank_is_named(training: Material, tmp_path: Path, sent: signal.Signals) -> None:
     import torch.multiprocessing as mp
 
     from tests import helpers
@@ -144,7 +147,7 @@ def test_a_dead_rank_is_named(training: Material, tmp_path: Path) -> None:
     port = 20000 + os.getpid() % 20000
     workers = [
         context.Process(
-            target=helpers.work, args=(left_behind, rank, 2, port, results, (training, tmp_path)), daemon=True
+            target=helpers.work, args=(left_behind, rank, 2, port, results, (training, tmp_path, sent)), daemon=True
         )
         for rank in range(2)
     ]
@@ -155,5 +158,6 @@ def test_a_dead_rank_is_named(training: Material, tmp_path: Path) -> None:
     said, seconds = answer
     assert said.startswith("rank 0, step 4: rank 1 has ended or hangs, last heard of at step")
     assert seconds < 60
+    workers[-1].kill()
     for worker in workers:
         worker.join(timeout=10)
