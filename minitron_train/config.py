@@ -191,6 +191,10 @@ class CalibrationConfig:
         """Positive counts."""
         require_positive(self, "calibration", "num_samples", "seq_length", "micro_batch_size", "chunk_tokens")
 
+    def precision_on(self, cuda: bool) -> "Precision":
+        """Of the forward passes, on a GPU or on a CPU."""
+        return self.precision or (Precision.bf16 if cuda else Precision.fp32)
+
 
 class SourceKind(Enum):
     """Formats of a source; auto goes by the file names, bin is megatron-core's IndexedDataset (.bin/.idx)."""

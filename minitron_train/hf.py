@@ -185,7 +185,7 @@ class Checkpoint:
         return self.read(next(iter(self.table.tensors(self.shape))), 0, 0, 1).dtype
 
 
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
+def read_header(file: Path, remedy: str = "download it again") -> dict[str, dict[str, Any]]:
     """The header of one safetensors file: tensor name -> dtype, shape, data_offsets.
 
     Raises:
@@ -196,15 +196,15 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         prefix = handle.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(size - 8, 100_000_000):
-            raise UserError(f"{file}: not a safetensors file, or cut off; download it again")
+            raise UserError(f"{file}: not a safetensors file, or cut off; {remedy}")
         try:
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: its header is corrupt; download it again") from None
+            raise UserError(f"{file}: its header is corrupt; {remedy}") from None
     if size != 8 + length + end:
-        raise UserError(f"{file}: {size:,} bytes, its header promises {8 + length + end:,}; download it again")
+        raise UserError(f"{file}: {size:,} bytes, its header promises {8 + length + end:,}; {remedy}")
     return header
 
 

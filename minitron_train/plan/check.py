@@ -122,6 +122,7 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
     """The configured way of scoring first, then streamed and in smaller pieces."""
     calibration = config.calibration
     tokens = calibration.num_samples * calibration.seq_length
+    weight_bytes = WEIGHT_BYTES[calibration.precision_on(cuda)]
     micro_sizes = {calibration.micro_batch_size, max(calibration.micro_batch_size // 4, 1), 1}
     ways = [
         (bool(calibration.streamed), calibration.micro_batch_size, calibration.chunk_tokens),
@@ -137,8 +138,8 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
             tp=config.parallel.tensor_model_parallel_size,
             micro_batch_size=micro,
             seq_length=calibration.seq_length,
-            weight_bytes=4,
-            teacher_weight_bytes=4,
+            weight_bytes=weight_bytes,
+            teacher_weight_bytes=weight_bytes,
             runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
             cuda=cuda,
         )

@@ -138,7 +138,7 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
     gib = {name: size / GIB for name, size in plan["disk"].items()}
     resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
     return [
-        f"scoring            {scoring['tokens']:,} tokens in fp32, {scoring['seconds'] / 60:.1f} min; "
+        f"scoring            {scoring['tokens']:,} tokens in {scoring['precision']}, {scoring['seconds'] / 60:.1f} min; "
         f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
         f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
         f"in {slicing['memory_bytes']['total'] / GIB:.1f} GiB of memory",

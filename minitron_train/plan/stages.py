@@ -13,7 +13,7 @@ BF16 = 2
 
 
 def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]:
-    """Memory and seconds of one process that scores in fp32, with all layers in memory and layer by layer."""
+    """Memory and seconds of one process that scores, with all layers in memory and layer by layer."""
     calibration = config.calibration
     layout = scoring_layout(config, machine)
     tokens = calibration.num_samples * calibration.seq_length
@@ -27,6 +27,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
     chosen = min((memory[way] for way in ways), key=needed)
     return {
         "tokens": tokens,
+        "precision": calibration.precision_on(machine.cuda).value,
         "flops": flops,
         "seconds": score_seconds(teacher, machine, layout, tokens),
         "memory_bytes": memory,
@@ -35,13 +36,14 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
 
 
 def scoring_layout(config: Config, machine: Hardware) -> Layout:
-    """One forward pass of scoring: fp32 on every device."""
+    """One forward pass of scoring."""
+    weight_bytes = BF16 if config.calibration.precision_on(machine.cuda) is Precision.bf16 else FP32
     return Layout(
         tp=config.parallel.tensor_model_parallel_size,
         micro_batch_size=config.calibration.micro_batch_size,
         seq_length=config.calibration.seq_length,
-        weight_bytes=FP32,
-        teacher_weight_bytes=FP32,
+        weight_bytes=weight_bytes,
+        teacher_weight_bytes=weight_bytes,
         cuda=machine.cuda,
         runtime_bytes=machine.reserved_bytes,
     )

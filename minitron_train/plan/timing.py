@@ -125,13 +125,13 @@ def score_network_bytes(teacher: Shape, layout: Layout) -> float:
 
 
 def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int) -> float:
-    """Seconds of scoring `tokens` tokens in fp32: no output layer, every watched activation reduced, weights read once."""
+    """Seconds of scoring `tokens` tokens: no output layer, every watched activation reduced, weights read once."""
     flops = layer_cost(teacher, layout.seq_length, machine)
     parallel = 2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size
     watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
-    traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * FP32
-    weights = 2 * parameters_per_rank(teacher, layout.tp) * FP32
-    rate = machine.fp32_flops * machine.utilisation
+    traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * layout.weight_bytes
+    weights = 2 * parameters_per_rank(teacher, layout.tp) * layout.weight_bytes
+    rate = (machine.fp32_flops if layout.weight_bytes == FP32 else machine.peak_flops) * machine.utilisation
     network = tokens * score_network_bytes(teacher, layout) / machine.link_rate(layout.tp)
     working = tokens * (flops / layout.tp / rate + traffic / machine.memory_rate)
     return SCORE_START_S + working + weights / machine.memory_rate + network

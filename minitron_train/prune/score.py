@@ -74,8 +74,8 @@ def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, dept
 
 def scoring_dtype(calibration: CalibrationConfig, device: torch.device) -> torch.dtype:
     """Of weights and activations; statistics are fp32 and fp64 in any case."""
-    default = Precision.bf16 if device.type == "cuda" else Precision.fp32
-    return {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[calibration.precision or default]
+    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
+    return dtypes[calibration.precision_on(device.type == "cuda")]
 
 
 def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:

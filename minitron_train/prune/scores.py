@@ -86,7 +86,7 @@ class Scores:
         """
         if not path.exists():
             raise UserError(f"{path}: no such file; run `score` first")
-        hf.read_header(path)
+        hf.read_header(path, remedy="remove it and run `score` again")
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
             for key in SHAPE_KEYS:
