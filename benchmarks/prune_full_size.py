@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     num_layers = 1 if arguments.quick else arguments.layers
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="prune_full_size-", dir=arguments.folder))
     try:
         report = measure(root, num_layers)

@@ -99,6 +99,8 @@ def main() -> None:
     arguments = parser.parse_args()
     num_layers, num_tokens = (1, 64) if arguments.quick else (arguments.layers, arguments.tokens)
     hooks = hook_overhead(rounds=3 if arguments.quick else 15)
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="scoring-", dir=arguments.folder))
     try:
         record = peak_memory(root, num_layers, num_tokens)
