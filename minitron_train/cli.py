@@ -108,10 +108,15 @@ def run(argv: list[str], world: World) -> None:
     try:
         composed()
     except OverrideParseException as error:
-        remedy = "lists look like 'key=[a,b]', words with blanks or commas like key='\"a, b\"'"
+        remedy = "lists look like 'key=[a,b]', words with blanks, commas or brackets like key='\"a, [b]\"'"
         raise UserError(f"argument {error.override!r}: {one_line(error)}; {remedy}") from error
     except HydraException as error:
-        raise UserError(one_line(error)) from error
+        message = one_line(error)
+        if "data.sources." in message:
+            message += (
+                "; a part that data does not have yet is added whole: '+data.sources={NAME: {path: FILE, weight: 1}}'"
+            )
+        raise UserError(message) from error
     if mistakes:
         raise mistakes[0]
 
