@@ -151,7 +151,7 @@ class Repair:
             name = row.mcore.split("{i}.")[-1] if row.per_layer else row.mcore.removeprefix("decoder.final_layernorm.")
             shards = [module.get_parameter(name).detach()]
             for part, tensor in shards_to_parts(row, self.keep.student, shards).items():
-                yield part.format(i=i), tensor
+                yield part.format(i=i), tensor.clone()  # the next layer takes the module's place
 
     def _repair_half(self, half: Half, i: int, layer: int, absorbed: list[int]) -> None:
         """Fit both linears of one half, then advance both streams by it; the teacher's by the `absorbed` layers too."""
