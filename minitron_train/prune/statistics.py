@@ -33,13 +33,15 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
     for start in range(0, len(x_SBC), BLOCK_TOKENS):
         x = x_SBC[start : start + BLOCK_TOKENS]
         block, one = scratch[: len(x)], ones[:, : len(x)]
-        block.copy_(x)
         if mask_SB is not None:
-            block.masked_fill_(~mask_SB[start : start + BLOCK_TOKENS, :, None], 0.0)
-        for k, change in enumerate((None, block.abs_, block.square_)):
-            if change is not None:
-                change()
-            sums[k] += (one @ block.flatten(1)).view_as(sums[k])
+            x = x.masked_fill(~mask_SB[start : start + BLOCK_TOKENS, :, None], 0.0)
+        if x.dtype is not torch.float32:
+            x = block.copy_(x)
+        sums[0] += (one @ x.flatten(1)).view_as(sums[0])
+        torch.abs(x, out=block)
+        sums[1] += (one @ block.flatten(1)).view_as(sums[1])
+        block.square_()
+        sums[2] += (one @ block.flatten(1)).view_as(sums[2])
     length = len(x_SBC) if mask_SB is None else mask_SB.sum(0)[:, None].double()
     mean, mean_abs, mean_square = sums / length
     variance = (mean_square - mean.square()).clamp(min=0.0)
