@@ -150,7 +150,8 @@ def task_charts(columns: Columns, evals: Evals) -> list[Chart]:
         series = finite_points(columns, f"eval.{task}.{metric}") if metric else None
         if series is None or task == "validation":
             continue
-        goal = evals.get("teacher", {}).get("results", {}).get(task, {}).get(metric)
+        measured = finite_points(columns, f"eval.{task}.{metric}.teacher")  # on the same rows
+        goal = measured[1][-1] if measured else evals.get("teacher", {}).get("results", {}).get(task, {}).get(metric)
         x, y = (
             tokens_scale(columns),
             charts.linear([*series[1], *([goal] if goal else [])], label=lambda v: percent(v, 0)),
