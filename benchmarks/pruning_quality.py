@@ -25,7 +25,6 @@ from transformers import AutoTokenizer
 from minitron_train import hf
 from minitron_train.arch.convert import Source
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import EMBEDDING, OUTPUT
 from minitron_train.config import CalibrationConfig, Config, DataConfig, ParallelConfig, PruneConfig, TeacherConfig
 from minitron_train.data.calibration import calibration_batches
 from minitron_train.data.stream import validation_tokens
@@ -117,8 +116,7 @@ def loss_of(teacher: hf.Checkpoint, shape: Shape, source: Source, groups: Groups
     for i in range(shape.num_layers):
         layer = layers[i]
         hidden = [forward(layer, x, rotary) for x in hidden]
-    row = next(row for row in teacher.table.rows if row.mcore == (EMBEDDING if shape.tie_embeddings else OUTPUT))
-    weight, total = source.read(next(iter(row.hf))), 0.0
+    weight, total = layers.output_rows(0, shape.vocab_size), 0.0
     for x_SBH, batch in zip(hidden, batches, strict=True):
         for y_SH, tokens_S in zip(layers.final_norm(x_SBH).transpose(0, 1), batch, strict=True):
             total += torch.nn.functional.cross_entropy(y_SH[:-1] @ weight.t(), tokens_S[1:], reduction="sum").item()

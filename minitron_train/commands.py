@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -328,10 +327,9 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
 
 def check_length(train: TrainConfig) -> None:
     """Refuse a warm-up that the run does not outlast."""
-    num_steps = math.ceil(train.num_tokens / (train.global_batch_size * train.seq_length))
-    if train.warmup_steps > num_steps:
+    if train.warmup_steps > train.num_steps:
         raise UserError(
-            f"train.warmup_steps={train.warmup_steps}: longer than the run of {num_steps} steps; lower it or train on more"
+            f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it or train on more"
         )
 
 

@@ -4,6 +4,7 @@ Hydra fills these from conf/, recipes/ and the command line; `validate` of each 
 is allocated. Nothing here imports torch, so that `--help` and `--cfg job` are quick.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -419,6 +420,16 @@ class TrainConfig:
         0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
     )
     log_every_steps: int = opt(1, "metrics.jsonl and W&B")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one global batch."""
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return math.ceil(self.num_tokens / self.step_tokens)
 
     def validate(self) -> None:
         """Positive counts, batches that divide."""

@@ -90,7 +90,7 @@ def describe(shape: Shape) -> dict[str, Any]:
 def training(config: Config) -> dict[str, Any]:
     """Tokens and steps."""
     train = config.train
-    tokens_per_step = train.global_batch_size * train.seq_length
+    tokens_per_step = train.step_tokens
     return {
         "num_tokens": train.num_tokens,
         "global_batch_size": train.global_batch_size,
@@ -126,7 +126,7 @@ def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | N
     members = {name: teacher.smaller(**sizes_of(sizes)) for name, sizes in config.plan.family.items()} or {
         config.name: student
     }
-    seq_length, tokens_per_step = config.train.seq_length, config.train.global_batch_size * config.train.seq_length
+    seq_length, tokens_per_step = config.train.seq_length, config.train.step_tokens
     cost = {name: counts.training_flops_per_token(shape, seq_length, causal=False) for name, shape in members.items()}
     teacher_cost = counts.training_flops_per_token(teacher, seq_length, causal=False)
     teaching = counts.forward_flops_per_token(teacher, seq_length, causal=False) * len(members)
@@ -149,7 +149,7 @@ def describe_choice(
     layout, steps = choice.layout, training(config)["steps"]
     hours = choice.step.total * steps / SECONDS_PER_HOUR
     gpu_hours = hours * layout.tp * layout.dp
-    tokens = config.train.global_batch_size * config.train.seq_length
+    tokens = config.train.step_tokens
     with_recompute, without = (
         evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
             "activations"

@@ -52,12 +52,12 @@ class Trainer:
     @property
     def step_tokens(self) -> int:
         """Tokens of one global batch."""
-        return self.config.train.global_batch_size * self.config.train.seq_length
+        return self.config.train.step_tokens
 
     @property
     def num_steps(self) -> int:
         """Steps of the whole run."""
-        return math.ceil(self.config.train.num_tokens / self.step_tokens)
+        return self.config.train.num_steps
 
     @property
     def is_stalled(self) -> bool:

@@ -32,7 +32,7 @@ def student_arguments(train: TrainConfig) -> dict[str, Any]:
 
 def learning_rate(train: TrainConfig, tokens: int) -> float:
     """Of the step that begins after `tokens` tokens: linear warm-up from 0, then `train.schedule` down to min_lr."""
-    step_tokens = train.global_batch_size * train.seq_length
+    step_tokens = train.step_tokens
     done, warmup, total = tokens + step_tokens, train.warmup_steps * step_tokens, max(train.num_tokens, step_tokens)
     if done <= warmup:
         return train.lr * done / warmup
