@@ -1,0 +1,106 @@
+"""Every setting of the program: one typed dataclass per section, with its default, its unit and its meaning.
+
+Hydra fills these from conf/, recipes/ and the command line; `validate` of each section is called once, before anything
+is allocated. Nothing here imports torch, so that `--help` and `--cfg job` are quick.
+"""
+
+from dataclasses import dataclass, fields
+
+from minitron_train.config.base import Precision, opt
+from minitron_train.config.cluster import ClusterConfig, PlanConfig
+from minitron_train.config.data import DataConfig, SourceConfig, SourceKind
+from minitron_train.config.distill import DistillConfig, HiddenLossKind, LossKind
+from minitron_train.config.evaluation import EvalConfig
+from minitron_train.config.model import ExportConfig, ModelConfig, StudentConfig, TeacherConfig
+from minitron_train.config.prune import (
+    Aggregation,
+    CalibrationConfig,
+    Depth,
+    Merge,
+    PruneConfig,
+    Refit,
+    Scope,
+    SearchConfig,
+)
+from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
+from minitron_train.config.train import (
+    CheckpointConfig,
+    OnNonFinite,
+    ParallelConfig,
+    PretrainConfig,
+    Recompute,
+    Schedule,
+    TrainConfig,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """The whole configuration of one invocation."""
+
+    name: str = opt("custom", "the recipe's name")
+    output_dir: str = opt("outputs/${name}", "everything this recipe writes")
+    seed: int = opt(1234, "of data order, initialisation and sampling")
+    force: bool = opt(False, "redo finished stages")
+    dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
+    model: ModelConfig = opt(ModelConfig, "")
+    teacher: TeacherConfig = opt(TeacherConfig, "")
+    student: StudentConfig = opt(StudentConfig, "")
+    calibration: CalibrationConfig = opt(CalibrationConfig, "")
+    data: DataConfig = opt(DataConfig, "")
+    prune: PruneConfig = opt(PruneConfig, "")
+    search: SearchConfig = opt(SearchConfig, "")
+    distill: DistillConfig = opt(DistillConfig, "")
+    pretrain: PretrainConfig = opt(PretrainConfig, "")
+    train: TrainConfig = opt(TrainConfig, "")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig, "")
+    parallel: ParallelConfig = opt(ParallelConfig, "")
+    eval: EvalConfig = opt(EvalConfig, "")
+    export: ExportConfig = opt(ExportConfig, "")
+    tracking: TrackingConfig = opt(TrackingConfig, "")
+    cluster: ClusterConfig = opt(ClusterConfig, "")
+    plan: PlanConfig = opt(PlanConfig, "")
+
+    def validate(self) -> None:
+        """Validate every section once, before anything is allocated."""
+        for f in fields(self):
+            section = getattr(self, f.name)
+            if hasattr(section, "validate"):
+                section.validate()
+
+
+__all__ = [
+    "Aggregation",
+    "CalibrationConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "Depth",
+    "DistillConfig",
+    "EvalConfig",
+    "ExportConfig",
+    "HiddenLossKind",
+    "LossKind",
+    "Merge",
+    "ModelConfig",
+    "OnNonFinite",
+    "ParallelConfig",
+    "PlanConfig",
+    "Precision",
+    "PretrainConfig",
+    "PruneConfig",
+    "Recompute",
+    "Refit",
+    "Schedule",
+    "Scope",
+    "SearchConfig",
+    "SourceConfig",
+    "SourceKind",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WandbMode",
+]

