@@ -16,36 +16,46 @@ from minitron_train.config import Aggregation
 
 # S sequence, B batch, C channels (the rank's own)
 ORDER = (Aggregation.mean, Aggregation.l2, Aggregation.var)  # of the per-sequence values in `Moments`
-BLOCK_TOKENS = 32  # positions that are widened to fp32 and reduced at once: the scratch stays in the cache
+SCRATCH_BYTES = {"cpu": 2**19, "cuda": 2**26}  # what is reduced at once: on a CPU it stays in one core's cache
+FP32_TOKENS = 128  # positions that are summed in fp32 before the sum goes into fp64
 
 
 def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
     """mean |x|, L2 and variance of every sequence over its tokens, fp64 [3, B, C].
 
-    Sums are fp32 inside a block of tokens and fp64 across blocks; no fp32 copy of the activation is made.
+    The activation is read once, in blocks of SCRATCH_BYTES; no fp32 copy of it is made.
 
     Args:
         mask_SB: bool, False marks padding, which never counts; None when there is none.
     """
-    sums = torch.zeros(3, *x_SBC.shape[1:], dtype=torch.float64, device=x_SBC.device)  # of x, |x| and x²
-    scratch = torch.empty(min(BLOCK_TOKENS, len(x_SBC)), *x_SBC.shape[1:], dtype=torch.float32, device=x_SBC.device)
-    ones = torch.ones(1, len(scratch), device=x_SBC.device)
-    for start in range(0, len(x_SBC), BLOCK_TOKENS):
-        x = x_SBC[start : start + BLOCK_TOKENS]
-        block, one = scratch[: len(x)], ones[:, : len(x)]
-        if mask_SB is not None:
-            x = x.masked_fill(~mask_SB[start : start + BLOCK_TOKENS, :, None], 0.0)
-        if x.dtype is not torch.float32:
-            x = block.copy_(x)
-        sums[0] += (one @ x.flatten(1)).view_as(sums[0])
-        torch.abs(x, out=block)
-        sums[1] += (one @ block.flatten(1)).view_as(sums[1])
-        block.square_()
-        sums[2] += (one @ block.flatten(1)).view_as(sums[2])
-    length = len(x_SBC) if mask_SB is None else mask_SB.sum(0)[:, None].double()
-    mean, mean_abs, mean_square = sums / length
+    length, width = len(x_SBC), x_SBC[0].numel()
+    num_rows = max(1, min(FP32_TOKENS, SCRATCH_BYTES[x_SBC.device.type] // (4 * width)))
+    scratch = torch.empty(num_rows, width, device=x_SBC.device)
+    one, partial = torch.ones(1, num_rows, device=x_SBC.device), torch.empty(3, width, device=x_SBC.device)
+    sums = torch.zeros(3, width, dtype=torch.float64, device=x_SBC.device)  # of x, |x| and x²
+    for span in range(0, length, FP32_TOKENS):
+        partial.zero_()
+        stop = min(span + FP32_TOKENS, length)
+        for start in range(span, stop, num_rows):
+            x = x_SBC[start : min(start + num_rows, stop)]
+            if mask_SB is not None:
+                x = x.masked_fill(~mask_SB[start : start + len(x), :, None], 0.0)
+            add_sums(partial, x.flatten(1), scratch[: len(x)], one[:, : len(x)])
+        sums += partial
+    counts_B1 = length if mask_SB is None else mask_SB.sum(0)[:, None].double()
+    sums = sums.view(3, *x_SBC.shape[1:])
+    mean, mean_abs, mean_square = sums / counts_B1
     variance = (mean_square - mean.square()).clamp(min=0.0)
     return torch.stack([mean_abs, sums[2].sqrt(), variance])
+
+
+def add_sums(sums_3W: Tensor, x_SW: Tensor, scratch_SW: Tensor, one_1S: Tensor) -> None:
+    """Add Σ x, Σ |x| and Σ x² over the rows of `x` to `sums`; products with a row of ones are the fastest sums."""
+    if x_SW.dtype is not torch.float32:
+        x_SW = scratch_SW.copy_(x_SW)
+    sums_3W[0:1].addmm_(one_1S, x_SW)
+    sums_3W[1:2].addmm_(one_1S, torch.abs(x_SW, out=scratch_SW))
+    sums_3W[2:3].addmm_(one_1S, torch.mul(x_SW, x_SW, out=scratch_SW))
 
 
 @dataclass(slots=True)
@@ -88,6 +98,8 @@ class Moments:
 
 def distance(before_SBH: Tensor, after_SBH: Tensor, mask_SB: Tensor | None = None) -> Tensor:
     """Σ over tokens of 1 - cos between a layer's input and output, and the number of tokens, fp64 [2]."""
-    gap_SB = 1.0 - torch.nn.functional.cosine_similarity(before_SBH.float(), after_SBH.float(), dim=-1)
+    before_SBH, after_SBH = before_SBH.float(), after_SBH.float()
+    lengths_SB = torch.linalg.vector_norm(before_SBH, dim=-1) * torch.linalg.vector_norm(after_SBH, dim=-1)
+    gap_SB = 1.0 - torch.linalg.vecdot(before_SBH, after_SBH) / lengths_SB.clamp(min=torch.finfo(torch.float32).tiny)
     weight_SB = torch.ones_like(gap_SB) if mask_SB is None else mask_SB
     return torch.stack([(gap_SB * weight_SB).double().sum(), weight_SB.double().sum()])
