@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pytest  # noqa: E402
 from tests.slurm import cluster as slurm_cluster  # noqa: E402
 
 if TYPE_CHECKING:
+    from minitron_train.parallel.groups import Groups
     from tests.training import Material
 
 MARKS = {
@@ -63,6 +65,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("models")
     return {name: save_tiny(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def groups() -> "Iterator[Groups]":
+    """The process groups of this process alone, for all tests of a module."""
+    from minitron_train.config import ParallelConfig
+    from minitron_train.parallel.groups import start
+    from minitron_train.parallel.launch import World
+
+    with start(ParallelConfig(), World(), seed=1) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

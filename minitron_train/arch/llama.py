@@ -1,9 +1,7 @@
 """Llama (arXiv 2302.13971; 2407.21783): SwiGLU, RMSNorm, rotary, GQA, no biases; SmolLM2 is one of them."""
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import EMBEDDING, LAYER, OUTPUT, Architecture, Row
-
-HF = "model.layers.{i}."
+from minitron_train.arch.table import ATTENTION, CONFIG_KEYS, EMBEDDING, HF, LAYER, OUTPUT, Architecture, Row
 
 
 def heads_divide_hidden(shape: Shape) -> str | None:
@@ -19,16 +17,7 @@ LLAMA = Architecture(
     rows=(
         Row(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
         Row(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
-        Row(
-            mcore=LAYER + "self_attention.linear_qkv.weight",
-            hf={
-                HF + "self_attn.q_proj.weight": ("q", "embd"),
-                HF + "self_attn.k_proj.weight": ("kv", "embd"),
-                HF + "self_attn.v_proj.weight": ("kv", "embd"),
-            },
-            per_group=True,
-        ),
-        Row(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
+        *ATTENTION,
         Row(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
         Row(
             mcore=LAYER + "mlp.linear_fc1.weight",
@@ -38,18 +27,7 @@ LLAMA = Architecture(
         Row(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
         Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
-    config_keys={
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "ffn_hidden_size": "intermediate_size",
-        "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_key_value_heads",
-        "kv_channels": "head_dim",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_position_embeddings",
-        "layernorm_epsilon": "rms_norm_eps",
-        "tie_embeddings": "tie_word_embeddings",
-    },
+    config_keys={**CONFIG_KEYS, "layernorm_epsilon": "rms_norm_eps"},
     config_facts={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     transformer={
         "normalization": "RMSNorm",

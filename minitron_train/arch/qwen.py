@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import HF, LLAMA
-from minitron_train.arch.table import LAYER, Row
+from minitron_train.arch.llama import LLAMA
+from minitron_train.arch.table import HF, LAYER, Row
 
 FACTS = {"hidden_act": "silu", "use_sliding_window": False}
 QKV_BIAS = Row(

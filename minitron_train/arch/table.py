@@ -93,6 +93,30 @@ class Architecture:
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 LAYER = "decoder.layers.{i}."
+HF = "model.layers.{i}."
+ATTENTION = (  # q, k, v and o of grouped-query attention
+    Row(
+        mcore=LAYER + "self_attention.linear_qkv.weight",
+        hf={
+            HF + "self_attn.q_proj.weight": ("q", "embd"),
+            HF + "self_attn.k_proj.weight": ("kv", "embd"),
+            HF + "self_attn.v_proj.weight": ("kv", "embd"),
+        },
+        per_group=True,
+    ),
+    Row(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
+)
+CONFIG_KEYS = {  # that most families share
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
 FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the linear that follows it
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",

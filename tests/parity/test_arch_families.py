@@ -6,10 +6,8 @@ import torch
 from minitron_train import hf
 from minitron_train.arch import convert
 from minitron_train.arch.build import build
-from minitron_train.config import ParallelConfig, Refit
+from minitron_train.config import Refit
 from minitron_train.errors import UserError
-from minitron_train.parallel.groups import start
-from minitron_train.parallel.launch import World
 from tests.models import COMMON, hf_logits, save_random
 from tests.pruning import configuration, random_tokens, run_cut
 
@@ -19,12 +17,6 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},
 }
 TOKENS = random_tokens()
-
-
-@pytest.fixture(scope="module")
-def groups():
-    with start(ParallelConfig(), World(), 1) as g:
-        yield g
 
 
 @pytest.fixture(scope="module")

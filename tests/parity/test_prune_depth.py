@@ -6,9 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minitron_train.config import Depth, ParallelConfig
-from minitron_train.parallel.groups import start
-from minitron_train.parallel.launch import World
+from minitron_train.config import Depth
 from minitron_train.prune import depth
 from tests.models import save_tiny
 from tests.pruning import configuration, random_tokens, run_cut
@@ -16,12 +14,6 @@ from tests.pruning import configuration, random_tokens, run_cut
 LAYERS, LENGTH = 5, 32
 TOKENS = random_tokens()
 TOKENS[1, 2, 20:] = -1  # padding
-
-
-@pytest.fixture(scope="module")
-def groups():
-    with start(ParallelConfig(), World(), 1) as g:
-        yield g
 
 
 @pytest.fixture(scope="module", params=["nemotron", "llama", "llama_untied"])

@@ -7,9 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.arch import convert
-from minitron_train.config import Depth, Merge, ParallelConfig, Precision, Refit
-from minitron_train.parallel.groups import start
-from minitron_train.parallel.launch import World
+from minitron_train.config import Depth, Merge, Precision, Refit
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.slice import Sliced
 from tests.models import FAMILIES, hf_logits
@@ -17,12 +15,6 @@ from tests.pruning import configuration, random_tokens, run_cut
 
 TOKENS = random_tokens()
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
-
-
-@pytest.fixture(scope="module")
-def groups():
-    with start(ParallelConfig(), World(), 1) as g:
-        yield g
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,9 +6,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
-from minitron_train.config import ParallelConfig
-from minitron_train.parallel import groups
-from minitron_train.parallel.launch import World
 from minitron_train.prune.cut import cut
 from minitron_train.prune.score import score
 from tests.pruning import configuration
@@ -23,7 +20,7 @@ def oracle(oracles):
 
 
 @pytest.fixture(scope="module")
-def outcome(oracle, tmp_path_factory):
+def outcome(oracle, groups, tmp_path_factory):
     """Our scores, kept indices and pruned folder for ModelOpt's target."""
     folder, config = tmp_path_factory.mktemp("modelopt"), configuration("modelopt")
     teacher = hf.Checkpoint(oracle / "teacher")
@@ -31,9 +28,8 @@ def outcome(oracle, tmp_path_factory):
     scores, pruned = folder / "scores.safetensors", folder / "pruned"
     pruned.mkdir()
     student = teacher.shape.smaller(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4)
-    with groups.start(ParallelConfig(), World(), 1234) as g:
-        score(config, g, teacher=teacher, tokens=tokens, folder=folder)
-        cut(config, g, teacher=teacher, student=student, scores=scores, tokens=lambda: tokens, folder=pruned)
+    score(config, groups, teacher=teacher, tokens=tokens, folder=folder)
+    cut(config, groups, teacher=teacher, student=student, scores=scores, tokens=lambda: tokens, folder=pruned)
     return load_file(scores), load_file(pruned / "kept.safetensors"), pruned, tokens
 
 

@@ -7,10 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
-from minitron_train.config import ParallelConfig, Refit
+from minitron_train.config import Refit
 from minitron_train.errors import UserError
-from minitron_train.parallel.groups import start
-from minitron_train.parallel.launch import World
 from minitron_train.prune.cut import check_request, cut
 from minitron_train.prune.score import score
 from minitron_train.prune.scores import Scores
@@ -18,12 +16,6 @@ from tests.models import save_tiny
 from tests.pruning import configuration, random_tokens, run_cut
 
 TOKENS = random_tokens()
-
-
-@pytest.fixture(scope="module")
-def groups():
-    with start(ParallelConfig(), World(), 1) as g:
-        yield g
 
 
 @pytest.fixture(scope="module")
