@@ -5,11 +5,10 @@
     python -m minitron_train.slurm check distill +recipe=tiny …  on every rank of a job step; prints the files that mark
                                                                  a training that was stopped and is to be started again
 
-No torch here: both answer within a second or two.
+They answer within a second or two; torch is loaded on rank 0 alone, and only to read a model's sizes from its folder.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,6 @@ from minitron_train.workspace import Workspace, late
 
 STOPPED = "stopped.json"  # train.run's, not imported from there because that loads torch
 NEEDS_TEACHER = ("score", "prune", "distill", "search")
-WRITES = {"prune": "pruned", "distill": "checkpoints", "export": "student"}  # command -> part of plan's disk use
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,32 +145,32 @@ def count_gpus() -> int:
 
 
 def folder_complaints(command: str, config: Config, world: World) -> list[str]:
-    """The teacher is there, and what the command writes fits on the disk."""
+    """The teacher is there, and what the command writes fits on the disk; a command says more of it by itself."""
     with ExitStack() as stack:
         workspace = Workspace(config, [], world, stack)
         try:
             if command in NEEDS_TEACHER:
                 workspace.check_teacher_is_there()
             workspace.folder.mkdir(parents=True, exist_ok=True)
-            free, needed = shutil.disk_usage(workspace.folder).free, bytes_to_write(command, workspace)
+            if config.plan.check and command in ("prune", "distill"):
+                refuse_full_disk(command, workspace)
         except UserError as error:
             return [str(error)]
         except OSError as error:
             return [f"output_dir={config.output_dir}: {error.strerror}; choose a folder that every node can write to"]
-    if config.plan.check and free < needed:
-        return [
-            f"output_dir={config.output_dir}: {free:,} bytes are free, {command} writes {needed:,}; free some space"
-        ]
     return []
 
 
-def bytes_to_write(command: str, workspace: Workspace) -> int:
-    """Of a command's own outputs, as `plan` reckons them; 0 where it does not."""
-    if command not in WRITES:
-        return 0
+def refuse_full_disk(command: str, workspace: Workspace) -> None:
+    """As the command itself will, before its ranks load torch."""
+    from minitron_train.plan.check import DISK_PARTS, refuse_disk
     from minitron_train.plan.stages import disk_bytes
 
-    return disk_bytes(workspace.config, workspace.teacher_shape, workspace.student_shape)[WRITES[command]]
+    pruned = workspace.pruned_folder
+    there = command == "distill" and (pruned / "config.json").exists()
+    student = workspace.shape_of(pruned) if there else workspace.student_shape
+    sizes = disk_bytes(workspace.config, workspace.teacher_shape, student)
+    refuse_disk(command, sizes[DISK_PARTS[command]], workspace.folder)
 
 
 if __name__ == "__main__":

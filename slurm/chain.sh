@@ -8,32 +8,22 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.sh
 
-if [[ $# -eq 0 || $1 == -* || $1 == *=* ]]; then
-  echo "usage: slurm/chain.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]" >&2
-  exit 2
-fi
-recipe=$1
-shift
-options=()
-while [[ ${1:-} == --* ]]; do
-  options+=("$1")
-  shift
-done
+read_words RECIPE "$@"
 
 # the first line is the output folder; mistakes in the command line are found here, before anything is queued
-answer=$("${site_python[@]}" -m minitron_train.slurm chain "+recipe=$recipe" "$@")
+answer=$("${site_python[@]}" -m minitron_train.slurm chain "+recipe=$what" "${overrides[@]}")
 mapfile -t commands <<<"$answer"
 output_dir=${commands[0]}
 unset 'commands[0]'
 
 ids=()
 trap '((${#ids[@]} == 0)) || echo "not complete; cancel what was submitted: scancel ${ids[*]}" >&2' ERR
-echo "$recipe -> $output_dir"
+echo "$what -> $output_dir"
 for command in "${commands[@]}"; do
   dependency=singleton
   ((${#ids[@]} == 0)) || dependency=afterok:${ids[-1]},singleton
   id=$(slurm/submit.sh "$command" --job-name="$(basename "$output_dir")-$command" --dependency="$dependency" \
-    --kill-on-invalid-dep=yes "${options[@]}" "+recipe=$recipe" "$@")
+    --kill-on-invalid-dep=yes "${options[@]}" "+recipe=$what" "${overrides[@]}")
   printf '  %-8s job %s%s\n' "$command" "$id" "${ids[*]:+, after ${ids[-1]:-}}"
   ids+=("$id")
 done

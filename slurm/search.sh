@@ -7,19 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.sh
 
-if [[ $# -eq 0 || $1 == -* || $1 == *=* ]]; then
-  echo "usage: slurm/search.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]" >&2
-  exit 2
-fi
-recipe=$1
-shift
-options=()
-while [[ ${1:-} == --* ]]; do
-  options+=("$1")
-  shift
-done
+read_words RECIPE "$@"
 
-answer=$("${site_python[@]}" -m minitron_train.slurm candidates "+recipe=$recipe" "$@")
+answer=$("${site_python[@]}" -m minitron_train.slurm candidates "+recipe=$what" "${overrides[@]}")
 mapfile -t lines <<<"$answer"
 name=$(basename "${lines[0]}")
 count=${lines[1]}
@@ -27,12 +17,11 @@ count=${lines[1]}
 # submit_one LABEL COMMAND DEPENDENCY [SBATCH-OPTION]: the job's id goes to `id`
 submit_one() {
   id=$(slurm/submit.sh "$2" --job-name="$name-$1" --dependency="$3" --kill-on-invalid-dep=yes "${@:4}" \
-    "${options[@]}" "+recipe=$recipe" "${overrides[@]}")
+    "${options[@]}" "+recipe=$what" "${overrides[@]}")
   printf '  %-8s job %s\n' "$1" "$id"
 }
 
-overrides=("$@")
-echo "$recipe -> ${lines[0]}, $count candidates"
+echo "$what -> ${lines[0]}, $count candidates"
 submit_one score score singleton
 submit_one try search "afterok:$id,singleton" "--array=1-$count"
 submit_one rank search "afterok:$id,singleton" --nodes=1

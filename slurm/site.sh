@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Defaults of the site's settings, then slurm/site.env (or the file named by MINITRON_SITE). See site.env.example.
+# Last, what submit.sh, chain.sh and search.sh read from their command lines.
 site_sbatch=()              # options of every job
 declare -A site_sbatch_of=() # options by command, separated by blanks
 site_srun=()                # options of every step
@@ -23,3 +24,19 @@ if ((${#site_modules[@]})); then
   module load "${site_modules[@]}"
   set -u
 fi
+
+# read_words WHAT WORD...: the words are WHAT [--SBATCH-OPTION=…] [OVERRIDE…]; sets what, options, overrides
+read_words() {
+  if [[ $# -eq 1 || $2 == -* || $2 == *=* ]]; then
+    echo "usage: slurm/$(basename "$0") $1 [--SBATCH-OPTION=…] [OVERRIDE…]" >&2
+    exit 2
+  fi
+  what=$2
+  shift 2
+  options=()
+  while [[ ${1:-} == --* ]]; do
+    options+=("$1")
+    shift
+  done
+  overrides=("$@")
+}

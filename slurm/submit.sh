@@ -6,19 +6,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.sh
 
-command=${1:-}
-if [[ ! -e slurm/$command.sbatch ]]; then
-  echo "usage: slurm/submit.sh COMMAND [--SBATCH-OPTION=…] [OVERRIDE…]" >&2
-  echo "commands: $(basename --suffix=.sbatch --multiple slurm/*.sbatch | paste --serial --delimiters=' ')" >&2
+read_words COMMAND "$@"
+if [[ ! -e slurm/$what.sbatch ]]; then
+  echo "unknown command '$what'; commands: $(basename --suffix=.sbatch --multiple slurm/*.sbatch | paste --serial --delimiters=' ')" >&2
   exit 2
 fi
-shift
-options=()
-while [[ ${1:-} == --* ]]; do
-  options+=("$1")
-  shift
-done
-read -ra of_command <<<"${site_sbatch_of[$command]:-}"
+read -ra of_command <<<"${site_sbatch_of[$what]:-}"
 mkdir -p logs # a job whose log has no folder fails without a word
-id=$(sbatch --parsable "${site_sbatch[@]}" "${of_command[@]}" "${options[@]}" "slurm/$command.sbatch" "$@")
+id=$(sbatch --parsable "${site_sbatch[@]}" "${of_command[@]}" "${options[@]}" "slurm/$what.sbatch" "${overrides[@]}")
 echo "${id%%;*}"

@@ -13,6 +13,8 @@ from minitron_train import slurm
 from minitron_train.errors import UserError
 from minitron_train.parallel import meeting
 from minitron_train.parallel.launch import World
+from minitron_train.plan import check as plan_check
+from tests.models import save_tiny
 
 AFTER = ["distill", "export", "eval", "report"]
 
@@ -74,10 +76,30 @@ def test_teacher_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match=r"no teacher in .*; run `python -m minitron_train fetch"):
         slurm.check("distill", slurm.compose(words), World(), {})
     (tmp_path / "out" / "teacher").mkdir(parents=True)
-    monkeypatch.setattr(slurm.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"1,000 bytes are free, distill writes [0-9,]{14}"):
+    monkeypatch.setattr(plan_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    with pytest.raises(UserError, match=r"distill: needs 273 GiB of disk .* 1 GiB are free"):
         slurm.check("distill", slurm.compose(words), World(), {})
     slurm.check("distill", slurm.compose([*words, "plan.check=false"]), World(), {})
+    (tmp_path / "out" / "train").mkdir()
+    with (tmp_path / "out" / "train" / "checkpoint").open("wb") as file:
+        file.truncate(300 * 2**30)  # sparse: a requeued job writes over its own checkpoints
+    slurm.check("distill", slurm.compose(words), World(), {})
+
+
+def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the recipe's student, nor by the teacher where no recipe names one."""
+    words = [f"teacher.path={save_tiny('llama', tmp_path / 'teacher')}", f"output_dir={tmp_path}/out"]
+    student = save_tiny("llama", tmp_path / "student", hidden_size=16)
+    weighed = []
+    monkeypatch.setattr(plan_check, "refuse_disk", lambda command, needed, folder: weighed.append(needed))
+    for command, more in (("distill", [f"student.path={student}"]), ("distill", []), ("prune", [])):
+        slurm.check(command, slurm.compose([*words, *more]), World(), {})
+    assert weighed[0] < weighed[1] and len(weighed) == 3
+
+
+@pytest.mark.parametrize("command", ["export", "eval", "report"])
+def test_commands_without_a_teacher_need_none(tmp_path: Path, command: str) -> None:
+    slurm.check(command, slurm.compose([f"output_dir={tmp_path}/out"]), World(), {})
 
 
 def ranks(size: int, *words: str, present: int | None = None, **variables: str) -> list[tuple[int, str, str]]:
