@@ -5,7 +5,8 @@
 Every case runs `python -m minitron_train …` in a fresh folder and is clear when the process ends with code 2 and exactly one
 line on stderr that names what is wrong, without a traceback, and when the folder holds what it held before (stages that were
 finished before the mistake was met, named by the case, may have been added). The model is recipe `micro`, trained for a moment.
-The cases are in bad_input_words.py and bad_input_files.py. `--quick` tries those that need no model.
+The cases are the tables of bad_input_words.py, bad_input_models.py, bad_input_data.py and bad_input_runs.py. `--quick`
+tries those that need no model.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bad_input_files import FOLDERS_AND_DATA
+from bad_input_data import DATA
+from bad_input_models import MODELS
+from bad_input_runs import RUNS
 from bad_input_scene import MICRO, Case, Scene
 from bad_input_words import WORDS
 
-CASES = [*WORDS, *FOLDERS_AND_DATA]
+CASES = [*WORDS, *MODELS, *DATA, *RUNS]
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
 LONGEST_LINE = 1000  # characters: some lines list everything that is missing

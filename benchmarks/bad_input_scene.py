@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 MICRO = (
@@ -163,6 +164,24 @@ def shard(scene: Scene) -> None:
         save_file(part, file.with_name(name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
     file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def narrow_vocabulary(scene: Scene) -> None:
+    """small/: the teacher with half of its vocabulary's rows, and the whole tokenizer."""
+    small = scene.folder / "small"
+    shutil.copytree(scene.folder / TEACHER, small)
+    whole = load_file(small / "model.safetensors")
+    cut = {name: tensor[:512].clone() if tensor.shape[0] == 1024 else tensor for name, tensor in whole.items()}
+    save_file(cut, small / "model.safetensors", metadata={"format": "pt"})
+    edit("small/config.json", vocab_size=512)(scene)
+
+
+def other_scores(scene: Scene) -> None:
+    """The scores of a model with one layer more, put in the place of the right ones."""
+    file = scene.folder / "out" / "scores" / "scores.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    save_file(load_file(file), file, metadata=metadata | {"num_layers": "4"})
 
 
 def mount(path: str, options: str) -> Step:

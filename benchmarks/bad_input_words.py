@@ -1,4 +1,4 @@
-"""Mistakes in the command line: words, numbers, the order of the stages, shapes. The table for bad_input.py."""
+"""Mistakes in the command line: words, numbers, the order of the stages, shapes. Tables for bad_input.py."""
 
 from bad_input_scene import MICRO, PRUNED, TAUGHT, TEACHER, TRAINED, Case, write
 
@@ -54,11 +54,7 @@ NUMBERS = [
     Case("no calibration samples", "score calibration.num_samples=0", "calibration.num_samples=0"),
     Case("no checkpoint kept", "distill checkpoint.keep=0", "checkpoint.keep=0"),
     Case("share above one", "distill data.late_fraction=2", "data.late_fraction=2"),
-    Case(
-        "negative weight of a source",
-        "distill +data.sources={a:{path:x,weight:-1}}",
-        "data.sources.a.weight",
-    ),
+    Case("negative weight of a source", "distill +data.sources={a:{path:x,weight:-1}}", "data.sources.a.weight"),
     Case("budget of no kind", "search search.budget=money", "search.budget=money: one of parameters"),
     Case("search without a target", "search +recipe=micro", "search.target"),
     Case("negative shots", "eval eval.num_fewshot=-1", "eval.num_fewshot=-1"),
