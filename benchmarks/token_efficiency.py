@@ -8,96 +8,56 @@ cross-entropy alone, on several budgets of tokens, each with a learning-rate sch
 says how many times fewer tokens the KL needs until the held-out loss of scratch's end is reached (interpolated over
 the logarithm of tokens). Text: MINITRON_DATA's corpora where that is set, else the embedded corpus.
 
-Every run is the real command and is kept in DIR (outputs/token_efficiency): the teacher and scratch are trained once
-(about an hour on two cores), and a stopped benchmark goes on where it was.
+Every run is the real command and is kept in DIR (by default below ~/.cache/minitron_train, see miniature.py): the teacher
+and scratch are trained once (about an hour on two cores), and a stopped benchmark goes on where it was.
 """
 
-import argparse
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from miniature import RECIPE, Miniature, Run, arguments, evaluations, open_recipe
 
-ROOT = Path(__file__).parents[1]
 BUDGETS = (50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)  # tokens
 QUICK_BUDGETS = (8_192, 16_384)
-SCRATCH_TOKENS, QUICK_TOKENS = 12_000_000, 40_960
 LOSSES = {"kl": [], "ce": ["distill.kd_weight=0", "distill.ce_weight=1"]}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One finished run: its name, its tokens, and its held-out cross-entropy in nats."""
-
-    name: str
-    tokens: int
-    loss: float
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
     """The commands of one comparison."""
 
-    folder: Path
-    quick: bool
+    recipe: Miniature
 
     @property
     def teacher(self) -> Path:
-        return self.folder / "teacher" / "teacher"
-
-    def command(self, command: str, name: str, *overrides: str) -> Path:
-        """Run one command of recipe `miniature` in DIR/NAME; what is finished there is not done again."""
-        target = self.folder / name
-        words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, "+recipe=miniature"]
-        words += [f"output_dir={target}", "tracking.wandb.mode=disabled", *self.data(), *overrides]
-        subprocess.run(words, check=True)
-        return target
-
-    def data(self) -> list[str]:
-        """Overrides that name the text, and make everything small for --quick."""
-        corpus = os.environ.get("MINITRON_DATA")
-        found = [f"data.path='{corpus}/corpus/[!v]*.jsonl.gz'"] if corpus else []  # all but valid_wikitext2
-        if self.quick:
-            found += ["data.validation_tokens=4096", "calibration.num_samples=64", "train.warmup_steps=2"]
-        return found
+        return self.recipe.folder / "teacher" / "teacher"
 
     def from_scratch(self) -> tuple[Run, list[Run]]:
         """The teacher's end, and the small shape's whole way."""
-        tokens = QUICK_TOKENS if self.quick else SCRATCH_TOKENS
-        teacher = self.command("pretrain", "teacher", f"pretrain.num_tokens={tokens}")
-        sizes = yaml.safe_load((ROOT / "recipes" / "miniature.yaml").read_text())["student"]
-        small = [f"model.{key}={value}" for key, value in sizes.items()]
-        scratch = self.command("pretrain", "scratch", f"pretrain.num_tokens={tokens}", *small)
+        teacher = self.recipe.pretrained("teacher")
+        scratch = self.recipe.pretrained(
+            "scratch", *(f"model.{key}={value}" for key, value in RECIPE["student"].items())
+        )
         return evaluations(teacher / "pretrain", "teacher")[-1], evaluations(scratch / "pretrain", "scratch")
 
     def pruned(self) -> tuple[Path, float]:
         """The cut teacher, and the share of parameters that it has."""
-        target = self.command("prune", "cut", f"teacher.path={self.teacher}")
-        plan = self.command("plan", "plan") / "plan.json"
+        target = self.recipe.command("prune", "cut", f"teacher.path={self.teacher}")
+        plan = self.recipe.command("plan", "plan") / "plan.json"
         sizes = {name: json.loads(plan.read_text())[name]["parameters"] for name in ("teacher", "student")}
         return target / "pruned", sizes["student"] / sizes["teacher"]
 
     def retrained(self, pruned: Path, loss: str, tokens: int) -> Run:
         """The pruned model after `tokens` of training."""
         where = [f"teacher.path={self.teacher}", f"student.path={pruned}"]
-        target = self.command(
+        target = self.recipe.command(
             "distill", f"{loss}-{tokens}", *where, f"train.num_tokens={tokens}", "eval.every_tokens=0", *LOSSES[loss]
         )
         return evaluations(target, loss)[-1]
-
-
-def evaluations(folder: Path, name: str) -> list[Run]:
-    """What a run's metrics say about held-out text."""
-    rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
-    key = "eval.validation.loss"
-    return [Run(name=name, tokens=row["tokens"], loss=row[key]) for row in rows if key in row]
 
 
 def tokens_until(loss: float, runs: list[Run]) -> tuple[float | None, bool]:
@@ -113,19 +73,15 @@ def tokens_until(loss: float, runs: list[Run]) -> tuple[float | None, bool]:
 
 def main() -> None:
     """Train, compare, print, write after every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: not the figures of the docs")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path("outputs/token_efficiency"))
-    arguments = parser.parse_args()
-    bench = Bench(arguments.folder / "quick" if arguments.quick else arguments.folder, arguments.quick)
+    asked = arguments(__doc__).parse_args()
+    bench = Bench(open_recipe(asked))
     teacher, scratch = bench.from_scratch()
     pruned, size_ratio = bench.pruned()
     runs: dict[str, list[Run]] = {loss: [] for loss in LOSSES}
-    for tokens in QUICK_BUDGETS if arguments.quick else BUDGETS:
+    for tokens in QUICK_BUDGETS if asked.quick else BUDGETS:
         for loss in LOSSES:
             runs[loss].append(bench.retrained(pruned, loss, tokens))
-            write(arguments.json, figures(teacher, scratch, runs, size_ratio))
+            write(asked.json, figures(teacher, scratch, runs, size_ratio))
     show(figures(teacher, scratch, runs, size_ratio))
 
 
