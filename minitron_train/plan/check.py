@@ -1,8 +1,9 @@
 """Refuse, before anything is allocated, a run that its own plan says cannot fit, and name the nearest one that does."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from minitron_train.arch import Shape
@@ -11,14 +12,16 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan.hardware import GIB, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
-from minitron_train.plan.memory import Layout, distill_bytes, export_bytes, needed, score_bytes
+from minitron_train.plan.memory import FP32, Layout, distill_bytes, eval_bytes, export_bytes, needed, score_bytes
 from minitron_train.plan.reckon import WEIGHT_BYTES
 from minitron_train.plan.stages import disk_bytes, export_weight_bytes
 
-DISK_PARTS = {"prune": "pruned", "distill": "checkpoints", "export": "student"}  # of plan.stages.disk_bytes
-MORE = dict.fromkeys(("score", "distill"), "use more GPUs with a larger parallel.tensor_model_parallel_size") | {
-    "export": "run it alone, on a machine with more memory"
-}
+# parts of plan.stages.disk_bytes
+DISK_PARTS = {"pretrain": "checkpoints", "prune": "pruned", "distill": "checkpoints", "export": "student"}
+RUNS = {"pretrain": "pretrain/train", "distill": "train"}  # folders of checkpoints that a run goes on with
+MORE = dict.fromkeys(
+    ("pretrain", "score", "distill", "eval"), "use more GPUs with a larger parallel.tensor_model_parallel_size"
+) | {"export": "run it alone, on a machine with more memory"}
 OVERRIDE = "plan.check=false overrides"
 
 
@@ -34,7 +37,7 @@ def check_fits(config: Config, stage: str, teacher: Shape, student: Shape, world
     """Refuse `stage` when memory or disk is too small; does nothing with plan.check=false.
 
     Args:
-        stage: score, prune, distill or export.
+        stage: pretrain, score, prune, distill, export or eval. Pretrain, export and eval have one shape, given twice.
         folder: output_dir, whose disk is looked at; it need not exist.
 
     Raises:
@@ -71,18 +74,23 @@ def refuse_disk(stage: str, needed: int, folder: Path) -> None:
     """One line when the disk of `folder` is too small; what an earlier run of the stage left there may be reused."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if stage == "distill" and (folder / "train").is_dir():
-        free += sum(file.stat().st_size for file in (folder / "train").rglob("*") if file.is_file())
+    if stage in RUNS:
+        free += sum(file.stat().st_size for file in (folder / RUNS[stage]).rglob("*") if file.is_file())
     if needed > free:
-        remedy = "free space, set output_dir to another disk" + (
-            ", or lower checkpoint.keep" if stage == "distill" else ""
-        )
+        remedy = "free space, set output_dir to another disk" + (", or lower checkpoint.keep" if stage in RUNS else "")
         raise UserError(
             f"{stage}: needs {needed / GIB:.3g} GiB of disk in {folder}, {free / GIB:.3g} GiB are free; {remedy} ({OVERRIDE})"
         )
 
 
-def distill_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+def pretrain_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """As for distilling, without a teacher."""
+    return distill_options(config, None, student, world, cuda)
+
+
+def distill_options(
+    config: Config, teacher: Shape | None, student: Shape, world: World, cuda: bool
+) -> Iterator[Option]:
     """The configured layout first, then the others that the same processes could take."""
     train, tp = config.train, config.parallel.tensor_model_parallel_size
     distributed = cuda if train.distributed_optimizer is None else train.distributed_optimizer
@@ -101,12 +109,7 @@ def distill_options(config: Config, teacher: Shape, student: Shape, world: World
         cuda=cuda,
     )
     yield Option((), needed(distill_bytes(teacher, student, now)))
-    sizes = [
-        size
-        for size in range(1, world.size + 1)
-        if world.size % size == 0 and divides(teacher, size) and divides(student, size)
-    ]
-    for size in sizes:
+    for size in tp_sizes(world, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
                 other = replace(now, tp=size, dp=world.size // size, micro_batch_size=micro, recompute=recompute)
@@ -116,6 +119,33 @@ def distill_options(config: Config, teacher: Shape, student: Shape, world: World
                     "train.recompute": (train.recompute.name, recompute),
                 }
                 yield Option(changed(names), needed(distill_bytes(teacher, student, other)))
+
+
+def tp_sizes(world: World, *shapes: Shape) -> list[int]:
+    """Tensor-parallel sizes that these processes and shapes allow."""
+    sizes = range(1, world.size + 1)
+    return [size for size in sizes if world.size % size == 0 and all(divides(shape, size) for shape in shapes)]
+
+
+def eval_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """The configured layout first, then other tensor-parallel sizes and fewer sequences at once."""
+    settings, tp = config.eval, config.parallel.tensor_model_parallel_size
+    others = product(tp_sizes(world, student), (settings.batch_size, 1))
+    for size, batch in [(tp, settings.batch_size), *others]:
+        layout = Layout(
+            tp=size,
+            micro_batch_size=batch,
+            seq_length=config.train.seq_length,
+            weight_bytes=FP32,
+            teacher_weight_bytes=FP32,
+            runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+            cuda=cuda,
+        )
+        names = {
+            "parallel.tensor_model_parallel_size": (tp, size),
+            "eval.batch_size": (settings.batch_size, batch),
+        }
+        yield Option(changed(names), needed(eval_bytes(student, layout)))
 
 
 def score_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
@@ -152,7 +182,7 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
         yield Option(changed(names), needed(parts))
 
 
-def changed(names: dict[str, tuple[object, object]]) -> tuple[str, ...]:
+def changed(names: Mapping[str, tuple[object, object]]) -> tuple[str, ...]:
     """key=value of every setting that differs."""
     return tuple(f"{key}={str(new).lower()}" for key, (old, new) in names.items() if old != new)
 
@@ -162,4 +192,10 @@ def export_options(config: Config, teacher: Shape, student: Shape, world: World,
     yield Option((), needed(export_bytes(student, export_weight_bytes(config))))
 
 
-OPTIONS = {"score": score_options, "distill": distill_options, "export": export_options}
+OPTIONS = {
+    "pretrain": pretrain_options,
+    "score": score_options,
+    "distill": distill_options,
+    "export": export_options,
+    "eval": eval_options,
+}

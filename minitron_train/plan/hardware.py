@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -79,7 +80,9 @@ def cuda_here() -> bool:
     return torch.cuda.is_available()
 
 
-def gemm_flops(precision: Precision, cuda: bool, repeats: int = 5) -> float:
+def gemm_flops(
+    precision: Precision, cuda: bool, repeats: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Measured rate of a square matrix product, median of `repeats`; a fraction of a second."""
     import torch
 
@@ -87,32 +90,31 @@ def gemm_flops(precision: Precision, cuda: bool, repeats: int = 5) -> float:
     size = GEMM_SIZE[device]
     dtype = torch.bfloat16 if precision is Precision.bf16 and cuda else torch.float32
     left, right, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
-    seconds = []
-    for _ in range(repeats + 1):
-        start_s = time.perf_counter()
-        torch.mm(left, right, out=out)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start_s)
-    return 2 * size**3 / median(seconds[1:])
+    return 2 * size**3 / median_seconds(lambda: torch.mm(left, right, out=out), cuda, repeats, clock)
 
 
-def copy_rate(cuda: bool, repeats: int = 3) -> float:
+def copy_rate(cuda: bool, repeats: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
     """Measured bytes a second, read and written, of copying arrays that no cache holds."""
     import torch
 
     device = "cuda" if cuda else "cpu"
     source = torch.ones((256 if cuda else 32) * 2**20, device=device)
     target = torch.empty_like(source)
-    target.copy_(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), cuda, repeats, clock)
+
+
+def median_seconds(work: Callable[[], object], cuda: bool, repeats: int, clock: Callable[[], float]) -> float:
+    """Of one run of `work`, after one that is not counted."""
+    import torch
+
     seconds = []
-    for _ in range(repeats):
-        start_s = time.perf_counter()
-        target.copy_(source)
+    for _ in range(repeats + 1):
+        start_s = clock()
+        work()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start_s)
-    return 2 * source.nbytes / median(seconds)
+        seconds.append(clock() - start_s)
+    return median(seconds[1:])
 
 
 def memory_here(cuda: bool) -> int:

@@ -14,11 +14,13 @@ from minitron_train.plan.counts import layer_parameters, parameters_per_rank
 FP32 = 4
 LOSS_BUDGET_U = 0.2  # distill.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
 SMALL_LOGITS_BYTES = 256 * 2**20  # distill.step.SMALL_BYTES
+EVAL_LOGIT_BYTES = 128 * 2**20  # evaluation.forward.LOGIT_BYTES
 SLICE_BLOCK_BYTES = 16 * 2**20  # prune.slice.BLOCK_BYTES
 SHARD_BYTES = 4 * 2**30  # hf.MAX_SHARD_BYTES
 STATISTICS_BYTES = 2 * 3 * 8  # prune.statistics.Moments: mean and deviations of three values, fp64
 RUNTIME_BYTES = {
-    stage: mib * 2**20 for stage, mib in {"score": 490, "slice": 440, "distill": 560, "export": 390}.items()
+    stage: mib * 2**20
+    for stage, mib in {"score": 490, "slice": 440, "distill": 560, "export": 390, "eval": 560}.items()
 }  # libraries, no CUDA
 
 
@@ -108,15 +110,15 @@ def logit_budget(vocab: int, layout: Layout) -> float:
     return max(LOSS_BUDGET_U * logits, SMALL_LOGITS_BYTES)
 
 
-def loss_bytes(student: Shape, teacher: Shape, layout: Layout) -> int:
-    """The fused loss: blocks of logits, the gradient of the output weights' shard, both hidden states and one gradient."""
-    vocab = student.vocab_size // layout.tp
-    blocks = min(logit_budget(vocab, layout), 2 * layout.tokens * vocab * FP32)
+def loss_bytes(student: Shape, teacher: Shape | None, layout: Layout) -> int:
+    """The fused loss: blocks of logits, the gradient of the output weights' shard, hidden states and one gradient of them."""
+    vocab, num_models = student.vocab_size // layout.tp, 1 if teacher is None else 2
+    blocks = min(logit_budget(vocab, layout), num_models * layout.tokens * vocab * FP32)
     weight_grad = vocab * student.hidden_size * layout.weight_bytes
-    hidden = layout.tokens * (
-        2 * student.hidden_size * layout.weight_bytes + teacher.hidden_size * layout.teacher_weight_bytes
-    )
-    return int(blocks + weight_grad + hidden)
+    widths = 2 * student.hidden_size * layout.weight_bytes
+    if teacher is not None:
+        widths += teacher.hidden_size * layout.teacher_weight_bytes
+    return int(blocks + weight_grad + layout.tokens * widths)
 
 
 def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
@@ -130,11 +132,12 @@ def mapped_bytes(layout: Layout, num_parameters: int) -> int:
     return 0 if layout.cuda else num_parameters * layout.weight_bytes
 
 
-def distill_bytes(teacher: Shape, student: Shape, layout: Layout) -> dict[str, int]:
-    """Memory of one distillation process by part; `total` is the peak over teacher forward and step
-    (AdamW's fused update works in place).
+def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
+    """Memory of one process that distills, or pretrains without a teacher, by part; `total` is the peak over teacher forward
+    and step (AdamW's fused update works in place).
     """
-    own, taught = parameters_per_rank(student, layout.tp), parameters_per_rank(teacher, layout.tp)
+    own = parameters_per_rank(student, layout.tp)
+    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "mapped_files": mapped_bytes(layout, own + taught),
@@ -144,8 +147,20 @@ def distill_bytes(teacher: Shape, student: Shape, layout: Layout) -> dict[str, i
         "optimizer": optimizer_bytes(own, layout),
     }
     moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
-    teacher_forward = working_bytes(teacher, replace(layout, weight_bytes=layout.teacher_weight_bytes))
+    teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
+    teacher_forward = 0 if teacher is None else working_bytes(teacher, teacher_layout)
     return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
+
+
+def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
+    """Memory of one process that evaluates: weights in fp32, one forward pass, a chunk of logits and their exponentials."""
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["eval"],
+        "weights": parameters_per_rank(shape, layout.tp) * layout.weight_bytes,
+        "working": working_bytes(shape, layout),
+        "logits": min(EVAL_LOGIT_BYTES, layout.tokens * shape.vocab_size // layout.tp * FP32),
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: bool) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from minitron_train.plan.timing import DISK_RATE
+
 GIB = 2**30
 MEMORY_ROWS = {
     "runtime": "CUDA, NCCL, libraries",
@@ -136,12 +138,13 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
     """Scoring, slicing, disk."""
     scoring, slicing = plan["scoring"], plan["slicing"]
     gib = {name: size / GIB for name, size in plan["disk"].items()}
+    where = f"at {DISK_RATE / 1e9:g} GB/s" if plan["hardware"]["cuda"] else "in the page cache"
     resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
     return [
         f"scoring            {scoring['tokens']:,} tokens in {scoring['precision']}, {scoring['seconds'] / 60:.1f} min; "
         f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
         f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
-        f"in {slicing['memory_bytes']['total'] / GIB:.1f} GiB of memory",
+        f"{slicing['seconds']:.2g} s {where}; {slicing['memory_bytes']['total'] / GIB:.1f} GiB",
         f"disk               {gib['total']:.1f} GiB: teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
         f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}",
     ]

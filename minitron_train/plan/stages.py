@@ -1,8 +1,9 @@
 """Scoring, slicing and disk."""
 
+from math import prod
 from typing import Any
 
-from minitron_train.arch import Shape
+from minitron_train.arch import Shape, architecture
 from minitron_train.config import Config, Precision
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.plan.hardware import Hardware
@@ -52,13 +53,20 @@ def scoring_layout(config: Config, machine: Hardware) -> Layout:
 def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
     """Memory and seconds of the process that slices, and the bytes that it reads and writes."""
     weight_bytes = file_weight_bytes(config)
-    read, written = (parameters(shape)["parameters"] * weight_bytes for shape in (teacher, student))
+    read, written = rows_read(teacher, student) * weight_bytes, parameters(student)["parameters"] * weight_bytes
     return {
         "read_bytes": read,
         "written_bytes": written,
         "memory_bytes": slice_bytes(teacher, weight_bytes),
         "seconds": slice_seconds(read, written, machine),
     }
+
+
+def rows_read(teacher: Shape, student: Shape) -> int:
+    """Elements that slicing reads: the rows that the student keeps, as wide as the teacher's."""
+    table = architecture(student.architecture)
+    wide = table.tensors(teacher)
+    return sum(size[0] * prod(wide[name][1:]) for name, size in table.tensors(student).items())
 
 
 def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:

@@ -138,12 +138,20 @@ def test_activations_are_what_autograd_keeps(architecture: str, recompute: Recom
     assert planned == pytest.approx(measured, rel=0.03)
 
 
+def test_slicing_reads_the_rows_that_are_kept() -> None:
+    """prune_full_size.py counted 18.0 GB of the 15B's 31.3, and 8.4 GB written."""
+    slicing = plan(load("+recipe=4b"), *shapes(load("+recipe=4b")))["slicing"]
+    assert (slicing["read_bytes"], slicing["written_bytes"]) == (17_969_197_056, 8_381_018_112)
+
+
 def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
     """plan imports no torch, so it repeats these."""
     from minitron_train.distill import loss_blocks, step
+    from minitron_train.evaluation import forward
     from minitron_train.plan import memory
     from minitron_train.prune import slice as slicing
 
     assert loss_blocks.Chunking().memory_budget_u == memory.LOSS_BUDGET_U
     assert memory.SMALL_LOGITS_BYTES == step.SMALL_BYTES
     assert memory.SLICE_BLOCK_BYTES == slicing.BLOCK_BYTES
+    assert memory.EVAL_LOGIT_BYTES == forward.LOGIT_BYTES

@@ -72,6 +72,25 @@ def test_the_nearest_layout_is_named_and_fits(memory: Callable[[float], None], t
         check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
 
 
+def test_pretraining_needs_less_than_distilling_and_evaluation_least(
+    memory: Callable[[float], None], tmp_path: Path
+) -> None:
+    stages = ("distill", "pretrain", "eval")
+    distilling, pretraining, evaluating = (option_settings(stage, config(), World(), ()) for stage in stages)
+    assert evaluating < pretraining < distilling
+    memory(pretraining + 0.01)
+    check_fits(config(), "pretrain", STUDENT, STUDENT, World(), tmp_path)
+    memory(pretraining - 0.01)
+    with pytest.raises(UserError, match=r"^pretrain: needs .*train\.\w+=\w+ needs"):
+        check_fits(config(), "pretrain", STUDENT, STUDENT, World(), tmp_path)
+    memory(evaluating - 0.01)
+    with pytest.raises(UserError, match=r"^eval: needs .*eval\.batch_size=1 needs"):
+        check_fits(config(), "eval", STUDENT, STUDENT, World(), tmp_path)
+    memory(0.5)
+    with pytest.raises(UserError, match=r"^eval: needs .*no layout.*use more GPUs"):
+        check_fits(config(), "eval", TEACHER, TEACHER, World(), tmp_path)
+
+
 def resident() -> Config:
     """Scoring that is told to keep all layers in memory."""
     made = config()

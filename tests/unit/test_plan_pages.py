@@ -1,0 +1,97 @@
+"""README.md and docs/scale.md print the plan's figures: they must be those that the program prints today."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_train.plan import format_plan, plan
+from tests.unit.test_plan import load, shapes
+
+ROOT = Path(__file__).parents[2]
+SCALE = (ROOT / "docs" / "scale.md").read_text()
+ROW = re.compile(r"\| (\w+), (\d+) (A100|H100).*? \| (TP \d+, DP \d+) \| (\S+) GiB" + r" \| (\S+)" * 4 + r" \|")
+SENTENCES = (
+    "The teacher alone is {small.memory.teacher_weights:.1f} GiB in bf16",
+    "{small.memory.optimizer:.1f} GiB per GPU for `4b`",
+    "gradients are another {small.memory.gradients:.1f} GiB",
+    "activations of {usual.kept.without_recompute:.2f} GiB become {usual.kept.with_recompute:.2f}",
+    "Of the {usual.step.total:.1f} s of a `4b` step on A100s, matrix products are {usual.step.matrices:.1f} s, the fused "
+    "loss {usual.step.loss:.1f} s, passes over memory {usual.step.elementwise:.1f} s",
+    "forward pass: {usual.flops.teacher_forward_per_token:.2e} per token against "
+    "{usual.flops.student_training_per_token:.2e} for the student's",
+    "the cheaper teacher ({cheap.flops.teacher_forward_per_token:.2e}): {cheap.hours:.1f} hours instead of {usual.hours:.1f}",
+    "{large.step.tp_network:.2f} s of {large.step.total:.2f} on A100s, {fast.step.tp_network:.2f} s of {fast.step.total:.2f} on",
+    "{usual.disk.checkpoint:.1f} GiB each for `4b`, {sibling.disk.checkpoint:.1f} for `8b`",
+    "need {usual.disk.total:.0f} GiB of disk",
+    "{usual.network.tensor_parallel:.0f} GiB for TP 2 inside the node, {usual.network.data_parallel:.1f} GiB for DP",
+    "({usual.scoring.resident:.1f} GiB) or streamed ({usual.scoring.streamed:.1f} GiB)",
+    "reads {usual.slicing.read_bytes:.1f} GiB, writes {usual.slicing.written_bytes:.1f}",
+)
+
+
+@functools.cache
+def planned(recipe: str, *overrides: str) -> dict[str, Any]:
+    """What `plan` reckons."""
+    config = load(f"+recipe={recipe}", *overrides)
+    return plan(config, *shapes(config))
+
+
+def test_readme_shows_the_plan() -> None:
+    shown = re.search(r"^plan 4b$.*?(?=^```)", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert shown and format_plan(planned("4b")).startswith(shown[0].rstrip())
+
+
+@pytest.mark.parametrize("row", ROW.findall(SCALE), ids=" ".join)
+def test_the_table_of_scale(row: tuple[str, ...]) -> None:
+    recipe, gpus, cluster, layout, *numbers = row
+    result = planned(recipe, f"cluster={cluster.lower()}", f"cluster.num_nodes={int(gpus) // 8}")["recommended"]
+    assert layout == f"TP {result['layout']['tp']}, DP {result['layout']['dp']}"
+    peak_gib, step_s = result["memory_bytes"]["total"] / 2**30, result["step_seconds"]["total"]
+    for text, value in zip(
+        numbers, (peak_gib, step_s, result["tokens_per_second"], result["hours"], result["gpu_hours"]), strict=True
+    ):
+        decimals = len(text.partition(".")[2])
+        assert text in {f"{value:,.{decimals}f}", f"{round(value, -2):,.0f}", f"{round(value, -3):,.0f}"}
+
+
+class Figures:
+    """A nested dictionary with dots, bytes as GiB."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.values[name]
+        if isinstance(value, dict):
+            return Figures(value)
+        return value / 2**30 if isinstance(value, int) and value > 2**28 and "per_token" not in name else value
+
+
+def test_the_text_of_scale() -> None:
+    runs = {
+        "small": planned("4b", "cluster.num_nodes=1"),
+        "usual": planned("4b"),
+        "large": planned("4b", "cluster.num_nodes=128"),
+        "fast": planned("4b", "cluster=h100", "cluster.num_nodes=128"),
+        "cheap": planned("4b_from_8b", "cluster=a100"),
+        "sibling": planned("8b"),
+    }
+    text = " ".join(SCALE.replace("e10", "e+10").split())
+    figures = {name: Figures(result | flat(result)) for name, result in runs.items()}
+    assert [sentence for sentence in SENTENCES if sentence.format(**figures) not in text] == []
+
+
+def flat(result: dict[str, Any]) -> dict[str, Any]:
+    """Short names for what the sentences speak of."""
+    chosen, scoring = result["recommended"], result["scoring"]["memory_bytes"]
+    return {
+        "memory": chosen["memory_bytes"],
+        "kept": chosen["activations_bytes"],
+        "step": chosen["step_seconds"],
+        "hours": chosen["hours"],
+        "network": {name: int(value) for name, value in chosen["network_bytes_per_step"].items()},
+        "scoring": {name: parts["total"] for name, parts in scoring.items()},
+    }
