@@ -60,7 +60,6 @@ def random_batch(shape: Shape, train: TrainConfig, groups: Groups) -> Batch:
         tokens_BS=tokens[:, :-1],
         labels_BS=tokens[:, 1:],
         mask_BS=mask,
-        positions_BS=None,
         documents_BS=None,
         sources={},
     )

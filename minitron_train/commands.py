@@ -63,7 +63,7 @@ def pretrain(ws: Workspace) -> None:
         )
     shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     begin, grow = ws.folder / "pretrain" / "init", ws.folder / "pretrain" / "train"
-    settings = {"model": subset(ws.config.model, *ws.config.model.__dataclass_fields__), "seed": ws.config.seed}
+    settings = {"model": dataclasses.asdict(ws.config.model), "seed": ws.config.seed}
     stage = Stage(name="initialise", folder=begin, inputs=data_inputs(ws), settings=settings)
     ws.run(stage, on_first(ws, lambda folder: write_initial(ws.config, shape, folder)))
     train_stage(ws, pretrain_config(ws.config), "pretrain", folder=grow, student=begin, teacher=None)
@@ -236,9 +236,14 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(open_origin(model).tokenizer)
         tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
-        data_dir = ws.eval_data_folder if ws.eval_data_folder.exists() else None
         return measure(
-            config, ws.groups, model=model, label=label, folder=folder, data_dir=data_dir, validation_tokens=tokens
+            config,
+            ws.groups,
+            model=model,
+            label=label,
+            folder=folder,
+            data_dir=ws.local_eval_data,
+            validation_tokens=tokens,
         )
 
     ws.run(stage, work)
@@ -282,7 +287,7 @@ def cut(ws: Workspace, student: Shape) -> None:
     teacher, scores = ws.open_teacher(), ws.folder / "scores" / "scores.safetensors"
     sizes = {size: getattr(student, size) for size in STUDENT_SIZES}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder), "scores": sha256_file(scores) if scores.exists() else ""}
-    settings = {"prune": subset(ws.config.prune, *ws.config.prune.__dataclass_fields__), "student": sizes}
+    settings = {"prune": dataclasses.asdict(ws.config.prune), "student": sizes}
     stage = Stage(
         name="prune",
         folder=ws.folder / "pruned",
@@ -338,8 +343,7 @@ def task_hook(ws: Workspace, student: Path) -> Any:
     from minitron_train.evaluation.hooks import TaskHook
 
     length = ws.shape_of(student).max_position_embeddings
-    data_dir = ws.eval_data_folder if ws.eval_data_folder.exists() else None
-    return TaskHook(ws.config.eval, student, length, ws.groups, data_dir)
+    return TaskHook(ws.config.eval, student, length, ws.groups, ws.local_eval_data)
 
 
 def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:

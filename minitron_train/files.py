@@ -136,3 +136,11 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of one file's bytes, read in blocks."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def byte_size(num_bytes: int) -> str:
+    """538090408 -> "538.1 MB" (decimal units, as disks are sold)."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.1f} {unit}"
+    return f"{num_bytes} B"

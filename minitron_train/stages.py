@@ -13,7 +13,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -104,10 +103,7 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
         say(f"{stage.name}: done before, in {stage.folder} (force=true does it again)")
         return False
     if state == "stale" and stage.manner == "grows" and not force:
-        raise UserError(
-            f"{stage.folder}: was started otherwise ({why}); set another output_dir, restore the setting, "
-            "or give force=true to start again"
-        )
+        raise started_otherwise(stage, why)
     if state == "stale":
         say(f"{stage.name}: {stage.folder} is stale ({why}); doing it again")
     else:
@@ -160,13 +156,18 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
     started = read_provenance(stage.folder, STARTED)
     changes = changes_since(started, stage) if started else []
     if changes:
-        raise UserError(
-            f"{stage.folder}: was started otherwise ({'; '.join(changes)}); set another output_dir, restore the setting, "
-            "or give force=true to start again"
-        )
+        raise started_otherwise(stage, "; ".join(changes))
     if not started:
         record = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
         atomic_write_json(stage.folder / STARTED, record | {"command": shlex.join(invocation.command)})
+
+
+def started_otherwise(stage: Stage, why: str) -> UserError:
+    """The refusal to go on with a growing stage, or to overwrite it unasked."""
+    return UserError(
+        f"{stage.folder}: was started otherwise ({why}); set another output_dir, restore the setting, "
+        "or give force=true to start again"
+    )
 
 
 def write_provenance(
@@ -282,8 +283,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
-
-
-def command_line() -> list[str]:
-    """The command as the user typed it."""
-    return ["python", "-m", "minitron_train", *sys.argv[1:]]

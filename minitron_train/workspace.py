@@ -59,6 +59,11 @@ class Workspace:
         return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.folder / "eval_data"
 
     @property
+    def local_eval_data(self) -> Path | None:
+        """The same where it exists."""
+        return self.eval_data_folder if self.eval_data_folder.exists() else None
+
+    @property
     def eval_folder(self) -> Path:
         """Results, a file per model."""
         return self.folder / "eval"
@@ -192,7 +197,7 @@ def shape_of_recipe(config: Config) -> Shape | None:
     if model.architecture is None:
         return None
     values = {f.name: getattr(model, f.name) for f in dataclasses.fields(Shape) if hasattr(model, f.name)}
-    missing = [name for name, value in values.items() if value is None and name != "rope_scaling_factor"]
+    missing = [name for name, value in values.items() if value is None]
     if missing:
         raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
     shape = Shape(**values)

@@ -1,4 +1,4 @@
-"""What the pruning tests share: configurations, tokens, one scored tiny teacher."""
+"""What the pruning tests share: configurations, tokens, a teacher that is scored and cut."""
 
 from pathlib import Path
 from typing import Any

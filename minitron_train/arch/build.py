@@ -203,8 +203,6 @@ def build(
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
-    pre_process: bool = True,
-    post_process: bool = True,
     transformer_engine: bool = False,
     **extra: Any,
 ) -> LanguageModel:
@@ -233,8 +231,6 @@ def build(
         rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         share_embeddings_and_output_weights=shape.tie_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
         pg_collection=groups,
     )
     if torch.cuda.is_available():

@@ -93,7 +93,7 @@ def export(
     """Name and tensor of the Hugging Face checkpoint, one after the other.
 
     Args:
-        gather: collective that gives all tensor-parallel ranks' shards of one parameter (parallel.groups.gather).
+        gather: collective that gives all tensor-parallel ranks' shards of one parameter (parallel.groups.Groups.gather).
     """
     parameters = parameters_by_row(module)
     for row in table.rows_of(shape):

@@ -37,7 +37,6 @@ class Batch:
     tokens_BS: Tensor  # int64
     labels_BS: Tensor  # int64: the next token
     mask_BS: Tensor  # float32: 0 where the label is the first token of another document (data.document_attention)
-    positions_BS: Tensor | None  # int64, from 0 in each document (data.document_attention), else None
     documents_BS: Tensor | None  # int64, number of the document in its row (data.document_attention), else None
     sources: dict[str, int]  # sequences of each source in the whole global batch
 
@@ -144,20 +143,18 @@ class TokenStream:
 
 
 def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
-    """Stack windows; positions, documents and the mask matter only where attention stays inside a document."""
+    """Stack windows; documents and the mask matter only where attention stays inside a document.
+
+    Positions go on from document to document: rotary embeddings know distances only.
+    """
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64))
     documents = torch.from_numpy(np.stack([window.documents for window in windows]).astype(np.int64))
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if not document_attention:
         mask = torch.ones(inputs.shape)
-        return Batch(inputs, labels, mask, None, None, counts)
+        return Batch(inputs, labels, mask, None, counts)
     mask = (documents[:, :-1] == documents[:, 1:]).float()
-    documents_BS = documents[:, :-1].contiguous()
-    index = torch.arange(inputs.shape[1]).expand_as(inputs)
-    begins = torch.ones_like(mask, dtype=torch.bool)
-    begins[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-    return Batch(inputs, labels, mask, positions, documents_BS, counts)
+    return Batch(inputs, labels, mask, documents[:, :-1].contiguous(), counts)
 
 
 def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Tokenizers: opened, checked against the model, hashed, and trained on the spot for recipes that download nothing."""
+"""Tokenizers: opened, checked against the model, and trained on the spot for recipes that download nothing."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,9 +88,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None
             f"tokenizer {tokenizer.name_or_path}: ids up to {largest}, but the model's embedding has {vocab_size} "
             "rows; use the tokenizer that belongs to the model"
         )
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the tokenizer and of how documents begin; equal hashes give equal tokens."""
-    end = None if tokenizer.eos_token else next(iter(tokenizer.get_vocab()))
-    return encoder(tokenizer, end).sha256()

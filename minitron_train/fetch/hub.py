@@ -33,8 +33,8 @@ from huggingface_hub.utils import build_hf_headers
 from minitron_train.config import TeacherConfig
 from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.fetch.common import finished_facts, human_bytes, record_facts, require_disk
-from minitron_train.files import atomic_folder, disk_errors, sha256_file
+from minitron_train.fetch.common import finished_facts, record_facts, require_disk
+from minitron_train.files import atomic_folder, byte_size, disk_errors, sha256_file
 
 # Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.
 WANTED = (
@@ -193,8 +193,8 @@ def download_file(repo_id: str, commit: str, file: HubFile, staging: Path) -> No
         partial.unlink()
         start = 0
     if not sys.stderr.isatty():  # on a terminal http_get draws a bar
-        arrived = f", {human_bytes(start)} are here" if start else ""
-        say(f"downloading {file.name} ({human_bytes(file.num_bytes)}{arrived})")
+        arrived = f", {byte_size(start)} are here" if start else ""
+        say(f"downloading {file.name} ({byte_size(file.num_bytes)}{arrived})")
     with partial.open("ab") as sink:
         http_get(
             hf_hub_url(repo_id, file.name, revision=commit, endpoint=hub_endpoint()),

@@ -1,6 +1,6 @@
 """What megatron-core 0.16 needs on a machine without CUDA. Every function here does nothing where CUDA exists.
 
-megatron-core names "cuda" in places that no argument reaches. `install` replaces four symbols for the whole process;
+megatron-core names "cuda" in places that no argument reaches. `install` replaces five symbols for the whole process;
 `cuda_means_cpu` rewrites literal device names for a block of code (optimizer construction, steps and state dicts).
 tests/unit/test_cpu.py fails when megatron-core renames what is replaced here.
 """
@@ -63,7 +63,7 @@ def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
 
 
 def install() -> None:
-    """Replace the four symbols, once per process."""
+    """Replace the five symbols, once per process."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # rotary embedding, TP mappings

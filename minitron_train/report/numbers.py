@@ -22,14 +22,6 @@ def tiny(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
 
 
-def byte_size(value: float) -> str:
-    """538090408 -> "538.1 MB" (decimal units, as disks are sold)."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            return f"{value / limit:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
 def percent(share: float, digits: int = 1) -> str:
     """0.67 -> "67.0 %"."""
     return f"{share * 100:.{digits}f} %"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minitron_train.files import byte_size
 from minitron_train.report import numbers
 from minitron_train.report.load import MODELS, Model, Run
 from minitron_train.report.summary import metric_of, perplexity_of, score_of, task_name, tasks_of
@@ -99,7 +100,7 @@ def tiles(run: Run) -> list[Tile]:
     if run.stages:
         total_s = sum(stage.get("wall_seconds") or 0.0 for stage in run.stages)
         peak = max(stage.get("peak_rss_bytes") or 0 for stage in run.stages)
-        detail = f"{len(run.stages)} stages, at most {numbers.byte_size(peak)} of memory"
+        detail = f"{len(run.stages)} stages, at most {byte_size(peak)} of memory"
         made.append(Tile(title="Wall time, all stages", value=numbers.duration(total_s), detail=detail))
     return made
 
@@ -141,7 +142,7 @@ def shape_rows(run: Run) -> list[tuple[str, str, str]]:
         )
         for key, text in SIZES
     ]
-    sizes = [numbers.byte_size(model.weight_bytes) if model else "–" for model in (teacher, student)]
+    sizes = [byte_size(model.weight_bytes) if model else "–" for model in (teacher, student)]
     return [*rows, ("weights on disk", sizes[0], sizes[1])]
 
 
@@ -166,7 +167,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
             "command": str(stage.get("command", "–")),
             "started_at": str(stage.get("started_at") or "–").replace("T", " ").replace("+00:00", ""),
             "wall": numbers.duration(stage["wall_seconds"]) if stage.get("wall_seconds") is not None else "–",
-            "peak": numbers.byte_size(stage["peak_rss_bytes"]) if stage.get("peak_rss_bytes") else "–",
+            "peak": byte_size(stage["peak_rss_bytes"]) if stage.get("peak_rss_bytes") else "–",
             "inputs": [(label, short_hash(str(digest))) for label, digest in (stage.get("inputs") or {}).items()],
             "facts": pretty(stage.get("facts")),
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_train.files import byte_size
 from minitron_train.report import numbers
 from minitron_train.report.load import Run, load_run
 
@@ -178,7 +179,7 @@ def summary_table(output_dir: Path) -> str:
         parameters, weight_bytes = size_of(run, label)
         sizes = [
             "–" if parameters is None else numbers.count(parameters),
-            "–" if weight_bytes is None else numbers.byte_size(weight_bytes),
+            "–" if weight_bytes is None else byte_size(weight_bytes),
             numbers.perplexity(perplexity_of(run, label)),
         ]
         table.append([label, *sizes, *(score_of(run, label, task).text for task in tasks)])

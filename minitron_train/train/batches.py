@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitron_train.data.stream import Batch
 
-TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "positions_BS", "documents_BS")
+TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "documents_BS")
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -35,7 +35,6 @@ def held_out_batch(rows: Tensor) -> Batch:
         tokens_BS=inputs,
         labels_BS=rows[:, 1:].contiguous(),
         mask_BS=torch.ones(inputs.shape, device=rows.device),
-        positions_BS=None,
         documents_BS=None,
         sources={},
     )

@@ -44,7 +44,7 @@ def describe(file: Path) -> dict[str, Any]:
 
 
 def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
-    """Note what `rank` has written; runs in the writer process, so that hashing does not hold up training."""
+    """Note what `rank` has written; runs in the writer's thread, so that hashing does not hold up training."""
     sums = {file.name: describe(file) for file in files}
     (folder / SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
 

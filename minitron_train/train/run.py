@@ -28,7 +28,6 @@ def train(
     student: Path,
     teacher: Path | None,
     folder: Path,
-    run_name: str | None = None,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
     """Train `student` on the teacher's logits, or on labels alone without a teacher (`pretrain`); collective.
@@ -55,7 +54,7 @@ def train(
         first_step = trainer.state.step
         if groups.is_first:
             (folder / STOPPED).unlink(missing_ok=True)
-            trainer.reporter = open_reporter(config, trainer, folder, run_name or config.name)
+            trainer.reporter = open_reporter(config, trainer, folder)
             trainer.reporter.record({} if first_step else ancestors(student, teacher), consumed=True)
         stopped = run_guarded(trainer)
         if stopped is not None:
@@ -95,14 +94,14 @@ def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
     raise SystemExit(0)
 
 
-def open_reporter(config: Config, trainer: Trainer, folder: Path, run_name: str) -> Reporter:
+def open_reporter(config: Config, trainer: Trainer, folder: Path) -> Reporter:
     """Metrics file, W&B and console, going on after the resumed step; for rank 0."""
-    state, measured = trainer.state, trainer.reporter
+    state, measured, name = trainer.state, trainer.reporter, config.name
     tracker = Tracker(
-        config.tracking.wandb, folder=folder, name=run_name, run_id=state.wandb_id, config=plain(asdict(config))
+        config.tracking.wandb, folder=folder, name=name, run_id=state.wandb_id, config=plain(asdict(config))
     )
     state.wandb_id = tracker.run_id
-    file, console = MetricsFile(folder / "metrics.jsonl", state.step), Console(run_name, state.step, trainer.num_steps)
+    file, console = MetricsFile(folder / "metrics.jsonl", state.step), Console(name, state.step, trainer.num_steps)
     return Reporter(trainer.groups, measured.speed, measured.every_steps, tracker, (file, tracker, console))
 
 

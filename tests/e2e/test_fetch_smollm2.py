@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_train.config import EvalConfig
 from minitron_train.errors import UserError
+from minitron_train.evaluation.local_data import local_files
 from minitron_train.fetch.eval_data import fetch_eval_data
 
 RECIPE = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "smollm2.yaml").read_text(encoding="utf-8"))
@@ -60,6 +61,7 @@ def test_evaluation_data_have_the_published_rows(eval_data):
     rows = facts["rows"]
     assert (rows["hellaswag"], rows["mmlu"], rows["gsm8k"], rows["humaneval"]) == (10_042, 14_042, 1_319, 164)
     assert len(list((folder / "mmlu").iterdir())) == 57
+    assert all(local_files(task, folder) for task in {*rows, "mmlu_anatomy"} - {"mmlu"}), "evaluation finds them"
 
 
 @pytest.mark.needs_data
@@ -71,6 +73,10 @@ def test_evaluation_data_equal_the_reference(eval_data, data):
         ours, theirs = pq.read_table(folder / path.relative_to(reference)), pq.read_table(path)
         assert ours.schema.remove_metadata() == theirs.schema.remove_metadata(), path
         assert ours.to_pylist() == theirs.to_pylist(), path
-    for name, reader in (("gsm8k/test.jsonl", open), ("humaneval/HumanEval.jsonl.gz", gzip.open)):
-        with reader(folder / name) as ours, reader(reference / name) as theirs:
-            assert [json.loads(line) for line in ours] == [json.loads(line) for line in theirs], name
+    published = "humaneval/HumanEval.jsonl.gz"
+    for ours, theirs, reader in (
+        ("gsm8k/test.jsonl",) * 2 + (open,),
+        ("humaneval/test.jsonl.gz", published, gzip.open),
+    ):
+        with reader(folder / ours) as found, reader(reference / theirs) as wanted:
+            assert [json.loads(line) for line in found] == [json.loads(line) for line in wanted], ours

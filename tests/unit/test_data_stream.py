@@ -274,15 +274,14 @@ def test_blend_is_within_one_of_its_weights():
 
 
 def test_document_attention(tmp_path, tokenizer):
-    """Positions begin anew after each EOS, documents count up, labels across a boundary are masked."""
+    """Documents count up after each EOS, labels across a boundary are masked."""
     data = replace(write_source(tmp_path, "jsonl", texts(300), tokenizer), document_attention=True)
     batch = TokenStream(data, tokenizer, seq_length=256, seed=1).next_batch(8)
-    assert batch.positions_BS is not None and batch.documents_BS is not None
+    assert batch.documents_BS is not None
     ends = batch.tokens_BS == tokenizer.eos_token_id
     assert torch.equal(batch.mask_BS == 0, ends)
     starts = torch.zeros_like(ends)
     starts[:, 0], starts[:, 1:] = True, ends[:, :-1]
-    assert torch.equal(batch.positions_BS == 0, starts)
     assert torch.equal(batch.documents_BS, starts.cumsum(1) - 1)
     assert int(ends.sum()) > 10
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from minitron_train.files import byte_size
 from minitron_train.report import charts, numbers
 from minitron_train.report.importance import held_share, ranked, runs
 from minitron_train.report.load import kept_masks
@@ -77,7 +78,7 @@ def test_kept_masks_of_dropped_and_uncut_layers() -> None:
         (numbers.short(134_515_008), "134.5 M"),
         (numbers.short(1_000_000), "1 M"),
         (numbers.short(0.2134), "0.213"),
-        (numbers.byte_size(538_090_408), "538.1 MB"),
+        (byte_size(538_090_408), "538.1 MB"),
         (numbers.tiny(2.5e-5), "2.5e-5"),
         (numbers.tiny(0.0), "0"),
         (numbers.perplexity(None), "–"),
