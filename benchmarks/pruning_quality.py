@@ -83,12 +83,15 @@ def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
         Case("hidden alone", "modelopt", {}, hidden),
         Case("hidden alone, final norm counted", "modelopt", {"include_final_norm": True}, hidden),
         Case("hidden alone, norms rescaled", "modelopt", {"norm_scale": True}, hidden),
+        Case("hidden alone, rotated", "modelopt", {"rotate": True}, hidden),
         Case("norms rescaled", "modelopt", {"norm_scale": True}),
+        Case("rotated", "modelopt", {"rotate": True}),
         Case("merged in the output", "modelopt", {"head_merge": "outputs"}),
         Case("outputs refitted", "modelopt", {"refit": "outputs"}),
         Case("two iterations", "modelopt", {"iterations": 2}),
+        Case("default, not rotated", "default", {"rotate": False}),
+        Case("default, norms not rescaled", "default", {"norm_scale": False}),
         Case("default, ridge 0.003", "default", {"ridge": 0.003}),
-        Case("default, ridge 0.3", "default", {"ridge": 0.3}),
     ]
     return found
 

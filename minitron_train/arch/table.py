@@ -117,6 +117,11 @@ CONFIG_KEYS = {  # that most families share
     "max_position_embeddings": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
+READ_NORMS = {  # the norm whose output a linear reads
+    LAYER + "self_attention.linear_qkv.weight": LAYER + "input_layernorm",
+    LAYER + "mlp.linear_fc1.weight": LAYER + "pre_mlp_layernorm",
+    OUTPUT: "decoder.final_layernorm",
+}
 FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the linear that follows it
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",

@@ -98,6 +98,7 @@ class PruneConfig:
     depth: Depth = opt(Depth.block, "which layers go when student.num_layers is smaller")
     drop_layers: list[int] | None = opt(None, "layers to drop, counted from 0; default: chosen by prune.depth")
     head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
+    rotate: bool = opt(False, "keep principal directions of the residual stream instead of embedding channels")
     norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
     refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
     ridge: float = opt(0.03, "least of the least squares, as a share of the mean squared input; few tokens raise it")
@@ -106,7 +107,7 @@ class PruneConfig:
 
     @property
     def repairs(self) -> bool:
-        """Whether pruning needs calibration tokens besides the scores."""
+        """Whether anything is fitted after the cut."""
         return self.norm_scale or self.refit is not Refit.none
 
     def validate(self) -> None:

@@ -63,6 +63,12 @@ class Groups:
             dist.all_reduce(value, group=self.dp_group)
         return value
 
+    def from_first(self, value: Tensor) -> Tensor:
+        """The first process's values, in place, where others could differ in the last bits."""
+        if self.world_size > 1:
+            dist.broadcast(value, src=0)
+        return value
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any process: all of them get the same answer."""
         value = torch.tensor([float(flag)], device=self.device)

@@ -12,6 +12,7 @@ from minitron_train import hf
 from minitron_train.arch.shape import SIZES, Shape
 from minitron_train.config import CalibrationConfig, Config
 from minitron_train.parallel.groups import Groups
+from minitron_train.prune.basis import TOKENS_PER_CHANNEL, principal_basis
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.score import measure, scoring_dtype
@@ -35,7 +36,7 @@ def cut(
 
     Args:
         scores: the file that `score` wrote.
-        tokens: gives the calibration tokens [batches, sequences, length]; asked only when something is repaired.
+        tokens: gives the calibration tokens [batches, sequences, length]; asked only when something is rotated or repaired.
 
     Returns:
         Facts for the stage's provenance.
@@ -47,10 +48,7 @@ def cut(
     check_target(teacher.shape, student, config.prune)
     statistics = Scores.read(scores, teacher).statistics
     keep = choose(config, groups, teacher, student, statistics, tokens)
-    if config.prune.repairs:
-        changed = repaired_tensors(config, groups, teacher, keep, tokens())
-    else:
-        changed = Sliced(teacher, keep).merged()
+    changed = repaired_tensors(config, groups, teacher, keep, tokens()) if config.prune.repairs else iter(())
     facts: dict[str, Any] = {}
     if groups.is_first:
         facts = slice_checkpoint(teacher, keep, student, folder, changed)
@@ -86,7 +84,7 @@ def choose(
     statistics: Statistics,
     tokens: Callable[[], Tensor],
 ) -> Keep:
-    """Kept indices, at once or in prune.iterations steps, each scored on the model that the step before left.
+    """What is kept, at once or in prune.iterations steps, each scored on the model that the step before left.
 
     Step t of T keeps teacher - t (teacher - student) / T of every size (arXiv 2407.14679 §2.2).
     """
@@ -100,6 +98,8 @@ def choose(
             layers = Layers(teacher.table, shape, Sliced(teacher, keep), groups, resident=False, dtype=dtype)
             statistics = measure(layers, tokens(), config.calibration, config.prune.depth)
     assert keep is not None
+    if config.prune.rotate and student.hidden_size < teacher.shape.hidden_size:
+        keep = rotated(config, groups, teacher, keep, tokens())
     return keep
 
 
@@ -112,6 +112,16 @@ def between(teacher: Shape, student: Shape, share: float) -> Shape:
     heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
     sizes["num_attention_heads"] = -(-heads // groups) * groups
     return replace(teacher, **sizes)
+
+
+def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
+    """`keep` with principal directions of the residual stream in the place of channels."""
+    sequences_NS = tokens.flatten(0, 1)
+    whole, hidden_size = whole_layers(groups), teacher.shape.hidden_size
+    used = max(whole.world_size, -(-TOKENS_PER_CHANNEL * hidden_size // sequences_NS.shape[1]))
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
+    size = config.calibration.micro_batch_size
+    return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size))
 
 
 def repaired_tensors(

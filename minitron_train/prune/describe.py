@@ -28,4 +28,6 @@ def describe(teacher: Shape, student: Shape, prune: PruneConfig) -> list[str]:
         lines.append(f"merges  dropped heads into kept ones: {prune.head_merge.value}")
     repairs = ["norms rescaled"] if prune.norm_scale else []
     repairs += [f"least squares, {REFITTED[prune.refit]}"] if prune.refit is not Refit.none else []
+    if prune.rotate and student.hidden_size < teacher.hidden_size:
+        lines.append("rotates the residual stream to its principal directions, from calibration tokens")
     return [*lines, *(f"repairs {repair}" for repair in repairs)]

@@ -1,5 +1,7 @@
 """A checkpoint's decoder, one layer at a time: scoring and repair walk through it without holding the model."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -86,3 +88,17 @@ class Layers:
 def forward(layer: torch.nn.Module, hidden_SBH: Tensor, rotary: Tensor) -> Tensor:
     """One transformer layer with causal attention."""
     return layer(hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+
+
+@contextlib.contextmanager
+def seeing(module: torch.nn.Module, *, of_input: bool) -> Iterator[list[Tensor]]:
+    """Collect a module's inputs or outputs in the block."""
+    seen: list[Tensor] = []
+    if of_input:
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

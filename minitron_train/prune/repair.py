@@ -11,7 +11,6 @@ layer. Layers that are dropped altogether are absorbed by the linear_fc2 before 
 output layer is fitted last. Memory: one layer of each model, two residual streams of all tokens, one Gram matrix.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from minitron_train.config import PruneConfig, Refit
 from minitron_train.console import progress
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
-from minitron_train.prune.layers import Layers, forward
+from minitron_train.prune.layers import Layers, forward, seeing
 from minitron_train.prune.select import Keep
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
@@ -158,7 +157,6 @@ class Repair:
         teacher, student, keep = self.teacher[layer], self.student[i], self.keep
         student_norm: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
         rows = kept_rows(self.rows[f"{half.first}.weight"], keep, layer).to(self.groups.device)
-        channels = keep.embedding.to(self.groups.device)
         if self.prune.norm_scale:
             self._scale(student_norm)
         wanted = self._advance_teacher(teacher, half)
@@ -174,7 +172,7 @@ class Repair:
             for streams in self.streams:
                 streams.teacher = forward(module, streams.teacher, self.rotary)
         if self._fits(half.second):
-            self._fit(student.get_submodule(half.second), self._lacking(student, half, channels))
+            self._fit(student.get_submodule(half.second), self._lacking(student, half))
         for streams in self.streams:
             streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
 
@@ -186,13 +184,20 @@ class Repair:
                 streams.teacher = streams.teacher + half.run(teacher, norm(streams.teacher), self.rotary)
             yield seen[0]
 
-    def _lacking(self, student: torch.nn.Module, half: Half, channels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _lacking(self, student: torch.nn.Module, half: Half) -> Iterator[tuple[Tensor, Tensor]]:
         """Input of the second linear, and what its output should be."""
         norm = student.get_submodule(half.norm)
         for streams in self.streams:
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
                 half.run(student, norm(streams.student), self.rotary)
-            yield seen[0], streams.teacher[..., channels] - streams.student
+            yield seen[0], self._narrow(streams.teacher) - streams.student
+
+    def _narrow(self, stream_SBD: Tensor) -> Tensor:
+        """The teacher's residual stream as the student should have it."""
+        keep, device = self.keep, stream_SBD.device
+        if keep.basis is not None:
+            return stream_SBD @ keep.basis.down_DH.to(device)
+        return stream_SBD[..., keep.embedding.to(device)]
 
     def _fits(self, name: str) -> bool:
         return name.split(".")[-1] in REFITTED[self.prune.refit]
@@ -210,7 +215,8 @@ class Repair:
         """Undo what the cut does to a norm: its denominator changes, and for LayerNorm the mean too.
 
         With σ the RMS (LayerNorm: the standard deviation) and µ the mean over channels, effective weights become
-        γ mean(σ_student / σ_teacher), and biases gain γ mean((µ_student - µ_teacher) / σ_teacher).
+        γ mean(σ_student / σ_teacher), and biases gain γ mean((µ_student - µ_teacher) / σ_teacher). A rotated stream has no
+        mean, in either model, and a first guess of the factor is in its weights.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         for streams in self.streams:
@@ -222,9 +228,10 @@ class Repair:
             sums += ratios.double().sum(1)
         self.groups.sum(sums)
         stretch, shift = (sums[:2] / sums[2]).tolist()
-        gamma = norm.weight + norm.offset
+        basis = self.keep.basis
+        gamma = (norm.weight + norm.offset) / (1.0 if basis is None else basis.norm)
         norm.weight.copy_(gamma * stretch - norm.offset)
-        if norm.bias is not None:
+        if norm.bias is not None and basis is None:
             norm.get_parameter("bias").add_(gamma * shift)
 
     def _last(self) -> Iterator[tuple[str, Tensor]]:
@@ -244,7 +251,11 @@ class Repair:
             x, y = self.student.final_norm(streams.student), self.teacher.final_norm(streams.teacher)
             squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()))
         start = torch.zeros(teacher_hidden, hidden, device=self.groups.device)
-        start[self.keep.embedding, torch.arange(hidden)] = 1.0
+        if self.keep.basis is None:
+            start[self.keep.embedding, torch.arange(hidden)] = 1.0
+        else:
+            gamma_D = self.teacher.final_norm.weight + self.teacher.final_norm.offset
+            start = gamma_D[:, None] * self.keep.basis.up_DH.to(start)
         fitted = squares.solve(start, self.prune.ridge)
         name = self.teacher.tensor_name(OUTPUT)
         weight = self.teacher.source.read(name).to(fitted)
@@ -255,20 +266,6 @@ def channel_moments(x_NC: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over channels of every token, [N] each; not `centred`: zero and the RMS."""
     mean = x_NC.mean(-1) if centred else torch.zeros_like(x_NC[:, 0])
     return mean, (x_NC - mean[:, None]).square().mean(-1).sqrt()
-
-
-@contextlib.contextmanager
-def seeing(module: torch.nn.Module, *, of_input: bool) -> Iterator[list[Tensor]]:
-    """Collect a module's inputs or outputs in the block."""
-    seen: list[Tensor] = []
-    if of_input:
-        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    else:
-        handle = module.register_forward_hook(lambda _, __, output: seen.append(output[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def kept_rows(row: Row, keep: Keep, layer: int) -> Tensor:

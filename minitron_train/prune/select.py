@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minitron_train.arch import architecture
 from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import SIZES, Shape
 from minitron_train.config import Depth, Merge, PruneConfig
 from minitron_train.errors import UserError
+from minitron_train.prune.basis import Basis, check_rotation
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.scores import Importance, importance
 
@@ -31,10 +33,13 @@ class Keep:
     ffn: dict[int, Tensor]
     partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
     merge: Merge = Merge.none
+    basis: Basis | None = None  # the residual stream is rotated, not cut to `embedding`
 
     def rows(self, axis: str, layer: int) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""
         if axis == "embd":
+            if self.basis is not None:
+                return None
             kept, size = self.embedding, 1
         elif axis == "ffn":
             kept, size = self.ffn[layer], 1
@@ -50,7 +55,11 @@ class Keep:
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in kept.safetensors: `layers.{i}` is the teacher's layer i."""
-        named = {"embedding": self.embedding, "layers": self.layers}
+        named = {"layers": self.layers}
+        if self.basis is None:
+            named["embedding"] = self.embedding
+        else:
+            named |= {"embedding.basis": self.basis.down_DH, "embedding.variance": self.basis.variance_D}
         kinds = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
         if self.merge is not Merge.none:
             kinds["partners"] = self.partners
@@ -150,6 +159,8 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     """Refuse a student that cannot be cut out of the teacher, before any work."""
     teacher.smaller(**{key: getattr(student, key) for key in SIZES})
     check_rules(student, "student")
+    if prune.rotate:
+        check_rotation(architecture(teacher.architecture), teacher, prune.iterations)
     before, after = (shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student))
     if after > before:
         raise UserError(

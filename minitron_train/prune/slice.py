@@ -19,12 +19,14 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import Axes
+from minitron_train.arch.table import EMBEDDING, READ_NORMS, Axes
 from minitron_train.config import Merge
+from minitron_train.prune.basis import Basis
 from minitron_train.prune.select import ALONE, Keep, spread
 from minitron_train.prune.shards import ITEM_BYTES, RowReader, RowWriter
 
 BLOCK_BYTES = 16 * 2**20  # read at once by one thread
+VOCABULARY_ROWS = 4096  # that are rotated at once
 NUM_THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 
 
@@ -35,6 +37,7 @@ class Origin:
     name: str  # the teacher's tensor
     layer: int  # the teacher's layer
     axes: Axes
+    mcore: str  # the row of arch/'s table
 
 
 def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
@@ -44,7 +47,7 @@ def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
         for i in row.layers(keep.student):
             layer = int(keep.layers[i])
             for name, axes in row.hf.items():
-                found[name.format(i=i)] = Origin(name.format(i=layer), layer, axes)
+                found[name.format(i=i)] = Origin(name.format(i=layer), layer, axes, row.mcore)
     return found
 
 
@@ -58,7 +61,9 @@ class Sliced:
         """The student's tensor `name`, or its rows [start, stop) along `dim`."""
         origin = self.origins[name]
         kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
-        if dim == 0 and kept[0] is None:  # rows that the student shares with the teacher: read only those
+        rotated = self.is_rotated(origin)
+        if dim == 0 and kept[0] is None and not (rotated and origin.axes[0] == "embd"):
+            # rows that the student shares with the teacher: read only those
             whole, kept, dim = self.source.read(origin.name, 0, start, stop), [None, *kept[1:]], None
         else:
             whole = self.source.read(origin.name)
@@ -67,6 +72,8 @@ class Sliced:
             tensor = tensor if index is None else tensor.index_select(axis, index)
         if self.is_merged(origin):
             tensor = self._merge(tensor, whole, origin, kept)
+        if rotated:
+            tensor = self._rotate(tensor.float(), origin)
         return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
 
     def is_merged(self, origin: Origin) -> bool:
@@ -88,11 +95,39 @@ class Sliced:
         merged = own + (own - taken) if self.keep.merge is Merge.queries else own + taken
         return tensor.index_copy(axis, places, merged)
 
-    def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are more than a slice of the teacher's."""
-        for name, origin in self.origins.items():
-            if self.is_merged(origin):
-                yield name, self.read(name)
+    def is_rotated(self, origin: Origin) -> bool:
+        """Whether this tensor touches a residual stream that is rotated."""
+        return self.keep.basis is not None and "embd" in origin.axes
+
+    def _rotate(self, tensor: Tensor, origin: Origin) -> Tensor:
+        """Into the student's basis (see prune.basis); a norm's weights go into the linear that reads it."""
+        basis, axes = self.keep.basis, origin.axes
+        assert basis is not None
+        if origin.mcore == EMBEDDING:
+            return tensor @ basis.down_DH
+        if axes == ("embd",):
+            return self._rotate_norm(tensor, origin, basis)
+        if axes[0] == "embd":
+            return basis.down_DH.t() @ tensor
+        gamma_D = self._gamma(READ_NORMS[origin.mcore] + ".weight", origin.layer)
+        return (tensor * gamma_D) @ basis.up_DH
+
+    def _rotate_norm(self, tensor: Tensor, origin: Origin, basis: Basis) -> Tensor:
+        last = "{i}" not in origin.mcore
+        weight_H = basis.final_norm_H if last else torch.full_like(basis.final_norm_H, basis.norm)
+        if origin.mcore.endswith(".bias"):
+            return (tensor / self._gamma(origin.mcore.removesuffix("bias") + "weight", origin.layer)) @ basis.up_DH
+        return weight_H - self._offset
+
+    @property
+    def _offset(self) -> float:
+        """What a norm adds to its stored weights."""
+        return float(self.source.checkpoint.table.transformer["layernorm_zero_centered_gamma"])
+
+    def _gamma(self, mcore: str, layer: int) -> Tensor:
+        """Effective weights of one of the teacher's norms."""
+        row = next(row for row in self.source.checkpoint.table.rows if row.mcore == mcore)
+        return self.source.read(next(iter(row.hf)).format(i=layer)).float() + self._offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +170,7 @@ def slice_checkpoint(
     """Write the student's Hugging Face folder, with kept.safetensors, into the empty `folder`.
 
     Args:
-        replaced: tensors of the student that are not the teacher's (repaired ones), in the checkpoint's dtype.
+        replaced: tensors of the student that are not the teacher's (repaired ones).
 
     Returns:
         Facts for the stage's provenance.
@@ -143,13 +178,17 @@ def slice_checkpoint(
     found = origins(teacher, keep)
     sizes = teacher.table.tensors(student)
     layout = {name: (teacher.dtypes[origin.name], sizes[name]) for name, origin in found.items()}
-    reader = RowReader(teacher)
+    reader, view = RowReader(teacher), Sliced(teacher, keep)
     with RowWriter(folder, layout) as writer:
         for name, tensor in replaced:
-            origin = found.pop(name)
             assert tensor.shape == sizes[name], f"{name}: {tuple(tensor.shape)} repaired, {sizes[name]} planned"
-            like = reader.read(origin.name, 0, 0, 1)
-            writer.write(name, 0, tensor.to("cpu", like.dtype).contiguous().view(torch.uint8).numpy())
+            write_tensor(writer, name, 0, tensor, reader.read(found.pop(name).name, 0, 0, 1).dtype)
+        for name in [name for name, origin in found.items() if view.is_merged(origin) or view.is_rotated(origin)]:
+            dtype = reader.read(found[name].name, 0, 0, 1).dtype
+            step = VOCABULARY_ROWS if found.pop(name).axes[0] == "vocab" else sizes[name][0]
+            for start in range(0, sizes[name][0], step):
+                stop = min(start + step, sizes[name][0])
+                write_tensor(writer, name, start, view.read(name, 0, start, stop), dtype)
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             jobs = blocks(teacher, keep, found)
             for _ in pool.map(lambda block: copy_block(block, reader, writer, layout[block.name][0]), jobs):
@@ -158,6 +197,11 @@ def slice_checkpoint(
     hf.copy_tokenizer(teacher.folder, folder)
     keep.write(folder)
     return {"parameters": check_parameters(hf.Checkpoint(folder), student)}
+
+
+def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write rows of one tensor in the checkpoint's dtype."""
+    writer.write(name, first_row, tensor.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
 
 
 def check_parameters(written: hf.Checkpoint, student: Shape) -> int:

@@ -58,7 +58,7 @@ def runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def kept_sentence(axis: Axis, unit: str) -> str:
-    """ "504 of 576 channels were kept; they hold 97.3 % of the summed importance." """
+    """ "504 of 576 channels were kept; they hold 97.3 % of the summed importance (of the variance, where rotated)." """
     if axis.kept is None:
         return f"Nothing has been pruned yet: {count(sum(map(len, axis.scores)))} {unit}."
     scores, kept = np.concatenate(axis.scores), np.concatenate(axis.kept)
@@ -66,11 +66,11 @@ def kept_sentence(axis: Axis, unit: str) -> str:
         return f"All {count(len(kept))} {unit} were kept."
     held = scores[kept].sum() / scores.sum() if scores.sum() else 0.0
     numbers = f"{count(int(kept.sum()))} of {count(len(kept))} {unit} were kept"
-    return f"{numbers}; they hold {percent(held)} of the summed importance."
+    return f"{numbers}; they hold {percent(held)} of the {'variance' if axis.rotated else 'summed importance'}."
 
 
 def embedding_chart(axis: Axis) -> Chart:
-    """Embedding channels in order of importance, kept and cut."""
+    """Embedding channels in order of importance, or directions in order of variance, kept and cut."""
     scores_H, kept_H = axis.scores[0], masks_of(axis)[0]
     edges, means, flags = ranked(scores_H, kept_H, NUM_CHANNELS)
     x, y = charts.linear([0, len(scores_H)], num_ticks=5), charts.auto(means, ratio=5)
@@ -92,16 +92,17 @@ def embedding_chart(axis: Axis) -> Chart:
         marks.append(Mark(kind="rule", role="ink", path=f"M{round(at * charts.VIEW)} 0V{charts.VIEW}"))
         notes.append(Note(left=at, top=0.02, text=f"cut at {count(int(kept_H.sum()))}", align="right"))
     scale = " (logarithmic)" if y.log else ""
+    what, unit = ("Variance", "direction") if axis.rotated else ("Importance", "channel")
     return Chart(
-        title="Embedding channels",
-        caption=f"Importance{scale} of every channel of the residual stream, most important first. "
-        + kept_sentence(axis, "channels"),
+        title="Principal directions" if axis.rotated else "Embedding channels",
+        caption=f"{what}{scale} of every {unit} of the residual stream, the largest first. "
+        + kept_sentence(axis, f"{unit}s"),
         x=x,
         y=y,
         marks=marks,
         notes=notes,
         keys=legend(axis),
-        x_label="channels, ranked",
+        x_label=f"{unit}s, ranked",
     )
 
 

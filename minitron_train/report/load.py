@@ -50,10 +50,12 @@ class Axis:
     Attributes:
         scores: per layer, [U] float64.
         kept: per layer, [U] bool; None before pruning.
+        rotated: whether the units are principal directions and their scores shares of variance (see prune.basis).
     """
 
     scores: list[np.ndarray]
     kept: list[np.ndarray] | None
+    rotated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,8 +149,18 @@ def read_axes(scores_file: Path, kept_file: Path) -> dict[str, Axis]:
         values = [scores[key].astype(np.float64) for key in keys]
         if name == "block":  # one number per layer; the kept units are the kept layers
             values, keys = [np.concatenate(values)], ["layers"]
+        if name == "embedding" and kept is not None and "embedding.variance" in kept:
+            axes[name] = rotated_axis(kept)
+            continue
         axes[name] = Axis(scores=values, kept=kept_masks(kept, keys, values) if kept is not None else None)
     return axes
+
+
+def rotated_axis(kept: Mapping[str, np.ndarray]) -> Axis:
+    """The directions of a rotated residual stream by their variance; the kept ones come first."""
+    variance_D = kept["embedding.variance"].astype(np.float64)
+    mask_D = np.arange(len(variance_D)) < kept["embedding.basis"].shape[1]
+    return Axis(scores=[variance_D], kept=[mask_D], rotated=True)
 
 
 def kept_masks(kept: Mapping[str, np.ndarray], keys: list[str], scores: list[np.ndarray]) -> list[np.ndarray]:

@@ -9,19 +9,21 @@ from safetensors.torch import load_file
 from minitron_train.config import Depth, ParallelConfig, Refit
 from minitron_train.parallel.launch import read_world
 from tests.helpers import run_ranks
+from tests.models import hf_logits
 from tests.pruning import configuration, random_tokens, run_cut
 
 FAMILY = "nemotron"
 
 
-def prune_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path) -> None:
+def prune_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path, rotate: bool = False) -> None:
     """Score, cut and repair with `tp` ranks per model copy."""
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
         tokens = random_tokens(sequences=8)
         sizes = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4}
-        run_cut(folder, teacher, configuration(refit=Refit.all, depth=Depth.perplexity), tokens, groups, **sizes)
+        config = configuration(refit=Refit.all, depth=Depth.perplexity, rotate=rotate, norm_scale=rotate)
+        run_cut(folder, teacher, config, tokens, groups, **sizes)
 
 
 def results(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -54,3 +56,14 @@ def test_ranks_agree_with_one(tmp_path, tiny_models, alone, world_size, tp):
         torch.testing.assert_close(
             other_weights[name], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("family", ["nemotron", "llama_untied"])
+def test_a_rotated_student_is_the_same_model_on_any_ranks(tmp_path, tiny_models, family):
+    """Directions of nearly equal variance may mix, so that weights differ; what the model says does not."""
+    found = []
+    for world_size, tp in ((1, 1), (4, 2)):
+        folder = tmp_path / str(world_size)
+        run_ranks(prune_on, world_size, tp, tiny_models[family], folder, True)
+        found.append(hf_logits(folder / "pruned", random_tokens()[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-2)

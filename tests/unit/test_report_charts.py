@@ -7,8 +7,8 @@ import pytest
 
 from minitron_train.files import byte_size
 from minitron_train.report import charts, numbers
-from minitron_train.report.importance import held_share, ranked, runs
-from minitron_train.report.load import kept_masks
+from minitron_train.report.importance import embedding_chart, held_share, ranked, runs
+from minitron_train.report.load import kept_masks, rotated_axis
 
 
 @pytest.mark.parametrize("values", [[0.13, 0.92], [3, 812], [-4.0, 2.0], [0, 0], [5e-6, 2e-4], [7]])
@@ -70,6 +70,13 @@ def test_kept_masks_of_dropped_and_uncut_layers() -> None:
     keys, scores = [f"layers.{i}.ffn" for i in range(3)], [np.zeros(2)] * 3
     masks = kept_masks(kept, keys, scores)
     assert [mask.tolist() for mask in masks] == [[False, True], [False, False], [True, True]]
+
+
+def test_a_rotated_stream_shows_its_directions() -> None:
+    kept = {"embedding.variance": np.array([0.6, 0.3, 0.1]), "embedding.basis": np.zeros((3, 2))}
+    chart = embedding_chart(rotated_axis(kept))
+    assert chart.title == "Principal directions"
+    assert "2 of 3 directions were kept; they hold 90.0 % of the variance." in chart.caption
 
 
 @pytest.mark.parametrize(
