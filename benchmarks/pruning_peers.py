@@ -1,0 +1,367 @@
+"""Ways of making SmolLM2-135M smaller, side by side: loss right after the cut, and after equal tokens of distillation.
+
+    python benchmarks/pruning_peers.py [--quick] [--only NAME…] [--target H/F/N] [--distill TOKENS] [--json FILE]
+
+Targets are channels/neurons/heads of 576/1536/9: 432/1024/6 and the gentler 504/1024/6. The ways:
+
+    random           channels, neurons and heads drawn at random; the mean of two seeds
+    magnitude        those with the largest weights, by the L2 norm of all weights that go with each
+    shortgpt         arXiv 2403.03853: the layers of lowest block importance go, as many as bring the parameters closest
+                     to the target's; no width is cut
+    slicegpt-like    arXiv 2401.15024 with one rotation for the whole residual stream, so that a plain Llama is left: its
+                     lowest principal directions go; heads and neurons by ModelOpt's ranking. The rotation needs an
+                     output layer of its own: vocabulary x channels more parameters than the target has
+    modelopt         conf/prune/modelopt.yaml, NVIDIA's ranking and plain slicing
+    ours             conf/prune/default.yaml, what the program does unless told otherwise
+    nvidia-modelopt  a check: nvidia-modelopt 0.43.0 itself on the same tokens; `different` counts the channels, neurons
+                     and heads that it keeps and `modelopt` does not. Not distilled: it is the same model
+
+Each is a Hugging Face folder that transformers opens. `--distill` then runs the real `distill` and `export` of recipe
+smollm2 on each: the same teacher, text, seed and settings. Both losses are next-token cross-entropy by the same function
+on the same held-out tokens. With MINITRON_DATA the text is its corpora and validation is WikiText-2, else both are the
+embedded corpus (validation is its held-out part). Every result is a line of results.jsonl in the folder: a stopped
+benchmark goes on where it was. The folder holds a model per row and target, 0.4 GB each, and twice that if distilled.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from pruning_peers_methods import (
+    as_many_layers,
+    keep_best,
+    magnitude_scores,
+    norm_tensors,
+    num_parameters,
+    principal_directions,
+    random_scores,
+    rms_restored,
+    rotated_shape,
+    rotated_tensors,
+)
+from pruning_peers_nvidia import num_different
+from pruning_quality import Bench, Case, configuration, loss_of, prepare
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from minitron_train import hf
+from minitron_train.arch import Shape
+from minitron_train.config import Config, ParallelConfig, PruneConfig, TeacherConfig
+from minitron_train.fetch.teacher import fetch_teacher
+from minitron_train.files import atomic_folder
+from minitron_train.parallel.groups import Groups, start
+from minitron_train.parallel.launch import World
+from minitron_train.prune.cut import choose, repaired_tensors
+from minitron_train.prune.layers import Layers
+from minitron_train.prune.scores import importance
+from minitron_train.prune.select import Keep, select
+from minitron_train.prune.shards import RowReader
+from minitron_train.prune.slice import slice_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitron_train"
+AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+TARGETS = ("432/1024/6", "504/1024/6")
+MODELOPT_PACKAGES = ("nvidia-modelopt==0.43.0", "pulp==2.9.0")
+DISTILL_TOKENS = 50_176
+SHORT_TOKENS = 10_240  # of a run that is over before the recipe's warm-up is
+ROTATION_ERROR = 1e-3  # of the rotated teacher's logits
+LOSS_ERROR = 1e-3  # between transformers and megatron-core
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One model of the comparison."""
+
+    name: str
+    case: str  # several runs of one case are averaged
+    write: Callable[["Peers", Shape, Path], Any]  # the cut for a target, into an empty folder; facts for the result
+    distilled: bool = True
+
+
+def by_scores(peers: "Peers", target: Shape, folder: Path, *, seed: int | None = None) -> None:
+    """random with a seed, else magnitude."""
+    teacher = peers.bench.teacher
+    scores = magnitude_scores(teacher) if seed is None else random_scores(teacher.shape, seed)
+    slice_checkpoint(teacher, keep_best(scores, teacher.shape, target), target, folder)
+
+
+def shortgpt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
+    """Layers go."""
+    teacher = peers.bench.teacher
+    student = as_many_layers(teacher.shape, num_parameters(target))
+    keep = select(peers.bench.statistics, PruneConfig(), teacher.shape, student)
+    slice_checkpoint(teacher, keep, student, folder)
+    return {"layers": student.num_layers}
+
+
+def slicegpt_like(peers: "Peers", target: Shape, folder: Path) -> None:
+    """The rotated teacher's first channels, ModelOpt's heads and neurons; norms as if the dropped channels were zero."""
+    rotated = peers.rotated
+    student, gamma = rms_restored(rotated.shape, rotated_shape(target))
+    prune = configuration(Case("modelopt", "modelopt"), peers.bench.calibration).prune
+    falling = -torch.arange(rotated.shape.hidden_size).double()
+    scores = replace(importance(peers.bench.statistics, rotated.shape, prune), embedding=falling)
+    keep = keep_best(scores, rotated.shape, student)
+    slice_checkpoint(rotated, keep, student, folder, norm_tensors(student, gamma))
+
+
+def preset(peers: "Peers", target: Shape, folder: Path, *, name: str) -> None:
+    """What the program does under one of conf/prune/*.yaml."""
+    bench, (config, keep) = peers.bench, peers.chosen(target, name)
+    changed: Iterable[tuple[str, Tensor]] = ()
+    if config.prune.repairs:
+        changed = repaired_tensors(config, bench.groups, bench.teacher, keep, bench.tokens)
+    slice_checkpoint(bench.teacher, keep, target, folder, changed)
+
+
+def nvidia_modelopt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
+    """ModelOpt itself, in a process of its own, where nothing of it reaches this one."""
+    packages = CACHE / "peers-modelopt-0.43.0"
+    if not packages.exists():
+        with atomic_folder(packages) as scratch:
+            pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(scratch)]
+            subprocess.run([*pip, *MODELOPT_PACKAGES], check=True)
+    tokens = peers.folder / "calibration_tokens.safetensors"
+    save_file({"tokens": peers.bench.tokens}, tokens)
+    paths = {"teacher": peers.teacher, "tokens": tokens, "peers": packages, "folder": folder}
+    task = {key: str(path.absolute()) for key, path in paths.items()}
+    worker = Path(__file__).with_name("pruning_peers_nvidia.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-W", "ignore", str(worker), json.dumps(task | {"sizes": sizes_of(target)})]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SystemExit(f"nvidia-modelopt failed:\n{done.stdout[-3000:]}")
+    _, keep = peers.chosen(target, "modelopt")
+    return {"different": num_different(peers.bench.teacher, hf.Checkpoint(folder), keep)}
+
+
+RUNS = (
+    Run("random-1", "random", partial(by_scores, seed=1)),
+    Run("random-2", "random", partial(by_scores, seed=2)),
+    Run("magnitude", "magnitude", by_scores),
+    Run("shortgpt", "shortgpt", shortgpt),
+    Run("slicegpt-like", "slicegpt-like", slicegpt_like),
+    Run("modelopt", "modelopt", partial(preset, name="modelopt")),
+    Run("ours", "ours", partial(preset, name="default")),
+    Run("nvidia-modelopt", "nvidia-modelopt", nvidia_modelopt, distilled=False),
+)
+QUICK = ("magnitude", "slicegpt-like")
+
+
+class Peers:
+    """The comparison in one folder; what is expensive is made when it is first asked for."""
+
+    def __init__(self, folder: Path, teacher: Path, groups: Groups, *, quick: bool) -> None:
+        self.folder, self.teacher, self.groups, self.quick = folder, teacher, groups, quick
+        self.journal = folder / "results.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Teacher, calibration and validation tokens, statistics."""
+        amounts = {"num_samples": 8, "num_validation": 2} if self.quick else {"num_samples": 128, "num_validation": 32}
+        return prepare(self.teacher, self.groups, local=True, **amounts)
+
+    @cached_property
+    def rotated(self) -> hf.Checkpoint:
+        """The teacher on its principal directions, which must still be the teacher."""
+        folder, bench = self.folder / "rotated", self.bench
+        if not folder.exists():
+            teacher = bench.teacher
+            layers = Layers(teacher.table, teacher.shape, RowReader(teacher), self.groups, resident=False)
+            size = bench.calibration.micro_batch_size
+            directions_HH = principal_directions(layers, bench.tokens.flatten(0, 1), size)
+            config = hf.student_config(teacher.config, rotated_shape(teacher.shape))
+            with atomic_folder(folder) as scratch:
+                hf.write_folder(scratch, config, rotated_tensors(teacher, directions_HH), self.teacher)
+                expected, found = (logits(path, bench.validation_NS[:2, :128]) for path in (self.teacher, scratch))
+                error = float((expected - found).abs().max())
+                assert error < ROTATION_ERROR, f"the rotated teacher's logits differ by {error}"
+                print(f"rotated teacher, nothing cut: logits differ by {error:.1e} at most", flush=True)
+        return hf.Checkpoint(folder)
+
+    def chosen(self, target: Shape, name: str) -> tuple[Config, Keep]:
+        """The configuration of a preset, and what it keeps."""
+        bench, config = self.bench, configuration(Case(name, name), self.bench.calibration)
+        return config, choose(config, self.groups, bench.teacher, target, bench.statistics, lambda: bench.tokens)
+
+    def loss(self, folder: Path) -> float:
+        """On the held-out tokens."""
+        model = hf.Checkpoint(folder)
+        return loss_of(model, model.shape, model, self.groups, self.bench.validation_NS)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Every finished line."""
+        return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
+
+    def finished(self, run: str, target: str, tokens: int) -> dict[str, Any] | None:
+        """The line of one model after so many tokens of distillation (0: the cut)."""
+        wanted = {"run": run, "target": target, "tokens": tokens}
+        return next((line for line in self.results() if wanted.items() <= line.items()), None)
+
+    def add(self, line: dict[str, Any]) -> dict[str, Any]:
+        """One more line, on disk when this returns."""
+        with self.journal.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+        return line
+
+    def teacher_loss(self) -> float:
+        """Measured once."""
+        line = self.finished("teacher", "", 0)
+        return (line or self.add({"run": "teacher", "target": "", "tokens": 0, "loss": self.loss(self.teacher)}))[
+            "loss"
+        ]
+
+    def cut(self, run: Run, target: str) -> dict[str, Any]:
+        """Write the folder, see that it opens, measure its loss."""
+        line = self.finished(run.name, target, 0)
+        if line:
+            return line
+        folder = self.folder / target.replace("/", "-") / run.name / "pruned"
+        sizes = dict(zip(AXES, map(int, target.split("/")), strict=True))
+        with atomic_folder(folder) as scratch:
+            facts = run.write(self, self.bench.teacher.shape.smaller(**sizes), scratch) or {}
+        check_opens(folder, self.bench.validation_NS[:1], self.groups)
+        model = hf.Checkpoint(folder)
+        facts |= {"parameters": num_parameters(model.shape), "loss": self.loss(folder)}
+        return self.add({"run": run.name, "case": run.case, "target": target, "tokens": 0, "loss_after": None, **facts})
+
+    def distilled(self, run: Run, target: str, tokens: int) -> dict[str, Any]:
+        """Continue the cut with the real commands and measure its loss again."""
+        line = self.finished(run.name, target, tokens)
+        if line:
+            return line
+        folder = self.folder / target.replace("/", "-") / run.name
+        output = folder / f"distilled-{tokens}"
+        settings = [f"teacher.path={self.teacher}", f"student.path={folder / 'pruned'}", f"train.num_tokens={tokens}"]
+        settings += ["eval.every_tokens=0"] + (["train.warmup_steps=1"] if tokens < SHORT_TOKENS else [])
+        corpora = os.environ.get("MINITRON_DATA")
+        settings += [f"data.path='{corpora}/corpus/[!v]*.jsonl.gz'"] if corpora else []  # all but valid_wikitext2
+        program(output, "distill", *settings)
+        program(output, "export", "export.dtype=float32")
+        line = self.add(self.cut(run, target) | {"tokens": tokens, "loss_after": self.loss(output / "student")})
+        shutil.rmtree(output / "train" / "checkpoints")  # gigabytes; metrics and student stay
+        return line
+
+
+def program(output: Path, command: str, *overrides: str) -> None:
+    """One command of the program; what is finished in `output` is not done again."""
+    words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, "+recipe=smollm2"]
+    subprocess.run([*words, f"output_dir={output}", "tracking.wandb.mode=disabled", *overrides], check=True)
+
+
+def sizes_of(shape: Shape) -> dict[str, int]:
+    """What a target cuts."""
+    return {axis: getattr(shape, axis) for axis in AXES}
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens_NS: Tensor) -> Tensor:
+    """transformers' own."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens_NS).logits
+
+
+def check_opens(folder: Path, tokens_NS: Tensor, groups: Groups) -> None:
+    """transformers must see the model that megatron-core sees."""
+    found = logits(folder, tokens_NS)[:, :-1].flatten(0, 1)
+    theirs = torch.nn.functional.cross_entropy(found, tokens_NS[:, 1:].flatten()).item()
+    model = hf.Checkpoint(folder)
+    ours = loss_of(model, model.shape, model, groups, tokens_NS)
+    assert abs(ours - theirs) < LOSS_ERROR * ours, (
+        f"{folder}: loss {theirs} with transformers, {ours} with megatron-core"
+    )
+
+
+def table(lines: Iterable[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """A row per case and target from the finished lines: runs of a case averaged, distilled for `tokens` or not at all."""
+    lines = list(lines)
+    rows = []
+    for target in TARGETS:
+        for case in dict.fromkeys(run.case for run in RUNS):
+            own = [line for line in lines if line.get("case") == case and line["target"] == target]
+            cuts, after = (
+                [line for line in own if not line["tokens"]],
+                [line for line in own if line["tokens"] == tokens],
+            )
+            if not cuts:
+                continue
+            rows.append(
+                cuts[0]
+                | {"loss": mean(line["loss"] for line in cuts), "tokens": tokens if tokens and after else 0}
+                | {"loss_after": mean(line["loss_after"] for line in after) if tokens and after else None}
+            )
+    return [{key: value for key, value in row.items() if key != "run"} for row in rows]
+
+
+def show(teacher_loss: float, rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    print(f"{'':18}{'target':12}{'parameters':>12}{'loss':>9}{'tokens':>9}{'loss':>9}")
+    print(f"{'teacher':18}{'':24}{teacher_loss:9.4f}")
+    for row in rows:
+        after = f"{row['tokens']:9,}{row['loss_after']:9.4f}" if row["tokens"] else ""
+        noted = {key: row[key] for key in ("layers", "different") if key in row}
+        notes = "".join(f"  {key} {value}" for key, value in noted.items())
+        print(f"{row['case']:18}{row['target']:12}{row['parameters']:12,}{row['loss']:9.4f}{after}{notes}")
+
+
+def teacher_folder() -> Path:
+    """SmolLM2 in this user's cache, fetched once."""
+    folder = CACHE / "smollm2"
+    if not folder.exists():
+        fetch_teacher(TeacherConfig(**OmegaConf.load(ROOT / "recipes" / "smollm2.yaml").teacher), folder)
+    return folder
+
+
+def main() -> None:
+    """Cut everything, distil everything; print and write after every result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases = list(dict.fromkeys(run.case for run in RUNS))
+    parser.add_argument(
+        "--quick", action="store_true", help=f"few tokens, {' and '.join(QUICK)}: not the docs' figures"
+    )
+    parser.add_argument("--only", nargs="+", choices=cases, metavar="NAME", help=", ".join(cases))
+    parser.add_argument("--target", nargs="+", choices=TARGETS, help="default: both; with --quick the first")
+    parser.add_argument("--distill", type=int, metavar="TOKENS", help=f"default: {DISTILL_TOKENS}; with --quick 0")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into the user's cache")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/pruning_peers"))
+    arguments = parser.parse_args()
+    quick, text = arguments.quick, "corpora" if os.environ.get("MINITRON_DATA") else "embedded"
+    folder = arguments.folder / (f"{text}-quick" if quick else text)
+    tokens = arguments.distill if arguments.distill is not None else 0 if quick else DISTILL_TOKENS
+    wanted = arguments.only or (QUICK if quick else cases)
+    runs = [run for run in RUNS if run.case in wanted]
+    targets = arguments.target or (TARGETS[:1] if quick else TARGETS)
+    disable_progress_bar()
+    with start(ParallelConfig(), World(), 1234) as groups:
+        peers = Peers(folder, arguments.teacher or teacher_folder(), groups, quick=quick)
+        steps = [partial(peers.cut, run, target) for target in targets for run in runs]
+        if tokens:
+            steps += [
+                partial(peers.distilled, run, target, tokens) for target in targets for run in runs if run.distilled
+            ]
+        for step in steps:
+            step()
+            report = {"teacher_loss": peers.teacher_loss(), "cases": table(peers.results(), tokens)}
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        show(report["teacher_loss"], report["cases"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The methods of benchmarks/pruning_peers.py that the program does not have: magnitudes, layers for a size, the rotation."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron_train import hf
+from minitron_train.prune.layers import Layers
+from minitron_train.prune.slice import slice_checkpoint
+from tests.models import hf_logits, save_tiny
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+from pruning_peers_methods import (  # noqa: E402 # pyright: ignore[reportMissingImports]
+    as_many_layers,
+    keep_best,
+    magnitude_scores,
+    norm_tensors,
+    num_parameters,
+    principal_directions,
+    random_scores,
+    rms_restored,
+    rotated_shape,
+    rotated_tensors,
+)
+
+TOKENS_BS = torch.arange(64).view(2, 32) % 97
+
+
+@pytest.fixture
+def teacher(tiny_models: dict[str, Path]) -> hf.Checkpoint:
+    return hf.Checkpoint(tiny_models["llama"])
+
+
+def rotated(teacher: hf.Checkpoint, directions_HH: torch.Tensor, folder: Path) -> hf.Checkpoint:
+    folder.mkdir()
+    config = hf.student_config(teacher.config, rotated_shape(teacher.shape))
+    hf.write_folder(folder, config, rotated_tensors(teacher, directions_HH), None)
+    return hf.Checkpoint(folder)
+
+
+def test_magnitude_is_the_norm_of_all_that_goes_with_a_channel_head_or_neuron(teacher: hf.Checkpoint) -> None:
+    shape, tensors = teacher.shape, load_file(teacher.folder / "model.safetensors")
+    scores = magnitude_scores(teacher)
+    layer, head, neuron, channel = "model.layers.1.", 5, 17, 40
+    rows = slice(head * shape.kv_channels, (head + 1) * shape.kv_channels)
+    of_head = [tensors[layer + "self_attn.q_proj.weight"][rows], tensors[layer + "self_attn.o_proj.weight"][:, rows]]
+    of_neuron = [tensors[f"{layer}mlp.{part}_proj.weight"][neuron] for part in ("gate", "up")]
+    of_neuron.append(tensors[layer + "mlp.down_proj.weight"][:, neuron])
+    of_channel = []
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            of_channel.append(tensor[channel : channel + 1])
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            of_channel.append(tensor[channel] if writes else tensor[:, channel])
+    found = (scores.heads[1][head], scores.ffn[1][neuron], scores.embedding[channel])
+    for score, parts in zip(found, (of_head, of_neuron, of_channel), strict=True):
+        expected = torch.cat([part.flatten() for part in parts]).double().norm()
+        torch.testing.assert_close(score, expected)
+
+
+def test_heads_are_kept_by_group(teacher: hf.Checkpoint) -> None:
+    student = teacher.shape.smaller(hidden_size=48, ffn_hidden_size=40, num_attention_heads=4)
+    scores = random_scores(teacher.shape, seed=1)
+    keep = keep_best(scores, teacher.shape, student)
+    assert [head // 2 for head in keep.heads[2].tolist()] == [0, 1, 2, 3]
+    assert set(keep.embedding.tolist()) == set(scores.embedding.topk(48).indices.tolist())
+    assert not torch.equal(random_scores(teacher.shape, seed=2).embedding, scores.embedding)
+
+
+def test_layers_for_a_size(teacher: hf.Checkpoint) -> None:
+    two = num_parameters(teacher.shape.smaller(num_layers=2))
+    assert [as_many_layers(teacher.shape, two + extra).num_layers for extra in (-1000, 0, 1000, 10**9)] == [2, 2, 2, 3]
+
+
+def test_a_rotated_model_is_the_model(teacher: hf.Checkpoint, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    directions_HH = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
+    model = rotated(teacher, directions_HH, tmp_path / "rotated")
+    expected = hf_logits(teacher.folder, TOKENS_BS)
+    torch.testing.assert_close(hf_logits(model.folder, TOKENS_BS), expected, rtol=0.0, atol=1e-3)
+
+
+def test_directions_without_variance_can_go(tmp_path: Path, groups) -> None:
+    """A stream in 48 of 64 dimensions: after the cut to the 48 first principal directions it is the same function."""
+    path = save_tiny("llama", tmp_path / "teacher") / "model.safetensors"
+    tensors = load_file(path)
+    torch.manual_seed(0)
+    basis_HH = torch.linalg.qr(torch.randn(64, 64)).Q
+    inside_HH = basis_HH[:, :48] @ basis_HH[:, :48].t()
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = inside_HH @ tensor
+    tensors["model.embed_tokens.weight"] @= inside_HH
+    save_file(tensors, path, metadata={"format": "pt"})
+    teacher = hf.Checkpoint(path.parent)
+    layers = Layers(teacher.table, teacher.shape, teacher, groups, resident=False)
+    model = rotated(teacher, principal_directions(layers, TOKENS_BS, 1), tmp_path / "rotated")
+    student, gamma = rms_restored(model.shape, model.shape.smaller(hidden_size=48))
+    scores = replace(random_scores(model.shape, seed=1), embedding=-torch.arange(64.0))
+    (tmp_path / "cut").mkdir()
+    keep = keep_best(scores, model.shape, student)
+    slice_checkpoint(model, keep, student, tmp_path / "cut", norm_tensors(student, gamma))
+    expected, found = (hf_logits(folder, TOKENS_BS) for folder in (teacher.folder, tmp_path / "cut"))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
