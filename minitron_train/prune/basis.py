@@ -17,9 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import Architecture
-from minitron_train.errors import UserError
 from minitron_train.prune.layers import Layers, forward, seeing
 
 # N sequences, S length, D teacher's hidden, H student's hidden
@@ -39,17 +36,28 @@ class Basis:
     variance_D: Tensor  # share of the normalised stream's variance in every direction, the kept ones first
 
 
-def check_rotation(table: Architecture, teacher: Shape, iterations: int) -> None:
-    """Refuse what cannot be rotated, before any work."""
-    if teacher.tie_embeddings and table.transformer["normalization"] == "LayerNorm":
-        raise UserError(
-            "prune.rotate=true: not possible with LayerNorm and tied embeddings together; set prune.rotate=false"
-        )
-    if iterations > 1:
-        raise UserError(
-            f"prune.iterations={iterations}: channels are cut in steps, directions at once; "
-            "set prune.iterations=1 or prune.rotate=false"
-        )
+def why_not(layers: Layers, hidden_size: int) -> str | None:
+    """Why this teacher's stream cannot be rotated, or None."""
+    if not layers.shape.tie_embeddings:
+        return None
+    if layers.final_norm.bias is not None:
+        return "LayerNorm and tied embeddings together"
+    num_alone = int(unrotated(layers).sum())
+    if 2 * num_alone > hidden_size:
+        return f"embeddings are tied, and {num_alone} of the final norm's weights are far from their median"
+    return None
+
+
+def effective_gamma(layers: Layers) -> Tensor:
+    """Weights of the last norm, [D]."""
+    return (layers.final_norm.weight + layers.final_norm.offset).float()
+
+
+def unrotated(layers: Layers) -> Tensor:
+    """Channels that stay as they are, bool [D]: where embeddings are tied, those with a final weight of their own."""
+    gamma_D = effective_gamma(layers)
+    middle = gamma_D.median()
+    return (gamma_D - middle).abs() > (NEAR_MEDIAN * middle.abs() if layers.shape.tie_embeddings else torch.inf)
 
 
 @torch.no_grad()
@@ -57,48 +65,37 @@ def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_b
     """The `hidden_size` directions in which the teacher's normalised residual stream varies most, over all layers.
 
     Args:
+        layers: of a teacher that can be rotated (`why_not` is None).
         tokens_NS: of all processes; each takes its share. Negative ones are padding.
-
-    Raises:
-        UserError: tied embeddings under a final norm whose weights are far from constant.
     """
-    norm = layers.final_norm
-    gamma_D, centred = (norm.weight + norm.offset).float(), norm.bias is not None
-    alone_D = torch.zeros_like(gamma_D, dtype=torch.bool)
+    gamma_D, alone_D, centred = effective_gamma(layers), unrotated(layers), layers.final_norm.bias is not None
+    common = gamma_D[~alone_D].mean()
+    scale_D = torch.ones_like(gamma_D)
     if layers.shape.tie_embeddings:
-        middle = gamma_D.median()
-        alone_D = (gamma_D - middle).abs() > NEAR_MEDIAN * middle.abs()
-        if 2 * int(alone_D.sum()) > hidden_size:
-            raise UserError(
-                f"prune.rotate=true: {int(alone_D.sum())} of {len(gamma_D)} weights of the final norm are far from their "
-                "median, and embeddings are tied; set prune.rotate=false"
-            )
-    mean = gamma_D[~alone_D].mean()
-    scale_D = torch.where(alone_D | (not layers.shape.tie_embeddings), 1.0, gamma_D / mean).sqrt()
-
+        scale_D[~alone_D] = (gamma_D[~alone_D] / common).sqrt()
     covariance_DD = stream_covariance(layers, tokens_NS, scale_D, micro_batch_size, centred=centred)
     covariance_DD = covariance_DD / covariance_DD.trace()
+
     channels, others = alone_D.nonzero().flatten(), (~alone_D).nonzero().flatten()
     variances, vectors = torch.linalg.eigh(covariance_DD[others][:, others])
     variances, vectors = variances.flip(0), layers.groups.from_first(vectors.flip(1).contiguous())
-    num_directions = hidden_size - len(channels)
-    num_free = num_directions - 1 if centred else num_directions
+    num_turned = hidden_size - len(channels)
+    num_free = num_turned - 1 if centred else num_turned
+    turned = vectors[:, :num_free]
+    if centred:  # nothing is tied then, and all channels turn
+        turned = turned @ plane_of_mean_zero(hidden_size).to(turned) + (len(gamma_D) * hidden_size) ** -0.5
     directions_DH = torch.zeros(len(gamma_D), hidden_size, dtype=torch.float64, device=gamma_D.device)
     directions_DH[channels, torch.arange(len(channels))] = 1.0
-    kept = vectors[:, :num_free]
-    if centred:  # nothing is tied then: all channels are rotated
-        kept = kept @ plane_of_mean_zero(hidden_size).to(kept) + (len(gamma_D) * hidden_size) ** -0.5
-    directions_DH[others, len(channels) :] = kept
+    directions_DH[others, len(channels) :] = turned
+
     variance_D = torch.cat([covariance_DD.diagonal()[channels], variances])
-    stretch = float((len(gamma_D) / hidden_size * variance_D[: len(channels) + num_free].sum()).sqrt())
-    common = mean if layers.shape.tie_embeddings else torch.ones_like(mean)
-    last_H = torch.cat([gamma_D[channels], common.expand(num_directions)])
-    down_DH, up_DH = scale_D[:, None] * directions_DH, directions_DH / scale_D[:, None]
+    norm = float((len(gamma_D) / hidden_size * variance_D[: len(channels) + num_free].sum()).sqrt())
+    last = common if layers.shape.tie_embeddings else torch.ones_like(common)  # untied: it goes into the output layer
     return Basis(
-        down_DH=down_DH.float(),
-        up_DH=up_DH.float(),
-        norm=stretch,
-        final_norm_H=stretch * last_H,
+        down_DH=(scale_D[:, None] * directions_DH).float(),
+        up_DH=(directions_DH / scale_D[:, None]).float(),
+        norm=norm,
+        final_norm_H=norm * torch.cat([gamma_D[channels], last.expand(num_turned)]),
         variance_D=variance_D.float(),
     )
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from minitron_train import hf
 from minitron_train.arch.shape import SIZES, Shape
 from minitron_train.config import CalibrationConfig, Config
+from minitron_train.console import say
 from minitron_train.parallel.groups import Groups
-from minitron_train.prune.basis import TOKENS_PER_CHANNEL, principal_basis
+from minitron_train.prune.basis import TOKENS_PER_CHANNEL, principal_basis, why_not
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.score import measure, scoring_dtype
@@ -51,7 +52,7 @@ def cut(
     changed = repaired_tensors(config, groups, teacher, keep, tokens()) if config.prune.repairs else iter(())
     facts: dict[str, Any] = {}
     if groups.is_first:
-        facts = slice_checkpoint(teacher, keep, student, folder, changed)
+        facts = slice_checkpoint(teacher, keep, student, folder, changed) | {"rotated": keep.basis is not None}
     for _ in changed:  # the other ranks share the work of a repair; the first one writes
         pass
     groups.barrier()
@@ -115,11 +116,14 @@ def between(teacher: Shape, student: Shape, share: float) -> Shape:
 
 
 def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
-    """`keep` with principal directions of the residual stream in the place of channels."""
+    """`keep` with principal directions of the residual stream in the place of channels, where that is possible."""
     sequences_NS = tokens.flatten(0, 1)
     whole, hidden_size = whole_layers(groups), teacher.shape.hidden_size
     used = max(whole.world_size, -(-TOKENS_PER_CHANNEL * hidden_size // sequences_NS.shape[1]))
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
+    if reason := why_not(layers, keep.student.hidden_size):
+        say(f"prune.rotate: not for this teacher ({reason}); channels are kept instead")
+        return keep
     size = config.calibration.micro_batch_size
     return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size))
 

@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_train.arch import architecture
 from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import SIZES, Shape
 from minitron_train.config import Depth, Merge, PruneConfig
 from minitron_train.errors import UserError
-from minitron_train.prune.basis import Basis, check_rotation
+from minitron_train.prune.basis import Basis
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.scores import Importance, importance
 
@@ -159,8 +158,11 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     """Refuse a student that cannot be cut out of the teacher, before any work."""
     teacher.smaller(**{key: getattr(student, key) for key in SIZES})
     check_rules(student, "student")
-    if prune.rotate:
-        check_rotation(architecture(teacher.architecture), teacher, prune.iterations)
+    if prune.rotate and prune.iterations > 1:
+        raise UserError(
+            f"prune.iterations={prune.iterations}: channels are cut in steps, directions at once; "
+            "set prune.iterations=1 or prune.rotate=false"
+        )
     before, after = (shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student))
     if after > before:
         raise UserError(

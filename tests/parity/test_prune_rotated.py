@@ -102,17 +102,21 @@ def test_a_layer_norm_takes_the_same_mean_out_of_both_streams(models, groups, tm
     torch.testing.assert_close(rows.sum(1), torch.zeros(4, dtype=torch.float64))
 
 
-def test_what_cannot_be_rotated_is_refused(tmp_path, groups):
+def test_what_cannot_be_rotated_keeps_its_channels(tmp_path, groups, capsys):
     save_random({**COMMON, **FAMILIES["llama"]}, tmp_path / "uneven")
     file = tmp_path / "uneven" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"].copy_(torch.linspace(0.1, 5, 64))
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"weights of the final norm .* set prune\.rotate=false"):
-        run_cut(tmp_path / "out", tmp_path / "uneven", configuration(rotate=True), TOKENS, groups, hidden_size=48)
-    shape = hf.Checkpoint(tmp_path / "uneven").shape
+    folder = run_cut(tmp_path / "out", tmp_path / "uneven", configuration(rotate=True), TOKENS, groups, hidden_size=48)
+    assert "weights are far from their median); channels are kept instead" in capsys.readouterr().out
+    assert len(load_file(folder / "kept.safetensors")["embedding"]) == 48
+    save_random({**COMMON, **FAMILIES["nemotron"], "tie_word_embeddings": True}, tmp_path / "tied")
+    run_cut(tmp_path / "other", tmp_path / "tied", configuration(rotate=True), TOKENS, groups, hidden_size=48)
+    assert "(LayerNorm and tied embeddings together)" in capsys.readouterr().out
+
+
+def test_directions_are_not_cut_in_steps(models):
+    shape = hf.Checkpoint(models["llama"]).shape
     with pytest.raises(UserError, match=r"prune\.iterations=2: .* prune\.rotate=false"):
         check_target(shape, shape.smaller(hidden_size=48), configuration(rotate=True, iterations=2).prune)
-    with pytest.raises(UserError, match="not possible with LayerNorm and tied embeddings"):
-        tied = replace(shape, architecture="nemotron")
-        check_target(tied, tied.smaller(hidden_size=48), configuration(rotate=True).prune)
