@@ -37,7 +37,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from pruning_peers_methods import (
     as_many_layers,
     keep_best,
@@ -51,7 +50,7 @@ from pruning_peers_methods import (
     rotated_tensors,
 )
 from pruning_peers_nvidia import num_different
-from pruning_quality import Bench, Case, configuration, loss_of, prepare
+from pruning_quality import CACHE, Bench, Case, configuration, loss_of, prepare, teacher_folder
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -59,8 +58,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from minitron_train import hf
 from minitron_train.arch import Shape
-from minitron_train.config import Config, ParallelConfig, PruneConfig, TeacherConfig
-from minitron_train.fetch.teacher import fetch_teacher
+from minitron_train.config import Config, ParallelConfig, PruneConfig
 from minitron_train.files import atomic_folder
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import World
@@ -72,7 +70,6 @@ from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import slice_checkpoint
 
 ROOT = Path(__file__).parents[1]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitron_train"
 AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
 TARGETS = ("432/1024/6", "504/1024/6")
 MODELOPT_PACKAGES = ("nvidia-modelopt==0.43.0", "pulp==2.9.0")
@@ -317,14 +314,6 @@ def show(teacher_loss: float, rows: list[dict[str, Any]]) -> None:
         noted = {key: row[key] for key in ("layers", "different") if key in row}
         notes = "".join(f"  {key} {value}" for key, value in noted.items())
         print(f"{row['case']:18}{row['target']:12}{row['parameters']:12,}{row['loss']:9.4f}{after}{notes}")
-
-
-def teacher_folder() -> Path:
-    """SmolLM2 in this user's cache, fetched once."""
-    folder = CACHE / "smollm2"
-    if not folder.exists():
-        fetch_teacher(TeacherConfig(**OmegaConf.load(ROOT / "recipes" / "smollm2.yaml").teacher), folder)
-    return folder
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """What each way of ranking and each repair is worth: loss right after the cut, no training.
 
-    python benchmarks/pruning_quality.py [--quick] [--json FILE] [--teacher FOLDER] [--tiny FOLDER]
+    python benchmarks/pruning_quality.py [--quick] [--only TEXT] [--json FILE] [--teacher FOLDER] [--tiny FOLDER]
 
-SmolLM2-135M-Instruct (fetched as the recipe `smollm2` does, unless --teacher gives a folder) is cut to 432 channels,
+SmolLM2-135M-Instruct (fetched into the user's cache, unless --teacher gives a folder) is cut to 432 channels,
 1024 neurons and 6 heads of 576, 1536 and 9. With MINITRON_DATA calibration is its corpora and validation is WikiText-2;
 without, both come from the embedded corpus (validation from its held-out part). --tiny adds the same comparison for a
-Nemotron teacher that `pretrain +recipe=tiny` made, calibrated and validated on the embedded corpus.
+Nemotron teacher that `pretrain +recipe=tiny` made, calibrated and validated on the embedded corpus. The two cases that the
+headline figures come from are the first; FILE is written after every case, and --only runs those whose name has TEXT.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced
 
 ROOT = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitron_train"
 SMOLLM2_SIZES = {"hidden_size": 432, "ffn_hidden_size": 1024, "num_attention_heads": 6}
 QUICKSTART_SIZES = {"hidden_size": 504, "ffn_hidden_size": 1056, "num_attention_heads": 6}
 TINY_SIZES = {"hidden_size": 192, "ffn_hidden_size": 640, "num_attention_heads": 4}
@@ -90,7 +92,6 @@ def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
         Case("outputs refitted", "modelopt", {"refit": "outputs"}),
         Case("two iterations", "modelopt", {"iterations": 2}),
         Case("default, not rotated", "default", {"rotate": False}),
-        Case("default, norms not rescaled", "default", {"norm_scale": False}),
         Case("default, ridge 0.003", "default", {"ridge": 0.003}),
     ]
     return found
@@ -179,51 +180,67 @@ def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_
     return Bench(teacher, groups, calibration, tokens, validation_NS, measure(layers, tokens, calibration))
 
 
-def compare(bench: Bench, sizes: Mapping[str, int], *, quick: bool) -> tuple[float, list[dict[str, Any]]]:
-    """The teacher's loss, and every case's."""
+def teacher_folder() -> Path:
+    """SmolLM2 in this user's cache, fetched once."""
+    folder = CACHE / "smollm2"
+    if not folder.exists():
+        fetch_teacher(TeacherConfig(**OmegaConf.load(ROOT / "recipes" / "smollm2.yaml").teacher), folder)
+    return folder
+
+
+def teacher_loss(bench: Bench) -> float:
+    """Of the whole model."""
     loss = loss_of(bench.teacher, bench.teacher.shape, RowReader(bench.teacher), bench.groups, bench.validation_NS)
     print(f"{'teacher':45}{loss:9.4f}", flush=True)
-    return loss, [bench.run(case, sizes) for case in cases(sizes, quick=quick)]
+    return loss
+
+
+@dataclasses.dataclass(slots=True)
+class Report:
+    """What is known so far, on disk after every case."""
+
+    path: Path | None
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One case."""
+        self.rows.append(row)
+        losses = {row["case"]: row["loss"] for row in self.rows}
+        headline = {"modelopt_loss": losses.get("modelopt"), "ours_loss": losses.get("default")}
+        if self.path:
+            self.path.write_text(json.dumps({**self.found, **headline, "cases": self.rows}, indent=2) + "\n")
 
 
 def main() -> None:
     """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two cases on few tokens: not the figures of the docs")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into outputs/pruning_quality")
+    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into the user's cache")
     parser.add_argument("--tiny", type=Path, help="folder of a tiny Nemotron teacher")
     arguments = parser.parse_args()
-    folder = arguments.teacher or Path("outputs/pruning_quality/teacher")
-    if not folder.exists():
-        recipe = OmegaConf.load(ROOT / "recipes" / "smollm2.yaml")
-        fetch_teacher(TeacherConfig(**recipe.teacher), folder)
-    amounts = (
-        {"num_samples": 16, "num_validation": 2} if arguments.quick else {"num_samples": 128, "num_validation": 32}
-    )
+    report, quick = Report(arguments.json), arguments.quick
+    amounts = {"num_samples": 16, "num_validation": 2} if quick else {"num_samples": 128, "num_validation": 32}
     with start(ParallelConfig(), World(), 1234) as groups:
-        bench = prepare(folder, groups, local=True, **amounts)
-        teacher_loss, rows = compare(bench, SMOLLM2_SIZES, quick=arguments.quick)
-        if not arguments.quick:
-            rows += [
-                bench.run(Case(f"{name}, quickstart's target", name, {}, QUICKSTART_SIZES), {})
-                for name in ("modelopt", "default")
-            ]
-        losses = {row["case"]: row["loss"] for row in rows}
-        report: dict[str, Any] = {
-            "teacher_loss": teacher_loss,
-            "modelopt_loss": losses["modelopt"],
-            "ours_loss": losses["default"],
-            "calibration_tokens": bench.tokens.numel(),
-            "validation_tokens": bench.validation_NS.numel(),
-        }
+        bench = prepare(arguments.teacher or teacher_folder(), groups, local=True, **amounts)
+        report.found["teacher_loss"] = teacher_loss(bench)
+        report.found |= {"calibration_tokens": bench.tokens.numel(), "validation_tokens": bench.validation_NS.numel()}
+        wanted = cases(SMOLLM2_SIZES, quick=quick)
+        if not quick:
+            names = ("modelopt", "default")
+            wanted += [Case(f"{name}, quickstart's target", name, {}, QUICKSTART_SIZES) for name in names]
+        for case in wanted:
+            if arguments.only in case.name:
+                report.add(bench.run(case, SMOLLM2_SIZES))
         if arguments.tiny:
             bench = prepare(arguments.tiny, groups, local=False, **amounts)
-            report["tiny_teacher_loss"], tiny = compare(bench, TINY_SIZES, quick=arguments.quick)
-            rows += [{**row, "case": f"tiny: {row['case']}"} for row in tiny]
-    report["cases"] = rows
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+            report.found["tiny_teacher_loss"] = teacher_loss(bench)
+            for case in cases(TINY_SIZES, quick=quick):
+                if arguments.only in case.name:
+                    row = bench.run(case, TINY_SIZES)
+                    report.add({**row, "case": f"tiny: {row['case']}"})
 
 
 if __name__ == "__main__":
