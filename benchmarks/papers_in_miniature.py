@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from miniature import Miniature, arguments, evaluations, open_recipe
+from miniature import RECIPE, ROOT, Miniature, arguments, evaluations, open_recipe
 from papers_studies import STUDIES, Study, Variant
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -50,8 +50,9 @@ class Papers:
     def key(self, variant: Variant) -> str:
         """Of everything that decides a run."""
         named = asdict(replace(variant, label="", published=""))
+        files = [RECIPE, (ROOT / "conf" / "prune" / f"{variant.preset}.yaml").read_text()]
         settings = [self.study.tokens, self.study.evaluations, *self.recipe.data(), *self.everywhere()]
-        return short_hash([hf.fingerprint(self.teacher), named, *settings])
+        return short_hash([hf.fingerprint(self.teacher), named, *files, *settings])
 
     def everywhere(self) -> list[str]:
         """Overrides of every command, besides those of the recipe."""
@@ -90,7 +91,11 @@ class Papers:
             self.prepare(variant, parent, folder)
         tokens = round((QUICK_TOKENS if self.recipe.quick else self.study.tokens) * variant.share)
         learn = [f"train.num_tokens={tokens}", f"eval.every_tokens={tokens // self.study.evaluations}", *variant.train]
-        cut = [*variant.prune, *(f"student.{key}={value}" for key, value in variant.sizes.items())]
+        cut = [
+            f"prune={variant.preset}",
+            *variant.prune,
+            *(f"student.{key}={value}" for key, value in variant.sizes.items()),
+        ]
         if variant.start in ("itself", "random"):
             begin = parent if variant.start == "itself" else folder / "random"
             return self.command("distill", name, f"teacher.path={taught_by}", f"student.path={begin}", *learn)

@@ -35,6 +35,7 @@ class Variant:
 
     Attributes:
         published: the paper's row.
+        preset: of conf/prune.
         prune, train: overrides of the cut and of the training.
         start: where the student comes from: cut by importance, or by shuffled importance (random pruning); random weights
             of its sizes; the parent itself.
@@ -44,7 +45,8 @@ class Variant:
 
     label: str
     published: str = ""
-    prune: tuple[str, ...] = ("prune=modelopt",)
+    preset: str = "modelopt"
+    prune: tuple[str, ...] = ()
     train: tuple[str, ...] = ()
     sizes: Mapping[str, int]
     start: Start = "cut"
@@ -96,7 +98,7 @@ def aggregations() -> Iterable[Variant]:
     }
     for (batch, sequence), row in published.items():
         changes = (f"prune.batch_aggregation={batch}", f"prune.sequence_aggregation={sequence}")
-        yield Variant(label=f"{batch} / {sequence}", published=row, prune=("prune=modelopt", *changes), sizes=SMALL)
+        yield Variant(label=f"{batch} / {sequence}", published=row, prune=changes, sizes=SMALL)
 
 
 def axes() -> Iterable[Variant]:
@@ -110,7 +112,7 @@ def axes() -> Iterable[Variant]:
         "contiguous": "not in these tables (P2 drops such a block)",
     }
     for depth, row in depths.items():
-        prune = ("prune=modelopt", f"prune.depth={depth}")
+        prune = (f"prune.depth={depth}",)
         yield Variant(label=f"depth, {depth}", published=row, prune=prune, sizes=DEPTH)
     yield Variant(label="random weights", published="12.27 -> 2.34, 3.953", sizes=WIDTH, start="random")
 
@@ -148,20 +150,20 @@ def repairs() -> Iterable[Variant]:
         "plain cut": (),
         "norms rescaled": ("prune.norm_scale=true",),
         "outputs refitted": ("prune.refit=outputs",),
-        "all refitted (default)": ("prune.refit=all",),
+        "all refitted": ("prune.refit=all",),
         "heads merged, as printed": ("prune.head_merge=queries",),
         "heads merged in the output": ("prune.head_merge=outputs",),
     }
     for label, repair in rows.items():
         row = "a boost, no figures" if label == "heads merged, as printed" else "-"
-        yield Variant(label=label, published=row, prune=("prune=modelopt", *repair), sizes=SMALL)
+        yield Variant(label=label, published=row, prune=repair, sizes=SMALL)
+    yield Variant(label="the default preset", published="-", preset="default", sizes=SMALL)
 
 
 def iterations() -> Iterable[Variant]:
     """P1 table 14."""
     for count, row in {"1": "5.43 -> 1.92", "2": "5.55 -> 1.92", "4": "5.24 -> 1.92"}.items():
-        prune = ("prune=modelopt", f"prune.iterations={count}")
-        yield Variant(label=count, published=row, prune=prune, sizes=CHANNELS)
+        yield Variant(label=count, published=row, prune=(f"prune.iterations={count}",), sizes=CHANNELS)
 
 
 def hidden_losses() -> Iterable[Variant]:

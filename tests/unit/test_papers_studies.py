@@ -32,7 +32,14 @@ def test_every_row_can_be_run(study: Study) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for variant in study.variants:
             sizes = [f"student.{key}={value}" for key, value in variant.sizes.items()]
-            words = ["+recipe=miniature", *study.data, *variant.prune, *variant.train, *sizes]
+            words = [
+                "+recipe=miniature",
+                *study.data,
+                f"prune={variant.preset}",
+                *variant.prune,
+                *variant.train,
+                *sizes,
+            ]
             config = cli.to_config(compose("config", overrides=words))
             teacher = shape_of_recipe(config)
             assert teacher is not None
