@@ -1,11 +1,14 @@
 """The plan beside what was measured on this machine: peak memory and time of scoring, slicing and distilling.
 
-    python benchmarks/plan_check.py [--quick] [--json FILE] [--teacher FOLDER] [--only TEXT]
+    python benchmarks/plan_check.py [--quick] [--json FILE] [--teacher FOLDER] [--only TEXT] [--repeats N]
 
-Each case runs in fresh processes, so that the peak (VmHWM) is its own. Times are medians of five, and the rates of a matrix
-product and of a copy are measured between the repeats, on one thread like the work itself, so that a machine shared with
-others does not make the plan look wrong. FOLDER is SmolLM2-135M-Instruct as the quickstart leaves it
-(outputs/smollm2/teacher); `--quick` needs none.
+Each case runs in fresh processes, so that the peak (VmHWM) is its own: of the libraries and the first two times. Then come
+five repeats of at least a second, and between them the rates of a matrix product, of a copy and of an all-reduce, by as
+many processes at once as the work uses: each repeat is predicted from the rates around it, and the error is that of the
+median of planned / measured. Where one process works alone, its CPU seconds count: time that other programs take from the
+machine is nobody's error. Two ranks wait for each other: theirs is the clock (the table's last column, for all).
+FOLDER is SmolLM2-135M-Instruct as the quickstart leaves it (outputs/smollm2/teacher); `--quick` is `tiny` alone with two
+repeats, `--repeats 0` memory alone. JSON keys: worst_memory_error, worst_time_error.
 """
 
 import argparse
@@ -22,17 +25,24 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 
 from minitron_train import cli
 from minitron_train.arch import Shape
-from minitron_train.config import Config
+from minitron_train.config import ClusterConfig, Config, Precision
 from minitron_train.parallel.launch import World, read_world
-from minitron_train.plan.hardware import hardware
+from minitron_train.plan.hardware import Hardware, copy_rate, gemm_flops, hardware, median_seconds
 from minitron_train.plan.reckon import reckon
 from minitron_train.workspace import STUDENT_SIZES, shape_of_recipe
+
+if TYPE_CHECKING:
+    from minitron_train.parallel.groups import Groups
+
+REPEAT_S = 1.0  # a process alone runs short work again until a repeat has lasted so long
+TIMES = ("seconds", "wall_seconds")
+RATES = ("peak_flops", "memory_rate", "intra_node_rate")  # of plan.hardware.Hardware, as they are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +67,10 @@ CASES = [
 
 
 def configuration(case: Case) -> Config:
-    """The recipe, shortened to what is repeated."""
+    """The recipe, shortened to what is repeated; plain slicing."""
     cli.register_recipes()
-    overrides = [
-        f"+recipe={case.recipe}",
-        f"parallel.tensor_model_parallel_size={case.tp}",
-        "tracking.wandb.mode=disabled",
-    ]
-    overrides += [
-        "calibration.num_samples=16",
-        "data.validation_tokens=2048",
-        "prune.refit=none",
-        "prune.norm_scale=false",
-    ]
+    overrides = [f"+recipe={case.recipe}", f"parallel.tensor_model_parallel_size={case.tp}", "prune=modelopt"]
+    overrides += ["calibration.num_samples=16", "data.validation_tokens=2048", "tracking.wandb.mode=disabled"]
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
         return cli.to_config(compose("config", overrides=overrides))
 
@@ -91,74 +92,110 @@ def peak_bytes() -> int:
 
 
 def repeated(
-    work: Callable[[], None], rates: Callable[[], tuple[float, float]], repeats: int, warmup: int
+    work: Callable[[], None], rates: Callable[[], list[float]], clock: Callable[[], float], repeats: int, alone: bool
 ) -> dict[str, Any]:
-    """The peak of the first times, then seconds of each repeat beside the rates of matrix products and of memory around it."""
-    for _ in range(warmup):
-        work()
-    peak = peak_bytes()  # before the rates are measured, which takes memory too
-    before, seconds, found = rates(), [], []
-    for _ in range(repeats):
+    """The peak of two times, which warm up caches and allocators; then seconds of each repeat beside the rates around it."""
+    for _ in range(2):
         start_s = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - start_s)
+    times = max(1, round(REPEAT_S / (time.perf_counter() - start_s))) if alone else 1
+    found: dict[str, Any] = {"peak_bytes": peak_bytes(), "seconds": [], "wall_seconds": [], "rates": []}
+    before = rates() if repeats else []  # takes memory too, hence after the peak
+    for _ in range(repeats):
+        start_s, start = time.perf_counter(), clock()
+        for _ in range(times):
+            work()
+        found["seconds"].append((clock() - start) / times)
+        found["wall_seconds"].append((time.perf_counter() - start_s) / times)
         after = rates()
-        found.append([(a + b) / 2 for a, b in zip(before, after, strict=True)])
+        found["rates"].append([(a + b) / 2 for a, b in zip(before, after, strict=True)])
         before = after
-    return {"seconds": seconds, "rates": found, "peak_bytes": peak}
+    return found
+
+
+def all_reduce_rate(g: "Groups", num_elements: int) -> float:
+    """Bytes a second that each rank sends while sums of this size go round (a ring: 2 (tp - 1) / tp of the data)."""
+    import torch
+    import torch.distributed as dist
+
+    numbers = torch.zeros(num_elements, device=g.device)
+    seconds = median_seconds(lambda: dist.all_reduce(numbers, group=g.tp_group), numbers.is_cuda, 9, time.perf_counter)
+    return 2 * (g.tp_size - 1) / g.tp_size * numbers.nbytes / seconds
 
 
 def measure(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
-    """Run one case in this process. The first repeats warm up caches and allocators and are not counted."""
+    """Run one case in this process."""
     import torch
 
+    import minitron_train.commands
+    import minitron_train.train.run  # noqa: F401  # the libraries of a command
     from minitron_train.hf import Checkpoint
     from minitron_train.parallel import groups
-    from minitron_train.plan.hardware import copy_rate, gemm_flops
-    from minitron_train.prune.cut import cut
-    from minitron_train.prune.score import score
-    from minitron_train.train.run import assemble
 
-    config, cuda = configuration(case), torch.cuda.is_available()
-    teacher, scratch = Checkpoint(folder / "teacher"), folder / "scratch"
-    torch.manual_seed(0)
-    size = (1, config.calibration.num_samples, config.calibration.seq_length)
-    tokens = torch.randint(0, teacher.shape.vocab_size, size)
-
-    def rates() -> tuple[float, float]:
-        return gemm_flops(config.train.precision, cuda), copy_rate(cuda)
-
+    config, cuda, alone = configuration(case), torch.cuda.is_available(), case.tp == 1
+    clock = time.process_time if alone and not cuda else time.perf_counter
+    hidden = config.train.micro_batch_size * config.train.seq_length * shapes(config)[0].hidden_size
     with groups.start(config.parallel, read_world(), seed=1) as g, ExitStack() as stack:
-        if case.stage == "score":
-            work = functools.partial(score, config, g, teacher=teacher, tokens=tokens, folder=scratch)
-            return repeated(work, rates, repeats, warmup=1)
-        if case.stage == "slice":
-            target, scores = shapes(config)[1], scratch / "scores.safetensors"
+        work = STAGES[case.stage](config, g, Checkpoint(folder / "teacher"), folder, stack)
 
-            def work() -> None:
-                with tempfile.TemporaryDirectory(dir=scratch) as out:
-                    cut(
-                        config,
-                        g,
-                        teacher=teacher,
-                        student=target,
-                        scores=scores,
-                        tokens=lambda: tokens,
-                        folder=Path(out),
-                    )
+        def rates() -> list[float]:
+            g.barrier()  # the ranks share the machine here as they do at work
+            link = 1.0 if alone else all_reduce_rate(g, hidden)  # a process alone sends nothing
+            return [gemm_flops(config.train.precision, cuda, clock=clock), copy_rate(cuda, clock=clock), link]
 
-            return repeated(work, rates, repeats, warmup=1)
-        trainer = assemble(config, g, Checkpoint(folder / "student"), teacher, scratch, stack)
-
-        def work() -> None:
-            batch = trainer.stream.next_batch(config.train.global_batch_size)
-            trainer.update(trainer.forward_backward(batch), batch)
-
-        return repeated(work, rates, repeats, warmup=2)
+        return repeated(work, rates, clock, repeats, alone)
 
 
-def prepare(recipe: str, folder: Path, teacher: Path | None) -> None:
-    """A teacher (given, or with random weights), scores and a student, for the cases of one recipe."""
+def score_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
+    """One scoring of random tokens."""
+    import torch
+
+    from minitron_train.prune.score import score
+
+    size = (1, config.calibration.num_samples, config.calibration.seq_length)
+    tokens = torch.randint(0, teacher.shape.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+    return functools.partial(score, config, g, teacher=teacher, tokens=tokens, folder=out)
+
+
+def no_tokens() -> Any:
+    """Calibration tokens, which only repairs ask for."""
+    raise AssertionError("nothing is repaired here")
+
+
+def slice_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
+    """One cut, thrown away."""
+    from minitron_train.prune.cut import cut
+
+    student, scores = shapes(config)[1], folder / "scores.safetensors"
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            cut(config, g, teacher=teacher, student=student, scores=scores, tokens=no_tokens, folder=Path(out))
+
+    return work
+
+
+def distill_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
+    """One step of the trainer."""
+    from minitron_train.hf import Checkpoint
+    from minitron_train.train.assemble import assemble
+
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
+    trainer = assemble(config, g, Checkpoint(folder / "student"), teacher, out, stack)
+
+    def work() -> None:
+        batch = trainer.stream.next_batch(config.train.global_batch_size)
+        trainer.update(trainer.forward_backward(batch), batch)
+
+    return work
+
+
+STAGES = {"score": score_work, "slice": slice_work, "distill": distill_work}
+
+
+def prepare(recipe: str, folder: Path, teacher: Path) -> None:
+    """A teacher (given, or with random weights), its scores, and a student, for the cases of one recipe."""
     import torch
 
     from minitron_train.hf import Checkpoint
@@ -168,19 +205,16 @@ def prepare(recipe: str, folder: Path, teacher: Path | None) -> None:
     from minitron_train.prune.score import score
 
     config = configuration(Case(recipe, "score"))
-    (folder / "scratch").mkdir(parents=True)
-    if teacher is not None:
+    if recipe == "smollm2":
         (folder / "teacher").symlink_to(teacher.resolve())
     else:
         (folder / "teacher").mkdir()
         write_initial(config, shapes(config)[0], folder / "teacher")
-    files, scores = Checkpoint(folder / "teacher"), folder / "scratch" / "scores.safetensors"
+    files, scores, student = Checkpoint(folder / "teacher"), folder / "scores.safetensors", shapes(config)[1]
     with groups.start(config.parallel, World(), seed=1) as g:
-        tokens = torch.randint(0, files.shape.vocab_size, (1, 2, 64))
-        score(config, g, teacher=files, tokens=tokens, folder=scores.parent)
+        score(config, g, teacher=files, tokens=torch.randint(0, files.shape.vocab_size, (1, 2, 64)), folder=folder)
         (folder / "student").mkdir()
-        target = shapes(config)[1]
-        cut(config, g, teacher=files, student=target, scores=scores, tokens=lambda: tokens, folder=folder / "student")
+        cut(config, g, teacher=files, student=student, scores=scores, tokens=no_tokens, folder=folder / "student")
 
 
 # in the process that compares
@@ -191,17 +225,12 @@ def run(job: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
+    command = [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job)]
     ranks = []
     for rank in range(num_ranks):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        env |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
-        env["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job)]
+        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [process.communicate() for process in ranks]
     for process, (_, errors) in zip(ranks, outputs, strict=True):
@@ -209,12 +238,18 @@ def run(job: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
-def predict(case: Case, rates: tuple[float, float]) -> tuple[dict[str, int], float]:
+@functools.cache
+def this_machine() -> Hardware:
+    """What the plan knows of this machine, whatever its rates are at the moment."""
+    return hardware(ClusterConfig(), Precision.fp32)
+
+
+def predict(case: Case, rates: list[float]) -> tuple[dict[str, int], float]:
     """Memory by part and seconds of one repeat, as the plan reckons them with these rates."""
     config = configuration(case)
-    cluster = replace(config.cluster, gpus_per_node=case.tp, memory_gib=1.0, memory_gb_per_s=rates[1] / 1e9)
-    machine = replace(hardware(cluster, config.train.precision), peak_flops=rates[0], fp32_flops=rates[0])
-    result = reckon(replace(config, cluster=cluster), *shapes(config), machine)
+    measured = dict(zip(RATES, rates, strict=True)) | {"fp32_flops": rates[0]}
+    machine = replace(this_machine(), num_gpus=case.tp, gpus_per_node=case.tp, **measured)
+    result = reckon(config, *shapes(config), machine)
     if case.stage == "distill":
         return result["configured"]["memory_bytes"], result["configured"]["step_seconds"]["total"]
     stage = result["scoring" if case.stage == "score" else "slicing"]
@@ -222,27 +257,42 @@ def predict(case: Case, rates: tuple[float, float]) -> tuple[dict[str, int], flo
 
 
 def compare(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
-    """One row of the table: the rank with the larger peak, the median over the repeats."""
-    found = run({"case": asdict(case), "folder": str(folder), "repeats": repeats}, case.tp)
-    worst = max(found, key=lambda rank: rank["peak_bytes"])
-    pairs = [
-        (predict(case, tuple(rates))[1], seconds)
-        for rates, seconds in zip(worst["rates"], worst["seconds"], strict=True)
-    ]
-    parts, _ = predict(case, tuple(worst["rates"][0]))
-    planned_s, measured_s = (median(values) for values in zip(*pairs, strict=True))
-    return {
+    """One row of the table: the larger peak of the ranks, which go at the pace of the slower one."""
+    ranks = run({"case": asdict(case), "folder": str(folder), "repeats": repeats}, case.tp)
+    peak, parts = max(rank["peak_bytes"] for rank in ranks), predict(case, [1.0, 1.0, 1.0])[0]
+    row = {
         "case": case.name,
         "planned_bytes": parts["total"],
-        "measured_bytes": worst["peak_bytes"],
-        "memory_error": abs(parts["total"] / worst["peak_bytes"] - 1),
-        "beyond_libraries_error": (parts["total"] - worst["peak_bytes"]) / (parts["total"] - parts["runtime"]),
-        "planned_seconds": planned_s,
-        "measured_seconds": measured_s,
-        "time_error": abs(median(planned / measured for planned, measured in pairs) - 1),
+        "measured_bytes": peak,
+        "memory_error": abs(parts["total"] / peak - 1),
         "parts": parts,
-        **worst,
     }
+    if not repeats:
+        return row
+    seconds, wall = ([max(each) for each in zip(*(rank[key] for rank in ranks), strict=True)] for key in TIMES)
+    around = zip(*(rank["rates"] for rank in ranks), strict=True)
+    rates = [[min(each) for each in zip(*of_ranks, strict=True)] for of_ranks in around]
+    planned = [predict(case, of_repeat)[1] for of_repeat in rates]
+    ratios = [p / m for p, m in zip(planned, seconds, strict=True)]
+    return row | {
+        "planned_seconds": median(planned),
+        "measured_seconds": median(seconds),
+        "time_error": abs(median(ratios) - 1),
+        "ratios": ratios,
+        "seconds": seconds,
+        "wall_seconds": wall,
+        "rates": [dict(zip(RATES, of_repeat, strict=True)) for of_repeat in rates],
+    }
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    planned, measured = (row[key] / 2**20 for key in ("planned_bytes", "measured_bytes"))
+    line = f"{row['case']:<22}{planned:>6.0f} MiB{measured:>6.0f} MiB{row['memory_error']:>8.1%}"
+    if "time_error" in row:
+        line += f"{row['planned_seconds']:>8.2f} s{row['measured_seconds']:>8.2f} s{row['time_error']:>8.1%}"
+        line += f"{median(row['wall_seconds']):>8.2f} s"
+    return line
 
 
 def main() -> None:
@@ -258,26 +308,26 @@ def main() -> None:
     if options.job:
         job = json.loads(options.job)
         if "prepare" in job:
-            prepare(job["prepare"], Path(job["folder"]), Path(job["teacher"]) if job["teacher"] else None)
+            prepare(job["prepare"], Path(job["folder"]), Path(job["teacher"]))
             print("{}")
         else:
             print(json.dumps(measure(Case(**job["case"]), Path(job["folder"]), job["repeats"])), flush=True)
         return
-    repeats = options.repeats or (2 if options.quick else 5)
-    recipes = ("tiny",) if options.quick else ("tiny", "smollm2")
+    repeats = (2 if options.quick else 5) if options.repeats is None else options.repeats
+    chosen = [case for case in CASES if options.only in case.name and (case.recipe == "tiny" or not options.quick)]
     rows = []
-    print(f"{'':<22}{'planned':>10}{'measured':>10}{'error':>8}{'planned':>10}{'measured':>10}{'error':>8}")
+    heads = ("planned", "measured", "error")
+    print(f"{'':<22}{'{:>10}{:>10}{:>8}'.format(*heads)}{'{:>10}{:>10}{:>8}{:>10}'.format(*heads, 'wall')}")
     with tempfile.TemporaryDirectory() as base:
-        for recipe in recipes:
-            teacher = str(options.teacher) if recipe == "smollm2" else None
-            run({"prepare": recipe, "folder": f"{base}/{recipe}", "teacher": teacher}, 1)
-            for case in (case for case in CASES if case.recipe == recipe and options.only in case.name):
-                rows.append(row := compare(case, Path(base) / recipe, repeats))
-                planned, measured = (row[key] / 2**20 for key in ("planned_bytes", "measured_bytes"))
-                memory = f"{planned:>6.0f} MiB{measured:>6.0f} MiB{row['memory_error']:>8.1%}"
-                seconds = f"{row['planned_seconds']:>8.2f} s{row['measured_seconds']:>8.2f} s{row['time_error']:>8.1%}"
-                print(f"{row['case']:<22}{memory}{seconds}", flush=True)
-    worst = {f"worst_{key}": max(row[key] for row in rows) for key in ("memory_error", "time_error")}
+        for case in chosen:
+            folder = Path(base) / case.recipe
+            if not folder.exists():
+                folder.mkdir()
+                run({"prepare": case.recipe, "folder": str(folder), "teacher": str(options.teacher)}, 1)
+            rows.append(compare(case, folder, repeats))
+            print(show(rows[-1]), flush=True)
+    keys = ("memory_error", "time_error") if repeats else ("memory_error",)
+    worst = {f"worst_{key}": max(row[key] for row in rows) for key in keys}
     print(", ".join(f"{key} {value:.1%}" for key, value in worst.items()))
     if options.json:
         options.json.write_text(json.dumps(worst | {"cases": rows}, indent=2) + "\n")

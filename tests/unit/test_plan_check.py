@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron_train import cli
 from minitron_train.arch import Shape
 from minitron_train.config import Config, Recompute
 from minitron_train.errors import UserError
@@ -152,6 +153,22 @@ def test_the_check_can_be_overridden(memory: Callable[[float], None], tmp_path: 
     made = config()
     made.plan.check = False
     check_fits(made, "distill", TEACHER, STUDENT, World(), tmp_path)
+
+
+def test_a_missing_path_comes_first_and_plan_never_refuses(
+    memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory(0.001)
+    monkeypatch.setattr("sys.argv", ["minitron_train"])
+
+    def run(command: str, *words: str) -> None:
+        cli.run(["minitron_train", command, "+recipe=4b", f"output_dir={tmp_path}/out", *words], World())
+
+    for command in ("score", "prune", "distill"):
+        with pytest.raises(UserError, match=r"^teacher\.path=/none: no such folder"):
+            run(command, "teacher.path=/none")
+    run("plan")
+    assert (tmp_path / "out" / "plan.json").exists()
 
 
 def test_recompute_and_tensor_parallelism_save_memory() -> None:
