@@ -108,7 +108,7 @@ def compare(layers: int, sequences: int, recompute: str, toy: bool) -> dict[str,
         "sequences": sequences,
         "recompute": recompute,
         "flops": flops * sequences * length,
-        "planned_bytes": parts["total"] - parts["runtime"] - parts["mapped_files"],
+        "planned_bytes": parts["total"] - parts["runtime"],
         "planned_parts": parts,
         **found,
     }

@@ -12,7 +12,7 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan.hardware import GIB, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
-from minitron_train.plan.memory import FP32, Layout, distill_bytes, eval_bytes, export_bytes, needed, score_bytes
+from minitron_train.plan.memory import FP32, Layout, distill_bytes, eval_bytes, export_bytes, score_bytes
 from minitron_train.plan.reckon import WEIGHT_BYTES
 from minitron_train.plan.stages import disk_bytes, export_weight_bytes
 
@@ -108,7 +108,7 @@ def distill_options(
         sharded_optimizer=distributed,
         cuda=cuda,
     )
-    yield Option((), needed(distill_bytes(teacher, student, now)))
+    yield Option((), distill_bytes(teacher, student, now)["total"])
     for size in tp_sizes(world, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
@@ -118,7 +118,7 @@ def distill_options(
                     "train.micro_batch_size": (train.micro_batch_size, micro),
                     "train.recompute": (train.recompute.name, recompute),
                 }
-                yield Option(changed(names), needed(distill_bytes(teacher, student, other)))
+                yield Option(changed(names), distill_bytes(teacher, student, other)["total"])
 
 
 def tp_sizes(world: World, *shapes: Shape) -> list[int]:
@@ -145,7 +145,7 @@ def eval_options(config: Config, teacher: Shape, student: Shape, world: World, c
             "parallel.tensor_model_parallel_size": (tp, size),
             "eval.batch_size": (settings.batch_size, batch),
         }
-        yield Option(changed(names), needed(eval_bytes(student, layout)))
+        yield Option(changed(names), eval_bytes(student, layout)["total"])
 
 
 def score_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
@@ -179,7 +179,7 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
             "calibration.chunk_tokens": (calibration.chunk_tokens, chunk),
         }
         parts = score_bytes(teacher, layout, chunk_tokens=min(chunk, tokens), streamed=streamed)
-        yield Option(changed(names), needed(parts))
+        yield Option(changed(names), parts["total"])
 
 
 def changed(names: Mapping[str, tuple[object, object]]) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ def changed(names: Mapping[str, tuple[object, object]]) -> tuple[str, ...]:
 
 def export_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
     """The one way: a single process, a shard at a time."""
-    yield Option((), needed(export_bytes(student, export_weight_bytes(config))))
+    yield Option((), export_bytes(student, export_weight_bytes(config))["total"])
 
 
 OPTIONS = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minitron_train.arch import Shape
 from minitron_train.plan.hardware import Hardware
-from minitron_train.plan.memory import Layout, distill_bytes, needed
+from minitron_train.plan.memory import Layout, distill_bytes
 from minitron_train.plan.timing import StepTime, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -59,7 +59,7 @@ def evaluate(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, 
     """What a layout needs and how long its step takes."""
     memory = distill_bytes(teacher, student, layout)
     step = step_time(teacher, student, machine, layout, global_batch_size)
-    return Choice(layout=layout, memory=memory, step=step, fits=needed(memory) <= machine.memory_bytes)
+    return Choice(layout=layout, memory=memory, step=step, fits=memory["total"] <= machine.memory_bytes)
 
 
 def all_choices(

@@ -127,11 +127,6 @@ def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
     return state * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
 
 
-def mapped_bytes(layout: Layout, num_parameters: int) -> int:
-    """Pages of safetensors files that stay mapped: resident on paper, but given back when memory is short. None on a GPU."""
-    return 0 if layout.cuda else num_parameters * layout.weight_bytes
-
-
 def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
     """Memory of one process that distills, or pretrains without a teacher, by part; `total` is the peak over teacher forward
     and step (AdamW's fused update works in place).
@@ -140,7 +135,6 @@ def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict
     taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
-        "mapped_files": mapped_bytes(layout, own + taught),
         "student_weights": own * layout.weight_bytes,
         "teacher_weights": taught * layout.teacher_weight_bytes,
         "gradients": own * FP32,
@@ -200,8 +194,3 @@ def export_bytes(student: Shape, weight_bytes: int) -> dict[str, int]:
     largest = max(sum(map(prod, row.sizes(student).values())) for row in table.rows_of(student)) * FP32
     parts = {"runtime": RUNTIME_BYTES["export"], "shard": min(whole, SHARD_BYTES), "tensor": 3 * largest}
     return parts | {"total": sum(parts.values())}
-
-
-def needed(parts: dict[str, int]) -> int:
-    """Bytes that must be there: pages of mapped files are given back when memory is short."""
-    return parts["total"] - parts.get("mapped_files", 0)

@@ -7,7 +7,6 @@ from minitron_train.plan.timing import DISK_RATE
 GIB = 2**30
 MEMORY_ROWS = {
     "runtime": "CUDA, NCCL, libraries",
-    "mapped_files": "mapped files",
     "student_weights": "student's weights",
     "teacher_weights": "teacher's weights",
     "gradients": "gradients, fp32",

@@ -7,7 +7,7 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.config import Config, Precision
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.plan.hardware import Hardware
-from minitron_train.plan.memory import FP32, Layout, needed, score_bytes, slice_bytes
+from minitron_train.plan.memory import FP32, Layout, score_bytes, slice_bytes
 from minitron_train.plan.timing import score_seconds, slice_seconds
 
 BF16 = 2
@@ -25,14 +25,14 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
         for name, streamed in (("resident", False), ("streamed", True))
     }
     ways = {True: ["streamed"], False: ["resident"], None: ["resident", "streamed"]}[calibration.streamed]
-    chosen = min((memory[way] for way in ways), key=needed)
+    chosen = min((memory[way] for way in ways), key=lambda parts: parts["total"])
     return {
         "tokens": tokens,
         "precision": calibration.precision_on(machine.cuda).value,
         "flops": flops,
         "seconds": score_seconds(teacher, machine, layout, tokens),
         "memory_bytes": memory,
-        "fits": needed(chosen) <= machine.memory_bytes,
+        "fits": chosen["total"] <= machine.memory_bytes,
     }
 
 

@@ -13,7 +13,6 @@ from minitron_train.parallel.launch import World
 from minitron_train.plan import check, check_fits
 from minitron_train.plan.counts import parameters
 from minitron_train.plan.hardware import GIB, control_group_left
-from minitron_train.plan.memory import needed
 
 TEACHER = Shape(
     architecture="nemotron",
@@ -178,10 +177,6 @@ def test_recompute_and_tensor_parallelism_save_memory() -> None:
     made = config()
     made.train.recompute = Recompute.full
     assert option_settings("distill", made, World(), ()) < base
-
-
-def test_mapped_pages_are_no_need() -> None:
-    assert needed({"total": 10, "mapped_files": 4}) == 6
 
 
 def test_control_group(tmp_path: Path) -> None:
