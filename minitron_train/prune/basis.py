@@ -22,7 +22,6 @@ from minitron_train.prune.layers import Layers, forward, seeing
 # N sequences, S length, D teacher's hidden, H student's hidden
 
 NEAR_MEDIAN = 0.3  # a final norm's weight that differs by less, relative to the median, counts as nearly constant
-TOKENS_PER_CHANNEL = 16  # that the principal directions are taken from
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from minitron_train.arch.shape import SIZES, Shape
 from minitron_train.config import CalibrationConfig, Config
 from minitron_train.console import say
 from minitron_train.parallel.groups import Groups
-from minitron_train.prune.basis import TOKENS_PER_CHANNEL, principal_basis, why_not
+from minitron_train.prune.basis import principal_basis, why_not
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.score import measure, scoring_dtype
@@ -117,9 +117,8 @@ def between(teacher: Shape, student: Shape, share: float) -> Shape:
 
 def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
     """`keep` with principal directions of the residual stream in the place of channels, where that is possible."""
-    sequences_NS = tokens.flatten(0, 1)
-    whole, hidden_size = whole_layers(groups), teacher.shape.hidden_size
-    used = max(whole.world_size, -(-TOKENS_PER_CHANNEL * hidden_size // sequences_NS.shape[1]))
+    sequences_NS, whole = tokens.flatten(0, 1), whole_layers(groups)
+    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], groups.world_size)
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     if reason := why_not(layers, keep.student.hidden_size):
         say(f"prune.rotate: not for this teacher ({reason}); channels are kept instead")
