@@ -16,7 +16,7 @@ from minitron_train.config import Aggregation
 
 # S sequence, B batch, C channels (the rank's own)
 ORDER = (Aggregation.mean, Aggregation.l2, Aggregation.var)  # of the per-sequence values in `Moments`
-SCRATCH_BYTES = {"cpu": 2**19, "cuda": 2**26}  # what is reduced at once: on a CPU it stays in one core's cache
+SCRATCH_BYTES = {"cpu": 2**19, "cuda": 2**23}  # a thread, of what is reduced at once: on a CPU it stays in the cache
 FP32_TOKENS = 128  # positions that are summed in fp32 before the sum goes into fp64
 
 
@@ -29,7 +29,8 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
         mask_SB: bool, False marks padding, which never counts; None when there is none.
     """
     length, width = len(x_SBC), x_SBC[0].numel()
-    num_rows = max(1, min(FP32_TOKENS, SCRATCH_BYTES[x_SBC.device.type] // (4 * width)))
+    num_bytes = SCRATCH_BYTES[x_SBC.device.type] * torch.get_num_threads()
+    num_rows = max(1, min(FP32_TOKENS, num_bytes // (4 * width)))
     scratch = torch.empty(num_rows, width, device=x_SBC.device)
     one, partial = torch.ones(1, num_rows, device=x_SBC.device), torch.empty(3, width, device=x_SBC.device)
     sums = torch.zeros(3, width, dtype=torch.float64, device=x_SBC.device)  # of x, |x| and x²
@@ -40,7 +41,7 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
             x = x_SBC[start : min(start + num_rows, stop)]
             if mask_SB is not None:
                 x = x.masked_fill(~mask_SB[start : start + len(x), :, None], 0.0)
-            add_sums(partial, x.flatten(1), scratch[: len(x)], one[:, : len(x)])
+            add_sums(partial, x, scratch[: len(x)], one[:, : len(x)])
         sums += partial
     counts_B1 = length if mask_SB is None else mask_SB.sum(0)[:, None].double()
     sums = sums.view(3, *x_SBC.shape[1:])
@@ -49,10 +50,13 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
     return torch.stack([mean_abs, sums[2].sqrt(), variance])
 
 
-def add_sums(sums_3W: Tensor, x_SW: Tensor, scratch_SW: Tensor, one_1S: Tensor) -> None:
+def add_sums(sums_3W: Tensor, x_SBC: Tensor, scratch_SW: Tensor, one_1S: Tensor) -> None:
     """Add Σ x, Σ |x| and Σ x² over the rows of `x` to `sums`; products with a row of ones are the fastest sums."""
-    if x_SW.dtype is not torch.float32:
-        x_SW = scratch_SW.copy_(x_SW)
+    if x_SBC.dtype is torch.float32 and x_SBC.is_contiguous():
+        x_SW = x_SBC.flatten(1)
+    else:
+        scratch_SW.view_as(x_SBC).copy_(x_SBC)
+        x_SW = scratch_SW
     sums_3W[0:1].addmm_(one_1S, x_SW)
     sums_3W[1:2].addmm_(one_1S, torch.abs(x_SW, out=scratch_SW))
     sums_3W[2:3].addmm_(one_1S, torch.mul(x_SW, x_SW, out=scratch_SW))
