@@ -183,12 +183,16 @@ class Cluster:
     # Slurm's commands
 
     def call(
-        self, *command: str, cwd: Path | None = None, check: bool = True, environ: Mapping[str, str] | None = None
+        self,
+        *command: str,
+        cwd: Path | None = None,
+        check: bool = True,
+        environ: Mapping[str, str] | None = None,
+        timeout_s: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command with this cluster as the default one."""
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=cwd, env={**self.environment, **(environ or {})}, timeout=120
-        )
+        environment = {**self.environment, **(environ or {})}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout_s)
         assert not check or done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}: {done.stderr}"
         return done
 
