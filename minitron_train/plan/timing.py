@@ -19,11 +19,9 @@ PASSES = {
 }  # tensors read or written by one layer, per width
 LOGIT_PASSES = 12  # over one fp32 logit of either model: two sweeps of exponentials, sums, gradient
 WATCH_PASSES = 6  # over each watched activation: prune.statistics reduces it three times
-READ_PASSES, WRITE_PASSES = (
-    3,
-    8,
-)  # over a byte that is read; that is cut, written and put into a zeroed page of the cache
-SCORE_START_S, SLICE_START_S = 0.1, 0.016  # files opened, modules built, results written
+READ_PASSES = 4  # over a byte that slicing reads
+WRITE_PASSES = 9  # over one that is cut, written and put into a page of the cache
+SCORE_START_S, SLICE_START_S = 0.03, 0.02  # files opened, modules built, results written
 DISK_RATE = 2e9  # bytes a second of a cluster's file system: assumed, hardware tables do not tell
 ATTENTION_SHARE = {False: 0.3, True: 0.6}  # of the matrix products' rate, without and with CUDA
 UPDATE_PASSES = 20  # gradient norm, clipping, AdamW, zeroing: over fp32 weights, gradients and moments
