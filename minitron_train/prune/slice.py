@@ -56,6 +56,7 @@ class Sliced:
 
     def __init__(self, teacher: hf.Checkpoint, keep: Keep) -> None:
         self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
+        self.gains: dict[tuple[str, int], Tensor] = {}  # by norm and layer, see _gain
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The student's tensor `name`, or its rows [start, stop) along `dim`."""
@@ -109,15 +110,39 @@ class Sliced:
             return self._rotate_norm(tensor, origin, basis)
         if axes[0] == "embd":
             return basis.down_DH.t() @ tensor
-        gamma_D = self._gamma(READ_NORMS[origin.mcore] + ".weight", origin.layer)
-        return (tensor * gamma_D) @ basis.up_DH
+        return self._folded(tensor, origin) / self._gain(READ_NORMS[origin.mcore], origin.layer)
+
+    def _folded(self, tensor: Tensor, origin: Origin) -> Tensor:
+        """A linear that has taken over the weights of the norm that it reads."""
+        basis = self.keep.basis
+        assert basis is not None
+        return (tensor * self._gamma(READ_NORMS[origin.mcore] + ".weight", origin.layer)) @ basis.up_DH
+
+    def _gain(self, norm: str, layer: int) -> Tensor:
+        """What a norm's weights take back from the linears that read it, so that their columns are of one size again, [H].
+
+        The model is the same with ones. But optimizers change all weights by the same amount, and where a direction is
+        large in the stream, its column in the linears is small: the norm has to make it so, or training diverges.
+        """
+        if "{i}" not in norm:
+            return torch.ones(self.keep.student.hidden_size)
+        if (norm, layer) not in self.gains:
+            squares, own, count = torch.zeros(self.keep.student.hidden_size), 0.0, 0
+            for origin in self.origins.values():
+                if origin.layer == layer and READ_NORMS.get(origin.mcore) == norm:
+                    tensor = self.source.read(origin.name).float()
+                    squares += self._folded(tensor, origin).square().sum(0)
+                    own, count = own + tensor.square().mean(1).sum().item(), count + len(tensor)
+            self.gains[norm, layer] = (squares / count).sqrt().clamp(min=1e-6) / (own / count) ** 0.5
+        return self.gains[norm, layer]
 
     def _rotate_norm(self, tensor: Tensor, origin: Origin, basis: Basis) -> Tensor:
         last = "{i}" not in origin.mcore
-        weight_H = basis.final_norm_H if last else torch.full_like(basis.final_norm_H, basis.norm)
+        norm = origin.mcore.rsplit(".", 1)[0]
+        gain_H = self._gain(norm, origin.layer)
         if origin.mcore.endswith(".bias"):
-            return (tensor / self._gamma(origin.mcore.removesuffix("bias") + "weight", origin.layer)) @ basis.up_DH
-        return weight_H - self._offset
+            return (tensor / self._gamma(f"{norm}.weight", origin.layer)) @ basis.up_DH * gain_H
+        return (basis.final_norm_H if last else basis.norm * gain_H) - self._offset
 
     @property
     def _offset(self) -> float:
