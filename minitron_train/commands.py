@@ -234,7 +234,9 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
-        tokenizer = load_tokenizer(open_origin(model).tokenizer)
+        origin = open_origin(model)
+        ws.check_fits("eval", origin.shape, teacher=origin.shape)
+        tokenizer = load_tokenizer(origin.tokenizer)
         tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
         return measure(
             config,
@@ -322,8 +324,11 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 
     def work(target: Path) -> Mapping[str, Any]:
+        shape = ws.shape_of(student)
         if teacher is not None:
-            ws.check_fits("distill", ws.shape_of(student))
+            ws.check_fits("distill", shape)
+        else:
+            ws.check_fits("pretrain", shape, teacher=shape)
         hooks = [task_hook(ws, student)] if config.eval.training_tasks else []
         return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
 

@@ -61,6 +61,16 @@ def test_a_rotation_alone_changes_nothing(tmp_path, models, groups, family):
     assert basis.variance_D.sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "nemotron"])
+def test_the_columns_behind_a_norm_are_of_one_size(tmp_path, models, groups, family):
+    """Else AdamW, which moves all weights alike, moves the model most where its stream is largest."""
+    folder, _ = write_rotated(tmp_path / "cut", models[family], groups, 48)
+    checkpoint = hf.Checkpoint(folder)
+    sizes = [checkpoint.read(f"model.layers.1.self_attn.{x}_proj.weight").square() for x in "qkv"]
+    columns = torch.cat(sizes).mean(0).sqrt()
+    torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-4, atol=0)
+
+
 def squeeze(folder):
     """Give a random model what trained ones have: a residual stream that is small in most directions, none a channel."""
     checkpoint, file = hf.Checkpoint(folder), folder / "model.safetensors"
