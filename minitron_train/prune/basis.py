@@ -91,11 +91,11 @@ def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_b
     norm = float((len(gamma_D) / hidden_size * variance_D[: len(channels) + num_free].sum()).sqrt())
     last = common if layers.shape.tie_embeddings else torch.ones_like(common)  # untied: it goes into the output layer
     return Basis(
-        down_DH=(scale_D[:, None] * directions_DH).float(),
-        up_DH=(directions_DH / scale_D[:, None]).float(),
+        down_DH=(scale_D[:, None] * directions_DH).float().cpu(),
+        up_DH=(directions_DH / scale_D[:, None]).float().cpu(),
         norm=norm,
-        final_norm_H=norm * torch.cat([gamma_D[channels], last.expand(num_turned)]),
-        variance_D=variance_D.float(),
+        final_norm_H=norm * torch.cat([gamma_D[channels], last.expand(num_turned)]).cpu(),
+        variance_D=variance_D.float().cpu(),
     )
 
 

@@ -25,6 +25,7 @@ from minitron_train.config import PruneConfig, Refit
 from minitron_train.console import progress
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
+from minitron_train.prune.basis import effective_gamma
 from minitron_train.prune.layers import Layers, forward, seeing
 from minitron_train.prune.select import Keep
 
@@ -254,8 +255,7 @@ class Repair:
         if self.keep.basis is None:
             start[self.keep.embedding, torch.arange(hidden)] = 1.0
         else:
-            gamma_D = self.teacher.final_norm.weight + self.teacher.final_norm.offset
-            start = gamma_D[:, None] * self.keep.basis.up_DH.to(start)
+            start = effective_gamma(self.teacher)[:, None] * self.keep.basis.up_DH.to(start)
         fitted = squares.solve(start, self.prune.ridge)
         name = self.teacher.tensor_name(OUTPUT)
         weight = self.teacher.source.read(name).to(fitted)
