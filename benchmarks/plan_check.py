@@ -35,7 +35,7 @@ from minitron_train.config import ClusterConfig, Config, Precision
 from minitron_train.parallel.launch import World, read_world
 from minitron_train.plan.hardware import Hardware, copy_rate, gemm_flops, hardware, median_seconds
 from minitron_train.plan.reckon import reckon
-from minitron_train.workspace import STUDENT_SIZES, shape_of_recipe
+from minitron_train.workspace import shape_of_recipe
 
 if TYPE_CHECKING:
     from minitron_train.parallel.groups import Groups
@@ -79,7 +79,7 @@ def shapes(config: Config) -> tuple[Shape, Shape]:
     """Teacher's and student's, from the recipe."""
     teacher = shape_of_recipe(config)
     assert teacher is not None
-    return teacher, teacher.smaller(**{size: getattr(config.student, size) for size in STUDENT_SIZES})
+    return teacher, teacher.smaller(**config.student.sizes())
 
 
 # in the measuring processes

@@ -91,6 +91,7 @@ def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
         Case("merged in the output", "modelopt", {"head_merge": "outputs"}),
         Case("outputs refitted", "modelopt", {"refit": "outputs"}),
         Case("two iterations", "modelopt", {"iterations": 2}),
+        Case("default, mean over the batch", "default", {"batch_aggregation": "mean"}),
         Case("default, not rotated", "default", {"rotate": False}),
         Case("default, ridge 0.003", "default", {"ridge": 0.003}),
     ]

@@ -14,7 +14,7 @@ from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
 from minitron_train.parallel.launch import World
 from minitron_train.stages import Stage
-from minitron_train.workspace import STUDENT_SIZES, Workspace, late, shape_of_recipe, subset
+from minitron_train.workspace import Workspace, late, shape_of_recipe, subset
 
 
 def execute(name: str, config: Config, typed: list[str], world: World) -> None:
@@ -287,7 +287,7 @@ def cut(ws: Workspace, student: Shape) -> None:
     from minitron_train.prune.describe import describe
 
     teacher, scores = ws.open_teacher(), ws.folder / "scores" / "scores.safetensors"
-    sizes = {size: getattr(student, size) for size in STUDENT_SIZES}
+    sizes = student.sizes()
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder), "scores": sha256_file(scores) if scores.exists() else ""}
     settings = {"prune": dataclasses.asdict(ws.config.prune), "student": sizes}
     stage = Stage(

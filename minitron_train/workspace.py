@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from minitron_train.hf import Checkpoint
     from minitron_train.parallel.groups import Groups
 
-STUDENT_SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
-
 
 class Workspace:
     """Paths under output_dir, shapes of teacher and student, and the process groups, started when first needed."""
@@ -149,8 +147,7 @@ class Workspace:
         """The target, checked against the teacher, the loaders' rules and the tensor-parallel size."""
         from minitron_train.arch.rules import check_rules
 
-        sizes = {size: getattr(self.config.student, size) for size in STUDENT_SIZES}
-        student = self.teacher_shape.smaller(**sizes)
+        student = self.teacher_shape.smaller(**self.config.student.sizes())
         check_rules(student, "student")
         tp = self.config.parallel.tensor_model_parallel_size
         self.teacher_shape.check_parallel(tp, "teacher")

@@ -1,7 +1,8 @@
 """Sections model, teacher, student, export: the models that come in and the one that leaves."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from minitron_train.arch.shape import SIZES
 from minitron_train.config.base import opt, require, require_positive
 
 
@@ -63,9 +64,13 @@ class StudentConfig:
     num_query_groups: int | None = opt(None, "key/value heads kept per layer")
     num_layers: int | None = opt(None, "layers kept")
 
+    def sizes(self) -> dict[str, int | None]:
+        """What the pruning may cut, by name; None is the teacher's size."""
+        return {size: getattr(self, size) for size in SIZES}
+
     def validate(self) -> None:
         """Positive numbers only; the rest needs the teacher's shape (see arch.shape)."""
-        require_positive(self, "student", *(f.name for f in fields(self) if f.name != "path"))
+        require_positive(self, "student", *SIZES)
 
 
 @dataclass(kw_only=True, slots=True)

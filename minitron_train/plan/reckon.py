@@ -6,7 +6,7 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.arch.shape import SIZES
-from minitron_train.config import Config, Precision, StudentConfig
+from minitron_train.config import Config, Precision
 from minitron_train.files import atomic_write_json
 from minitron_train.plan import counts
 from minitron_train.plan.hardware import Hardware, hardware
@@ -52,11 +52,6 @@ def reckon(config: Config, teacher: Shape, student: Shape, machine: Hardware) ->
         "slicing": slicing(config, teacher, student, machine),
         "disk": disk_bytes(config, teacher, student),
     }
-
-
-def sizes_of(student: StudentConfig) -> dict[str, int | None]:
-    """The sizes that pruning may cut, as the student's section gives them."""
-    return {key: getattr(student, key) for key in SIZES}
 
 
 def base_layout(config: Config, machine: Hardware) -> Layout:
@@ -123,7 +118,7 @@ def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | N
     scratch_tokens = config.plan.pretraining_tokens
     if scratch_tokens is None:
         return None
-    members = {name: teacher.smaller(**sizes_of(sizes)) for name, sizes in config.plan.family.items()} or {
+    members = {name: teacher.smaller(**sizes.sizes()) for name, sizes in config.plan.family.items()} or {
         config.name: student
     }
     seq_length, tokens_per_step = config.train.seq_length, config.train.step_tokens

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from minitron_train.arch.shape import SIZES
 from minitron_train.plan.timing import DISK_RATE
 
 GIB = 2**30
@@ -16,15 +17,6 @@ MEMORY_ROWS = {
     "total": "peak",
 }
 PARTS = ("embedding", "attention", "mlp", "norms", "output")
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-)
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -52,7 +44,10 @@ def models(plan: dict[str, Any]) -> list[str]:
     """Teacher beside student."""
     teacher, student = plan["teacher"], plan["student"]
     lines = [f"{'':<28}{'teacher':>16}{'student':>16}{'kept':>8}"]
-    pairs = [(name, teacher[name], student[name]) for name in (*SIZES, "parameters", "non_embedding_parameters")]
+    pairs = [
+        (name, teacher[name], student[name])
+        for name in (*SIZES, "kv_channels", "vocab_size", "parameters", "non_embedding_parameters")
+    ]
     pairs += [(f"  {name}", teacher["parameters_by_part"][name], student["parameters_by_part"][name]) for name in PARTS]
     for name, before, after in pairs:
         share = f"{after / before:8.1%}" if before and after != before else ""

@@ -18,7 +18,7 @@ from minitron_train.parallel.launch import World
 from minitron_train.plan import counts, format_plan, plan
 from minitron_train.plan.memory import Layout, activation_bytes
 from minitron_train.train.optim import RECOMPUTE
-from minitron_train.workspace import STUDENT_SIZES, shape_of_recipe
+from minitron_train.workspace import shape_of_recipe
 
 
 def load(*overrides: str) -> Config:
@@ -32,7 +32,7 @@ def shapes(config: Config) -> tuple[Shape, Shape]:
     """Teacher's and student's, from the recipe alone."""
     teacher = shape_of_recipe(config)
     assert teacher is not None
-    return teacher, teacher.smaller(**{size: getattr(config.student, size) for size in STUDENT_SIZES})
+    return teacher, teacher.smaller(**config.student.sizes())
 
 
 @pytest.mark.parametrize(
