@@ -7,7 +7,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def run(argv: list[str], world: World) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(command_help(name))
+        print(command_help(name, [word for word in arguments if not word.startswith("-")]))
         return
     register_recipes()
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -119,6 +119,22 @@ def run(argv: list[str], world: World) -> None:
         raise UserError(message) from error
     if mistakes:
         raise mistakes[0]
+
+
+def compose(arguments: list[str]) -> Config:
+    """The validated configuration of a command line, without running it.
+
+    Raises:
+        UserError: an unknown recipe, key, option or value.
+    """
+    register_recipes()
+    for argument in arguments:
+        check_override(argument)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(home() / "conf")):
+            return to_config(hydra.compose("config", overrides=arguments))
+    except HydraException as error:
+        raise UserError(one_line(error)) from error
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -227,7 +243,7 @@ def usage() -> str:
         "recipes:",
         *recipe_lines(),
         "",
-        "python -m minitron_train COMMAND --help     the keys that a command reads",
+        "python -m minitron_train COMMAND [+recipe=NAME] --help     the keys that a command reads, and their values",
         "python -m minitron_train COMMAND … --cfg job --resolve     the resolved configuration; nothing is run",
         "torchrun --nproc-per-node N -m minitron_train COMMAND …     several processes (or srun)",
     ]
@@ -241,16 +257,15 @@ def recipe_lines() -> list[str]:
     return [f"  {name:<{width}}  {path.read_text().splitlines()[0].lstrip('# ')}" for name, path in found.items()]
 
 
-def command_help(name: str) -> str:
-    """Keys with defaults and meaning for one command."""
-    command = COMMANDS[name]
+def command_help(name: str, arguments: list[str]) -> str:
+    """Keys and their meaning for one command; the values are the recipe's and the command line's, else the defaults."""
+    command, config = COMMANDS[name], compose(arguments)
     groups = sorted(path.name for path in (home() / "conf").iterdir() if path.is_dir())
     lines = [f"usage: python -m minitron_train {name} [+recipe=NAME] [key=value …]", "", f"{command.summary}.", ""]
-    own = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
-    lines += ["keys of every command:", *key_lines(own, "")]
+    lines += ["keys of every command:"]
+    lines += [key_line(f, "", config) for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
     for section in command.sections:
-        kind = next(f.type for f in dataclasses.fields(Config) if f.name == section)
-        lines += ["", f"{section}:", *key_lines(dataclasses.fields(typing.cast(Any, kind)), f"{section}.")]
+        lines += ["", f"{section}:", *key_lines(getattr(config, section), f"{section}.")]
     lines += ["", "groups (NAME=OPTION picks a file of conf/NAME):"]
     for group in groups:
         options = " ".join(sorted(path.stem for path in (home() / "conf" / group).glob("*.yaml")))
@@ -259,22 +274,19 @@ def command_help(name: str) -> str:
     return "\n".join(lines)
 
 
-def key_lines(found: Iterable[dataclasses.Field[Any]], prefix: str) -> list[str]:
-    """ "  key=default   meaning" for each field; sections are walked into."""
-    lines = []
-    for f in found:
+def key_lines(section: Any, prefix: str) -> Iterator[str]:
+    """A line for each key; sections are walked into."""
+    for f in dataclasses.fields(section):
         if dataclasses.is_dataclass(f.type):
-            lines += key_lines(dataclasses.fields(typing.cast(Any, f.type)), f"{prefix}{f.name}.")
-            continue
-        default = f.default if f.default is not dataclasses.MISSING else default_of_factory(f)
-        value = default.name if isinstance(default, Enum) else "" if default is None else default
-        meaning = f.metadata.get("help", "")
-        if isinstance(f.type, type) and not isinstance(f.type, types.GenericAlias) and issubclass(f.type, Enum):
-            meaning += f" ({', '.join(member.name for member in f.type)})"
-        lines.append(f"  {f'{prefix}{f.name}={value}':<44} {meaning}")
-    return lines
+            yield from key_lines(getattr(section, f.name), f"{prefix}{f.name}.")
+        else:
+            yield key_line(f, prefix, section)
 
 
-def default_of_factory(f: dataclasses.Field[Any]) -> Any:
-    """The value that a default factory makes."""
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else "???"
+def key_line(f: dataclasses.Field[Any], prefix: str, section: Any) -> str:
+    """ "  key=value   meaning"."""
+    value, meaning = getattr(section, f.name), f.metadata.get("help", "")
+    shown = value.name if isinstance(value, Enum) else "" if value is None else value
+    if isinstance(f.type, type) and not isinstance(f.type, types.GenericAlias) and issubclass(f.type, Enum):
+        meaning += f" ({', '.join(member.name for member in f.type)})"
+    return f"  {f'{prefix}{f.name}={shown}':<44} {meaning}"

@@ -15,9 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import hydra
-from hydra.errors import HydraException
-
 from minitron_train import cli
 from minitron_train.config import Config
 from minitron_train.errors import UserError
@@ -36,13 +33,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         verb, arguments = argv[1], list(argv[2:])
         if verb == "chain":
-            config = compose(arguments)
+            config = cli.compose(arguments)
             print("\n".join([config.output_dir, *chain(config)]))
         elif verb == "candidates":
-            config = compose(arguments)
+            config = cli.compose(arguments)
             print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
         elif verb == "check":
-            command, config = arguments[0], compose(arguments[1:])
+            command, config = arguments[0], cli.compose(arguments[1:])
             check(command, config, world, os.environ)
             for mark in marks(command, config, world) if world.is_first else ():
                 print(mark)
@@ -52,18 +49,6 @@ def main(argv: Sequence[str]) -> None:
         late(world.rank)
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
         sys.exit(2)
-
-
-def compose(arguments: list[str]) -> Config:
-    """The validated configuration of a command line, without running it."""
-    cli.register_recipes()
-    for argument in arguments:
-        cli.check_override(argument)
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
-            return cli.to_config(hydra.compose("config", overrides=arguments))
-    except HydraException as error:
-        raise UserError(cli.one_line(error)) from error
 
 
 def chain(config: Config) -> list[str]:

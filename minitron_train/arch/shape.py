@@ -32,6 +32,10 @@ class Shape:
     layernorm_epsilon: float = 1e-5
     rope_scaling_factor: float | None = None  # Llama 3.1's frequency scaling; None is plain RoPE
 
+    def sizes(self) -> dict[str, int]:
+        """What pruning may cut, by name."""
+        return {size: getattr(self, size) for size in SIZES}
+
     def axis_size(self, axis: str) -> int:
         """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab or head."""
         return {

@@ -51,7 +51,9 @@ class TrainConfig:
     on_non_finite: OnNonFinite = opt(OnNonFinite.stop, "of a loss or gradient")
     recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
     transformer_engine: bool = opt(False, "fused layers of Transformer Engine (CUDA and the package; not tested)")
-    distributed_optimizer: bool | None = opt(None, "optimizer state split over data-parallel ranks; default: on GPUs")
+    distributed_optimizer: bool | None = opt(
+        None, "optimizer state split over data-parallel ranks; default: on several GPUs"
+    )
     early_stop_evaluations: int = opt(
         0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
     )

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_train.arch.rules import check_rules
-from minitron_train.arch.shape import SIZES, Shape
+from minitron_train.arch.shape import Shape
 from minitron_train.config import Depth, Merge, PruneConfig
 from minitron_train.errors import UserError
 from minitron_train.prune.basis import Basis
@@ -156,7 +156,7 @@ def keep_layers(scores: Importance, statistics: Statistics, prune: PruneConfig, 
 
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     """Refuse a student that cannot be cut out of the teacher, before any work."""
-    teacher.smaller(**{key: getattr(student, key) for key in SIZES})
+    teacher.smaller(**student.sizes())
     check_rules(student, "student")
     if prune.rotate and prune.iterations > 1:
         raise UserError(

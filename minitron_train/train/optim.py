@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -46,13 +47,15 @@ def learning_rate(train: TrainConfig, tokens: int) -> float:
 class Optimizer:
     """One student under DDP with its AdamW state. Matrices decay; norms and biases (one dimension) do not.
 
-    The distributed optimizer (state split over data-parallel ranks) is the default on GPUs and is not tested there;
-    on CPU it would lose its state on resume (megatron-core 0.16 without Transformer Engine).
+    The distributed optimizer (state split over data-parallel ranks) is the default for several of them on GPUs, and is not
+    tested there; on CPU it would lose its state on resume (megatron-core 0.16 without Transformer Engine).
     """
 
     def __init__(self, student: LanguageModel, train: TrainConfig) -> None:
         self.clip_grad = train.clip_grad
-        distributed = torch.cuda.is_available() if train.distributed_optimizer is None else train.distributed_optimizer
+        distributed = train.distributed_optimizer
+        if distributed is None:
+            distributed = torch.cuda.is_available() and parallel_state.get_data_parallel_world_size() > 1
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=distributed,

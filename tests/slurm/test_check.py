@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minitron_train import slurm
+from minitron_train import cli, slurm
 from minitron_train.errors import UserError
 from minitron_train.parallel import meeting
 from minitron_train.parallel.launch import World
@@ -31,7 +31,7 @@ AFTER = ["distill", "export", "eval", "report"]
     ],
 )
 def test_chain(words: list[str], commands: list[str]) -> None:
-    assert slurm.chain(slurm.compose(words)) == commands
+    assert slurm.chain(cli.compose(words)) == commands
 
 
 GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,96]", "search.ffn_expansion=[2,3]")
@@ -49,7 +49,7 @@ GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,
     ],
 )
 def test_marks(command: str, words: list[str], marked: list[str]) -> None:
-    config = slurm.compose(["+recipe=micro", "output_dir=out", *words])
+    config = cli.compose(["+recipe=micro", "output_dir=out", *words])
     assert slurm.marks(command, config, World()) == [Path("out", folder, "stopped.json") for folder in marked]
 
 
@@ -74,16 +74,16 @@ def test_gpus() -> None:
 def test_teacher_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["+recipe=4b_from_8b", f"output_dir={tmp_path}/out"]
     with pytest.raises(UserError, match=r"no teacher in .*; run `python -m minitron_train fetch"):
-        slurm.check("distill", slurm.compose(words), World(), {})
+        slurm.check("distill", cli.compose(words), World(), {})
     (tmp_path / "out" / "teacher").mkdir(parents=True)
     monkeypatch.setattr(plan_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match=r"distill: needs 273 GiB of disk .* 1 GiB are free"):
-        slurm.check("distill", slurm.compose(words), World(), {})
-    slurm.check("distill", slurm.compose([*words, "plan.check=false"]), World(), {})
+        slurm.check("distill", cli.compose(words), World(), {})
+    slurm.check("distill", cli.compose([*words, "plan.check=false"]), World(), {})
     (tmp_path / "out" / "train").mkdir()
     with (tmp_path / "out" / "train" / "checkpoint").open("wb") as file:
         file.truncate(300 * 2**30)  # sparse: a requeued job writes over its own checkpoints
-    slurm.check("distill", slurm.compose(words), World(), {})
+    slurm.check("distill", cli.compose(words), World(), {})
 
 
 def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,13 +93,13 @@ def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pyt
     weighed = []
     monkeypatch.setattr(plan_check, "refuse_disk", lambda command, needed, folder: weighed.append(needed))
     for command, more in (("distill", [f"student.path={student}"]), ("distill", []), ("prune", [])):
-        slurm.check(command, slurm.compose([*words, *more]), World(), {})
+        slurm.check(command, cli.compose([*words, *more]), World(), {})
     assert weighed[0] < weighed[1] and len(weighed) == 3
 
 
 @pytest.mark.parametrize("command", ["export", "eval", "report"])
 def test_commands_without_a_teacher_need_none(tmp_path: Path, command: str) -> None:
-    slurm.check(command, slurm.compose([f"output_dir={tmp_path}/out"]), World(), {})
+    slurm.check(command, cli.compose([f"output_dir={tmp_path}/out"]), World(), {})
 
 
 def ranks(size: int, *words: str, present: int | None = None, **variables: str) -> list[tuple[int, str, str]]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from minitron_train import cli, slurm
+from minitron_train import cli
 from tests.slurm.conftest import ROOT, Lab
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'minitron_train[sweep]'")
@@ -25,7 +25,7 @@ def test_the_documented_sweep_composes() -> None:
     assert command in cli.COMMANDS and multirun == "-m"
     first = [word.split(",")[0] for word in words]
     assert first != words  # something is swept
-    config = slurm.compose([word for word in first if not word.startswith("hydra")])
+    config = cli.compose([word for word in first if not word.startswith("hydra")])
     assert config.output_dir == "outputs/sweep/t1.0-lr0.0005"
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
         hydra = compose("config", overrides=first, return_hydra_config=True).hydra

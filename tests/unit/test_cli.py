@@ -69,8 +69,15 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
 def test_every_command_has_help(name: str) -> None:
     from minitron_train import commands
 
-    assert f"usage: python -m minitron_train {name}" in cli.command_help(name)
+    assert f"usage: python -m minitron_train {name}" in cli.command_help(name, [])
     assert name in commands.TABLE
+
+
+def test_help_shows_the_values_that_a_run_would_have() -> None:
+    """The defaults are those of conf/, not of the dataclasses; a recipe and the command line win over them."""
+    assert "  prune.rotate=True " in cli.command_help("prune", [])
+    shown = cli.command_help("prune", ["+recipe=4b", "prune.ridge=0.5"])
+    assert "  prune.rotate=False " in shown and "  student.hidden_size=3072 " in shown and "  prune.ridge=0.5 " in shown
 
 
 @pytest.mark.parametrize("name", list(cli.recipes()))
