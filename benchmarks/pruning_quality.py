@@ -6,7 +6,8 @@ SmolLM2-135M-Instruct (fetched into the user's cache, unless --teacher gives a f
 1024 neurons and 6 heads of 576, 1536 and 9. With MINITRON_DATA calibration is its corpora and validation is WikiText-2;
 without, both come from the embedded corpus (validation from its held-out part). --tiny adds the same comparison for a
 Nemotron teacher that `pretrain +recipe=tiny` made, calibrated and validated on the embedded corpus. The two cases that the
-headline figures come from are the first; FILE is written after every case, and --only runs those whose name has TEXT.
+headline figures come from are the first. FILE is written after every case, and what is in it is not measured again; --only
+runs the cases whose name has TEXT.
 """
 
 import argparse
@@ -204,6 +205,15 @@ class Report:
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Take what an earlier run measured."""
+        if self.path and self.path.exists():
+            self.rows = json.loads(self.path.read_text())["cases"]
+
+    def has(self, name: str) -> bool:
+        """Whether a case was measured."""
+        return any(row["case"] == name for row in self.rows)
+
     def add(self, row: dict[str, Any]) -> None:
         """One case."""
         self.rows.append(row)
@@ -233,15 +243,15 @@ def main() -> None:
             names = ("modelopt", "default")
             wanted += [Case(f"{name}, quickstart's target", name, {}, QUICKSTART_SIZES) for name in names]
         for case in wanted:
-            if arguments.only in case.name:
+            if arguments.only in case.name and not report.has(case.name):
                 report.add(bench.run(case, SMOLLM2_SIZES))
         if arguments.tiny:
             bench = prepare(arguments.tiny, groups, local=False, **amounts)
             report.found["tiny_teacher_loss"] = teacher_loss(bench)
             for case in cases(TINY_SIZES, quick=quick):
-                if arguments.only in case.name:
-                    row = bench.run(case, TINY_SIZES)
-                    report.add({**row, "case": f"tiny: {row['case']}"})
+                name = f"tiny: {case.name}"
+                if arguments.only in name and not report.has(name):
+                    report.add({**bench.run(case, TINY_SIZES), "case": name})
 
 
 if __name__ == "__main__":
