@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--quick] [--json FILE]
 
-A 60 M teacher and a 27 M student of the Nemotron architecture, vocabulary 8192, sequences of 256 tokens. Utilisation is
+A 57 M teacher and a 28 M student of the Nemotron architecture, vocabulary 8192, sequences of 256 tokens. Utilisation is
 the model's FLOPs (teacher forward, student forward and backward; causal attention counted at half) over wall seconds times
 the rate of matrix products, measured in this process in the same minute. Data, loss, optimizer and logging are
 inside. `checkpoint_stall` is what one asynchronous save costs the loop, over the default interval between saves.

@@ -4,7 +4,7 @@
 
 Throughput: packed tokens per second of each kind of source, from the second batch on, by number of tokenising processes;
 `datasets` streams the same JSONL.gz and tokenises it in batches, without packing. The trainer is the most demanding one
-that can exist on this machine: it does nothing but the matrix products of a 27 M student's forward and backward and a 60 M
+that can exist on this machine: it does nothing but the matrix products of a 28 M student's forward and backward and a 57 M
 teacher's forward pass at the rate of the fastest large GEMM on all cores (benchmarks/step.py shows how close the real one
 comes). Resume: seconds from a saved state to the next batch, after a share of one large JSONL.gz.
 """
