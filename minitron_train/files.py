@@ -33,7 +33,10 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals while writing `path` into a UserError that names the remedy."""
+    """Turn the file system's refusals while writing `path` into a UserError that names the remedy.
+
+    What is refused elsewhere meanwhile, as reading a file without permission, is passed on.
+    """
     remedies = {
         errno.ENOSPC: "the disk is full; free space or set output_dir to another disk",
         errno.EDQUOT: "the disk quota is used up; free space or set output_dir to another disk",
@@ -49,9 +52,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors has an error class of its own, with the system's words in it
         code = getattr(error, "errno", None) or next((c for c in remedies if os.strerror(c) in str(error)), None)
-        if code not in remedies:
+        if code not in remedies or not (code in (errno.ENOSPC, errno.EDQUOT) or concerns(error, path)):
             raise
         raise UserError(f"cannot write {path}: {remedies[code]}") from error
+
+
+def concerns(error: Exception, path: Path) -> bool:
+    """Whether an error names `path`, a folder above it, something in it, or something beside it named after it."""
+    path = path.absolute()
+    for name in filter(None, (getattr(error, "filename", None), getattr(error, "filename2", None))):
+        named = Path(str(name)).absolute()
+        own = [part.name for part in (named, *named.parents) if part.parent == path.parent]
+        if named in path.parents or any(f"{part}.".startswith(f"{path.name}.") for part in own):
+            return True
+    return False
 
 
 @contextlib.contextmanager

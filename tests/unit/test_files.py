@@ -1,12 +1,13 @@
 """Outputs appear whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder, atomic_write_json, recover
+from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover
 
 
 def names(folder: Path) -> set[str]:
@@ -67,6 +68,19 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
         (scratch / "x").touch()
         full.write_bytes(b"0" * 10)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("refused", "is_ours"), [("teacher/shard", False), ("out2", False), ("", True), ("out/x", True)]
+)
+def test_only_refusals_to_write_are_taken_for_such(tmp_path: Path, refused: str, is_ours: bool) -> None:
+    """A file that may not be read is no reason to choose another output_dir."""
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / refused))
+    with pytest.raises(UserError if is_ours else PermissionError), disk_errors(tmp_path / "out"):
+        raise error
+    with pytest.raises(UserError, match="cannot write"), atomic_folder(tmp_path / "out") as scratch:
+        (scratch / "file").touch()
+        (scratch / "file" / "below").touch()
 
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
