@@ -89,10 +89,10 @@ class Objective:
         return cast(LanguageModel, self.student.module)
 
     def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
-        """One forward pass of both models and the loss `spec` on their logits."""
+        """One forward pass of both models (the teacher's only where it is read) and the loss `spec` on their logits."""
         mask = attention_mask(batch.documents_BS)
         teacher_NH = teacher_VH = None
-        if self.teacher is not None:
+        if self.teacher is not None and (spec.kd_weight or self.hidden is not None):
             with torch.no_grad():
                 teacher_NH = self._gather(self.teacher(batch.tokens_BS, mask))
                 teacher_VH = self.teacher.output_weight
