@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.build import Norm, layer_spec, transformer_config
-from minitron_train.arch.convert import export, load
+from minitron_train.arch.convert import export_tensors, load, parameters_by_row
 from minitron_train.config import ParallelConfig
 from minitron_train.parallel.groups import start
 from minitron_train.parallel.launch import World
@@ -109,7 +109,8 @@ def main() -> None:
     student = teacher.shape.smaller(**task["sizes"])
     with start(ParallelConfig(), World(), 1234):
         model = prune(teacher, load_file(task["tokens"])["tokens"], task["sizes"])
-    tensors = export(model, teacher.table, student)
+    parameters = parameters_by_row(model)
+    tensors = export_tensors(teacher.table, student, lambda row, i: [parameters[row.mcore.format(i=i)].detach()])
     hf.write_folder(Path(task["folder"]), hf.student_config(teacher.config, student), tensors, teacher.folder)
 
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,10 +17,12 @@ from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
 from minitron_train.errors import UserError
 from minitron_train.files import disk_errors
 
+T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 * 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -165,6 +167,11 @@ class Checkpoint:
                     f"{self.folder}: tensor {name} has size {list(self.sizes[name])}, config.json says {list(size)}; "
                     "the folder mixes two models"
                 )
+            if self.dtypes[name] not in STORED_DTYPES:
+                raise UserError(
+                    f"{self.folder}: tensor {name} has type {self.dtypes[name]}; supported: {', '.join(STORED_DTYPES)}; "
+                    "take the model's unquantised checkpoint"
+                )
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor, or its rows [start, stop) along `dim` (0 or 1); only those bytes are read where rows lie together."""
@@ -178,11 +185,6 @@ class Checkpoint:
         if file not in self._open:
             self._open[file] = safe_open(str(file), framework="pt")
         return self._open[file]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the embedding, which stands for the folder's."""
-        return self.read(next(iter(self.table.tensors(self.shape))), 0, 0, 1).dtype
 
 
 def read_header(file: Path, remedy: str = "download it again") -> dict[str, dict[str, Any]]:
@@ -242,42 +244,34 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class CheckpointWriter:
-    """Writes tensors into a folder, shard by shard, then the index and config.json. Memory: one shard."""
+def in_shards(
+    tensors: Iterable[tuple[str, T]], num_bytes: Callable[[T], int], max_bytes: int
+) -> Iterator[dict[str, T]]:
+    """What each file of a folder holds: tensors in order, at most `max_bytes` together (a larger one is alone)."""
+    shard: dict[str, T] = {}
+    held = 0
+    for name, tensor in tensors:
+        size = num_bytes(tensor)
+        if shard and held + size > max_bytes:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += size
+    yield shard
 
-    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.folder, self.max_shard_bytes = folder, max_shard_bytes
-        self.shards: list[list[str]] = []
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = self.total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; a full shard goes to disk."""
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self.pending[name] = tensor
-        self.pending_bytes += size
-        self.total_bytes += size
+def shard_names(count: int) -> list[str]:
+    """Of the files of a folder, as transformers names them."""
+    return [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
-    def _flush(self) -> None:
-        with disk_errors(self.folder):
-            save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
-        self.shards.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
 
-    def close(self, config: Mapping[str, Any]) -> None:
-        """Write what is left, name the shards as transformers does, write index and config.json."""
-        self._flush()
-        count = len(self.shards)
-        names = [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
-        for k, name in enumerate(names):
-            (self.folder / f"shard-{k}").rename(self.folder / name)
-        if count > 1:
-            weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (self.folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int) -> None:
+    """Say which file holds which tensor, where there are several: `shards` are the names of each one's tensors."""
+    if len(shards) > 1:
+        files = zip(shard_names(len(shards)), shards, strict=True)
+        weight_map = {name: file for file, names in files for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -288,12 +282,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def write_folder(
-    target: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], tokenizer: Path | None
+    target: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Path | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """A whole Hugging Face folder; `target` exists and is empty (files.atomic_folder gives one)."""
-    writer = CheckpointWriter(target)
-    for name, tensor in tensors:
-        writer.add(name, tensor)
-    writer.close(config)
+    """A whole Hugging Face folder; `target` exists and is empty (files.atomic_folder gives one). Memory: one shard."""
+    shards: list[list[str]] = []
+    total_bytes = 0
+    for shard in in_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes):
+        with disk_errors(target):
+            save_file(shard, target / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # the next one takes its room
+    for k, name in enumerate(shard_names(len(shards))):
+        (target / f"shard-{k}").rename(target / name)
+    write_index(target, shards, total_bytes)
+    (target / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
     if tokenizer is not None:
         copy_tokenizer(tokenizer, target)

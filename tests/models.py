@@ -1,10 +1,14 @@
 """Tiny random models made by transformers itself: the oracle's own code."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron_train.arch.convert import export_tensors, parameters_by_row
+from minitron_train.hf import Checkpoint
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -56,6 +60,19 @@ def save_random(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(torch.float32).save_pretrained(folder)
     return folder
+
+
+def exported(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    gather: Callable[[torch.Tensor], list[torch.Tensor]] = lambda shard: [shard],
+) -> dict[str, torch.Tensor]:
+    """A model's tensors under their Hugging Face names; `gather` gives all tensor-parallel ranks' shards."""
+    parameters = parameters_by_row(model)
+    tensors = export_tensors(
+        checkpoint.table, checkpoint.shape, lambda row, i: gather(parameters[row.mcore.format(i=i)].detach())
+    )
+    return dict(tensors)
 
 
 def hf_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:

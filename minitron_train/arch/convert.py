@@ -84,20 +84,15 @@ def load(
     assert not parameters, f"parameters that the {table.name} table does not cover: {sorted(parameters)}"
 
 
-def export(
-    module: torch.nn.Module,
-    table: Architecture,
-    shape: Shape,
-    gather: Callable[[Tensor], list[Tensor]] = lambda shard: [shard],
+def export_tensors(
+    table: Architecture, shape: Shape, shards: Callable[[Row, int], list[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of the Hugging Face checkpoint, one after the other.
 
     Args:
-        gather: collective that gives all tensor-parallel ranks' shards of one parameter (parallel.groups.Groups.gather).
+        shards: of a row's parameter in a layer, from all tensor-parallel ranks.
     """
-    parameters = parameters_by_row(module)
     for row in table.rows_of(shape):
         for i in row.layers(shape):
-            shards = gather(parameters[row.mcore.format(i=i)].detach())
-            for name, part in shards_to_parts(row, shape, shards).items():
+            for name, part in shards_to_parts(row, shape, shards(row, i)).items():
                 yield name.format(i=i), part.contiguous()

@@ -22,8 +22,7 @@ from torch import Tensor
 from minitron_train import hf
 from minitron_train.files import disk_errors
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+ITEM_BYTES = {stored: dtype.itemsize for stored, dtype in hf.STORED_DTYPES.items()}
 ALIGNMENT = 4096  # of the data in a written file
 
 
@@ -42,13 +41,15 @@ class RowReader:
     def __init__(self, checkpoint: hf.Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.places: dict[str, Place] = {}
+        names = checkpoint.table.tensors(checkpoint.shape)  # a folder may hold others, of any type
         files: list[int] = []
         weakref.finalize(self, close_all, files)
         for path in sorted(set(checkpoint.files.values())):
             file = os.open(path, os.O_RDONLY)
             files.append(file)
             start = 8 + struct.unpack("<Q", os.pread(file, 8, 0))[0]
-            for name, entry in hf.read_header(path).items():
+            header = hf.read_header(path)
+            for name, entry in ((name, header[name]) for name in header.keys() & names):
                 row_bytes = prod(entry["shape"][1:]) * ITEM_BYTES[entry["dtype"]]
                 self.places[name] = Place(file, start + entry["data_offsets"][0], row_bytes)
 
@@ -56,7 +57,7 @@ class RowReader:
         """The tensor, or its rows [start, stop) along `dim` (0 or 1)."""
         size = self.checkpoint.sizes[name]
         first, last = (start, size[0] if stop is None else stop) if dim == 0 else (0, size[0])
-        tensor = torch.empty(last - first, *size[1:], dtype=TORCH_DTYPES[self.checkpoint.dtypes[name]])
+        tensor = torch.empty(last - first, *size[1:], dtype=hf.STORED_DTYPES[self.checkpoint.dtypes[name]])
         self.read_rows(name, np.arange(first, last), tensor.view(last - first, -1).view(torch.uint8).numpy())
         return tensor[:, start:stop] if dim == 1 else tensor
 
@@ -100,18 +101,11 @@ class RowWriter:
         self.folder = folder
         self.places: dict[str, Place] = {}
         self.files: list[int] = []
-        shards = split_shards(tensors, max_shard_bytes)
-        paths = [folder / hf.SINGLE]
-        if len(shards) > 1:
-            paths = [folder / f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+        shards = list(hf.in_shards(tensors.items(), lambda tensor: num_bytes(*tensor), max_shard_bytes))
         with disk_errors(folder):
-            for path, names in zip(paths, shards, strict=True):
-                self._lay_out(path, {name: tensors[name] for name in names})
-            if len(shards) > 1:
-                total = sum(num_bytes(*tensor) for tensor in tensors.values())
-                weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (folder / hf.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            for name, shard in zip(hf.shard_names(len(shards)), shards, strict=True):
+                self._lay_out(folder / name, shard)
+            hf.write_index(folder, shards, sum(num_bytes(*tensor) for tensor in tensors.values()))
 
     def _lay_out(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         """Header, and room for all bytes of one file."""
@@ -151,16 +145,3 @@ class RowWriter:
 def num_bytes(dtype: str, size: tuple[int, ...]) -> int:
     """Of one tensor."""
     return prod(size) * ITEM_BYTES[dtype]
-
-
-def split_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order, at most `max_bytes` each (a larger tensor is alone)."""
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, tensor in tensors.items():
-        size = num_bytes(*tensor)
-        if shards[-1] and held + size > max_bytes:
-            shards, held = [*shards, []], 0
-        shards[-1].append(name)
-        held += size
-    return shards

@@ -6,7 +6,6 @@ of one layer and one rank.
 """
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from minitron_train.arch import Row, architecture
 from minitron_train.arch.build import layer_spec
-from minitron_train.arch.convert import shards_to_parts
+from minitron_train.arch.convert import export_tensors
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
@@ -109,15 +108,10 @@ def export(source: Path, target: Path, dtype: str | None = None) -> dict[str, An
         raise UserError(f"export.dtype={name}: must be one of {', '.join(DTYPES)}; choose one")
     saved = SavedTensors(path)
 
-    def read(row: Row, i: int) -> Tensor:
-        return saved.read(saved_name(row.mcore), i if row.per_layer else None).to(DTYPES[name])
+    def read(row: Row, i: int) -> list[Tensor]:
+        return [saved.read(saved_name(row.mcore), i if row.per_layer else None).to(DTYPES[name])]
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for row in table.rows_of(shape):
-            for i in row.layers(shape):
-                for part, tensor in shards_to_parts(row, shape, [read(row, i)]).items():
-                    yield part.format(i=i), tensor.contiguous()
-
-    write_folder(target, student_config(config, shape, DTYPES[name]), tensors(), model)
+    tensors = export_tensors(table, shape, read)
+    write_folder(target, student_config(config, shape, DTYPES[name]), tensors, model)
     step = files.read_manifest(path)["step"]
     return {"checkpoint": path.name, "step": step, "dtype": name, "parameters": sum(table.parameters(shape).values())}

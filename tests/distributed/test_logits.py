@@ -9,7 +9,7 @@ from minitron_train.config import ParallelConfig
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.launch import read_world
 from tests.helpers import run_ranks
-from tests.models import hf_logits
+from tests.models import exported, hf_logits
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
@@ -17,7 +17,7 @@ TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 def split_logits(rank: int, world_size: int, folders: list[Path], sequence_parallel: bool) -> list[torch.Tensor]:
     """Full-vocabulary logits [B, S, V] of each folder at TP = world_size, after the bit-equality of the export."""
     from minitron_train.arch.build import build
-    from minitron_train.arch.convert import export, load
+    from minitron_train.arch.convert import load
     from minitron_train.parallel.groups import start
 
     found = []
@@ -29,9 +29,9 @@ def split_logits(rank: int, world_size: int, folders: list[Path], sequence_paral
             with torch.no_grad():
                 tokens = TOKENS_BS[:, :16] if sequence_parallel else TOKENS_BS
                 logits = torch.cat(groups.gather(model.logits(model(tokens))), dim=-1).transpose(0, 1)
-            exported = dict(export(model, checkpoint.table, checkpoint.shape, groups.gather))
-            assert set(exported) == set(checkpoint.sizes)
-            for name, tensor in exported.items():
+            given_back = exported(model, checkpoint, groups.gather)
+            assert set(given_back) == set(checkpoint.sizes)
+            for name, tensor in given_back.items():
                 assert torch.equal(tensor, checkpoint.read(name)), name
             found.append(logits.numpy().copy())
     return found

@@ -8,7 +8,7 @@ from minitron_train.arch import convert
 from minitron_train.arch.build import build
 from minitron_train.config import Refit
 from minitron_train.errors import UserError
-from tests.models import COMMON, hf_logits, save_random
+from tests.models import COMMON, exported, hf_logits, save_random
 from tests.pruning import configuration, random_tokens, run_cut
 
 FAMILIES = {
@@ -33,9 +33,9 @@ def test_logits_and_export(models, groups, family):
     with torch.no_grad():
         logits = model.logits(model(TOKENS[0])).transpose(0, 1)
     torch.testing.assert_close(logits, hf_logits(models[family], TOKENS[0]), rtol=0, atol=1e-4)
-    exported = dict(convert.export(model, checkpoint.table, checkpoint.shape))
-    assert set(exported) == set(checkpoint.sizes)
-    assert all(torch.equal(tensor, checkpoint.read(name)) for name, tensor in exported.items())
+    found = exported(model, checkpoint)
+    assert set(found) == set(checkpoint.sizes)
+    assert all(torch.equal(tensor, checkpoint.read(name)) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron_train.errors import UserError
 from minitron_train.hf import Checkpoint, fingerprint, shape_from_config, student_config, write_folder
+from minitron_train.prune.shards import RowReader
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ def absurd_header_length(folder: Path) -> None:
         handle.write(struct.pack("<Q", 2**60))
 
 
+def eight_bits(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
@@ -58,6 +65,7 @@ def missing_shard(folder: Path) -> None:
         (cut_off, "its header promises"),
         (empty, "not a safetensors file, or cut off"),
         (garbage_header, "header is corrupt"),
+        (eight_bits, "tensor model.norm.weight has type F8_E4M3; supported: F64, F32, BF16, F16; take"),
         (absurd_header_length, "not a safetensors file, or cut off"),
         (missing_shard, "shard model-00002-of-00002.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
@@ -90,19 +98,21 @@ def test_legacy_keys_are_understood(folder: Path) -> None:
 def test_written_folders_open_in_transformers(
     tiny_models: dict[str, Path], tmp_path: Path, max_shard_bytes: int
 ) -> None:
-    from minitron_train.hf import CheckpointWriter
-
     source = Checkpoint(tiny_models["llama"])
-    writer = CheckpointWriter(tmp_path, max_shard_bytes)
-    for name in source.sizes:
-        writer.add(name, source.read(name))
-    writer.close(student_config(source.config, source.shape))
+    tensors = ((name, source.read(name)) for name in source.sizes)
+    write_folder(tmp_path, student_config(source.config, source.shape), tensors, None, max_shard_bytes)
     sharded = (tmp_path / "model.safetensors.index.json").exists()
     assert sharded == (max_shard_bytes < 2**30)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name in source.sizes:
         assert torch.equal(opened[name], source.read(name)), name
     assert Checkpoint(tmp_path).sizes == source.sizes
+
+
+def test_tensors_beside_the_models_may_be_of_any_type(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"steps": torch.tensor([1])}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(RowReader(Checkpoint(folder)).read("model.norm.weight"), tensors["model.norm.weight"])
 
 
 def test_reading_rows_and_columns(tiny_models: dict[str, Path]) -> None:
