@@ -26,8 +26,7 @@ def perplexity(model: LanguageModel, tokens: Tensor, groups: Groups, batch_size:
         return math.nan
     total = torch.zeros(2, dtype=torch.float64, device=groups.device)
     with inference(model):
-        for batch in tokens[groups.dp_rank :: groups.dp_size].split(batch_size):
-            batch = batch.to(groups.device)
+        for batch in groups.own_parts(tokens, batch_size):
             hidden = causal_hidden(model, batch[:, :-1])
             group = groups.tp_group if groups.tp_size > 1 else None
             logprobs, _ = target_logprobs(hidden, model.output_weight, batch[:, 1:].flatten(), group)

@@ -57,6 +57,12 @@ class Groups:
             dist.all_reduce(value)
         return value
 
+    def own_parts(self, rows: Tensor, num_rows: int) -> Iterator[Tensor]:
+        """This data-parallel rank's rows, at most `num_rows` at a time, on the device; none where ranks outnumber rows."""
+        for part in rows[self.dp_rank :: self.dp_size].split(num_rows):
+            if len(part):
+                yield part.to(self.device)
+
     def sum_over_data(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel group, in place."""
         if self.dp_size > 1:

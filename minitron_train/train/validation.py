@@ -33,8 +33,8 @@ class Validation:
         sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         student.eval()
         try:
-            for rows in self.tokens[self.groups.dp_rank :: self.groups.dp_size].split(self.batch_size):
-                parts = self.objective.logit_loss(held_out_batch(rows.to(self.groups.device)), spec)
+            for rows in self.groups.own_parts(self.tokens, self.batch_size):
+                parts = self.objective.logit_loss(held_out_batch(rows), spec)
                 sums += torch.stack([parts.kd_sum.double(), parts.ce_sum.double(), sums.new_tensor(parts.num_valid)])
         finally:
             student.train(was_training)
