@@ -49,7 +49,7 @@ def load(folder: Path | str) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in known):
         raise UserError(f"{folder}: no tokenizer ({known[0]}) there; copy the model's, or give calibration.tokens")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a corrupt file raises whatever its parser raises
         raise UserError(f"{folder}: the tokenizer cannot be opened ({error}); copy its files again") from error
     require_fast(tokenizer, str(folder))

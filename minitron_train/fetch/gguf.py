@@ -68,8 +68,9 @@ def convert_gguf(path: Path, folder: Path) -> dict[str, Any]:
     """
     facts = read_header(path)
     with bars_on_terminal_only():
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        source: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
         forget_gguf(model)
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[facts["pre_tokenizer"]]()
         tokenizer.model_max_length = model.config.max_position_embeddings

@@ -1,6 +1,8 @@
 """Tokenizers: trained on the spot, opened, checked."""
 
+import contextlib
 import json
+import shutil
 
 import pytest
 
@@ -32,6 +34,20 @@ def test_trained_tokenizer(folder):
     assert len(tokenizer(texts()[0])["input_ids"]) < 0.7 * len(texts()[0])
     again = tokenizers.train_bpe(texts(), 512)
     assert json.loads(again.to_str())["model"] == json.loads((folder / "tokenizer.json").read_text())["model"]
+
+
+def test_code_of_a_folder_is_never_run(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "with_code"
+    shutil.copytree(folder, copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    auto_map = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": auto_map, "tokenizer_class": "Own"}))
+    (copy / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (copy / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(UserError):
+        tokenizers.load(copy)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_hash_follows_the_tokens(folder, tmp_path):
