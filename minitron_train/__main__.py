@@ -1,6 +1,6 @@
 """python -m minitron_train COMMAND [+recipe=NAME] [key=value …]
 
-Kept light on imports: --help, --cfg and plan answer without loading torch.
+Kept light on imports: --help and --cfg answer without loading torch, and so does plan with a cluster whose figures are given.
 """
 
 import os

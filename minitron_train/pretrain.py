@@ -19,7 +19,7 @@ from minitron_train.data.units import permutation
 from minitron_train.errors import UserError
 from minitron_train.hf import write_folder
 
-TOKENIZER_BYTES = 8_000_000  # of text are enough for the merges of a small vocabulary
+TOKENIZER_CHARACTERS = 8_000_000  # of text are enough for the merges of a small vocabulary
 
 
 def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, Any]:
@@ -42,7 +42,7 @@ def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, An
 
 
 def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
-    """Training documents, about TOKENIZER_BYTES of them, from blocks all over each source, by the sources' weights."""
+    """Training documents, about TOKENIZER_CHARACTERS of them, from blocks all over each source, by the sources' weights."""
     found, split = parts(data), train_split(data)
     total = sum(part.weights[0] for part in found)
     for part in found:
@@ -51,13 +51,13 @@ def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
             raise UserError(
                 f"data source {part.name}: a tokenizer is trained on text files; give text, JSONL or Parquet"
             )
-        wanted_bytes = TOKENIZER_BYTES * part.weights[0] / total
+        num_wanted = TOKENIZER_CHARACTERS * part.weights[0] / total
         for block in permutation(source.num_blocks, seed):
-            if wanted_bytes <= 0:
+            if num_wanted <= 0:
                 break
             for passages in source.read(int(block)):
                 for text in split.documents(passages):
-                    wanted_bytes -= len(text)
+                    num_wanted -= len(text)
                     yield text
 
 

@@ -1,7 +1,7 @@
 """Every setting of the program: one typed dataclass per section, with its default, its unit and its meaning.
 
-Hydra fills these from conf/, recipes/ and the command line; `validate` of each section is called once, before anything
-is allocated. Nothing here imports torch, so that `--help` and `--cfg job` are quick.
+Hydra fills these from conf/, recipes/ and the command line; `validate` of each section that has one is called once, before
+anything is allocated. Nothing here imports torch, so that `--help` and `--cfg job` are quick.
 """
 
 from dataclasses import dataclass, fields

@@ -21,7 +21,7 @@ def require(condition: bool, key: str, value: Any, rule: str, remedy: str) -> No
 
 
 def require_positive(section: Any, prefix: str, *names: str) -> None:
-    """Refuse values below 1 (None means "not given" and passes)."""
+    """Refuse 0 and negative numbers (None means "not given" and passes)."""
     for name in names:
         value = getattr(section, name)
         require(
@@ -34,3 +34,8 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+def precision_on(given: Precision | None, cuda: bool) -> Precision:
+    """Of forward passes without gradients, where none is given: bf16 on a GPU, fp32 on a CPU."""
+    return given or (Precision.bf16 if cuda else Precision.fp32)

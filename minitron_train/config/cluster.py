@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minitron_train.arch.shape import SIZES
 from minitron_train.config.base import opt, require, require_positive
 from minitron_train.config.model import StudentConfig
 
@@ -30,6 +31,8 @@ class ClusterConfig:
         require(
             0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual"
         )
+        reserved = self.reserved_gib
+        require(reserved >= 0, "cluster.reserved_gib", reserved, "must not be negative", "0 reserves nothing")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,3 +42,9 @@ class PlanConfig:
     check: bool = opt(True, "refuse a run whose plan does not fit into memory or disk")
     pretraining_tokens: float | None = opt(None, "tokens of one training from scratch, for the cost of a family")
     family: dict[str, StudentConfig] = opt(dict, "students of one teacher by name; empty: this recipe's student")
+
+    def validate(self) -> None:
+        """Positive numbers."""
+        require_positive(self, "plan", "pretraining_tokens")
+        for name, student in self.family.items():
+            require_positive(student, f"plan.family.{name}", *SIZES)

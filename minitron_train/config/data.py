@@ -57,6 +57,9 @@ class DataConfig:
         for name in ("late_fraction", "validation_fraction"):
             value = getattr(self, name)
             require(0 <= value < 1, f"data.{name}", value, "must be at least 0 and below 1", "give a share, like 0.05")
+        held_out = self.validation_fraction > 0 or self.validation_path is not None
+        remedy = "give a share, like 0.01, or data.validation_path"
+        require(held_out, "data.validation_fraction", self.validation_fraction, "leaves nothing to validate on", remedy)
         for name, source in self.sources.items():
             weights = (source.weight, source.late_weight or 0.0)
             key = f"data.sources.{name}.weight"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minitron_train.config.base import opt, require, require_positive
+from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,13 +34,22 @@ class EvalConfig:
     training_limit: int | None = opt(100, "their rows per task (MMLU: per subject); null: limits")
     batch_size: int = opt(8, "validation sequences per forward pass")
     batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
+    precision: Precision | None = opt(None, "of the weights in forward passes; default: bf16 on GPUs, else fp32")
     allow_code_execution: bool = opt(False, "run generated programs (HumanEval, MBPP), each in a limited process")
     compare: list[str] = opt(list, "labels of finished evaluations to compare row by row; nothing is evaluated")
 
     def validate(self) -> None:
         """Positive counts, shots that are not negative."""
         require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
+        require(
+            self.every_tokens >= 0, "eval.every_tokens", self.every_tokens, "must not be negative", "0 is at the end"
+        )
+        require(len(self.compare) != 1, "eval.compare", self.compare, "must have two labels or more", "add another one")
         for key, value in {"num_fewshot": self.num_fewshot, **{f"shots.{k}": v for k, v in self.shots.items()}}.items():
             require(value is None or value >= 0, f"eval.{key}", value, "must not be negative", "0 is zero-shot")
         for task, value in self.limits.items():
             require(value > 0, f"eval.limits.{task}", value, "must be greater than 0", "leave it out for all rows")
+
+    def precision_on(self, cuda: bool) -> Precision:
+        """Of the forward passes, on a GPU or on a CPU."""
+        return precision_on(self.precision, cuda)

@@ -80,3 +80,9 @@ class ExportConfig:
     path: str | None = opt(None, "where to; default: OUTPUT_DIR/student")
     checkpoint: str | None = opt(None, "which training checkpoint; default: the latest of OUTPUT_DIR/train")
     dtype: str | None = opt(None, "float32, bfloat16 or float16; default: the teacher's")
+
+    def validate(self) -> None:
+        """A dtype that there is."""
+        choices = ("float32", "bfloat16", "float16")
+        fits = self.dtype is None or self.dtype in choices
+        require(fits, "export.dtype", self.dtype, f"must be one of {', '.join(choices)}", "choose one")

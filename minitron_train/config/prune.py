@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from minitron_train.config.base import Precision, opt, require, require_positive
+from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class CalibrationConfig:
 
     def precision_on(self, cuda: bool) -> Precision:
         """Of the forward passes, on a GPU or on a CPU."""
-        return self.precision or (Precision.bf16 if cuda else Precision.fp32)
+        return precision_on(self.precision, cuda)
 
 
 class Aggregation(Enum):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from minitron_train.config.base import Precision, opt, require, require_positive
 
@@ -28,6 +29,12 @@ class OnNonFinite(Enum):
 
     stop = "stop"
     skip = "skip"
+
+
+def check_rates(section: Any, prefix: str) -> None:
+    """Refuse a final learning rate above the peak."""
+    rule = f"between 0 and {prefix}.lr={section.lr}"
+    require(0 <= section.min_lr <= section.lr, f"{prefix}.min_lr", section.min_lr, rule, "lower it")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,9 +89,7 @@ class TrainConfig:
             f"must be a multiple of train.micro_batch_size={self.micro_batch_size}",
             "change one of them",
         )
-        require(
-            0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"between 0 and train.lr={self.lr}", "lower it"
-        )
+        check_rates(self, "train")
         for name in ("weight_decay", "clip_grad", "warmup_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
         for name in ("adam_beta1", "adam_beta2"):
@@ -99,6 +104,11 @@ class PretrainConfig:
     num_tokens: int = opt(1_000_000, "token budget of the teacher")
     lr: float = opt(1e-3, "peak learning rate of the teacher")
     min_lr: float = opt(1e-4, "final learning rate of the teacher")
+
+    def validate(self) -> None:
+        """Positive numbers."""
+        require_positive(self, "pretrain", "num_tokens", "lr")
+        check_rates(self, "pretrain")
 
 
 @dataclass(kw_only=True, slots=True)
