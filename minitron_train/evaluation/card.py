@@ -1,5 +1,6 @@
 """README.md of a student, in the form of the Hugging Face Hub. Every number comes from a file of the run."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,25 @@ from typing import Any
 import jinja2
 import yaml
 
+from minitron_train.config import Refit
 from minitron_train.errors import UserError
 from minitron_train.evaluation.serving import servable_sizes
 from minitron_train.files import atomic_write_text
+from minitron_train.prune.describe import REFITTED
 from minitron_train.report.load import MODELS, Model, Run, load_run
 from minitron_train.report.numbers import percent, perplexity
 from minitron_train.report.summary import (
     is_share,
     metric_of,
     metric_text,
-    not_run,
+    notes,
     perplexity_of,
     results_of,
     score_of,
+    section_of,
     task_name,
     tasks_of,
+    teacher_name,
 )
 
 CARD = "README.md"
@@ -68,31 +73,32 @@ def render(run: Run, student_folder: Path) -> str:
     return environment.get_template("card.md.jinja").render(
         header=yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
         name=run.name,
-        path=str(student_folder),
-        teacher_name=teacher_name(run),
+        teacher_name=teacher_name(run)
+        or f"a teacher{' trained from scratch by the same run' if run.stage('pretrain') else ''}",
         license=license_name,
         student=student,
         teacher=run.models.get("teacher"),
         share=share_kept(run, student),
         architecture=architecture_rows(run),
         pruning=stage_settings(run, "prune", "prune"),
+        repairs=repairs(run),
         calibration=calibration(run),
         training=training(run),
         sources=sources(run),
         labels=evaluated(run),
         evaluation=evaluation_rows(run),
         published=published(run),
-        not_run=not_run(run),
+        notes=[without_folders(line) for line in notes(run)],
         sizes=sizes,
         problems=problems,
         stages=run.stages,
-        commands=list(dict.fromkeys(stage["command"] for stage in run.stages)),
+        commands=list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
     )
 
 
 def header(run: Run, license_name: str | None) -> dict[str, Any]:
     """The YAML metadata that the Hub reads; keys without a known value are left out."""
-    settings = stage_config(run, "teacher")
+    settings = section_of(run, "teacher")
     found = {
         "license": license_name,
         "library_name": "transformers",
@@ -124,25 +130,14 @@ def model_index(run: Run) -> list[dict[str, Any]]:
     return [{"name": run.name, "results": results}] if results else []
 
 
-def stage_config(run: Run, section: str) -> Mapping[str, Any]:
-    """A section of the newest configuration that a stage of the run recorded."""
-    found = (stage["config"].get(section) for stage in reversed(run.stages) if "config" in stage)
-    return next((section for section in found if section), {})
-
-
 def stage_settings(run: Run, stage: str, section: str) -> Mapping[str, Any]:
     """A section of the configuration of one stage; empty when it was not run."""
     return ((run.stage(stage) or {}).get("config") or {}).get(section) or {}
 
 
-def teacher_name(run: Run) -> str:
-    """How the teacher is called where it came from."""
-    settings = stage_config(run, "teacher")
-    facts = (run.stage("fetch teacher") or {}).get("facts") or {}
-    path = settings.get("path")
-    names = (settings.get("repo_id"), facts.get("gguf"), Path(path).name if path else None)
-    fallback = "a teacher trained from scratch by the same run" if run.stage("pretrain") else "the teacher"
-    return next((str(name) for name in names if name), fallback)
+def without_folders(text: str) -> str:
+    """Absolute paths shortened to their last name: the folders of a machine are nobody else's business."""
+    return re.sub(r"(?<![^\s=,'\"\[({])[~/][^\s,;'\"\])}]*/", "…/", text)
 
 
 def teacher_license(run: Run) -> str | None:
@@ -186,6 +181,17 @@ def calibration(run: Run) -> dict[str, Any]:
     return {**stage_settings(run, "score", "calibration"), "tokens_used": facts.get("tokens")} if facts else {}
 
 
+def repairs(run: Run) -> list[str]:
+    """What was done to the weights besides cutting, from the prune stage's settings."""
+    settings = stage_settings(run, "prune", "prune")
+    widths = [run.models[label].shape.hidden_size for label in ("student", "teacher") if label in run.models]
+    rotated = settings.get("rotate") and len(set(widths)) == 2
+    refit = Refit[settings.get("refit") or "none"]
+    found = ["the largest principal directions of the residual stream kept (rotation)"] if rotated else []
+    found += ["norms rescaled by what the cut does to their denominators"] if settings.get("norm_scale") else []
+    return found + ([f"{REFITTED[refit]} fitted anew by least squares"] if refit is not Refit.none else [])
+
+
 def training(run: Run) -> dict[str, Any]:
     """Length and settings of the distillation, from its provenance."""
     stage = run.stage("distill")
@@ -211,7 +217,7 @@ def sources(run: Run) -> list[tuple[str, str, str]]:
         for name, source in data.get("sources", {}).items()
     ]
     return (
-        found or [(str(data["path"]), percent(1.0), next(iter(hashes.values()), "")[:16])]
+        found or [(Path(data["path"]).name, percent(1.0), next(iter(hashes.values()), "")[:16])]
         if data.get("path")
         else found
     )

@@ -16,7 +16,7 @@ from minitron_train.parallel.groups import Groups
 class Journal:
     """Request key -> answer, appended after every forward pass; one file per data-parallel rank.
 
-    What another model or another lm-eval has answered is not read: each line carries the run's fingerprint.
+    What another model, precision or lm-eval has answered is not read: each line carries the run's fingerprint.
     """
 
     def __init__(self, folder: Path, fingerprint: str, groups: Groups) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation data on this disk: which file serves which lm-eval task, and the check of its columns.
+"""Evaluation data on this disk: which file serves which lm-eval task, the check of its columns, what is still missing.
 
     DATA_DIR/FOLDER/SPLIT.parquet | .jsonl | .jsonl.gz
 
@@ -8,13 +8,16 @@ FOLDER is the task's name, or what TASKS says; SPLIT is train, dev, validation o
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron_train.errors import UserError
 
+NO_HUB = "no Hugging Face hub in reach"  # ends the reason of a task that was not run for want of data
+HUB_TIMEOUT_S = 3.0
 SPLITS = ("train", "dev", "validation", "test")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
@@ -63,6 +66,27 @@ def listing(data_dir: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def can_be_completed(facts: Mapping[str, Any]) -> bool:
+    """Whether an evaluation (its record) had to leave out tasks for want of a hub that is in reach now."""
+    lacking = any(reason.endswith(NO_HUB) for reason in facts.get("not_run", {}).values())
+    return lacking and hub_reachable()
+
+
+def hub_reachable() -> bool:
+    """Whether a Hugging Face hub (HF_ENDPOINT, through the environment's proxy) answers within HUB_TIMEOUT_S."""
+    import httpx2
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    from minitron_train.fetch.hub import hub_endpoint
+
+    try:
+        get_session().head(hub_endpoint(), timeout=HUB_TIMEOUT_S)
+    except (httpx2.HTTPError, OfflineModeIsEnabled):
+        return False
+    return True
+
+
 def check_columns(task: str, files: dict[str, Path]) -> None:
     """Refuse a file without a column that the task's prompts read."""
     spec = TASKS.get("mmlu" if task.startswith("mmlu_") else task)
@@ -92,12 +116,15 @@ def read_columns(path: Path) -> set[str]:
 def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
     """The objects of a JSON-lines file, gzipped or not."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error}); copy the file again") from error
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}: line {number} is not JSON ({error}); copy the file again") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy the file again") from error
 
 
 def read_splits(*, files: dict[str, str], **_: Any) -> dict[str, Any]:

@@ -1,12 +1,18 @@
 """lm-eval's nested result object -> the flat records that are written to eval/LABEL.json."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def collect(raw: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """One record per requested task; a group's record has its members under `parts`."""
+def collect(raw: Mapping[str, Any], leaves: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """One record per requested task; a group's record has its members under `parts`, a tag stands for its tasks.
+
+    Args:
+        leaves: requested task, group or tag -> its leaf tasks.
+    """
+    groups, tasks = raw["group_subtasks"], raw["n-samples"]
+    names = (name for asked, found in leaves.items() for name in ([asked] if asked in {*groups, *tasks} else found))
     return {name: record(raw, name) for name in names}
 
 

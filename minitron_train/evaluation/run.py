@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.parallel.groups import Groups
+from minitron_train.train.optim import DTYPES
 
 
 def evaluate(
@@ -46,12 +48,14 @@ def evaluate(
     """
     origin = open_origin(model)
     origin.shape.check_parallel(groups.tp_size, label)
-    live = origin.build(groups)
+    precision = config.eval.precision_on(groups.device.type == "cuda")
+    live = origin.build(groups, DTYPES[precision])
     report = {
         "label": label,
         "model": str(model),
         "parameters": origin.num_parameters,
         "bytes": origin.num_bytes,
+        "precision": precision.name,
         "perplexity": None,
     }
     if validation_tokens is not None:
@@ -61,7 +65,8 @@ def evaluate(
             report["perplexity_reason"] = f"{value}: the model's log-likelihoods overflow or are not numbers"
             say(f"{label}: perplexity is {report['perplexity_reason']}; the rest is measured")
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
-    journal = Journal(folder / f"{label}.partial", origin.identity, groups)
+    answered_by = f"{origin.identity} {precision.name} lm_eval {version('lm_eval')}"
+    journal = Journal(folder / f"{label}.partial", answered_by, groups)
     max_length = origin.shape.max_position_embeddings
     results, rows = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
     report |= results
@@ -97,8 +102,6 @@ def run_tasks(
     """
     if not evaluation.tasks:
         return {"results": {}, "not_run": {}, "data": {}}, []
-    from importlib.metadata import version
-
     from minitron_train.data import tokenizer as tokenizers
     from minitron_train.evaluation.lm import MegatronLM
     from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval

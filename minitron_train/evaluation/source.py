@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minitron_train.arch import Architecture, Shape, architecture
@@ -36,9 +37,9 @@ class Origin:
         """All parameters; tied weights count once."""
         return sum(self.table.parameters(self.shape).values())
 
-    def build(self, groups: Groups) -> LanguageModel:
-        """The model in fp32, at the tensor-parallel size of `groups`; each rank reads its own part."""
-        model = build(self.shape, tp=groups.tp_size)
+    def build(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
+        """The model at the tensor-parallel size of `groups`; each rank reads its own part."""
+        model = build(self.shape, tp=groups.tp_size, dtype=dtype)
         load(model, self.table, self.shape, self.source, groups.tp_rank, groups.tp_size)
         return model
 

@@ -3,16 +3,13 @@
 import contextlib
 import hashlib
 import logging
-import os
 import random
-import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from urllib.parse import urlsplit
 
 import lm_eval.api.task
 import lm_eval.tasks
@@ -21,11 +18,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
-from minitron_train.evaluation.local_data import check_columns, local_files
+from minitron_train.evaluation.local_data import NO_HUB, check_columns, hub_reachable, local_files
 from minitron_train.evaluation.task_names import FOLDERS, OWN, check_names, shipped, unknown
 from minitron_train.files import sha256_file
 
-HUB_TIMEOUT_S = 3.0
 BOOTSTRAP_ITERATIONS = 1000  # of standard errors that have no formula
 
 
@@ -69,11 +65,9 @@ def leaves(manager: TaskManager, name: str) -> list[str]:
     return [leaf for child in names for leaf in leaves(manager, child)]
 
 
-def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> str:
-    """A task file that includes lm-eval's and reads its data from `files`; splits that are not there are taken out."""
-    config = manager.task_index[task].cfg or {}
-    changed: dict[str, Any] = {"include": str(manager.task_index[task].yaml_path), "task": task}
-    changed["dataset_kwargs"] = {"files": {split: str(path) for split, path in files.items()}}
+def without_missing(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    """Settings of a task file with the splits taken out for which there is no file; empty: all are there."""
+    changed: dict[str, Any] = {}
     for key in ("training_split", "validation_split", "test_split"):
         if config.get(key) not in files:
             changed[key] = None
@@ -81,19 +75,37 @@ def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> s
         changed["fewshot_split"] = changed.get(
             "test_split", config.get("test_split")
         )  # lm-eval then leaves the asked row out
+    return changed
+
+
+def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> str:
+    """A task file that includes lm-eval's and reads its data from `files`."""
+    config = manager.task_index[task].cfg or {}
+    changed: dict[str, Any] = {"include": str(manager.task_index[task].yaml_path), "task": task}
+    changed["dataset_kwargs"] = {"files": {split: str(path) for split, path in files.items()}}
+    changed |= without_missing(config, files)
     return yaml.safe_dump(changed) + "custom_dataset: !function minitron_train.evaluation.local_data.read_splits\n"
 
 
-def hub_reachable() -> bool:
-    """Whether a Hugging Face hub answers within HUB_TIMEOUT_S."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return False
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        with socket.create_connection((url.hostname, url.port or 443), timeout=HUB_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
+def splits(configs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Which split lm-eval asks the rows of some leaf tasks from, and which it takes examples from (its own rules)."""
+    rows, examples = set(), set()
+    for config in configs:
+        rows.add(config.get("test_split") or config.get("validation_split"))
+        if config.get("fewshot_split") or "samples" not in (config.get("fewshot_config") or {}):
+            keys = ("fewshot_split", "training_split", "validation_split", "test_split")
+            examples.add(next((config[key] for key in keys if config.get(key)), None))
+    named = {"rows": rows, "examples": examples}
+    return {key: ", ".join(sorted(filter(None, values))) for key, values in named.items()}
+
+
+@contextlib.contextmanager
+def hub_or_cache(online: bool) -> Iterator[None]:
+    """A block in which `datasets` asks the hub only when it is in reach, else its cache at once."""
+    import datasets
+
+    with mock.patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or not online):
+        yield
 
 
 @contextlib.contextmanager
@@ -116,6 +128,7 @@ def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
     manager = index_of(evaluation.tasks)
     chosen = TaskSet()
     overrides: dict[str, str] = {}
+    lacking: dict[str, str] = {}  # requested task -> what is to be said when the hub's cache has nothing either
     online: bool | None = None
     for name in evaluation.tasks:
         files = {leaf: local_files(leaf, data_dir) if data_dir else {} for leaf in leaves(manager, name)}
@@ -129,13 +142,18 @@ def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
         if missing and not online:
             where = data_dir or "eval.data_dir (not given)"
             some = f" for {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else ""
-            chosen.not_run[name] = f"no data in {where}{some}, and no Hugging Face hub in reach"
-            continue
+            lacking[name] = f"no data in {where}{some}, and {NO_HUB}"
         for leaf, found in files.items():
             check_columns(leaf, found)
             if found:
                 overrides[leaf] = local_override(manager, leaf, found)
-        chosen.data[name] = {"source": "hub" if missing else "local", "sha256": hash_files(files)}
+        source = "local" if not missing else "cache" if name in lacking else "hub"
+        usual = {leaf: manager.task_index[leaf].cfg or {} for leaf in files}
+        used = [
+            {**usual[leaf], **(without_missing(usual[leaf], found) if found else {})} for leaf, found in files.items()
+        ]
+        chosen.data[name] = {"source": source, "sha256": hash_files(files)}
+        chosen.data[name] |= {"splits": splits(used), "lm_eval_splits": splits(usual.values())}
     runnable = [name for name in evaluation.tasks if name not in chosen.not_run]
     with tempfile.TemporaryDirectory() as folder:
         for leaf, text in overrides.items():
@@ -145,11 +163,12 @@ def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
         chosen.tasks = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in runnable:
             try:
-                loaded = manager.load([name])
+                with hub_or_cache(online is not False):
+                    loaded = manager.load([name])
             except (OSError, ValueError) as error:  # what `datasets` raises when the hub refuses or has no such set
                 if chosen.data[name]["source"] == "local":
                     raise
-                chosen.not_run[name] = f"the hub gave no data: {str(error).splitlines()[0]}"
+                chosen.not_run[name] = lacking.get(name) or f"the hub gave no data: {str(error).splitlines()[0]}"
                 continue
             for part, found in loaded.items():
                 chosen.tasks[part] |= found

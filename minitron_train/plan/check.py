@@ -12,7 +12,7 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan.hardware import GIB, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
-from minitron_train.plan.memory import FP32, Layout, distill_bytes, eval_bytes, export_bytes, score_bytes
+from minitron_train.plan.memory import Layout, distill_bytes, eval_bytes, export_bytes, score_bytes
 from minitron_train.plan.reckon import WEIGHT_BYTES
 from minitron_train.plan.stages import disk_bytes, export_weight_bytes
 
@@ -130,14 +130,15 @@ def tp_sizes(world: World, *shapes: Shape) -> list[int]:
 def eval_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
     """The configured layout first, then other tensor-parallel sizes and fewer sequences at once."""
     settings, tp = config.eval, config.parallel.tensor_model_parallel_size
+    weight_bytes = WEIGHT_BYTES[settings.precision_on(cuda)]
     others = product(tp_sizes(world, student), (settings.batch_size, 1))
     for size, batch in [(tp, settings.batch_size), *others]:
         layout = Layout(
             tp=size,
             micro_batch_size=batch,
             seq_length=config.train.seq_length,
-            weight_bytes=FP32,
-            teacher_weight_bytes=FP32,
+            weight_bytes=weight_bytes,
+            teacher_weight_bytes=weight_bytes,
             runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
             cuda=cuda,
         )

@@ -147,7 +147,7 @@ def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict
 
 
 def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
-    """Memory of one process that evaluates: weights in fp32, one forward pass, a chunk of logits and their exponentials."""
+    """Memory of one process that evaluates: weights, one forward pass, a chunk of logits and their exponentials."""
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["eval"],
         "weights": parameters_per_rank(shape, layout.tp) * layout.weight_bytes,

@@ -9,7 +9,7 @@ from minitron_train.report import charts, evaluation, page
 from minitron_train.report.curves import health_charts, loss_charts
 from minitron_train.report.importance import importance_charts
 from minitron_train.report.load import MODELS, Run, load_run
-from minitron_train.report.summary import not_run, summary_table
+from minitron_train.report.summary import notes, summary_table
 
 
 def write_report(output_dir: Path, target: Path | None = None) -> Path:
@@ -52,7 +52,7 @@ def render(run: Run) -> str:
         },
         health={name: health_charts(columns) for name, columns in run.metrics.items()},
         missing=page.missing(run),
-        not_run=not_run(run),
+        notes=notes(run),
     )
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from minitron_train.files import byte_size
 from minitron_train.report import numbers
 from minitron_train.report.load import MODELS, Model, Run
-from minitron_train.report.summary import metric_of, perplexity_of, score_of, task_name, tasks_of
+from minitron_train.report.summary import metric_of, perplexity_of, score_of, task_name, tasks_of, teacher_name
 
 PARTS = ("embedding", "output", "attention", "mlp", "norms")
 SIZES = (
@@ -51,7 +50,8 @@ def lede(run: Run) -> str:
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher is None:
         return "There is no teacher in this output folder yet."
-    said = f"{teacher_name(run)} ({teacher.shape.architecture}, {numbers.short(teacher.parameters)} parameters)"
+    name = teacher_name(run) or ("A teacher trained here" if "pretrain" in run.metrics else "The teacher")
+    said = f"{name} ({teacher.shape.architecture}, {numbers.short(teacher.parameters)} parameters)"
     if student is None:
         return f"{said}; nothing has been pruned yet."
     share = student.parameters / teacher.parameters
@@ -65,16 +65,6 @@ def lede(run: Run) -> str:
     found = [(label, perplexity_of(run, label)) for label in MODELS]
     values = ", ".join(f"{label} {numbers.perplexity(value)}" for label, value in found if value is not None)
     return f"{said} Perplexity on held-out text: {values}." if values else said
-
-
-def teacher_name(run: Run) -> str:
-    """Where the teacher came from: a hub's repository, a wheel, a folder, or this very run."""
-    configs = [stage.get("config", {}).get("teacher") or {} for stage in reversed(run.stages)]
-    for key in ("path", "repo_id", "wheel"):
-        found = next((str(config[key]) for config in configs if config.get(key)), None)
-        if found:
-            return Path(found).name if key == "path" else found
-    return "A teacher trained here" if "pretrain" in run.metrics else "The teacher"
 
 
 def tiles(run: Run) -> list[Tile]:

@@ -151,6 +151,41 @@ def not_run(run: Run) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def notes(run: Run) -> list[str]:
+    """What stands under the scores: rows and examples that are not lm-eval's own, and tasks that were not run."""
+    return [*substitutions(run), *not_run(run)]
+
+
+def substitutions(run: Run) -> list[str]:
+    """ "ARC-C: rows of the validation split (lm-eval's own: test)", once for all models that share it."""
+    lines = []
+    for label in run.labels:
+        for task, data in (run.evals.get(label, {}).get("data") or {}).items():
+            used, usual = data.get("splits", {}), data.get("lm_eval_splits", {})
+            shots = entry_of(run, label, task).get("num_fewshot")
+            said = [
+                f"{what} of the {used[what]} split (lm-eval's own: {usual[what]})"
+                for what in ("rows", "examples" if shots != 0 else "")
+                if used.get(what) != usual.get(what)
+            ]
+            lines += [f"{task_name(task)}: {', '.join(said)}"] if said else []
+    return list(dict.fromkeys(lines))
+
+
+def section_of(run: Run, section: str) -> Mapping[str, Any]:
+    """A section of the newest configuration that a stage of the run recorded."""
+    found = (stage["config"].get(section) for stage in reversed(run.stages) if "config" in stage)
+    return next((section for section in found if section), {})
+
+
+def teacher_name(run: Run) -> str | None:
+    """How the teacher is called where it came from: a folder, a hub's repository, a GGUF file, a wheel; None: nowhere."""
+    settings, facts = section_of(run, "teacher"), (run.stage("fetch teacher") or {}).get("facts") or {}
+    folder = Path(settings["path"]).name if settings.get("path") else None
+    names = (folder, settings.get("repo_id"), facts.get("gguf"), settings.get("wheel"))
+    return next((str(name) for name in names if name), None)
+
+
 def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
     """Parameters and bytes of weights: of the folder, or as the evaluation noted them."""
     if label in run.models:
@@ -185,7 +220,7 @@ def summary_table(output_dir: Path) -> str:
         table.append([label, *sizes, *(score_of(run, label, task).text for task in tasks)])
     lines = aligned([row for row in table if any(row)])
     lines.insert(len(lines) - len(run.labels), "-" * len(lines[-1]))
-    return "\n".join([*lines, *not_run(run)])
+    return "\n".join([*lines, *notes(run)])
 
 
 def rows_text(run: Run, task: str) -> str:

@@ -84,6 +84,28 @@ def test_every_figure_is_that_of_a_file(run: Path) -> None:
     assert f"| MLP neurons | {sizes['intermediate_size']} | 160 |" in text
 
 
+def test_repairs_and_other_splits_are_said_and_folders_are_not(run: Path) -> None:
+    text = card(run)
+    assert "rotation" not in text and "by least squares" not in text
+    for file in run.rglob("provenance.json"):
+        record = json.loads(file.read_text())
+        record["config"]["prune"] |= {"rotate": True, "norm_scale": True, "refit": "all"}
+        record["command"] += f" output_dir={run} teacher.path=/models/Big"
+        file.write_text(json.dumps(record))
+    sizes = json.loads((run / "teacher" / "config.json").read_text())
+    save_model("nemotron", run / "teacher", hidden_size=2 * sizes["hidden_size"])
+    report = json.loads((run / "eval" / "student.json").read_text())
+    splits = {"rows": "validation", "examples": "test"}, {"rows": "test", "examples": "test"}
+    report["data"] = {"arc_easy": dict(zip(("splits", "lm_eval_splits"), splits, strict=True))}
+    report["not_run"]["gsm8k"] = f"no data in {run}/eval_data, and no hub"
+    (run / "eval" / "student.json").write_text(json.dumps(report))
+    text = card(run)
+    assert "directions of the residual stream kept (rotation); norms rescaled" in text
+    assert "; every linear of a layer fitted anew by least squares." in text
+    assert "ARC-E: rows of the validation split (lm-eval's own: test)." in text
+    assert str(run) not in text and "/models" not in text and "teacher.path=…/Big" in text
+
+
 def test_header_is_the_hubs(run: Path) -> None:
     header = yaml.safe_load(card(run).split("---")[1])
     assert header["license"] == "apache-2.0" and header["base_model"] == "nvidia/Big"
@@ -109,7 +131,7 @@ def test_published_values_stand_beside_the_papers_recipes_alone(run: Path) -> No
 def test_snippet_runs(run: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", card(run), re.DOTALL)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(snippet, {})
+        exec(snippet.replace('path = "4b"', f"path = {str(run / 'student')!r}"), {})
     assert printed.getvalue().strip()
 
 

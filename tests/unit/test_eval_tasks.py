@@ -1,19 +1,24 @@
 """Which tasks run, on which rows, and what is said of those that cannot."""
 
+import gzip
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from huggingface_hub import close_session, constants
 
 from minitron_train.config import EvalConfig
 from minitron_train.errors import UserError
 from minitron_train.evaluation import tasks as module
 from minitron_train.evaluation.code import mbpp_examples, pass_at_1, passes
-from minitron_train.evaluation.local_data import check_columns, local_files, read_splits
+from minitron_train.evaluation.local_data import check_columns, hub_reachable, local_files, read_splits
 from minitron_train.evaluation.rouge import rouge_l
 from minitron_train.evaluation.task_names import check_names, names_in, shipped
-from minitron_train.evaluation.tasks import load_tasks, quiet
+from minitron_train.evaluation.tasks import load_tasks, quiet, splits, without_missing
 from tests.eval_data import save_data
 
 
@@ -47,6 +52,54 @@ def test_hub_is_not_asked_when_the_data_are_here(data_dir: Path, monkeypatch: py
 
     monkeypatch.setattr(module, "hub_reachable", refuse)
     assert load(EvalConfig(tasks=["hellaswag", "mmlu_anatomy"]), data_dir).not_run == {}
+
+
+def test_the_hubs_cache_serves_without_the_hub(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}]
+    offline: list[bool] = []
+
+    def cached(*_: Any, **__: Any) -> dict[str, datasets.Dataset]:
+        offline.append(datasets.config.HF_HUB_OFFLINE)
+        return {split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")}
+
+    monkeypatch.setattr(module, "hub_reachable", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", cached)
+    chosen = load(EvalConfig(tasks=["arc_challenge"]), data_dir)
+    assert chosen.not_run == {} and chosen.data["arc_challenge"]["source"] == "cache" and set(offline) == {True}
+
+
+def test_the_hub_is_asked_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a proxy, and without a port in the mirror's address."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_ENDPOINT", "http://mirror.invalid")
+        for proxy, found in ((f"http://127.0.0.1:{server.server_port}", True), ("http://127.0.0.1:9", False)):
+            monkeypatch.setenv("HTTP_PROXY", proxy)
+            monkeypatch.setenv("http_proxy", proxy)
+            close_session()
+            assert hub_reachable() is found
+        close_session()
+        server.shutdown()
+
+
+def test_splits_that_stand_in_for_others_are_recorded(data_dir: Path) -> None:
+    data = load(EvalConfig(tasks=["gsm8k", "hellaswag"]), data_dir).data
+    assert data["gsm8k"]["splits"] == {"rows": "test", "examples": "test"}
+    assert data["gsm8k"]["lm_eval_splits"] == {"rows": "test", "examples": "train"}
+    assert data["hellaswag"]["splits"]["rows"] == data["hellaswag"]["lm_eval_splits"]["rows"] == "validation"
+    config = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+    changed = without_missing(config, {"validation": Path("validation.parquet")})
+    assert splits([{**config, **changed}]) == {"rows": "validation", "examples": "validation"}
 
 
 def test_rows_are_a_fixed_random_subset(data_dir: Path) -> None:
@@ -90,6 +143,11 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     lines.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         read_splits(files={"test": str(lines)})
+    packed = tmp_path / "rows.jsonl.gz"
+    for damaged in (b"no gzip", gzip.compress(b'{"a": 1}\n' * 99)[:-9], gzip.compress(b"\xff\n")):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"rows\.jsonl\.gz: damaged"):
+            read_splits(files={"test": str(packed)})
     lines.write_text("")
     with pytest.raises(UserError, match="holds no rows"):
         read_splits(files={"test": str(lines)})

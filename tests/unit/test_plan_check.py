@@ -7,7 +7,7 @@ import pytest
 
 from minitron_train import cli
 from minitron_train.arch import Shape
-from minitron_train.config import Config, Recompute
+from minitron_train.config import Config, Precision, Recompute
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan import check, check_fits
@@ -78,6 +78,9 @@ def test_pretraining_needs_less_than_distilling_and_evaluation_least(
     stages = ("distill", "pretrain", "eval")
     distilling, pretraining, evaluating = (option_settings(stage, config(), World(), ()) for stage in stages)
     assert evaluating < pretraining < distilling - parameters(TEACHER)["parameters"] * 4 / GIB
+    narrow = config()
+    narrow.eval.precision = Precision.bf16
+    assert option_settings("eval", narrow, World(), ()) < evaluating - parameters(STUDENT)["parameters"] * 2 / GIB
     memory(pretraining + 0.01)
     check_fits(config(), "pretrain", STUDENT, STUDENT, World(), tmp_path)
     memory(pretraining - 0.01)
