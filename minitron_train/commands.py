@@ -13,7 +13,7 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
 from minitron_train.parallel.launch import World
-from minitron_train.stages import Stage
+from minitron_train.stages import Stage, read_provenance
 from minitron_train.workspace import Workspace, late, shape_of_recipe, subset
 
 
@@ -181,22 +181,9 @@ def evaluate(ws: Workspace) -> None:
         say(compare_table(ws.eval_folder, ws.config.eval.compare))
         return
     check_names(ws.config.eval.tasks)
-    stages = {"teacher": ws.teacher_folder, "pruned": ws.pruned_folder, "student": ws.student_folder}
-    named = stages | {"checkpoint": ws.folder / "train"}
     if ws.config.eval.data_dir and not ws.eval_data_folder.is_dir():
         raise UserError(f"eval.data_dir={ws.config.eval.data_dir}: no such folder; give one, or leave it out")
-    asked = ws.config.eval.model
-    if asked:
-        label = ws.config.eval.label or (asked if asked in named else Path(asked).name)
-        models = {label: named.get(asked, Path(asked))}
-        if not models[label].exists():
-            choices = "teacher, pruned, student, checkpoint or a folder"
-            raise UserError(f"eval.model={asked}: no folder {models[label]}; give {choices}")
-    else:
-        models = {label: folder for label, folder in stages.items() if folder.exists()}
-        if not models:
-            raise UserError(f"nothing to evaluate in {ws.folder}; give eval.model=FOLDER, or run the earlier stages")
-    for label, folder in models.items():
+    for label, folder in ws.models_to_evaluate().items():
         evaluate_one(ws, label, folder)
     model_card(ws)
 
@@ -211,16 +198,18 @@ def model_card(ws: Workspace) -> None:
 
 def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     """One model -> eval/LABEL.json."""
-    from minitron_train.data.stream import validation_tokens
-    from minitron_train.evaluation.local_data import listing
+    from minitron_train.data.stream import validation_data, validation_tokens
+    from minitron_train.evaluation.local_data import can_be_completed, listing
     from minitron_train.evaluation.run import evaluate as measure
     from minitron_train.evaluation.source import open_origin
 
-    config, data = ws.config, data_inputs(ws)
-    names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "allow_code_execution")
-    settings = {"eval": subset(config.eval, *names), "seed": config.seed}
+    config = ws.config
+    names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
+    held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
+    settings = {"eval": subset(config.eval, *names), "validation": held_out, "seed": config.seed}
     exists = model.exists() and ws.world.is_first
-    inputs = {"model": ws.share(open_origin(model).identity if exists else "")} | data
+    inputs = {"model": ws.share(open_origin(model).identity if exists else "")}
+    inputs |= data_inputs(ws, validation_data(config.data))
     inputs["evaluation data"] = ws.share(listing(ws.eval_data_folder) if ws.world.is_first else "")
     record = f"{label}.provenance.json"
     stage = Stage(
@@ -248,7 +237,8 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
             validation_tokens=tokens,
         )
 
-    ws.run(stage, work)
+    facts = read_provenance(ws.eval_folder, record).get("facts", {}) if ws.world.is_first else {}
+    ws.run(stage, work, force=ws.share(can_be_completed(facts)))
 
 
 # What the stories share

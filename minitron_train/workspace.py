@@ -66,6 +66,33 @@ class Workspace:
         """Results, a file per model."""
         return self.folder / "eval"
 
+    def models_to_evaluate(self) -> dict[str, Path]:
+        """Label of the result -> folder: what eval.model names, or every stage's model that is there.
+
+        Raises:
+            UserError: there is none; or a folder's result would pass for that of one of this run's own models.
+        """
+        stages = {"teacher": self.teacher_folder, "pruned": self.pruned_folder, "student": self.student_folder}
+        named = stages | {"checkpoint": self.folder / "train"}
+        asked, label = self.config.eval.model, self.config.eval.label
+        if not asked:
+            models = {label: folder for label, folder in stages.items() if folder.exists()}
+            if not models:
+                raise UserError(
+                    f"nothing to evaluate in {self.folder}; give eval.model=FOLDER, or run the earlier stages"
+                )
+            return models
+        folder = named.get(asked, Path(asked))
+        if not folder.exists():
+            choices = "teacher, pruned, student, checkpoint or a folder"
+            raise UserError(f"eval.model={asked}: no folder {folder}; give {choices}")
+        label = label or (asked if asked in named else folder.name)
+        if not label or (label in named and folder.resolve() != named[label].resolve()):
+            raise UserError(
+                f"eval.model={asked}: the result needs a name other than {', '.join(named)}; give eval.label"
+            )
+        return {label: folder}
+
     # processes
     @property
     def groups(self) -> "Groups":
@@ -87,14 +114,19 @@ class Workspace:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def run(self, stage: Stage, work: Work) -> bool:
-        """stages.run_stage, or its description under dry_run. Returns whether the work was done now."""
+    def run(self, stage: Stage, work: Work, *, force: bool = False) -> bool:
+        """stages.run_stage, or its description under dry_run. Returns whether the work was done now.
+
+        Args:
+            force: do it again (as config.force).
+        """
         if self.config.dry_run:
             for line in stage.describe():
                 say(line)
             return False
         first = self.world.is_first
-        return run_stage(stage, self.invocation, work, force=self.config.force, is_first=first, share=self.share)
+        force = force or self.config.force
+        return run_stage(stage, self.invocation, work, force=force, is_first=first, share=self.share)
 
     # models
     def open_teacher(self) -> "Checkpoint":

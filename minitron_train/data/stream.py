@@ -169,16 +169,22 @@ def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np
     return [joined[start : start + seq_length + 1] for start in range(0, len(joined) - seq_length, seq_length)]
 
 
+def validation_data(data: DataConfig) -> DataConfig:
+    """What the held-out tokens come from: data.validation_path, otherwise the training data themselves."""
+    if not data.validation_path:
+        return data
+    return DataConfig(
+        path=data.validation_path, text_key=data.text_key, document_end=data.document_end, cache_dir=data.cache_dir
+    )
+
+
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
     """Held-out tokens [N, S + 1] int64, N <= data.validation_tokens / S: each source gives its share, once over.
 
     From data.validation_path where there is one, else the documents that `TokenStream` leaves out.
     """
-    own = DataConfig(
-        path=data.validation_path, text_key=data.text_key, document_end=data.document_end, cache_dir=data.cache_dir
-    )
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
-    feed = Feed(own if data.validation_path else data, tokenizer, split, 0, seq_length)
+    feed = Feed(validation_data(data), tokenizer, split, 0, seq_length)
     total = max(1, data.validation_tokens // seq_length)
     weight = sum(part.weights[0] for part in feed.parts)
     windows = []

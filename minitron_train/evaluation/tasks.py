@@ -102,9 +102,9 @@ def splits(configs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 @contextlib.contextmanager
 def hub_or_cache(online: bool) -> Iterator[None]:
     """A block in which `datasets` asks the hub only when it is in reach, else its cache at once."""
-    import datasets
+    from datasets import config
 
-    with mock.patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or not online):
+    with mock.patch.object(config, "HF_HUB_OFFLINE", config.HF_HUB_OFFLINE or not online):
         yield
 
 

@@ -1,8 +1,10 @@
 """One evaluation from folder to files: resumed after a kill, broken weights, awkward tokenizers, and inside training."""
 
 import json
+import math
 import random
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +16,21 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train.arch.build import LanguageModel, build
 from minitron_train.arch.convert import load
-from minitron_train.config import Config, EvalConfig, ParallelConfig
+from minitron_train.commands import evaluate_one
+from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
 from minitron_train.errors import UserError
 from minitron_train.evaluation.hooks import TaskHook
 from minitron_train.evaluation.journal import Journal
+from minitron_train.evaluation.local_data import NO_HUB
+from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect
 from minitron_train.evaluation.run import evaluate, line, run_tasks
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import World
+from minitron_train.stages import Stage
+from minitron_train.train.validation import Validation
+from minitron_train.workspace import Workspace
 from tests.eval_data import save_data, save_model
 from tests.models import hf_logits
 
@@ -193,6 +201,25 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
     assert all(row["eval.hellaswag.acc_norm.teacher"] == found[0]["eval.hellaswag.acc_norm.teacher"] for row in found)
 
 
+class LastOfMany(Groups):
+    """The last of eight data-parallel ranks; the others have found 1 of everything."""
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        return value.add_(1)
+
+
+def test_more_ranks_than_held_out_sequences(folders: SimpleNamespace) -> None:
+    tokens = torch.zeros(7, 33, dtype=torch.int64)
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        values: dict[str, Any] = {field.name: getattr(groups, field.name) for field in fields(Groups)}
+        last = LastOfMany(**{**values, "dp_rank": 7, "dp_size": 8})
+        checkpoint = Checkpoint(folders.model)
+        model = build(checkpoint.shape)
+        assert perplexity(model, tokens, last, 2) == pytest.approx(math.exp(-1))
+        objective: Any = SimpleNamespace(student=model, teacher=None, logit_loss=None)
+        assert Validation(tokens, objective, 2, last)()["eval.validation.loss"] == 1.0
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_perplexity_that_is_no_number_is_null(
     folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
@@ -204,6 +231,76 @@ def test_a_perplexity_that_is_no_number_is_null(
     assert report["perplexity_reason"].startswith(f"{value}: ")
 
 
+def test_a_tag_stands_for_its_tasks() -> None:
+    raw: dict[str, Any] = {"results": {}, "group_subtasks": {}, "n-samples": {}, "n-shot": {}, "versions": {}}
+    for task in ("arc_easy", "arc_challenge"):
+        raw["results"][task], raw["n-samples"][task], raw["n-shot"][task] = {"acc,none": 0.5}, {"effective": 3}, 0
+    found = collect(raw, {"ai2_arc": ["arc_challenge", "arc_easy"]})
+    assert list(found) == ["arc_challenge", "arc_easy"] and found["arc_easy"]["acc"] == 0.5
+
+
+def test_precision_of_the_forward_passes(
+    folders: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def measured(model: LanguageModel, *_: Any) -> float:
+        sizes.append(next(model.parameters()).element_size())
+        return 1.0
+
+    monkeypatch.setattr("minitron_train.evaluation.run.perplexity", measured)
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    found = [
+        run(config_of(tasks=[], precision=precision), folders.model, tmp_path, None, tokens)["precision"]
+        for precision in (Precision.bf16, None)
+    ]
+    assert (found, sizes) == (["bf16", "fp32"], [2, 4])
+
+
+def stage_of(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Stage, bool]:
+    """The stage that evaluates a model as configured, and whether it is done whatever was done before."""
+    asked: list[tuple[Stage, bool]] = []
+    monkeypatch.setattr(Workspace, "run", lambda self, stage, work, *, force: asked.append((stage, force)))
+    config.output_dir = str(folder)
+    evaluate_one(Workspace(config, [], World(), ExitStack()), "teacher", folder / "nothing")
+    return asked[0]
+
+
+def test_another_validation_set_is_another_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(f"Some words, {name}.")
+    config = Config()
+    config.data.validation_path = str(tmp_path / "one.txt")
+    first, _ = stage_of(config, tmp_path, monkeypatch)
+    for section, name, value in (
+        ("data", "validation_path", None),
+        ("data", "validation_path", str(tmp_path / "two.txt")),
+        ("data", "validation_tokens", 64),
+        ("train", "seq_length", 64),
+        ("eval", "precision", Precision.bf16),
+    ):
+        config = Config()
+        config.data.validation_path = str(tmp_path / "one.txt")
+        setattr(getattr(config, section), name, value)
+        other, _ = stage_of(config, tmp_path, monkeypatch)
+        assert (other.inputs, other.settings) != (first.inputs, first.settings), name
+
+
+def test_tasks_without_data_are_tried_again_when_the_hub_is_in_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "eval").mkdir()
+    record = tmp_path / "eval" / "teacher.provenance.json"
+    for reachable, reason, again in (
+        (True, f"no data, and {NO_HUB}", True),
+        (False, f"no data, and {NO_HUB}", False),
+        (True, "runs generated programs", False),
+    ):
+        monkeypatch.setattr("minitron_train.evaluation.local_data.hub_reachable", lambda found=reachable: found)
+        record.write_text(json.dumps({"facts": {"not_run": {"gsm8k": reason}}}))
+        assert stage_of(Config(), tmp_path, monkeypatch)[1] is again
+
+
 def test_metrics_that_are_no_numbers_stand_apart() -> None:
     raw = {
         "results": {"wikitext": {"word_perplexity,none": float("inf"), "byte_perplexity,none": 3.0}},
@@ -212,7 +309,7 @@ def test_metrics_that_are_no_numbers_stand_apart() -> None:
         "n-shot": {"wikitext": 0},
         "versions": {},
     }
-    found = collect(raw, ["wikitext"])["wikitext"]
+    found = collect(raw, {"wikitext": ["wikitext"]})["wikitext"]
     assert found["not_finite"] == {"word_perplexity": "inf"} and found["byte_perplexity"] == 3.0
     assert "word_perplexity" not in found
     assert json.loads(line({"answers": [float("-inf"), (1.5, True)]})) == {"answers": [None, [1.5, True]]}

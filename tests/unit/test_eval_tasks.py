@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets import config as datasets_config
 from huggingface_hub import close_session, constants
 
 from minitron_train.config import EvalConfig
@@ -59,11 +60,11 @@ def test_the_hubs_cache_serves_without_the_hub(data_dir: Path, monkeypatch: pyte
     offline: list[bool] = []
 
     def cached(*_: Any, **__: Any) -> dict[str, datasets.Dataset]:
-        offline.append(datasets.config.HF_HUB_OFFLINE)
+        offline.append(datasets_config.HF_HUB_OFFLINE)
         return {split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")}
 
     monkeypatch.setattr(module, "hub_reachable", lambda: False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", cached)
     chosen = load(EvalConfig(tasks=["arc_challenge"]), data_dir)
     assert chosen.not_run == {} and chosen.data["arc_challenge"]["source"] == "cache" and set(offline) == {True}
