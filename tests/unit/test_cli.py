@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minitron_train import cli
+from minitron_train.config import Config, StudentConfig
 from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+from minitron_train.workspace import Workspace
 
 
 def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -63,6 +68,45 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "train.global_batch_size=" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("pretrain", {"num_tokens": 0}, r"pretrain\.num_tokens=0: must be greater than 0"),
+        ("pretrain", {"min_lr": 1.0}, r"pretrain\.min_lr=1\.0: between 0 and pretrain\.lr=0\.001"),
+        ("export", {"dtype": "int3"}, r"export\.dtype=int3: must be one of float32, bfloat16, float16"),
+        ("plan", {"family": {"small": StudentConfig(num_layers=0)}}, r"plan\.family\.small\.num_layers=0: must be"),
+        ("eval", {"every_tokens": -1}, r"eval\.every_tokens=-1: must not be negative"),
+        ("eval", {"compare": ["a"]}, r"eval\.compare=\['a'\]: must have two labels or more"),
+        ("cluster", {"reserved_gib": -1.0}, r"cluster\.reserved_gib=-1\.0: must not be negative"),
+        ("data", {"validation_fraction": 0.0}, r"data\.validation_fraction=0\.0: leaves nothing to validate on"),
+    ],
+)
+def test_sections_refuse(section: str, values: dict[str, Any], message: str) -> None:
+    config = Config()
+    config.validate()
+    for name, value in values.items():
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=message):
+        config.validate()
+
+
+def test_a_folder_does_not_pass_for_a_model_of_the_run(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"))
+    for folder in ("run/student", "other/student", "other/step_00000001"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def models(model: str | None, label: str | None = None) -> dict[str, Path]:
+        config.eval.model, config.eval.label = model, label
+        return Workspace(config, [], World(), ExitStack()).models_to_evaluate()
+
+    own, other, step = (str(tmp_path / name) for name in ("run/student", "other/student", "other/step_00000001"))
+    assert models(None) == models("student") == models(own) == {"student": Path(own)}
+    assert models(step) == {"step_00000001": Path(step)} and models(other, "theirs") == {"theirs": Path(other)}
+    for model in (other, "."):
+        with pytest.raises(UserError, match="needs a name other than teacher, pruned, student, checkpoint"):
+            models(model)
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
