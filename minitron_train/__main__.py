@@ -1,6 +1,7 @@
 """python -m minitron_train COMMAND [+recipe=NAME] [key=value …]
 
-Kept light on imports: --help and --cfg answer without loading torch, and so does plan with a cluster whose figures are given.
+Kept light on imports: --help and --cfg answer without loading torch; plan loads it to read a teacher's folder or to measure
+this machine, and else does without.
 """
 
 import os
