@@ -72,6 +72,7 @@ def pretrain(ws: Workspace) -> None:
 
 def score(ws: Workspace) -> None:
     """Importance of every channel, head, neuron and layer, from forward passes over the calibration tokens."""
+    from minitron_train.data.calibration import calibration_data
     from minitron_train.prune.score import score as measure
 
     teacher, calibration = ws.open_teacher(), ws.config.calibration
@@ -80,8 +81,7 @@ def score(ws: Workspace) -> None:
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
     if calibration.tokens is None:
-        own = dataclasses.replace(ws.config.data, path=calibration.path) if calibration.path else ws.config.data
-        inputs |= data_inputs(ws, own)
+        inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data))
     elif Path(calibration.tokens).exists():
         settings = {"calibration": subset(calibration, "precision")}
         inputs["tokens"] = sha256_file(Path(calibration.tokens))
@@ -264,11 +264,10 @@ def calibration_tokens(ws: Workspace) -> Any:
 
 
 def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]:
-    """Fingerprint of every source of the stream, or of other data."""
-    from minitron_train.data.sources import describe
+    """What the stream, or one of other data, gives: a change of any of it makes a stage stale."""
+    from minitron_train.data.sources import identity
 
-    found = ws.share(describe(data or ws.config.data) if ws.world.is_first else None)
-    return {f"data {name}": source["sha256"] for name, source in found["sources"].items()}
+    return ws.share(identity(data or ws.config.data) if ws.world.is_first else None)
 
 
 def cut(ws: Workspace, student: Shape) -> None:

@@ -13,8 +13,7 @@ from minitron_train.config import Config, DataConfig
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
-from minitron_train.data.sources import parts
-from minitron_train.data.stream import train_split
+from minitron_train.data.sources import parts, train_split
 from minitron_train.data.units import permutation
 from minitron_train.errors import UserError
 from minitron_train.hf import write_folder

@@ -35,12 +35,16 @@ def calibration_batches(
             f"calibration.num_samples={calibration.num_samples}: must be a multiple of calibration.micro_batch_size={size}; "
             "change one of them"
         )
-    blend = replace(data, num_workers=0, late_fraction=0.0, document_attention=False)
-    if calibration.path:
-        blend = replace(blend, path=calibration.path, validation_fraction=0.0)
+    blend = calibration_data(calibration, data)
     stream = TokenStream(blend, tokenizer, seq_length=calibration.seq_length, seed=(seed + SEED_OFFSET) % 2**32)
     tokens = stream.next_batch(calibration.num_samples).tokens_BS
     return tokens.view(-1, size, calibration.seq_length)
+
+
+def calibration_data(calibration: CalibrationConfig, data: DataConfig) -> DataConfig:
+    """The stream that calibration reads where it has no tokens of its own: one phase; all of `calibration.path`."""
+    blend = replace(data, num_workers=0, late_fraction=0.0, document_attention=False)
+    return replace(blend, path=calibration.path, validation_fraction=0.0) if calibration.path else blend
 
 
 def read_tokens(path: Path) -> Tensor:

@@ -96,6 +96,9 @@ class JsonLines(FileFormat):
             if line.strip():
                 yield [self.text_of(line, file)]
 
+    def fingerprint(self) -> str:
+        return combine([super().fingerprint(), self.text_key])
+
     def text_of(self, line: bytes | str, file: int) -> str:
         """The text of one line; a line without it is refused with its file and beginning."""
         try:
@@ -168,11 +171,13 @@ class Parquet(JsonLines):
         """Check the column, decide whether the row groups are small enough."""
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                metadata, columns = file.metadata, file.schema_arrow.names
+                metadata, schema = file.metadata, file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a Parquet file ({error}); fetch or write it again") from error
-        if self.text_key not in columns:
-            raise missing_column(path, self.text_key, ", ".join(columns))
+        if self.text_key not in schema.names:
+            raise missing_column(path, self.text_key, ", ".join(schema.names))
+        if not is_text(kind := schema.types[schema.names.index(self.text_key)]):
+            raise UserError(f"{path}: column {self.text_key} is not text but {kind}; choose another text_key")
         groups = RowGroups(path, metadata.num_row_groups, self.text_key)
         if max((row_group_bytes(metadata, g) for g in range(groups.num_blocks)), default=0) <= ROW_GROUP_BYTES:
             return groups
@@ -192,6 +197,19 @@ class Parquet(JsonLines):
 def row_group_bytes(metadata: pyarrow.parquet.FileMetaData, group: int) -> int:
     """Uncompressed bytes of one row group, all columns."""
     return metadata.row_group(group).total_byte_size
+
+
+def is_text(kind: pyarrow.DataType) -> bool:
+    """Whether a column of this type gives strings (or nothing but nulls)."""
+    if isinstance(kind, pyarrow.DictionaryType):
+        return is_text(kind.value_type)
+    checks = (
+        pyarrow.types.is_string,
+        pyarrow.types.is_large_string,
+        pyarrow.types.is_string_view,
+        pyarrow.types.is_null,
+    )
+    return any(check(kind) for check in checks)
 
 
 def missing_column(path: Path, text_key: str, columns: str) -> UserError:

@@ -60,9 +60,10 @@ class HubSource:
             yield start, tuple(texts)
 
     def fingerprint(self) -> str:
-        """sha256 of repository, subset, split and revision; the content is the hub's."""
+        """sha256 of repository, subset, split, revision and column; the content is the hub's."""
         source = self.source
-        return combine([str(key) for key in (source.path, source.subset, source.split, source.revision)])
+        keys = (source.path, source.subset, source.split, source.revision, source.text_key)
+        return combine([str(key) for key in keys])
 
 
 def first_line(error: Exception) -> str:

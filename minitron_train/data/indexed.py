@@ -82,7 +82,8 @@ class IndexedSource:
 
     def unit(self, blocks: Iterable[int], seed: tuple[int, ...]) -> Unit:
         """The wanted sequences of some blocks, shuffled; their tokens are read when they are sliced."""
-        numbers = np.concatenate([np.arange(*self.block_starts[block : block + 2]) for block in blocks])
+        runs = [np.arange(*self.block_starts[block : block + 2]) for block in blocks]
+        numbers = np.concatenate([np.empty(0, np.int64), *runs])
         numbers = numbers[[self.split.wants(f"sequence {number}") for number in numbers]]
         numbers = numbers[permutation(len(numbers), *seed)]
         ends = np.cumsum(self.lengths[numbers])

@@ -23,7 +23,7 @@ from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.units import Split, Unit
 from minitron_train.errors import UserError
-from minitron_train.files import partial_path, sync_path
+from minitron_train.files import disk_errors, parent_folders, partial_path, sync_path
 
 
 def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Path, seed: int = 0) -> dict[str, int]:
@@ -31,10 +31,11 @@ def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Pa
 
     Nothing is held out here: the stream that reads the pair holds out by document number. Returns the counts.
     """
+    data.validate()
     feed = Feed(data, tokenizer, Split(held_out=False, fraction=0), data.num_workers, seq_length=1)
     if len(feed.parts) != 1 or isinstance(feed.opened[0], IndexedSource | HubSource):
         raise UserError("pretokenise takes one source of text, JSONL or Parquet files; convert the others one by one")
-    with contextlib.closing(feed.pool):
+    with contextlib.closing(feed.pool), disk_errors(prefix), parent_folders(prefix):
         return write_pair(prefix, units(feed, seed), len(tokenizer))
 
 
@@ -48,10 +49,9 @@ def units(feed: Feed, seed: int) -> Iterator[Unit]:
 
 
 def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str, int]:
-    """The pair, whole or not at all; the index comes last."""
+    """The pair, whole or not at all: an older index goes first, the new one comes last."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    prefix.parent.mkdir(parents=True, exist_ok=True)
     scratch = partial_path(prefix)
     files = {suffix: (Path(f"{scratch}{suffix}"), Path(f"{prefix}{suffix}")) for suffix in (".bin", ".idx")}
     counts = {"documents": 0, "tokens": 0}
@@ -66,8 +66,10 @@ def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str
         if not counts["documents"]:
             raise UserError("pretokenise: the corpus is empty; give one with text")
         builder.finalize(str(files[".idx"][0]))
-        for written, target in files.values():
+        for written, _ in files.values():
             sync_path(written)
+        files[".idx"][1].unlink(missing_ok=True)
+        for written, target in files.values():
             written.replace(target)
     finally:
         for written, _ in files.values():

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data.corpus import PARTS
@@ -80,14 +79,17 @@ class Part:
 
 def parts(data: DataConfig) -> list[Part]:
     """The blend's parts with a weight in some phase; every missing path is named in one error."""
-    cache_dir = Path(
-        data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minitron_train"
-    ).expanduser()
     configs = {name: source for name, source in blend(data).items() if source.weight or source.late_weight}
     if not any(source.weight for source in configs.values()):
         raise UserError("data.sources: every weight is 0; give at least one part a weight")
     check_paths(configs, data.name)
-    return [Part(name, source, cache_dir) for name, source in configs.items()]
+    return [Part(name, source, cache_folder(data)) for name, source in configs.items()]
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where seekable copies go."""
+    cache = data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minitron_train"
+    return Path(cache).expanduser()
 
 
 def blend(data: DataConfig) -> dict[str, SourceConfig]:
@@ -154,26 +156,33 @@ def index_of(path: Path) -> Path:
     return index if path.suffix == ".bin" and index.is_file() else path
 
 
-def describe(data: DataConfig) -> dict[str, Any]:
-    """For provenance: names, formats, paths, sizes, hashes and weights of the sources."""
-    return {
-        "name": "own" if data.path else data.name,
-        "sources": {part.name: describe_part(part) for part in parts(data)},
-    }
+def copied_bytes(data: DataConfig) -> int:
+    """About what the seekable copies of compressed files take in the cache folder; 0 where not all paths are known yet."""
+    try:
+        return sum(path.stat().st_size for part in parts(data) for path in part.paths if path.suffix in COMPRESSED)
+    except UserError:
+        return 0
 
 
-def describe_part(part: Part) -> dict[str, Any]:
-    """One row of `describe`."""
-    weight, late_weight = part.weights
-    return {
-        "kind": part.kind.value,
-        "path": part.config.path,
-        "files": len(part.paths),
-        "bytes": sum(path.stat().st_size for path in part.paths),
-        "sha256": part.open(Split(held_out=False, fraction=0)).fingerprint(),
-        "weight": weight,
-        "late_weight": late_weight,
-    }
+def train_split(data: DataConfig) -> Split:
+    """The documents that training may see: all but the held-out ones, or all when validation has its own files."""
+    return Split(held_out=False, fraction=0 if data.validation_path else data.validation_fraction)
+
+
+def identity(data: DataConfig) -> dict[str, str]:
+    """What a stream of `data` gives, by label, as inputs of a stage: fingerprints, weights, what is held out, what ends a
+    document. Tokenizer, seed and lengths are inputs and settings of their own.
+    """
+    found, split, blended = {}, train_split(data), parts(data)
+    for part in blended:
+        found[f"data {part.name}"] = part.open(split).fingerprint()
+        weight, late_weight = part.weights
+        if len(blended) > 1:
+            found[f"data {part.name} weight"] = f"{weight:g}"
+        if data.late_fraction:
+            found[f"data {part.name} late_weight"] = f"{late_weight:g}"
+    found["data validation_fraction"] = f"{split.fraction:g}"
+    return found | ({"data document_end": data.document_end} if data.document_end else {})
 
 
 def fingerprint(sources: Sequence[Part], opened: Sequence["TextFormat | IndexedSource | HubSource"]) -> str:

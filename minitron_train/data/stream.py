@@ -26,6 +26,7 @@ from minitron_train.config import DataConfig
 from minitron_train.data.blend import Blend
 from minitron_train.data.feed import Feed
 from minitron_train.data.pack import Packer, Window
+from minitron_train.data.sources import train_split
 from minitron_train.data.units import Split, Unit
 from minitron_train.errors import UserError
 
@@ -39,11 +40,6 @@ class Batch:
     mask_BS: Tensor  # float32: 0 where the label is the first token of another document (data.document_attention)
     documents_BS: Tensor | None  # int64, number of the document in its row (data.document_attention), else None
     sources: dict[str, int]  # sequences of each source in the whole global batch
-
-
-def train_split(data: DataConfig) -> Split:
-    """The documents that training may see: all but the held-out ones, or all when validation has its own files."""
-    return Split(held_out=False, fraction=0 if data.validation_path else data.validation_fraction)
 
 
 class TokenStream:

@@ -48,14 +48,19 @@ def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
     """The facts of a folder that was fetched from the same source before; None if it must be fetched.
 
     Raises:
-        UserError: `folder` holds something that fetch did not make; it is never overwritten.
+        UserError: `folder` holds something that fetch did not make, or a damaged record; it is never overwritten.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     record = folder / SOURCE_FILE
     if not record.is_file():
         raise UserError(f"{folder}: was not made by fetch and is not replaced; move it, or name it by its path")
-    facts = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{record}: damaged; remove {folder} and fetch again")
     if all(facts.get(key) == value for key, value in identity.items()):
         say(f"{folder}: already fetched")
         return facts

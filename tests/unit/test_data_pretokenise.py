@@ -1,6 +1,7 @@
 """Text -> .bin/.idx -> stream: the same documents, and nothing half-written."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -37,4 +38,40 @@ def test_a_mistake_leaves_nothing(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nplain\n')
     with pytest.raises(UserError, match="not a JSON object"):
         pretokenise(DataConfig(path=str(tmp_path / "a.jsonl"), num_workers=0), tokenizer, tmp_path / "pairs" / "a")
-    assert not list((tmp_path / "pairs").iterdir())
+    assert not (tmp_path / "pairs").exists()
+    with pytest.raises(UserError, match="num_workers=-1: must not be negative"):
+        pretokenise(DataConfig(path=str(tmp_path / "a.jsonl"), num_workers=-1), tokenizer, tmp_path / "a")
+
+
+def test_an_output_that_cannot_be_written(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("some text\n")
+    data = DataConfig(path=str(tmp_path / "a.txt"), num_workers=0)
+    with pytest.raises(UserError, match=r"cannot write .*a\.txt/pair"):
+        pretokenise(data, tokenizer, tmp_path / "a.txt" / "pair")
+
+
+def test_a_kill_between_the_files_leaves_no_mixed_pair(tmp_path, tokenizer, monkeypatch):
+    """New tokens never lie beside the old index."""
+    (tmp_path / "a.txt").write_text("some text\n")
+    data = DataConfig(path=str(tmp_path / "a.txt"), num_workers=0)
+    pretokenise(data, tokenizer, tmp_path / "pair")
+    rename = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretokenise(data, tokenizer, tmp_path / "pair")
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith("pair")] == ["pair.bin"]
+
+
+def test_a_pair_without_sequences(tmp_path, tokenizer):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    IndexedDatasetBuilder(str(tmp_path / "a.bin")).finalize(str(tmp_path / "a.idx"))
+    (tmp_path / "a.bin").write_bytes(b"left over")
+    with pytest.raises(UserError, match=r"has 0 tokens"):
+        TokenStream(DataConfig(path=str(tmp_path / "a")), tokenizer, seq_length=64, seed=1).next_batch(1)

