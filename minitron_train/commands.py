@@ -29,6 +29,9 @@ def execute(name: str, config: Config, typed: list[str], world: World) -> None:
         except UserError:
             late(world.rank)
             raise
+        except PermissionError as error:  # of what is read: files.disk_errors has other words for what is written
+            late(world.rank)
+            raise UserError(f"{error.filename}: permission denied; let this user read it") from error
 
 
 def fetch(ws: Workspace) -> None:
@@ -48,8 +51,8 @@ def fetch(ws: Workspace) -> None:
 
 
 def on_first(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callable[[Path], Mapping[str, Any]]:
-    """Work for one process; the others wait in run_stage."""
-    return lambda folder: work(folder) if ws.world.is_first else {}
+    """Work for one process; the others wait for it."""
+    return lambda folder: ws.on_first(lambda: work(folder))
 
 
 def pretrain(ws: Workspace) -> None:
@@ -99,7 +102,7 @@ def score(ws: Workspace) -> None:
 
 def has_more(ws: Workspace, stage: Stage) -> bool:
     """Whether a stage was done before that holds more than is asked for: then it will do."""
-    return not ws.config.force and ws.share(ws.world.is_first and stage.state()[0] == "finished")
+    return not ws.config.force and ws.on_first(lambda: stage.state()[0] == "finished")
 
 
 def prune(ws: Workspace) -> None:
@@ -207,10 +210,9 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
     held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
     settings = {"eval": subset(config.eval, *names), "validation": held_out, "seed": config.seed}
-    exists = model.exists() and ws.world.is_first
-    inputs = {"model": ws.share(open_origin(model).identity if exists else "")}
+    inputs = {"model": ws.on_first(lambda: open_origin(model).identity if model.exists() else "")}
     inputs |= data_inputs(ws, validation_data(config.data))
-    inputs["evaluation data"] = ws.share(listing(ws.eval_data_folder) if ws.world.is_first else "")
+    inputs["evaluation data"] = ws.on_first(lambda: listing(ws.eval_data_folder))
     record = f"{label}.provenance.json"
     stage = Stage(
         name=f"eval {label}",
@@ -237,8 +239,8 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
             validation_tokens=tokens,
         )
 
-    facts = read_provenance(ws.eval_folder, record).get("facts", {}) if ws.world.is_first else {}
-    ws.run(stage, work, force=ws.share(can_be_completed(facts)))
+    again = ws.on_first(lambda: can_be_completed(read_provenance(ws.eval_folder, record).get("facts", {})))
+    ws.run(stage, work, force=again)
 
 
 # What the stories share
@@ -267,7 +269,7 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]
     """What the stream, or one of other data, gives: a change of any of it makes a stage stale."""
     from minitron_train.data.sources import identity
 
-    return ws.share(identity(data or ws.config.data) if ws.world.is_first else None)
+    return ws.on_first(lambda: identity(data or ws.config.data))
 
 
 def cut(ws: Workspace, student: Shape) -> None:
@@ -346,13 +348,13 @@ def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype:
     from minitron_train.train.export import export as write
 
     places = [base / MODEL for base in (source / "checkpoints", source, source.parent)]  # beside the checkpoints
-    inputs = {"checkpoint": "" if ws.config.dry_run else ws.share(checkpoint_id(source) if ws.world.is_first else "")}
+    inputs = {"checkpoint": "" if ws.config.dry_run else ws.on_first(lambda: checkpoint_id(source))}
     stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
 
     def work(folder: Path) -> Mapping[str, Any]:
         shape = ws.shape_of(next(path for path in places if path.is_dir()))
         ws.check_fits("export", shape, teacher=shape, folder=target)
-        return on_first(ws, lambda folder: write(source, folder, dtype))(folder)
+        return ws.on_first(lambda: write(source, folder, dtype))
 
     ws.run(stage, work)
 

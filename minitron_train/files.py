@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minitron_train.console import say
 from minitron_train.errors import UserError
 
 PARTIAL = ".partial-"  # an unfinished output is called `pruned.partial-1a2b`; never read, removed by the next run
@@ -62,7 +64,7 @@ def concerns(error: Exception, path: Path) -> bool:
     path = path.absolute()
     for name in filter(None, (getattr(error, "filename", None), getattr(error, "filename2", None))):
         named = Path(str(name)).absolute()
-        own = [part.name for part in (named, *named.parents) if part.parent == path.parent]
+        own = [part.name.removeprefix(".") for part in (named, *named.parents) if part.parent == path.parent]
         if named in path.parents or any(f"{part}.".startswith(f"{path.name}.") for part in own):
             return True
     return False
@@ -84,6 +86,31 @@ def parent_folders(path: Path) -> Iterator[None]:
             for folder in made:
                 folder.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder` for a block, by a lock on the file `lock`, which goes with this process.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            with disk_errors(folder):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                handle = stack.enter_context(lock.open("w"))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is at work in {folder}; wait for it to end, or end it") from error
+            except OSError as error:  # as on NFS or Lustre that are mounted without locks
+                say(f"{lock}: cannot be locked ({error.strerror}); take care that no second process works in {folder}")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                    break  # else the one before has deleted this file between open and flock: take the new one
+        stack.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 @contextlib.contextmanager
@@ -126,8 +153,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def standing(path: Path) -> Path:
+    """Where the folder `path` is to be read: `path`, or its old self that a kill has left aside (see `recover`)."""
+    old = path.with_name(path.name + REPLACED)
+    return old if old.exists() and not path.exists() else path
+
+
 def recover(path: Path) -> None:
-    """Clean up after killed runs: put back a finished folder that was being replaced, delete unfinished work."""
+    """Clean up after killed runs: put back a finished folder that was being replaced, delete unfinished work.
+
+    Only for the one process that writes there: to another one, work that goes on looks like a killed run's.
+    """
     old = path.with_name(path.name + REPLACED)
     if old.exists():
         shutil.rmtree(old) if path.exists() else os.replace(old, path)

@@ -15,13 +15,22 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, parent_folders, recover
+from minitron_train.files import (
+    atomic_folder,
+    atomic_write_json,
+    disk_errors,
+    exclusive,
+    parent_folders,
+    recover,
+    standing,
+)
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
@@ -69,6 +78,11 @@ class Stage:
         changes = changes_since(old, self)
         return ("stale", "; ".join(changes)) if changes else ("finished", "")
 
+    @property
+    def lock(self) -> Path:
+        """The file whose lock the process at work holds: beside the folder, which may be replaced as a whole."""
+        return self.folder.with_name(f".{self.folder.name}.{self.record.removesuffix(PROVENANCE)}lock")
+
     def describe(self) -> list[str]:
         """Lines for dry_run."""
         state, why = self.state()
@@ -86,10 +100,10 @@ class Invocation:
 
 
 Work = Callable[[Path], Mapping[str, Any]]
-Share = Callable[[Any], Any]  # rank 0's value on every rank
+OnFirst = Callable[[Callable[[], Any]], Any]  # Workspace.on_first
 
 
-def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, is_first: bool, share: Share) -> bool:
+def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, on_first: OnFirst) -> bool:
     """Do the stage's work unless it is done. All ranks call it; rank 0 writes and renames.
 
     Args:
@@ -97,50 +111,69 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
 
     Returns:
         Whether the work was done now.
+
+    Raises:
+        UserError: another process is at work in the folder, or a growing stage was started otherwise.
     """
-    state, why = share(stage.state() if is_first else None)
-    if state == "finished" and not force:
-        say(f"{stage.name}: done before, in {stage.folder} (force=true does it again)")
-        return False
-    if state == "stale" and stage.manner == "grows" and not force:
-        raise started_otherwise(stage, why)
-    if state == "stale":
-        say(f"{stage.name}: {stage.folder} is stale ({why}); doing it again")
-    else:
-        say(f"{stage.name}: writing {stage.folder}")
-    meter = Meter()
-    if stage.manner != "whole":
-        grows = is_first and stage.manner == "grows"
+    with ExitStack() as held:  # on rank 0: the lock, then the folder
+        state, why = on_first(lambda: begin(stage, held, force=force))
+        if state == "finished" and not force:
+            say(f"{stage.name}: done before, in {stage.folder} (force=true does it again)")
+            return False
+        if state == "stale" and stage.manner == "grows" and not force:
+            raise started_otherwise(stage, why)
+        if state == "stale":
+            say(f"{stage.name}: {stage.folder} is stale ({why}); doing it again")
+        else:
+            say(f"{stage.name}: writing {stage.folder}")
+        meter = Meter()
         fresh = state == "stale" or force
-        with growing_folder(stage, invocation, fresh=fresh) if grows else contextlib.nullcontext():
-            share(None)
-            facts = work(stage.folder)
-        if is_first:
-            write_provenance(stage, invocation, meter, facts, stage.folder)
-    elif is_first:
-        with atomic_folder(stage.folder) as scratch:
-            facts = work(share(scratch))
-            write_provenance(stage, invocation, meter, facts, scratch)
-    else:
-        work(share(None))
-    share(None)  # nobody goes on before the folder is in place
+        place = on_first(lambda: held.enter_context(open_folder(stage, invocation, fresh=fresh)))
+        facts = work(place)
+
+        def finish() -> None:
+            write_provenance(stage, invocation, meter, facts, place)
+            held.close()  # the folder takes its place
+
+        on_first(finish)
     say(f"{stage.name}: {meter.seconds:.1f} s, peak memory {meter.peak_bytes / 2**30:.2f} GiB")
     return True
 
 
+def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
+    """The stage's state; unless it is finished and stays, the lock is held from here on and what kills have left is mended."""
+    found = stage.state()
+    if found[0] == "finished" and stage.folder.exists() and not force:
+        return found
+    held.enter_context(parent_folders(stage.folder))
+    held.enter_context(exclusive(stage.lock, stage.folder))
+    recover(stage.folder)
+    return stage.state()
+
+
+def open_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> AbstractContextManager[Path]:
+    """The folder to write into, for as long as the work takes."""
+    match stage.manner:
+        case "whole":
+            return atomic_folder(stage.folder)
+        case "grows":
+            return growing_folder(stage, invocation, fresh=fresh)
+        case "itself":
+            return contextlib.nullcontext(stage.folder)
+
+
 @contextlib.contextmanager
-def growing_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Iterator[None]:
+def growing_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Iterator[Path]:
     """The folder of a growing stage; work that is refused before its first step leaves none."""
-    with parent_folders(stage.folder):
-        start_folder(stage, invocation, fresh=fresh)
-        try:
-            yield
-        except UserError:
-            steps = stage.folder / "metrics.jsonl"
-            begun = steps.exists() and steps.stat().st_size > 0
-            if not begun and not any(stage.folder.glob("checkpoints/step_*")):
-                shutil.rmtree(stage.folder, ignore_errors=True)
-            raise
+    start_folder(stage, invocation, fresh=fresh)
+    try:
+        yield stage.folder
+    except UserError:
+        steps = stage.folder / "metrics.jsonl"
+        begun = steps.exists() and steps.stat().st_size > 0
+        if not begun and not any(stage.folder.glob("checkpoints/step_*")):
+            shutil.rmtree(stage.folder, ignore_errors=True)
+        raise
 
 
 def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
@@ -193,10 +226,9 @@ def write_provenance(
 
 
 def read_provenance(folder: Path, record: str = PROVENANCE) -> dict[str, Any]:
-    """provenance.json of a finished stage; empty when it is unfinished or absent."""
-    recover(folder)
+    """provenance.json of a finished stage; empty when it is unfinished or absent. Only reads: others may be at work."""
     try:
-        return json.loads((folder / record).read_text(encoding="utf-8"))
+        return json.loads((standing(folder) / record).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minitron_train.arch import Shape
 from minitron_train.config import Config
@@ -18,6 +18,8 @@ from minitron_train.stages import Invocation, Stage, Work, run_stage
 if TYPE_CHECKING:
     from minitron_train.hf import Checkpoint
     from minitron_train.parallel.groups import Groups
+
+T = TypeVar("T")
 
 
 class Workspace:
@@ -103,16 +105,9 @@ class Workspace:
             self._groups = self._stack.enter_context(start(self.config.parallel, self.world, self.config.seed))
         return self._groups
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.world.size == 1:
-            return value
-        import torch.distributed as dist
-
-        assert self.groups
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank, however long it takes; where it fails, it fails on all."""
+        return work() if self.world.size == 1 else self.groups.on_first(work)
 
     def run(self, stage: Stage, work: Work, *, force: bool = False) -> bool:
         """stages.run_stage, or its description under dry_run. Returns whether the work was done now.
@@ -124,9 +119,8 @@ class Workspace:
             for line in stage.describe():
                 say(line)
             return False
-        first = self.world.is_first
         force = force or self.config.force
-        return run_stage(stage, self.invocation, work, force=force, is_first=first, share=self.share)
+        return run_stage(stage, self.invocation, work, force=force, on_first=self.on_first)
 
     # models
     def open_teacher(self) -> "Checkpoint":
@@ -198,22 +192,14 @@ class Workspace:
         """Refuse a stage that by its plan fits neither memory nor disk; all ranks follow rank 0 (see plan.check_fits)."""
         from minitron_train.plan import check_fits
 
-        refusal = ""
-        if self.world.is_first:
-            try:
-                shapes = teacher or self.teacher_shape, student
-                check_fits(self.config, stage, *shapes, self.world, folder or self.folder)
-            except UserError as error:
-                refusal = str(error)
-        refusal = self.share(refusal)
-        if refusal:
-            raise UserError(refusal)
+        where = folder or self.folder
+        self.on_first(lambda: check_fits(self.config, stage, teacher or self.teacher_shape, student, self.world, where))
 
     def fingerprint(self, folder: Path) -> str:
         """Of a Hugging Face folder, by rank 0; "" while it does not exist (dry_run)."""
         from minitron_train.hf import fingerprint
 
-        return self.share(fingerprint(folder) if self.world.is_first and folder.exists() else "")
+        return self.on_first(lambda: fingerprint(folder) if folder.exists() else "")
 
 
 def shape_of_recipe(config: Config) -> Shape | None:

@@ -7,7 +7,6 @@ content.
 """
 
 import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import os
@@ -34,7 +33,7 @@ from minitron_train.config import TeacherConfig
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
-from minitron_train.files import atomic_folder, byte_size, disk_errors, sha256_file
+from minitron_train.files import atomic_folder, byte_size, disk_errors, exclusive, sha256_file
 
 # Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.
 WANTED = (
@@ -136,7 +135,7 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
         files = list_files(info.siblings or [])
         missing_bytes = sum(file.num_bytes - arrived_bytes(file, staging) for file in files)
         require_disk(f"teacher {teacher.repo_id}", {folder: missing_bytes})
-        with exclusive(staging):
+        with disk_errors(staging), exclusive(staging / "lock", staging):  # two that append to one file would spoil it
             for file in files:
                 download_file(teacher.repo_id, str(info.sha), file, staging)
             facts = {
@@ -158,19 +157,6 @@ def require_commit(teacher: TeacherConfig, commit: str) -> None:
     if not commit.startswith(teacher.commit or ""):
         moved = f"{teacher.repo_id} at {teacher.revision} is now commit {commit}, the recipe expects {teacher.commit}"
         raise UserError(f"{moved}; look at what changed, then set teacher.commit")
-
-
-@contextlib.contextmanager
-def exclusive(staging: Path) -> Iterator[None]:
-    """Make the download folder and hold it: two processes that append to one file would spoil it."""
-    with disk_errors(staging):
-        staging.mkdir(parents=True, exist_ok=True)
-        with (staging / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{staging}: another fetch is at work here; wait for it to end") from error
-            yield
 
 
 def arrived_bytes(file: HubFile, staging: Path) -> int:

@@ -8,20 +8,26 @@ import contextlib
 import datetime
 import logging
 import os
+import pickle
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.config import ParallelConfig
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
+
+T = TypeVar("T")
+
+NO_LIMIT = datetime.timedelta(days=20)  # the longest that fits into poll(2)'s milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,43 @@ class Groups:
         if self.world_size > 1:
             dist.barrier()
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first process, on every process; where it fails, it fails for all.
+
+        The others wait at the rendezvous store, not in a collective: `parallel.timeout_minutes` does not end them.
+
+        Raises:
+            UserError: the first process's.
+            RuntimeError: another failure of the first process, elsewhere.
+        """
+        if self.world_size == 1:
+            return work()
+        # a connection of its own: waiting must not keep other threads from the store
+        store = cast(Any, _get_default_store()).clone()
+        key = f"on_first/{store.add(f'on_first/{self.rank}', 1)}/value"  # every process counts its calls
+        if not self.is_first:
+            store.wait([key], NO_LIMIT)
+            value, failure = pickle.loads(store.get(key))
+            if failure:
+                raise failure
+            return value
+        try:
+            value = work()
+        except Exception as error:
+            known = isinstance(error, UserError)
+            failure = error if known else RuntimeError("the first rank has failed: see its message")
+            store.set(key, pickle.dumps((None, failure)))
+            raise
+        store.set(key, pickle.dumps((value, None)))
+        return value
+
 
 @contextlib.contextmanager
 def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]:
     """Start torch.distributed and megatron-core's groups for a block.
+
+    After a failure they are left as they are, for the process to end: others may be inside a collective, which NCCL's
+    destruction would wait for (pytorch#141510), and the failure's message with it.
 
     Raises:
         UserError: tensor_model_parallel_size does not divide the number of processes.
@@ -109,9 +148,12 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
     quiet_libraries()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank)
+        # Slurm's --gpus-per-task shows each process one GPU, whose number is 0
+        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():  # of a sweep's job that has failed; all processes go on with the next one
+        destroy()
     with contextlib.ExitStack() as stack:
         rendezvous = "env://"
         if "MASTER_ADDR" not in os.environ and world.size > 1:
@@ -133,21 +175,26 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
         random.seed(seed)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        try:
-            yield Groups(
-                rank=world.rank,
-                world_size=world.size,
-                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-                tp_size=tp,
-                dp_rank=parallel_state.get_data_parallel_rank(),
-                dp_size=parallel_state.get_data_parallel_world_size(),
-                tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
-                dp_group=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()),
-                device=device,
-            )
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+        yield Groups(
+            rank=world.rank,
+            world_size=world.size,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=tp,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
+            dp_group=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()),
+            device=device,
+        )
+        destroy()
+
+
+def destroy() -> None:
+    """End megatron-core's groups and torch.distributed."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def quiet_libraries() -> None:

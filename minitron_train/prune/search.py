@@ -162,9 +162,8 @@ def try_out(ws: "Workspace", candidate: Candidate) -> None:
         eval=dataclasses.replace(ws.config.eval, tasks=[], training_tasks=[]),
     )
     child = ws.beside(config)
-    if ws.world.is_first:  # the scores are the same for all
-        shutil.copytree(ws.folder / "scores", folder / "scores", dirs_exist_ok=True)
-    ws.share(None)
+    # the scores are the same for all
+    ws.on_first(lambda: shutil.copytree(ws.folder / "scores", folder / "scores", dirs_exist_ok=True))
     commands.cut(child, candidate.shape)
     commands.evaluate_one(child, "pruned", child.pruned_folder)
     candidate.zero_shot_loss = validation_loss(child, "pruned")
@@ -178,4 +177,4 @@ def try_out(ws: "Workspace", candidate: Candidate) -> None:
 def validation_loss(ws: "Workspace", label: str) -> float:
     """Nats, of one evaluated model."""
     file = ws.eval_folder / f"{label}.json"
-    return math.log(ws.share(json.loads(file.read_text())["perplexity"] if ws.world.is_first else None))
+    return math.log(ws.on_first(lambda: json.loads(file.read_text())["perplexity"]))

@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from minitron_train.config import TeacherConfig
 from minitron_train.errors import UserError
 from minitron_train.fetch.teacher import fetch_teacher
+from minitron_train.files import exclusive
 
 REPO, COMMIT = "someone/model", "a" * 40
 SHARD = "model-00002-of-00002.safetensors"
@@ -245,9 +246,8 @@ def test_a_repository_without_safetensors(hub, tmp_path):
 
 
 def test_two_fetches_do_not_append_to_one_file(hub, tmp_path):
-    from minitron_train.fetch.hub import exclusive
-
-    with exclusive(tmp_path / "teacher.download"), pytest.raises(UserError, match="another fetch is at work"):
+    staging = tmp_path / "teacher.download"
+    with exclusive(staging / "lock", staging), pytest.raises(UserError, match="another process is at work in"):
         fetch_teacher(teacher_config(), tmp_path / "teacher")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minitron_train import cli
+from minitron_train import cli, commands
 from minitron_train.config import Config, StudentConfig
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
@@ -49,6 +49,15 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str], 
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/teacher/model.safetensors")
+
+    monkeypatch.setitem(commands.TABLE, "score", read)
+    with pytest.raises(UserError, match=r"/teacher/model\.safetensors: permission denied"):
+        commands.execute("score", Config(), [], World())
 
 
 def test_resolved_configuration(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 """Stages: done once, done again when something changed, never damaged by a failure."""
 
+import errno
+import fcntl
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +12,7 @@ from typing import Any
 import pytest
 
 from minitron_train.errors import UserError
+from minitron_train.files import exclusive
 from minitron_train.stages import Invocation, Stage, read_provenance, run_stage
 
 INVOCATION = Invocation(["python", "-m", "minitron_train", "test"], {"seed": 1})
@@ -20,7 +25,7 @@ def run(stage: Stage, text: str = "done", force: bool = False, fail: bool = Fals
             raise RuntimeError
         return {"answer": 42}
 
-    return run_stage(stage, INVOCATION, work, force=force, is_first=True, share=lambda value: value)
+    return run_stage(stage, INVOCATION, work, force=force, on_first=lambda begun: begun())
 
 
 @pytest.fixture
@@ -72,6 +77,60 @@ def test_a_failed_second_run_keeps_the_first(stage: Stage) -> None:
         run(stage, "half", force=True, fail=True)
     assert (stage.folder / "result").read_text() == "done"
     assert stage.state() == ("finished", "")
+
+
+def test_reading_a_state_leaves_the_work_of_another_process(stage: Stage) -> None:
+    """As dry_run=true does beside a running command."""
+    scratch = stage.folder.with_name("out.partial-12345678")
+    scratch.mkdir()
+    assert stage.state() == ("missing", "")
+    assert scratch.exists()
+    run(stage)
+    assert not scratch.exists(), "of a killed run, for nobody holds the lock"
+
+
+def test_a_folder_that_was_being_replaced_is_read_and_put_back(stage: Stage) -> None:
+    run(stage)
+    stage.folder.rename(stage.folder.with_name("out.replaced"))
+    assert stage.state() == ("finished", "")
+    assert not run(stage, "again")
+    assert (stage.folder / "result").read_text() == "done"
+
+
+@pytest.mark.parametrize("manner", ["whole", "grows", "itself"])
+def test_a_second_process_is_refused(stage: Stage, manner: Any) -> None:
+    stage = replace(stage, manner=manner)
+    stage.folder.mkdir()
+    with exclusive(stage.lock, stage.folder), pytest.raises(UserError, match=r"another process is at work in .*/out;"):
+        run(stage)
+    assert run(stage)
+    assert not run(stage, "again")
+    assert list(stage.folder.parent.iterdir()) == [stage.folder], "the lock's file is gone"
+
+
+def test_a_killed_process_leaves_no_lock(stage: Stage) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from minitron_train.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1]), Path(sys.argv[2])): print(flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", program, str(stage.lock), str(stage.folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        with pytest.raises(UserError, match="another process"):
+            run(stage)
+        other.kill()
+    assert stage.lock.exists() and run(stage)
+
+
+def test_a_disk_without_locks_is_said_and_used(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run(stage)
+    assert "out.lock: cannot be locked (No locks available); take care" in capsys.readouterr().out
 
 
 def test_a_growing_stage_goes_on_but_not_with_other_settings(stage: Stage) -> None:
