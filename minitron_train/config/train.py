@@ -59,7 +59,7 @@ class TrainConfig:
     recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
     transformer_engine: bool = opt(False, "fused layers of Transformer Engine (CUDA and the package; not tested)")
     distributed_optimizer: bool | None = opt(
-        None, "optimizer state split over data-parallel ranks; default: on several GPUs"
+        None, "optimizer state split over data-parallel ranks; default: on GPUs with Transformer Engine or Apex"
     )
     early_stop_evaluations: int = opt(
         0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
@@ -75,6 +75,10 @@ class TrainConfig:
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return math.ceil(self.num_tokens / self.step_tokens)
+
+    def shards_optimizer(self, *, possible: bool) -> bool:
+        """Whether data-parallel ranks split the optimizer's state: as configured, otherwise wherever it is possible."""
+        return possible if self.distributed_optimizer is None else self.distributed_optimizer
 
     def validate(self) -> None:
         """Positive counts, batches that divide."""

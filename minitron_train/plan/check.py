@@ -10,7 +10,7 @@ from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
-from minitron_train.plan.hardware import GIB, cuda_here, memory_here
+from minitron_train.plan.hardware import GIB, can_shard_optimizer_here, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
 from minitron_train.plan.memory import Layout, distill_bytes, eval_bytes, export_bytes, score_bytes
 from minitron_train.plan.reckon import WEIGHT_BYTES
@@ -93,7 +93,6 @@ def distill_options(
 ) -> Iterator[Option]:
     """The configured layout first, then the others that the same processes could take."""
     train, tp = config.train, config.parallel.tensor_model_parallel_size
-    distributed = cuda if train.distributed_optimizer is None else train.distributed_optimizer
     now = Layout(
         tp=tp,
         dp=max(world.size // tp, 1),
@@ -105,7 +104,7 @@ def distill_options(
         loss_budget_u=config.distill.memory_budget_u,
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
-        sharded_optimizer=distributed,
+        sharded_optimizer=train.shards_optimizer(possible=cuda and can_shard_optimizer_here()),
         cuda=cuda,
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])

@@ -80,6 +80,17 @@ def cuda_here() -> bool:
     return torch.cuda.is_available()
 
 
+def can_shard_optimizer_here() -> bool:
+    """Whether a run with megatron-core's distributed optimizer could be resumed on this machine.
+
+    Without the FusedAdam of Transformer Engine or Apex it asserts a state that a new process does not have yet
+    (megatron-core 0.16, DistributedOptimizer.state_dict).
+    """
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    return HAVE_APEX_OR_TE and cuda_here()
+
+
 def gemm_flops(
     precision: Precision, cuda: bool, repeats: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> float:

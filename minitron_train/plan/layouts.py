@@ -34,7 +34,7 @@ def candidates(
                     loss_budget_u=base.loss_budget_u,
                     recompute=recompute,
                     sequence_parallel=tp > 1 and machine.cuda,
-                    sharded_optimizer=machine.cuda,
+                    sharded_optimizer=base.sharded_optimizer,
                     cuda=machine.cuda,
                 )
 

@@ -68,9 +68,7 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         loss_budget_u=config.distill.memory_budget_u,
         recompute=config.train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
-        sharded_optimizer=machine.cuda
-        if config.train.distributed_optimizer is None
-        else config.train.distributed_optimizer,
+        sharded_optimizer=config.train.shards_optimizer(possible=machine.cuda),
         cuda=machine.cuda,
     )
 

@@ -22,7 +22,7 @@ from minitron_train.files import atomic_write_json
 from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
-from minitron_train.plan.hardware import gemm_flops
+from minitron_train.plan.hardware import can_shard_optimizer_here, gemm_flops
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.export import MODEL
@@ -48,6 +48,11 @@ def check(config: Config, groups: Groups) -> None:
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
     if train.early_stop_evaluations and not config.eval.every_tokens:
+    if train.distributed_optimizer and not can_shard_optimizer_here():
+        raise UserError(
+            "train.distributed_optimizer=true: the run could not be resumed without CUDA and Transformer Engine or Apex; "
+            "leave it out"
+        )
         raise UserError(
             f"train.early_stop_evaluations={train.early_stop_evaluations}: there is one evaluation, at the end; "
             "set eval.every_tokens"

@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from minitron_train.arch.build import LanguageModel
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
 from minitron_train.parallel import cpu
+from minitron_train.plan.hardware import can_shard_optimizer_here
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
@@ -47,15 +48,14 @@ def learning_rate(train: TrainConfig, tokens: int) -> float:
 class Optimizer:
     """One student under DDP with its AdamW state. Matrices decay; norms and biases (one dimension) do not.
 
-    The distributed optimizer (state split over data-parallel ranks) is the default for several of them on GPUs, and is not
-    tested there; on CPU it would lose its state on resume (megatron-core 0.16 without Transformer Engine).
+    The distributed optimizer (state split over data-parallel ranks) is the default for several of them where a run can be
+    resumed with it: on GPUs with Transformer Engine or Apex. It is not tested there.
     """
 
     def __init__(self, student: LanguageModel, train: TrainConfig) -> None:
         self.clip_grad = train.clip_grad
-        distributed = train.distributed_optimizer
-        if distributed is None:
-            distributed = torch.cuda.is_available() and parallel_state.get_data_parallel_world_size() > 1
+        several = parallel_state.get_data_parallel_world_size() > 1
+        distributed = train.shards_optimizer(possible=several and can_shard_optimizer_here())
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=distributed,
