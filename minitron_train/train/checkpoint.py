@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -30,6 +31,7 @@ from minitron_train.errors import UserError
 from minitron_train.files import PARTIAL
 from minitron_train.parallel import cpu
 from minitron_train.parallel.groups import Groups
+from minitron_train.stages import differences
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 
@@ -80,9 +82,10 @@ class Writing:
 
 
 def copy_to_host(bucket: WriteBucket) -> WriteBucket:
-    """A snapshot that training does not change."""
+    """A snapshot that training does not change. Beside a GPU, what lies on the host is megatron-core's own copy already."""
     path, name, (raw, tensors) = bucket
-    return path, name, (raw, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors])
+    copy = not torch.cuda.is_available()
+    return path, name, (raw, [(item, tensor.detach().to("cpu", copy=copy)) for item, tensor in tensors])
 
 
 def write_bucket(transforms: list[Any], k: int, bucket: WriteBucket) -> list[Any]:
@@ -182,13 +185,17 @@ class Checkpoints:
                 continue
             self._check_settings(path)
             with cpu.cuda_means_cpu():
-                return cast(dict[str, Any], dist_checkpointing.load(make_template(), str(path)))
+                loaded = cast(dict[str, Any], dist_checkpointing.load(make_template(), str(path)))
+            if path != paths[0] and self.groups.is_first:
+                files.fall_back(path)
+                files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
+            return loaded
         if paths:
             raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to begin again")
         return None
 
     def _check_settings(self, path: Path) -> None:
-        changed = files.differences(files.read_manifest(path)["belongs_to"], self.belongs_to)
+        changed = differences(files.read_manifest(path)["belongs_to"], self.belongs_to, "")
         if changed:
             raise UserError(
                 f"{path} was made with other settings ({'; '.join(changed)}); set them back, or choose another output_dir"

@@ -94,6 +94,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def fall_back(path: Path) -> None:
+    """Remove what is newer than `path`, all of it damaged: it would go on counting as the newest, and as the best."""
+    for newer in finished(path.parent):
+        if newer > path:
+            remove(newer)
+    atomic_write_text(path.parent / "latest", path.name + "\n")
+
+
 def remove_partial(folder: Path) -> None:
     """Delete what killed runs have left."""
     for path in folder.glob(f"*{PARTIAL}*"):
@@ -107,6 +115,8 @@ def tidy(folder: Path, keep: int, keep_best: int, yardstick: Yardstick) -> None:
     best = sorted((path for path in paths if math.isfinite(ranks[path])), key=lambda path: (ranks[path], path.name))
     if best and keep_best:
         atomic_write_text(folder / "best", best[0].name + "\n")
+    else:
+        (folder / "best").unlink(missing_ok=True)
     for path in set(paths[keep:]) - set(best[:keep_best]):
         remove(path)
 
@@ -117,9 +127,3 @@ def evaluation_of(path: Path) -> dict[str, float | None]:
         return read_manifest(path).get("evaluation", {})
     except (OSError, ValueError):
         return {}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Keys with other values, as `train.lr: 0.001, now 0.002`."""
-    keys = sorted(set(old) | set(new))
-    return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

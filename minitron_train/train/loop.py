@@ -67,16 +67,14 @@ class Trainer:
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left to take."""
-        return self.state.step >= self.num_steps or self.is_stalled
+        """Whether no step is left to take or to evaluate."""
+        return not self.state.unevaluated and (self.state.step >= self.num_steps or self.is_stalled)
 
     def run(self) -> str | None:
         """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved."""
         while not self.is_over:
-            batch = self.stream.next_batch(self.config.train.global_batch_size)
-            row = self.forward_backward(batch)
-            row |= self.update(row, batch)
-            row |= self.evaluate_if_due()
+            row = self.state.unevaluated or self.take_step()
+            row |= self.evaluate_if_due(row)
             self.reporter.report(self.state.step, row)
             stop = self.agreed_signal()
             self.save_if_due(last=stop is not None or self.is_over)
@@ -88,6 +86,12 @@ class Trainer:
                 f"step {self.state.step}: {self.state.num_since_best} evaluations without a better one than {best}; ends"
             )
         return None
+
+    def take_step(self) -> Row:
+        """One global batch."""
+        batch = self.stream.next_batch(self.config.train.global_batch_size)
+        row = self.forward_backward(batch)
+        return row | self.update(row, batch)
 
     def forward_backward(self, batch: Batch) -> Row:
         """Gradients of the loss, summed over the global batch's tokens and divided by the number of valid ones."""
@@ -156,13 +160,28 @@ class Trainer:
         self.state.num_skipped += 1
         say(f"{what}: not finite, {where}; this update is skipped")
 
-    def evaluate_if_due(self) -> Row:
-        """Validation and hooks, every eval.every_tokens and at the end."""
+    def evaluate_if_due(self, row: Row) -> Row:
+        """Validation and hooks, every eval.every_tokens and at the end.
+
+        When they fail, the step is saved with its figures, `row`, and a restart begins with its evaluation. Of several
+        ranks one may have failed alone, without memory for instance: then none can save, unless the error is the user's.
+        """
         every, state = self.config.eval.every_tokens, self.state
+        is_saved, state.unevaluated = bool(state.unevaluated), {}
         due = every and state.tokens // every > state.evaluated_tokens // every
         if not due and state.step < self.num_steps:
             return {}
-        found = self.validation()
+        try:
+            return self.evaluate()
+        except Exception as error:
+            if not is_saved and (isinstance(error, UserError) or self.groups.world_size == 1):
+                state.unevaluated = row
+                self.save(wait=True)
+            raise
+
+    def evaluate(self) -> Row:
+        """Validation and hooks, judged."""
+        state, found = self.state, self.validation()
         for hook in self.hooks:
             found |= hook(self)
         values = {name.removeprefix("eval."): value for name, value in found.items()}
@@ -183,13 +202,18 @@ class Trainer:
         if not (last or is_best or state.step % settings.interval_steps == 0):
             self.checkpoints.poll()
             return
-        state.capture(self.groups, self.stream.state_dict())
-        facts = {"tokens": state.tokens, "evaluation": state.finite_evaluation if state.is_evaluated else {}}
-        good = self.checkpoints.save(state.step, self.sharded_state(loading=False), facts, wait=last)
+        good = self.save(wait=last)
         if last and not good:
             raise UserError(
                 f"{self.checkpoints.folder}: the last checkpoint could not be written; free space and run again"
             )
+
+    def save(self, *, wait: bool) -> bool:
+        """A checkpoint of this step; whether nothing has failed so far."""
+        state = self.state
+        state.capture(self.groups, self.stream.state_dict())
+        facts = {"tokens": state.tokens, "evaluation": state.finite_evaluation if state.is_evaluated else {}}
+        return self.checkpoints.save(state.step, self.sharded_state(loading=False), facts, wait=wait)
 
     def sharded_state(self, loading: bool) -> dict[str, Any]:
         """Model, optimizer and run state as megatron-core's checkpoints want them."""

@@ -106,8 +106,11 @@ class Optimizer:
             self.inner.step_with_ready_grads()
 
     def sharded_state_dict(self, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
-        """State as megatron-core's checkpoints want it."""
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        """State as megatron-core's checkpoints want it; sharded state is gathered on the first data-parallel rank alone."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
         with cpu.cuda_means_cpu():
             return self.inner.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 

@@ -1,7 +1,7 @@
 """Everything of a run, besides weights and optimizer, that the next step depends on."""
 
 import random
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ class RunState:
     best: float | None = None  # value of `best_metric` so far
     best_metric: str | None = None  # what `best` and `num_since_best` go by
     num_since_best: int = 0  # evaluations after the best one
+    unevaluated: dict[str, Any] = field(default_factory=dict)  # figures of this step, whose evaluation has failed
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -37,14 +38,14 @@ class RunState:
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Take over saved values."""
-        for entry in fields(self):
-            setattr(self, entry.name, values[entry.name])
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def judge(self, evaluation: dict[str, float], yardstick: Yardstick) -> None:
         """Note what an evaluation at this step gave, and whether it is the best so far."""
+        value = yardstick.value(evaluation)
         if self.best_metric != yardstick.name:  # a restart may choose another one
             self.best, self.best_metric, self.num_since_best = None, yardstick.name, 0
-        value = yardstick.value(evaluation)
         self.evaluation, self.evaluated_tokens = evaluation, self.tokens
         if yardstick.rank(value) < yardstick.rank(self.best):
             self.best, self.num_since_best = value, 0

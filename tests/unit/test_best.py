@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minitron_train.config import Config
 from minitron_train.errors import UserError
@@ -60,6 +61,24 @@ def test_metrics_that_no_evaluation_gives(training: Material, tmp_path: Path) ->
     given = r"best_metric=quiz.f1: the evaluation gave validation.kl, validation.loss, validation.perplexity, quiz.acc;"
     with pytest.raises(UserError, match=given):
         run(training, tmp_path, EVERY_STEP | {"checkpoint__best_metric": "quiz.f1"})
+    facts = run(training, tmp_path, BY_QUIZ)
+    assert (facts["resumed_at_step"], facts["best"]) == (1, 0.9)
+    assert [row["eval.quiz.acc"] for row in rows(tmp_path) if "loss" in row] == ACCURACIES
+
+
+def out_of_memory(trainer: Any) -> dict[str, float]:
+    """An evaluation that fails at the end of the run."""
+    raise torch.OutOfMemoryError
+
+
+def test_a_failed_evaluation_loses_no_step(training: Material, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            run(training, tmp_path, {"checkpoint__interval_steps": 99}, out_of_memory)
+    facts = run(training, tmp_path, {"checkpoint__interval_steps": 99})
+    assert (facts["resumed_at_step"], facts["evaluation"]["quiz.acc"]) == (8, 0.9)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
+    assert files.evaluation_of(tmp_path / "checkpoints" / "step_00000008")["quiz.acc"] == 0.9
 
 
 def test_best_checkpoint_by_a_task(training: Material, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from minitron_train.errors import UserError
 from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
-from minitron_train.train.export import checkpoint_id, export
+from minitron_train.train.checkpoint import copy_to_host
+from minitron_train.train.export import checkpoint_id, export, find_checkpoint
 from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
 
@@ -84,13 +85,43 @@ def test_damaged_checkpoint_is_passed_over(
 
 def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -> None:
     for path in files.finished(broken_off / "checkpoints"):
+def test_damaged_checkpoints_take_no_places(training: Material, broken_off: Path) -> None:
+    flip(broken_off / "checkpoints" / "step_00000006" / "__0_0.distcp")
+    with before_step(6, interrupt), pytest.raises(Interrupted):
+        run(training, broken_off, checkpoint__interval_steps=5, checkpoint__keep=1)
+    assert [path.name for path in files.finished(broken_off / "checkpoints")] == ["step_00000005"]
+
+
+def test_fall_back(tmp_path: Path) -> None:
+    yardstick = Yardstick("validation.kl")
+    for step, kl in ((1, None), (2, 0.2), (3, 0.1)):
+        scratch = tmp_path / f"step_{step:08d}.partial-x"
+        scratch.mkdir()
+        files.publish(scratch, files.checkpoint_path(tmp_path, step), {"evaluation": {"validation.kl": kl}})
+        files.tidy(tmp_path, 9, 1, yardstick)
+    for newest, best in ((2, "step_00000002\n"), (1, None)):
+        files.fall_back(files.checkpoint_path(tmp_path, newest))
+        files.tidy(tmp_path, 9, 1, yardstick)
+        assert len(files.finished(tmp_path)) == newest
+        assert (tmp_path / "latest").read_text() == f"step_{newest:08d}\n"
+        assert (tmp_path / "best").exists() == bool(best) and (not best or (tmp_path / "best").read_text() == best)
+
+
+def test_what_lies_beside_a_gpu_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = torch.ones(3)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        _, _, (_, [(_, copied)]) = copy_to_host(("", "", ([], [(None, live)])))
+        assert (copied.data_ptr() == live.data_ptr()) is on_gpu
+
+
         flip(path / "__0_0.distcp")
     with pytest.raises(UserError, match="no checkpoint is whole"):
         run(training, broken_off)
 
 
 def test_checkpoint_of_other_settings_is_refused(training: Material, broken_off: Path) -> None:
-    with pytest.raises(UserError, match=r"distill.jsd_beta: 0.5, now 0.1.*lr: 0.003, now 0.1.*tokens: 2048, now 4096"):
+    with pytest.raises(UserError, match=r"jsd_beta was 0.5, is 0.1.*lr was 0.003, is 0.1.*tokens was 2048, is 4096"):
         run(training, broken_off, train__lr=0.1, train__num_tokens=4096, distill__jsd_beta=0.1)
 
 
