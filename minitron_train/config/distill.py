@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from minitron_train.config.base import Precision, opt, require, require_positive
+from minitron_train.config.base import Precision, opt, require
 
 
 class LossKind(Enum):
@@ -22,6 +23,39 @@ class HiddenLossKind(Enum):
 
     cosine = "cosine"
     mse = "mse"
+
+
+def check_loss(values: Any, kind: LossKind, prefix: str = "") -> None:
+    """The rules of a loss on logits: for this section, and for distill.loss.LossSpec."""
+    takes_temperature, takes_top_k = kind not in (LossKind.mse, LossKind.cosine), kind is LossKind.top_k_kl
+    weighted = values.kd_weight + values.ce_weight > 0
+    rules = (  # name, whether it holds, rule, remedy
+        ("temperature", values.temperature > 0, "must be greater than 0", "1 is usual"),
+        (
+            "temperature",
+            values.temperature == 1 or takes_temperature,
+            f"must be 1 with {prefix}loss={kind.value}",
+            "leave it out",
+        ),
+        ("top_k", (values.top_k > 0) == takes_top_k, f"goes with {prefix}loss=top_k_kl", "set both or neither"),
+        ("jsd_beta", 0 < values.jsd_beta < 1, "must lie between 0 and 1", "0.5 is usual"),
+        ("kd_weight", values.kd_weight >= 0, "must not be negative", "0 leaves the loss out"),
+        ("ce_weight", values.ce_weight >= 0, "must not be negative", "0 leaves the loss out"),
+        ("kd_weight", weighted, f"must not be 0 together with {prefix}ce_weight", "raise one of them"),
+    )
+    for name, holds, rule, remedy in rules:
+        require(holds, prefix + name, getattr(values, name), rule, remedy)
+
+
+def check_blocks(values: Any, prefix: str = "") -> None:
+    """The rules of how a loss is cut into blocks: for this section, and for distill.loss_blocks.Chunking."""
+    budget = values.memory_budget_u
+    require(
+        budget is None or budget >= 0, f"{prefix}memory_budget_u", budget, "must not be negative", "0: smallest blocks"
+    )
+    for name in ("vocab_tile", "token_chunk"):
+        value = getattr(values, name)
+        require(value is None or value >= 1, prefix + name, value, "must be at least 1", "leave it out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,17 +79,10 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Ranges."""
-        require_positive(self, "distill", "temperature")
+        check_loss(self, self.loss, "distill.")
+        check_blocks(self, "distill.")
         for pair in self.hidden_layers:
             names = pair.split("/")
             fits = len(names) == 2 and all(name == "embedding" or name.isdecimal() for name in names)
             rule = "must be STUDENT/TEACHER, each a layer's number or embedding"
             require(fits, "distill.hidden_layers", pair, rule, "give pairs like 13/29")
-        fits = (self.top_k > 0) == (self.loss is LossKind.top_k_kl)
-        require(fits, "distill.top_k", self.top_k, "goes with distill.loss=top_k_kl", "set both or neither")
-        require(0 < self.jsd_beta < 1, "distill.jsd_beta", self.jsd_beta, "must lie between 0 and 1", "0.5 is usual")
-        for name in ("kd_weight", "ce_weight"):
-            value = getattr(self, name)
-            require(value >= 0, f"distill.{name}", value, "must not be negative", "0 leaves the loss out")
-        weighted = self.kd_weight + self.ce_weight > 0
-        require(weighted, "distill.kd_weight", self.kd_weight, "0 together with distill.ce_weight", "raise one of them")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_train.arch import Shape
 from minitron_train.arch.build import LanguageModel
 from minitron_train.config import DistillConfig
 from minitron_train.distill.intermediate import HiddenProjection, intermediate_loss
@@ -37,7 +38,7 @@ class HiddenPairs:
         pairs = cls(settings, projection)
         for pair in settings.hidden_layers:
             for owner, model, name in zip(("student", "teacher"), (student, teacher), pair.split("/"), strict=True):
-                find_module(model, owner, name).register_forward_hook(pairs.catch(owner, name))
+                find_module(model, name).register_forward_hook(pairs.catch(owner, name))
         return pairs
 
     def catch(self, owner: str, name: str) -> Any:
@@ -62,11 +63,15 @@ class HiddenPairs:
         return intermediate_loss(pairs, self.projection, mask_N=mask_N, kind=self.settings.hidden_loss)
 
 
-def find_module(model: LanguageModel, owner: str, name: str) -> torch.nn.Module:
+def check_layers(settings: DistillConfig, student: Shape, teacher: Shape) -> None:
+    """Refuse pairs of layers that the models do not have."""
+    for pair in settings.hidden_layers:
+        for owner, shape, name in zip(("student", "teacher"), (student, teacher), pair.split("/"), strict=True):
+            if name != "embedding" and int(name) >= shape.num_layers:
+                last = f"its last one is {shape.num_layers - 1}"
+                raise UserError(f"distill.hidden_layers={pair}: the {owner} has no layer {name}; {last}")
+
+
+def find_module(model: LanguageModel, name: str) -> torch.nn.Module:
     """The module whose output the name stands for."""
-    if name == "embedding":
-        return model.embedding
-    layers = model.decoder.layers
-    if int(name) >= len(layers):
-        raise UserError(f"distill.hidden_layers: the {owner} has no layer {name}; its last one is {len(layers) - 1}")
-    return layers[int(name)]
+    return model.embedding if name == "embedding" else model.decoder.layers[int(name)]

@@ -8,7 +8,7 @@ does not pay for them.
 Legend: N tokens, V output rows of this tensor-parallel rank, H student's hidden size, D teacher's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_train.config import LossKind
+from minitron_train.config.distill import check_loss
 from minitron_train.distill import loss_terms
 from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.distill.loss_fused import FusedLoss, Problem, WeightedTerm
@@ -41,20 +42,7 @@ class LossSpec:
 
     def validate(self) -> None:
         """Ranges, and settings that belong to another kind."""
-        takes_temperature = self.kind not in (LossKind.mse, LossKind.cosine)
-        takes_top_k = self.kind is LossKind.top_k_kl
-        rules = [
-            (self.temperature > 0, "temperature", "must be greater than 0"),
-            (self.temperature == 1 or takes_temperature, "temperature", f"must be 1 with kind={self.kind.value}"),
-            ((self.top_k > 0) == takes_top_k, "top_k", "must be positive with kind=top_k_kl, and 0 otherwise"),
-            (0 < self.jsd_beta < 1, "jsd_beta", "must lie between 0 and 1"),
-            (self.kd_weight >= 0, "kd_weight", "must not be negative"),
-            (self.ce_weight >= 0, "ce_weight", "must not be negative"),
-            (self.kd_weight + self.ce_weight > 0, "kd_weight", "must not be 0 together with ce_weight"),
-        ]
-        for holds, name, rule in rules:
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)}: {rule}; change it in the loss settings")
+        check_loss(self, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +97,7 @@ def distillation_loss(
         teacher_hidden_ND = teacher_weight_VD = None
     elif teacher_hidden_ND is None or teacher_weight_VD is None:
         raise UserError(f"kd_weight={loss.kd_weight}: needs a teacher; give one, or set kd_weight=0")
-    vocab = _Vocabulary.of(student_weight_VH, teacher_weight_VD, vocab_size, group)
-    if loss.top_k > vocab.size:
-        raise UserError(f"top_k={loss.top_k}: the vocabulary has {vocab.size} entries; choose at most as many")
+    vocab = _Vocabulary.of(student_weight_VH, teacher_weight_VD, vocab_size, group, loss.top_k)
     if mask_N is not None and not bool((mask_N != 0).all()):
         valid = (mask_N != 0).nonzero()[:, 0]
         student_hidden_NH = student_hidden_NH[valid]
@@ -166,6 +152,28 @@ def _check_labels(labels_N: Tensor | None, num_tokens: int, vocab_size: int) -> 
         raise UserError(f"labels: a token id lies outside 0 … {vocab_size - 1}; mask it, or set the right vocab_size")
 
 
+def real_rows(rows: Mapping[str, int], vocab_size: int | None, num_ranks: int, top_k: int) -> int:
+    """How many output rows are no padding, where each model has as many as `rows` says, all ranks together.
+
+    Raises:
+        UserError: rows that cannot be matched, or fewer of them than `top_k`.
+    """
+    named = ", ".join(f"{name} {number}" for name, number in rows.items())
+    if len(set(rows.values())) > 1 and num_ranks > 1:
+        raise UserError(
+            f"output rows ({named}): under tensor parallelism both models need the same number, so that their "
+            "shards meet; pad both to the same size"
+        )
+    if len(set(rows.values())) > 1 and vocab_size is None:
+        raise UserError(f"output rows ({named}): differ, and padding cannot be told; give vocab_size")
+    size = min(rows.values()) if vocab_size is None else vocab_size
+    if not 0 < size <= min(rows.values()):
+        raise UserError(f"vocab_size={size}: must fit the output rows ({named}); give the tokenizer's size")
+    if top_k > size:
+        raise UserError(f"top_k={top_k}: the vocabulary has {size} entries; choose at most as many")
+    return size
+
+
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
     """The real output rows: of all ranks, where this rank's start, and how many of this rank's are not padding."""
@@ -176,22 +184,16 @@ class _Vocabulary:
 
     @classmethod
     def of(
-        cls, student_VH: Tensor, teacher_VD: Tensor | None, vocab_size: int | None, group: dist.ProcessGroup | None
+        cls,
+        student_VH: Tensor,
+        teacher_VD: Tensor | None,
+        vocab_size: int | None,
+        group: dist.ProcessGroup | None,
+        top_k: int,
     ) -> "_Vocabulary":
-        """From the weights' shapes; refuses what cannot be matched."""
+        """From the weights' shapes; refuses what `real_rows` refuses."""
         num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         shard = len(student_VH)
         rows = {"student": shard * num_ranks} | ({} if teacher_VD is None else {"teacher": len(teacher_VD) * num_ranks})
-        named = ", ".join(f"{name} {number}" for name, number in rows.items())
-        if len(set(rows.values())) > 1 and num_ranks > 1:
-            raise UserError(
-                f"output rows ({named}): under tensor parallelism both models need the same number, so that their "
-                "shards meet; pad both to the same size"
-            )
-        if len(set(rows.values())) > 1 and vocab_size is None:
-            raise UserError(f"output rows ({named}): differ, and padding cannot be told; give vocab_size")
-        size = shard * num_ranks if vocab_size is None else vocab_size
-        if not 0 < size <= min(rows.values()):
-            raise UserError(f"vocab_size={size}: must fit the output rows ({named}); give the tokenizer's size")
-        start = rank * shard
+        size, start = real_rows(rows, vocab_size, num_ranks, top_k), rank * shard
         return cls(size, start, min(max(size - start, 0), shard))

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minitron_train.errors import UserError
+from minitron_train.config.distill import check_blocks
 
 Role = Literal["student", "teacher"]
 
@@ -35,12 +35,7 @@ class Chunking:
 
     def validate(self) -> None:
         """A budget that is not negative, and blocks of at least one row and column."""
-        if self.memory_budget_u < 0:
-            raise UserError(f"memory_budget_u={self.memory_budget_u}: must be at least 0; 0 is the smallest blocks")
-        for name in ("vocab_tile", "token_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: must be at least 1; leave it out for the automatic choice")
+        check_blocks(self)
 
 
 @dataclass(frozen=True, slots=True)

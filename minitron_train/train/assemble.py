@@ -15,7 +15,8 @@ from minitron_train.arch.build import LanguageModel, build
 from minitron_train.config import Config, Recompute
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
-from minitron_train.distill.hidden import HiddenPairs
+from minitron_train.distill.hidden import HiddenPairs, check_layers
+from minitron_train.distill.loss import real_rows
 from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_write_json
@@ -37,8 +38,8 @@ from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
 
-def check(config: Config, groups: Groups) -> None:
-    """Refuse batches that the ranks cannot share, before anything is read."""
+def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None) -> None:
+    """Refuse what can be seen before weights are read: batches that the ranks cannot share, layers that are not there."""
     train, rows = config.train, config.train.micro_batch_size * groups.dp_size
     if train.global_batch_size % rows:
         raise UserError(
@@ -61,6 +62,8 @@ def check(config: Config, groups: Groups) -> None:
         raise UserError(
             "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
         )
+    if teacher is not None:
+        check_layers(config.distill, student, teacher)
     if config.parallel.sequence_parallel and train.seq_length % groups.tp_size:
         raise UserError(
             f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
@@ -80,6 +83,11 @@ def assemble(
     train, yardstick = config.train, Yardstick.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
     tokenizers.check_tokenizer(tokenizer, student_files.shape.vocab_size)
+    vocab_size = None
+    if teacher_files is not None:
+        rows = {"student": student_files.shape.vocab_size, "teacher": teacher_files.shape.vocab_size}
+        vocab_size = len(tokenizer) if len(set(rows.values())) > 1 else None  # then they are padded differently
+        real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
     stream = TokenStream(
         config.data,
         tokenizer,
@@ -108,7 +116,7 @@ def assemble(
         groups=groups,
         distill=config.distill,
         hidden=hidden,
-        vocab_size=real_vocab_size(student_files.shape, teacher_files.shape if teacher_files else None, len(tokenizer)),
+        vocab_size=vocab_size,
     )
     validation = Validation(
         validation_tokens(config.data, tokenizer, train.seq_length, config.seed),
@@ -148,11 +156,6 @@ def load_model(files: Checkpoint, config: Config, groups: Groups, **arguments: A
     )
     convert.load(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
     return model
-
-
-def real_vocab_size(student: Shape, teacher: Shape | None, tokenizer_size: int) -> int | None:
-    """Output rows that are no padding, needed when the models are padded differently."""
-    return None if teacher is None or teacher.vocab_size == student.vocab_size else tokenizer_size
 
 
 def belongs_to(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:

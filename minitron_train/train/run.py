@@ -46,9 +46,10 @@ def train(
     Raises:
         UserError: settings, data or checkpoints that do not fit, or a loss that is not finite.
     """
-    check(config, groups)
+    student_files, teacher_files = Checkpoint(student), Checkpoint(teacher) if teacher else None
+    check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
     with contextlib.ExitStack() as stack:
-        trainer = assemble(config, groups, Checkpoint(student), Checkpoint(teacher) if teacher else None, folder, stack)
+        trainer = assemble(config, groups, student_files, teacher_files, folder, stack)
         trainer.hooks = list(hooks)
         trainer.resume()
         first_step = trainer.state.step

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_train.config import LossKind
+from minitron_train.config import DistillConfig, LossKind
 from minitron_train.distill.loss import LossSpec, distillation_loss
 from minitron_train.distill.loss_blocks import Chunking, Projection
 from minitron_train.errors import UserError
@@ -284,7 +284,7 @@ def test_memory_stays_within_the_budget(budget_u: float) -> None:
     ("spec", "message"),
     [
         (LossSpec(temperature=0), "temperature=0"),
-        (LossSpec(kind=LossKind.mse, temperature=2), "temperature=2: must be 1 with kind=mse"),
+        (LossSpec(kind=LossKind.mse, temperature=2), "temperature=2: must be 1 with loss=mse"),
         (LossSpec(kind=LossKind.top_k_kl), "top_k=0"),
         (LossSpec(top_k=5), "top_k=5"),
         (LossSpec(kind=LossKind.top_k_kl, top_k=302), "top_k=302: the vocabulary has 301"),
@@ -298,6 +298,13 @@ def test_memory_stays_within_the_budget(budget_u: float) -> None:
 def test_refused_settings(spec: LossSpec, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(make_case(4, 301, 8, 8), spec)
+
+
+def test_the_section_has_the_rules_of_the_loss() -> None:
+    with pytest.raises(UserError, match=r"distill.temperature=2: must be 1 with distill.loss=mse"):
+        DistillConfig(loss=LossKind.mse, temperature=2).validate()
+    with pytest.raises(UserError, match=r"distill.vocab_tile=0: must be at least 1"):
+        DistillConfig(vocab_tile=0).validate()
 
 
 def test_refused_inputs() -> None:

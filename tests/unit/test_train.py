@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_train.config import OnNonFinite, Precision, Recompute, Schedule, TrainConfig, WandbConfig, WandbMode
+from minitron_train.config import (
+    LossKind,
+    OnNonFinite,
+    Precision,
+    Recompute,
+    Schedule,
+    TrainConfig,
+    WandbConfig,
+    WandbMode,
+)
 from minitron_train.errors import UserError
 from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
 from minitron_train.train.optim import learning_rate
@@ -92,8 +101,47 @@ def test_hidden_states_count_as_much_as_logits(training: Material, plain: list[d
     assert first["loss"] == pytest.approx(2 * first["kd_loss"])
     assert second["hidden_weight"] == pytest.approx(first["kd_loss"] / first["hidden_loss"])
     assert found[-1]["hidden_loss"] < first["hidden_loss"]
-    with pytest.raises(UserError, match="the teacher has no layer 7"):
-        run(training, tmp_path / "other", distill__hidden_layers=["0/7"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"distill__hidden_layers": ["0/7"]},
+            "distill.hidden_layers=0/7: the teacher has no layer 7; its last one is 2",
+        ),
+        ({"distill__loss": LossKind.top_k_kl, "distill__top_k": 321}, "top_k=321: the vocabulary has 320 entries"),
+    ],
+    ids=["layer", "top_k"],
+)
+def test_what_the_shapes_tell_is_refused_before_weights_are_read(
+    training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, message: str
+) -> None:
+    monkeypatch.delattr("minitron_train.train.assemble.load_model")
+    with pytest.raises(UserError, match=message):
+        run(training, tmp_path, **settings)
+
+
+def test_a_teacher_that_nobody_reads_does_not_run(training: Material, tmp_path: Path) -> None:
+    from minitron_train.arch.build import LanguageModel
+
+    def forward_passes(name: str, **overrides: float) -> int:
+        passes: list[torch.nn.Module] = []
+
+        def see(module: torch.nn.Module, *_: object) -> None:
+            if isinstance(module, LanguageModel):
+                passes.append(module)
+
+        handle = torch.nn.modules.module.register_module_forward_hook(see)
+        try:
+            run(training, tmp_path / name, **overrides)
+        finally:
+            handle.remove()
+        return len(passes)
+
+    micro_batches = NUM_STEPS * ROWS // 2
+    both = forward_passes("both", distill__ce_weight=1.0)
+    assert both - forward_passes("labels", distill__kd_weight=0.0, distill__ce_weight=1.0) == micro_batches
 
 
 def poison(trainer) -> None:
