@@ -22,8 +22,11 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.convert import parameters_by_row
+from minitron_train.config import Precision
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 class Norm(torch.nn.Module):
@@ -50,8 +53,21 @@ class Norm(torch.nn.Module):
         return F.rms_norm(x, self.size, weight, self.eps)
 
 
+def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether only torch's slowest kernel, which holds the S x S scores, would let query heads share keys and values.
+
+    On CUDA that leaves flash and math (torch 2.13, scaled_dot_product_attention); flash takes neither masks nor fp32.
+    """
+    return query.is_cuda and (mask is not None or query.dtype is torch.float32)
+
+
+def whole_heads(x_BGSD: Tensor, num_heads: int) -> Tensor:
+    """Keys or values once for every query head that shares them, [B, N, S, D]."""
+    return x_BGSD.repeat_interleave(num_heads // x_BGSD.shape[1], dim=1)
+
+
 class SdpaAttention(MegatronModule):
-    """Core attention through torch's scaled_dot_product_attention: never holds the S x S scores in memory."""
+    """Core attention through the kernels of torch's scaled_dot_product_attention that hold no S x S scores."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
@@ -79,6 +95,9 @@ class SdpaAttention(MegatronModule):
         if mask is None and 1 < num_queries < num_keys:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = ones.tril(num_keys - num_queries)
+        is_grouped = query.shape[1] != key.shape[1]
+        if is_grouped and needs_whole_heads(query, mask):
+            key, value, is_grouped = whole_heads(key, query.shape[1]), whole_heads(value, query.shape[1]), False
         context = F.scaled_dot_product_attention(
             query,
             key,
@@ -86,7 +105,7 @@ class SdpaAttention(MegatronModule):
             attn_mask=mask,
             is_causal=mask is None and num_queries == num_keys,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
 

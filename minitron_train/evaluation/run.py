@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_train.arch.build import LanguageModel
+from minitron_train.arch.build import DTYPES, LanguageModel
 from minitron_train.config import Config, EvalConfig
 from minitron_train.console import say
 from minitron_train.evaluation.journal import Journal
@@ -18,7 +18,6 @@ from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.parallel.groups import Groups
-from minitron_train.train.optim import DTYPES
 
 
 def evaluate(

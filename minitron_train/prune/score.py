@@ -9,8 +9,9 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch import architecture
+from minitron_train.arch.build import DTYPES
 from minitron_train.arch.shape import Shape
-from minitron_train.config import CalibrationConfig, Config, Depth, Precision
+from minitron_train.config import CalibrationConfig, Config, Depth
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune import scores
@@ -74,8 +75,7 @@ def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, dept
 
 def scoring_dtype(calibration: CalibrationConfig, device: torch.device) -> torch.dtype:
     """Of weights and activations; statistics are fp32 and fp64 in any case."""
-    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
-    return dtypes[calibration.precision_on(device.type == "cuda")]
+    return DTYPES[calibration.precision_on(device.type == "cuda")]
 
 
 def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:

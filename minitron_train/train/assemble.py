@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minitron_train.arch import Shape, convert
-from minitron_train.arch.build import LanguageModel, build
+from minitron_train.arch.build import DTYPES, LanguageModel, build
 from minitron_train.config import Config, Recompute
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
@@ -30,7 +30,7 @@ from minitron_train.train.export import MODEL
 from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Speedometer
-from minitron_train.train.optim import DTYPES, Optimizer, student_arguments
+from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.settings import deciding_settings
 from minitron_train.train.signals import StopSignals
@@ -48,12 +48,12 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
-    if train.early_stop_evaluations and not config.eval.every_tokens:
     if train.distributed_optimizer and not can_shard_optimizer_here():
         raise UserError(
             "train.distributed_optimizer=true: the run could not be resumed without CUDA and Transformer Engine or Apex; "
             "leave it out"
         )
+    if train.early_stop_evaluations and not config.eval.every_tokens:
         raise UserError(
             f"train.early_stop_evaluations={train.early_stop_evaluations}: there is one evaluation, at the end; "
             "set eval.every_tokens"

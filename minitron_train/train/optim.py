@@ -10,12 +10,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from minitron_train.arch.build import LanguageModel
+from minitron_train.arch.build import DTYPES, LanguageModel
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
 from minitron_train.parallel import cpu
 from minitron_train.plan.hardware import can_shard_optimizer_here
 
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
     Recompute.none: {},
     Recompute.selective: {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},

@@ -1,11 +1,14 @@
 """Tables and shapes: exact counts, complete coverage, rules."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
-from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch import ARCHITECTURES, Shape, architecture, build
 from minitron_train.arch.convert import pack, read_shard, shards_to_parts
 from minitron_train.arch.init import RandomWeights
 from minitron_train.arch.rules import check_rules
@@ -33,6 +36,36 @@ SMOLLM2 = Shape(
     vocab_size=49152,
     tie_embeddings=True,
 )
+
+
+def attention(masked: bool) -> list[torch.Tensor]:
+    """Output and gradients of core attention with two query heads per KV group."""
+    layer = build.SdpaAttention(
+        build.transformer_config(SMOLLM2, tp=1, sequence_parallel=False, dtype=torch.float32), 1, AttnMaskType.causal
+    )
+    torch.manual_seed(0)
+    inputs = [torch.randn(6, 2, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).triu(1) if masked else None
+    output = layer(*inputs, mask)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_and_values_for_every_head_change_nothing(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    shared, expanded, expand = attention(masked), [], build.whole_heads
+    monkeypatch.setattr(build, "needs_whole_heads", lambda query, mask: True)
+    monkeypatch.setattr(build, "whole_heads", lambda x, heads: expanded.append(heads) or expand(x, heads))
+    for one, other in zip(attention(masked), shared, strict=True):
+        torch.testing.assert_close(one, other)
+    assert expanded == [4, 4]
+
+
+def test_which_attention_needs_keys_and_values_for_every_head() -> None:
+    bf16, fp32 = (torch.empty(0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    on_gpu: dict[torch.Tensor, Any] = {x: SimpleNamespace(is_cuda=True, dtype=x.dtype) for x in (bf16, fp32)}
+    assert not build.needs_whole_heads(fp32, fp32)
+    assert not build.needs_whole_heads(on_gpu[bf16], None)
+    assert build.needs_whole_heads(on_gpu[bf16], bf16) and build.needs_whole_heads(on_gpu[fp32], None)
 
 
 def total(shape: Shape) -> int:
