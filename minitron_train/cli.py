@@ -56,10 +56,13 @@ COMMANDS = {
 }
 
 
+VALUED_OPTIONS = (  # Hydra's, with a word after them: --cfg job
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+)
 HYDRA_OPTIONS = (
-    *("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--multirun", "-m", "--run", "-r"),
-    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"),
-    *("--hydra-help", "--version", "--shell-completion", "-sc"),
+    *VALUED_OPTIONS,
+    *("--resolve", "--multirun", "-m", "--run", "-r", "--hydra-help", "--version", "--shell-completion", "-sc"),
 )
 
 
@@ -86,7 +89,7 @@ def run(argv: list[str], world: World) -> None:
         return
     register_recipes()
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if not before.startswith("--"):  # the word after an option of Hydra's, as in --cfg job
+        if before not in VALUED_OPTIONS:
             check_override(argument)
     sys.argv = [argv[0], *arguments]
     typed = ["python", "-m", "minitron_train", name, *arguments]
@@ -118,7 +121,7 @@ def run(argv: list[str], world: World) -> None:
             )
         raise UserError(message) from error
     if mistakes:
-        raise mistakes[0]
+        raise UserError("; ".join(dict.fromkeys(map(str, mistakes))))  # of a sweep's jobs, each once
 
 
 def compose(arguments: list[str]) -> Config:

@@ -41,6 +41,7 @@ def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["distill", "+recipe=smollm2"], "run `python -m minitron_train fetch +recipe=smollm2` first"),
         (["eval"], "nothing to evaluate in outputs/custom"),
         (["train"], "unknown command 'train'"),
+        (["plan", "--resolve", "sed=4"], "unknown key 'sed'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -60,8 +61,16 @@ def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -
         commands.execute("score", Config(), [], World())
 
 
-def test_resolved_configuration(tmp_path: Path) -> None:
-    result = minitron("prune", "+recipe=4b", "--cfg", "job", "--resolve", cwd=tmp_path)
+def test_a_sweep_names_the_mistakes_of_all_its_jobs(tmp_path: Path) -> None:
+    result = minitron("distill", "-m", "teacher.path=a,b", "seed=1,2", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert result.returncode == 2
+    line = "; ".join(f"teacher.path={name}: no such folder; give a Hugging Face folder" for name in "ab")
+    assert result.stderr == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("option", ["--cfg", "-c"])
+def test_resolved_configuration(tmp_path: Path, option: str) -> None:
+    result = minitron("prune", "+recipe=4b", option, "job", "--resolve", cwd=tmp_path)
     assert result.returncode == 0
     assert "output_dir: outputs/4b" in result.stdout
     assert "hidden_size: 3072" in result.stdout
