@@ -204,13 +204,14 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     from minitron_train.data.stream import validation_data, validation_tokens
     from minitron_train.evaluation.local_data import can_be_completed, listing
     from minitron_train.evaluation.run import evaluate as measure
-    from minitron_train.evaluation.source import open_origin
+    from minitron_train.evaluation.source import locate, open_origin
 
     config = ws.config
     names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
     held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
     settings = {"eval": subset(config.eval, *names), "validation": held_out, "seed": config.seed}
-    inputs = {"model": ws.on_first(lambda: open_origin(model).identity if model.exists() else "")}
+    weights = ws.on_first(lambda: locate(model))
+    inputs = {"model": ws.on_first(lambda: open_origin(weights).identity if model.exists() else "")}
     inputs |= data_inputs(ws, validation_data(config.data))
     inputs["evaluation data"] = ws.on_first(lambda: listing(ws.eval_data_folder))
     record = f"{label}.provenance.json"
@@ -225,14 +226,14 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
-        origin = open_origin(model)
+        origin = open_origin(weights)
         ws.check_fits("eval", origin.shape, teacher=origin.shape)
         tokenizer = load_tokenizer(origin.tokenizer)
         tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
         return measure(
             config,
             ws.groups,
-            model=model,
+            model=weights,
             label=label,
             folder=folder,
             data_dir=ws.local_eval_data,
@@ -344,17 +345,17 @@ def task_hook(ws: Workspace, student: Path) -> Any:
 
 def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:
     """Training checkpoint -> Hugging Face folder, on one process."""
-    from minitron_train.train.export import MODEL, checkpoint_id
+    from minitron_train.train.export import MODEL, checkpoint_id, find_checkpoint
     from minitron_train.train.export import export as write
 
-    places = [base / MODEL for base in (source / "checkpoints", source, source.parent)]  # beside the checkpoints
-    inputs = {"checkpoint": "" if ws.config.dry_run else ws.on_first(lambda: checkpoint_id(source))}
+    found = source if ws.config.dry_run else ws.on_first(lambda: find_checkpoint(source))
+    inputs = {"checkpoint": "" if ws.config.dry_run else ws.on_first(lambda: checkpoint_id(found))}
     stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
 
     def work(folder: Path) -> Mapping[str, Any]:
-        shape = ws.shape_of(next(path for path in places if path.is_dir()))
+        shape = ws.shape_of(found.parent / MODEL)
         ws.check_fits("export", shape, teacher=shape, folder=target)
-        return ws.on_first(lambda: write(source, folder, dtype))
+        return ws.on_first(lambda: write(found, folder, dtype))
 
     ws.run(stage, work)
 

@@ -35,7 +35,7 @@ def evaluate(
     An interrupted evaluation goes on from folder/LABEL.partial.
 
     Args:
-        model: Hugging Face folder, training checkpoint, or folder of a run (its newest checkpoint).
+        model: Hugging Face folder or training checkpoint, as evaluation.source.locate gives it.
         data_dir: local evaluation data (see evaluation.local_data); what is not there comes from the hub, if any.
         validation_tokens: int64 [sequences, length + 1] for the perplexity; None leaves it out.
 

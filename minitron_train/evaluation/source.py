@@ -69,13 +69,18 @@ def is_training(path: Path) -> bool:
     return (path / checkpoint_files.MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
+def locate(path: Path) -> Path:
+    """The folder with the weights of what `eval.model` names: of a run, its newest whole checkpoint, which is read through."""
+    return find_checkpoint(path) if is_training(path) else path
+
+
 def open_origin(path: Path) -> Origin:
-    """Open what `eval.model` names; nothing but headers is read.
+    """Open a Hugging Face folder or a checkpoint, as `locate` gives it; nothing but headers is read.
 
     Raises:
-        UserError: neither a Hugging Face folder nor a training checkpoint, or a damaged one.
+        UserError: neither of them, or damaged headers.
     """
-    if not is_training(path):
+    if not (path / checkpoint_files.MANIFEST).exists():
         checkpoint = Checkpoint(path)
         return Origin(
             shape=checkpoint.shape,
@@ -85,12 +90,11 @@ def open_origin(path: Path) -> Origin:
             identity=fingerprint(path),
             num_bytes=sum(file.stat().st_size for file in set(checkpoint.files.values())),
         )
-    saved = find_checkpoint(path)
-    model = saved.parent / MODEL
+    model = path.parent / MODEL
     shape = shape_from_config(read_json(model / "config.json"), str(model / "config.json"))
     table = architecture(shape.architecture)
-    source = SavedSource(saved, table, shape)
+    source = SavedSource(path, table, shape)
     size = sum(table.parameters(shape).values()) * 4
     return Origin(
-        shape=shape, table=table, source=source, tokenizer=model, identity=checkpoint_id(saved), num_bytes=size
+        shape=shape, table=table, source=source, tokenizer=model, identity=checkpoint_id(path), num_bytes=size
     )

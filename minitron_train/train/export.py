@@ -62,7 +62,9 @@ def saved_name(mcore: str) -> str:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The checkpoint to export: `source` itself, the one that a file `latest` or `best` names, or a run's newest whole one.
+    """The checkpoint that is meant: `source` itself, the one that a file `latest` or `best` names, or a run's newest whole one.
+
+    Reads every byte of it: to be called once, by one rank, before its tensors are used.
 
     Raises:
         UserError: there is none, or the one that was named is damaged.
@@ -83,23 +85,21 @@ def find_checkpoint(source: Path) -> Path:
     raise UserError(f"{source}: holds no training checkpoint; run distill first, or set export.checkpoint")
 
 
-def checkpoint_id(source: Path) -> str:
-    """Identifies the checkpoint that `export` would take: its name and the hash of its manifest, which hashes the rest."""
-    path = find_checkpoint(source)
+def checkpoint_id(path: Path) -> str:
+    """Identifies a checkpoint: its name and the hash of its manifest, which hashes the rest."""
     return f"{path.name}:{sha256_file(path / files.MANIFEST)}"
 
 
-def export(source: Path, target: Path, dtype: str | None = None) -> dict[str, Any]:
+def export(path: Path, target: Path, dtype: str | None = None) -> dict[str, Any]:
     """Write the student of a checkpoint, its config.json and its tokenizer into the empty folder `target`.
 
     Args:
-        source: a checkpoint, or the folder of a run (then its newest whole checkpoint).
+        path: what `find_checkpoint` gave.
         dtype: float32, bfloat16 or float16; None keeps the type that config.json names.
 
     Raises:
-        UserError: no checkpoint there, or an unknown dtype.
+        UserError: an unknown dtype.
     """
-    path = find_checkpoint(source)
     model = path.parent / MODEL
     config = read_json(model / "config.json")
     shape, table = shape_from_config(config, str(model / "config.json")), architecture(str(config["model_type"]))

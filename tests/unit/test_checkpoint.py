@@ -11,6 +11,8 @@ import torch
 
 from minitron_train.config import OnNonFinite
 from minitron_train.errors import UserError
+from minitron_train.evaluation.source import open_origin
+from minitron_train.files import sha256_file
 from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
@@ -39,7 +41,7 @@ def broken_off(training: Material, tmp_path: Path) -> Path:
 def student_of(folder: Path, target: Path) -> dict[str, torch.Tensor]:
     """The exported weights."""
     target.mkdir()
-    export(folder, target)
+    export(find_checkpoint(folder), target)
     opened = Checkpoint(target)
     return {name: opened.read(name) for name in opened.sizes}
 
@@ -83,8 +85,6 @@ def test_damaged_checkpoint_is_passed_over(
     assert rows(broken_off) == rows(uninterrupted)
 
 
-def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -> None:
-    for path in files.finished(broken_off / "checkpoints"):
 def test_damaged_checkpoints_take_no_places(training: Material, broken_off: Path) -> None:
     flip(broken_off / "checkpoints" / "step_00000006" / "__0_0.distcp")
     with before_step(6, interrupt), pytest.raises(Interrupted):
@@ -115,6 +115,8 @@ def test_what_lies_beside_a_gpu_is_copied_once(monkeypatch: pytest.MonkeyPatch) 
         assert (copied.data_ptr() == live.data_ptr()) is on_gpu
 
 
+def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -> None:
+    for path in files.finished(broken_off / "checkpoints"):
         flip(path / "__0_0.distcp")
     with pytest.raises(UserError, match="no checkpoint is whole"):
         run(training, broken_off)
@@ -220,9 +222,18 @@ def test_export_of_an_untrained_student_is_the_student(tmp_path: Path, family: s
 
 def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no training checkpoint"):
-        export(tmp_path, tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
-        export(uninterrupted, tmp_path, "int8")
-    assert checkpoint_id(uninterrupted).startswith("step_00000008:")
-    assert checkpoint_id(uninterrupted / "checkpoints" / "best").startswith("step_00000008:")
-    assert checkpoint_id(uninterrupted / "checkpoints" / "step_00000003").startswith("step_00000003:")
+        export(uninterrupted / "checkpoints" / "step_00000008", tmp_path, "int8")
+
+
+def test_a_checkpoint_is_found_and_read_through_once(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = uninterrupted / "checkpoints"
+    for source, step in ((uninterrupted, 8), (checkpoints / "best", 8), (checkpoints / "step_00000003", 3)):
+        assert find_checkpoint(source) == files.checkpoint_path(checkpoints, step)
+    monkeypatch.delattr(files, "damage")  # what reads every byte
+    path = files.checkpoint_path(checkpoints, 8)
+    assert open_origin(path).identity == checkpoint_id(path) == f"{path.name}:{sha256_file(path / files.MANIFEST)}"
+    export(path, tmp_path)

@@ -11,7 +11,7 @@ from minitron_train.config import Config, EvalConfig
 from minitron_train.errors import UserError
 from minitron_train.evaluation.hooks import TaskHook
 from minitron_train.evaluation.run import evaluate
-from minitron_train.evaluation.source import open_origin
+from minitron_train.evaluation.source import locate, open_origin
 from minitron_train.parallel.groups import start
 from minitron_train.parallel.launch import World
 from minitron_train.train.export import export
@@ -53,8 +53,9 @@ def test_tasks_on_the_live_student_leave_training_as_it_was(material: Material, 
 
 def test_checkpoint_gives_the_exports_tensors_and_figures(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
-    export(trained, tmp_path / "student")
-    saved, exported = open_origin(trained), open_origin(tmp_path / "student")
+    checkpoint = locate(trained)
+    export(checkpoint, tmp_path / "student")
+    saved, exported = open_origin(checkpoint), open_origin(tmp_path / "student")
     for row in saved.table.rows_of(saved.shape):
         for i in row.layers(saved.shape):
             for rank in range(2):
@@ -66,7 +67,7 @@ def test_checkpoint_gives_the_exports_tensors_and_figures(trained: Path, tmp_pat
     data_dir = save_data(tmp_path / "data")
     tokens = torch.arange(66).view(2, 33)
     reports = []
-    for model in (trained, tmp_path / "student"):
+    for model in (checkpoint, tmp_path / "student"):
         with start(config.parallel, World(), seed=1) as groups:
             report = evaluate(
                 config, groups, model=model, label="m", folder=tmp_path, data_dir=data_dir, validation_tokens=tokens

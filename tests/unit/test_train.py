@@ -181,6 +181,25 @@ def test_batches_that_do_not_fit(training: Material, tmp_path: Path) -> None:
         run(training, tmp_path, train__micro_batch_size=3)
 
 
+def test_an_optimizer_that_could_not_be_resumed(training: Material, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.distributed_optimizer=true: .* not be resumed"):
+        run(training, tmp_path, train__distributed_optimizer=True)
+
+
+@pytest.mark.parametrize(
+    ("configured", "fused_adam", "sharded"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_the_optimizer_is_sharded_where_it_can_be_resumed(
+    monkeypatch: pytest.MonkeyPatch, configured: bool | None, fused_adam: bool, sharded: bool
+) -> None:
+    from minitron_train.plan import hardware
+
+    monkeypatch.setattr(hardware, "cuda_here", lambda: True)
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", fused_adam)
+    train = TrainConfig(distributed_optimizer=configured)
+    assert train.shards_optimizer(possible=hardware.can_shard_optimizer_here()) is sharded
+
+
 def test_metrics_file_holds_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
@@ -222,22 +241,3 @@ def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert wandb_mode(WandbMode.auto) == "online"
     assert json.dumps("secret") not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*.yaml"))
-def test_an_optimizer_that_could_not_be_resumed(training: Material, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.distributed_optimizer=true: .* not be resumed"):
-        run(training, tmp_path, train__distributed_optimizer=True)
-
-
-@pytest.mark.parametrize(
-    ("configured", "fused_adam", "sharded"), [(None, True, True), (None, False, False), (False, True, False)]
-)
-def test_the_optimizer_is_sharded_where_it_can_be_resumed(
-    monkeypatch: pytest.MonkeyPatch, configured: bool | None, fused_adam: bool, sharded: bool
-) -> None:
-    from minitron_train.plan import hardware
-
-    monkeypatch.setattr(hardware, "cuda_here", lambda: True)
-    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", fused_adam)
-    train = TrainConfig(distributed_optimizer=configured)
-    assert train.shards_optimizer(possible=hardware.can_shard_optimizer_here()) is sharded
-
-
