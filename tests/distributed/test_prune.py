@@ -1,13 +1,16 @@
 """Scores, kept indices and repaired weights are the same on any number of ranks."""
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from minitron_train.config import Depth, ParallelConfig, Refit
+from minitron_train.parallel.groups import Groups
 from minitron_train.parallel.launch import read_world
+from minitron_train.prune import cut
 from tests.helpers import run_ranks
 from tests.models import hf_logits
 from tests.pruning import configuration, random_tokens, run_cut
@@ -39,6 +42,16 @@ def alone(tmp_path_factory, tiny_models):
     folder = tmp_path_factory.mktemp("alone")
     run_ranks(prune_on, 1, 1, tiny_models[FAMILY], folder)
     return results(folder)
+
+
+def test_a_rank_makes_no_group_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(cut.dist, "new_group", lambda ranks, **_: made.append(ranks) or "alone")
+    group, device = MagicMock(), torch.device("cpu")
+    groups = Groups(2, 4, 0, 2, 1, 2, group, group, device)
+    whole = cut.whole_layers(groups)
+    assert (whole.tp_group, whole.tp_size, whole.dp_rank, whole.dp_size) == ("alone", 1, 2, 4)
+    assert made == [[2]]
 
 
 @pytest.mark.parametrize(("world_size", "tp"), [(4, 4), (4, 2)])
