@@ -54,6 +54,10 @@ class RandomSource:
         tensor = torch.randn(self.sizes[name]) * 0.05
         return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
 
+    def rows(self, name: str, index_N: torch.Tensor) -> torch.Tensor:
+        """Rows of one."""
+        return self.read(name)[index_N]
+
 
 @torch.no_grad()
 def hook_overhead(rounds: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,20 @@ class Statistics:
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
     losses_without: Tensor | None = None  # fp64 [L + 1], nats: without layer i; last, with all (see prune.depth)
     spans: Tensor | None = None  # fp64 [L + 1, L + 1]: Σ over last tokens of cos between the inputs of layers i and j
+
+    def cpu(self) -> "Statistics":
+        """The same on the host, where indices are chosen and files written."""
+
+        def host(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.cpu()
+
+        return replace(
+            self,
+            moments={name: moments.cpu() for name, moments in self.moments.items()},
+            blocks={name: block.cpu() for name, block in self.blocks.items()},
+            losses_without=host(self.losses_without),
+            spans=host(self.spans),
+        )
 
     def add(self, name: str, x_SBC: Tensor, mask_SB: Tensor | None) -> None:
         """Count one micro-batch of one activation."""

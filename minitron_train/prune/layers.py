@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,15 +17,23 @@ from minitron_train.parallel.groups import Groups
 # B batch, S sequence, H hidden
 
 
+class RowSource(convert.Source, Protocol):
+    """A source that reads any rows at once: shards.RowReader, or a pruned view of one."""
+
+    def rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Rows `index_N` (ascending) of the tensor `name`."""
+        ...
+
+
 class Layers:
     """The layers of one model as megatron-core modules, loaded when they are asked for.
 
     `resident` keeps every layer; otherwise one layer's weights are held at a time, so that a model of any size passes
-    through. Both run the same code on the same weights: their results are bit-equal. Token embeddings are read row by
-    row from the source; the whole table is never in memory.
+    through. Both run the same code on the same weights: their results are bit-equal. Of the token embeddings only those
+    rows are read that a micro-batch asks for.
 
     Args:
-        source: where tensors come from (hf.Checkpoint, or a pruned view of one).
+        source: where tensors come from.
         dtype: of weights and activations.
     """
 
@@ -32,7 +41,7 @@ class Layers:
         self,
         table: Architecture,
         shape: Shape,
-        source: convert.Source,
+        source: RowSource,
         groups: Groups,
         *,
         resident: bool,
@@ -48,8 +57,7 @@ class Layers:
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
         ids, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
-        name = self.tensor_name(EMBEDDING)
-        rows = torch.cat([self.source.read(name, 0, int(i), int(i) + 1) for i in ids])
+        rows = self.source.rows(self.tensor_name(EMBEDDING), ids.cpu())
         return rows.to(self.groups.device, self.dtype)[places_BS.t().to(self.groups.device)]
 
     def output_rows(self, start: int, stop: int) -> Tensor:

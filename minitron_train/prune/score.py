@@ -55,7 +55,7 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
 
 
 def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, depth: Depth = Depth.block) -> Statistics:
-    """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank.
+    """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank, on the host.
 
     The losses without each layer cost half as many passes as there are layers: measured only where `depth` asks for it.
 
@@ -70,7 +70,7 @@ def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, dept
     statistics.num_batches = len(tokens)
     if depth is Depth.perplexity:
         statistics.losses_without = losses_without(layers, mine_NS, **sizes)
-    return statistics
+    return statistics.cpu()
 
 
 def scoring_dtype(calibration: CalibrationConfig, device: torch.device) -> torch.dtype:

@@ -36,7 +36,7 @@ class Place:
 
 
 class RowReader:
-    """The tensors of a Hugging Face folder, by rows: a Source (see arch.convert) that leaves nothing behind in memory."""
+    """The tensors of a Hugging Face folder, by rows: a RowSource (see prune.layers) that leaves nothing behind in memory."""
 
     def __init__(self, checkpoint: hf.Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -57,9 +57,15 @@ class RowReader:
         """The tensor, or its rows [start, stop) along `dim` (0 or 1)."""
         size = self.checkpoint.sizes[name]
         first, last = (start, size[0] if stop is None else stop) if dim == 0 else (0, size[0])
-        tensor = torch.empty(last - first, *size[1:], dtype=hf.STORED_DTYPES[self.checkpoint.dtypes[name]])
-        self.read_rows(name, np.arange(first, last), tensor.view(last - first, -1).view(torch.uint8).numpy())
+        tensor = self.rows(name, torch.arange(first, last))
         return tensor[:, start:stop] if dim == 1 else tensor
+
+    def rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Rows `index_N` (ascending) of the tensor."""
+        size, dtype = self.checkpoint.sizes[name], hf.STORED_DTYPES[self.checkpoint.dtypes[name]]
+        tensor = torch.empty(len(index_N), *size[1:], dtype=dtype)
+        self.read_rows(name, index_N.numpy(), tensor.view(len(index_N), -1).view(torch.uint8).numpy())
+        return tensor
 
     def read_rows(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
         """Read `rows` (ascending) of tensor `name` into `out`, uint8 [rows, row_bytes]; neighbours in one go. Thread-safe."""

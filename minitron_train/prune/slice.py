@@ -6,6 +6,7 @@ the size of the model, and rows that are not kept are not read.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
 
 
 class Sliced:
-    """The student as a view of its teacher: a Source (see arch.convert) that reads and cuts one tensor at a time."""
+    """The student as a view of its teacher: a RowSource (see prune.layers) that reads and cuts one tensor at a time."""
 
     def __init__(self, teacher: hf.Checkpoint, keep: Keep) -> None:
         self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
@@ -61,21 +62,31 @@ class Sliced:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The student's tensor `name`, or its rows [start, stop) along `dim`."""
         origin = self.origins[name]
+        if dim == 0 and self._shares_rows(origin):
+            return self._cut(self.source.read(origin.name, 0, start, stop), origin)
+        tensor = self._cut(self.source.read(origin.name), origin)
+        return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
+
+    def rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Rows `index_N` (ascending) of a tensor whose rows are the teacher's, like the embedding."""
+        origin = self.origins[name]
+        assert self._shares_rows(origin), name
+        return self._cut(self.source.rows(origin.name, index_N), origin)
+
+    def _shares_rows(self, origin: Origin) -> bool:
+        """Whether the student's rows are cuts of the teacher's rows in the same places."""
+        mixed = self.is_rotated(origin) and origin.axes[0] == "embd"
+        return self.keep.rows(origin.axes[0], origin.layer) is None and not mixed
+
+    def _cut(self, whole: Tensor, origin: Origin) -> Tensor:
+        """The teacher's tensor, or rows of it that the student shares -> the student's."""
         kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
-        rotated = self.is_rotated(origin)
-        if dim == 0 and kept[0] is None and not (rotated and origin.axes[0] == "embd"):
-            # rows that the student shares with the teacher: read only those
-            whole, kept, dim = self.source.read(origin.name, 0, start, stop), [None, *kept[1:]], None
-        else:
-            whole = self.source.read(origin.name)
         tensor = whole
         for axis, index in enumerate(kept):
             tensor = tensor if index is None else tensor.index_select(axis, index)
         if self.is_merged(origin):
             tensor = self._merge(tensor, whole, origin, kept)
-        if rotated:
-            tensor = self._rotate(tensor.float(), origin)
-        return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
+        return self._rotate(tensor.float(), origin) if self.is_rotated(origin) else tensor
 
     def is_merged(self, origin: Origin) -> bool:
         """Whether kept heads take over something of dropped ones in this tensor."""
@@ -195,7 +206,7 @@ def slice_checkpoint(
     """Write the student's Hugging Face folder, with kept.safetensors, into the empty `folder`.
 
     Args:
-        replaced: tensors of the student that are not the teacher's (repaired ones).
+        replaced: tensors of the student that are not the teacher's (repaired ones), whole or in pieces, first rows first.
 
     Returns:
         Facts for the stage's provenance.
@@ -203,17 +214,22 @@ def slice_checkpoint(
     found = origins(teacher, keep)
     sizes = teacher.table.tensors(student)
     layout = {name: (teacher.dtypes[origin.name], sizes[name]) for name, origin in found.items()}
+    dtypes = {name: hf.STORED_DTYPES[stored] for name, (stored, _) in layout.items()}
     reader, view = RowReader(teacher), Sliced(teacher, keep)
     with RowWriter(folder, layout) as writer:
-        for name, tensor in replaced:
-            assert tensor.shape == sizes[name], f"{name}: {tuple(tensor.shape)} repaired, {sizes[name]} planned"
-            write_tensor(writer, name, 0, tensor, reader.read(found.pop(name).name, 0, 0, 1).dtype)
+        num_replaced: Counter[str] = Counter()
+        for name, rows in replaced:
+            assert rows.shape[1:] == sizes[name][1:], f"{name}: {tuple(rows.shape)} repaired, {sizes[name]} planned"
+            write_tensor(writer, name, num_replaced[name], rows, dtypes[name])
+            num_replaced[name] += len(rows)
+        for name, num_rows in num_replaced.items():
+            assert num_rows == sizes[name][0], f"{name}: {num_rows} rows repaired, {sizes[name]} planned"
+            del found[name]
         for name in [name for name, origin in found.items() if view.is_merged(origin) or view.is_rotated(origin)]:
-            dtype = reader.read(found[name].name, 0, 0, 1).dtype
             step = VOCABULARY_ROWS if found.pop(name).axes[0] == "vocab" else sizes[name][0]
             for start in range(0, sizes[name][0], step):
                 stop = min(start + step, sizes[name][0])
-                write_tensor(writer, name, start, view.read(name, 0, start, stop), dtype)
+                write_tensor(writer, name, start, view.read(name, 0, start, stop), dtypes[name])
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             jobs = blocks(teacher, keep, found)
             for _ in pool.map(lambda block: copy_block(block, reader, writer, layout[block.name][0]), jobs):

@@ -78,6 +78,10 @@ class Moments:
         deviations = (values - mean[:, None]).square().sum(1)
         return cls(torch.tensor(float(values.shape[1]), dtype=torch.float64, device=values.device), mean, deviations)
 
+    def cpu(self) -> "Moments":
+        """The same on the host."""
+        return Moments(self.count.cpu(), self.mean.cpu(), self.deviations.cpu())
+
     def merge(self, other: "Moments") -> "Moments":
         """Of both batches together; exact up to rounding, in any order."""
         count = self.count + other.count

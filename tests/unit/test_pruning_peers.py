@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
 from minitron_train.prune.layers import Layers
+from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import slice_checkpoint
 from tests.models import hf_logits, save_tiny
 
@@ -99,7 +100,7 @@ def test_directions_without_variance_can_go(tmp_path: Path, groups) -> None:
     tensors["model.embed_tokens.weight"] @= inside_HH
     save_file(tensors, path, metadata={"format": "pt"})
     teacher = hf.Checkpoint(path.parent)
-    layers = Layers(teacher.table, teacher.shape, teacher, groups, resident=False)
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     model = rotated(teacher, principal_directions(layers, TOKENS_BS, 1), tmp_path / "rotated")
     student, gamma = rms_restored(model.shape, model.shape.smaller(hidden_size=48))
     scores = replace(random_scores(model.shape, seed=1), embedding=-torch.arange(64.0))
