@@ -76,7 +76,7 @@ def search_candidates(config: Config, world: World) -> list[Candidate]:
             "search.evaluate=false: there is nothing to run; set search.evaluate=true or search.retrain_tokens"
         )
     with ExitStack() as stack:
-        return candidates(config.search, Workspace(config, [], world, stack).teacher_shape)
+        return candidates(config, Workspace(config, [], world, stack).teacher_shape)
 
 
 def marks(command: str, config: Config, world: World) -> list[Path]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minitron_train.arch.shape import Shape
-from minitron_train.config import SearchConfig
+from minitron_train.config import Config, SearchConfig
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_write_json
 from minitron_train.plan.counts import forward_flops_per_token, parameters
+from minitron_train.prune.target import check_target
 
 if TYPE_CHECKING:
     from minitron_train.workspace import Workspace
@@ -78,15 +79,31 @@ def grid(search: SearchConfig, teacher: Shape) -> list[Candidate]:
     return sorted(found, key=lambda candidate: -candidate.parameters)
 
 
-def candidates(search: SearchConfig, teacher: Shape) -> list[Candidate]:
-    """The shapes of the grid within the budget, largest first.
+def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:
+    """The shapes of the grid that can be cut, shared by the ranks and opened by loaders; why each of the others cannot."""
+    found, refusals = [], []
+    for candidate in grid(config.search, teacher):
+        try:
+            check_target(teacher, candidate.shape, config.prune)
+            candidate.shape.check_parallel(config.parallel.tensor_model_parallel_size, "student")
+            found.append(candidate)
+        except UserError as error:
+            refusals.append(f"{candidate.name}: {error}")
+    return found, refusals
+
+
+def candidates(config: Config, teacher: Shape) -> list[Candidate]:
+    """The usable shapes of the grid within the budget, largest first.
 
     Raises:
-        UserError: no target, or nothing fits it; the message names what comes nearest.
+        UserError: no target, no usable shape, or none that fits it; the message names what comes nearest.
     """
+    search = config.search
     if search.target is None:
         raise UserError(f"search.target is not set: a search needs the {search.budget} to aim at; set it, like 4.0e9")
-    every, target = grid(search, teacher), search.target
+    (every, refusals), target = usable(config, teacher), search.target
+    if not every:
+        raise UserError(f"search: none of {len(refusals)} shapes can be had, as {refusals[0]}")
     distance = {candidate.name: abs(getattr(candidate, search.budget) / target - 1) for candidate in every}
     fitting = [candidate for candidate in every if distance[candidate.name] <= search.tolerance]
     if not fitting:
@@ -129,7 +146,9 @@ def search(ws: "Workspace") -> None:
     array can try one each (search.only), and a search after them finds all done and ranks them.
     """
     settings = ws.config.search
-    found = candidates(settings, ws.teacher_shape)
+    found = candidates(ws.config, ws.teacher_shape)
+    if refusals := usable(ws.config, ws.teacher_shape)[1]:
+        say(f"search: {len(refusals)} shapes of the grid are left out, as {refusals[0]}")
     chosen = choose(found, settings.only)
     if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
         from minitron_train.commands import score

@@ -14,8 +14,10 @@ from minitron_train.errors import UserError
 from minitron_train.prune.basis import plane_of_mean_zero, principal_basis
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.score import measure
-from minitron_train.prune.select import check_target, select
+from minitron_train.prune.select import select
+from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import slice_checkpoint
+from minitron_train.prune.target import check_target
 from tests.models import COMMON, FAMILIES, hf_logits, save_random
 from tests.pruning import configuration, random_tokens, run_cut
 
@@ -42,7 +44,7 @@ def models(tmp_path_factory):
 def write_rotated(folder, teacher_folder, groups, hidden_size):
     """Nothing cut but the stream."""
     teacher, config = hf.Checkpoint(teacher_folder), configuration()
-    layers = Layers(teacher.table, teacher.shape, teacher, groups, resident=False)
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     student = teacher.shape.smaller(hidden_size=hidden_size)
     keep = select(measure(layers, TOKENS, config.calibration), config.prune, teacher.shape, student)
     basis = principal_basis(layers, TOKENS.flatten(0, 1), hidden_size, micro_batch_size=4)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train import cli
 from minitron_train.arch import architecture
-from minitron_train.prune.select import check_target
+from minitron_train.prune.target import check_target
 from minitron_train.workspace import shape_of_recipe
 
 ROOT = Path(__file__).parents[2]

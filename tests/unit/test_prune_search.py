@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from minitron_train.arch.shape import Shape
-from minitron_train.config import SearchConfig
+from minitron_train.config import Config, ParallelConfig, SearchConfig
 from minitron_train.errors import UserError
-from minitron_train.prune.search import candidates, grid, table
+from minitron_train.prune.search import candidates, grid, table, usable
 
 ROOT = Path(__file__).parents[2]
 TABLE_19 = {  # arXiv 2407.14679: layers, heads, MLP, hidden of the 15 candidates for 8B
@@ -26,11 +27,15 @@ def teacher() -> Shape:
     return Shape(**{key: model[key] for key in model if key not in ("init_std", "layernorm_epsilon")})
 
 
-def settings(recipe: str) -> SearchConfig:
-    """The search section of a recipe, with what it inherits from 4b."""
+def settings(recipe: str) -> Config:
+    """The search section of a recipe, with what it inherits from 4b; 8 ranks share every shape."""
     sections = [yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["search"] for name in ("4b", recipe)]
     merged = {key: float(value) if key == "target" else value for section in sections for key, value in section.items()}
-    return SearchConfig(**merged)
+    return Config(search=SearchConfig(**merged), parallel=ParallelConfig(tensor_model_parallel_size=8))
+
+
+def changed(config: Config, **search: Any) -> Config:
+    return replace(config, search=replace(config.search, **search))
 
 
 def sizes(found) -> list[tuple[int, ...]]:
@@ -42,28 +47,44 @@ def test_4b_has_the_papers_18_candidates(teacher):
     found = sizes(candidates(settings("4b"), teacher))
     assert len(found) == 18
     assert (32, 24, 9216, 3072) in found
-    assert len(grid(settings("4b"), teacher)) == 240
+    assert len(grid(settings("4b").search, teacher)) == 240
 
 
 def test_8b_gives_table_19(teacher):
     found = candidates(settings("8b"), teacher)
     assert set(sizes(found)) == TABLE_19
     assert [round(found[k].parameters / 1e9, 4) for k in (-1, 0)] == [7.8712, 8.4941]
-    assert len(grid(settings("8b"), teacher)) == 160
+    assert len(grid(settings("8b").search, teacher)) == 160
 
 
 def test_memory_counts_weights_and_cache(teacher):
-    search = replace(settings("4b"), budget="memory_gib", target=8.0, batch_size=4, context=4096)
-    shape_bytes = {c.name: c.memory_gib for c in grid(search, teacher)}["l32-a24-f9216-h3072"] * 2**30
+    config = changed(settings("4b"), budget="memory_gib", target=8.0, batch_size=4, context=4096)
+    shape_bytes = {c.name: c.memory_gib for c in grid(config.search, teacher)}["l32-a24-f9216-h3072"] * 2**30
     assert shape_bytes == pytest.approx(2 * 4_190_509_056 + 2 * 2 * 32 * 8 * 128 * 4 * 4096)
-    assert all(abs(c.memory_gib / 8.0 - 1) <= 0.05 for c in candidates(search, teacher))
+    assert all(abs(c.memory_gib / 8.0 - 1) <= 0.05 for c in candidates(config, teacher))
 
 
 def test_refusals_name_the_remedy(teacher):
     with pytest.raises(UserError, match=r"search\.target is not set"):
-        candidates(SearchConfig(), teacher)
+        candidates(Config(), teacher)
     with pytest.raises(UserError, match="the nearest, l29-a24-f6400-h2560, has"):
-        candidates(replace(settings("4b"), target=1e9), teacher)
+        candidates(changed(settings("4b"), target=1e9), teacher)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ranks", "reason"),
+    [("llama", 8, "2560 must be a multiple of num_attention_heads=24"), ("nemotron", 16, "num_query_groups=8")],
+)
+def test_what_loaders_or_ranks_refuse_is_left_out(teacher, architecture, ranks, reason):
+    teacher = replace(teacher, architecture=architecture)
+    config = replace(settings("4b"), parallel=ParallelConfig(tensor_model_parallel_size=ranks))
+    found, refusals = usable(config, teacher)
+    assert len(found) + len(refusals) == 240 and any(reason in refusal for refusal in refusals)
+    if architecture == "llama":
+        assert all(c.shape.hidden_size % c.shape.num_attention_heads == 0 for c in candidates(config, teacher))
+    else:
+        with pytest.raises(UserError, match="none of 240 shapes can be had, as l32-a48-f"):
+            candidates(config, teacher)
 
 
 def test_the_table_has_a_line_per_candidate(teacher):
