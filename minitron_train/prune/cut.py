@@ -1,5 +1,6 @@
 """The pruning stage: scores -> kept indices -> repaired or plainly sliced checkpoint."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +50,8 @@ def cut(
     student.check_parallel(groups.tp_size, "student")
     check_target(teacher.shape, student, config.prune)
     statistics = Scores.read(scores, teacher).statistics
-    whole = whole_layers(groups)
-    keep = choose(config, groups, whole, teacher, student, statistics, tokens)
-    changed = repaired_tensors(config, whole, teacher, keep, tokens()) if config.prune.repairs else iter(())
+    keep = choose(config, groups, teacher, student, statistics, tokens)
+    changed = repaired_tensors(config, groups, teacher, keep, tokens()) if config.prune.repairs else iter(())
     facts: dict[str, Any] = {}
     if groups.is_first:
         facts = slice_checkpoint(teacher, keep, student, folder, changed) | {"rotated": keep.basis is not None}
@@ -81,15 +81,12 @@ def num_repair_sequences(calibration: CalibrationConfig, seq_length: int, world_
 def choose(
     config: Config,
     groups: Groups,
-    whole: Groups,
     teacher: hf.Checkpoint,
     student: Shape,
     statistics: Statistics,
     tokens: Callable[[], Tensor],
 ) -> Keep:
     """What is kept, at once or in prune.iterations steps, each scored on the model that the step before left.
-
-    `whole` is `whole_layers(groups)`, for a rotation.
 
     Step t of T keeps teacher - t (teacher - student) / T of every size (arXiv 2407.14679 §2.2).
     """
@@ -104,7 +101,7 @@ def choose(
             statistics = measure(layers, tokens(), config.calibration, config.prune.depth)
     assert keep is not None
     if config.prune.rotate and student.hidden_size < teacher.shape.hidden_size:
-        keep = rotated(config, whole, teacher, keep, tokens())
+        keep = rotated(config, groups, teacher, keep, tokens())
     return keep
 
 
@@ -119,10 +116,10 @@ def between(teacher: Shape, student: Shape, share: float) -> Shape:
     return replace(teacher, **sizes)
 
 
-def rotated(config: Config, whole: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
+def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
     """`keep` with principal directions of the residual stream in the place of channels, where that is possible."""
-    sequences_NS = tokens.flatten(0, 1)
-    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], whole.world_size)
+    sequences_NS, whole = tokens.flatten(0, 1), whole_layers(groups)
+    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], groups.world_size)
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     if reason := why_not(layers, keep.student.hidden_size):
         say(f"prune.rotate: not for this teacher ({reason}); channels are kept instead")
@@ -132,21 +129,23 @@ def rotated(config: Config, whole: Groups, teacher: hf.Checkpoint, keep: Keep, t
 
 
 def repaired_tensors(
-    config: Config, whole: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor
+    config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and values of repaired tensors."""
     from minitron_train.prune.repair import Repair
 
     sequences_NS = tokens.flatten(0, 1)
-    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], whole.world_size)
+    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], groups.world_size)
+    whole = whole_layers(groups)
     before = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)
     repair = Repair(before, after, keep, config.prune, sequences_NS[:used], config.calibration.micro_batch_size)
     return repair.tensors()
 
 
+@functools.cache
 def whole_layers(groups: Groups) -> Groups:
-    """The same processes, each holding layers whole: all of them data parallel."""
+    """The same processes, each holding layers whole: all of them data parallel. Its group is made once."""
     if groups.tp_size == 1:
         return groups
     alone = dist.new_group([groups.rank], use_local_synchronization=True)  # nobody makes the others' groups

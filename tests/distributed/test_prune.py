@@ -50,6 +50,7 @@ def test_a_rank_makes_no_group_but_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     group, device = MagicMock(), torch.device("cpu")
     groups = Groups(2, 4, 0, 2, 1, 2, group, group, device)
     whole = cut.whole_layers(groups)
+    assert cut.whole_layers(groups) is whole
     assert (whole.tp_group, whole.tp_size, whole.dp_rank, whole.dp_size) == ("alone", 1, 2, 4)
     assert made == [[2]]
 
