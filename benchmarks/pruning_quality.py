@@ -11,11 +11,12 @@ runs the cases whose name has TEXT.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from minitron_train import hf
-from minitron_train.arch.convert import Source
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config, DataConfig, ParallelConfig, PruneConfig, TeacherConfig
 from minitron_train.data.calibration import calibration_batches
@@ -35,7 +35,7 @@ from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import World
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.cut import choose, repaired_tensors
-from minitron_train.prune.layers import Layers, forward
+from minitron_train.prune.layers import Layers, RowSource, forward
 from minitron_train.prune.score import measure
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced
@@ -100,10 +100,13 @@ def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
 
 
 class Overlay:
-    """A Source whose tensors are partly replaced."""
+    """A source whose tensors are partly replaced, by whole ones or by pieces of them, first rows first."""
 
-    def __init__(self, below: Source, replaced: Mapping[str, Tensor]) -> None:
-        self.below, self.replaced = below, replaced
+    def __init__(self, below: RowSource, replaced: Iterable[tuple[str, Tensor]]) -> None:
+        self.below, pieces = below, collections.defaultdict[str, list[Tensor]](list)
+        for name, rows in replaced:
+            pieces[name].append(rows)
+        self.replaced = {name: torch.cat(rows) for name, rows in pieces.items()}
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The replaced tensor where there is one."""
@@ -112,9 +115,13 @@ class Overlay:
         tensor = self.replaced[name]
         return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
 
+    def rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Rows `index_N` of the replaced tensor where there is one."""
+        return self.replaced[name][index_N] if name in self.replaced else self.below.rows(name, index_N)
+
 
 @torch.no_grad()
-def loss_of(teacher: hf.Checkpoint, shape: Shape, source: Source, groups: Groups, tokens_NS: Tensor) -> float:
+def loss_of(teacher: hf.Checkpoint, shape: Shape, source: RowSource, groups: Groups, tokens_NS: Tensor) -> float:
     """Mean next-token cross-entropy, nats."""
     layers = Layers(teacher.table, shape, source, groups, resident=False)
     batches = tokens_NS.split(8)
@@ -152,9 +159,9 @@ class Bench:
         start_s, config = time.perf_counter(), configuration(case, self.calibration)
         student = self.teacher.shape.smaller(**(case.sizes or sizes))
         keep = choose(config, self.groups, self.teacher, student, self.statistics, lambda: self.tokens)
-        source: Source = Sliced(self.teacher, keep)
+        source: RowSource = Sliced(self.teacher, keep)
         if config.prune.repairs:
-            source = Overlay(source, dict(repaired_tensors(config, self.groups, self.teacher, keep, self.tokens)))
+            source = Overlay(source, repaired_tensors(config, self.groups, self.teacher, keep, self.tokens))
         loss = loss_of(self.teacher, student, source, self.groups, self.validation_NS)
         seconds = time.perf_counter() - start_s
         print(f"{case.name:45}{loss:9.4f}{seconds:8.0f} s", flush=True)

@@ -17,11 +17,12 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import principal_basis, why_not
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.layers import Layers
-from minitron_train.prune.score import measure, scoring_dtype
+from minitron_train.prune.score import check_tokens, measure, scoring_dtype
 from minitron_train.prune.scores import Scores
-from minitron_train.prune.select import Keep, check_target, select
+from minitron_train.prune.select import Keep, select
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced, slice_checkpoint
+from minitron_train.prune.target import check_target
 
 
 def cut(
@@ -90,12 +91,14 @@ def choose(
 
     Step t of T keeps teacher - t (teacher - student) / T of every size (arXiv 2407.14679 §2.2).
     """
-    keep = None
-    for step in range(1, config.prune.iterations + 1):
-        shape = between(teacher.shape, student, step / config.prune.iterations)
+    keep, num_steps = None, config.prune.iterations
+    if num_steps > 1:
+        check_tokens(tokens().flatten(0, 1), teacher, groups.dp_size)
+    for step in range(1, num_steps + 1):
+        shape = between(teacher.shape, student, step, num_steps, groups.tp_size)
         chosen = select(statistics, config.prune, keep.student if keep else teacher.shape, shape)
         keep = keep.then(chosen) if keep else chosen
-        if step < config.prune.iterations:
+        if step < num_steps:
             dtype = scoring_dtype(config.calibration, groups.device)
             layers = Layers(teacher.table, shape, Sliced(teacher, keep), groups, resident=False, dtype=dtype)
             statistics = measure(layers, tokens(), config.calibration, config.prune.depth)
@@ -105,15 +108,16 @@ def choose(
     return keep
 
 
-def between(teacher: Shape, student: Shape, share: float) -> Shape:
-    """A shape on the way, `share` of the cut done; heads stay a multiple of the KV groups."""
-    sizes = {}
-    for key in SIZES:
-        have, want = getattr(teacher, key), getattr(student, key)
-        sizes[key] = want if share == 1 else have - round((have - want) * share)
-    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
-    sizes["num_attention_heads"] = -(-heads // groups) * groups
-    return replace(teacher, **sizes)
+def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) -> Shape:
+    """The shape after one step: heads per KV group shrink like a size, and what `tp` ranks share stays a multiple of it."""
+
+    def left(have: int, want: int, unit: int = 1) -> int:
+        return want + (have - want) * (num_steps - step) // num_steps // unit * unit
+
+    units = {"ffn_hidden_size": tp, "num_query_groups": tp}
+    sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in SIZES}
+    per_group = left(*(shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student)))
+    return replace(teacher, **sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})
 
 
 def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:

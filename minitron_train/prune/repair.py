@@ -7,8 +7,9 @@ which they are used, each on what the student itself, repaired so far, feeds int
     linear_proj, linear_fc2     to what the student's residual stream lacks of the teacher's, at the kept channels
 
 so that the kept part makes up for the dropped part as far as it predicts it, and errors do not pile up from layer to
-layer. Layers that are dropped altogether are absorbed by the linear_fc2 before them. Where embeddings are not tied, the
-output layer is fitted last. Memory: one layer of each model, two residual streams of all tokens, one Gram matrix.
+layer. Layers that are dropped altogether are absorbed by the linear_fc2 before them, the first ones by the linears after
+them. Where embeddings are not tied, the output layer is fitted last. Memory: one layer of each model, two residual streams
+of all tokens, one Gram matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import effective_gamma
 from minitron_train.prune.layers import Layers, forward, seeing
 from minitron_train.prune.select import Keep
+from minitron_train.prune.slice import VOCABULARY_ROWS
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
 
@@ -131,18 +133,24 @@ class Repair:
         self.streams = [
             Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t().to(groups.device)) for batch in batches
         ]
+        self.kept = keep.embedding.to(groups.device)
+        self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
         self.rotary = teacher.rotary(tokens_NS.shape[1])
         self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.rows if row.per_layer}
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and value of every tensor of the student's layers, its last norm and its output layer."""
+        """Hugging Face name and value of every tensor of the student's layers, its last norm and its output layer.
+
+        The output layer comes in blocks of rows, and from the first process alone.
+        """
         kept = self.keep.layers.tolist()
+        self._advance_teacher_over(range(kept[0]))
         for i, layer in progress(enumerate(kept), "repair", len(kept)):
             absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
             attention, mlp = HALVES
-            self._repair_half(attention, i, layer, [])
-            self._repair_half(mlp, i, layer, list(absorbed))
+            self._repair_half(attention, i, layer, range(0))
+            self._repair_half(mlp, i, layer, absorbed)
             yield from self._parts(self.student[i], [row for row in self.student.table.rows if row.per_layer], i)
         yield from self._last()
 
@@ -153,7 +161,7 @@ class Repair:
             for part, tensor in shards_to_parts(row, self.keep.student, shards).items():
                 yield part.format(i=i), tensor.clone()  # the next layer takes the module's place
 
-    def _repair_half(self, half: Half, i: int, layer: int, absorbed: list[int]) -> None:
+    def _repair_half(self, half: Half, i: int, layer: int, absorbed: range) -> None:
         """Fit both linears of one half, then advance both streams by it; the teacher's by the `absorbed` layers too."""
         teacher, student, keep = self.teacher[layer], self.student[i], self.keep
         student_norm: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
@@ -168,14 +176,18 @@ class Repair:
             self._fit(student.get_submodule(half.first), pairs)
         for _ in wanted:  # what the fit has not asked for
             pass
-        for dropped in absorbed:
-            module = self.teacher[dropped]
-            for streams in self.streams:
-                streams.teacher = forward(module, streams.teacher, self.rotary)
+        self._advance_teacher_over(absorbed)
         if self._fits(half.second):
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
         for streams in self.streams:
             streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
+
+    def _advance_teacher_over(self, dropped: range) -> None:
+        """Move the teacher's streams through layers that the student lacks."""
+        for layer in dropped:
+            module = self.teacher[layer]
+            for streams in self.streams:
+                streams.teacher = forward(module, streams.teacher, self.rotary)
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Move the teacher's streams through one half; gives its first linear's output of each micro-batch."""
@@ -195,10 +207,7 @@ class Repair:
 
     def _narrow(self, stream_SBD: Tensor) -> Tensor:
         """The teacher's residual stream as the student should have it."""
-        keep, device = self.keep, stream_SBD.device
-        if keep.basis is not None:
-            return stream_SBD @ keep.basis.down_DH.to(device)
-        return stream_SBD[..., keep.embedding.to(device)]
+        return stream_SBD[..., self.kept] if self.down_DH is None else stream_SBD @ self.down_DH
 
     def _fits(self, name: str) -> bool:
         return name.split(".")[-1] in REFITTED[self.prune.refit]
@@ -257,9 +266,10 @@ class Repair:
         else:
             start = effective_gamma(self.teacher)[:, None] * self.keep.basis.up_DH.to(start)
         fitted = squares.solve(start, self.prune.ridge)
-        name = self.teacher.tensor_name(OUTPUT)
-        weight = self.teacher.source.read(name).to(fitted)
-        yield name, weight @ fitted
+        vocabulary = range(self.keep.teacher.vocab_size) if self.groups.is_first else range(0)
+        for start in vocabulary[::VOCABULARY_ROWS]:
+            rows = self.teacher.output_rows(start, min(start + VOCABULARY_ROWS, len(vocabulary)))
+            yield self.teacher.tensor_name(OUTPUT), rows @ fitted
 
 
 def channel_moments(x_NC: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import Shape
 from minitron_train.config import Depth, Merge, PruneConfig
-from minitron_train.errors import UserError
 from minitron_train.prune.basis import Basis
 from minitron_train.prune.collect import Statistics
 from minitron_train.prune.scores import Importance, importance
@@ -71,7 +69,7 @@ class Keep:
         save_file({name: index.contiguous() for name, index in self.tensors().items()}, folder / FILE)
 
     def then(self, after: "Keep") -> "Keep":
-        """This cut, and `after` on its result, as one cut."""
+        """This cut, and `after` on its result, as one cut; neither merges heads nor rotates (see check_target)."""
         kept = after.layers.tolist()
         origin = {i: int(self.layers[i]) for i in kept}
         return Keep(
@@ -152,41 +150,3 @@ def keep_layers(scores: Importance, statistics: Statistics, prune: PruneConfig, 
         assert scores.loss_without, "scores without losses"
         return best(torch.cat(scores.loss_without), want)
     return best(torch.cat(scores.block), want)
-
-
-def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
-    """Refuse a student that cannot be cut out of the teacher, before any work."""
-    teacher.smaller(**student.sizes())
-    check_rules(student, "student")
-    if prune.rotate and prune.iterations > 1:
-        raise UserError(
-            f"prune.iterations={prune.iterations}: channels are cut in steps, directions at once; "
-            "set prune.iterations=1 or prune.rotate=false"
-        )
-    before, after = (shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student))
-    if after > before:
-        raise UserError(
-            f"student.num_attention_heads={student.num_attention_heads}: {after} heads in each of "
-            f"{student.num_query_groups} KV groups, the teacher's have {before}; "
-            f"choose at most {before * student.num_query_groups}"
-        )
-    if prune.head_merge is not Merge.none and 2 * after < before:
-        raise UserError(
-            f"prune.head_merge={prune.head_merge.value}: a kept head can take over one dropped head, so at least half of "
-            f"the {before} heads of a KV group must stay; raise student.num_attention_heads or set prune.head_merge=none"
-        )
-    if prune.drop_layers is not None:
-        dropped = set(prune.drop_layers)
-        if len(dropped) != teacher.num_layers - student.num_layers or not dropped <= set(range(teacher.num_layers)):
-            raise UserError(
-                f"prune.drop_layers={prune.drop_layers}: student.num_layers={student.num_layers} of {teacher.num_layers} "
-                f"asks for {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
-                "change one of them"
-            )
-    for key in ("hidden_size", "ffn_hidden_size"):
-        value = getattr(student, key)
-        if value != getattr(teacher, key) and value % prune.multiple_of:
-            raise UserError(
-                f"student.{key}={value}: must be a multiple of prune.multiple_of={prune.multiple_of}; "
-                f"choose {value // prune.multiple_of * prune.multiple_of or prune.multiple_of}"
-            )

@@ -30,6 +30,16 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
             torch.testing.assert_close(found, hf_logits(folder, TOKENS_BS), rtol=0, atol=1e-4)
 
 
+def test_pruning_in_steps(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from minitron_train.config import ParallelConfig
+    from minitron_train.parallel.groups import start
+    from minitron_train.parallel.launch import World
+    from tests.pruning import configuration, random_tokens, run_cut
+
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        run_cut(tmp_path, tiny_models["llama"], configuration(iterations=2), random_tokens(), groups, hidden_size=48)
+
+
 def run_micro(folder: Path, *arguments: str) -> list[dict]:
     """The chain of `micro` without evaluation; its metrics."""
     import subprocess

@@ -1,5 +1,8 @@
 """Selection on statistics made by hand: groups stay valid, ties and order, merge partners, depth, refusals."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -7,9 +10,11 @@ from minitron_train.arch.shape import Shape
 from minitron_train.config import Depth, Merge, PruneConfig, Scope
 from minitron_train.errors import UserError
 from minitron_train.prune.collect import FINAL_NORM, POINTS, Statistics
+from minitron_train.prune.cut import between
 from minitron_train.prune.scores import importance
-from minitron_train.prune.select import ALONE, check_target, select
+from minitron_train.prune.select import ALONE, select
 from minitron_train.prune.statistics import Moments
+from minitron_train.prune.target import check_target
 
 TEACHER = Shape(
     architecture="nemotron",
@@ -103,6 +108,18 @@ def test_depth(prune, kept):
     assert choose(prune, num_layers=2).layers.tolist() == kept
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_step_is_a_model_that_the_ranks_can_share(tp):
+    teacher = replace(TEACHER, num_attention_heads=24, num_query_groups=8, ffn_hidden_size=38)
+    student = teacher.smaller(num_attention_heads=4, num_query_groups=2, ffn_hidden_size=12, hidden_size=5)
+    steps = [between(teacher, student, step, 3, tp) for step in (1, 2, 3)]
+    assert steps[2] == student
+    found = [(s.num_attention_heads, s.num_query_groups, s.ffn_hidden_size, s.hidden_size) for s in steps]
+    assert found[:2] == ([(12, 6, 29, 7), (8, 4, 20, 6)] if tp == 1 else [(12, 6, 28, 7), (8, 4, 20, 6)])
+    for before, after in pairwise([teacher, *steps]):
+        check_target(before, after, PruneConfig(multiple_of=1))
+
+
 @pytest.mark.parametrize(
     ("prune", "sizes", "message"),
     [
@@ -112,6 +129,12 @@ def test_depth(prune, kept):
         (PruneConfig(multiple_of=4), {"ffn_hidden_size": 5}, "choose 4"),
         (PruneConfig(drop_layers=[1]), {"num_layers": 2}, "asks for 2 different layers"),
         (PruneConfig(head_merge=Merge.queries), {"num_attention_heads": 2}, "at least half"),
+        (PruneConfig(head_merge=Merge.queries, iterations=2), {}, r"prune\.iterations=2: .* prune\.head_merge=none"),
+        (
+            PruneConfig(drop_layers=[1], iterations=2),
+            {"num_layers": 3},
+            r"prune\.iterations=2: .* prune\.drop_layers=null",
+        ),
     ],
 )
 def test_refusals_name_the_remedy(prune, sizes, message):
