@@ -52,6 +52,8 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
     replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
+    if key < query and layout.cuda and layout.weight_bytes == FP32:
+        attention = 4 * query  # rotated Q, K and V once for every head (arch.build.needs_whole_heads), context
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32

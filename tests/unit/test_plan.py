@@ -107,9 +107,13 @@ def saved_bytes(model: torch.nn.Module, tokens_BS: torch.Tensor) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-@pytest.mark.parametrize("architecture", ["nemotron", "llama"])
+@pytest.mark.parametrize(("architecture", "whole_heads"), [("nemotron", False), ("nemotron", True), ("llama", False)])
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_activations_are_what_autograd_keeps(architecture: str, recompute: Recompute) -> None:
+def test_activations_are_what_autograd_keeps(
+    architecture: str, whole_heads: bool, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if whole_heads:  # as on a GPU in fp32
+        monkeypatch.setattr("minitron_train.arch.build.needs_whole_heads", lambda query, mask: True)
     shape = Shape(
         architecture=architecture,
         num_layers=3,
@@ -126,7 +130,7 @@ def test_activations_are_what_autograd_keeps(architecture: str, recompute: Recom
         weight_bytes=4,
         teacher_weight_bytes=4,
         recompute=recompute.name,
-        cuda=torch.cuda.is_available(),
+        cuda=torch.cuda.is_available() or whole_heads,
     )
     with groups.start(ParallelConfig(), World(), seed=1):
         model = build(shape, **RECOMPUTE[recompute]).train()
@@ -136,6 +140,13 @@ def test_activations_are_what_autograd_keeps(architecture: str, recompute: Recom
         measured = saved_bytes(model, torch.randint(0, 512, (2, 64), device=device))
     planned = activation_bytes(shape, layout, with_working_layer=False)
     assert planned == pytest.approx(measured, rel=0.03)
+
+
+def test_layouts_have_the_optimizer_that_is_configured() -> None:
+    for given, sharded in (({}, True), ({"train.distributed_optimizer": "false"}, False)):
+        config = load("+recipe=4b", "cluster=h200", *(f"{key}={value}" for key, value in given.items()))
+        found = plan(config, *shapes(config))["layouts"]
+        assert found and all(choice["layout"]["sharded_optimizer"] is sharded for choice in found)
 
 
 def test_slicing_reads_the_rows_that_are_kept() -> None:
