@@ -111,7 +111,7 @@ def prune(ws: Workspace) -> None:
 
     ws.check_teacher_is_there()
     student = ws.student_shape
-    check_request(ws.teacher_shape, student, ws.config, ws.world.size)
+    check_request(ws.teacher_shape, student, ws.config)
     score(ws)
     cut(ws, student)
 

@@ -102,6 +102,9 @@ class PruneConfig:
     norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
     refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
     ridge: float = opt(0.03, "least of the least squares, as a share of the mean squared input; few tokens raise it")
+    repair_tokens: int = opt(
+        131072, "calibration tokens that rotation, norm_scale and refit are fitted on; held at once by all processes"
+    )
     iterations: int = opt(1, "score and cut in so many equal steps (arXiv 2407.14679 §2.2; no gain there)")
     multiple_of: int = opt(1, "kept hidden and ffn sizes must be multiples of this")
 
@@ -120,7 +123,7 @@ class PruneConfig:
         for key, choices in names.items():
             value = getattr(self, key)
             require(value in choices, f"prune.{key}", value, f"one of {', '.join(choices)}", "choose one")
-        require_positive(self, "prune", "multiple_of", "ridge", "iterations")
+        require_positive(self, "prune", "multiple_of", "ridge", "repair_tokens", "iterations")
 
 
 @dataclass(kw_only=True, slots=True)

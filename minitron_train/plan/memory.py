@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.config import PruneConfig, Refit
 from minitron_train.plan.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
+FP64 = 8
 LOSS_BUDGET_U = 0.2  # distill.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
 SMALL_LOGITS_BYTES = 256 * 2**20  # distill.step.SMALL_BYTES
 EVAL_LOGIT_BYTES = 128 * 2**20  # evaluation.forward.LOGIT_BYTES
@@ -186,6 +188,32 @@ def slice_bytes(teacher: Shape, weight_bytes: int) -> dict[str, int]:
     threads = max(2, min(8, len(os.sched_getaffinity(0))))
     largest = max(prod(size) for size in architecture(teacher.architecture).tensors(teacher).values()) * weight_bytes
     parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": threads * 2 * min(SLICE_BLOCK_BYTES, largest)}
+    return parts | {"total": sum(parts.values())}
+
+
+def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Layout, *, tokens: int) -> dict[str, int]:
+    """Memory of one process that rotates and repairs alone, in fp32; several share the streams and hold the rest each.
+
+    Args:
+        layout: tokens of one forward pass.
+        tokens: that are fitted on; their residual streams are held, the teacher's and the student's.
+    """
+    layout = replace(layout, tp=1, weight_bytes=FP32)
+    hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
+    gated = architecture(student.architecture).transformer["gated_linear_unit"]
+    linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
+    linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
+    # rotation: a covariance, its part that turns, its vectors, workspace; least squares: two of inputs, three of outputs
+    squares = [4 * teacher.hidden_size**2] if prune.rotate else []
+    if prune.refit is not Refit.none:
+        squares += [2 * inputs**2 + 3 * inputs * outputs for inputs, outputs in linears]
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],
+        "layers": (layer_parameters(teacher) + layer_parameters(student)) * FP32,
+        "streams": tokens * (teacher.hidden_size + hidden) * FP32,
+        "working": working_bytes(teacher, layout),
+        "squares": max(squares, default=0) * FP64,
+    }
     return parts | {"total": sum(parts.values())}
 
 

@@ -129,16 +129,24 @@ def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
 
 
 def stage_lines(plan: dict[str, Any]) -> list[str]:
-    """Scoring, slicing, disk."""
+    """Scoring, slicing, repair, disk."""
     scoring, slicing = plan["scoring"], plan["slicing"]
     gib = {name: size / GIB for name, size in plan["disk"].items()}
     where = f"at {DISK_RATE / 1e9:g} GB/s" if plan["hardware"]["cuda"] else "in the page cache"
     resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
-    return [
+    lines = [
         f"scoring            {scoring['tokens']:,} tokens in {scoring['precision']}, {scoring['seconds'] / 60:.1f} min; "
         f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
         f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
         f"{slicing['seconds']:.2g} s {where}; {slicing['memory_bytes']['total'] / GIB:.1f} GiB",
         f"disk               {gib['total']:.1f} GiB: teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
-        f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}",
+        f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}"
+        + (f"; copies of compressed text {gib['cache']:.1f} in the cache" if gib["cache"] else ""),
     ]
+    if repair := slicing["repair_bytes"]:
+        lines.insert(
+            2,
+            f"repair             {slicing['repair_tokens']:,} tokens, {repair['total'] / GIB:.1f} GiB on one process "
+            f"({repair['streams'] / GIB:.1f} of it shared by several)",
+        )
+    return lines

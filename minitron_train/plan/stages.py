@@ -5,9 +5,10 @@ from typing import Any
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Config, Precision
+from minitron_train.data.sources import copied_bytes
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.plan.hardware import Hardware
-from minitron_train.plan.memory import FP32, Layout, score_bytes, slice_bytes
+from minitron_train.plan.memory import FP32, Layout, repair_bytes, score_bytes, slice_bytes
 from minitron_train.plan.timing import score_seconds, slice_seconds
 
 BF16 = 2
@@ -51,7 +52,11 @@ def scoring_layout(config: Config, machine: Hardware) -> Layout:
 
 
 def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
-    """Memory and seconds of the process that slices, and the bytes that it reads and writes."""
+    """Memory and seconds of the process that slices, the bytes that it reads and writes, and memory of a repair."""
+    calibration, prune = config.calibration, config.prune
+    tokens = min(prune.repair_tokens, calibration.num_samples * calibration.seq_length)
+    layout = scoring_layout(config, machine)
+    repairs = prune.rotate or prune.repairs
     weight_bytes = file_weight_bytes(config)
     read, written = rows_read(teacher, student) * weight_bytes, parameters(student)["parameters"] * weight_bytes
     return {
@@ -59,6 +64,8 @@ def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -
         "written_bytes": written,
         "memory_bytes": slice_bytes(teacher, weight_bytes),
         "seconds": slice_seconds(read, written, machine),
+        "repair_tokens": tokens if repairs else 0,
+        "repair_bytes": repair_bytes(teacher, student, prune, layout, tokens=tokens) if repairs else None,
     }
 
 
@@ -70,7 +77,10 @@ def rows_read(teacher: Shape, student: Shape) -> int:
 
 
 def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
-    """What the output folder grows to; a checkpoint more than `keep` exists while the oldest is being replaced."""
+    """What the output folder grows to; a checkpoint more than `keep` exists while the oldest is being replaced.
+
+    Beside it (`cache`), copies of compressed text in data.cache_dir.
+    """
     weight_bytes = file_weight_bytes(config)
     own = parameters(student)["parameters"]
     checkpoint = own * (weight_bytes + 2 * FP32 + (FP32 if weight_bytes == BF16 else 0))
@@ -81,7 +91,7 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
         "checkpoints": checkpoint * num_kept,
         "student": own * export_weight_bytes(config),
     }
-    return parts | {"total": sum(parts.values()), "checkpoint": checkpoint}
+    return parts | {"total": sum(parts.values()), "checkpoint": checkpoint, "cache": copied_bytes(config.data)}
 
 
 def export_weight_bytes(config: Config) -> int:

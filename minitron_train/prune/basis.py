@@ -112,8 +112,8 @@ def stream_covariance(
 ) -> Tensor:
     """Σ of u uᵀ over tokens and over all norms' inputs x, u = x · scale at length sqrt(D) (`centred`: less its mean)."""
     groups = layers.groups
-    batches = tokens_NS[groups.dp_rank :: groups.dp_size].split(micro_batch_size)
-    masks = [(batch >= 0).t().to(groups.device) for batch in batches]
+    batches = list(groups.own_parts(tokens_NS, micro_batch_size))
+    masks = [(batch >= 0).t() for batch in batches]
     hidden, rotary = [layers.embed(batch) for batch in batches], layers.rotary(tokens_NS.shape[1])
     total_DD = torch.zeros(len(scale_D), len(scale_D), dtype=torch.float64, device=groups.device)
 

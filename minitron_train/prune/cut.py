@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import SIZES, Shape
-from minitron_train.config import CalibrationConfig, Config
+from minitron_train.config import Config, PruneConfig
 from minitron_train.console import say
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import principal_basis, why_not
@@ -61,22 +61,24 @@ def cut(
     return facts
 
 
-def check_request(teacher: Shape, student: Shape, config: Config, world_size: int) -> None:
+def check_request(teacher: Shape, student: Shape, config: Config) -> None:
     """Refuse, before scoring, a target that cannot be cut out of the teacher, or a repair from too few tokens."""
     from minitron_train.prune.repair import check_enough
 
     check_target(teacher, student, config.prune)
     calibration = config.calibration
     if calibration.tokens is None:
-        num_sequences = min(
-            calibration.num_samples, num_repair_sequences(calibration, calibration.seq_length, world_size)
-        )
+        num_sequences = min(calibration.num_samples, num_repair_sequences(config.prune, calibration.seq_length))
         check_enough(num_sequences * calibration.seq_length, student, config.prune)
 
 
-def num_repair_sequences(calibration: CalibrationConfig, seq_length: int, world_size: int) -> int:
-    """Sequences that a repair uses at most: all are held at once, so that calibration.chunk_tokens bounds them."""
-    return max(world_size, calibration.chunk_tokens // seq_length)
+def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:
+    """Sequences that rotation and repair are fitted on at most, the same on any number of processes.
+
+    The processes share them and hold all: a repair's two residual streams take 4 (D + H) repair_tokens bytes together
+    (D, H: hidden sizes of teacher and student), rotation's one 4 D repair_tokens.
+    """
+    return max(1, prune.repair_tokens // seq_length)
 
 
 def choose(
@@ -123,7 +125,7 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
 def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
     """`keep` with principal directions of the residual stream in the place of channels, where that is possible."""
     sequences_NS, whole = tokens.flatten(0, 1), whole_layers(groups)
-    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], groups.world_size)
+    used = num_repair_sequences(config.prune, sequences_NS.shape[1])
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     if reason := why_not(layers, keep.student.hidden_size):
         say(f"prune.rotate: not for this teacher ({reason}); channels are kept instead")
@@ -139,7 +141,7 @@ def repaired_tensors(
     from minitron_train.prune.repair import Repair
 
     sequences_NS = tokens.flatten(0, 1)
-    used = num_repair_sequences(config.calibration, sequences_NS.shape[1], groups.world_size)
+    used = num_repair_sequences(config.prune, sequences_NS.shape[1])
     whole = whole_layers(groups)
     before = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)

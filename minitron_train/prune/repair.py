@@ -51,7 +51,7 @@ def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
         raise UserError(
             f"calibration: {num_tokens} tokens are too few to fit {widest} inputs by least squares, "
             f"{TOKENS_PER_INPUT * widest} are the least; "
-            "raise calibration.num_samples (and chunk_tokens), or set prune.refit=none"
+            "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
         )
 
 
@@ -129,9 +129,9 @@ class Repair:
         self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
         check_enough(int((tokens_NS >= 0).sum()), keep.student, prune)
         self.groups = groups = teacher.groups
-        batches = tokens_NS[groups.dp_rank :: groups.dp_size].split(micro_batch_size)
         self.streams = [
-            Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t().to(groups.device)) for batch in batches
+            Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t())
+            for batch in groups.own_parts(tokens_NS, micro_batch_size)
         ]
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)

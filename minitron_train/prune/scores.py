@@ -101,6 +101,8 @@ class Scores:
                 )
             names = [name for name in list(file.keys()) if name.startswith("raw.")]
             raw = {name.removeprefix("raw."): file.get_tensor(name) for name in names}
+        if not {"samples", "spans"} <= raw.keys() or not {"tokens", "batches"} <= metadata.keys():
+            raise UserError(f"{path}: no raw statistics in it; remove it and run `score` again")
         statistics = Statistics(
             teacher.shape.num_layers, num_tokens=int(metadata["tokens"]), num_batches=int(metadata["batches"])
         )

@@ -31,6 +31,7 @@ class Keep:
     partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
     merge: Merge = Merge.none
     basis: Basis | None = None  # the residual stream is rotated, not cut to `embedding`
+    importance: Importance | None = None  # of everything in the teacher, by which this was chosen
 
     def rows(self, axis: str, layer: int) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""
@@ -62,7 +63,8 @@ class Keep:
             kinds["partners"] = self.partners
         for kind, kept in kinds.items():
             named |= {f"layers.{i}.{kind}": index for i, index in kept.items()}
-        return named
+        chosen_by = self.importance.tensors() if self.importance else {}
+        return named | {f"importance.{name}": value.float().cpu().clone() for name, value in chosen_by.items()}
 
     def write(self, folder: Path) -> None:
         """kept.safetensors."""
@@ -81,6 +83,7 @@ class Keep:
             groups={origin[i]: self.groups[origin[i]][after.groups[i]] for i in kept},
             ffn={origin[i]: self.ffn[origin[i]][after.ffn[i]] for i in kept},
             partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
+            importance=self.importance,
         )
 
 
@@ -110,6 +113,7 @@ def select(statistics: Statistics, prune: PruneConfig, teacher: Shape, student: 
         ffn={i: best(scores.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
         partners={i: partners for i, (_, _, partners) in chosen.items()},
         merge=prune.head_merge,
+        importance=scores,
     )
 
 

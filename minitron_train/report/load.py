@@ -13,12 +13,13 @@ from safetensors import safe_open
 from minitron_train.arch import Shape, architecture
 from minitron_train.errors import UserError
 from minitron_train.files import PARTIAL, REPLACED
-from minitron_train.hf import read_json, shape_from_config
+from minitron_train.hf import read_header, read_json, shape_from_config
 from minitron_train.stages import PROVENANCE
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
 PATH_SETTINGS = {"teacher": "teacher", "pruned": "student", "student": "export"}  # sections whose `path` moves a model
 TRAININGS = {"train": "train", "pretrain": "pretrain/train"}
+CHOSEN_BY = "importance."  # in kept.safetensors, see prune.select.Keep
 LAYER_KEY = re.compile(r"layers\.(\d+)\.(heads|ffn|block)")
 
 # L layers, U units of one axis in one layer (heads or neurons), H embedding channels, T logged steps
@@ -90,7 +91,7 @@ def load_run(folder: Path) -> Run:
     """Read an output folder.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or a file in it is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
@@ -137,9 +138,14 @@ def read_models(folder: Path, stages: list[dict[str, Any]]) -> Iterator[tuple[st
 
 
 def read_axes(scores_file: Path, kept_file: Path) -> dict[str, Axis]:
-    """Importance and kept units by axis; empty before scoring. Raw statistics are not read."""
-    scores = read_tensors(scores_file)
+    """Importance and kept units by axis; empty before scoring. Raw statistics are not read.
+
+    Importance is that which the kept units were chosen by, where something has been pruned.
+    """
     kept = read_tensors(kept_file) if kept_file.exists() else None
+    named = (kept or {}).items()
+    chosen_by = {name.removeprefix(CHOSEN_BY): value for name, value in named if name.startswith(CHOSEN_BY)}
+    scores = read_tensors(scores_file) | chosen_by
     num_layers = 1 + max((int(match[1]) for key in scores if (match := LAYER_KEY.fullmatch(key))), default=-1)
     axes = {}
     for name in ("embedding", "heads", "ffn", "block"):
@@ -180,6 +186,7 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file that are not raw statistics; empty when there is no file."""
     if not file.exists():
         return {}
+    read_header(file, remedy=f"remove {file.parent} and run its stage again")
     with safe_open(str(file), framework="np") as handle:
         return {key: handle.get_tensor(key) for key in handle.keys() if not key.startswith("raw.")}  # noqa: SIM118
 

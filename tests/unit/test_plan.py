@@ -155,6 +155,14 @@ def test_slicing_reads_the_rows_that_are_kept() -> None:
     assert (slicing["read_bytes"], slicing["written_bytes"]) == (17_969_197_056, 8_381_018_112)
 
 
+def test_repair_holds_two_residual_streams() -> None:
+    """131,072 tokens of 6144 and 3072 channels, whatever bounds the memory of scoring."""
+    config = load("+recipe=4b", "prune=default", "calibration.chunk_tokens=1000")
+    found = plan(config, *shapes(config))["slicing"]
+    assert found["repair_tokens"] == 131072 and found["repair_bytes"]["streams"] == 131072 * (6144 + 3072) * 4
+    assert plan(load("+recipe=4b", "prune=modelopt"), *shapes(config))["slicing"]["repair_bytes"] is None
+
+
 def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
     """plan imports no torch, so it repeats these."""
     from minitron_train.distill import loss_blocks, step

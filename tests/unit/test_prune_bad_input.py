@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
@@ -75,6 +76,36 @@ def test_no_scores_and_damaged_scores(scores, tiny_models, tmp_path):
         Scores.read(tmp_path / "short.safetensors", teacher)
 
 
+def test_scores_without_statistics(scores, tiny_models, tmp_path):
+    with safe_open(scores, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: value for name, value in load_file(scores).items() if not name.startswith("raw.")}
+    save_file(tensors, tmp_path / "scores.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match="no raw statistics in it; remove it and run `score` again"):
+        Scores.read(tmp_path / "scores.safetensors", hf.Checkpoint(tiny_models["nemotron"]))
+
+
+def test_what_is_kept_comes_with_its_importance(scores, tiny_models, groups, tmp_path):
+    """That of the preset that cut, not of the one that scored."""
+    teacher = hf.Checkpoint(tiny_models["nemotron"])
+    config = configuration("paper")
+    (tmp_path / "pruned").mkdir()
+    student = teacher.shape.smaller(ffn_hidden_size=56)
+    cut(
+        config,
+        groups,
+        teacher=teacher,
+        student=student,
+        scores=scores,
+        tokens=lambda: TOKENS,
+        folder=tmp_path / "pruned",
+    )
+    kept, scored = load_file(tmp_path / "pruned" / "kept.safetensors"), load_file(scores)
+    ranked = kept["importance.layers.1.ffn"]
+    assert torch.equal(ranked.topk(56).indices.sort().values, kept["layers.1.ffn"])
+    assert not torch.equal(ranked, scored["layers.1.ffn"])
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
@@ -122,7 +153,7 @@ def test_too_few_tokens_for_a_fit(tiny_models, groups, tmp_path):
     ("calibration", "prune", "message"),
     [
         ({"num_samples": 2, "seq_length": 100}, {"refit": Refit.outputs}, "200 tokens are too few to fit 96 inputs"),
-        ({"chunk_tokens": 300, "seq_length": 100}, {"refit": Refit.all}, "300 tokens are too few to fit 96 inputs"),
+        ({"seq_length": 100}, {"refit": Refit.all, "repair_tokens": 300}, "300 tokens are too few to fit 96 inputs"),
         ({}, {"drop_layers": [7]}, r"prune\.drop_layers=\[7\]"),
     ],
 )
@@ -131,7 +162,7 @@ def test_refusals_come_before_scoring(tiny_models, calibration, prune, message):
     config.calibration = dataclasses.replace(config.calibration, **calibration)
     teacher = hf.Checkpoint(tiny_models["nemotron"]).shape
     with pytest.raises(UserError, match=message):
-        check_request(teacher, teacher.smaller(hidden_size=48), config, world_size=1)
+        check_request(teacher, teacher.smaller(hidden_size=48), config)
 
 
 def test_tokens_outside_the_vocabulary(tiny_models, groups, tmp_path):

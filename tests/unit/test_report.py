@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from minitron_train.arch import architecture
 from minitron_train.errors import UserError
@@ -261,6 +261,25 @@ def test_scores_before_pruning_keep_everything(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "Nothing has been pruned yet: 24 heads" in text
     assert "Importance kept" not in text
+
+
+def test_importance_is_that_of_the_pruning(tmp_path: Path) -> None:
+    """`prune` with another preset ranks the same statistics otherwise; scores.safetensors stays as it was."""
+    write_importance(tmp_path)
+    file = tmp_path / "pruned" / "kept.safetensors"
+    ranked = np.linspace(1, 2, FFN, dtype=np.float32)
+    save_file(load_file(file) | {"importance.layers.1.ffn": ranked}, file)
+    axes = load_run(tmp_path).axes
+    assert np.array_equal(axes["ffn"].scores[1], ranked)
+    assert axes["ffn"].scores[0].max() < 1
+
+
+@pytest.mark.parametrize("file", ["scores/scores.safetensors", "pruned/kept.safetensors"])
+def test_a_damaged_file_is_named(tmp_path: Path, file: str) -> None:
+    write_importance(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-8])
+    with pytest.raises(UserError, match=rf"{file}: .*remove .* and run its stage again"):
+        load_run(tmp_path)
 
 
 def test_names_are_escaped(output_dir: Path) -> None:
