@@ -199,7 +199,7 @@ class Peers:
     def loss(self, folder: Path) -> float:
         """On the held-out tokens."""
         model = hf.Checkpoint(folder)
-        return loss_of(model, model.shape, model, self.groups, self.bench.validation_NS)
+        return loss_of(model, model.shape, RowReader(model), self.groups, self.bench.validation_NS)
 
     def results(self) -> list[dict[str, Any]]:
         """Every finished line."""
@@ -278,7 +278,7 @@ def check_opens(folder: Path, tokens_NS: Tensor, groups: Groups) -> None:
     found = logits(folder, tokens_NS)[:, :-1].flatten(0, 1)
     theirs = torch.nn.functional.cross_entropy(found, tokens_NS[:, 1:].flatten()).item()
     model = hf.Checkpoint(folder)
-    ours = loss_of(model, model.shape, model, groups, tokens_NS)
+    ours = loss_of(model, model.shape, RowReader(model), groups, tokens_NS)
     assert abs(ours - theirs) < LOSS_ERROR * ours, (
         f"{folder}: loss {theirs} with transformers, {ours} with megatron-core"
     )
