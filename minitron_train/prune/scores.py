@@ -138,5 +138,5 @@ def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, 
         **{key: str(getattr(shape, key)) for key in SHAPE_KEYS},
         **metadata,
     }
-    tensors = {name: value.clone().cpu() for name, value in tensors.items()}  # no two share memory
+    tensors = {name: value.clone() for name, value in tensors.items()}  # no two share memory
     save_file(tensors, path, metadata=described)
