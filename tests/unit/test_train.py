@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_what_the_shapes_tell_is_refused_before_weights_are_read(
 def test_a_teacher_that_nobody_reads_does_not_run(training: Material, tmp_path: Path) -> None:
     from minitron_train.arch.build import LanguageModel
 
-    def forward_passes(name: str, **overrides: float) -> int:
+    def forward_passes(name: str, **overrides: Any) -> int:
         passes: list[torch.nn.Module] = []
 
         def see(module: torch.nn.Module, *_: object) -> None:
