@@ -2,6 +2,7 @@
 
     python -m minitron_train.slurm chain +recipe=tiny …          output folder, then one command of the chain a line
     python -m minitron_train.slurm candidates +recipe=4b …       output folder, then the number of the search's candidates
+    python -m minitron_train.slurm accept distill +recipe=tiny …  nothing, where a job may be queued
     python -m minitron_train.slurm check distill +recipe=tiny …  on every rank of a job step; prints the files that mark
                                                                  a training that was stopped and is to be started again
 
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from minitron_train import cli
@@ -24,27 +26,33 @@ from minitron_train.prune.search import Candidate, candidates, choose
 from minitron_train.workspace import Workspace, late
 
 STOPPED = "stopped.json"  # train.run's, not imported from there because that loads torch
+USAGE = "python -m minitron_train.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 NEEDS_TEACHER = ("score", "prune", "distill", "search")
 
 
 def main(argv: Sequence[str]) -> None:
-    """`chain`, `candidates` or `check`; a user's mistake is one line and exit code 2."""
+    """`chain`, `candidates`, `accept` or `check`; a user's mistake is one line and exit code 2."""
     world = read_world()
     try:
-        verb, arguments = argv[1], list(argv[2:])
-        if verb == "chain":
-            config = cli.compose(arguments)
-            print("\n".join([config.output_dir, *chain(config)]))
-        elif verb == "candidates":
-            config = cli.compose(arguments)
-            print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
-        elif verb == "check":
-            command, config = arguments[0], cli.compose(arguments[1:])
-            check(command, config, world, os.environ)
-            for mark in marks(command, config, world) if world.is_first else ():
-                print(mark)
-        else:
-            raise UserError(f"unknown verb {verb!r}: one of chain, candidates, check")
+        match argv[1:]:
+            case ["chain", *arguments]:
+                config = cli.compose(arguments)
+                commands = chain(config)
+                check_data(commands, config)
+                print("\n".join([config.output_dir, *commands]))
+            case ["candidates", *arguments]:
+                config = cli.compose(arguments)
+                check_data(["score", "search"], config)
+                print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
+            case ["accept", command, *arguments]:
+                check_data([command], cli.compose(arguments))
+            case ["check", command, *arguments]:
+                config = cli.compose(arguments)
+                check(command, config, world, os.environ)
+                for mark in marks(command, config, world) if world.is_first else ():
+                    print(mark)
+            case _:
+                raise UserError(f"usage: {USAGE}")
     except UserError as error:
         late(world.rank)
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
@@ -63,6 +71,25 @@ def chain(config: Config) -> list[str]:
         *(["score", "prune"] if config.student.path is None else []),
         *("distill", "export", "eval", "report"),
     ]
+
+
+def check_data(commands: Sequence[str], config: Config) -> None:
+    """Refuse data that are not there before anything waits in the queue; torch is not loaded.
+
+    Raises:
+        UserError: a part without a path, or a path without files.
+    """
+    from minitron_train.data.sources import files
+
+    data, calibration = config.data, config.calibration
+    read = [
+        (data.path, ("pretrain", "distill", "run")),
+        (data.validation_path or data.path, ("pretrain", "distill", "run", "search", "eval")),
+        (calibration.path or data.path, () if calibration.tokens else ("score", "prune", "search", "run")),
+    ]
+    for path, readers in read:
+        if not set(commands).isdisjoint(readers):
+            files(replace(data, path=path))
 
 
 def search_candidates(config: Config, world: World) -> list[Candidate]:
@@ -110,14 +137,16 @@ def check(command: str, config: Config, world: World, environ: Mapping[str, str]
 
 def gpu_complaints(environ: Mapping[str, str], world: World) -> Iterator[str]:
     """The node has the GPUs that the job was given, and one for every rank; nothing to say about jobs without GPUs."""
-    asked = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    asked, num_ranks = int(environ.get("SLURM_GPUS_ON_NODE") or 0), world.local_size
+    if own := environ.get("SLURM_GPUS_PER_TASK"):  # as in h100:1; a rank sees no others
+        asked, num_ranks = int(own.rpartition(":")[2]), 1
     if not asked:
         return
     host, found = host_name(environ), count_gpus()
     if found < asked:
         yield f"{host}: the job has {asked} GPUs here, nvidia-smi lists {found}; leave the node out (--exclude={host})"
-    elif world.local_size > found:
-        yield f"{host}: {world.local_size} ranks for {found} GPUs; set --ntasks-per-node to the number of GPUs"
+    elif num_ranks > found:
+        yield f"{host}: {num_ranks} ranks for {found} GPUs; set --ntasks-per-node to the number of GPUs"
 
 
 def count_gpus() -> int:

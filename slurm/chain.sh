@@ -3,7 +3,8 @@
 #   slurm/chain.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]      (the options apply to every job)
 #   slurm/chain.sh tiny --partition=debug train.lr=5e-4
 # Run it again to go on with a half-done chain: finished stages say so and end at once, training resumes from its
-# checkpoint. Jobs of an earlier chain that are still there are waited for (singleton), never run beside.
+# checkpoint. A job waits for one's own jobs of the same name (singleton): the last part of the output folder, and the
+# command. Whatever else is at work on the same stage, the command itself refuses to run beside.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.sh
@@ -16,14 +17,15 @@ mapfile -t commands <<<"$answer"
 output_dir=${commands[0]}
 unset 'commands[0]'
 
+overrides=("+recipe=$what" "${overrides[@]}")
 ids=()
 trap '((${#ids[@]} == 0)) || echo "not complete; cancel what was submitted: scancel ${ids[*]}" >&2' ERR
 echo "$what -> $output_dir"
 for command in "${commands[@]}"; do
   dependency=singleton
   ((${#ids[@]} == 0)) || dependency=afterok:${ids[-1]},singleton
-  id=$(slurm/submit.sh "$command" --job-name="$(basename "$output_dir")-$command" --dependency="$dependency" \
-    --kill-on-invalid-dep=yes "${options[@]}" "+recipe=$what" "${overrides[@]}")
+  id=$(queue "$command" --job-name="$(basename "$output_dir")-$command" --dependency="$dependency" \
+    --kill-on-invalid-dep=yes "${options[@]}")
   printf '  %-8s job %s%s\n' "$command" "$id" "${ids[*]:+, after ${ids[-1]:-}}"
   ids+=("$id")
 done

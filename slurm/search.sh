@@ -14,10 +14,11 @@ mapfile -t lines <<<"$answer"
 name=$(basename "${lines[0]}")
 count=${lines[1]}
 
+overrides=("+recipe=$what" "${overrides[@]}")
+
 # submit_one LABEL COMMAND DEPENDENCY [SBATCH-OPTION]: the job's id goes to `id`
 submit_one() {
-  id=$(slurm/submit.sh "$2" --job-name="$name-$1" --dependency="$3" --kill-on-invalid-dep=yes "${@:4}" \
-    "${options[@]}" "+recipe=$what" "${overrides[@]}")
+  id=$(queue "$2" --job-name="$name-$1" --dependency="$3" --kill-on-invalid-dep=yes "${@:4}" "${options[@]}")
   printf '  %-8s job %s\n' "$1" "$id"
 }
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Defaults of the site's settings, then slurm/site.env (or the file named by MINITRON_SITE). See site.env.example.
-# Last, what submit.sh, chain.sh and search.sh read from their command lines.
+# Last, what submit.sh, chain.sh and search.sh share: their command lines, and how a job is submitted.
 site_sbatch=()              # options of every job
 declare -A site_sbatch_of=() # options by command, separated by blanks
 site_srun=()                # options of every step
@@ -31,6 +31,7 @@ read_words() {
     echo "usage: slurm/$(basename "$0") $1 [--SBATCH-OPTION=…] [OVERRIDE…]" >&2
     exit 2
   fi
+  local word
   what=$2
   shift 2
   options=()
@@ -39,4 +40,19 @@ read_words() {
     shift
   done
   overrides=("$@")
+  for word in "$@"; do
+    if [[ $word == -* ]]; then
+      echo "error: $word: sbatch's options look like --nodes=2 and stand before the settings" >&2
+      exit 2
+    fi
+  done
+}
+
+# queue COMMAND [SBATCH-OPTION…]: submit the command with the overrides and print the job's id
+queue() {
+  local of_command id
+  read -ra of_command <<<"${site_sbatch_of[$1]:-}"
+  mkdir -p logs # a job whose log has no folder fails without a word
+  id=$(sbatch --parsable "${site_sbatch[@]}" "${of_command[@]}" "${@:2}" "slurm/$1.sbatch" "${overrides[@]}") || return
+  echo "${id%%;*}"
 }

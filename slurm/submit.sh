@@ -11,7 +11,6 @@ if [[ ! -e slurm/$what.sbatch ]]; then
   echo "unknown command '$what'; commands: $(basename --suffix=.sbatch --multiple slurm/*.sbatch | paste --serial --delimiters=' ')" >&2
   exit 2
 fi
-read -ra of_command <<<"${site_sbatch_of[$what]:-}"
-mkdir -p logs # a job whose log has no folder fails without a word
-id=$(sbatch --parsable "${site_sbatch[@]}" "${of_command[@]}" "${options[@]}" "slurm/$what.sbatch" "${overrides[@]}")
-echo "${id%%;*}"
+# mistakes in the settings, and data that are not there, are found here
+"${site_python[@]}" -m minitron_train.slurm accept "$what" "${overrides[@]}" >/dev/null
+queue "$what" "${options[@]}"

@@ -156,6 +156,15 @@ def index_of(path: Path) -> Path:
     return index if path.suffix == ".bin" and index.is_file() else path
 
 
+def files(data: DataConfig) -> list[Path]:
+    """Every file of the blend, none of them opened.
+
+    Raises:
+        UserError: a part without a path, a path without files, or with files of several formats.
+    """
+    return [path for part in parts(data) if part.kind for path in part.paths]
+
+
 def copied_bytes(data: DataConfig) -> int:
     """About what the seekable copies of compressed files take in the cache folder; 0 where not all paths are known yet."""
     try:

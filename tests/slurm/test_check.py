@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,52 @@ def test_chain(words: list[str], commands: list[str]) -> None:
     assert slurm.chain(cli.compose(words)) == commands
 
 
+NO_DATA = ["+recipe=4b_from_8b", "calibration.num_samples=8"]  # data=nemotron4_blend, whose parts are the user's
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "is_read"),
+    [
+        ("distill", [], True),
+        ("eval", [], True),
+        ("prune", [], True),
+        ("eval", ["data.validation_path={text}"], False),
+        ("score", ["calibration.path={text}"], False),
+        ("score", ["calibration.path={text}s"], True),
+        ("score", ["calibration.tokens=x"], False),
+        ("distill", ["data.path={text}"], False),
+        ("export", [], False),
+    ],
+)
+def test_data_are_looked_for_before_a_job_is_queued(
+    tmp_path: Path, command: str, more: list[str], is_read: bool
+) -> None:
+    """Where a command reads them, and only there."""
+    (tmp_path / "text.txt").write_text("words")
+    config = cli.compose([*NO_DATA, *(word.format(text=tmp_path / "text.txt") for word in more)])
+    with pytest.raises(UserError, match=r"no path|no text file matches") if is_read else nullcontext():
+        slurm.check_data([command], config)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: python -m minitron_train.slurm chain|"),
+        (["check"], "usage: "),
+        (["chian", "+recipe=tiny"], "usage: "),
+        (["chain", *NO_DATA], "these parts have no path"),
+        (["accept", "distill", *NO_DATA], "these parts have no path"),
+        (["accept", "distill", "+recipe=tinyy"], "unknown recipe 'tinyy'"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        slurm.main(["slurm.py", *words])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out
+    assert said.err.startswith("error: ") and message in said.err and len(said.err.splitlines()) == 1
+
+
 GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,96]", "search.ffn_expansion=[2,3]")
 
 
@@ -59,12 +106,15 @@ def test_the_mark_is_the_one_that_training_leaves() -> None:
     assert slurm.STOPPED == STOPPED
 
 
-def test_gpus() -> None:
-    def complaints(gpus: str, local_size: int) -> list[str]:
-        environ = {"SLURM_GPUS_ON_NODE": gpus, "SLURMD_NODENAME": "n7"}
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def complaints(gpus: str, local_size: int, **more: str) -> list[str]:
+        environ = {"SLURM_GPUS_ON_NODE": gpus, "SLURMD_NODENAME": "n7", **more}
         return list(slurm.gpu_complaints(environ, World(0, 8, 0, local_size)))
 
-    found = slurm.count_gpus()
+    found = 1
+    monkeypatch.setattr(slurm, "count_gpus", lambda: found)
+    assert complaints("8", 8, SLURM_GPUS_PER_TASK="h100:1") == [], "each rank sees its own"
+    assert len(complaints("2", 4)) == len(complaints("1", 4)) == 1
     assert complaints("", 4) == [] and complaints("0", 4) == []
     assert complaints(str(found + 1), 1) == [
         f"n7: the job has {found + 1} GPUs here, nvidia-smi lists {found}; leave the node out (--exclude=n7)"

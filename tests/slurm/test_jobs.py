@@ -66,6 +66,15 @@ def test_signal_saves_and_requeues(wide_lab: Lab) -> None:
     assert "SIGUSR1: passed on" in log and "requeued (restart 1 of at most 3)" in log
 
 
+def test_evaluation_at_its_time_limit_goes_on(lab: Lab) -> None:
+    """It has no handler: the signal ends it, and its journal is what the next life begins with."""
+    job = lab.submit("eval", "act.eval=load")
+    started(lab)
+    lab.cluster.call("scancel", "--batch", "--signal=USR1", job)
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], shown["Restarts"], lives(lab)) == ("COMPLETED", "1", ["1", "2"]), lab.log(job)
+
+
 def test_signal_while_loading_begins_again(wide_lab: Lab) -> None:
     lab = wide_lab
     job = lab.submit("distill", "act.distill=load")

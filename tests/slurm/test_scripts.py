@@ -36,6 +36,16 @@ def test_every_command_has_a_script() -> None:
     assert {Path(name).stem for name in JOBS} == set(COMMANDS) - {"plan"}  # plan answers at once, on the login node
 
 
+def test_resources_and_warnings() -> None:
+    """A warning before the time limit for what goes on where it stopped; scores would begin again, for ever."""
+    texts = {Path(name).stem: (ROOT / "slurm" / name).read_text() for name in JOBS}
+    warned = {command for command, text in texts.items() if "\n#SBATCH --signal=B:USR1@300\n" in text}
+    assert warned == {"pretrain", "distill", "search", "run", "eval"}
+    alone = {command for command, text in texts.items() if "\n#SBATCH --ntasks=1\n" in text}
+    assert alone == {"fetch", "export", "report"}
+    assert all(("--gpus-per-node=8" in text) == (command not in alone) for command, text in texts.items())
+
+
 @pytest.mark.slurm
 @pytest.mark.parametrize("name", JOBS)
 def test_slurm_takes_the_script(cluster: Cluster, name: str) -> None:
@@ -58,15 +68,35 @@ def test_slurm_refuses_what_the_cluster_has_not(cluster: Cluster) -> None:
         (["micrp"], "unknown recipe 'micrp' (did you mean 'micro'?)"),
         (["micro", "train.lrr=1"], "unknown key 'train.lrr' (did you mean 'lr'?)"),
         (["micro", "train.lr=-1"], "train.lr=-1.0: must be greater than 0"),
+        (["4b_from_8b"], "these parts have no path: web"),
+        (["micro", "train.lr=1e-3", "--nodes=2"], "--nodes=2: sbatch's options look like --nodes=2 and stand before"),
         ([], "usage: slurm/chain.sh RECIPE"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_queued(
     cluster: Cluster, tmp_path: Path, words: list[str], message: str
 ) -> None:
-    lab = Lab(tmp_path / "lab", cluster, {}, real=True)
+    refused(cluster, Lab(tmp_path / "lab", cluster, {}, real=True), ["slurm/chain.sh", *words], message)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+recipe=micrp"], "unknown recipe 'micrp' (did you mean 'micro'?)"),
+        (["+recipe=micro", "--nodes=2"], "--nodes=2: sbatch's options look like --nodes=2 and stand before"),
+        (["+recipe=micro", "-N2"], "-N2: sbatch's options look like"),
+        (["+recipe=4b_from_8b"], "these parts have no path: web"),
+    ],
+)
+def test_so_are_those_in_one_job(cluster: Cluster, tmp_path: Path, words: list[str], message: str) -> None:
+    refused(cluster, Lab(tmp_path / "lab", cluster, {}, real=True), ["slurm/submit.sh", "distill", *words], message)
+
+
+def refused(cluster: Cluster, lab: Lab, command: list[str], message: str) -> None:
+    """One line, code 2, and nothing in the queue."""
     before = cluster.call("squeue", "--noheader").stdout
-    done = cluster.call("slurm/chain.sh", *words, cwd=lab.folder, check=False)
+    done = cluster.call(*command, cwd=lab.folder, check=False)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
     assert cluster.call("squeue", "--noheader").stdout == before
