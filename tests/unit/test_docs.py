@@ -119,15 +119,15 @@ def test_tests_that_faults_are_shown_by_exist() -> None:
 
 
 def tree() -> Iterator[tuple[str, str]]:
-    """Path and text of every entry of the README's tree."""
+    """Path and text of every entry of docs/tree.md."""
     folders: list[str] = []
-    block = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    block = (ROOT / "docs" / "tree.md").read_text().split("```")[1]
     for indent, name, text in re.findall(r"^( *)([\w.]+/?)(?: +(.*))?$", block, flags=re.MULTILINE):
         folders[len(indent) // 2 :] = [name]
         yield "".join(folders), text
 
 
-def test_the_tree_of_the_readme_is_the_tree() -> None:
+def test_the_page_of_the_tree_is_the_tree() -> None:
     """Each module and each package, with the first words of its docstring."""
     told, wrong = dict(tree()), []
     modules = {path for folder in ("minitron_train", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
@@ -136,7 +136,7 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
         first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
         if not told.get(name) or not first.startswith(told[name].removesuffix("…").strip()):
             wrong.append(f"{name}: {first}")
-    assert not wrong, "\n".join(["the README's tree does not have, as they begin:", *wrong])
+    assert not wrong, "\n".join(["docs/tree.md does not have, as they begin:", *wrong])
     assert all((ROOT / name).exists() for name in told)
 
 
