@@ -168,7 +168,7 @@ def files(data: DataConfig) -> list[Path]:
 def copied_bytes(data: DataConfig) -> int:
     """About what the seekable copies of compressed files take in the cache folder; 0 where not all paths are known yet."""
     try:
-        return sum(path.stat().st_size for part in parts(data) for path in part.paths if path.suffix in COMPRESSED)
+        return sum(path.stat().st_size for path in files(data) if path.suffix in COMPRESSED)
     except UserError:
         return 0
 
