@@ -226,13 +226,15 @@ class Repair:
 
         With σ the RMS (LayerNorm: the standard deviation) and µ the mean over channels, effective weights become
         γ mean(σ_student / σ_teacher), and biases gain γ mean((µ_student - µ_teacher) / σ_teacher). A rotated stream has no
-        mean, in either model, and a first guess of the factor is in its weights.
+        mean, in either model, and a first guess of the factor is in its weights. The student's own stream is measured where
+        least squares keep it near the teacher's; where nothing does, it is what is kept of the teacher's stream, since a
+        stream that has drifted would ask for factors that make it drift further.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         for streams in self.streams:
+            cut = self._narrow(streams.teacher) if self.prune.refit is Refit.none else streams.student
             (mean_t, scale_t), (mean_s, scale_s) = (
-                channel_moments(x[streams.mask].float(), centred=norm.bias is not None)
-                for x in (streams.teacher, streams.student)
+                channel_moments(x[streams.mask].float(), centred=norm.bias is not None) for x in (streams.teacher, cut)
             )
             ratios = torch.stack([scale_s / scale_t, (mean_s - mean_t) / scale_t, torch.ones_like(scale_t)])
             sums += ratios.double().sum(1)

@@ -117,6 +117,25 @@ def test_repair_of_nothing_changes_nothing(tmp_path, tiny_models, groups, family
     torch.testing.assert_close(hf_logits(folder, TOKENS[0]), wanted, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(("family", "offset"), [("nemotron", 1.0), ("llama", 0.0)])
+def test_norms_alone_are_scaled_by_what_is_kept(tmp_path, tiny_models, groups, family, offset):
+    """Without least squares the factor is that of the teacher's stream: a drifting student's own would feed the drift."""
+    folder = run_cut(tmp_path, tiny_models[family], configuration(norm_scale=True), TOKENS, groups, hidden_size=48)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_models[family], dtype=torch.float32)
+    with torch.no_grad():
+        stream = whole(TOKENS.flatten(0, 1), output_hidden_states=True).hidden_states[2].flatten(0, 1)
+    kept = load_file(folder / "kept.safetensors")["embedding"]
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return x.std(-1, correction=0) if offset else x.square().mean(-1).sqrt()
+
+    wanted = (whole.model.layers[2].input_layernorm.weight[kept] + offset) * (
+        spread(stream[:, kept]) / spread(stream)
+    ).mean()
+    found = hf.Checkpoint(folder).read("model.layers.2.input_layernorm.weight") + offset
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_repair_makes_up_for_a_dropped_first_layer(tmp_path, tiny_models, groups, family):
     tokens = random_tokens(sequences=24)
