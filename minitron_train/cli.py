@@ -84,13 +84,14 @@ def run(argv: list[str], world: World) -> None:
     name, arguments = argv[1], argv[2:]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(command_help(name, [word for word in arguments if not word.startswith("-")]))
+    pairs = zip(["", *arguments], arguments, strict=False)
+    words = [argument for before, argument in pairs if before not in VALUED_OPTIONS]
+    if any(word in ("-h", "--help") for word in words):
+        print(command_help(name, [word for word in words if not word.startswith("-")]))
         return
     register_recipes()
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if before not in VALUED_OPTIONS:
-            check_override(argument)
+    for word in words:
+        check_override(word)
     sys.argv = [argv[0], *arguments]
     typed = ["python", "-m", "minitron_train", name, *arguments]
 

@@ -142,6 +142,11 @@ def test_help_shows_the_values_that_a_run_would_have() -> None:
     assert "  prune.rotate=False " in shown and "  student.hidden_size=3072 " in shown and "  prune.ridge=0.5 " in shown
 
 
+def test_help_takes_no_value_of_an_option_for_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["minitron_train", "prune", "--cfg", "job", "+recipe=4b", "--help"], World())
+    assert "  student.hidden_size=3072 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", list(cli.recipes()))
 def test_every_recipe_composes(name: str) -> None:
     from hydra import compose, initialize_config_dir
