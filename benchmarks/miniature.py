@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPE = yaml.safe_load((ROOT / "recipes" / "miniature.yaml").read_text())
-PRETRAIN_TOKENS, QUICK_TOKENS = 12_000_000, 40_960
+QUICK_TOKENS = 40_960
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Miniature:
 
     def pretrained(self, name: str, *overrides: str) -> Path:
         """folder/NAME after `pretrain`, the model in its `teacher`; one that is finished is taken as it is."""
-        target, tokens = self.folder / name, QUICK_TOKENS if self.quick else PRETRAIN_TOKENS
+        target, tokens = self.folder / name, QUICK_TOKENS if self.quick else RECIPE["pretrain"]["num_tokens"]
         if (target / "teacher").exists():
             return target
         return self.command("pretrain", name, f"pretrain.num_tokens={tokens}", *overrides)
