@@ -2,16 +2,19 @@
 
 A Nemotron teacher of 5.4 M parameters is trained, then cut to 28 % of them. Text: MINITRON_DATA's corpora where that is
 set, else the embedded corpus. The folder is the user's, $XDG_CACHE_HOME (or ~/.cache) /minitron_train/token_efficiency,
-unless --folder names another one: the teacher there serves all of them.
+unless --folder names another one. In it every content of the recipe, amount of pretraining and text has a folder of its
+own, so that the teacher there serves all of them and never stands for another one.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -36,6 +39,7 @@ class Miniature:
 
     folder: Path
     quick: bool
+    pretrain_tokens: int = RECIPE["pretrain"]["num_tokens"]
 
     def command(self, command: str, name: str, *overrides: str, quiet: bool = False) -> Path:
         """Run one command of the recipe in folder/NAME; the command itself knows what is finished there."""
@@ -55,10 +59,10 @@ class Miniature:
 
     def pretrained(self, name: str, *overrides: str) -> Path:
         """folder/NAME after `pretrain`, the model in its `teacher`; one that is finished is taken as it is."""
-        target, tokens = self.folder / name, QUICK_TOKENS if self.quick else RECIPE["pretrain"]["num_tokens"]
+        target = self.folder / name
         if (target / "teacher").exists():
             return target
-        return self.command("pretrain", name, f"pretrain.num_tokens={tokens}", *overrides)
+        return self.command("pretrain", name, f"pretrain.num_tokens={self.pretrain_tokens}", *overrides)
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:
@@ -66,15 +70,24 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: not the figures of the docs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    tokens = RECIPE["pretrain"]["num_tokens"]
+    amount = f"tokens that teacher and scratch are trained on; default: {tokens:,}"
+    parser.add_argument("--pretrain-tokens", type=int, metavar="N", default=tokens, help=amount)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     parser.add_argument("--folder", type=Path, metavar="DIR", default=cache / "minitron_train" / "token_efficiency")
     return parser
 
 
 def open_recipe(asked: argparse.Namespace) -> Miniature:
-    """The recipe in the folder that was asked for; --quick has one of its own inside."""
-    folder = asked.folder.absolute()
-    return Miniature(folder / "quick" if asked.quick else folder, asked.quick)
+    """The recipe in the folder that was asked for, in a folder inside that belongs to its content."""
+    tokens = QUICK_TOKENS if asked.quick else asked.pretrain_tokens
+    content = short_hash([RECIPE, tokens, bool(os.environ.get("MINITRON_DATA"))])
+    return Miniature(asked.folder.absolute() / f"{tokens}-tokens-{content}", asked.quick, tokens)
+
+
+def short_hash(value: Any) -> str:
+    """Of a JSON-able value; for file names."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluations(folder: Path, name: str) -> list[Run]:

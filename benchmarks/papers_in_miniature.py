@@ -11,7 +11,6 @@ The teacher is token_efficiency.py's, trained if it is not there (about an hour)
 DIR/papers/NAME.jsonl and is not done again; its folder goes.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from miniature import RECIPE, ROOT, Miniature, arguments, evaluations, open_recipe
+from miniature import RECIPE, ROOT, Miniature, arguments, evaluations, open_recipe, short_hash
 from papers_studies import STUDIES, Study, Variant
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -144,11 +143,6 @@ class Papers:
             flush=True,
         )
         return row
-
-
-def short_hash(value: Any) -> str:
-    """Of a JSON-able value; for file names."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def loss_of(evaluation: Path) -> float | None:

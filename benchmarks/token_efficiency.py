@@ -1,6 +1,6 @@
 """How many tokens pruning and distillation save against training the small model from scratch (arXiv 2407.14679, table 11).
 
-    python benchmarks/token_efficiency.py [--quick] [--json FILE] [--folder DIR]
+    python benchmarks/token_efficiency.py [--quick] [--json FILE] [--folder DIR] [--pretrain-tokens N]
 
 Recipe `miniature`: a Nemotron teacher of 5.4 M parameters is trained, then cut to 28 % of them. The same small shape is
 trained from scratch on at least as many tokens as the teacher saw. The pruned model is trained with the KL, and with
@@ -21,8 +21,9 @@ from typing import Any
 
 from miniature import RECIPE, Miniature, Run, arguments, evaluations, open_recipe
 
-BUDGETS = (50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)  # tokens
+BUDGETS = (10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)  # tokens
 QUICK_BUDGETS = (8_192, 16_384)
+LARGEST_SHARE = 1 / 6  # of the pretraining's tokens, in a budget
 LOSSES = {"kl": [], "ce": ["distill.kd_weight=0", "distill.ce_weight=1"]}
 
 
@@ -54,6 +55,9 @@ class Bench:
     def retrained(self, pruned: Path, loss: str, tokens: int) -> Run:
         """The pruned model after `tokens` of training."""
         where = [f"teacher.path={self.teacher}", f"student.path={pruned}"]
+        train = RECIPE["train"]
+        tenth = tokens // (10 * train["global_batch_size"] * train["seq_length"])  # steps
+        where.append(f"train.warmup_steps={min(train['warmup_steps'], max(1, tenth))}")
         target = self.recipe.command(
             "distill", f"{loss}-{tokens}", *where, f"train.num_tokens={tokens}", "eval.every_tokens=0", *LOSSES[loss]
         )
@@ -78,7 +82,8 @@ def main() -> None:
     teacher, scratch = bench.from_scratch()
     pruned, size_ratio = bench.pruned()
     runs: dict[str, list[Run]] = {loss: [] for loss in LOSSES}
-    for tokens in QUICK_BUDGETS if asked.quick else BUDGETS:
+    largest = max(LARGEST_SHARE * bench.recipe.pretrain_tokens, max(QUICK_BUDGETS))
+    for tokens in QUICK_BUDGETS if asked.quick else [budget for budget in BUDGETS if budget <= largest]:
         for loss in LOSSES:
             runs[loss].append(bench.retrained(pruned, loss, tokens))
             write(asked.json, figures(teacher, scratch, runs, size_ratio))
