@@ -19,7 +19,8 @@ Targets are channels/neurons/heads of 576/1536/9: 432/1024/6 and the gentler 504
 Each is a Hugging Face folder that transformers opens. `--distill` then runs the real `distill` and `export` of recipe
 smollm2 on each: the same teacher, text, seed and settings. Both losses are next-token cross-entropy by the same function
 on the same held-out tokens. With MINITRON_DATA the text is its corpora and validation is WikiText-2, else both are the
-embedded corpus (validation is its held-out part). Every result is a line of results.jsonl in the folder: a stopped
+embedded corpus (validation is its held-out part). `own loss` and `KL` are the training's last look at the held-out part
+of the text that it was trained on, which WikiText-2 is not. Every result is a line of results.jsonl in the folder: a stopped
 benchmark goes on where it was. The folder holds a model per row and target, 0.4 GB each, and twice that if distilled.
 """
 
@@ -37,6 +38,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from miniature import evaluations
 from pruning_peers_methods import (
     as_many_layers,
     keep_best,
@@ -77,6 +79,7 @@ DISTILL_TOKENS = 50_176
 SHORT_TOKENS = 10_240  # of a run that is over before the recipe's warm-up is
 ROTATION_ERROR = 1e-3  # of the rotated teacher's logits
 LOSS_ERROR = 1e-3  # between transformers and megatron-core
+AFTER = ("loss_after", "own_loss_after", "own_kl_after")  # of a row that was distilled
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +254,9 @@ class Peers:
         settings += [f"data.path='{corpora}/corpus/[!v]*.jsonl.gz'"] if corpora else []  # all but valid_wikitext2
         program(output, "distill", *settings)
         program(output, "export", "export.dtype=float32")
-        line = self.add(self.cut(run, target) | {"tokens": tokens, "loss_after": self.loss(output / "student")})
+        own = evaluations(output, run.name)[-1]
+        facts = {"loss_after": self.loss(output / "student"), "own_loss_after": own.loss, "own_kl_after": own.kl}
+        line = self.add(self.cut(run, target) | {"tokens": tokens, **facts})
         shutil.rmtree(output / "train" / "checkpoints")  # gigabytes; metrics and student stay
         return line
 
@@ -297,20 +302,19 @@ def table(lines: Iterable[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
             )
             if not cuts:
                 continue
-            rows.append(
-                cuts[0]
-                | {"loss": mean(line["loss"] for line in cuts), "tokens": tokens if tokens and after else 0}
-                | {"loss_after": mean(line["loss_after"] for line in after) if tokens and after else None}
-            )
+            row = cuts[0] | {"loss": mean(line["loss"] for line in cuts), "tokens": tokens if tokens and after else 0}
+            if row["tokens"]:
+                row |= {key: mean(line[key] for line in after) for key in AFTER}
+            rows.append(row)
     return [{key: value for key, value in row.items() if key != "run"} for row in rows]
 
 
 def show(teacher_loss: float, rows: list[dict[str, Any]]) -> None:
     """The table."""
-    print(f"{'':18}{'target':12}{'parameters':>12}{'loss':>9}{'tokens':>9}{'loss':>9}")
+    print(f"{'':18}{'target':12}{'parameters':>12}{'loss':>9}{'tokens':>9}{'loss':>9}{'own loss':>9}{'KL':>9}")
     print(f"{'teacher':18}{'':24}{teacher_loss:9.4f}")
     for row in rows:
-        after = f"{row['tokens']:9,}{row['loss_after']:9.4f}" if row["tokens"] else ""
+        after = f"{row['tokens']:9,}" + "".join(f"{row[key]:9.4f}" for key in AFTER) if row["tokens"] else ""
         noted = {key: row[key] for key in ("layers", "different") if key in row}
         notes = "".join(f"  {key} {value}" for key, value in noted.items())
         print(f"{row['case']:18}{row['target']:12}{row['parameters']:12,}{row['loss']:9.4f}{after}{notes}")
