@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPE = yaml.safe_load((ROOT / "recipes" / "miniature.yaml").read_text())
-QUICK_TOKENS = 40_960
+PRETRAIN_TOKENS, QUICK_TOKENS = RECIPE["pretrain"]["num_tokens"], 40_960
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Miniature:
 
     folder: Path
     quick: bool
-    pretrain_tokens: int = RECIPE["pretrain"]["num_tokens"]
+    pretrain_tokens: int = PRETRAIN_TOKENS
 
     def command(self, command: str, name: str, *overrides: str, quiet: bool = False) -> Path:
         """Run one command of the recipe in folder/NAME; the command itself knows what is finished there."""
@@ -70,9 +70,8 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: not the figures of the docs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
-    tokens = RECIPE["pretrain"]["num_tokens"]
-    amount = f"tokens that teacher and scratch are trained on; default: {tokens:,}"
-    parser.add_argument("--pretrain-tokens", type=int, metavar="N", default=tokens, help=amount)
+    amount = f"tokens that teacher and scratch are trained on, without --quick; default: {PRETRAIN_TOKENS:,}"
+    parser.add_argument("--pretrain-tokens", type=int, metavar="N", default=PRETRAIN_TOKENS, help=amount)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     parser.add_argument("--folder", type=Path, metavar="DIR", default=cache / "minitron_train" / "token_efficiency")
     return parser

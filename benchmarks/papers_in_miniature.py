@@ -1,6 +1,7 @@
 """What the Minitron papers claim (arXiv 2407.14679, 2408.11796), tried on recipe `miniature`: a table per claim.
 
     python benchmarks/papers_in_miniature.py [--list] [--only NAME …] [--seeds N] [--quick] [--json FILE] [--folder DIR]
+        [--pretrain-tokens N]
 
 The studies are the table in papers_studies.py. A run is a row of one, for one seed (of the calibration, the order of the
 data, and the choice of held-out text): the teacher is scored once a seed, then cut, trained for some 100,000 tokens and
@@ -8,7 +9,7 @@ looked at on held-out text, all by the real commands. Losses are nats, ± is the
 last difference is taken seed by seed, on the same held-out text. The rows of the papers stand beside, as published.
 
 The teacher is token_efficiency.py's, trained if it is not there (about an hour). Every finished run is a line of
-DIR/papers/NAME.jsonl and is not done again; its folder goes.
+papers/NAME.jsonl beside it, in DIR, and is not done again; its folder goes.
 """
 
 import json
@@ -41,7 +42,7 @@ Row = dict[str, Any]  # a line of NAME.jsonl
 class Papers:
     """The runs of one study with one seed."""
 
-    recipe: Miniature  # in DIR/papers
+    recipe: Miniature  # in `papers` beside the teacher
     teacher: Path
     study: Study
     seed: int
@@ -59,7 +60,7 @@ class Papers:
         return [f"seed={self.seed}", "checkpoint.keep=1", "checkpoint.keep_best=0", *amount, *self.study.data]
 
     def command(self, command: str, name: str, *overrides: str) -> Path:
-        """One command in DIR/papers/NAME."""
+        """One command in papers/NAME."""
         return self.recipe.command(command, name, *self.everywhere(), *overrides, quiet=True)
 
     def scored(self, model: Path) -> Path:

@@ -23,7 +23,7 @@ from miniature import RECIPE, Miniature, Run, arguments, evaluations, open_recip
 
 BUDGETS = (10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)  # tokens
 QUICK_BUDGETS = (8_192, 16_384)
-LARGEST_SHARE = 1 / 6  # of the pretraining's tokens, in a budget
+LARGEST_SHARE = 1 / 6  # of the pretraining's tokens, that a budget has
 LOSSES = {"kl": [], "ce": ["distill.kd_weight=0", "distill.ce_weight=1"]}
 
 
@@ -55,13 +55,16 @@ class Bench:
     def retrained(self, pruned: Path, loss: str, tokens: int) -> Run:
         """The pruned model after `tokens` of training."""
         where = [f"teacher.path={self.teacher}", f"student.path={pruned}"]
-        train = RECIPE["train"]
-        tenth = tokens // (10 * train["global_batch_size"] * train["seq_length"])  # steps
-        where.append(f"train.warmup_steps={min(train['warmup_steps'], max(1, tenth))}")
-        target = self.recipe.command(
-            "distill", f"{loss}-{tokens}", *where, f"train.num_tokens={tokens}", "eval.every_tokens=0", *LOSSES[loss]
-        )
+        learn = [f"train.num_tokens={tokens}", f"train.warmup_steps={warmup_steps(tokens)}", "eval.every_tokens=0"]
+        target = self.recipe.command("distill", f"{loss}-{tokens}", *where, *learn, *LOSSES[loss])
         return evaluations(target, loss)[-1]
+
+
+def warmup_steps(tokens: int) -> int:
+    """The recipe's, but at most a tenth of a short run."""
+    train = RECIPE["train"]
+    steps = tokens // (train["global_batch_size"] * train["seq_length"])
+    return min(train["warmup_steps"], max(1, steps // 10))
 
 
 def tokens_until(loss: float, runs: list[Run]) -> tuple[float | None, bool]:
@@ -82,7 +85,7 @@ def main() -> None:
     teacher, scratch = bench.from_scratch()
     pruned, size_ratio = bench.pruned()
     runs: dict[str, list[Run]] = {loss: [] for loss in LOSSES}
-    largest = max(LARGEST_SHARE * bench.recipe.pretrain_tokens, max(QUICK_BUDGETS))
+    largest = LARGEST_SHARE * bench.recipe.pretrain_tokens
     for tokens in QUICK_BUDGETS if asked.quick else [budget for budget in BUDGETS if budget <= largest]:
         for loss in LOSSES:
             runs[loss].append(bench.retrained(pruned, loss, tokens))
