@@ -1,6 +1,6 @@
 """What the Minitron papers claim (arXiv 2407.14679, 2408.11796), tried on recipe `miniature`: a table per claim.
 
-    python benchmarks/papers_in_miniature.py [--list] [--only NAME …] [--seeds N] [--quick] [--json FILE] [--folder DIR]
+    python benchmarks/papers_in_miniature.py [--list] [--only NAME …] [--seeds N …] [--quick] [--json FILE] [--folder DIR]
         [--pretrain-tokens N]
 
 The studies are the table in papers_studies.py. A run is a row of one, for one seed (of the calibration, the order of the
@@ -240,7 +240,9 @@ def main() -> None:
     parser = arguments(__doc__)
     names = [study.name for study in STUDIES]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help=", ".join(names))
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of every row; default: each study's own number")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="which; default: from 1 to each study's own number"
+    )
     parser.add_argument("--list", action="store_true", help="show the studies; nothing is run")
     asked = parser.parse_args()
     chosen = [study for study in STUDIES if study.name in asked.only]
@@ -255,7 +257,7 @@ def main() -> None:
     own, figures = replace(recipe, folder=recipe.folder / "papers"), {}
     own.folder.mkdir(parents=True, exist_ok=True)
     for study in chosen:
-        seeds = range(1, 1 + (asked.seeds or (1 if asked.quick else study.seeds)))
+        seeds = asked.seeds or range(1, 1 + (1 if asked.quick else study.seeds))
         rows = [Papers(own, teacher, study, seed).record(variant) for seed in seeds for variant in study.variants]
         figures[study.name] = summary(study, rows)
         show(study.name, figures[study.name])

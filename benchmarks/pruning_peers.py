@@ -1,8 +1,10 @@
-"""Ways of making SmolLM2-135M smaller, side by side: loss right after the cut, and after equal tokens of distillation.
+"""Ways of making a model smaller, side by side: loss right after the cut, and after equal tokens of distillation.
 
-    python benchmarks/pruning_peers.py [--quick] [--only NAME…] [--target H/F/N] [--distill TOKENS] [--json FILE]
+    python benchmarks/pruning_peers.py [--model NAME] [--target H/F/N …] [--only NAME …] [--distill TOKENS]
+        [--tasks PRESET] [--quick] [--json FILE]
 
-Targets are channels/neurons/heads of 576/1536/9: 432/1024/6 and the gentler 504/1024/6. The ways:
+Models are SmolLM2-135M and `tiny`, the Nemotron teacher of 7 M parameters that recipe `tiny` pretrains; targets are
+channels/neurons/heads: 432/1024/6 and the gentler 504/1024/6 of SmolLM2's 576/1536/9, 192/640/4 of tiny's 256/1024/8. The ways:
 
     random           channels, neurons and heads drawn at random; the mean of two seeds
     magnitude        those with the largest weights, by the L2 norm of all weights that go with each
@@ -10,18 +12,20 @@ Targets are channels/neurons/heads of 576/1536/9: 432/1024/6 and the gentler 504
                      to the target's; no width is cut
     slicegpt-like    arXiv 2401.15024 with one rotation for the whole residual stream, so that a plain Llama is left: its
                      lowest principal directions go; heads and neurons by ModelOpt's ranking. The rotation needs an
-                     output layer of its own: vocabulary x channels more parameters than the target has
+                     output layer of its own: vocabulary x channels more parameters than the target has. SmolLM2 only
     modelopt         conf/prune/modelopt.yaml, NVIDIA's ranking and plain slicing
     ours             conf/prune/default.yaml, what the program does unless told otherwise
     nvidia-modelopt  a check: nvidia-modelopt 0.43.0 itself on the same tokens; `different` counts the channels, neurons
-                     and heads that it keeps and `modelopt` does not. Not distilled: it is the same model
+                     and heads that it keeps and `modelopt` does not. Not distilled: it is the same model. SmolLM2 only
 
-Each is a Hugging Face folder that transformers opens. `--distill` then runs the real `distill` and `export` of recipe
-smollm2 on each: the same teacher, text, seed and settings. Both losses are next-token cross-entropy by the same function
-on the same held-out tokens. With MINITRON_DATA the text is its corpora and validation is WikiText-2, else both are the
-embedded corpus (validation is its held-out part). `own loss` and `KL` are the training's last look at the held-out part
-of the text that it was trained on, which WikiText-2 is not. Every result is a line of results.jsonl in the folder: a stopped
-benchmark goes on where it was. The folder holds a model per row and target, 0.4 GB each, and twice that if distilled.
+Each is a Hugging Face folder that transformers opens. `--distill` then runs the real `distill` and `export` of the model's
+recipe on each: the same teacher, text, seed and settings. Both losses are next-token cross-entropy by the same function
+on the same held-out tokens. With MINITRON_DATA SmolLM2's text is its corpora and validation is WikiText-2; else, and for
+tiny, both are the embedded corpus (validation is its held-out part). `own loss` and `KL` are the training's last look at the
+held-out part of the text that it was trained on, which WikiText-2 is not. `--tasks` runs the real `eval` on the teacher, every
+cut and every student: the tasks of a preset of conf/eval, and the loss on that same held-out part. Every result is a line
+of results.jsonl in the folder: a stopped benchmark goes on where it was. The folder holds a model per row and target, 0.4 GB
+each for SmolLM2, and twice that if distilled.
 """
 
 import argparse
@@ -30,11 +34,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -52,6 +56,7 @@ from pruning_peers_methods import (
     rotated_tensors,
 )
 from pruning_peers_nvidia import num_different
+from pruning_peers_tables import show, show_tasks, table, task_figures, write
 from pruning_quality import CACHE, Bench, Case, configuration, loss_of, prepare, teacher_folder
 from safetensors.torch import save_file
 from torch import Tensor
@@ -73,13 +78,40 @@ from minitron_train.prune.slice import slice_checkpoint
 
 ROOT = Path(__file__).parents[1]
 AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
-TARGETS = ("432/1024/6", "504/1024/6")
 MODELOPT_PACKAGES = ("nvidia-modelopt==0.43.0", "pulp==2.9.0")
-DISTILL_TOKENS = 50_176
-SHORT_TOKENS = 10_240  # of a run that is over before the recipe's warm-up is
 ROTATION_ERROR = 1e-3  # of the rotated teacher's logits
 LOSS_ERROR = 1e-3  # between transformers and megatron-core
-AFTER = ("loss_after", "own_loss_after", "own_kl_after")  # of a row that was distilled
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that is cut. Its name is that of the recipe whose training settings its students get."""
+
+    name: str
+    teacher: Callable[[], Path]  # its folder, made if it is not there
+    targets: tuple[str, ...]
+    tokens: int  # of distillation, unless told otherwise
+    local: bool  # whether MINITRON_DATA's corpora count
+    without: tuple[str, ...] = ()  # ways that are for Llama only
+
+    @property
+    def corpora(self) -> str | None:
+        """Where the text is; None for the embedded corpus."""
+        return os.environ.get("MINITRON_DATA") if self.local else None
+
+
+def tiny_folder() -> Path:
+    """Recipe `tiny`'s teacher in this user's cache, pretrained once."""
+    folder = CACHE / "tiny"
+    if not (folder / "teacher").exists():
+        program("tiny", folder, "pretrain")
+    return folder / "teacher"
+
+
+SUBJECTS = (
+    Subject("smollm2", teacher_folder, ("432/1024/6", "504/1024/6"), 50_176, local=True),
+    Subject("tiny", tiny_folder, ("192/640/4",), 98_304, local=False, without=("slicegpt-like", "nvidia-modelopt")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +197,8 @@ QUICK = ("magnitude", "slicegpt-like")
 class Peers:
     """The comparison in one folder; what is expensive is made when it is first asked for."""
 
-    def __init__(self, folder: Path, teacher: Path, groups: Groups, *, quick: bool) -> None:
-        self.folder, self.teacher, self.groups, self.quick = folder, teacher, groups, quick
+    def __init__(self, subject: Subject, folder: Path, teacher: Path, groups: Groups, *, quick: bool) -> None:
+        self.subject, self.folder, self.teacher, self.groups, self.quick = subject, folder, teacher, groups, quick
         self.journal = folder / "results.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -174,7 +206,7 @@ class Peers:
     def bench(self) -> Bench:
         """Teacher, calibration and validation tokens, statistics."""
         amounts = {"num_samples": 8, "num_validation": 2} if self.quick else {"num_samples": 128, "num_validation": 32}
-        return prepare(self.teacher, self.groups, local=True, **amounts)
+        return prepare(self.teacher, self.groups, local=self.subject.local, **amounts)
 
     @cached_property
     def rotated(self) -> hf.Checkpoint:
@@ -248,22 +280,44 @@ class Peers:
             return line
         folder = self.folder / target.replace("/", "-") / run.name
         output = folder / f"distilled-{tokens}"
-        settings = [f"teacher.path={self.teacher}", f"student.path={folder / 'pruned'}", f"train.num_tokens={tokens}"]
-        settings += ["eval.every_tokens=0"] + (["train.warmup_steps=1"] if tokens < SHORT_TOKENS else [])
-        corpora = os.environ.get("MINITRON_DATA")
-        settings += [f"data.path='{corpora}/corpus/[!v]*.jsonl.gz'"] if corpora else []  # all but valid_wikitext2
-        program(output, "distill", *settings)
-        program(output, "export", "export.dtype=float32")
+        look = f"eval.every_tokens={self.subject.tokens}"
+        self.program(output, "distill", f"student.path={folder / 'pruned'}", f"train.num_tokens={tokens}", look)
+        self.program(output, "export", "export.dtype=float32")
         own = evaluations(output, run.name)[-1]
         facts = {"loss_after": self.loss(output / "student"), "own_loss_after": own.loss, "own_kl_after": own.kl}
         line = self.add(self.cut(run, target) | {"tokens": tokens, **facts})
         shutil.rmtree(output / "train" / "checkpoints")  # gigabytes; metrics and student stay
         return line
 
+    def evaluated(self, label: str, model: Path, preset: str) -> dict[str, Any]:
+        """One model's figures by the real commands, all models' in one folder, where `eval.compare` finds their rows."""
+        output, corpora = self.folder / f"tasks-{preset}", os.environ.get("MINITRON_DATA")
+        local = [f"eval.data_dir={corpora}/eval"] if corpora else []
+        if not local:
+            self.program(output, "fetch")
+        self.program(output, "eval", f"eval={preset}", f"eval.model={model}", f"eval.label={label}", *local)
+        return {"model": label, **task_figures(hf.read_json(output / "eval" / f"{label}.json"))}
 
-def program(output: Path, command: str, *overrides: str) -> None:
+    def program(self, output: Path, command: str, *overrides: str) -> None:
+        """One command of the subject's recipe, with its teacher and text."""
+        corpora = self.subject.corpora
+        text = [f"data.path='{corpora}/corpus/[!v]*.jsonl.gz'"] if corpora else []  # all but valid_wikitext2
+        program(self.subject.name, output, command, f"teacher.path={self.teacher}", *text, *overrides)
+
+    def models(self, targets: Iterable[str], runs: Iterable[Run], tokens: int) -> Iterator[tuple[str, Path]]:
+        """Label and folder of the teacher, and of every cut with its student."""
+        yield "teacher", self.teacher
+        for target, run in product(targets, runs):
+            name = target.replace("/", "-")
+            folder = self.folder / name / run.name
+            yield f"{name}-{run.name}", folder / "pruned"
+            if tokens and run.distilled:
+                yield f"{name}-{run.name}-{tokens}", folder / f"distilled-{tokens}" / "student"
+
+
+def program(recipe: str, output: Path, command: str, *overrides: str) -> None:
     """One command of the program; what is finished in `output` is not done again."""
-    words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, "+recipe=smollm2"]
+    words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, f"+recipe={recipe}"]
     subprocess.run([*words, f"output_dir={output}", "tracking.wandb.mode=disabled", *overrides], check=True)
 
 
@@ -289,71 +343,50 @@ def check_opens(folder: Path, tokens_NS: Tensor, groups: Groups) -> None:
     )
 
 
-def table(lines: Iterable[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """A row per case and target from the finished lines: runs of a case averaged, distilled for `tokens` or not at all."""
-    lines = list(lines)
-    rows = []
-    for target in TARGETS:
-        for case in dict.fromkeys(run.case for run in RUNS):
-            own = [line for line in lines if line.get("case") == case and line["target"] == target]
-            cuts, after = (
-                [line for line in own if not line["tokens"]],
-                [line for line in own if line["tokens"] == tokens],
-            )
-            if not cuts:
-                continue
-            row = cuts[0] | {"loss": mean(line["loss"] for line in cuts), "tokens": tokens if tokens and after else 0}
-            if row["tokens"]:
-                row |= {key: mean(line[key] for line in after) for key in AFTER}
-            rows.append(row)
-    return [{key: value for key, value in row.items() if key != "run"} for row in rows]
-
-
-def show(teacher_loss: float, rows: list[dict[str, Any]]) -> None:
-    """The table."""
-    print(f"{'':18}{'target':12}{'parameters':>12}{'loss':>9}{'tokens':>9}{'loss':>9}{'own loss':>9}{'KL':>9}")
-    print(f"{'teacher':18}{'':24}{teacher_loss:9.4f}")
-    for row in rows:
-        after = f"{row['tokens']:9,}" + "".join(f"{row[key]:9.4f}" for key in AFTER) if row["tokens"] else ""
-        noted = {key: row[key] for key in ("layers", "different") if key in row}
-        notes = "".join(f"  {key} {value}" for key, value in noted.items())
-        print(f"{row['case']:18}{row['target']:12}{row['parameters']:12,}{row['loss']:9.4f}{after}{notes}")
-
-
 def main() -> None:
     """Cut everything, distil everything; print and write after every result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = list(dict.fromkeys(run.case for run in RUNS))
+    amounts = ", ".join(f"{subject.tokens} for {subject.name}" for subject in SUBJECTS)
+    parser.add_argument("--model", choices=[subject.name for subject in SUBJECTS], default=SUBJECTS[0].name)
+    parser.add_argument("--target", nargs="+", help="of the model's; default: all; with --quick the first")
+    parser.add_argument("--only", nargs="+", choices=cases, metavar="NAME", help=", ".join(cases))
+    parser.add_argument("--distill", type=int, metavar="TOKENS", help=f"default: {amounts}; with --quick 0")
+    parser.add_argument("--tasks", metavar="PRESET", help="of conf/eval, such as quick: minutes a model; default: none")
     parser.add_argument(
         "--quick", action="store_true", help=f"few tokens, {' and '.join(QUICK)}: not the docs' figures"
     )
-    parser.add_argument("--only", nargs="+", choices=cases, metavar="NAME", help=", ".join(cases))
-    parser.add_argument("--target", nargs="+", choices=TARGETS, help="default: both; with --quick the first")
-    parser.add_argument("--distill", type=int, metavar="TOKENS", help=f"default: {DISTILL_TOKENS}; with --quick 0")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into the user's cache")
+    parser.add_argument("--teacher", type=Path, help="the model's folder; default: made in the user's cache")
     parser.add_argument("--folder", type=Path, default=Path("outputs/pruning_peers"))
-    arguments = parser.parse_args()
-    quick, text = arguments.quick, "corpora" if os.environ.get("MINITRON_DATA") else "embedded"
-    folder = arguments.folder / (f"{text}-quick" if quick else text)
-    tokens = arguments.distill if arguments.distill is not None else 0 if quick else DISTILL_TOKENS
-    wanted = arguments.only or (QUICK if quick else cases)
+    asked = parser.parse_args()
+    subject = next(subject for subject in SUBJECTS if subject.name == asked.model)
+    targets = asked.target or (subject.targets[:1] if asked.quick else subject.targets)
+    if unknown := set(targets) - set(subject.targets):
+        parser.error(f"--target {' '.join(unknown)}: {subject.name} has {', '.join(subject.targets)}")
+    tokens = asked.distill if asked.distill is not None else 0 if asked.quick else subject.tokens
+    wanted = set(asked.only or (QUICK if asked.quick else cases)) - set(subject.without)
     runs = [run for run in RUNS if run.case in wanted]
-    targets = arguments.target or (TARGETS[:1] if quick else TARGETS)
+    name = "-".join([subject.name, "corpora" if subject.corpora else "embedded", *(["quick"] if asked.quick else [])])
     disable_progress_bar()
     with start(ParallelConfig(), World(), 1234) as groups:
-        peers = Peers(folder, arguments.teacher or teacher_folder(), groups, quick=quick)
+        peers = Peers(subject, asked.folder / name, asked.teacher or subject.teacher(), groups, quick=asked.quick)
         steps = [partial(peers.cut, run, target) for target in targets for run in runs]
         if tokens:
             steps += [
                 partial(peers.distilled, run, target, tokens) for target in targets for run in runs if run.distilled
             ]
+        report: dict[str, Any] = {}
         for step in steps:
             step()
-            report = {"teacher_loss": peers.teacher_loss(), "cases": table(peers.results(), tokens)}
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+            report = {"teacher_loss": peers.teacher_loss(), "cases": table(peers.results(), cases, tokens)}
+            write(asked.json, report)
         show(report["teacher_loss"], report["cases"])
+        if asked.tasks:
+            models = peers.models(targets, runs, tokens)
+            report["tasks"] = [peers.evaluated(label, model, asked.tasks) for label, model in models]
+            write(asked.json, report)
+            show_tasks(report["tasks"])
 
 
 if __name__ == "__main__":

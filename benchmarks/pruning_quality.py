@@ -13,6 +13,7 @@ runs the cases whose name has TEXT.
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -143,16 +144,21 @@ def configuration(case: Case, calibration: CalibrationConfig) -> Config:
     return Config(prune=OmegaConf.to_object(merged), calibration=calibration)  # type: ignore[arg-type]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass
 class Bench:
-    """One teacher with its statistics."""
+    """One teacher, with its statistics when they are first asked for."""
 
     teacher: hf.Checkpoint
     groups: Groups
     calibration: CalibrationConfig
     tokens: Tensor  # [batches, sequences, length]
     validation_NS: Tensor
-    statistics: Statistics
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Of the calibration tokens, from a forward pass through all layers."""
+        layers = Layers(self.teacher.table, self.teacher.shape, RowReader(self.teacher), self.groups, resident=False)
+        return measure(layers, self.tokens, self.calibration)
 
     def run(self, case: Case, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Cut, repair, measure."""
@@ -175,7 +181,7 @@ def embedded_data() -> DataConfig:
 
 
 def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_validation: int) -> Bench:
-    """Tokens and statistics of one teacher; `local`: from MINITRON_DATA where that is set."""
+    """Calibration and validation tokens of one teacher; `local`: from MINITRON_DATA where that is set."""
     teacher, tokenizer = hf.Checkpoint(folder), AutoTokenizer.from_pretrained(folder)
     calibration = CalibrationConfig(num_samples=num_samples, seq_length=512, micro_batch_size=8)
     data, corpus = embedded_data(), os.environ.get("MINITRON_DATA") if local else None
@@ -185,8 +191,7 @@ def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_
         data.validation_path = str(Path(corpus) / "corpus" / "valid_wikitext2.jsonl.gz")
     tokens = calibration_batches(calibration, data, tokenizer, seed=1234)
     validation_NS = validation_tokens(data, tokenizer, 512, seed=1234)[:num_validation]
-    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
-    return Bench(teacher, groups, calibration, tokens, validation_NS, measure(layers, tokens, calibration))
+    return Bench(teacher, groups, calibration, tokens, validation_NS)
 
 
 def teacher_folder() -> Path:

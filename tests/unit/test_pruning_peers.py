@@ -1,5 +1,6 @@
-"""The methods of benchmarks/pruning_peers.py that the program does not have: magnitudes, layers for a size, the rotation."""
+"""benchmarks/pruning_peers.py: methods that the program does not have (magnitudes, layers for a size, rotation), and tables."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from pruning_peers_methods import (  # noqa: E402 # pyright: ignore[reportMissin
     rotated_shape,
     rotated_tensors,
 )
+from pruning_peers_tables import table, task_figures  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 TOKENS_BS = torch.arange(64).view(2, 32) % 97
 
@@ -109,3 +111,28 @@ def test_directions_without_variance_can_go(tmp_path: Path, groups) -> None:
     slice_checkpoint(model, keep, student, tmp_path / "cut", norm_tensors(student, gamma))
     expected, found = (hf_logits(folder, TOKENS_BS) for folder in (teacher.folder, tmp_path / "cut"))
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
+
+
+def test_the_table_averages_the_runs_of_a_case_and_takes_one_amount_of_tokens() -> None:
+    def line(run: str, case: str, tokens: int, **losses: float) -> dict[str, object]:
+        return {"run": run, "case": case, "target": "4/8/2", "tokens": tokens, "parameters": 10, **losses}
+
+    lines = [{"run": "teacher", "target": "", "tokens": 0, "loss": 1.0}]
+    for run, cut, short, long in (("random-1", 8.0, 5.0, 3.0), ("random-2", 10.0, 7.0, 4.0)):
+        lines.append(line(run, "random", 0, loss=cut))
+        for tokens, loss in ((100, short), (200, long)):
+            lines.append(
+                line(run, "random", tokens, loss=cut, loss_after=loss, own_loss_after=loss, own_kl_after=loss - 1)
+            )
+    lines.append(line("ours", "ours", 0, loss=6.0))
+    ours, random = table(lines, ["ours", "missing", "random"], 200)
+    assert (ours["loss"], ours["tokens"]) == (6.0, 0)  # not distilled yet
+    assert (random["loss"], random["tokens"], random["loss_after"], random["own_kl_after"]) == (9.0, 200, 3.5, 2.5)
+    assert table(lines, ["random"], 100)[0]["loss_after"] == 6.0
+
+
+def test_figures_of_tasks_have_their_standard_errors() -> None:
+    hellaswag = {"acc": 0.3, "acc_stderr": 0.02, "acc_norm": 0.4, "acc_norm_stderr": 0.03, "rows": 500}
+    report = {"perplexity": 10.0, "results": {"hellaswag": hellaswag, "mmlu": {"acc": 0.25, "acc_stderr": 0.01}}}
+    figures = task_figures(report)
+    assert figures == {"own_loss": math.log(10.0), "hellaswag.acc_norm": [0.4, 0.03], "mmlu.acc": [0.25, 0.01]}
