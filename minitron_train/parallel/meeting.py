@@ -177,7 +177,7 @@ def receive(connection: Connection) -> Any:
     """
     try:
         return json.loads(connection.recv_bytes())
-    except EOFError as error:
+    except (EOFError, ConnectionError) as error:
         raise UserError("another rank has ended; see its message") from error
 
 

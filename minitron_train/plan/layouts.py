@@ -22,7 +22,7 @@ def candidates(
         for micro in MICRO_BATCH_SIZES:
             if global_batch_size % (dp * micro):
                 continue
-            for recompute in ("none", "full"):
+            for recompute in ("none", "selective", "full"):
                 yield Layout(
                     tp=tp,
                     dp=dp,

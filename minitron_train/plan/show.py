@@ -94,6 +94,12 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     lines[list(rows).index("activations")] += (
         f"   (with recompute {activations['with_recompute'] / GIB:.2f}, without {activations['without_recompute'] / GIB:.2f})"
     )
+    layout = choice["layout"]
+    if layout["sharded_optimizer"] and layout["dp"] > 1:
+        whole = parts["optimizer"] * layout["dp"] / GIB
+        lines[list(rows).index("optimizer")] += (
+            f"   (split by DP: Transformer Engine or Apex; without them {whole:.2f})"
+        )
     return lines
 
 

@@ -46,17 +46,27 @@ class StepTime:
 
 def layer_passes(shape: Shape, layout: Layout) -> float:
     """Elements that one layer's forward pass reads or writes outside of matrix products, per token and rank."""
-    activation = PASSES[architecture(shape.architecture).transformer["activation"]] * shape.ffn_hidden_size
     attention = PASSES["attention"] * (shape.axis_size("q") + shape.axis_size("kv"))
     replicated = PASSES["hidden"] * shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
-    return replicated + (attention + activation) / layout.tp
+    return replicated + (attention + mlp_passes(shape)) / layout.tp
+
+
+def mlp_passes(shape: Shape) -> float:
+    """Those of the MLP's activation, on all ranks together."""
+    return PASSES[architecture(shape.architecture).transformer["activation"]] * shape.ffn_hidden_size
+
+
+def again(layout: Layout, layer: float, mlp: float) -> float:
+    """What recomputation adds to a step: nothing, the MLP's forward (selective), or the layer's."""
+    return {"none": 0.0, "selective": mlp, "full": layer}[layout.recompute]
 
 
 def elementwise_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
     """Memory traffic of the layers: teacher forward, student forward and backward (two forwards), recomputation."""
-    student_passes = 4 if layout.recompute == "full" else 3
     taught = teacher.num_layers * layer_passes(teacher, layout) * layout.teacher_weight_bytes
-    return taught + student_passes * student.num_layers * layer_passes(student, layout) * layout.weight_bytes
+    passes = layer_passes(student, layout)
+    passes = 3 * passes + again(layout, passes, mlp_passes(student) / layout.tp)
+    return taught + passes * student.num_layers * layout.weight_bytes
 
 
 def loss_flops_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
@@ -84,7 +94,7 @@ def tp_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
     in the teacher's forward pass, the student's forward and backward, and the forward that recompute repeats.
     """
     ring = 2 * (layout.tp - 1) / layout.tp
-    student_passes = 3 if layout.recompute == "full" else 2
+    student_passes = 2 + again(layout, 1, 0.5)
     taught = teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
     return ring * 2 * (taught + student_passes * student.num_layers * student.hidden_size * layout.weight_bytes)
 
@@ -100,8 +110,11 @@ def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
 def step_time(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int) -> StepTime:
     """Seconds of one optimizer step of one rank."""
     tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
-    passes = 4 if layout.recompute == "full" else 3
-    flops = layer_cost(teacher, length, machine) + passes * layer_cost(student, length, machine)
+    learnt, mlp = (
+        layer_cost(student, length, machine),
+        2 * architecture(student.architecture).parameters(student)["mlp"],
+    )
+    flops = layer_cost(teacher, length, machine) + 3 * learnt + again(layout, learnt, mlp)
     logits = student.vocab_size * LOGIT_PASSES * FP32
     updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node

@@ -46,6 +46,11 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
         )
+    if train.transformer_engine and (config.data.document_attention or config.eval.training_tasks):
+        raise UserError(
+            "train.transformer_engine=true: its causal attention takes no further mask, which data.document_attention and "
+            "eval.training_tasks need; leave one of them out"
+        )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
     if train.distributed_optimizer and not can_shard_optimizer_here():

@@ -7,9 +7,11 @@ thread of this process hands it to megatron-core's writing function. After a kil
 
 import functools
 import os
+import pickle
 import queue
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +38,7 @@ from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 
 WRITER_NICENESS = 10  # the writer yields its core to the training step
+POLL_S = 0.05  # between looks at the writers that are waited for
 
 WriteBucket = tuple[str, str, tuple[list[Any], list[Any]]]  # path, name, (bytes, tensors): what goes into one file
 
@@ -69,13 +72,11 @@ class Writing:
         return self.thread is not None and self.thread.is_alive()
 
     def finish(self) -> None:
-        """Gather the results of all ranks and publish; collective, after every rank's thread has ended.
+        """Gather the results of all ranks and publish; collective, once every rank's thread has ended.
 
         Raises:
             CheckpointException, OSError: on every rank, when one of them could not write.
         """
-        if self.thread is not None:
-            self.thread.join()
         with cpu.cuda_means_cpu():
             for step in self.finalize:
                 step()
@@ -138,9 +139,9 @@ class Checkpoints:
             wait: return when it is on disk.
 
         Returns:
-            Whether nothing has failed so far. A failure is said, and leaves the earlier checkpoints as they are.
+            Whether this checkpoint has not failed so far. A failure is said, and leaves the earlier checkpoints as they are.
         """
-        good = self.poll(wait=True)
+        self.poll(wait=True)
         scratch = files.checkpoint_path(self.folder, step).with_suffix(self.suffix)
         if not self._prepare(scratch, state):
             return False
@@ -151,12 +152,16 @@ class Checkpoints:
         manifest = {"step": step, **facts, "belongs_to": self.belongs_to}
         request.add_finalize_fn(functools.partial(self._publish, scratch, step, manifest))
         self.writing = Writing(request, scratch, self.groups.rank)
-        return self.poll(wait=wait or not self.settings.asynchronous) and good
+        return self.poll(wait=wait or not self.settings.asynchronous)
 
     def poll(self, *, wait: bool = False) -> bool:
         """Publish the checkpoint whose files have arrived; collective. False when writing it failed."""
-        if self.writing is None or (not wait and self.groups.any(self.writing.is_writing)):
+        if self.writing is None:
             return True
+        while self.groups.any(self.writing.is_writing):  # nobody waits inside a collective, which has a time limit
+            if not wait:
+                return True
+            time.sleep(POLL_S)
         writing, self.writing, reason = self.writing, None, ""
         try:
             writing.finish()
@@ -176,7 +181,7 @@ class Checkpoints:
         Raises:
             UserError: it belongs to other settings (named), or every checkpoint is damaged.
         """
-        paths = files.finished(self.folder)
+        paths = self.groups.on_first(lambda: files.finished(self.folder))  # other nodes may see an older listing
         for path in paths:
             wrong = files.damage(path, self.groups.rank, self.groups.world_size)
             if wrong:
@@ -202,14 +207,19 @@ class Checkpoints:
             )
 
     def _prepare(self, scratch: Path, state: dict[str, Any]) -> bool:
-        """An empty folder, when the disk has room; all ranks get the same answer."""
-        needed = sum_over_tensors(state)
+        """An empty folder, when the disk has room; all ranks get the same answer.
+
+        What megatron-core writes at once, on rank 0 and before its collectives, must not fail there: as much is tried here.
+        """
+        needed = sum_over_tensors(state) * self.groups.tp_size
         short = False
         if self.groups.is_first:
             try:
                 scratch.mkdir()
+                (scratch / "probe").write_bytes(pickle.dumps(state.get("run")))
+                (scratch / "probe").unlink()
                 free = shutil.disk_usage(self.folder).free
-                short = free < needed * self.groups.tp_size
+                short = free < needed
                 if short:
                     say(f"checkpoint {scratch.stem}: {self.folder} has {free:,} bytes free; {needed:,} are needed")
             except OSError as error:
@@ -222,15 +232,15 @@ class Checkpoints:
 
     def _publish(self, scratch: Path, step: int, manifest: dict[str, Any]) -> None:
         """After all ranks' files are written: the checkpoint appears."""
-        error: OSError | None = None
+        error: Exception | None = None
         if self.groups.is_first:
             try:
                 files.publish(scratch, files.checkpoint_path(self.folder, step), manifest)
                 files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
-            except OSError as caught:
+            except (OSError, UserError) as caught:  # UserError: from atomic_write_text
                 error = caught
         if self.groups.any(error is not None):
-            raise error or OSError("rank 0 could not finish the checkpoint")
+            raise OSError(str(error or "rank 0 could not finish the checkpoint"))
 
     def _discard(self, reason: str, scratch: Path) -> None:
         """Say that a checkpoint could not be written, and remove what there is of it."""

@@ -63,9 +63,11 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     manifest.write_text(json.dumps({**facts, "files": sums}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     sync_path(manifest)
     sync_path(scratch)
-    shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+    replaced = set_aside(path) if path.exists() else None  # of the same step: damaged, or saved before its evaluation
     scratch.rename(path)
     sync_path(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
     atomic_write_text(path.parent / "latest", path.name + "\n")
 
 
@@ -86,12 +88,16 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint; a kill half-way leaves a folder that is never read."""
+def set_aside(path: Path) -> Path:
+    """Take a checkpoint's name away at once; what is left has a name that is never read."""
     doomed = path.with_name(f"{path.name}{PARTIAL}removed")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return path.rename(doomed)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint."""
+    shutil.rmtree(set_aside(path), ignore_errors=True)
 
 
 def fall_back(path: Path) -> None:

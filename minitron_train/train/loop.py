@@ -70,13 +70,27 @@ class Trainer:
         """Whether no step is left to take or to evaluate."""
         return not self.state.unevaluated and (self.state.step >= self.num_steps or self.is_stalled)
 
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether this step is one to evaluate after."""
+        every, state = self.config.eval.every_tokens, self.state
+        passed = every and state.tokens // every > state.evaluated_tokens // every
+        return bool(passed or state.unevaluated) or state.step >= self.num_steps
+
     def run(self) -> str | None:
-        """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved."""
+        """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved.
+
+        After a signal an evaluation, which may take longer than the grace that is left, is the next start's first work.
+        """
+        self.reporter.resume_clock()
         while not self.is_over:
             row = self.state.unevaluated or self.take_step()
-            row |= self.evaluate_if_due(row)
-            self.reporter.report(self.state.step, row)
             stop = self.agreed_signal()
+            if stop is not None and self.is_evaluation_due:
+                self.state.unevaluated = row
+            else:
+                row |= self.evaluate_if_due(row)
+                self.reporter.report(self.state.step, row)
             self.save_if_due(last=stop is not None or self.is_over)
             if stop is not None:
                 return stop
@@ -153,6 +167,7 @@ class Trainer:
         what = f"step {step}: loss {loss}, gradient norm {norm}"
         where = f"batch of sequences {self.state.step * size} to {step * size - 1} of the stream ({batch.sources})"
         if self.config.train.on_non_finite is OnNonFinite.stop:
+            self.checkpoints.poll(wait=True)  # one on its way to disk is good
             raise UserError(
                 f"{what}: not finite, {where}; the weights are those of step {step - 1}; lower train.lr, look at the data, "
                 "or set train.on_non_finite=skip"
@@ -166,11 +181,10 @@ class Trainer:
         When they fail, the step is saved with its figures, `row`, and a restart begins with its evaluation. Of several
         ranks one may have failed alone, without memory for instance: then none can save, unless the error is the user's.
         """
-        every, state = self.config.eval.every_tokens, self.state
-        is_saved, state.unevaluated = bool(state.unevaluated), {}
-        due = every and state.tokens // every > state.evaluated_tokens // every
-        if not due and state.step < self.num_steps:
+        state = self.state
+        if not self.is_evaluation_due:
             return {}
+        is_saved, state.unevaluated = bool(state.unevaluated), {}
         try:
             return self.evaluate()
         except Exception as error:

@@ -30,7 +30,7 @@ class RunState:
     best: float | None = None  # value of `best_metric` so far
     best_metric: str | None = None  # what `best` and `num_since_best` go by
     num_since_best: int = 0  # evaluations after the best one
-    unevaluated: dict[str, Any] = field(default_factory=dict)  # figures of this step, whose evaluation has failed
+    unevaluated: dict[str, Any] = field(default_factory=dict)  # figures of this step, whose evaluation is still to come
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -33,16 +33,20 @@ class Tracker:
         import wandb
 
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
-            project=settings.project,
-            name=self.name,
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
-        )
+        try:
+            self.run = wandb.init(
+                project=settings.project,
+                name=self.name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                mode=mode,  # type: ignore[arg-type]
+                config=dict(config),
+                settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
+            )
+        except Exception as error:  # no key, no network: a requeued training must not die of it
+            say(f"W&B could not begin ({error}); metrics.jsonl has every figure, and the next start tries again")
+            return
         self.run_id = self.run.id
 
     def record(self, kind: str, folder: Path, *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:

@@ -1,6 +1,8 @@
 """The best checkpoint by a chosen metric, and the end of a run that no longer improves."""
 
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,23 @@ def test_a_failed_evaluation_loses_no_step(training: Material, tmp_path: Path) -
     assert (facts["resumed_at_step"], facts["evaluation"]["quiz.acc"]) == (8, 0.9)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
     assert files.evaluation_of(tmp_path / "checkpoints" / "step_00000008")["quiz.acc"] == 0.9
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_after_a_signal_the_evaluation_waits_for_the_next_start(training: Material, tmp_path: Path, step: int) -> None:
+    asked: list[int] = []
+
+    def hook(trainer: Any) -> dict[str, float]:
+        asked.append(trainer.state.step)
+        return quiz(trainer)
+
+    with before_step(step, lambda _: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(SystemExit):
+        run(training, tmp_path, EVERY_STEP, hook)
+    assert asked == list(range(1, step))
+    assert run(training, tmp_path, EVERY_STEP, hook)["resumed_at_step"] == step
+    assert asked == list(range(1, 9))
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == asked and [row["eval.quiz.acc"] for row in found] == ACCURACIES
 
 
 def test_best_checkpoint_by_a_task(training: Material, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Checkpoints: what is continued is bit-equal, what is damaged is passed over, what does not fit is refused."""
 
+import contextlib
 import json
 import os
 import resource
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch
 from minitron_train.config import OnNonFinite
 from minitron_train.errors import UserError
 from minitron_train.evaluation.source import open_origin
-from minitron_train.files import sha256_file
+from minitron_train.files import PARTIAL, sha256_file
 from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
@@ -175,6 +178,74 @@ def test_full_disk_leaves_the_earlier_checkpoint(
     assert not list((tmp_path / "checkpoints").glob("*.partial*"))
     assert run(training, tmp_path)["resumed_at_step"] == 3
     assert rows(tmp_path) == rows(uninterrupted)
+
+
+@contextlib.contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[Callable[[], None]]:
+    """Two functions that make every larger file fail, as a full disk does, and lift that again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_failed_save_does_not_spoil_the_last_one(
+    training: Material, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def recover(trainer) -> None:  # step 7's writer has failed, which nobody has looked at
+        trainer.checkpoints.writing.thread.join()
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    with file_size_limit(200_000) as fill, before_step(7, lambda _: fill()), before_step(8, recover):
+        assert run(training, tmp_path, checkpoint__interval_steps=7)["steps"] == NUM_STEPS
+    assert "step_00000007 could not be written" in capsys.readouterr().out
+    assert [path.name for path in files.finished(tmp_path / "checkpoints")] == ["step_00000008"]
+
+
+def test_what_the_first_rank_writes_at_once_is_tried_before(
+    training: Material, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    failed = pytest.raises(UserError, match="the last checkpoint could not be written")
+    with file_size_limit(8_000) as fill, before_step(5, lambda _: fill()), failed:
+        run(training, tmp_path, checkpoint__interval_steps=99)
+    assert "File too large" in capsys.readouterr().out
+    assert not list((tmp_path / "checkpoints").glob("*.partial*"))
+
+
+def test_a_full_disk_after_the_rename(
+    training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise UserError(f"{path}: no room")
+
+    monkeypatch.setattr(files, "atomic_write_text", full)
+    with pytest.raises(UserError, match="the last checkpoint could not be written"):
+        run(training, tmp_path, checkpoint__interval_steps=99)
+    assert "latest: no room" in capsys.readouterr().out
+
+
+def test_a_checkpoint_keeps_its_name_until_its_successor_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any moment of a deletion must leave a whole checkpoint of the step."""
+    path, rmtree = files.checkpoint_path(tmp_path, 1), files.shutil.rmtree
+
+    def delete(doomed: Path, **how: Any) -> None:
+        assert PARTIAL in doomed.name
+        assert not doomed.exists() or path.exists()
+        rmtree(doomed, **how)
+
+    monkeypatch.setattr(files.shutil, "rmtree", delete)
+    for text in ("before its evaluation", "after"):
+        scratch = tmp_path / f"{path.name}{PARTIAL}x"
+        scratch.mkdir()
+        (scratch / "data").write_text(text)
+        files.publish(scratch, path, {"step": 1})
+    assert (path / "data").read_text() == "after" and files.damage(path) is None
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["latest", path.name]
 
 
 def test_no_room_is_seen_before_writing(

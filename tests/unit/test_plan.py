@@ -149,6 +149,18 @@ def test_layouts_have_the_optimizer_that_is_configured() -> None:
         assert found and all(choice["layout"]["sharded_optimizer"] is sharded for choice in found)
 
 
+def test_recomputation_costs_time() -> None:
+    """Selective repeats the MLP, full the whole layer: of matrices, memory traffic, and all-reduces (four before)."""
+    config = load("+recipe=4b", "cluster=h200", "cluster.num_nodes=1")
+    found = plan(config, *shapes(config))["layouts"]
+    same = [row for row in found if row["layout"]["tp"] == 2 and row["layout"]["micro_batch_size"] == 1]
+    seconds = {row["layout"]["recompute"]: row["step_seconds"] for row in same}
+    assert set(seconds) == {"none", "selective", "full"}
+    for part in ("matrices", "elementwise", "tp_network"):
+        none, selective, full = (seconds[name][part] for name in ("none", "selective", "full"))
+        assert none < selective < full
+
+
 def test_slicing_reads_the_rows_that_are_kept() -> None:
     """prune_full_size.py counted 18.0 GB of the 15B's 31.3, and 8.4 GB written."""
     slicing = plan(load("+recipe=4b"), *shapes(load("+recipe=4b")))["slicing"]

@@ -19,6 +19,7 @@ from minitron_train.config import (
     WandbMode,
 )
 from minitron_train.errors import UserError
+from minitron_train.train.checkpoint_files import finished
 from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
 from minitron_train.train.optim import learning_rate
 from tests.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, rows, run
@@ -167,6 +168,12 @@ def test_a_nan_stops_before_the_step(training: Material, tmp_path: Path) -> None
         assert torch.equal(value, kept["before"][name]), name
 
 
+def test_a_nan_loses_no_checkpoint(training: Material, tmp_path: Path) -> None:
+    with before_step(4, poison), pytest.raises(UserError, match="step 4"):
+        run(training, tmp_path)  # step 3 is on its way to disk
+    assert [path.name for path in finished(tmp_path / "checkpoints")] == ["step_00000003"]
+
+
 def test_a_nan_can_be_skipped(training: Material, plain: list[dict], tmp_path: Path) -> None:
     with before_step(3, poison):
         facts = run(training, tmp_path, train__on_non_finite=OnNonFinite.skip)
@@ -180,6 +187,12 @@ def test_a_nan_can_be_skipped(training: Material, plain: list[dict], tmp_path: P
 def test_batches_that_do_not_fit(training: Material, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.global_batch_size=8: must be a multiple of train.micro_batch_size=3"):
         run(training, tmp_path, train__micro_batch_size=3)
+
+
+@pytest.mark.parametrize("other", [{"data__document_attention": True}, {"eval__training_tasks": ["hellaswag"]}])
+def test_masks_that_transformer_engine_would_not_see(training: Material, tmp_path: Path, other: dict) -> None:
+    with pytest.raises(UserError, match=r"train.transformer_engine=true: .* takes no further mask"):
+        run(training, tmp_path, train__transformer_engine=True, **other)
 
 
 def test_an_optimizer_that_could_not_be_resumed(training: Material, tmp_path: Path) -> None:
@@ -239,6 +252,16 @@ def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypa
     again.close()
     assert first.run_id == again.run_id
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}"))) >= 1
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:  # a restart without network goes on, and keeps the run for the next one
+        patch.setattr("wandb.init", refuse)
+        without = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=first.run_id, config={})
+        without.write({"step": 2, "loss": 1.0})
+        without.close()
+        assert without.run_id == first.run_id
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert wandb_mode(WandbMode.auto) == "online"
     assert json.dumps("secret") not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*.yaml"))
