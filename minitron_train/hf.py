@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 * 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS: dict[str, Any] = {field.name: field.type for field in fields(Shape)}
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -74,15 +77,16 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
         supported = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"{where}: model_type {name!r} is not supported; supported architectures: {supported}")
     table = architecture(str(name))
-    values = {field: lookup(config, key) for field, key in table.config_keys.items()}
+    values: dict[str, Any] = dict.fromkeys(table.config_keys)
+    for field, key in table.config_keys.items():
+        if (value := lookup(config, key)) is not None:
+            values[field] = number(value, key, where, KINDS[field])
     values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
     if values["kv_channels"] is None and values["hidden_size"] and values["num_attention_heads"]:
         values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
     for field, key in table.config_keys.items():
         if values[field] is None:
             raise UserError(f"{where}: the key {key!r} is missing; add it as the model's authors give it")
-        if not isinstance(values[field], int | float):
-            raise UserError(f"{where}: {key}={values[field]!r} is not a number; set it as the model's authors give it")
     for key, wanted in table.config_facts.items():
         if config.get(key, wanted) not in (wanted, None):
             raise UserError(
@@ -91,13 +95,28 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     percent, base = lookup(config, "partial_rotary_factor"), lookup(config, "rope_theta")
     shape = Shape(
         architecture=table.name,
-        rotary_percent=float(percent if percent is not None else default_rotary_percent(table)),
-        rotary_base=float(base if base is not None else 10000.0),
+        rotary_percent=default_rotary_percent(table)
+        if percent is None
+        else number(percent, "partial_rotary_factor", where),
+        rotary_base=10000.0 if base is None else number(base, "rope_theta", where),
         rope_scaling_factor=rope_scaling_factor(config, where),
         **values,
     )
     shape.check(where)
     return shape
+
+
+def number(value: Any, key: str, where: str, kind: type = float) -> Any:
+    """A value of config.json as the number that it must be.
+
+    Raises:
+        UserError: it is none, or not a whole one where `kind` is int.
+    """
+    is_number = isinstance(value, int | float) and (kind is bool or not isinstance(value, bool))
+    if not is_number or (kind is int and value != int(value)):
+        whole = "whole " if kind is int else ""
+        raise UserError(f"{where}: {key}={value!r} is not a {whole}number; set it as the model's authors give it")
+    return kind(value)
 
 
 def default_rotary_percent(table: Architecture) -> float:
@@ -108,6 +127,8 @@ def default_rotary_percent(table: Architecture) -> float:
 def rope_scaling_factor(config: Mapping[str, Any], where: str) -> float | None:
     """Llama 3.1's scaling factor; None without scaling. Other kinds of scaling are refused."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{where}: rope_scaling={rope!r} is not an object; set it as the model's authors give it")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -117,7 +138,7 @@ def rope_scaling_factor(config: Mapping[str, Any], where: str) -> float | None:
     for key, wanted in fixed.items():
         if rope.get(key, wanted) != wanted:
             raise UserError(f"{where}: llama3 rope scaling with {key}={rope[key]}: only {wanted} is supported")
-    return float(rope["factor"])
+    return number(rope.get("factor"), "the factor of rope_scaling", where)
 
 
 class Checkpoint:

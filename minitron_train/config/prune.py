@@ -101,7 +101,7 @@ class PruneConfig:
     rotate: bool = opt(False, "keep principal directions of the residual stream instead of embedding channels")
     norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
     refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
-    ridge: float = opt(0.03, "least of the least squares, as a share of the mean squared input; few tokens raise it")
+    ridge: float = opt(0.03, "draws the least squares to the cut weights, as a share of the mean squared input")
     repair_tokens: int = opt(
         131072, "calibration tokens that rotation, norm_scale and refit are fitted on; held at once by all processes"
     )

@@ -103,7 +103,7 @@ def header(run: Run, license_name: str | None) -> dict[str, Any]:
         "license": license_name,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": settings.get("repo_id"),
+        "base_model": None if settings.get("path") else settings.get("repo_id"),
         "tags": ["minitron", "pruning", "knowledge-distillation"],
         "model-index": model_index(run),
     }
@@ -198,12 +198,22 @@ def training(run: Run) -> dict[str, Any]:
     if stage is None:
         return {}
     facts, config = stage.get("facts") or {}, stage["config"]
-    return {
-        **config["train"],
-        "loss": config["distill"]["loss"],
-        "temperature": config["distill"]["temperature"],
-        **facts,
+    return {**config["train"], "objective": objective(config["distill"]), **facts}
+
+
+def objective(distill: Mapping[str, Any]) -> str:
+    """The loss in words, with the weights where there are several."""
+    temperature, top_k = distill["temperature"], distill.get("top_k")
+    logits = f"the teacher's {top_k} largest logits" if top_k else "the logits of the full vocabulary"
+    parts = {
+        f"{distill['loss']} on {logits}, temperature {temperature}": distill.get("kd_weight", 1.0),
+        "cross-entropy on the labels": distill.get("ce_weight", 0.0),
     }
+    found = {text: weight for text, weight in parts.items() if weight}
+    words = [text if len(found) == 1 else f"{weight:g} x {text}" for text, weight in found.items()]
+    if pairs := distill.get("hidden_layers"):
+        words.append(f"{distill['hidden_loss']} between hidden states (student/teacher {', '.join(pairs)})")
+    return "; ".join(words)
 
 
 def sources(run: Run) -> list[tuple[str, str, str]]:
@@ -211,16 +221,11 @@ def sources(run: Run) -> list[tuple[str, str, str]]:
     stage = run.stage("distill") or {}
     data = (stage.get("config") or {}).get("data") or {}
     hashes = {key.removeprefix("data "): value for key, value in (stage.get("inputs") or {}).items()}
-    total = sum(source["weight"] for source in data.get("sources", {}).values()) or 1.0
-    found = [
-        (name, percent(source["weight"] / total), str(hashes.get(name, ""))[:16])
-        for name, source in data.get("sources", {}).items()
-    ]
-    return (
-        found or [(Path(data["path"]).name, percent(1.0), next(iter(hashes.values()), "")[:16])]
-        if data.get("path")
-        else found
-    )
+    if data.get("path"):  # instead of the sources that a preset names
+        return [(Path(data["path"]).name, percent(1.0), str(next(iter(hashes.values()), ""))[:16])]
+    parts = data.get("sources", {})
+    total = sum(source["weight"] for source in parts.values()) or 1.0
+    return [(name, percent(source["weight"] / total), str(hashes.get(name, ""))[:16]) for name, source in parts.items()]
 
 
 def evaluated(run: Run) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import SIZES, Shape
-from minitron_train.config import Config, PruneConfig
+from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import principal_basis, why_not
@@ -22,7 +22,7 @@ from minitron_train.prune.scores import Scores
 from minitron_train.prune.select import Keep, select
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced, slice_checkpoint
-from minitron_train.prune.target import check_target
+from minitron_train.prune.target import check_target, num_repair_sequences
 
 
 def cut(
@@ -59,26 +59,6 @@ def cut(
     for _ in changed:  # the other ranks share the work of a repair; the first one writes
         pass
     return facts
-
-
-def check_request(teacher: Shape, student: Shape, config: Config) -> None:
-    """Refuse, before scoring, a target that cannot be cut out of the teacher, or a repair from too few tokens."""
-    from minitron_train.prune.repair import check_enough
-
-    check_target(teacher, student, config.prune)
-    calibration = config.calibration
-    if calibration.tokens is None:
-        num_sequences = min(calibration.num_samples, num_repair_sequences(config.prune, calibration.seq_length))
-        check_enough(num_sequences * calibration.seq_length, student, config.prune)
-
-
-def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:
-    """Sequences that rotation and repair are fitted on at most, the same on any number of processes.
-
-    The processes share them and hold all: a repair's two residual streams take 4 (D + H) repair_tokens bytes together
-    (D, H: hidden sizes of teacher and student), rotation's one 4 D repair_tokens.
-    """
-    return max(1, prune.repair_tokens // seq_length)
 
 
 def choose(

@@ -20,39 +20,26 @@ from torch import Tensor
 
 from minitron_train.arch.build import Norm
 from minitron_train.arch.convert import pack, shards_to_parts
-from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import OUTPUT, Row
 from minitron_train.config import PruneConfig, Refit
 from minitron_train.console import progress
-from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import effective_gamma
 from minitron_train.prune.layers import Layers, forward, seeing
 from minitron_train.prune.select import Keep
 from minitron_train.prune.slice import VOCABULARY_ROWS
+from minitron_train.prune.target import check_enough
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
 
 TOKEN_WEIGHT_POWER = (
     0.75  # a token weighs rms(stream)^-0.75: first tokens are 100 times larger and must not decide alone
 )
-TOKENS_PER_INPUT = 4  # fewer tokens fit noise: on SmolLM2 the result is then worse than the plain cut
 REFITTED = {
     Refit.none: (),
     Refit.outputs: ("linear_proj", "linear_fc2"),
     Refit.all: ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
 }
-
-
-def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
-    """Refuse a fit on so few tokens that it would fit noise."""
-    widest = max(student.axis_size("q"), student.ffn_hidden_size, student.hidden_size)
-    if prune.refit is not Refit.none and num_tokens < TOKENS_PER_INPUT * widest:
-        raise UserError(
-            f"calibration: {num_tokens} tokens are too few to fit {widest} inputs by least squares, "
-            f"{TOKENS_PER_INPUT * widest} are the least; "
-            "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
-        )
 
 
 class LeastSquares:

@@ -95,13 +95,15 @@ def check_tokens(sequences_NS: Tensor, teacher: hf.Checkpoint, num_parts: int) -
         raise UserError(
             f"calibration: {len(sequences_NS)} sequences for {num_parts} data-parallel ranks; give more samples"
         )
-    largest, vocab, longest = int(sequences_NS.max()), teacher.shape.vocab_size, teacher.shape.max_position_embeddings
+    is_token = sequences_NS >= 0
+    if not is_token[:, 0].all() or (is_token[:, 1:] & ~is_token[:, :-1]).any():
+        raise UserError(
+            "calibration.tokens: padding (-1) stands before a token; a sequence begins with a token and is padded at its end"
+        )
+    largest, vocab = int(sequences_NS.max()), teacher.shape.vocab_size
     if largest >= vocab:
         raise UserError(
             f"calibration: token {largest} is outside the vocabulary of {vocab} entries; "
             "use tokens made with this teacher's tokenizer"
         )
-    if sequences_NS.shape[1] > longest:
-        raise UserError(
-            f"calibration.seq_length={sequences_NS.shape[1]}: the teacher was made for {longest} positions; shorten it"
-        )
+    teacher.shape.check_length(sequences_NS.shape[1], "calibration.seq_length", "teacher")

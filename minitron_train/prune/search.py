@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_write_json
 from minitron_train.plan.counts import forward_flops_per_token, parameters
-from minitron_train.prune.target import check_target
+from minitron_train.prune.target import check_request
 
 if TYPE_CHECKING:
     from minitron_train.workspace import Workspace
@@ -31,14 +32,13 @@ class Candidate:
     non_embedding_parameters: int
     memory_gib: float  # weights and KV cache in inference
     flops_per_token: int  # forward
-    zero_shot_loss: float | None = None
+    zero_shot_loss: float | None = None  # of either: infinite where the perplexity overflowed
     retrained_loss: float | None = None
 
     @property
     def name(self) -> str:
-        """Of its folder: layers, heads, MLP and hidden size."""
-        s = self.shape
-        return f"l{s.num_layers}-a{s.num_attention_heads}-f{s.ffn_hidden_size}-h{s.hidden_size}"
+        """Of its folder."""
+        return name_of(self.shape.sizes())
 
     @property
     def loss(self) -> float:
@@ -50,7 +50,13 @@ class Candidate:
         """For search.json."""
         sizes = ("num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
-        return {"name": self.name, **{size: getattr(self.shape, size) for size in sizes}, **values}
+        finite = {key: None if value == math.inf else value for key, value in values.items()}
+        return {"name": self.name, **{size: getattr(self.shape, size) for size in sizes}, **finite}
+
+
+def name_of(sizes: Mapping[str, int]) -> str:
+    """Layers, heads, MLP and hidden size in a word."""
+    return "l{num_layers}-a{num_attention_heads}-f{ffn_hidden_size}-h{hidden_size}".format(**sizes)
 
 
 def weigh(shape: Shape, search: SearchConfig) -> Candidate:
@@ -66,42 +72,46 @@ def weigh(shape: Shape, search: SearchConfig) -> Candidate:
     )
 
 
-def grid(search: SearchConfig, teacher: Shape) -> list[Candidate]:
-    """Every shape of the grid that the teacher can be cut to, largest first."""
+def grid(search: SearchConfig, teacher: Shape) -> Iterator[dict[str, int]]:
+    """The sizes of every shape of the grid, whether or not the teacher can be cut to them."""
     axes = [
         getattr(search, key) or [getattr(teacher, key)] for key in ("num_layers", "num_attention_heads", "hidden_size")
     ]
-    found = []
     for layers, heads, hidden, factor in itertools.product(*axes, search.ffn_expansion or [None]):
         ffn = teacher.ffn_hidden_size if factor is None else round(factor * hidden)
-        sizes = {"num_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_hidden_size": ffn}
-        found.append(weigh(teacher.smaller(**sizes), search))
-    return sorted(found, key=lambda candidate: -candidate.parameters)
+        yield {"num_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_hidden_size": ffn}
 
 
 def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:
-    """The shapes of the grid that can be cut, shared by the ranks and opened by loaders; why each of the others cannot."""
+    """The shapes of the grid that can be cut, repaired, shared by the ranks and opened by loaders, largest first; and why
+    each of the others cannot.
+    """
     found, refusals = [], []
-    for candidate in grid(config.search, teacher):
+    for sizes in grid(config.search, teacher):
         try:
-            check_target(teacher, candidate.shape, config.prune)
-            candidate.shape.check_parallel(config.parallel.tensor_model_parallel_size, "student")
-            found.append(candidate)
+            shape = teacher.smaller(**sizes)
+            check_request(teacher, shape, config.prune, config.calibration)
+            shape.check_parallel(config.parallel.tensor_model_parallel_size, "student")
+            found.append(weigh(shape, config.search))
         except UserError as error:
-            refusals.append(f"{candidate.name}: {error}")
-    return found, refusals
+            refusals.append(f"{name_of(sizes)}: {error}")
+    return sorted(found, key=lambda candidate: -candidate.parameters), refusals
 
 
 def candidates(config: Config, teacher: Shape) -> list[Candidate]:
-    """The usable shapes of the grid within the budget, largest first.
+    """The usable shapes of the grid within the budget, largest first; raises what `within_budget` raises."""
+    return within_budget(config.search, *usable(config, teacher))
+
+
+def within_budget(search: SearchConfig, every: list[Candidate], refusals: list[str]) -> list[Candidate]:
+    """Those of `every` that fit; `refusals` is why the grid's other shapes cannot be had.
 
     Raises:
         UserError: no target, no usable shape, or none that fits it; the message names what comes nearest.
     """
-    search = config.search
-    if search.target is None:
+    target = search.target
+    if target is None:
         raise UserError(f"search.target is not set: a search needs the {search.budget} to aim at; set it, like 4.0e9")
-    (every, refusals), target = usable(config, teacher), search.target
     if not every:
         raise UserError(f"search: none of {len(refusals)} shapes can be had, as {refusals[0]}")
     distance = {candidate.name: abs(getattr(candidate, search.budget) / target - 1) for candidate in every}
@@ -146,8 +156,9 @@ def search(ws: "Workspace") -> None:
     array can try one each (search.only), and a search after them finds all done and ranks them.
     """
     settings = ws.config.search
-    found = candidates(ws.config, ws.teacher_shape)
-    if refusals := usable(ws.config, ws.teacher_shape)[1]:
+    every, refusals = usable(ws.config, ws.teacher_shape)
+    found = within_budget(settings, every, refusals)
+    if refusals and ws.world.is_first:
         say(f"search: {len(refusals)} shapes of the grid are left out, as {refusals[0]}")
     chosen = choose(found, settings.only)
     if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
@@ -194,6 +205,7 @@ def try_out(ws: "Workspace", candidate: Candidate) -> None:
 
 
 def validation_loss(ws: "Workspace", label: str) -> float:
-    """Nats, of one evaluated model."""
+    """Nats, of one evaluated model; infinite where its perplexity overflowed."""
     file = ws.eval_folder / f"{label}.json"
-    return math.log(ws.on_first(lambda: json.loads(file.read_text())["perplexity"]))
+    perplexity = ws.on_first(lambda: json.loads(file.read_text())["perplexity"])
+    return math.inf if perplexity is None else math.log(perplexity)

@@ -31,7 +31,9 @@ class Keep:
     partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
     merge: Merge = Merge.none
     basis: Basis | None = None  # the residual stream is rotated, not cut to `embedding`
-    importance: Importance | None = None  # of everything in the teacher, by which this was chosen
+    importance: Importance | None = (
+        None  # of everything in the teacher, by which this was chosen; None after several steps
+    )
 
     def rows(self, axis: str, layer: int) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""
@@ -83,7 +85,6 @@ class Keep:
             groups={origin[i]: self.groups[origin[i]][after.groups[i]] for i in kept},
             ffn={origin[i]: self.ffn[origin[i]][after.ffn[i]] for i in kept},
             partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
-            importance=self.importance,
         )
 
 

@@ -2,8 +2,18 @@
 
 from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import Shape
-from minitron_train.config import Merge, PruneConfig
+from minitron_train.config import CalibrationConfig, Merge, PruneConfig, Refit
 from minitron_train.errors import UserError
+
+TOKENS_PER_INPUT = 4  # fewer tokens fit noise: on SmolLM2 the result is then worse than the plain cut
+
+
+def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibration: CalibrationConfig) -> None:
+    """Refuse, before scoring, a target that cannot be cut out of the teacher, or a repair from too few tokens."""
+    check_target(teacher, student, prune)
+    if calibration.tokens is None:
+        num_sequences = min(calibration.num_samples, num_repair_sequences(prune, calibration.seq_length))
+        check_enough(num_sequences * calibration.seq_length, student, prune)
 
 
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
@@ -45,3 +55,23 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
                 f"student.{key}={value}: must be a multiple of prune.multiple_of={prune.multiple_of}; "
                 f"choose {value // prune.multiple_of * prune.multiple_of or prune.multiple_of}"
             )
+
+
+def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
+    """Refuse a fit on so few tokens that it would fit noise."""
+    widest = max(student.axis_size("q"), student.ffn_hidden_size, student.hidden_size)
+    if prune.refit is not Refit.none and num_tokens < TOKENS_PER_INPUT * widest:
+        raise UserError(
+            f"calibration: {num_tokens} tokens are too few to fit {widest} inputs by least squares, "
+            f"{TOKENS_PER_INPUT * widest} are the least; "
+            "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
+        )
+
+
+def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:
+    """Sequences that rotation and repair are fitted on at most, the same on any number of processes.
+
+    The processes share them and hold all: a repair's two residual streams take 4 (D + H) repair_tokens bytes together
+    (D, H: hidden sizes of teacher and student), rotation's one 4 D repair_tokens.
+    """
+    return max(1, prune.repair_tokens // seq_length)

@@ -67,7 +67,9 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         raise UserError(
             "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
         )
+    student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
+        teacher.check_length(train.seq_length, "train.seq_length", "teacher")
         check_layers(config.distill, student, teacher)
     if config.parallel.sequence_parallel and train.seq_length % groups.tp_size:
         raise UserError(

@@ -11,14 +11,12 @@ from minitron_train.console import say
 from minitron_train.files import atomic_write_json
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
-from minitron_train.stages import plain
+from minitron_train.stages import STOPPED, plain
 from minitron_train.train.assemble import assemble, check
 from minitron_train.train.loop import Hook, Trainer
 from minitron_train.train.metrics import Console, MetricsFile
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.tracking import Tracker
-
-STOPPED = "stopped.json"  # in the run's folder after a signal: {"signal", "step", "num_steps"}; start again to go on
 
 
 def train(

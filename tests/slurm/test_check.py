@@ -59,7 +59,7 @@ def test_data_are_looked_for_before_a_job_is_queued(
     (tmp_path / "text.txt").write_text("words")
     config = cli.compose([*NO_DATA, *(word.format(text=tmp_path / "text.txt") for word in more)])
     with pytest.raises(UserError, match=r"no path|no text file matches") if is_read else nullcontext():
-        slurm.check_data([command], config)
+        slurm.accept([command], config)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_marks(command: str, words: list[str], marked: list[str]) -> None:
 
 
 def test_the_mark_is_the_one_that_training_leaves() -> None:
-    from minitron_train.train.run import STOPPED
+    from minitron_train.stages import STOPPED
 
     assert slurm.STOPPED == STOPPED
 

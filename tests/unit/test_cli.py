@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minitron_train import cli, commands
+from minitron_train.chain import chain
 from minitron_train.config import Config, StudentConfig
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
@@ -41,6 +42,11 @@ def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["distill", "+recipe=smollm2"], "run `python -m minitron_train fetch +recipe=smollm2` first"),
         (["eval"], "nothing to evaluate in outputs/custom"),
         (["train"], "unknown command 'train'"),
+        (["plan", "+hydra_x=1"], "unknown key 'hydra_x'"),
+        (["plan", "+recipe=smollm2", "train.seq_length=9000"], "train.seq_length=9000: the teacher was made for 8192"),
+        (["run", "+recipe=tiny", "eval.tasks=[hellaswagg]"], "hellaswagg"),
+        (["run", "+recipe=tiny", "eval.data_dir=nowhere"], "eval.data_dir=nowhere: no such folder"),
+        (["run", "+recipe=tiny", "train.warmup_steps=9999"], "train.warmup_steps=9999: longer than the run of"),
         (["plan", "--resolve", "sed=4"], "unknown key 'sed'"),
     ],
 )
@@ -138,6 +144,7 @@ def test_every_command_has_help(name: str) -> None:
 def test_help_shows_the_values_that_a_run_would_have() -> None:
     """The defaults are those of conf/, not of the dataclasses; a recipe and the command line win over them."""
     assert "  prune.rotate=True " in cli.command_help("prune", [])
+    assert "  data.sources={prose, code} " in cli.command_help("distill", ["+recipe=tiny"])
     shown = cli.command_help("prune", ["+recipe=4b", "prune.ridge=0.5"])
     assert "  prune.rotate=False " in shown and "  student.hidden_size=3072 " in shown and "  prune.ridge=0.5 " in shown
 
@@ -145,6 +152,21 @@ def test_help_shows_the_values_that_a_run_would_have() -> None:
 def test_help_takes_no_value_of_an_option_for_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["minitron_train", "prune", "--cfg", "job", "+recipe=4b", "--help"], World())
     assert "  student.hidden_size=3072 " in capsys.readouterr().out
+
+
+def test_recipes_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("# Mine\nstudent: {hidden_size: 77}\n")
+    assert "unknown recipe 'mine'" in minitron("plan", "+recipe=mine", cwd=tmp_path / "recipes").stderr
+    monkeypatch.chdir(tmp_path)
+    config = cli.compose(["+recipe=mine"])
+    assert (config.name, config.student.hidden_size, config.output_dir) == ("mine", 77, "outputs/mine")
+
+
+def test_a_student_of_ones_own_is_not_made() -> None:
+    own = cli.compose(["+recipe=tiny", "student.path=x"])
+    assert chain(own) == ["pretrain", "distill", "export", "eval", "report"]
+    assert chain(cli.compose(["+recipe=tiny"]))[1:3] == ["score", "prune"]
 
 
 @pytest.mark.parametrize("name", list(cli.recipes()))

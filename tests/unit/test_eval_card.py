@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_train.evaluation.card import write_card
+from minitron_train.evaluation.card import objective, write_card
 from minitron_train.evaluation.serving import serving_problems
 from tests.eval_data import save_model
 
@@ -104,6 +104,29 @@ def test_repairs_and_other_splits_are_said_and_folders_are_not(run: Path) -> Non
     assert "; every linear of a layer fitted anew by least squares." in text
     assert "ARC-E: rows of the validation split (lm-eval's own: test)." in text
     assert str(run) not in text and "/models" not in text and "teacher.path=…/Big" in text
+
+
+def test_settings_of_ones_own_are_said(run: Path) -> None:
+    """A teacher and text of one's own in the place of the recipe's, and the teacher correction's loss."""
+    for file in run.rglob("provenance.json"):
+        record = json.loads(file.read_text())
+        record["config"]["teacher"]["path"], record["config"]["data"]["path"] = "/models/mine", "/text/mine.jsonl"
+        record["config"]["distill"] |= {"kd_weight": 0.0, "ce_weight": 1.0}
+        record["inputs"] = {"data mine.jsonl": "1234" * 16}
+        file.write_text(json.dumps(record))
+    text = card(run)
+    assert "- Distillation: cross-entropy on the labels; 3,310" in text and "forward_kl" not in text
+    assert "| mine.jsonl | 100.0 % | `1234123412341234` |" in text and "| prose |" not in text
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+
+
+def test_a_mixed_loss_is_said_with_its_weights() -> None:
+    distill = {"loss": "top_k_kl", "top_k": 50, "temperature": 2.0, "kd_weight": 0.5, "ce_weight": 1.0}
+    hidden = {"hidden_loss": "cosine", "hidden_layers": ["13/29"]}
+    assert objective(distill | hidden) == (
+        "0.5 x top_k_kl on the teacher's 50 largest logits, temperature 2.0; 1 x cross-entropy on the labels; "
+        "cosine between hidden states (student/teacher 13/29)"
+    )
 
 
 def test_header_is_the_hubs(run: Path) -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from minitron_train import hf
 from minitron_train.config import Refit
 from minitron_train.errors import UserError
-from minitron_train.prune.cut import check_request, cut
+from minitron_train.prune.cut import cut
 from minitron_train.prune.score import score
 from minitron_train.prune.scores import Scores
+from minitron_train.prune.target import check_request
 from tests.models import save_tiny
 from tests.pruning import configuration, random_tokens, run_cut
 
@@ -162,7 +163,7 @@ def test_refusals_come_before_scoring(tiny_models, calibration, prune, message):
     config.calibration = dataclasses.replace(config.calibration, **calibration)
     teacher = hf.Checkpoint(tiny_models["nemotron"]).shape
     with pytest.raises(UserError, match=message):
-        check_request(teacher, teacher.smaller(hidden_size=48), config)
+        check_request(teacher, teacher.smaller(hidden_size=48), config.prune, config.calibration)
 
 
 def test_tokens_outside_the_vocabulary(tiny_models, groups, tmp_path):
