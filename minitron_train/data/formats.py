@@ -18,8 +18,19 @@ from typing import Protocol
 import pyarrow
 import pyarrow.parquet
 
+from minitron_train.console import progress
 from minitron_train.data import corpus
-from minitron_train.data.lines import BLOCK_BYTES, CopiedLines, PlainLines, copy_lines, open_lines, sample_sha256
+from minitron_train.data.lines import (
+    BLOCK_BYTES,
+    CopiedLines,
+    PlainLines,
+    copy_of,
+    decompressed_lines,
+    make_copies,
+    make_copy,
+    open_lines,
+    sample_sha256,
+)
 from minitron_train.errors import UserError
 
 PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
@@ -46,6 +57,11 @@ class TextFormat(Protocol):
         ...
 
 
+def first_line(error: Exception) -> str:
+    """An exception's message, shortened to its first line."""
+    return (str(error).splitlines() or [""])[0]
+
+
 def combine(hashes: Sequence[str]) -> str:
     """One sha256 for several."""
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
@@ -66,8 +82,18 @@ class FileFormat:
 
     @cached_property
     def files(self) -> "Sequence[PlainLines | CopiedLines | RowGroups]":
-        """Block readers of the files."""
-        return [open_lines(path, self.cache_dir) for path in self.paths]
+        """Block readers of the files; seekable copies that are missing are made here."""
+        files = [self.open(path) for path in self.paths]
+        make_copies([file for file in files if isinstance(file, CopiedLines)], self.lines_to_copy)
+        return files
+
+    def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
+        """Block reader of one file; its copy may still be missing."""
+        return open_lines(path, self.cache_dir)
+
+    def lines_to_copy(self, path: Path) -> Iterator[bytes]:
+        """All lines of a file that cannot be read in any order."""
+        return decompressed_lines(path)
 
     @property
     def num_blocks(self) -> int:
@@ -153,19 +179,22 @@ class RowGroups:
     text_key: str
 
     def read(self, block: int) -> Iterator[bytes]:
-        """The text column of one row group, as JSON lines."""
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            for text in file.read_row_group(block, columns=[self.text_key]).column(0).to_pylist():
-                yield json.dumps({self.text_key: text or ""}).encode()
+        """The text column of one row group, as JSON lines; damaged pages are a UserError."""
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                texts = file.read_row_group(block, columns=[self.text_key]).column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.path}: row group {block} cannot be read ({first_line(error)}); the file is corrupt: "
+                "fetch or write it again"
+            ) from error
+        for text in texts:
+            yield json.dumps({self.text_key: text or ""}).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(JsonLines):
     """Parquet: a document is a row's `text_key`; files with row groups above 16 MB are copied into smaller blocks."""
-
-    @cached_property
-    def files(self) -> Sequence[CopiedLines | RowGroups]:
-        return [self.open(path) for path in self.paths]
 
     def open(self, path: Path) -> CopiedLines | RowGroups:
         """Check the column, decide whether the row groups are small enough."""
@@ -173,7 +202,7 @@ class Parquet(JsonLines):
             with pyarrow.parquet.ParquetFile(path) as file:
                 metadata, schema = file.metadata, file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a Parquet file ({error}); fetch or write it again") from error
+            raise UserError(f"{path}: not a Parquet file ({first_line(error)}); fetch or write it again") from error
         if self.text_key not in schema.names:
             raise missing_column(path, self.text_key, ", ".join(schema.names))
         if not is_text(kind := schema.types[schema.names.index(self.text_key)]):
@@ -181,8 +210,13 @@ class Parquet(JsonLines):
         groups = RowGroups(path, metadata.num_row_groups, self.text_key)
         if max((row_group_bytes(metadata, g) for g in range(groups.num_blocks)), default=0) <= ROW_GROUP_BYTES:
             return groups
-        lines = (line for group in range(groups.num_blocks) for line in groups.read(group))
-        return copy_lines(path, lines, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+
+    def lines_to_copy(self, path: Path) -> Iterator[bytes]:
+        """The text column of all row groups, as JSON lines."""
+        groups = RowGroups(path, pyarrow.parquet.read_metadata(path).num_row_groups, self.text_key)
+        for group in progress(range(groups.num_blocks), f"copy of {path.name} by row groups", groups.num_blocks):
+            yield from groups.read(group)
 
     @cached_property
     def block_bytes(self) -> int:
@@ -227,7 +261,9 @@ class Embedded(JsonLines):
     def files(self) -> Sequence[CopiedLines]:
         texts = (text for module in corpus.modules() for text in corpus.documents(module, self.part))
         lines = (json.dumps({self.text_key: text}).encode() for text in texts)
-        return [copy_lines(self.paths[0], lines, self.cache_dir, self.fingerprint())]
+        copy = copy_of(self.paths[0], self.cache_dir, self.fingerprint())
+        make_copy(copy, lines)
+        return [copy]
 
     def fingerprint(self) -> str:
         return combine([corpus.corpus_sha256(), self.part])

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from minitron_train.config import SourceConfig
-from minitron_train.data.formats import combine
+from minitron_train.data.formats import combine, first_line
 from minitron_train.errors import UserError
 
 
@@ -64,8 +64,3 @@ class HubSource:
         source = self.source
         keys = (source.path, source.subset, source.split, source.revision, source.text_key)
         return combine([str(key) for key in keys])
-
-
-def first_line(error: Exception) -> str:
-    """An exception's message, shortened to its first line."""
-    return (str(error).splitlines() or [""])[0]

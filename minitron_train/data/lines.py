@@ -4,27 +4,31 @@ A block is some 32 kB of whole lines. In a plain file, block k holds the lines t
 (k + 1) * 32768): no index is needed, and neither a line nor a UTF-8 character is ever cut (b"\\n" is never part of
 another character). A .gz or .zst stream cannot be entered in its middle, so it is copied once into `cache_dir`
 as independently compressed blocks with their offsets; resuming then costs one block, not the stream before it.
+`make_copies` writes what is missing and says so.
 """
 
+import contextlib
 import fcntl
 import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow
 
+from minitron_train.console import progress, say
 from minitron_train.errors import UserError
-from minitron_train.files import partial_path, sync_path
+from minitron_train.files import byte_size, partial_path, sync_path
 
 BLOCK_BYTES = 32768
 COMPRESSED = (".gz", ".zst")
+PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
 SAMPLE_BYTES = 4096  # of a file's head and tail go into its fingerprint
 
 
@@ -55,7 +59,7 @@ class PlainLines:
 
 @dataclass(frozen=True)
 class CopiedLines:
-    """Blocks of a seekable copy (`copy_lines`): zstd frames, then their offsets, then how many there are."""
+    """Blocks of a seekable copy (`make_copies` writes it): zstd frames, then their offsets, then how many there are."""
 
     path: Path  # of the copy
     source: Path  # of the original, for messages
@@ -75,33 +79,57 @@ class CopiedLines:
         return len(self.offsets) - 1
 
     def read(self, block: int) -> Iterator[bytes]:
-        """The lines of one frame, without their newline."""
-        start, end = (int(offset) for offset in self.offsets[block : block + 2])
-        with self.path.open("rb") as file:
-            file.seek(start)
-            frame = file.read(end - start)
-        size_bytes = int.from_bytes(frame[:4], "little")
-        raw = pyarrow.Codec("zstd").decompress(frame[4:], decompressed_size=size_bytes, asbytes=True)
+        """The lines of one frame, without their newline; a damaged copy is a UserError."""
+        try:
+            start, end = (int(offset) for offset in self.offsets[block : block + 2])
+            with self.path.open("rb") as file:
+                file.seek(start)
+                frame = file.read(end - start)
+            size_bytes = int.from_bytes(frame[:4], "little")
+            raw = pyarrow.Codec("zstd").decompress(frame[4:], decompressed_size=size_bytes, asbytes=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self.path}: the copy of {self.source} cannot be read ({error}); delete it, it is made again"
+            ) from error
         assert isinstance(raw, bytes)
         yield from raw.split(b"\n")
 
 
-def copy_lines(source: Path, lines: Iterable[bytes], cache_dir: Path, fingerprint: str) -> CopiedLines:
-    """Write `lines` (of `source`) as a seekable copy into `cache_dir`, once per fingerprint; other processes wait."""
-    path = cache_dir / f"{source.name}.{fingerprint[:16]}.blocks"
+def copy_of(source: Path, cache_dir: Path, fingerprint: str) -> CopiedLines:
+    """The copy of a source with this fingerprint, whether it is written already or not."""
+    return CopiedLines(cache_dir / f"{source.name}.{fingerprint[:16]}.blocks", source)
+
+
+def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterable[bytes]]) -> None:
+    """Write the copies that are missing, with one line on the console for all; `lines_of` gives a source's lines."""
+    missing = [copy for copy in copies if not copy.path.exists()]
+    if not missing:
+        return
+    size = byte_size(sum(copy.source.stat().st_size for copy in missing))
+    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    folder = missing[0].path.parent
+    say(
+        f"copying {missing[0].source}{others} ({size}) into {folder} (data.cache_dir), once: blocks to read in any order"
+    )
+    for copy in progress(missing, "copies", len(missing)):
+        make_copy(copy, lines_of(copy.source))
+
+
+def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:
+    """Write one copy if it is missing; other processes that want it wait."""
+    folder = copy.path.parent
     try:
-        if not path.exists():
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("w") as lock:
+        if not copy.path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with copy.path.with_suffix(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not path.exists():
-                    write_copy(path, lines)
+                if not copy.path.exists():
+                    write_copy(copy.path, lines)
     except OSError as error:
         raise UserError(
-            f"{cache_dir}: the seekable copy of {source.name} cannot be written ({error.strerror}); "
+            f"{folder}: the seekable copy of {copy.source.name} cannot be written ({error.strerror}); "
             "set data.cache_dir to a folder with space"
         ) from error
-    return CopiedLines(path, source)
 
 
 def write_copy(path: Path, lines: Iterable[bytes]) -> None:
@@ -145,23 +173,36 @@ def group_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 def decompressed_lines(path: Path) -> Iterator[bytes]:
     """All lines of a .gz or .zst file; a corrupt or truncated one is a UserError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else pyarrow.input_stream(str(path), compression="zstd") as stream:
-            rest = b""
-            while piece := stream.read(1 << 20):
-                *lines, rest = (rest + piece).split(b"\n")
-                yield from lines
-            if rest:
-                yield rest
+        rest = b""
+        for piece in decompressed_pieces(path):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+        if rest:
+            yield rest
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be decompressed ({error}); the file is corrupt: fetch or write it again"
         ) from error
 
 
+def decompressed_pieces(path: Path) -> Iterator[bytes]:
+    """The text of a .gz or .zst file; the progress goes by compressed megabytes."""
+    ends = range(PIECE_BYTES, path.stat().st_size, PIECE_BYTES)
+    with contextlib.ExitStack() as stack:
+        packed = stack.enter_context(path.open("rb"))
+        unpack = gzip.open if path.suffix == ".gz" else partial(pyarrow.input_stream, compression="zstd")
+        stream = stack.enter_context(unpack(packed))
+        for end in progress(ends, f"copy of {path.name} in MB", len(ends)):
+            while packed.tell() < end and (piece := stream.read(PIECE_BYTES)):
+                yield piece
+        while piece := stream.read(PIECE_BYTES):
+            yield piece
+
+
 def open_lines(path: Path, cache_dir: Path) -> PlainLines | CopiedLines:
-    """Random access to one file's lines; a compressed file is copied first when it was not before."""
+    """Random access to one file's lines; of a compressed file, through its copy, which may still have to be made."""
     if path.suffix in COMPRESSED:
-        return copy_lines(path, decompressed_lines(path), cache_dir, sample_sha256(path))
+        return copy_of(path, cache_dir, sample_sha256(path))
     return PlainLines(path, path.stat().st_size)
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
@@ -22,6 +23,7 @@ SUFFIXES = {  # of the file names, after .gz or .zst is taken off
     SourceKind.bin: (".idx",),
     SourceKind.text: (".txt", ".md", ".rst", ".py"),
 }
+ABOUT_DATA = ("dataset_info*.json", "*.md", "readme*.txt", "readme*.rst", "license*.txt")  # lie beside data
 FORMATS = {SourceKind.jsonl: JsonLines, SourceKind.parquet: Parquet, SourceKind.text: TextFiles}
 EMBEDDED_WEIGHTS = {"prose": 0.7, "code": 0.3}  # there is three times as much code as prose; language models need prose
 
@@ -55,11 +57,14 @@ class Part:
         kinds = {kind_of(path) or SourceKind.text for path in self.paths}
         if len(kinds) > 1:
             names = ", ".join(sorted(kind.value for kind in kinds))
-            raise UserError(f"{self.config.path}: files of several formats ({names}); set kind, or a narrower glob")
+            raise UserError(
+                f"{self.config.path}: files of several formats ({names}); give a narrower glob, like FOLDER/**/*.jsonl, "
+                "or data.sources.NAME.kind"
+            )
         return kinds.pop()
 
     def open(self, split: Split) -> "TextFormat | IndexedSource | HubSource":
-        """The opened source; compressed files are made seekable here, at the first time."""
+        """The source, checked by its names only: files are opened, and copied where needed, when blocks are asked for."""
         match self.kind:
             case SourceKind.embedded:
                 part = str(self.config.path)
@@ -83,7 +88,12 @@ def parts(data: DataConfig) -> list[Part]:
     if not any(source.weight for source in configs.values()):
         raise UserError("data.sources: every weight is 0; give at least one part a weight")
     check_paths(configs, data.name)
-    return [Part(name, source, cache_folder(data)) for name, source in configs.items()]
+    found = [Part(name, source, cache_folder(data)) for name, source in configs.items()]
+    if data.late_fraction and not any(part.weights[1] for part in found):
+        raise UserError(
+            f"data.late_fraction={data.late_fraction}: every late_weight is 0; give at least one part a late_weight"
+        )
+    return found
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -143,11 +153,27 @@ def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
 
 
 def files_below(folder: Path, kind: SourceKind) -> list[Path]:
-    """The files below a folder whose names tell the format; all of them where a format is set and no name tells it."""
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
-    if kind is SourceKind.auto:
-        return [file for file in files if kind_of(file)]
-    return [file for file in files if kind_of(file) is kind] or files
+    """The files below a folder whose names tell the format; all of them where a format is set and no name tells it.
+
+    Hidden ones are left out, and of a folder with data what is about them (as the README.md of a data set of the hub).
+    """
+    files = [file for file in folder.rglob("*") if file.is_file() and not is_hidden(file.relative_to(folder))]
+    if kind is not SourceKind.auto:
+        return [file for file in files if kind_of(file) is kind] or files
+    data = [file for file in files if kind_of(file) and not is_about_data(file)]
+    if any(kind_of(file) is not SourceKind.text for file in data):
+        return data
+    return [file for file in files if kind_of(file) is SourceKind.text]
+
+
+def is_about_data(path: Path) -> bool:
+    """Whether a file tells about the data beside it, by its name in any case."""
+    return any(fnmatch(path.name.lower(), pattern) for pattern in ABOUT_DATA)
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or a folder above it has a name that begins with a dot."""
+    return any(name.startswith(".") for name in path.parts)
 
 
 def index_of(path: Path) -> Path:

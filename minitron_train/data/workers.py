@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -104,13 +105,13 @@ class Reply:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.value: Unit | UserError | None = None
+        self.value: Unit | UserError | RuntimeError | None = None
 
     def result(self) -> Unit:
-        """The unit; waits for it, and raises the UserError that the worker met."""
+        """The unit; waits for it, and raises the error that the worker met."""
         while self.value is None:
             self.worker.receive()
-        if isinstance(self.value, UserError):
+        if isinstance(self.value, UserError | RuntimeError):
             raise self.value
         return self.value
 
@@ -124,7 +125,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         try:
             while True:
                 jobs.put(pickle.load(requests))
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the latter when the training process was killed while it wrote
             os._exit(0)  # nobody waits for the unit that may be in the making
 
     threading.Thread(target=read_ahead, daemon=True).start()
@@ -133,6 +134,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             answer = maker.run(jobs.get())
         except UserError as error:
             answer = error
+        except Exception:  # as text: not every exception can be pickled
+            answer = RuntimeError(f"in a tokenising process: {traceback.format_exc()}")
         try:
             pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
@@ -145,7 +148,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
+    os.dup2(2, 1)  # whatever is printed must not end up among the answers
     serve(sys.stdin.buffer, answers)
 
 

@@ -78,7 +78,8 @@ def costs(plan: dict[str, Any]) -> list[str]:
 
 def layout_text(layout: dict[str, Any]) -> str:
     """tensor parallel 2, data parallel 64, …"""
-    extra = [name.replace("_", " ") for name in ("sequence_parallel", "sharded_optimizer") if layout[name]]
+    shared = {"sequence_parallel": layout["tp"], "sharded_optimizer": layout["dp"]}  # by so many ranks
+    extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
     text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
@@ -128,6 +129,12 @@ def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
         f"{len(fitting)} of {len(plan['layouts'])} layouts fit"
         + (f"; the fastest {most}:" if len(fitting) > most else ":")
     ]
+    if plan["layouts"] and not fitting:
+        least = min(plan["layouts"], key=lambda row: row["memory_bytes"]["total"])
+        lines[0] += (
+            f" the least, {layout_text(least['layout'])}, needs {least['memory_bytes']['total'] / GIB:.1f} GiB; "
+            "take more GPUs, a smaller student or a shorter train.seq_length"
+        )
     for row in fitting[:most]:
         peak = row["memory_bytes"]["total"] / GIB
         lines.append(f"  {layout_text(row['layout']):<78}{peak:>7.1f} GiB{row['tokens_per_second']:>12,.0f} tokens/s")

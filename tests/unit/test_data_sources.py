@@ -2,7 +2,9 @@
 
 import contextlib
 import gzip
+import hashlib
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,8 +22,10 @@ from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.calibration import calibration_data
 from minitron_train.data.sources import copied_bytes, identity, matching_files, parts
 from minitron_train.data.stream import TokenStream, validation_tokens
-from minitron_train.data.units import Split
+from minitron_train.data.units import EncodeJob, Split, UnitMaker
+from minitron_train.data.workers import Pool
 from minitron_train.errors import UserError
+from minitron_train.files import byte_size
 from minitron_train.parallel.launch import World
 from minitron_train.workspace import Workspace
 
@@ -90,6 +94,33 @@ def test_files_folders_globs(tmp_path):
     assert read_all(DataConfig(path=f"{tmp_path}/b.jsonl")) == ["b.jsonl"]
 
 
+def test_downloaded_data_set_of_the_hub(tmp_path):
+    """What lies beside the data is left out of a folder, never of a glob; where all is text, a README is text too."""
+    folder = tmp_path / "fineweb-edu"
+    beside = (
+        "README.md",
+        "LICENSE.txt",
+        ".gitattributes",
+        "dataset_info.json",
+        ".cache/huggingface/b.jsonl",
+        "sub/a.MD",
+    )
+    for name in beside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write((folder / name).parent, Path(name).name, b"about the data\n")
+    assert sorted(file.name for file in matching_files(str(folder), SourceKind.auto)) == ["LICENSE.txt", "README.md"]
+    (folder / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), folder / "data" / "train.parquet")
+    assert read_all(DataConfig(path=str(folder))) == ["x"]
+    write(folder, "notes.txt", b"text\n")
+    for path in (folder, f"{folder}/**/*"):
+        with pytest.raises(
+            UserError, match=r"several formats .*; give a narrower glob, like FOLDER/\*\*/\*\.jsonl, or"
+        ):
+            _ = parts(DataConfig(path=str(path)))[0].kind
+    assert read_all(DataConfig(path=f"{folder}/**/*.parquet")) == ["x"]
+
+
 def test_pairs_and_set_kinds(tmp_path):
     """A .bin/.idx pair is found by prefix, by either file, by glob and by folder; a set kind overrules file names."""
     for name in ("a.b.idx", "a.b.bin", "c.idx", "c.bin", "log", ".hidden.txt"):
@@ -109,14 +140,59 @@ def test_processes_share_one_copy(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(100_000))))
     code = (
-        "import sys; from pathlib import Path; from minitron_train.data.lines import open_lines;"
-        "file = open_lines(Path(sys.argv[1]), Path(sys.argv[2]));"
+        "import sys; from pathlib import Path; from minitron_train.data.formats import JsonLines;"
+        "file = JsonLines(paths=(Path(sys.argv[1]),), cache_dir=Path(sys.argv[2]));"
         "print(sum(1 for block in range(file.num_blocks) for _ in file.read(block)))"
     )
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.communicate()[0].strip() for process in processes] == ["100000"] * 3
+    assert [process.communicate()[0].splitlines()[-1] for process in processes] == ["100000"] * 3
     assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".blocks", ".lock"]
+
+
+def write_packed(folder: Path, name: str) -> str:
+    """Some 400 kB that compress to half."""
+    texts = (hashlib.sha256(b"%d" % i).hexdigest() for i in range(6000))
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name.endswith(".gz"):
+        return write(folder, name, gzip.compress(raw))
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(raw)
+    return write(folder, name, sink.getvalue().to_pybytes())
+
+
+def test_copies_are_announced_once(tmp_path, tokenizer, capfd):
+    """One line with what, how much and where, from the training process alone; none where the copies are there."""
+    for name in ("a.jsonl.gz", "b.jsonl.zst"):
+        write_packed(tmp_path / "corpus", name)
+    cache = tmp_path / "cache"
+    data = DataConfig(path=str(tmp_path / "corpus"), num_workers=2, cache_dir=str(cache))
+    first_batch(data, tokenizer)
+    said = capfd.readouterr()
+    size = byte_size(sum(file.stat().st_size for file in (tmp_path / "corpus").iterdir()))
+    line = f"copying {tmp_path}/corpus/a.jsonl.gz and 1 more ({size}) into {cache} (data.cache_dir), once"
+    assert said.out.startswith(line) and said.out.count("\n") == 1 and "copy" not in said.err
+    first_batch(replace(data, num_workers=0), tokenizer)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_progress_of_long_copies(name, tmp_path, monkeypatch, capsys):
+    """By compressed megabytes or row groups; the documents are the same."""
+    monkeypatch.setattr("minitron_train.console.PLAIN_INTERVAL_S", -1.0)
+    monkeypatch.setattr("minitron_train.data.formats.ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr(lines, "PIECE_BYTES", 50_000)
+    texts = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(6000)]
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name, row_group_size=1500)
+    else:
+        write_packed(tmp_path, name)
+    assert read_all(DataConfig(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))) == texts
+    first, *steps = capsys.readouterr().out.splitlines()
+    total = 4 if name.endswith(".parquet") else int(steps[0].split("/")[1].split(",")[0])
+    assert first.startswith("copying ") and total >= 3
+    assert [step.split(",")[-2].split(": ")[-1] for step in steps] == [f"{done}/{total}" for done in range(1, total)]
 
 
 def test_missing_parts_are_named_together(tmp_path):
@@ -167,6 +243,64 @@ def test_mistakes_in_files(case, num_workers, tmp_path, tokenizer):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+def damaged_parquet(path: Path, at: int, damage: bytes) -> str:
+    """A Parquet file whose footer is whole and whose pages are not."""
+    texts = [hashlib.sha256(b"%d" % i).hexdigest() + " слово" * 9 for i in range(500)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[at : at + len(damage)] = damage
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "damage", "copied", "num_workers"),
+    [(4, b"\xff" * 40, False, 0), (600, b"\xff" * 400, False, 1), (600, b"\xff" * 400, True, 1)],
+    ids=["page_header", "page", "page_of_a_copied_file"],
+)
+def test_damaged_parquet_pages(at, damage, copied, num_workers, tmp_path, tokenizer, monkeypatch):
+    """A corrupt body is one line with the file and what to do, wherever it is read."""
+    monkeypatch.setattr("minitron_train.data.formats.ROW_GROUP_BYTES", 1000 if copied else 1 << 24)
+    path = damaged_parquet(tmp_path / "a.parquet", at, damage)
+    data = DataConfig(path=path, num_workers=num_workers, cache_dir=str(tmp_path / "cache"), validation_fraction=0)
+    with pytest.raises(UserError, match=r"a\.parquet: row group 0 cannot be read .* fetch or write it again$") as error:
+        first_batch(data, tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_copy(tmp_path):
+    packed = write(tmp_path, "a.txt.gz", gzip.compress(b"some text\n" * 999))
+    data = DataConfig(path=packed, cache_dir=str(tmp_path / "cache"))
+    read_all(data)
+    (copy,) = (tmp_path / "cache").glob("*.blocks")
+    copy.write_bytes(copy.read_bytes()[:4] + bytes(8) + copy.read_bytes()[12:])
+    with pytest.raises(UserError, match=r"\.blocks: the copy of .*a\.txt\.gz cannot be read .* delete it"):
+        read_all(data)
+
+
+def test_any_error_of_a_worker_reaches_the_training_process(tokenizer):
+    """Also one that nobody thought of: the process lives on, and its traceback is in the message."""
+    pool = Pool(UnitMaker({}, tokenizers.encoder(tokenizer, None), ALL), 1)
+    with contextlib.closing(pool):
+        with pytest.raises(RuntimeError, match=r"in a tokenising process: Traceback(.|\n)*AttributeError"):
+            pool.submit(EncodeJob((None,), (1,))).result()  # type: ignore[arg-type]
+        assert len(pool.submit(EncodeJob(("some words",), (1,))).result().tokens)
+
+
+def test_workers_end_when_a_job_is_cut_off(tokenizer):
+    """A training process that is killed while it writes leaves half a job in the pipe."""
+    pool = Pool(UnitMaker({}, tokenizers.encoder(tokenizer, None), ALL), 1)
+    pool.submit(EncodeJob(("some words",), (1,))).result()
+    process = pool.workers[0].process
+    assert process.stdin
+    process.stdin.write(pickle.dumps(EncodeJob(("x" * 1000,), (1,)))[:500])
+    process.stdin.close()
+    try:
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
 def test_other_mistakes(tmp_path, tokenizer):
     def message(data: DataConfig) -> str:
         with pytest.raises(UserError) as error:
@@ -185,6 +319,10 @@ def test_other_mistakes(tmp_path, tokenizer):
     embedded = {"a": SourceConfig(kind=SourceKind.embedded, path="poems")}
     assert "prose and code" in message(DataConfig(sources=embedded))
     assert "every weight is 0" in message(DataConfig(sources={"a": SourceConfig(weight=0, late_weight=0)}))
+    late = {"a": SourceConfig(path=str(tmp_path / "b.txt"), late_weight=0), "b": SourceConfig(weight=0, late_weight=0)}
+    with pytest.raises(UserError, match=r"^data\.late_fraction=0\.1: every late_weight is 0; give .* a late_weight$"):
+        parts(DataConfig(sources=late, late_fraction=0.1))
+    assert parts(DataConfig(sources=late))
     hub = {"a": SourceConfig(kind=SourceKind.hub, path=str(tmp_path / "nowhere"))}
     assert "cannot be opened on the hub" in message(DataConfig(sources=hub))
     write(tmp_path, "cache", b"a file, not a folder")
