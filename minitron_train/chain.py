@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minitron_train.config import Config, TrainConfig
 from minitron_train.errors import UserError
-from minitron_train.evaluation.task_names import check_names
+from minitron_train.evaluation.task_names import check_keys, check_names
 
 
 def chain(config: Config) -> list[str]:
@@ -35,7 +35,7 @@ def check_early(names: Collection[str], config: Config) -> None:
         check_length(config.train)
         check_names(config.eval.training_tasks)
     if "eval" in names and not config.eval.compare:
-        check_names(config.eval.tasks)
+        check_keys(config.eval)
         folder = config.eval.data_dir
         if folder and not Path(folder).is_dir():
             raise UserError(f"eval.data_dir={folder}: no such folder; give one, or leave it out")

@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Of what another library's exception says, for a line of ours."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

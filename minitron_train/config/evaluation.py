@@ -1,5 +1,6 @@
 """Section eval: tasks, and how much of them."""
 
+import re
 from dataclasses import dataclass
 
 from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
@@ -39,7 +40,14 @@ class EvalConfig:
     compare: list[str] = opt(list, "labels of finished evaluations to compare row by row; nothing is evaluated")
 
     def validate(self) -> None:
-        """Positive counts, shots that are not negative."""
+        """Positive counts, shots that are not negative, a label that can be a file's name."""
+        require(
+            self.label is None or re.fullmatch(r"(?!\.)[\w.-]+", self.label) is not None,
+            "eval.label",
+            self.label,
+            "must be letters, digits, _, - and dots, not beginning with a dot",
+            "it names a file in eval/, such as eval.label=other",
+        )
         require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
         require(
             self.every_tokens >= 0, "eval.every_tokens", self.every_tokens, "must not be negative", "0 is at the end"

@@ -31,7 +31,7 @@ from minitron_train.data.lines import (
     open_lines,
     sample_sha256,
 )
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 
 PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
 ROW_GROUP_BYTES = 1 << 24  # Parquet files with larger row groups are copied into blocks
@@ -55,11 +55,6 @@ class TextFormat(Protocol):
     def fingerprint(self) -> str:
         """sha256 that changes when the documents do."""
         ...
-
-
-def first_line(error: Exception) -> str:
-    """An exception's message, shortened to its first line."""
-    return (str(error).splitlines() or [""])[0]
 
 
 def combine(hashes: Sequence[str]) -> str:

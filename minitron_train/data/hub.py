@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from minitron_train.config import SourceConfig
-from minitron_train.data.formats import combine, first_line
-from minitron_train.errors import UserError
+from minitron_train.data.formats import combine
+from minitron_train.errors import UserError, first_line
 
 
 class HubSource:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_train.errors import UserError
+from minitron_train.evaluation.task_names import mmlu_subjects
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,11 @@ def read_items(folder: Path, label: str) -> dict[tuple[str, str, int, str], dict
 def compare(folder: Path, first: str, second: str) -> list[Comparison]:
     """Every task that both labels were evaluated on, on the rows and prompts that they share; MMLU's subjects as one."""
     ours, theirs = read_items(folder, first), read_items(folder, second)
+    subjects = mmlu_subjects()
     pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for key in ours.keys() & theirs.keys():
         task, filter_name, *_ = key
-        name = "mmlu" if task.startswith("mmlu_") else task
+        name = "mmlu" if task in subjects else task
         for metric in ours[key].keys() & theirs[key].keys():
             values = ours[key][metric], theirs[key][metric]
             if all(isinstance(value, int | float) for value in values):
@@ -67,8 +69,10 @@ def paired(task: str, metric: str, values: list[tuple[float, float]]) -> Compari
     stderr = math.sqrt(variance / count)
     if all(x in (0, 1) for pair in values for x in pair):
         p_value = mcnemar(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
-    else:
-        p_value = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else 1.0
+    elif stderr:
+        p_value = math.erfc(abs(mean) / stderr / math.sqrt(2))
+    else:  # the same difference in every row; a single row has no spread to compare with
+        p_value = 0.0 if mean and count > 1 else 1.0
     first, second = (math.fsum(column) / count for column in zip(*values, strict=True))
     return Comparison(task, metric, count, first, second, stderr, p_value)
 

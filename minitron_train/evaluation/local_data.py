@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.errors import UserError
+from minitron_train.evaluation.task_names import mmlu_subjects
 
 NO_HUB = "no Hugging Face hub in reach"  # ends the reason of a task that was not run for want of data
 HUB_TIMEOUT_S = 3.0
@@ -48,7 +49,7 @@ TASKS = {
 
 def local_files(task: str, data_dir: Path) -> dict[str, Path]:
     """Split -> file of one lm-eval task; empty when there is none. MMLU's subjects lie in mmlu/SUBJECT."""
-    subject = task.removeprefix("mmlu_")
+    subject = task.removeprefix("mmlu_") if task in mmlu_subjects() else task
     named = TASKS[task].folder if task in TASKS else None
     folder = data_dir / (named or (task if subject == task else f"mmlu/{subject}"))
     found = {}
@@ -89,7 +90,7 @@ def hub_reachable() -> bool:
 
 def check_columns(task: str, files: dict[str, Path]) -> None:
     """Refuse a file without a column that the task's prompts read."""
-    spec = TASKS.get("mmlu" if task.startswith("mmlu_") else task)
+    spec = TASKS.get("mmlu" if task in mmlu_subjects() else task)
     for path in files.values():
         columns = read_columns(path)
         missing = [column for column in (spec.columns if spec else ()) if column not in columns]

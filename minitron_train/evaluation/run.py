@@ -16,6 +16,7 @@ from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
+from minitron_train.evaluation.task_names import check_keys
 from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.parallel.groups import Groups
 
@@ -45,6 +46,7 @@ def evaluate(
     Raises:
         UserError: an unknown task, broken data or weights, a model that the tensor-parallel size does not divide.
     """
+    check_keys(config.eval)
     origin = open_origin(model)
     origin.shape.check_parallel(groups.tp_size, label)
     precision = config.eval.precision_on(groups.device.type == "cuda")
@@ -106,7 +108,7 @@ def run_tasks(
     from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
 
     with quiet():
-        chosen = load_tasks(evaluation, data_dir)
+        chosen = load_tasks(evaluation, data_dir, groups)
         report: dict[str, Any] = {
             "results": {},
             "not_run": chosen.not_run,

@@ -1,11 +1,13 @@
 """Whether lm-eval knows a task, read off its task files: importing lm-eval and indexing them takes many times as long."""
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from minitron_train.config import EvalConfig
 from minitron_train.errors import UserError
 
 OWN = Path(__file__).parent / "tasks"
@@ -30,7 +32,27 @@ def names_in(folders: Iterable[Path]) -> Iterator[str]:
                 yield from re.findall(r"[^\s\[\],'\"]+", re.sub(r"\s#.*|^\s*- ", " ", found, flags=re.MULTILINE))
 
 
-def check_names(names: Iterable[str]) -> None:
+@functools.cache
+def mmlu_subjects() -> set[str]:
+    """mmlu_abstract_algebra … mmlu_world_religions: the 57 parts of lm-eval's mmlu; mmlu_pro is none of them."""
+    return {file.stem for file in (shipped() / "mmlu" / "default").glob("mmlu_*.yaml")}
+
+
+def named_by(evaluation: EvalConfig) -> dict[str, list[str]]:
+    """Every setting that names tasks, with the names."""
+    return {"eval.tasks": evaluation.tasks, "eval.shots": [*evaluation.shots], "eval.limits": [*evaluation.limits]}
+
+
+def check_keys(evaluation: EvalConfig) -> None:
+    """Refuse tasks, and tasks in shots and limits, that lm-eval does not have.
+
+    Shots and limits of tasks that are not chosen are fine: presets have some, and the tasks are often fewer.
+    """
+    for key, names in named_by(evaluation).items():
+        check_names(names, key)
+
+
+def check_names(names: Iterable[str], key: str = "eval.tasks") -> None:
     """Refuse tasks that lm-eval does not have, in a second or two.
 
     A few names are made in ways that only lm-eval's own index sees; what some task file mentions is left to it.
@@ -43,10 +65,10 @@ def check_names(names: Iterable[str]) -> None:
     known = set(names_in([root])) if missing else set()
     for name in sorted(missing - known):
         if not any(name.encode() in file.read_bytes() for file in root.rglob("*") if file.is_file()):
-            raise unknown(name, known)
+            raise unknown(name, known, key)
 
 
-def unknown(name: str, known: Iterable[str]) -> UserError:
-    """The error for a task that there is not."""
+def unknown(name: str, known: Iterable[str], key: str) -> UserError:
+    """The error for a task that there is not; `key` is the setting that names it."""
     close = difflib.get_close_matches(name, sorted(known), n=3) or ["hellaswag", "mmlu"]
-    return UserError(f"eval.tasks: no task {name!r} in lm-eval; did you mean {', '.join(close)}?")
+    return UserError(f"{key}: no task {name!r} in lm-eval; did you mean {', '.join(close)}?")

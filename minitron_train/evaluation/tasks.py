@@ -5,10 +5,10 @@ import hashlib
 import logging
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import lm_eval.api.task
@@ -18,9 +18,14 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
+from minitron_train.errors import UserError, first_line
 from minitron_train.evaluation.local_data import NO_HUB, check_columns, hub_reachable, local_files
-from minitron_train.evaluation.task_names import FOLDERS, OWN, check_names, shipped, unknown
+from minitron_train.evaluation.task_names import FOLDERS, OWN, check_keys, named_by, shipped, unknown
 from minitron_train.files import sha256_file
+from minitron_train.parallel.groups import Groups
+
+T = TypeVar("T")
+Files = dict[str, dict[str, Path]]  # leaf task -> split -> file on this disk; no split where there is none
 
 BOOTSTRAP_ITERATIONS = 1000  # of standard errors that have no formula
 
@@ -36,20 +41,72 @@ class TaskSet:
     not_run: dict[str, str] = field(default_factory=dict)  # requested task -> reason
 
 
-def index_of(names: list[str]) -> TaskManager:
+@dataclass(slots=True)
+class Survey:
+    """What the first rank has found out about the requested tasks, for all ranks."""
+
+    files: dict[str, Files] = field(default_factory=dict)  # requested task that may run -> its files
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same -> where its data come from
+    lacking: dict[str, str] = field(default_factory=dict)  # what to say where the hub's cache has nothing either
+    not_run: dict[str, str] = field(default_factory=dict)  # any other requested task -> reason
+    online: bool = True  # whether the hub may be asked
+
+
+def load_tasks(evaluation: EvalConfig, data_dir: Path | None, groups: Groups | None = None) -> TaskSet:
+    """Tasks with data, shots and rows set as the configuration says, the same on every rank; collective.
+
+    The first rank decides what can run and loads it, then the others load the same, by then from the hub's cache.
+
+    Args:
+        groups: all ranks; None is one process.
+
+    Raises:
+        UserError: an unknown task; a local file without a needed column; data that only the first rank has.
+    """
+    on_first = groups.on_first if groups else alone
+    manager = index_of(evaluation)
+    found = on_first(lambda: survey(manager, evaluation, data_dir))
+    chosen = TaskSet(tasks={"tasks": {}, "groups": {}, "group_map": {}})
+    with reading_local(manager, found.files) as local:
+        refused = on_first(lambda: load_first(chosen, local, found))
+        names = [name for name in found.files if name not in refused]
+        if groups and not groups.is_first:
+            load_next(chosen, local, names, found.online)
+    chosen.not_run = found.not_run | refused
+    chosen.data = {name: found.data[name] for name in names}
+    chosen.leaves = {name: leaves(manager, name) for name in names}
+    for leaf, task in chosen.tasks["tasks"].items():
+        configure(chosen, leaf, evaluation, manager)
+        if getattr(task, "UNSAFE_CODE", False):
+            task.process_results = only_by(on_first, task.process_results)
+    return chosen
+
+
+def alone(work: Callable[[], T]) -> T:
+    """Groups.on_first of a single process."""
+    return work()
+
+
+def only_by(on_first: Callable[..., Any], function: Callable[..., T]) -> Callable[..., T]:
+    """A function that the first rank runs for all: lm-eval has every rank work out the metrics of every row."""
+    return lambda *args: on_first(lambda: function(*args))
+
+
+def index_of(evaluation: EvalConfig) -> TaskManager:
     """The smallest index of tasks that knows all names: reading all of lm-eval's takes seven seconds.
 
     Raises:
         UserError: a name that lm-eval does not know; says the closest ones.
     """
-    check_names(names)
+    check_keys(evaluation)
+    names = [(key, name) for key, found in named_by(evaluation).items() for name in found]
     small = TaskManager(include_defaults=False, include_path=[OWN, *(shipped() / folder for folder in FOLDERS)])
-    if all(name in small.task_index for name in names):
+    if all(name in small.task_index for _, name in names):
         return small
     full = TaskManager(include_path=[OWN])
-    for name in names:
+    for key, name in names:
         if name not in full.task_index:
-            raise unknown(name, full.all_tasks)
+            raise unknown(name, full.all_tasks, key)
     return full
 
 
@@ -119,65 +176,85 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def load_tasks(evaluation: EvalConfig, data_dir: Path | None) -> TaskSet:
-    """Tasks with data, shots and rows set as the configuration says.
+def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None) -> Survey:
+    """Which tasks may run, with data from where; asks for the hub only where a file is missing.
 
     Raises:
-        UserError: an unknown task; a local file without a needed column.
+        UserError: a local file without a needed column.
     """
-    manager = index_of(evaluation.tasks)
-    chosen = TaskSet()
-    overrides: dict[str, str] = {}
-    lacking: dict[str, str] = {}  # requested task -> what is to be said when the hub's cache has nothing either
-    online: bool | None = None
+    found = Survey()
     for name in evaluation.tasks:
-        files = {leaf: local_files(leaf, data_dir) if data_dir else {} for leaf in leaves(manager, name)}
-        missing = [leaf for leaf, found in files.items() if not found]
-        unsafe = [leaf for leaf in files if (manager.task_index[leaf].cfg or {}).get("unsafe_code")]
+        members = leaves(manager, name)
+        unsafe = any((manager.task_index[leaf].cfg or {}).get("unsafe_code") for leaf in members)
         if unsafe and not evaluation.allow_code_execution:
-            chosen.not_run[name] = "runs generated programs; allow it with eval.allow_code_execution=true"
+            found.not_run[name] = "runs generated programs; allow it with eval.allow_code_execution=true"
             continue
-        if missing and online is None:
-            online = hub_reachable()
-        if missing and not online:
+        found.files[name] = {leaf: local_files(leaf, data_dir) if data_dir else {} for leaf in members}
+        for leaf, files in found.files[name].items():
+            check_columns(leaf, files)
+    missing = {name: [leaf for leaf in files if not files[leaf]] for name, files in found.files.items()}
+    found.online = not any(missing.values()) or hub_reachable()
+    for name, files in found.files.items():
+        source = "local" if not missing[name] else "hub" if found.online else "cache"
+        found.data[name] = {"source": source, "sha256": hash_files(files)} | splits_of(manager, files)
+        if source == "cache":
             where = data_dir or "eval.data_dir (not given)"
-            some = f" for {missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else ""
-            lacking[name] = f"no data in {where}{some}, and {NO_HUB}"
-        for leaf, found in files.items():
-            check_columns(leaf, found)
-            if found:
-                overrides[leaf] = local_override(manager, leaf, found)
-        source = "local" if not missing else "cache" if name in lacking else "hub"
-        usual = {leaf: manager.task_index[leaf].cfg or {} for leaf in files}
-        used = [
-            {**usual[leaf], **(without_missing(usual[leaf], found) if found else {})} for leaf, found in files.items()
-        ]
-        chosen.data[name] = {"source": source, "sha256": hash_files(files)}
-        chosen.data[name] |= {"splits": splits(used), "lm_eval_splits": splits(usual.values())}
-    runnable = [name for name in evaluation.tasks if name not in chosen.not_run]
+            some = f" for {missing[name][0]} and {len(missing[name]) - 1} more" if len(missing[name]) > 1 else ""
+            found.lacking[name] = f"no data in {where}{some}, and {NO_HUB}"
+    return found
+
+
+def splits_of(manager: TaskManager, files: Files) -> dict[str, dict[str, str]]:
+    """The splits that a task is evaluated on, and those that lm-eval has for it."""
+    usual = {leaf: manager.task_index[leaf].cfg or {} for leaf in files}
+    used = [{**usual[leaf], **(without_missing(usual[leaf], found) if found else {})} for leaf, found in files.items()]
+    return {"splits": splits(used), "lm_eval_splits": splits(usual.values())}
+
+
+@contextlib.contextmanager
+def reading_local(manager: TaskManager, files: Mapping[str, Files]) -> Iterator[TaskManager]:
+    """The same index for a block, with tasks that read their local files where there are some."""
     with tempfile.TemporaryDirectory() as folder:
-        for leaf, text in overrides.items():
-            (Path(folder) / f"{leaf}.yaml").write_text(text)
+        for leaf, found in (pair for parts in files.values() for pair in parts.items()):
+            if found:
+                (Path(folder) / f"{leaf}.yaml").write_text(local_override(manager, leaf, found))
         paths = [entry.yaml_path.parent for entry in manager.task_index.values() if entry.yaml_path]
-        manager = TaskManager(include_defaults=False, include_path=[*dict.fromkeys(paths), folder])
-        chosen.tasks = {"tasks": {}, "groups": {}, "group_map": {}}
-        for name in runnable:
-            try:
-                with hub_or_cache(online is not False):
-                    loaded = manager.load([name])
-            except (OSError, ValueError) as error:  # what `datasets` raises when the hub refuses or has no such set
-                if chosen.data[name]["source"] == "local":
-                    raise
-                chosen.not_run[name] = lacking.get(name) or f"the hub gave no data: {str(error).splitlines()[0]}"
-                continue
-            for part, found in loaded.items():
-                chosen.tasks[part] |= found
-            chosen.leaves[name] = leaves(manager, name)
-    chosen.data = {name: data for name, data in chosen.data.items() if name in chosen.leaves}
-    for name, members in chosen.leaves.items():
-        for leaf in members:
-            configure(chosen, name, leaf, evaluation)
-    return chosen
+        yield TaskManager(include_defaults=False, include_path=[*dict.fromkeys(paths), folder])
+
+
+def load(chosen: TaskSet, manager: TaskManager, name: str, online: bool) -> Exception | None:
+    """Add one requested task; returns what `datasets` raises when the hub refuses or has no such set."""
+    try:
+        with hub_or_cache(online):
+            loaded = manager.load([name])
+    except (OSError, ValueError) as error:
+        return error
+    for part, found in loaded.items():
+        chosen.tasks[part] |= found
+    return None
+
+
+def load_first(chosen: TaskSet, manager: TaskManager, found: Survey) -> dict[str, str]:
+    """The first rank's tasks; returns requested task -> why there are no data for it."""
+    refused: dict[str, str] = {}
+    for name in found.files:
+        error = load(chosen, manager, name, found.online)
+        if error and (found.data[name]["source"] == "local" or isinstance(error, UserError)):
+            raise error
+        if error:
+            refused[name] = found.lacking.get(name) or f"the hub gave no data: {first_line(error)}"
+    return refused
+
+
+def load_next(chosen: TaskSet, manager: TaskManager, names: list[str], online: bool) -> None:
+    """Another rank's tasks, after the first one's: from the cache, or where nodes do not share it from the hub."""
+    for name in names:
+        error = load(chosen, manager, name, online=False) and load(chosen, manager, name, online)
+        if error:
+            raise UserError(
+                f"eval.tasks: the first process has the data of {name}, this one does not ({first_line(error)}); "
+                "put eval.data_dir and the hub's cache (HF_HOME) where every node sees them"
+            ) from error
 
 
 def hash_files(files: dict[str, dict[str, Path]]) -> str | None:
@@ -186,22 +263,30 @@ def hash_files(files: dict[str, dict[str, Path]]) -> str | None:
     return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
 
 
-def configure(chosen: TaskSet, name: str, leaf: str, evaluation: EvalConfig) -> None:
+def configure(chosen: TaskSet, leaf: str, evaluation: EvalConfig, manager: TaskManager) -> None:
     """Shots and rows of one leaf task. A task that lm-eval defines as 0-shot stays so (its own rule)."""
     task = chosen.tasks["tasks"][leaf]
-    shots = evaluation.num_fewshot if evaluation.num_fewshot is not None else by_task(evaluation.shots, name)
+    shots, limit = evaluation.num_fewshot, evaluation.limit
+    if shots is None:
+        shots = narrowest(evaluation.shots, leaf, manager)
+    if limit is None:
+        limit = narrowest(evaluation.limits, leaf, manager)
     default = task.get_config("num_fewshot")
     if default != 0:
         task.set_config(key="num_fewshot", value=default or 0 if shots is None else shots)
-    limit = evaluation.limit if evaluation.limit is not None else by_task(evaluation.limits, name)
     num_rows = len(task.eval_docs)
     if limit is not None and limit < num_rows:
         chosen.rows[leaf] = sorted(random.Random(f"{evaluation.seed} {leaf}").sample(range(num_rows), limit))
 
 
-def by_task(values: dict[str, int], name: str) -> int | None:
-    """The value for a task; one of MMLU's subjects or categories takes MMLU's."""
-    return values.get(name, values.get("mmlu") if name.startswith("mmlu_") else None)
+def narrowest(values: Mapping[str, int], leaf: str, manager: TaskManager) -> int | None:
+    """The value given for a leaf task, else for the smallest group or tag that has it.
+
+    {"mmlu": 5, "mmlu_stem": 3, "mmlu_anatomy": 0}: anatomy has 0, the rest of STEM 3, other subjects 5.
+    """
+    sizes = {key: len(members) for key in values if leaf in (members := leaves(manager, key))}
+    key = leaf if leaf in values else min(sizes, key=sizes.__getitem__, default=None)
+    return None if key is None else values[key]
 
 
 def run_lm_eval(lm: Any, chosen: TaskSet, evaluation: EvalConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 
 from minitron_train.errors import UserError
 from minitron_train.evaluation.compare import compare, compare_table, mcnemar, paired
+from minitron_train.evaluation.task_names import mmlu_subjects
 
 
 def write_items(folder: Path, label: str, rows: list[tuple[str, dict[str, float]]]) -> None:
@@ -37,11 +38,33 @@ def test_paired_error_is_that_of_the_differences() -> None:
 
 
 def test_rows_are_matched_by_prompt_and_subjects_are_joined(tmp_path: Path) -> None:
-    write_items(tmp_path, "a", [("mmlu_x", {"acc": 0.0}), ("mmlu_y", {"acc": 1.0}), ("hellaswag", {"acc": 1.0})])
-    write_items(tmp_path, "b", [("mmlu_x", {"acc": 1.0}), ("mmlu_y", {"acc": 1.0}), ("winogrande", {"acc": 1.0})])
+    subjects = ("mmlu_anatomy", "mmlu_virology")
+    write_items(tmp_path, "a", [(subjects[0], {"acc": 0.0}), (subjects[1], {"acc": 1.0}), ("hellaswag", {"acc": 1.0})])
+    write_items(tmp_path, "b", [(subjects[0], {"acc": 1.0}), (subjects[1], {"acc": 1.0}), ("winogrande", {"acc": 1.0})])
     (row,) = compare(tmp_path, "a", "b")
     assert (row.task, row.metric, row.rows, row.first, row.second) == ("mmlu", "acc", 2, 0.5, 1.0)
     assert "mmlu" in compare_table(tmp_path, ["a", "b"])
+
+
+def test_only_the_subjects_of_mmlu_are_joined(tmp_path: Path) -> None:
+    names = ("mmlu_anatomy", "mmlu_pro_biology", "mmlu_redux_anatomy_generative")
+    for label in ("a", "b"):
+        write_items(tmp_path, label, [(name, {"acc": 1.0}) for name in names])
+    assert [row.task for row in compare(tmp_path, "a", "b")] == ["mmlu", *names[1:]]
+    assert len(mmlu_subjects()) == 57
+
+
+@pytest.mark.parametrize(
+    ("values", "p_value"),
+    [
+        ([(0.25, 0.5), (0.5, 0.75), (0.0, 0.25)], 0.0),  # the same difference in every row
+        ([(0.25, 0.25), (0.5, 0.5)], 1.0),
+        ([(0.25, 0.5)], 1.0),  # one row shows no spread
+    ],
+)
+def test_differences_without_spread(values: list[tuple[float, float]], p_value: float) -> None:
+    row = paired("task", "rougeL", values)
+    assert (row.stderr, row.p_value) == (0.0, p_value)
 
 
 def test_missing_label_and_disjoint_rows_are_refused(tmp_path: Path) -> None:

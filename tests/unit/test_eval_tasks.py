@@ -2,9 +2,13 @@
 
 import gzip
 import json
+import pickle
 import threading
+import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -18,9 +22,9 @@ from minitron_train.evaluation import tasks as module
 from minitron_train.evaluation.code import mbpp_examples, pass_at_1, passes
 from minitron_train.evaluation.local_data import check_columns, hub_reachable, local_files, read_splits
 from minitron_train.evaluation.rouge import rouge_l
-from minitron_train.evaluation.task_names import check_names, names_in, shipped
+from minitron_train.evaluation.task_names import check_keys, check_names, names_in, shipped
 from minitron_train.evaluation.tasks import load_tasks, quiet, splits, without_missing
-from tests.eval_data import save_data
+from tests.eval_data import save_data, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,42 @@ def test_limits_and_shots_by_task_and_for_all(data_dir: Path) -> None:
     assert [chosen.tasks["tasks"][name].get_config("num_fewshot") for name in names] == [1, 1]
 
 
+def test_shots_and_limits_reach_into_groups_and_tags(tmp_path: Path) -> None:
+    row = {"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}
+    for name in ("arc_easy", "arc_challenge"):
+        for split in ("train", "test"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", [row] * 4)
+    given = {"arc_challenge": 2, "ai2_arc": 3, "mmlu": 1}
+    chosen = load(EvalConfig(tasks=["ai2_arc"], shots=given, limits=given), tmp_path)
+    shots = {name: task.get_config("num_fewshot") for name, task in chosen.tasks["tasks"].items()}
+    assert shots == {"arc_challenge": 2, "arc_easy": 3}
+    assert {name: len(rows) for name, rows in chosen.rows.items()} == shots
+
+
+def test_the_narrowest_setting_counts() -> None:
+    manager = module.index_of(EvalConfig(tasks=["mmlu"]))
+    given = {"mmlu": 5, "mmlu_stem": 3, "mmlu_anatomy": 0, "hellaswag": 9}
+    names = ("mmlu_anatomy", "mmlu_astronomy", "mmlu_virology", "winogrande")
+    assert [module.narrowest(given, name, manager) for name in names] == [0, 3, 5, None]
+
+
+@pytest.mark.parametrize("setting", ["shots", "limits"])
+def test_shots_and_limits_of_unknown_tasks_are_refused(setting: str) -> None:
+    evaluation = EvalConfig(tasks=["ai2_arc"])
+    setattr(evaluation, setting, {"arc_chalenge": 25})
+    with pytest.raises(UserError, match=rf"eval.{setting}: no task 'arc_chalenge' in lm-eval; did you mean arc_chall"):
+        load(evaluation, None)
+    setattr(evaluation, setting, {"hellaswag": 25})  # as a preset for more tasks has
+    check_keys(evaluation)
+
+
+@pytest.mark.parametrize("label", ["a/b", "..", ".hidden", "a b", ""])
+def test_labels_that_are_no_file_names_are_refused(label: str) -> None:
+    with pytest.raises(UserError, match=r"eval.label=.*: must be letters, digits"):
+        EvalConfig(label=label).validate()
+    EvalConfig(label="Minitron-4B_v1.5").validate()
+
+
 def test_examples_from_the_evaluated_split_leave_the_row_out(data_dir: Path) -> None:
     task = load(EvalConfig(tasks=["gsm8k"], num_fewshot=6), data_dir).tasks["tasks"]["gsm8k"]
     task.set_fewshot_seed(seed=0)
@@ -169,6 +209,87 @@ def test_programs_run_within_limits(tmp_path: Path) -> None:
     assert not passes("open('big', 'wb').write(b'0' * (8 << 20))")
     assert passes("import os; assert 'PATH' not in os.environ and os.listdir('.') == ['program.py']")
     assert pass_at_1(["assert one() == 1", "assert one() == 2"], [["def one(): return 1"]] * 2) == 0.5
+
+
+def test_what_a_program_has_forked_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    child = "import os, time\nif os.fork() == 0:\n    open({path!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
+    wait = "while not os.path.exists({path!r}): time.sleep(0.01)\n"
+    for end, passed in (("", True), ("time.sleep(60)\n", False)):
+        path.unlink(missing_ok=True)
+        program = (child + wait + end).format(path=str(path))
+        assert passes(program, time_s=1, wait_s=2) is passed
+        assert ended(int(path.read_text()))
+
+
+def ended(pid: int, within_s: float = 5.0) -> bool:
+    """Whether a process is gone, or waits only to be reaped."""
+    state = Path(f"/proc/{pid}/stat")
+    give_up_s = time.monotonic() + within_s
+    while time.monotonic() < give_up_s:
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+class TwoRanks:
+    """Groups of the first rank, and once it is done those of another, which is given what the first has sent."""
+
+    def __init__(self) -> None:
+        self.is_first, self.sent = True, list[bytes]()
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        if self.is_first:
+            self.sent.append(pickle.dumps(work()))
+            return pickle.loads(self.sent[-1])
+        return pickle.loads(self.sent.pop(0))
+
+
+def test_the_first_rank_decides_loads_and_runs_programs_for_all(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, offline, runs = [], [], tmp_path / "runs"
+    rows = [{"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}]
+
+    def from_hub(path: str, **_: Any) -> dict[str, datasets.Dataset]:
+        if "mbpp" in path:
+            raise OSError("no such set") if groups.is_first else AssertionError("the first rank has none")
+        offline.append(datasets_config.HF_HUB_OFFLINE)
+        return {split: datasets.Dataset.from_list(rows) for split in ("train", "validation", "test")}
+
+    monkeypatch.setattr(module, "hub_reachable", lambda: asked.append(groups.is_first) or groups.is_first)
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    evaluation = EvalConfig(tasks=["arc_challenge", "humaneval", "mbpp"], allow_code_execution=True)
+    groups: Any = TwoRanks()
+    found = []
+    for value in (1, 2):
+        with quiet():
+            chosen = load_tasks(evaluation, data_dir, groups)
+        program = f"def one():\n    open({str(runs)!r}, 'a').write('x')\n    return {value}\n"
+        task = chosen.tasks["tasks"]["humaneval"]
+        metrics = task.process_results(next(iter(task.eval_docs)), [[program]])
+        found.append((sorted(chosen.tasks["tasks"]), chosen.leaves, chosen.data, chosen.not_run, metrics))
+        groups.is_first = False
+    assert found[0] == found[1] and found[0][0] == ["arc_challenge", "humaneval"]
+    assert found[0][3] == {"mbpp": "the hub gave no data: no such set"}
+    assert asked == [True] and (offline[0], offline[-1]) == (False, True)
+    assert metrics == {"pass_at_1": 1.0} and runs.read_text() == "x"
+
+
+def test_data_that_only_the_first_rank_has_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    offline: list[bool] = []
+
+    def refuse(*_: Any) -> Any:
+        offline.append(datasets_config.HF_HUB_OFFLINE)
+        raise OSError("no such set\nand more")
+
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
+    manager: Any = SimpleNamespace(load=refuse)
+    with pytest.raises(UserError, match=r"data of arc_easy, this one does not \(no such set\); put eval.data_dir and"):
+        module.load_next(module.TaskSet(), manager, ["arc_easy"], online=True)
+    assert offline == [True, False]  # the cache before the hub
 
 
 def test_mbpp_examples_come_from_lm_eval() -> None:
