@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
+from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.errors import UserError
 from minitron_train.files import disk_errors
 
@@ -95,9 +95,7 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     percent, base = lookup(config, "partial_rotary_factor"), lookup(config, "rope_theta")
     shape = Shape(
         architecture=table.name,
-        rotary_percent=default_rotary_percent(table)
-        if percent is None
-        else number(percent, "partial_rotary_factor", where),
+        rotary_percent=table.rotary_percent if percent is None else number(percent, "partial_rotary_factor", where),
         rotary_base=10000.0 if base is None else number(base, "rope_theta", where),
         rope_scaling_factor=rope_scaling_factor(config, where),
         **values,
@@ -117,11 +115,6 @@ def number(value: Any, key: str, where: str, kind: type = float) -> Any:
         whole = "whole " if kind is int else ""
         raise UserError(f"{where}: {key}={value!r} is not a {whole}number; set it as the model's authors give it")
     return kind(value)
-
-
-def default_rotary_percent(table: Architecture) -> float:
-    """What transformers assumes when config.json is silent."""
-    return 0.5 if table.name == "nemotron" else 1.0
 
 
 def rope_scaling_factor(config: Mapping[str, Any], where: str) -> float | None:

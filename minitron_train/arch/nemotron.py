@@ -18,6 +18,7 @@ NEMOTRON = Architecture(
         Row(mcore="decoder.final_layernorm.bias", hf={"model.norm.bias": ("embd",)}),
         Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
+    rotary_percent=0.5,
     config_keys={**CONFIG_KEYS, "layernorm_epsilon": "norm_eps"},
     config_facts={"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
     transformer={

@@ -67,6 +67,7 @@ class Architecture:
     config_facts: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json that must have this value
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see arch.build)
     rules: tuple[Rule, ...] = ()
+    rotary_percent: float = 1.0  # what transformers assumes when config.json is silent
 
     def rows_of(self, shape: Shape) -> tuple[Row, ...]:
         """The rows of one model: tied embeddings have no output layer of their own."""
