@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,10 +93,10 @@ def make_material(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run(words: list[str], folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(words: list[str], folder: Path, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """One `python -m minitron_train …` in `folder`."""
     command = [sys.executable, "-m", "minitron_train", *words]
-    environment = os.environ | ENVIRONMENT | environ
+    environment = {**os.environ, **ENVIRONMENT, **environ}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 

@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -110,7 +110,7 @@ def main() -> None:
 
 def load_hf(folder: Path, group: groups.Groups) -> Any:
     """lm-eval's own model in fp32."""
-    return HFLM(pretrained=str(folder), dtype="float32", device=str(group.device), batch_size=HF_BATCH)
+    return cast(Any, HFLM)(pretrained=str(folder), dtype="float32", device=str(group.device), batch_size=HF_BATCH)
 
 
 def load_ours(folder: Path, group: groups.Groups) -> MegatronLM:

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -35,11 +36,11 @@ QUICK = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_atten
 
 def teacher_shape(name: str, quick: bool) -> Shape:
     """A shape of conf/model."""
-    section = OmegaConf.merge(
+    section: Any = OmegaConf.merge(
         OmegaConf.structured(ModelConfig), OmegaConf.load(home() / "conf" / "model" / f"{name}.yaml")
     )
     names = [name for name in Shape.__dataclass_fields__ if name in section]
-    values = {name: section[name] for name in names} | (QUICK if quick else {})
+    values: dict[str, Any] = {name: section[name] for name in names} | (QUICK if quick else {})
     return Shape(**values)
 
 
@@ -142,7 +143,8 @@ def loss_memory(objective: Objective, batch: Batch) -> dict:
     """Memory of the fused loss alone beyond hidden states, weights and their gradients, beside one [N, V] fp32 tensor."""
     from minitron_train.distill.loss import distillation_loss
 
-    student, teacher = objective.student.module, objective.teacher
+    student: Any = objective.student.module
+    teacher = objective.teacher
     assert teacher is not None
     with torch.no_grad():
         student_NH, teacher_NH = student(batch.tokens_BS).flatten(0, 1), teacher(batch.tokens_BS).flatten(0, 1)

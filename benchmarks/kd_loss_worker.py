@@ -116,7 +116,7 @@ def make_modelopt(task: Task) -> Loss:
     """nvidia-modelopt's loss for Megatron; under tensor parallelism after megatron's copy into the parallel region."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
-    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss  # type: ignore[import-not-found]
 
     if dist.is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
@@ -155,7 +155,7 @@ def make_torchtune(task: Task) -> Loss:
 
 def make_liger(task: Task) -> Loss:
     """Liger's fused linear JSD with beta 0, which is the forward KL, in chunks of 128 tokens and without torch.compile."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
     fused = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=128

@@ -63,11 +63,11 @@ def tiny_config(folder: Path) -> tuple[Config, Shape, Shape]:
     from omegaconf import OmegaConf
 
     model: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / "tiny_nemotron.yaml"))
-    sizes: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes" / "tiny.yaml"))["student"]
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes" / "tiny.yaml"))
     init_std = model.pop("init_std")
     teacher = Shape(**model)
     student = teacher.smaller(
-        **{key: value for key, value in sizes.items() if key in StudentConfig.__dataclass_fields__}
+        **{key: value for key, value in recipe["student"].items() if key in StudentConfig.__dataclass_fields__}
     )
     config = Config(name="kill_resume", output_dir=str(folder), model=ModelConfig(init_std=init_std))
     config.data.num_workers, config.data.validation_tokens = 0, 256

@@ -2,8 +2,8 @@
 
 A Nemotron teacher of 5.4 M parameters is trained, then cut to 28 % of them. Text: MINITRON_DATA's corpora where that is
 set, else the embedded corpus. The folder is the user's, $XDG_CACHE_HOME (or ~/.cache) /minitron_train/token_efficiency,
-unless --folder names another one. In it every content of the recipe, amount of pretraining and text has a folder of its
-own, so that the teacher there serves all of them and never stands for another one.
+unless --folder names another one. In it all settings of the recipe, amount of pretraining and place of the text have a folder
+of their own, so that the teacher there serves all of them and never stands for another one.
 """
 
 import argparse
@@ -12,11 +12,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from minitron_train.cli import compose
+from minitron_train.stages import plain
 
 ROOT = Path(__file__).parents[1]
 RECIPE = yaml.safe_load((ROOT / "recipes" / "miniature.yaml").read_text())
@@ -78,9 +81,10 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
 
 
 def open_recipe(asked: argparse.Namespace) -> Miniature:
-    """The recipe in the folder that was asked for, in a folder inside that belongs to its content."""
+    """The recipe in the folder that was asked for, in a folder inside that belongs to its settings and the place of its text."""
     tokens = QUICK_TOKENS if asked.quick else asked.pretrain_tokens
-    content = short_hash([RECIPE, tokens, bool(os.environ.get("MINITRON_DATA"))])
+    settings = plain(asdict(compose(["+recipe=miniature"])))
+    content = short_hash([settings, tokens, os.environ.get("MINITRON_DATA")])
     return Miniature(asked.folder.absolute() / f"{tokens}-tokens-{content}", asked.quick, tokens)
 
 

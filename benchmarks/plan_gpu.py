@@ -67,7 +67,9 @@ def measure(teacher: Shape, student: Shape, config: Config, repeats: int) -> dic
         spec = loss_spec(config.distill, has_teacher=True)
         objective = Objective(student=optimizer.model, teacher=taught, spec=spec, distill=DistillConfig(), groups=g)
         tokens = torch.randint(0, student.vocab_size, (train.micro_batch_size, train.seq_length), device=g.device)
-        batch = SimpleNamespace(tokens_BS=tokens, labels_BS=tokens, mask_BS=torch.ones_like(tokens), documents_BS=None)
+        batch: Any = SimpleNamespace(
+            tokens_BS=tokens, labels_BS=tokens, mask_BS=torch.ones_like(tokens), documents_BS=None
+        )
         seconds, rates = [], []
         for _ in range(repeats + 2):
             rates.append(gemm_flops(train.precision, CUDA))

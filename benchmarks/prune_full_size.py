@@ -59,10 +59,10 @@ def make_teacher(folder: Path, shape: Shape) -> None:
     with RowWriter(folder, tensors) as writer:
         place = 0
         for name, (_, size) in tensors.items():
-            width = size[1] if len(size) > 1 else 1
+            height, width = (*size, 1)[:2]
             step = max(1, PERIOD // width)
-            for first in range(0, size[0], step):
-                count = min(step, size[0] - first) * width
+            for first in range(0, height, step):
+                count = min(step, height - first) * width
                 writer.write(name, first, twice[place : place + count])
                 place = (place + count) % PERIOD
     config = {
@@ -99,7 +99,9 @@ def kept(folder: Path, teacher: Shape, student: Shape) -> Keep:
     """What the command kept."""
     tensors = load_file(folder / "kept.safetensors")
     layers = tensors["layers"].tolist()
-    by_layer = {kind: {i: tensors[f"layers.{i}.{kind}"] for i in layers} for kind in ("heads", "groups", "ffn")}
+    by_layer: dict[str, Any] = {
+        kind: {i: tensors[f"layers.{i}.{kind}"] for i in layers} for kind in ("heads", "groups", "ffn")
+    }
     return Keep(teacher, student, tensors["embedding"], tensors["layers"], **by_layer, partners={})
 
 

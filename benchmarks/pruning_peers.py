@@ -367,7 +367,9 @@ def main() -> None:
     tokens = asked.distill if asked.distill is not None else 0 if asked.quick else subject.tokens
     wanted = set(asked.only or (QUICK if asked.quick else cases)) - set(subject.without)
     runs = [run for run in RUNS if run.case in wanted]
-    name = "-".join([subject.name, "corpora" if subject.corpora else "embedded", *(["quick"] if asked.quick else [])])
+    parts = [subject.name, "corpora" if subject.corpora else "embedded"]
+    parts += [hf.fingerprint(asked.teacher)[:8]] if asked.teacher else []
+    name = "-".join([*parts, *(["quick"] if asked.quick else [])])
     disable_progress_bar()
     with start(ParallelConfig(), World(), 1234) as groups:
         peers = Peers(subject, asked.folder / name, asked.teacher or subject.teacher(), groups, quick=asked.quick)

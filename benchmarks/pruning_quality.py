@@ -222,6 +222,15 @@ class Report:
         if self.path and self.path.exists():
             self.rows = json.loads(self.path.read_text())["cases"]
 
+    def about(self, facts: Mapping[str, Any]) -> None:
+        """What all rows have in common; a file with rows of another teacher or other amounts is not gone on with."""
+        known = json.loads(self.path.read_text()) if self.path and self.rows else {}
+        if other := [key for key, value in facts.items() if known.get(key, value) != value]:
+            raise SystemExit(
+                f"{self.path}: has rows of another run ({', '.join(other)} differ); give another --json FILE"
+            )
+        self.found |= facts
+
     def has(self, name: str) -> bool:
         """Whether a case was measured."""
         return any(row["case"] == name for row in self.rows)
@@ -248,8 +257,9 @@ def main() -> None:
     amounts = {"num_samples": 16, "num_validation": 2} if quick else {"num_samples": 128, "num_validation": 32}
     with start(ParallelConfig(), World(), 1234) as groups:
         bench = prepare(arguments.teacher or teacher_folder(), groups, local=True, **amounts)
+        amounts = {"calibration_tokens": bench.tokens.numel(), "validation_tokens": bench.validation_NS.numel()}
+        report.about({"teacher": hf.fingerprint(bench.teacher.folder), **amounts})
         report.found["teacher_loss"] = teacher_loss(bench)
-        report.found |= {"calibration_tokens": bench.tokens.numel(), "validation_tokens": bench.validation_NS.numel()}
         wanted = cases(SMOLLM2_SIZES, quick=quick)
         if not quick:
             names = ("modelopt", "default")

@@ -110,7 +110,7 @@ def measure(folder: Path, num_steps: int) -> None:
         files = (Checkpoint(folder / "student"), Checkpoint(folder / "teacher"))
         trainer = assemble(config, groups, *files, target, stack)
         if groups.is_first:
-            trainer.reporter = open_reporter(config, trainer, target, "step")
+            trainer.reporter = open_reporter(config, trainer, target)
         rates, steps = [], []
         with watched(trainer) as seconds:
             for _ in range(WARMUP_STEPS + num_steps):
