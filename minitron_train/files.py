@@ -15,9 +15,7 @@ from typing import Any
 from minitron_train.console import say
 from minitron_train.errors import UserError
 
-PARTIAL = (
-    ".partial-"  # an unfinished output is called `pruned.partial-1a2b`; never read, of a stage removed by its next run
-)
+PARTIAL = ".partial-"  # as in `pruned.partial-1a2b`: unfinished, never read; of a stage removed by its next run
 REPLACED = ".replaced"  # where the old folder waits while the new one takes its place; put back after a kill
 
 

@@ -64,7 +64,7 @@ def accept(commands: Sequence[str], config: Config) -> None:
     """Refuse mistakes in the settings, and data that are not there, before anything waits in the queue.
 
     Raises:
-        UserError: what `commands.check_early` refuses; a part of the data without a path, or a path without files.
+        UserError: what `chain.check_early` refuses; a part of the data without a path, or a path without files.
     """
     from minitron_train.data.sources import files
 

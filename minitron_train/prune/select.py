@@ -31,9 +31,7 @@ class Keep:
     partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
     merge: Merge = Merge.none
     basis: Basis | None = None  # the residual stream is rotated, not cut to `embedding`
-    importance: Importance | None = (
-        None  # of everything in the teacher, by which this was chosen; None after several steps
-    )
+    importance: Importance | None = None  # of all of the teacher, by which this was chosen; None after several steps
 
     def rows(self, axis: str, layer: int) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""

@@ -1,6 +1,7 @@
 """Checkpoints: what is continued is bit-equal, what is damaged is passed over, what does not fit is refused."""
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -158,20 +159,28 @@ def test_ctrl_c_ends_and_resumes(training: Material, uninterrupted: Path, tmp_pa
     assert rows(tmp_path) == rows(uninterrupted)
 
 
+@contextlib.contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Two functions: one makes every larger file fail, as a full disk does, the other lifts that again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft = (num_bytes, limits[1])
+    try:
+        yield tuple(functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit) for limit in (soft, limits))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_full_disk_leaves_the_earlier_checkpoint(
     training: Material, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    failed = pytest.raises(UserError, match="the last checkpoint could not be written")
 
-    def fill(trainer) -> None:
+    def fill_after_saving(trainer) -> None:
         trainer.checkpoints.poll(wait=True)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # a checkpoint needs more
+        fill()
 
-    try:
-        with before_step(5, fill), pytest.raises(UserError, match="the last checkpoint could not be written"):
-            run(training, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(200_000) as (fill, _), before_step(5, fill_after_saving), failed:  # a checkpoint needs more
+        run(training, tmp_path)
     said = capsys.readouterr().out
     assert "step_00000006 could not be written" in said
     assert "the last good one is step_00000003" in said
@@ -180,26 +189,14 @@ def test_full_disk_leaves_the_earlier_checkpoint(
     assert rows(tmp_path) == rows(uninterrupted)
 
 
-@contextlib.contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[Callable[[], None]]:
-    """Two functions that make every larger file fail, as a full disk does, and lift that again."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_failed_save_does_not_spoil_the_last_one(
     training: Material, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-
     def recover(trainer) -> None:  # step 7's writer has failed, which nobody has looked at
         trainer.checkpoints.writing.thread.join()
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        lift()
 
-    with file_size_limit(200_000) as fill, before_step(7, lambda _: fill()), before_step(8, recover):
+    with file_size_limit(200_000) as (fill, lift), before_step(7, lambda _: fill()), before_step(8, recover):
         assert run(training, tmp_path, checkpoint__interval_steps=7)["steps"] == NUM_STEPS
     assert "step_00000007 could not be written" in capsys.readouterr().out
     assert [path.name for path in files.finished(tmp_path / "checkpoints")] == ["step_00000008"]
@@ -209,7 +206,7 @@ def test_what_the_first_rank_writes_at_once_is_tried_before(
     training: Material, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     failed = pytest.raises(UserError, match="the last checkpoint could not be written")
-    with file_size_limit(8_000) as fill, before_step(5, lambda _: fill()), failed:
+    with file_size_limit(8_000) as (fill, _), before_step(5, lambda _: fill()), failed:
         run(training, tmp_path, checkpoint__interval_steps=99)
     assert "File too large" in capsys.readouterr().out
     assert not list((tmp_path / "checkpoints").glob("*.partial*"))
