@@ -176,7 +176,7 @@ def run_all(ws: Workspace) -> None:
 
 def search(ws: Workspace) -> None:
     """Shapes that fit a budget, ranked."""
-    from minitron_train.prune.search import search as find
+    from minitron_train.search import search as find
 
     find(ws)
 

@@ -23,7 +23,7 @@ from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World, read_world
 from minitron_train.parallel.meeting import host_name, meet
-from minitron_train.prune.search import Candidate, candidates, choose
+from minitron_train.prune.candidates import Candidate, candidates, choose
 from minitron_train.stages import STOPPED
 from minitron_train.workspace import Workspace, late
 

@@ -94,7 +94,6 @@ class PruneConfig:
     heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
     include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
-    block_aggregation: str = opt("mean", "1 - cos over all tokens (mean), or its means summed over micro-batches (sum)")
     depth: Depth = opt(Depth.block, "which layers go when student.num_layers is smaller")
     drop_layers: list[int] | None = opt(None, "layers to drop, counted from 0; default: chosen by prune.depth")
     head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
@@ -118,7 +117,6 @@ class PruneConfig:
         names = {
             "neuron_activation": ("pre", "post"),
             "head_norm": ("channel", "token"),
-            "block_aggregation": ("mean", "sum"),
         }
         for key, choices in names.items():
             value = getattr(self, key)

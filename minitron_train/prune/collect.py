@@ -62,7 +62,6 @@ class Statistics:
 
     num_layers: int
     num_tokens: int = 0
-    num_batches: int = 1  # the first dimension of the calibration tokens
     moments: dict[str, Moments] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
     losses_without: Tensor | None = None  # fp64 [L + 1], nats: without layer i; last, with all (see prune.depth)

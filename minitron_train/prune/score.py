@@ -67,7 +67,6 @@ def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, dept
     sizes = {"micro_batch_size": calibration.micro_batch_size, "chunk_tokens": calibration.chunk_tokens}
     statistics = merge_ranks(collect(layers, mine_NS, **sizes), groups)
     check_finite(statistics)
-    statistics.num_batches = len(tokens)
     if depth is Depth.perplexity:
         statistics.losses_without = losses_without(layers, mine_NS, **sizes)
     return statistics.cpu()

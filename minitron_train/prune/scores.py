@@ -53,14 +53,13 @@ def importance(statistics: Statistics, shape: Shape, prune: PruneConfig) -> Impo
     norms += [FINAL_NORM] if prune.include_final_norm else []
     heads = [heads_of(i) for i in every]
     ffn = [aggregate(f"layers.{i}.neurons_{prune.neuron_activation}") for i in every]
-    scale = statistics.num_batches if prune.block_aggregation == "sum" else 1
     blocks = [statistics.blocks[f"layers.{i}.block"] for i in every]
     losses = statistics.losses_without
     return Importance(
         embedding=torch.stack([aggregate(name) for name in norms]).sum(0),
         heads=[sum_layers(heads)] * len(heads) if prune.heads_scope is Scope.network else heads,
         ffn=[sum_layers(ffn)] * len(ffn) if prune.ffn_scope is Scope.network else ffn,
-        block=[(scale * total / tokens).view(1) for total, tokens in blocks],
+        block=[(total / tokens).view(1) for total, tokens in blocks],
         loss_without=[] if losses is None else list(losses[:-1].split(1)),
     )
 
@@ -101,11 +100,9 @@ class Scores:
                 )
             names = [name for name in list(file.keys()) if name.startswith("raw.")]
             raw = {name.removeprefix("raw."): file.get_tensor(name) for name in names}
-        if not {"samples", "spans"} <= raw.keys() or not {"tokens", "batches"} <= metadata.keys():
+        if not {"samples", "spans"} <= raw.keys() or "tokens" not in metadata:
             raise UserError(f"{path}: no raw statistics in it; remove it and run `score` again")
-        statistics = Statistics(
-            teacher.shape.num_layers, num_tokens=int(metadata["tokens"]), num_batches=int(metadata["batches"])
-        )
+        statistics = Statistics(teacher.shape.num_layers, num_tokens=int(metadata["tokens"]))
         samples, statistics.spans = raw.pop("samples")[0], raw.pop("spans")
         statistics.losses_without = raw.pop("losses_without", None)
         for name, value in raw.items():
@@ -134,7 +131,6 @@ def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, 
         "preset": prune.preset,
         "samples": str(int(tensors["raw.samples"])),
         "tokens": str(statistics.num_tokens),
-        "batches": str(statistics.num_batches),
         **{key: str(getattr(shape, key)) for key in SHAPE_KEYS},
         **metadata,
     }

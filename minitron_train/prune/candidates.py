@@ -1,24 +1,17 @@
-"""Student shapes that fit a budget, with their cost, and on demand their loss (arXiv 2407.14679 §2.3)."""
+"""Student shapes that fit a budget, with their cost (arXiv 2407.14679 §2.3)."""
 
 import dataclasses
 import itertools
-import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minitron_train.arch.shape import Shape
 from minitron_train.config import Config, SearchConfig
-from minitron_train.console import say
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_json
 from minitron_train.plan.counts import forward_flops_per_token, parameters
 from minitron_train.prune.target import check_request
-
-if TYPE_CHECKING:
-    from minitron_train.workspace import Workspace
 
 INFERENCE_BYTES = 2  # of a weight and of a cached key or value: bf16
 
@@ -147,65 +140,3 @@ def table(found: list[Candidate]) -> str:
             f"{c.flops_per_token / 1e9:>13.2f}{losses[0]:>9}{losses[1]:>11}"
         )
     return "\n".join(lines)
-
-
-def search(ws: "Workspace") -> None:
-    """List the candidates; cut, measure and retrain them where search.evaluate and search.retrain_tokens ask for it.
-
-    Each candidate is a run of its own in OUTPUT_DIR/search/NAME, which a second search goes on with: the tasks of a job
-    array can try one each (search.only), and a search after them finds all done and ranks them.
-    """
-    settings = ws.config.search
-    every, refusals = usable(ws.config, ws.teacher_shape)
-    found = within_budget(settings, every, refusals)
-    if refusals and ws.world.is_first:
-        say(f"search: {len(refusals)} shapes of the grid are left out, as {refusals[0]}")
-    chosen = choose(found, settings.only)
-    if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
-        from minitron_train.commands import score
-
-        score(ws)
-        for candidate in chosen:
-            if ws.world.is_first:
-                say(f"search: {candidate.name} ({found.index(candidate) + 1} of {len(found)})")
-            try_out(ws, candidate)
-        found.sort(key=lambda candidate: candidate.loss)
-    if ws.world.is_first:
-        say(table(chosen if settings.only else found))
-        if not ws.config.dry_run and settings.only is None:
-            atomic_write_json(ws.folder / "search.json", {"candidates": [candidate.row() for candidate in found]})
-
-
-def try_out(ws: "Workspace", candidate: Candidate) -> None:
-    """Cut one candidate, measure its loss, retrain it a little: stages in its own folder, finished ones are kept."""
-    from minitron_train import commands
-
-    settings = ws.config.search
-    folder = ws.folder / "search" / candidate.name
-    sizes = {f.name: getattr(candidate.shape, f.name, None) for f in dataclasses.fields(ws.config.student)}
-    config = dataclasses.replace(
-        ws.config,
-        output_dir=str(folder),
-        student=dataclasses.replace(ws.config.student, **sizes | {"path": None}),
-        teacher=dataclasses.replace(ws.config.teacher, path=str(ws.teacher_folder)),
-        train=dataclasses.replace(ws.config.train, num_tokens=settings.retrain_tokens or ws.config.train.num_tokens),
-        eval=dataclasses.replace(ws.config.eval, tasks=[], training_tasks=[]),
-    )
-    child = ws.beside(config)
-    # the scores are the same for all
-    ws.on_first(lambda: shutil.copytree(ws.folder / "scores", folder / "scores", dirs_exist_ok=True))
-    commands.cut(child, candidate.shape)
-    commands.evaluate_one(child, "pruned", child.pruned_folder)
-    candidate.zero_shot_loss = validation_loss(child, "pruned")
-    if settings.retrain_tokens:
-        commands.distill(child)
-        commands.export(child)
-        commands.evaluate_one(child, "student", child.student_folder)
-        candidate.retrained_loss = validation_loss(child, "student")
-
-
-def validation_loss(ws: "Workspace", label: str) -> float:
-    """Nats, of one evaluated model; infinite where its perplexity overflowed."""
-    file = ws.eval_folder / f"{label}.json"
-    perplexity = ws.on_first(lambda: json.loads(file.read_text())["perplexity"])
-    return math.inf if perplexity is None else math.log(perplexity)
