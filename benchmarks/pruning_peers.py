@@ -15,6 +15,7 @@ channels/neurons/heads: 432/1024/6 and the gentler 504/1024/6 of SmolLM2's 576/1
                      output layer of its own: vocabulary x channels more parameters than the target has. SmolLM2 only
     modelopt         conf/prune/modelopt.yaml, NVIDIA's ranking and plain slicing
     ours             conf/prune/default.yaml, what the program does unless told otherwise
+    ours-mixed       ours by the real `prune` with calibration.teacher_share=0.5: the teacher writes half of the text
     nvidia-modelopt  a check: nvidia-modelopt 0.43.0 itself on the same tokens; `different` counts the channels, neurons
                      and heads that it keeps and `modelopt` does not. Not distilled: it is the same model. SmolLM2 only
 
@@ -160,6 +161,18 @@ def preset(peers: "Peers", target: Shape, folder: Path, *, name: str) -> None:
     slice_checkpoint(bench.teacher, keep, target, folder, changed)
 
 
+def ours_mixed(peers: "Peers", target: Shape, folder: Path) -> None:
+    """The real command on as many calibration tokens as the others have, half of them the teacher's own."""
+    output, amounts = folder.parent / "stages", peers.bench.calibration
+    sizes = [f"student.{axis}={size}" for axis, size in sizes_of(target).items()]
+    numbers = [
+        f"calibration.{key}={getattr(amounts, key)}" for key in ("num_samples", "seq_length", "micro_batch_size")
+    ]
+    peers.program(output, "prune", "calibration.teacher_share=0.5", *numbers, *sizes)
+    shutil.copytree(output / "pruned", folder, dirs_exist_ok=True)
+    shutil.rmtree(output)
+
+
 def nvidia_modelopt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
     """ModelOpt itself, in a process of its own, where nothing of it reaches this one."""
     packages = CACHE / "peers-modelopt-0.43.0"
@@ -189,6 +202,7 @@ RUNS = (
     Run("slicegpt-like", "slicegpt-like", slicegpt_like),
     Run("modelopt", "modelopt", partial(preset, name="modelopt")),
     Run("ours", "ours", partial(preset, name="default")),
+    Run("ours-mixed", "ours-mixed", ours_mixed),
     Run("nvidia-modelopt", "nvidia-modelopt", nvidia_modelopt, distilled=False),
 )
 QUICK = ("magnitude", "slicegpt-like")

@@ -87,6 +87,8 @@ def score(ws: Workspace) -> None:
     teacher, calibration = ws.open_teacher(), ws.config.calibration
     ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
+    if calibration.teacher_share:
+        numbers = {**numbers, "teacher_share": calibration.teacher_share}
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
     if calibration.tokens is None:
@@ -101,7 +103,8 @@ def score(ws: Workspace) -> None:
 
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("score", ws.teacher_shape)
-        return measure(ws.config, ws.groups, teacher=teacher, tokens=calibration_tokens(ws), folder=folder)
+        tokens = calibration_tokens(ws, new_in=folder)
+        return measure(ws.config, ws.groups, teacher=teacher, tokens=tokens, folder=folder)
 
     ws.run(stage, work)
 
@@ -261,13 +264,24 @@ def load_tokenizer(folder: Path) -> Any:
     return loaded
 
 
-def calibration_tokens(ws: Workspace) -> Any:
-    """Calibration tokens [batches, sequences, length], from a file or with the teacher's tokenizer."""
-    from minitron_train.data.calibration import calibration_batches
+def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
+    """Calibration tokens [batches, sequences, length], from a file or with the teacher's tokenizer.
 
-    calibration = ws.config.calibration
-    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
-    return calibration_batches(calibration, ws.config.data, tokenizer, ws.config.seed)
+    Args:
+        new_in: the folder of scores to come, which keeps what the teacher writes; without it, the tokens that were scored.
+    """
+    from minitron_train.data.calibration import calibration_batches, read_tokens
+    from minitron_train.prune import samples
+
+    config, calibration = ws.config, ws.config.calibration
+    if calibration.tokens:
+        return calibration_batches(calibration, config.data, None, config.seed)
+    if calibration.teacher_share and new_in is None:
+        return read_tokens(ws.folder / "scores" / samples.FILE)
+    tokenizer = load_tokenizer(ws.teacher_folder)
+    if new_in and calibration.teacher_share:
+        return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
+    return calibration_batches(calibration, config.data, tokenizer, config.seed)
 
 
 def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]:

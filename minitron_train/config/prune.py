@@ -15,6 +15,9 @@ class CalibrationConfig:
         None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream"
     )
     num_samples: int = opt(1024, "sequences (arXiv 2407.14679 §2.2)")
+    teacher_share: float = opt(
+        0.0, "share of the sequences that the teacher writes itself (arXiv 2410.17170), in the place of text"
+    )
     seq_length: int = opt(512, "tokens per sequence")
     micro_batch_size: int = opt(8, "sequences per forward pass")
     chunk_tokens: int = opt(131072, "tokens whose activations are held at once; bounds memory")
@@ -28,6 +31,10 @@ class CalibrationConfig:
     def validate(self) -> None:
         """Positive counts."""
         require_positive(self, "calibration", "num_samples", "seq_length", "micro_batch_size", "chunk_tokens")
+        share = self.teacher_share
+        require(0 <= share <= 1, "calibration.teacher_share", share, "between 0 and 1", "0.5 is half of the sequences")
+        given = share and self.tokens is not None
+        require(not given, "calibration.teacher_share", share, "0 where calibration.tokens is set", "leave one out")
 
     def precision_on(self, cuda: bool) -> Precision:
         """Of the forward passes, on a GPU or on a CPU."""

@@ -29,16 +29,22 @@ def calibration_batches(
         return read_tokens(Path(calibration.tokens))
     if tokenizer is None:
         raise UserError("teacher.path has no tokenizer: calibration needs one; add it, or give calibration.tokens=FILE")
+    size = batch_size(calibration)
+    blend = calibration_data(calibration, data)
+    stream = TokenStream(blend, tokenizer, seq_length=calibration.seq_length, seed=(seed + SEED_OFFSET) % 2**32)
+    tokens = stream.next_batch(calibration.num_samples).tokens_BS
+    return tokens.view(-1, size, calibration.seq_length)
+
+
+def batch_size(calibration: CalibrationConfig) -> int:
+    """Sequences of a micro-batch; refuses a number of samples that is no multiple of it."""
     size = min(calibration.micro_batch_size, calibration.num_samples)
     if calibration.num_samples % size:
         raise UserError(
             f"calibration.num_samples={calibration.num_samples}: must be a multiple of calibration.micro_batch_size={size}; "
             "change one of them"
         )
-    blend = calibration_data(calibration, data)
-    stream = TokenStream(blend, tokenizer, seq_length=calibration.seq_length, seed=(seed + SEED_OFFSET) % 2**32)
-    tokens = stream.next_batch(calibration.num_samples).tokens_BS
-    return tokens.view(-1, size, calibration.seq_length)
+    return size
 
 
 def calibration_data(calibration: CalibrationConfig, data: DataConfig) -> DataConfig:

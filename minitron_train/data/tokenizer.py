@@ -80,6 +80,12 @@ def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None)
     return Encoder(tokenizer_json=backend.backend_tokenizer.to_str(), start=start, end=end_id)
 
 
+def document_start(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None) -> list[int]:
+    """What stands before a document's text in the stream: the end of the one before, and BOS where the tokenizer has one."""
+    known = encoder(tokenizer, document_end)
+    return [known.end, *known.start]
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Refuse a tokenizer with ids that the model's embedding of `vocab_size` rows does not have."""
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -1,6 +1,6 @@
-"""Greedy decoding with a key/value cache, at any tensor-parallel size."""
+"""Greedy decoding, and draws from the model's own distribution, with a key/value cache, at any tensor-parallel size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from minitron_train.arch.build import LanguageModel
 from minitron_train.evaluation.forward import KeyValueCache, hidden_states, inference
 from minitron_train.parallel.groups import Groups
 
-# B texts still growing, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard)
+# B texts still growing, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard), W whole vocab
 
 
 def greedy(
@@ -65,9 +65,36 @@ def greedy(
     return texts
 
 
-def most_probable(hidden_BH: Tensor, weight_VH: Tensor, groups: Groups) -> Tensor:
-    """The token with the largest logit, int64 [B]; of equal ones the first, on every rank the same."""
-    peaks_B, tokens_B = (hidden_BH @ weight_VH.T).float().max(dim=1)
+def sample(
+    model: LanguageModel, prompt: list[int], num_texts: int, length: int, generator: torch.Generator, groups: Groups
+) -> Iterator[Tensor]:
+    """Texts that go on from `prompt` as the model would have them: the next token of each, int64 [B], `length` times.
+
+    For a block in `inference`. The largest sum of logit and Gumbel noise is a draw from the logits' softmax; every rank
+    makes the noise of the whole vocabulary and takes its part, so that ranks change nothing but rounding.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    device, weight_VH = groups.device, model.output_weight
+    next_BS = torch.tensor([prompt] * num_texts, device=device)
+    noise_BW = torch.empty(num_texts, weight_VH.shape[0] * groups.tp_size, device=device)
+    part = slice(groups.tp_rank * weight_VH.shape[0], (groups.tp_rank + 1) * weight_VH.shape[0])
+    cache = KeyValueCache()
+    for _ in range(length):
+        first, stop = cache.num_tokens, cache.num_tokens + next_BS.shape[1]
+        positions_BS = torch.arange(first, stop, device=device).expand_as(next_BS)
+        hidden_BH = hidden_states(model, next_BS, positions_BS, cache=cache, keep=True)[:, -1]
+        noise_BW.exponential_(generator=generator).clamp_(min=torch.finfo(noise_BW.dtype).tiny).log_().neg_()
+        next_B = most_probable(hidden_BH, weight_VH, groups, noise_BW[:, part])
+        yield next_B
+        next_BS = next_B[:, None]
+
+
+def most_probable(hidden_BH: Tensor, weight_VH: Tensor, groups: Groups, added_BV: Tensor | None = None) -> Tensor:
+    """The token with the largest logit (plus what is `added`), int64 [B]; of equal ones the first, on every rank the same."""
+    logits_BV = (hidden_BH @ weight_VH.T).float()
+    peaks_B, tokens_B = (logits_BV if added_BV is None else logits_BV + added_BV).max(dim=1)
     if groups.tp_size == 1:
         require_finite(peaks_B)
         return tokens_B

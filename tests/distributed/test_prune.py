@@ -100,3 +100,22 @@ def test_a_rotated_student_is_the_same_model_on_any_ranks(tmp_path, tiny_models,
         run_ranks(prune_on, world_size, tp, tiny_models[family], folder, True)
         found.append(hf_logits(folder / "pruned", random_tokens()[0]))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-2)
+
+
+def write_on(rank: int, world_size: int, tp: int, teacher: Path) -> list[list[int]]:
+    """What the teacher writes, as this rank has it."""
+    from minitron_train import hf
+    from minitron_train.config import CalibrationConfig
+    from minitron_train.parallel.groups import start
+    from minitron_train.prune import samples
+
+    samples.MOST_AT_ONCE = 4
+    with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
+        texts_NS = samples.write(CalibrationConfig(seq_length=16), groups, hf.Checkpoint(teacher), [3, 7], 10, seed=1)
+        return texts_NS.tolist()
+
+
+def test_the_teacher_writes_the_same_on_any_ranks(tiny_models):
+    [expected] = run_ranks(write_on, 1, 1, tiny_models[FAMILY])
+    for found in run_ranks(write_on, 4, 2, tiny_models[FAMILY]):
+        assert found == expected

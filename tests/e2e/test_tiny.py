@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMALLER = (
@@ -104,6 +105,26 @@ def test_a_changed_target_makes_only_what_follows_stale(done: tuple[Path, str]) 
     lines = result.stdout.splitlines()
     assert "score: finished" in lines
     assert any(line.startswith("prune: stale (student.ffn_hidden_size was 64, is 32)") for line in lines)
+
+
+def test_a_teacher_that_writes_its_calibration(done: tuple[Path, str], tmp_path: Path) -> None:
+    """Its tokens are kept with the scores, and what is cut later reads them; a teacher of another share is another stage."""
+    words = ["+recipe=tiny", f"teacher.path={done[0] / 'teacher'}", f"output_dir={tmp_path}", *SMALLER]
+
+    def command(name: str, *more: str) -> str:
+        line = [sys.executable, "-m", "minitron_train", name, *words, *more]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=280)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    command("score", "calibration.teacher_share=0.5")
+    tokens = load_file(tmp_path / "scores" / "tokens.safetensors")["tokens"]
+    assert tokens.shape == (4, 4, 64)
+    printed = command("prune", "calibration.teacher_share=0.5")
+    assert "score: done before" in printed and (tmp_path / "pruned" / "model.safetensors").exists()
+    assert torch.equal(load_file(tmp_path / "scores" / "tokens.safetensors")["tokens"], tokens)
+    assert "score: stale" in command("prune", "dry_run=true")
+    assert not (done[0] / "scores" / "tokens.safetensors").exists()
 
 
 def test_two_ranks_give_the_same_losses_step_by_step(done: tuple[Path, str], tmp_path: Path) -> None:
