@@ -52,6 +52,22 @@ NUMBERS = [
     ),
     Case("no weight on any loss", f"distill {MICRO} distill.kd_weight=0", "distill.kd_weight", PRUNED),
     Case("no calibration samples", "score calibration.num_samples=0", "calibration.num_samples=0"),
+    Case(
+        "teacher's share above one",
+        "score calibration.teacher_share=2",
+        "calibration.teacher_share=2.0: between 0 and 1",
+    ),
+    Case(
+        "teacher's share of given tokens",
+        "score calibration.teacher_share=0.5 calibration.tokens=a.safetensors",
+        "calibration.teacher_share=0.5: 0 where calibration.tokens is set",
+    ),
+    Case(
+        "streamed teacher that is to write",
+        f"score {MICRO} calibration.teacher_share=0.5 calibration.streamed=true",
+        "streamed layer by layer cannot write",
+        TAUGHT,
+    ),
     Case("no checkpoint kept", "distill checkpoint.keep=0", "checkpoint.keep=0"),
     Case("share above one", "distill data.late_fraction=2", "data.late_fraction=2"),
     Case("negative weight of a source", "distill +data.sources={a:{path:x,weight:-1}}", "data.sources.a.weight"),

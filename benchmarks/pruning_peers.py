@@ -57,8 +57,9 @@ from pruning_peers_methods import (
     rotated_tensors,
 )
 from pruning_peers_nvidia import num_different
+from pruning_peers_subjects import SUBJECTS, Subject, program
 from pruning_peers_tables import show, show_tasks, table, task_figures, write
-from pruning_quality import CACHE, Bench, Case, configuration, loss_of, prepare, teacher_folder
+from pruning_quality import CACHE, Bench, Case, configuration, loss_of, prepare
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -82,37 +83,6 @@ AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
 MODELOPT_PACKAGES = ("nvidia-modelopt==0.43.0", "pulp==2.9.0")
 ROTATION_ERROR = 1e-3  # of the rotated teacher's logits
 LOSS_ERROR = 1e-3  # between transformers and megatron-core
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A model that is cut. Its name is that of the recipe whose training settings its students get."""
-
-    name: str
-    teacher: Callable[[], Path]  # its folder, made if it is not there
-    targets: tuple[str, ...]
-    tokens: int  # of distillation, unless told otherwise
-    local: bool  # whether MINITRON_DATA's corpora count
-    without: tuple[str, ...] = ()  # ways that are for Llama only
-
-    @property
-    def corpora(self) -> str | None:
-        """Where the text is; None for the embedded corpus."""
-        return os.environ.get("MINITRON_DATA") if self.local else None
-
-
-def tiny_folder() -> Path:
-    """Recipe `tiny`'s teacher in this user's cache, pretrained once."""
-    folder = CACHE / "tiny"
-    if not (folder / "teacher").exists():
-        program("tiny", folder, "pretrain")
-    return folder / "teacher"
-
-
-SUBJECTS = (
-    Subject("smollm2", teacher_folder, ("432/1024/6", "504/1024/6"), 50_176, local=True),
-    Subject("tiny", tiny_folder, ("192/640/4",), 98_304, local=False, without=("slicegpt-like", "nvidia-modelopt")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,12 +297,6 @@ class Peers:
             yield f"{name}-{run.name}", folder / "pruned"
             if tokens and run.distilled:
                 yield f"{name}-{run.name}-{tokens}", folder / f"distilled-{tokens}" / "student"
-
-
-def program(recipe: str, output: Path, command: str, *overrides: str) -> None:
-    """One command of the program; what is finished in `output` is not done again."""
-    words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, f"+recipe={recipe}"]
-    subprocess.run([*words, f"output_dir={output}", "tracking.wandb.mode=disabled", *overrides], check=True)
 
 
 def sizes_of(shape: Shape) -> dict[str, int]:
