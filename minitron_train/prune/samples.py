@@ -50,6 +50,8 @@ def tokens_with_samples(
         sequences.append(calibration_batches(text, config.data, tokenizer, seed).flatten(0, 1))
     prompt = document_start(tokenizer, config.data.document_end)
     sequences.append(write(calibration, groups, teacher, prompt, num_written, seed))
+    if groups.device.type == "cuda":
+        torch.cuda.empty_cache()  # scoring looks at what is free before it decides to hold all layers
     tokens_NS = torch.cat(sequences)
     order = torch.randperm(len(tokens_NS), generator=torch.Generator().manual_seed(seed))
     tokens = tokens_NS[order].view(-1, size, calibration.seq_length)
