@@ -274,13 +274,12 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
     from minitron_train.prune import samples
 
     config, calibration = ws.config, ws.config.calibration
-    if calibration.tokens:
-        return calibration_batches(calibration, config.data, None, config.seed)
-    if calibration.teacher_share and new_in is None:
-        return read_tokens(ws.folder / "scores" / samples.FILE)
-    tokenizer = load_tokenizer(ws.teacher_folder)
-    if new_in and calibration.teacher_share:
+    if calibration.teacher_share and new_in:
+        tokenizer = load_tokenizer(ws.teacher_folder)
         return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
+    if calibration.teacher_share:
+        return read_tokens(ws.folder / "scores" / samples.FILE)
+    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
     return calibration_batches(calibration, config.data, tokenizer, config.seed)
 
 

@@ -17,6 +17,9 @@ import pytest  # noqa: E402
 from tests.slurm import cluster as slurm_cluster  # noqa: E402
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from minitron_train.config import DataConfig
     from minitron_train.parallel.groups import Groups
     from tests.training import Material
 
@@ -65,6 +68,19 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("models")
     return {name: save_tiny(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def numbered_words(tmp_path_factory: pytest.TempPathFactory) -> "tuple[DataConfig, PreTrainedTokenizerBase]":
+    """A text of numbered words, and a tokenizer of 300 entries made from it."""
+    from minitron_train.config import DataConfig
+    from minitron_train.data import tokenizer as tokenizers
+
+    folder = tmp_path_factory.mktemp("numbered_words")
+    lines = [" ".join(f"w{n * 7919 % 100003}" for n in range(20 * i, 20 * i + 20)) for i in range(1500)]
+    (folder / "a.txt").write_text("\n".join(lines))
+    tokenizers.save(tokenizers.train_bpe(lines, 300), folder / "bpe")
+    return DataConfig(path=str(folder / "a.txt"), num_workers=0), tokenizers.load(folder / "bpe")
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minitron_train.config import CalibrationConfig, DataConfig
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.config import CalibrationConfig
 from minitron_train.data.calibration import calibration_batches
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory):
-    """A text of numbered words, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [" ".join(f"w{n * 7919 % 100003}" for n in range(20 * i, 20 * i + 20)) for i in range(1500)]
-    (folder / "a.txt").write_text("\n".join(lines))
-    tokenizers.save(tokenizers.train_bpe(lines, 300), folder / "bpe")
-    return DataConfig(path=str(folder / "a.txt"), num_workers=0), tokenizers.load(folder / "bpe")
 
 
 def windows(tokens: torch.Tensor) -> set[tuple[int, ...]]:
@@ -26,9 +15,9 @@ def windows(tokens: torch.Tensor) -> set[tuple[int, ...]]:
     return {tuple(run) for row in tokens for run in row.unfold(0, 12, 1).tolist()}
 
 
-def test_from_the_stream(corpus):
+def test_from_the_stream(numbered_words):
     """The asked-for shape, repeatable, another shuffle than training's, no held-out text."""
-    data, tokenizer = corpus
+    data, tokenizer = numbered_words
     calibration = CalibrationConfig(num_samples=24, seq_length=64, micro_batch_size=8)
     tokens = calibration_batches(calibration, data, tokenizer, seed=1)
     assert tokens.shape == (3, 8, 64) and tokens.dtype == torch.int64
@@ -41,8 +30,8 @@ def test_from_the_stream(corpus):
     assert windows(held).isdisjoint(windows(tokens.flatten(0, 1)))
 
 
-def test_from_files(corpus, tmp_path):
-    data, tokenizer = corpus
+def test_from_files(numbered_words, tmp_path):
+    data, tokenizer = numbered_words
     own = tmp_path / "own.txt"
     own.write_text("calibrate on this\n" * 200)
     calibration = CalibrationConfig(path=str(own), num_samples=4, seq_length=32, micro_batch_size=8)
@@ -54,8 +43,8 @@ def test_from_files(corpus, tmp_path):
     assert torch.equal(calibration_batches(calibration, data, None, seed=1), expected)
 
 
-def test_mistakes(corpus, tmp_path):
-    data, tokenizer = corpus
+def test_mistakes(numbered_words, tmp_path):
+    data, tokenizer = numbered_words
     with pytest.raises(UserError, match=r"multiple of calibration\.micro_batch_size"):
         calibration_batches(CalibrationConfig(num_samples=9, micro_batch_size=8), data, tokenizer, seed=1)
     with pytest.raises(UserError, match=r"calibration\.tokens=FILE"):

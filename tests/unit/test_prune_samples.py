@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.config import CalibrationConfig, Config, DataConfig
-from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.calibration import calibration_batches, read_tokens
 from minitron_train.errors import UserError
 from minitron_train.prune import samples
@@ -60,18 +59,8 @@ def test_batches_are_drawn_apart(outspoken, groups, monkeypatch):
     assert not (texts == 0).all(dim=1).any()
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Text, and a tokenizer of 300 entries."""
-    folder = tmp_path_factory.mktemp("corpus")
-    lines = [" ".join(f"w{n * 7919 % 100003}" for n in range(20 * i, 20 * i + 20)) for i in range(1500)]
-    (folder / "a.txt").write_text("\n".join(lines))
-    tokenizers.save(tokenizers.train_bpe(lines, 300), folder / "bpe")
-    return DataConfig(path=str(folder / "a.txt"), num_workers=0), tokenizers.load(folder / "bpe")
-
-
-def test_a_share_in_the_place_of_text(corpus, outspoken, groups, tmp_path, monkeypatch):
-    data, tokenizer = corpus
+def test_a_share_in_the_place_of_text(numbered_words, outspoken, groups, tmp_path, monkeypatch):
+    data, tokenizer = numbered_words
     calibration = CalibrationConfig(num_samples=24, seq_length=LENGTH, micro_batch_size=4, teacher_share=0.4)
     config = Config(calibration=calibration, data=data)
     prompts = []
@@ -93,16 +82,16 @@ def test_a_share_in_the_place_of_text(corpus, outspoken, groups, tmp_path, monke
     assert {tuple(row.tolist()) for row in tokens.flatten(0, 1)[~by_teacher_N]} == {tuple(row.tolist()) for row in text}
 
 
-def test_all_of_it(corpus, outspoken, groups, tmp_path):
+def test_all_of_it(numbered_words, outspoken, groups, tmp_path):
     """No text is opened."""
     calibration = CalibrationConfig(num_samples=8, seq_length=LENGTH, micro_batch_size=4, teacher_share=1.0)
     config = Config(calibration=calibration, data=DataConfig(path="nowhere.txt"))
-    tokens = tokens_with_samples(config, groups, hf.Checkpoint(outspoken), corpus[1], tmp_path)
+    tokens = tokens_with_samples(config, groups, hf.Checkpoint(outspoken), numbered_words[1], tmp_path)
     assert tokens.shape == (2, 4, LENGTH)
 
 
-def test_mistakes(corpus, outspoken, groups, tmp_path):
-    data, tokenizer = corpus
+def test_mistakes(numbered_words, outspoken, groups, tmp_path):
+    data, tokenizer = numbered_words
     config = Config(
         data=data, calibration=CalibrationConfig(teacher_share=0.5, streamed=True, num_samples=8, seq_length=16)
     )
