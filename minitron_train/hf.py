@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 4 * 2**30
+SAMPLE_BYTES, NUM_SAMPLES = 4096, 8  # of a tensor go into its folder's fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS: dict[str, Any] = {field.name: field.type for field in fields(Shape)}
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -57,10 +59,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """A key of config.json, in today's place (rope_parameters), at the top level, or under an older name."""
-    rope = config.get("rope_parameters") or {}
+    """A key of config.json, in today's place (rope_parameters), else at the top level, or under an older name."""
+    rope = config.get("rope_parameters")
+    places = (rope, config) if isinstance(rope, Mapping) else (config,)
     for name in (key, *LEGACY_KEYS.get(key, ())):
-        for place in (config, rope):
+        for place in places:
             if place.get(name) is not None:
                 return place[name]
     return None
@@ -88,9 +91,10 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
         if values[field] is None:
             raise UserError(f"{where}: the key {key!r} is missing; add it as the model's authors give it")
     for key, wanted in table.config_facts.items():
-        if config.get(key, wanted) not in (wanted, None):
+        if (given := config.get(key, table.config_defaults.get(key))) not in (wanted, None):
+            silent = "" if key in config else ", which transformers assumes where the key is missing"
             raise UserError(
-                f"{where}: {key}={config[key]!r}: only {wanted!r} is supported for {name}; use another teacher"
+                f"{where}: {key}={given!r}{silent}: only {wanted!r} is supported for {name}; use another teacher"
             )
     percent, base = lookup(config, "partial_rotary_factor"), lookup(config, "rope_theta")
     shape = Shape(
@@ -111,7 +115,7 @@ def number(value: Any, key: str, where: str, kind: type = float) -> Any:
         UserError: it is none, or not a whole one where `kind` is int.
     """
     is_number = isinstance(value, int | float) and (kind is bool or not isinstance(value, bool))
-    if not is_number or (kind is int and value != int(value)):
+    if not is_number or not math.isfinite(value) or (kind is int and value != int(value)):
         whole = "whole " if kind is int else ""
         raise UserError(f"{where}: {key}={value!r} is not a {whole}number; set it as the model's authors give it")
     return kind(value)
@@ -121,7 +125,8 @@ def rope_scaling_factor(config: Mapping[str, Any], where: str) -> float | None:
     """Llama 3.1's scaling factor; None without scaling. Other kinds of scaling are refused."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise UserError(f"{where}: rope_scaling={rope!r} is not an object; set it as the model's authors give it")
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        raise UserError(f"{where}: {key}={rope!r} is not an object; set it as the model's authors give it")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -159,7 +164,9 @@ class Checkpoint:
     def _locate(self) -> dict[str, Path]:
         """Tensor name -> file."""
         if (self.folder / INDEX).exists():
-            weight_map = read_json(self.folder / INDEX).get("weight_map", {})
+            weight_map = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{self.folder / INDEX}: no weight_map from tensors to files; download it again")
             files = {name: self.folder / file for name, file in weight_map.items()}
             missing = sorted({file.name for file in files.values() if not file.exists()})
             if missing:
@@ -217,6 +224,7 @@ def read_header(file: Path, remedy: str = "download it again") -> dict[str, dict
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            _ = [(tuple(entry["shape"]), entry["dtype"]) for entry in header.values()]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file}: its header is corrupt; {remedy}") from None
     if size != 8 + length + end:
@@ -237,13 +245,13 @@ def student_config(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype |
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json, tokenizer.json and, for each tensor, its name, type, size and first 4 KiB of data.
+    """sha256 over config.json, the tokenizer's files and, for each tensor, its name, type, size and eight samples of 4 KiB.
 
-    Any training step changes every tensor, so that different weights have different fingerprints; a 31 GB folder takes
-    well under a second, where hashing all bytes would take minutes.
+    The samples lie at equal distances, the first and the last bytes among them: a training changes them, and so does new
+    rows for added tokens. A 31 GB folder takes a second, where hashing all bytes would take minutes.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", *TOKENIZER_FILES):
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
@@ -253,8 +261,10 @@ def fingerprint(folder: Path) -> str:
             for name, entry in sorted(header.items()):
                 begin, end = entry["data_offsets"]
                 digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-                handle.seek(start + begin)
-                digest.update(handle.read(min(4096, end - begin)))
+                last = max(end - begin - SAMPLE_BYTES, 0)
+                for offset in sorted({last * i // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
+                    handle.seek(start + begin + offset)
+                    digest.update(handle.read(min(SAMPLE_BYTES, end - begin)))
     return digest.hexdigest()
 
 

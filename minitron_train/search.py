@@ -49,6 +49,7 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
         teacher=dataclasses.replace(ws.config.teacher, path=str(ws.teacher_folder)),
         train=dataclasses.replace(ws.config.train, num_tokens=settings.retrain_tokens or ws.config.train.num_tokens),
         eval=dataclasses.replace(ws.config.eval, tasks=[], training_tasks=[]),
+        checkpoint=dataclasses.replace(ws.config.checkpoint, best_metric=None),  # it may be of a task
     )
     child = ws.beside(config)
     # the scores are the same for all

@@ -9,5 +9,6 @@ MISTRAL = replace(
     name="mistral",
     hf_class="MistralForCausalLM",
     config_facts={"hidden_act": "silu", "sliding_window": None},
+    config_defaults={"sliding_window": 4096},
     rules=(),
 )

@@ -65,6 +65,7 @@ class Architecture:
     rows: tuple[Row, ...]
     config_keys: Mapping[str, str]  # Shape field -> key of config.json
     config_facts: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json that must have this value
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)  # of these, where transformers' is another value
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see arch.build)
     rules: tuple[Rule, ...] = ()
     rotary_percent: float = 1.0  # what transformers assumes when config.json is silent

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class Blend:
-    """Draws sources by largest deficit: after n sequences of a phase, source i had n * weight_i of them, give or take one.
+    """Draws sources by largest deficit: after n sequences of a phase, source i had n * weight_i of them, give or take
+    about one.
 
     Nothing is random here, so any prefix has the right shares. The late phase begins with the first sequence at or
     after `late_start` and counts anew.

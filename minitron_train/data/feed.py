@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
 from minitron_train.data import sources
+from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.pack import Position
-from minitron_train.data.tokenizer import encoder
 from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
 from minitron_train.data.workers import Deferred, Pending, Pool
 
@@ -30,7 +30,8 @@ class Feed:
         self.parts = sources.parts(data)
         self.opened = [part.open(split) for part in self.parts]
         texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
-        self.encoder = encoder(tokenizer, data.document_end)
+        self.encoder = tokenizers.encoder(tokenizer, data.document_end)
+        self.vocab_size = tokenizers.vocab_size(tokenizer)
         self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
@@ -55,7 +56,7 @@ class Feed:
         for unit, blocks in enumerate(chosen[first:], start=first):
             unit_seed = (*seed, epoch, unit)
             if isinstance(source, IndexedSource):
-                pending: Pending = Deferred(partial(source.unit, blocks, unit_seed))
+                pending: Pending = Deferred(partial(source.unit, blocks, unit_seed, self.vocab_size))
             else:
                 pending = self.pool.submit(ReadJob(i, tuple(blocks.tolist()), unit_seed))
             yield {"epoch": epoch, "unit": unit}, pending

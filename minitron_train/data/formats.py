@@ -21,20 +21,23 @@ import pyarrow.parquet
 from minitron_train.console import progress
 from minitron_train.data import corpus
 from minitron_train.data.lines import (
-    BLOCK_BYTES,
+    WORD_BYTES,
     CopiedLines,
     PlainLines,
+    PlainText,
     copy_of,
     decompressed_lines,
     make_copies,
     make_copy,
     open_lines,
     sample_sha256,
+    short_lines,
+    word_start,
 )
 from minitron_train.errors import UserError, first_line
 
 PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
-ROW_GROUP_BYTES = 1 << 24  # Parquet files with larger row groups are copied into blocks
+ROW_GROUP_BYTES = 1 << 24  # Parquet files with more text in a row group are copied into blocks
 
 
 class TextFormat(Protocol):
@@ -96,7 +99,7 @@ class FileFormat:
 
     @property
     def block_bytes(self) -> int:
-        return BLOCK_BYTES
+        return max(1, sum(file.size_bytes for file in self.files) // max(1, self.num_blocks))
 
     def locate(self, block: int) -> tuple[int, int]:
         """Which file holds the block, and its number there."""
@@ -144,18 +147,20 @@ class JsonLines(FileFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(FileFormat):
-    """Plain text: a file is one document, and each 32 kB of a longer one are (cut at line ends)."""
+    """Plain text: a file is one document, and each 32 kB of a longer one are (cut at line ends, or inside long lines)."""
+
+    def open(self, path: Path) -> PlainLines | CopiedLines:
+        file = open_lines(path, self.cache_dir)
+        return PlainText(file.path, file.size_bytes) if isinstance(file, PlainLines) else file
+
+    def lines_to_copy(self, path: Path) -> Iterator[bytes]:
+        return short_lines(super().lines_to_copy(path))
 
     def read(self, block: int) -> Iterator[Sequence[str]]:
         file, inner = self.locate(block)
-        passages, passage = [], b""
-        for line in self.files[file].read(inner):
-            passage += line.removesuffix(b"\r") + b"\n"
-            if len(passage) >= PASSAGE_BYTES:
-                passages.append(passage)
-                passage = b""
+        text = b"".join(line.removesuffix(b"\r") + b"\n" for line in self.files[file].read(inner))
         try:
-            texts = [piece.decode() for piece in [*passages, passage] if piece.strip()]
+            texts = [piece.decode() for piece in passages(text) if piece.strip()]
         except UnicodeDecodeError as error:
             what = error.object[error.start : error.start + 8]
             raise UserError(
@@ -165,13 +170,45 @@ class TextFiles(FileFormat):
             yield texts
 
 
+def passages(text: bytes) -> Iterator[bytes]:
+    """UTF-8 text in pieces of at least 4 kB that end with a line, or with a word where the line is as long again."""
+    start = 0
+    while start < len(text):
+        least = start + PASSAGE_BYTES
+        end = text.find(b"\n", least - 1, least + PASSAGE_BYTES) + 1
+        if not end:
+            end = least + word_start(text[least : least + WORD_BYTES])
+        yield text[start:end]
+        start = end
+
+
 @dataclass(frozen=True, slots=True)
 class RowGroups:
     """Blocks of a Parquet file: its row groups."""
 
     path: Path
-    num_blocks: int
     text_key: str
+    sizes: tuple[int, ...]  # bytes of each group's text
+
+    @classmethod
+    def of(cls, path: Path, text_key: str, metadata: pyarrow.parquet.FileMetaData) -> "RowGroups":
+        """The row groups of a file with this footer."""
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        texts = [
+            [chunk for i in range(group.num_columns) if (chunk := group.column(i)).path_in_schema == text_key]
+            for group in groups
+        ]
+        return cls(path, text_key, tuple(sum(chunk.total_uncompressed_size for chunk in chunks) for chunks in texts))
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of row groups."""
+        return len(self.sizes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all text, as it is encoded in the file."""
+        return sum(self.sizes)
 
     def read(self, block: int) -> Iterator[bytes]:
         """The text column of one row group, as JSON lines; damaged pages are a UserError."""
@@ -189,7 +226,7 @@ class RowGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(JsonLines):
-    """Parquet: a document is a row's `text_key`; files with row groups above 16 MB are copied into smaller blocks."""
+    """Parquet: a document is a row's `text_key`; files with over 16 MB of text in a row group are copied into blocks."""
 
     def open(self, path: Path) -> CopiedLines | RowGroups:
         """Check the column, decide whether the row groups are small enough."""
@@ -202,30 +239,16 @@ class Parquet(JsonLines):
             raise missing_column(path, self.text_key, ", ".join(schema.names))
         if not is_text(kind := schema.types[schema.names.index(self.text_key)]):
             raise UserError(f"{path}: column {self.text_key} is not text but {kind}; choose another text_key")
-        groups = RowGroups(path, metadata.num_row_groups, self.text_key)
-        if max((row_group_bytes(metadata, g) for g in range(groups.num_blocks)), default=0) <= ROW_GROUP_BYTES:
+        groups = RowGroups.of(path, self.text_key, metadata)
+        if max(groups.sizes, default=0) <= ROW_GROUP_BYTES:
             return groups
         return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
         """The text column of all row groups, as JSON lines."""
-        groups = RowGroups(path, pyarrow.parquet.read_metadata(path).num_row_groups, self.text_key)
+        groups = RowGroups.of(path, self.text_key, pyarrow.parquet.read_metadata(path))
         for group in progress(range(groups.num_blocks), f"copy of {path.name} by row groups", groups.num_blocks):
             yield from groups.read(group)
-
-    @cached_property
-    def block_bytes(self) -> int:
-        sizes = [BLOCK_BYTES]
-        for file in self.files:
-            if isinstance(file, RowGroups):
-                metadata = pyarrow.parquet.read_metadata(file.path)
-                sizes += [row_group_bytes(metadata, group) for group in range(file.num_blocks)]
-        return sum(sizes) // len(sizes)
-
-
-def row_group_bytes(metadata: pyarrow.parquet.FileMetaData, group: int) -> int:
-    """Uncompressed bytes of one row group, all columns."""
-    return metadata.row_group(group).total_byte_size
 
 
 def is_text(kind: pyarrow.DataType) -> bool:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,15 @@ def check_index(path: Path) -> None:
         raise UserError(f"{path}: a broken megatron-core index (cut off); write it again")
 
 
+def check_length(prefix: Path, index: Any) -> None:
+    """Refuse a .bin file that ends before the last sequence of its index does."""
+    ends = index.sequence_pointers + index.sequence_lengths.astype(np.int64) * index.dtype_size
+    tokens = prefix.with_name(prefix.name + ".bin")
+    size, promised = tokens.stat().st_size, int(ends.max(initial=0))
+    if size < promised:
+        raise UserError(f"{tokens}: {size:,} bytes, its .idx promises {promised:,}; copy both again")
+
+
 class IndexedSource:
     """The documents of one or more .bin/.idx pairs, in blocks of about 8192 tokens."""
 
@@ -51,6 +61,7 @@ class IndexedSource:
                 datasets.append(IndexedDataset(str(prefix), mmap=True))
             except (AssertionError, OSError, ValueError, struct.error) as error:
                 raise UserError(f"{prefix}.idx: a broken megatron-core index ({error}); write it again") from error
+            check_length(prefix, datasets[-1].index)
         return datasets
 
     @cached_property
@@ -80,19 +91,25 @@ class IndexedSource:
         """What a block's tokens would be as text, about."""
         return 4 * BLOCK_TOKENS
 
-    def unit(self, blocks: Iterable[int], seed: tuple[int, ...]) -> Unit:
-        """The wanted sequences of some blocks, shuffled; their tokens are read when they are sliced."""
+    def unit(self, blocks: Iterable[int], seed: tuple[int, ...], vocab_size: int) -> Unit:
+        """The wanted sequences of some blocks, shuffled; their tokens are read, and checked, when they are sliced."""
         runs = [np.arange(*self.block_starts[block : block + 2]) for block in blocks]
         numbers = np.concatenate([np.empty(0, np.int64), *runs])
         numbers = numbers[[self.split.wants(f"sequence {number}") for number in numbers]]
         numbers = numbers[permutation(len(numbers), *seed)]
         ends = np.cumsum(self.lengths[numbers])
-        return Unit(IndexedTokens(self, numbers, ends), ends)
+        return Unit(IndexedTokens(self, numbers, ends, vocab_size), ends)
 
-    def read(self, number: int, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of one sequence."""
+    def read(self, number: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
+        """Tokens start to stop of one sequence; a UserError where one is outside the vocabulary."""
         pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
-        return self.datasets[pair].get(int(number - self.firsts[pair]), offset=start, length=stop - start)
+        tokens = self.datasets[pair].get(int(number - self.firsts[pair]), offset=start, length=stop - start)
+        if (largest := int(tokens.max(initial=0))) >= vocab_size:
+            raise UserError(
+                f"{self.prefixes[pair]}.bin: token {largest} is outside the tokenizer's vocabulary of {vocab_size} entries; "
+                "the pair was made with another tokenizer: write it again with the model's"
+            )
+        return tokens
 
     def fingerprint(self) -> str:
         """sha256 of the index and token files, sampled."""
@@ -103,10 +120,11 @@ class IndexedSource:
 class IndexedTokens:
     """The tokens of chosen sequences as one array, read where they are sliced."""
 
-    def __init__(self, source: IndexedSource, numbers: np.ndarray, ends: np.ndarray) -> None:
+    def __init__(self, source: IndexedSource, numbers: np.ndarray, ends: np.ndarray, vocab_size: int) -> None:
         self.source = source
         self.numbers = numbers
         self.ends = ends
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -118,6 +136,7 @@ class IndexedTokens:
         while start < stop:
             begin = int(self.ends[i - 1]) if i else 0
             end = min(stop, int(self.ends[i]))
-            pieces.append(self.source.read(self.numbers[i], start - begin, end - begin).astype(np.int32))
+            piece = self.source.read(self.numbers[i], start - begin, end - begin, self.vocab_size)
+            pieces.append(piece.astype(np.int32))
             start, i = end, i + 1
         return np.concatenate(pieces)

@@ -2,7 +2,8 @@
 
 A block is some 32 kB of whole lines. In a plain file, block k holds the lines that *start* in bytes [k * 32768,
 (k + 1) * 32768): no index is needed, and neither a line nor a UTF-8 character is ever cut (b"\\n" is never part of
-another character). A .gz or .zst stream cannot be entered in its middle, so it is copied once into `cache_dir`
+another character). `PlainText` is for files in which a newline means nothing: a line that fills a whole block is cut
+there between words. A .gz or .zst stream cannot be entered in its middle, so it is copied once into `cache_dir`
 as independently compressed blocks with their offsets; resuming then costs one block, not the stream before it.
 `make_copies` writes what is missing and says so.
 """
@@ -30,6 +31,7 @@ BLOCK_BYTES = 32768
 COMPRESSED = (".gz", ".zst")
 PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
 SAMPLE_BYTES = 4096  # of a file's head and tail go into its fingerprint
+WORD_BYTES = 256  # in which a word is looked for, where a long line is cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,55 @@ class PlainLines:
         start, end = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.size_bytes)
         with self.path.open("rb") as file:
             position = start
-            if start > 0:  # the line that holds byte start - 1 belongs to the block before
+            if start > 0:  # the line that holds byte start - 1 belongs to the block before, and may fill this one
                 file.seek(start - 1)
-                position += len(file.readline()) - 1
+                position += len(file.readline(end - start + 1)) - 1
             while position < end and (line := file.readline()):
                 position += len(line)
                 yield line.removesuffix(b"\n")
+
+
+class PlainText(PlainLines):
+    """Blocks of an uncompressed file without a format, each below 64 kB whatever the length of its lines."""
+
+    def read(self, block: int) -> Iterator[bytes]:
+        """The lines that start inside this block, without their newline, or the part of a longer one that is here."""
+        start, end = self.start(block), self.start(block + 1)
+        if start < end:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                yield from file.read(end - start).removesuffix(b"\n").split(b"\n")
+
+    def start(self, block: int) -> int:
+        """Where the first line begins that starts in this block; the first word, where a line fills the block."""
+        position = min(block * BLOCK_BYTES, self.size_bytes)
+        if position in (0, self.size_bytes):
+            return position
+        with self.path.open("rb") as file:
+            file.seek(position - 1)
+            raw = file.read(BLOCK_BYTES + 1)
+        if (newline := raw.find(b"\n")) >= 0:
+            return position + newline
+        return position + word_start(raw[1:]) if len(raw) > BLOCK_BYTES else self.size_bytes
+
+
+def word_start(raw: bytes) -> int:
+    """Position of the first word that begins in some UTF-8 text, or of its first character where no word is near."""
+    if (space := raw.find(b" ", 0, WORD_BYTES)) >= 0:
+        return space + 1
+    return next((i for i, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
+
+
+def short_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines, those longer than a block cut between words into pieces of about a block."""
+    for line in lines:
+        start = 0
+        while len(line) - start > 2 * BLOCK_BYTES:
+            middle = start + BLOCK_BYTES
+            end = middle + word_start(line[middle : middle + WORD_BYTES])
+            yield line[start:end]
+            start = end
+        yield line[start:]
 
 
 @dataclass(frozen=True)
@@ -77,6 +122,11 @@ class CopiedLines:
     def num_blocks(self) -> int:
         """Number of frames."""
         return len(self.offsets) - 1
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the text, at least: a frame holds a block or more."""
+        return self.num_blocks * BLOCK_BYTES
 
     def read(self, block: int) -> Iterator[bytes]:
         """The lines of one frame, without their newline; a damaged copy is a UserError."""

@@ -140,7 +140,7 @@ def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         files = files_below(path, kind)
-    elif has_magic(pattern):
+    elif has_magic(pattern) and not path.is_file():
         files = [Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file()]  # noqa: PTH207
     else:
         files = [file for file in (path, Path(f"{path}.idx")) if file.is_file()]  # Megatron names a pair by its prefix

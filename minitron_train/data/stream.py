@@ -181,13 +181,12 @@ def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_
     """
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
     feed = Feed(validation_data(data), tokenizer, split, 0, seq_length)
-    total = max(1, data.validation_tokens // seq_length)
-    weight = sum(part.weights[0] for part in feed.parts)
+    blend = Blend(weights=[part.weights for part in feed.parts], late_start=None)
+    quotas = Counter(blend.draw() for _ in range(max(1, data.validation_tokens // seq_length)))
     windows = []
     for i, part in enumerate(feed.parts):
-        quota = round(total * part.weights[0] / weight)
         units = feed.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
-        windows += first_windows((pending.result() for _, pending in units), quota, seq_length)
+        windows += first_windows((pending.result() for _, pending in units), quotas[i], seq_length)
     if not windows:
         raise UserError(
             f"data.validation_fraction={data.validation_fraction}: the held-out slice has fewer tokens than one "

@@ -86,11 +86,15 @@ def document_start(tokenizer: PreTrainedTokenizerBase, document_end: str | None 
     return [known.end, *known.start]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuse a tokenizer with ids that the model's embedding of `vocab_size` rows does not have."""
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    """Refuse a tokenizer with ids that the model's embedding of `num_rows` rows does not have."""
+    if (needed := vocab_size(tokenizer)) > num_rows:
         raise UserError(
-            f"tokenizer {tokenizer.name_or_path}: ids up to {largest}, but the model's embedding has {vocab_size} "
+            f"tokenizer {tokenizer.name_or_path}: ids up to {needed - 1}, but the model's embedding has {num_rows} "
             "rows; use the tokenizer that belongs to the model"
         )

@@ -12,16 +12,33 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan.hardware import GIB, can_shard_optimizer_here, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
-from minitron_train.plan.memory import Layout, distill_bytes, eval_bytes, export_bytes, score_bytes
+from minitron_train.plan.memory import (
+    FP32,
+    Layout,
+    distill_bytes,
+    eval_bytes,
+    export_bytes,
+    repair_bytes,
+    score_bytes,
+    slice_bytes,
+)
 from minitron_train.plan.reckon import WEIGHT_BYTES
-from minitron_train.plan.stages import disk_bytes, export_weight_bytes
+from minitron_train.plan.stages import disk_bytes, export_weight_bytes, file_weight_bytes
+from minitron_train.prune.target import least_tokens
 
 # parts of plan.stages.disk_bytes
 DISK_PARTS = {"pretrain": "checkpoints", "prune": "pruned", "distill": "checkpoints", "export": "student"}
 RUNS = {"pretrain": "pretrain/train", "distill": "train"}  # folders of checkpoints that a run goes on with
-MORE = dict.fromkeys(
-    ("pretrain", "score", "distill", "eval"), "use more GPUs with a larger parallel.tensor_model_parallel_size"
-) | {"export": "run it alone, on a machine with more memory"}
+MORE_GPUS = "use more GPUs with a larger parallel.tensor_model_parallel_size"
+ALONE = "run it alone, on a machine with more memory"
+MORE = {
+    "pretrain": MORE_GPUS,
+    "score": MORE_GPUS,
+    "prune": ALONE,
+    "distill": MORE_GPUS,
+    "export": ALONE,
+    "eval": MORE_GPUS,
+}
 OVERRIDE = "plan.check=false overrides"
 
 
@@ -49,7 +66,7 @@ def check_fits(config: Config, stage: str, teacher: Shape, student: Shape, world
         cuda = stage != "export" and cuda_here()
         left = memory_here(cuda) // (1 if cuda or stage == "export" else world.local_size)
         options = list(OPTIONS[stage](config, teacher, student, world, cuda))
-        as_configured = min(option.needed_bytes for option in options if not option.settings)
+        as_configured = min((option.needed_bytes for option in options if not option.settings), default=0)
         refuse_memory(stage, as_configured, left, options)
     if stage in DISK_PARTS:
         refuse_disk(stage, disk_bytes(config, teacher, student)[DISK_PARTS[stage]], folder)
@@ -182,6 +199,34 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
         yield Option(changed(names), parts["total"])
 
 
+def prune_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """Rotation and repair as configured, on fewer tokens, and neither of them."""
+    calibration, prune = config.calibration, config.prune
+    if not (prune.rotate or prune.repairs):
+        return
+    layout = Layout(
+        tp=1,
+        micro_batch_size=calibration.micro_batch_size,
+        seq_length=calibration.seq_length,
+        weight_bytes=FP32,
+        teacher_weight_bytes=FP32,
+        runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+        cuda=cuda,
+    )
+    tokens = min(prune.repair_tokens, calibration.num_samples * calibration.seq_length)
+    fewer = [tokens // part for part in (2, 4, 8) if tokens // part >= least_tokens(student)]
+    for chosen, micro in product((tokens, *fewer), (calibration.micro_batch_size, 1)):
+        at_once = replace(layout, micro_batch_size=micro)
+        names = {
+            "prune.repair_tokens": (tokens, chosen),
+            "calibration.micro_batch_size": (calibration.micro_batch_size, micro),
+        }
+        parts = repair_bytes(teacher, student, prune, at_once, tokens=-(-chosen // world.size))
+        yield Option(changed(names), parts["total"])
+    plain = slice_bytes(teacher, file_weight_bytes(config))["total"]
+    yield Option(("prune.rotate=false", "prune.refit=none", "prune.norm_scale=false"), plain)
+
+
 def changed(names: Mapping[str, tuple[object, object]]) -> tuple[str, ...]:
     """key=value of every setting that differs."""
     return tuple(f"{key}={str(new).lower()}" for key, (old, new) in names.items() if old != new)
@@ -195,6 +240,7 @@ def export_options(config: Config, teacher: Shape, student: Shape, world: World,
 OPTIONS = {
     "pretrain": pretrain_options,
     "score": score_options,
+    "prune": prune_options,
     "distill": distill_options,
     "export": export_options,
     "eval": eval_options,

@@ -37,6 +37,8 @@ class Basis:
 
 def why_not(layers: Layers, hidden_size: int) -> str | None:
     """Why this teacher's stream cannot be rotated, or None."""
+    if norm := norm_without_weight(layers):
+        return f"{norm} has a bias where its weight is zero, and no linear can take that over"
     if not layers.shape.tie_embeddings:
         return None
     if layers.final_norm.bias is not None:
@@ -44,6 +46,18 @@ def why_not(layers: Layers, hidden_size: int) -> str | None:
     num_alone = int(unrotated(layers).sum())
     if 2 * num_alone > hidden_size:
         return f"embeddings are tied, and {num_alone} of the final norm's weights are far from their median"
+    return None
+
+
+def norm_without_weight(layers: Layers) -> str | None:
+    """A norm with a bias in a channel whose weight is zero: β / γ, which is rotated with the stream, does not exist."""
+    for row in layers.table.rows:
+        if row.mcore.endswith("layernorm.bias"):
+            for i in row.layers(layers.shape):
+                name = next(iter(row.hf)).format(i=i)
+                gamma = layers.source.read(name.removesuffix("bias") + "weight") + layers.final_norm.offset
+                if ((gamma == 0) & (layers.source.read(name) != 0)).any():
+                    return name.removesuffix(".bias")
     return None
 
 

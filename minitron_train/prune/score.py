@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -14,6 +13,8 @@ from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config, Depth
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
+from minitron_train.parallel.launch import read_world
+from minitron_train.plan.hardware import memory_here
 from minitron_train.prune import scores
 from minitron_train.prune.collect import Statistics, check_finite, collect, merge_ranks
 from minitron_train.prune.depth import losses_without
@@ -84,7 +85,7 @@ def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:
     if groups.device.type == "cuda":
         free = torch.cuda.mem_get_info(groups.device)[0]
     else:
-        free = psutil.virtual_memory().available / groups.world_size
+        free = memory_here(cuda=False) / read_world().local_size
     return not groups.any(needed > free / 2)
 
 

@@ -152,7 +152,8 @@ class Sliced:
         norm = origin.mcore.rsplit(".", 1)[0]
         gain_H = self._gain(norm, origin.layer)
         if origin.mcore.endswith(".bias"):
-            return (tensor / self._gamma(f"{norm}.weight", origin.layer)) @ basis.up_DH * gain_H
+            gamma = self._gamma(f"{norm}.weight", origin.layer)
+            return torch.where(gamma == 0, 0, tensor / gamma) @ basis.up_DH * gain_H  # see basis.why_not
         return (basis.final_norm_H if last else basis.norm * gain_H) - self._offset
 
     @property

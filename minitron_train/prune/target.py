@@ -59,13 +59,18 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
 
 def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
     """Refuse a fit on so few tokens that it would fit noise."""
-    widest = max(student.axis_size("q"), student.ffn_hidden_size, student.hidden_size)
-    if prune.refit is not Refit.none and num_tokens < TOKENS_PER_INPUT * widest:
+    least = least_tokens(student)
+    if prune.refit is not Refit.none and num_tokens < least:
         raise UserError(
-            f"calibration: {num_tokens} tokens are too few to fit {widest} inputs by least squares, "
-            f"{TOKENS_PER_INPUT * widest} are the least; "
+            f"calibration: {num_tokens} tokens are too few to fit {least // TOKENS_PER_INPUT} inputs by least squares, "
+            f"{least} are the least; "
             "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
         )
+
+
+def least_tokens(student: Shape) -> int:
+    """Tokens that the least squares of a repair need, by the inputs of the student's widest linear."""
+    return TOKENS_PER_INPUT * max(student.axis_size("q"), student.ffn_hidden_size, student.hidden_size)
 
 
 def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:

@@ -56,5 +56,7 @@ def test_what_is_not_supported_is_refused_by_name():
     base = {**COMMON, "model_type": "mistral", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
     with pytest.raises(UserError, match="sliding_window=4096"):
         hf.shape_from_config({**base, "sliding_window": 4096}, "config.json")
+    with pytest.raises(UserError, match="sliding_window=4096, which transformers assumes where the key is missing"):
+        hf.shape_from_config(base, "config.json")
     with pytest.raises(UserError, match="supported architectures: llama, mistral, nemotron, qwen2, qwen3"):
         hf.shape_from_config({**base, "model_type": "gpt2"}, "config.json")

@@ -53,6 +53,21 @@ def write_rotated(folder, teacher_folder, groups, hidden_size):
     return folder, basis
 
 
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_a_norm_with_a_dead_channel(tmp_path, models, groups, capsys, bias):
+    """A weight of zero: rotated all the same where its bias is zero too, else channels are kept; never a NaN."""
+    shutil.copytree(models["nemotron"], tmp_path / "teacher")
+    tensors = load_file(tmp_path / "teacher" / "model.safetensors")
+    for name, value in (("weight", -1.0), ("bias", bias)):  # stored zero-centred
+        tensors[f"model.layers.1.input_layernorm.{name}"][3] = value
+    save_file(tensors, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    cut = configuration(refit=Refit.none, rotate=True)
+    folder = run_cut(tmp_path, tmp_path / "teacher", cut, TOKENS, groups, hidden_size=48)
+    said = "model.layers.1.input_layernorm has a bias where its weight is zero" in capsys.readouterr().out
+    assert said == bool(bias)
+    assert torch.isfinite(hf_logits(folder, TOKENS[0])).all()
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_a_rotation_alone_changes_nothing(tmp_path, models, groups, family):
     folder, basis = write_rotated(tmp_path / "whole", models[family], groups, COMMON["hidden_size"])

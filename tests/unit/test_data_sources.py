@@ -5,19 +5,21 @@ import gzip
 import hashlib
 import json
 import pickle
+import secrets
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from minitron_train.commands import data_inputs
 from minitron_train.config import CalibrationConfig, Config, DataConfig, SourceConfig, SourceKind
-from minitron_train.data import lines
+from minitron_train.data import formats, lines
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.calibration import calibration_data
 from minitron_train.data.sources import copied_bytes, identity, matching_files, parts
@@ -74,6 +76,45 @@ def test_text_files_in_blocks(tmp_path, monkeypatch):
     text = "".join(f"{i} строка ライン 🙂\r\n" for i in range(200))
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert "".join(read_all(DataConfig(path=str(tmp_path / "a.txt")))) == text.replace("\r", "")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_long_lines_of_text_are_cut_between_words(name, tmp_path, monkeypatch):
+    """Text on one line: blocks and passages stay small, no character is cut, and nothing but line ends is new."""
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(formats, "PASSAGE_BYTES", 512)
+    text = "короткая строка\n" + " ".join(f"слово{i}" for i in range(6000)) + "🙂" * 5000 + "\nend"
+    raw = text.encode()
+    write(tmp_path, name, gzip.compress(raw) if name.endswith("gz") else raw)
+    source: Any = parts(DataConfig(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache")))[0].open(ALL)
+    blocks = [list(source.read(block)) for block in range(source.num_blocks)]
+    passages = [passage for block in blocks for document in block for passage in document]
+    assert max(len(passage.encode()) for passage in passages) <= 1024
+    assert max(sum(len(piece.encode()) for document in block for piece in document) for block in blocks) <= 2 * 4096
+    assert "".join(passages).replace("\n", "") == text.replace("\n", "")
+    words = {word for passage in passages for word in passage.split()}
+    assert {f"слово{i}" for i in range(5999)} <= words
+
+
+def test_a_line_of_many_blocks_is_read_in_linear_time(tmp_path):
+    """Only the block in which a line begins reads it to its end."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x" * (40 * lines.BLOCK_BYTES)}) + "\n" + json.dumps({"text": "y"}) + "\n")
+    file, before = lines.open_lines(path, tmp_path), psutil.Process().io_counters().read_chars
+    found = [len(list(file.read(block))) for block in range(file.num_blocks)]
+    assert found == [1] + [0] * (file.num_blocks - 2) + [1]
+    assert psutil.Process().io_counters().read_chars - before < 3 * path.stat().st_size
+
+
+def test_a_unit_is_filled_whatever_the_size_of_blocks(tmp_path):
+    """Small files, and Parquet beside a heavy column, count by their text: units keep their size."""
+    for i in range(50):
+        write(tmp_path / "small", f"{i}.txt", b"word " * 200)
+    table = pyarrow.table({"text": ["word " * 200] * 50, "image": [secrets.token_bytes(50_000)] * 50})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5, use_dictionary=False)
+    for path, size in (("small", 1000), ("a.parquet", 5 * 1004)):
+        source: Any = parts(DataConfig(path=str(tmp_path / path)))[0].open(ALL)
+        assert 0.9 * size < source.block_bytes < 2 * size, path  # pages have headers
 
 
 def test_large_row_groups_are_copied(tmp_path, monkeypatch):
@@ -299,6 +340,11 @@ def test_workers_end_when_a_job_is_cut_off(tokenizer):
         assert process.wait(30) == 0
     finally:
         process.kill()
+
+
+def test_file_names_with_magic_characters(tmp_path):
+    path = write(tmp_path, "corpus[v2].jsonl", b'{"text": "x"}')
+    assert matching_files(path, SourceKind.auto) == [Path(path)]
 
 
 def test_other_mistakes(tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -238,6 +239,41 @@ def two_sources(folder: Path, **weights) -> DataConfig:
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     sources = {name: SourceConfig(path=str(folder / f"{name}.jsonl"), **weights[name]) for name in "ab"}
     return DataConfig(sources=sources, num_workers=0)
+
+
+def test_validation_takes_each_source_by_its_weight(tmp_path, tokenizer):
+    """As many sequences as were asked for, the remainder of the division included."""
+    for weights, total in (((1, 1), 1), ((1, 1), 7), ((3, 1), 6)):
+        data = two_sources(tmp_path, a={"weight": weights[0]}, b={"weight": weights[1]})
+        data = replace(data, validation_tokens=total * SEQ_LENGTH, validation_fraction=0.5)
+        rows = [tokenizer.decode(row) for row in validation_tokens(data, tokenizer, SEQ_LENGTH, seed=5)]
+        assert len(rows) == total
+        assert abs(sum("a" in row.split(":")[0] for row in rows) - total * weights[0] / sum(weights)) <= 1
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_tokens_of_another_tokenizer_are_refused(held_out, tmp_path, tokenizer):
+    """A pair may have been made with a larger vocabulary: neither the stream nor validation passes such ids on."""
+    data = write_source(tmp_path, "bin", texts(400), tokenizer)
+    data = replace(data, validation_fraction=0.5)
+    small = tokenizers.train_bpe(["some words"], 258)
+    tokenizers.save(small, tmp_path / "small")
+    small = tokenizers.load(tmp_path / "small")
+    with pytest.raises(
+        UserError, match=r"\.bin: token \d+ is outside the tokenizer's vocabulary of 258 entries; .*with"
+    ):
+        if held_out:
+            validation_tokens(data, small, SEQ_LENGTH, seed=1)
+        else:
+            TokenStream(data, small, seq_length=SEQ_LENGTH, seed=1).next_batch(4)
+
+
+def test_a_cut_off_pair_is_refused(tmp_path, tokenizer):
+    data = write_source(tmp_path, "bin", texts(400), tokenizer)
+    (file,) = tmp_path.rglob("*.bin")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"\.bin: .* bytes, its \.idx promises .*; copy both again"):
+        TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1).next_batch(4)
 
 
 def test_weights_hold_at_every_moment(tmp_path, tokenizer):

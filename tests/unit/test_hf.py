@@ -1,8 +1,10 @@
 """Hugging Face folders: what is read, what is refused, what is written."""
 
 import json
+import math
 import shutil
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,15 @@ def eight_bits(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def header_without_shapes(folder: Path) -> None:
+    header = json.dumps({"model.norm.weight": {"dtype": "F32", "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+
+def damaged_index(folder: Path, weight_map: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
@@ -68,6 +79,11 @@ def missing_shard(folder: Path) -> None:
         (eight_bits, "tensor model.norm.weight has type F8_E4M3; supported: F64, F32, BF16, F16; take"),
         (absurd_header_length, "not a safetensors file, or cut off"),
         (missing_shard, "shard model-00002-of-00002.safetensors is missing"),
+        (header_without_shapes, "header is corrupt"),
+        *(
+            (partial(damaged_index, weight_map=damage), "no weight_map from tensors to files")
+            for damage in (None, [], {"a": 1})
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (lambda folder: (folder / "config.json").unlink(), "no such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
@@ -75,7 +91,12 @@ def missing_shard(folder: Path) -> None:
         (lambda folder: edit_config(folder, hidden_size="DELETE"), "the key 'hidden_size' is missing"),
         (lambda folder: edit_config(folder, num_hidden_layers=2.5), "num_hidden_layers=2.5 is not a whole number"),
         (lambda folder: edit_config(folder, hidden_size="64"), "hidden_size='64' is not a whole number"),
-        (lambda folder: edit_config(folder, rope_theta="1e4x"), "rope_theta='1e4x' is not a number"),
+        (lambda folder: edit_config(folder, hidden_size=math.inf), "hidden_size=inf is not a whole number"),
+        (
+            lambda folder: edit_config(folder, rope_parameters={"rope_theta": "1e4x"}),
+            "rope_theta='1e4x' is not a number",
+        ),
+        (lambda folder: edit_config(folder, rope_parameters=[1]), r"rope_parameters=\[1\] is not an object"),
         (lambda folder: edit_config(folder, rope_scaling="llama3"), "rope_scaling='llama3' is not an object"),
         (
             lambda folder: edit_config(folder, rope_scaling={"rope_type": "llama3"}),
@@ -139,6 +160,25 @@ def test_fingerprint_sees_a_changed_weight(folder: Path) -> None:
     tensors["model.layers.2.mlp.down_proj.weight"][0, 0] += 1e-3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(folder) != before
+
+
+def test_fingerprint_sees_new_rows_and_another_end_of_documents(folder: Path) -> None:
+    """Both decide tokens and scores: rows of added tokens at a vocabulary's end, and the tokenizer's settings."""
+    tensors = load_file(folder / "model.safetensors") | {"lm_head.weight": torch.zeros(4096, 64)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    before = fingerprint(folder)
+    tensors["lm_head.weight"][-100:] = 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = fingerprint(folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    assert len({before, changed, fingerprint(folder)}) == 3
+
+
+def test_rope_parameters_come_before_older_places(folder: Path) -> None:
+    """As in transformers."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}}
+    assert shape_from_config(config, "config.json").rotary_base == 2e4
 
 
 def test_student_config_keeps_what_it_does_not_change(tiny_models: dict[str, Path]) -> None:

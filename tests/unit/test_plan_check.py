@@ -7,7 +7,7 @@ import pytest
 
 from minitron_train import cli
 from minitron_train.arch import Shape
-from minitron_train.config import Config, Precision, Recompute
+from minitron_train.config import Config, Precision, Recompute, Refit
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.plan import check, check_fits
@@ -106,6 +106,26 @@ def test_scoring_that_does_not_fit_is_told_to_stream(memory: Callable[[float], N
     with pytest.raises(UserError, match=r"calibration\.streamed=true needs"):
         check_fits(resident(), "score", TEACHER, STUDENT, World(), tmp_path)
     check_fits(config(), "score", TEACHER, STUDENT, World(), tmp_path)  # by default it streams by itself
+
+
+def test_a_repair_that_does_not_fit_is_told_to_take_fewer_tokens(
+    memory: Callable[[float], None], tmp_path: Path
+) -> None:
+    made = config()
+    made.prune.rotate, made.prune.refit, made.prune.repair_tokens = True, Refit.all, 131072
+    full, fewer = (
+        option_settings("prune", made, World(), settings) for settings in ((), ("prune.repair_tokens=65536",))
+    )
+    memory(full + 0.01)
+    check_fits(made, "prune", TEACHER, STUDENT, World(), tmp_path)
+    memory(fewer + 0.01)
+    with pytest.raises(UserError, match=r"^prune: needs .*; prune\.repair_tokens=65536 needs"):
+        check_fits(made, "prune", TEACHER, STUDENT, World(), tmp_path)
+    memory(1)
+    with pytest.raises(UserError, match=r"^prune: needs .*prune\.refit=none .* needs"):
+        check_fits(made, "prune", TEACHER, STUDENT, World(), tmp_path)
+    made.prune.rotate, made.prune.refit = False, Refit.none
+    check_fits(made, "prune", TEACHER, STUDENT, World(), tmp_path)
 
 
 def test_processes_of_one_machine_share_its_memory(memory: Callable[[float], None], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from minitron_train import hf
 from minitron_train.config import Refit
 from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
+from minitron_train.prune import score as scoring
 from minitron_train.prune.cut import cut
 from minitron_train.prune.score import score
 from minitron_train.prune.scores import Scores
@@ -175,3 +177,16 @@ def test_tokens_outside_the_vocabulary(tiny_models, groups, tmp_path):
             tokens=torch.full((1, 2, 8), 128),
             folder=tmp_path,
         )
+
+
+@pytest.mark.parametrize(("gib", "processes", "kept"), [(8.0, 1, True), (3.0, 1, False), (8.0, 8, False)])
+def test_layers_stay_in_memory_only_where_the_container_lets_them(
+    tiny_models, groups, monkeypatch, gib, processes, kept
+):
+    """A quarter of the machine's free memory is not a quarter of the container's, which its processes share."""
+    shape = dataclasses.replace(
+        hf.Checkpoint(tiny_models["llama"]).shape, hidden_size=4096, ffn_hidden_size=8192, num_layers=4
+    )
+    monkeypatch.setattr(scoring, "memory_here", lambda cuda: int(gib * 2**30))
+    monkeypatch.setattr(scoring, "read_world", lambda: World(size=16, local_size=processes))
+    assert scoring.fits(shape, groups, torch.float32) == kept

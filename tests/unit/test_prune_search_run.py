@@ -22,6 +22,8 @@ def search_config(material: Material, folder, **search):
         checkpoint__interval_steps=2,
         train__warmup_steps=1,
         eval__tasks=["hellaswag"],
+        eval__training_tasks=["hellaswag"],
+        checkpoint__best_metric="hellaswag.acc_norm",  # not of the candidates, which are trained without tasks
     )
     config.output_dir = str(folder)
     settings = {"target": 60_000.0, "tolerance": 0.35, "hidden_size": [32, 64], "num_layers": [2, 3]}
