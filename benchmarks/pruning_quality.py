@@ -257,8 +257,8 @@ def main() -> None:
     amounts = {"num_samples": 16, "num_validation": 2} if quick else {"num_samples": 128, "num_validation": 32}
     with start(ParallelConfig(), World(), 1234) as groups:
         bench = prepare(arguments.teacher or teacher_folder(), groups, local=True, **amounts)
-        amounts = {"calibration_tokens": bench.tokens.numel(), "validation_tokens": bench.validation_NS.numel()}
-        report.about({"teacher": hf.fingerprint(bench.teacher.folder), **amounts})
+        seen = {"calibration_tokens": bench.tokens.numel(), "validation_tokens": bench.validation_NS.numel()}
+        report.about({"teacher": hf.fingerprint(bench.teacher.folder), **seen})
         report.found["teacher_loss"] = teacher_loss(bench)
         wanted = cases(SMOLLM2_SIZES, quick=quick)
         if not quick:

@@ -44,7 +44,10 @@ COMMANDS = {
     "distill": Command(
         "train the student on the teacher's logits", ("teacher", "student", "distill", "data", *TRAINING)
     ),
-    "eval": Command("perplexity, HellaSwag, MMLU and others, of any stage", ("eval", "data", "parallel", "plan")),
+    "eval": Command(
+        "perplexity, HellaSwag, MMLU and others, of any stage",
+        ("eval", "data", "train", "teacher", "student", "export", "parallel", "plan"),
+    ),
     "export": Command("training checkpoint to Hugging Face folder", ("export", "plan")),
     "plan": Command(
         "parameters, memory, FLOPs and hours; nothing is run",
