@@ -3,9 +3,10 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from minitron_train.config import Config, TrainConfig
+from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.evaluation.task_names import check_keys, check_names
+from minitron_train.train.settings import check_settings
 
 
 def chain(config: Config) -> list[str]:
@@ -29,21 +30,13 @@ def check_early(names: Collection[str], config: Config) -> None:
         names: the commands to come.
 
     Raises:
-        UserError: a warm-up that is too long, tasks that do not exist, evaluation data that are not there.
+        UserError: settings of a training that contradict each other, tasks that do not exist, evaluation data that are not there.
     """
     if "distill" in names:
-        check_length(config.train)
+        check_settings(config, distilled=True)
         check_names(config.eval.training_tasks)
     if "eval" in names and not config.eval.compare:
         check_keys(config.eval)
         folder = config.eval.data_dir
         if folder and not Path(folder).is_dir():
             raise UserError(f"eval.data_dir={folder}: no such folder; give one, or leave it out")
-
-
-def check_length(train: TrainConfig) -> None:
-    """Refuse a warm-up that the run does not outlast."""
-    if train.warmup_steps > train.num_steps:
-        raise UserError(
-            f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it or train on more"
-        )

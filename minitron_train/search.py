@@ -6,6 +6,8 @@ import math
 import shutil
 
 from minitron_train import commands
+from minitron_train.chain import check_early
+from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.files import atomic_write_json
 from minitron_train.prune.candidates import Candidate, choose, table, usable, within_budget
@@ -19,6 +21,8 @@ def search(ws: Workspace) -> None:
     array can try one each (search.only), and a search after them finds all done and ranks them.
     """
     settings = ws.config.search
+    if settings.retrain_tokens:
+        check_early(["distill"], retraining(ws.config))
     every, refusals = usable(ws.config, ws.teacher_shape)
     found = within_budget(settings, every, refusals)
     if refusals and ws.world.is_first:
@@ -37,19 +41,25 @@ def search(ws: Workspace) -> None:
             atomic_write_json(ws.folder / "search.json", {"candidates": [candidate.row() for candidate in found]})
 
 
+def retraining(config: Config) -> Config:
+    """The settings under which candidates are trained and measured: few tokens, held-out text alone, no tasks."""
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, num_tokens=config.search.retrain_tokens or config.train.num_tokens),
+        eval=dataclasses.replace(config.eval, tasks=[], training_tasks=[]),
+        checkpoint=dataclasses.replace(config.checkpoint, best_metric=None),  # it may be of a task
+    )
+
+
 def try_out(ws: Workspace, candidate: Candidate) -> None:
     """Cut one candidate, measure its loss, retrain it a little: stages in its own folder, finished ones are kept."""
-    settings = ws.config.search
     folder = ws.folder / "search" / candidate.name
     sizes = {f.name: getattr(candidate.shape, f.name, None) for f in dataclasses.fields(ws.config.student)}
     config = dataclasses.replace(
-        ws.config,
+        retraining(ws.config),
         output_dir=str(folder),
         student=dataclasses.replace(ws.config.student, **sizes | {"path": None}),
         teacher=dataclasses.replace(ws.config.teacher, path=str(ws.teacher_folder)),
-        train=dataclasses.replace(ws.config.train, num_tokens=settings.retrain_tokens or ws.config.train.num_tokens),
-        eval=dataclasses.replace(ws.config.eval, tasks=[], training_tasks=[]),
-        checkpoint=dataclasses.replace(ws.config.checkpoint, best_metric=None),  # it may be of a task
     )
     child = ws.beside(config)
     # the scores are the same for all
@@ -57,7 +67,7 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
     commands.cut(child, candidate.shape)
     commands.evaluate_one(child, "pruned", child.pruned_folder)
     candidate.zero_shot_loss = validation_loss(child, "pruned")
-    if settings.retrain_tokens:
+    if ws.config.search.retrain_tokens:
         commands.distill(child)
         commands.export(child)
         commands.evaluate_one(child, "student", child.student_folder)

@@ -70,8 +70,9 @@ def accept(commands: Sequence[str], config: Config) -> None:
 
     check_early(chain(config) if list(commands) == ["run"] else commands, config)
     data, calibration = config.data, config.calibration
+    trained = ["search"] if config.search.retrain_tokens else []
     read = [
-        (data.path, ("pretrain", "distill", "run")),
+        (data.path, ("pretrain", "distill", "run", *trained)),
         (data.validation_path or data.path, ("pretrain", "distill", "run", "search", "eval")),
         (calibration.path or data.path, () if calibration.tokens else ("score", "prune", "search", "run")),
     ]

@@ -12,7 +12,7 @@ import torch
 
 from minitron_train.arch import Shape, convert
 from minitron_train.arch.build import DTYPES, LanguageModel, build
-from minitron_train.config import Config, Recompute
+from minitron_train.config import Config
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.distill.hidden import HiddenPairs, check_layers
@@ -32,7 +32,7 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Speedometer
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.settings import deciding_settings
+from minitron_train.train.settings import check_settings, deciding_settings
 from minitron_train.train.signals import StopSignals
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
@@ -40,16 +40,12 @@ from minitron_train.train.validation import Validation
 
 def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None) -> None:
     """Refuse what can be seen before weights are read: batches that the ranks cannot share, layers that are not there."""
+    check_settings(config, distilled=teacher is not None)
     train, rows = config.train, config.train.micro_batch_size * groups.dp_size
     if train.global_batch_size % rows:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
-        )
-    if train.transformer_engine and (config.data.document_attention or config.eval.training_tasks):
-        raise UserError(
-            "train.transformer_engine=true: its causal attention takes no further mask, which data.document_attention and "
-            "eval.training_tasks need; leave one of them out"
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
@@ -58,24 +54,10 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
             "train.distributed_optimizer=true: the run could not be resumed without CUDA and Transformer Engine or Apex; "
             "leave it out"
         )
-    if train.early_stop_evaluations and not config.eval.every_tokens:
-        raise UserError(
-            f"train.early_stop_evaluations={train.early_stop_evaluations}: there is one evaluation, at the end; "
-            "set eval.every_tokens"
-        )
-    if config.distill.hidden_layers and train.recompute is Recompute.full:
-        raise UserError(
-            "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
-        )
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")
         check_layers(config.distill, student, teacher)
-    if config.parallel.sequence_parallel and train.seq_length % groups.tp_size:
-        raise UserError(
-            f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
-            f"{groups.tp_size} with parallel.sequence_parallel; change one of them"
-        )
 
 
 def assemble(

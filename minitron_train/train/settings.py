@@ -1,10 +1,15 @@
-"""Which settings decide what a training run learns: it is gone on with under the same ones, whatever else has changed."""
+"""Which settings of a training run contradict each other, and which decide what it learns; torch is not loaded.
+
+A run is gone on with under the same deciding settings, whatever else has changed.
+"""
 
 from dataclasses import fields
 from typing import Any
 
-from minitron_train.config import Config
+from minitron_train.config import Config, Recompute
+from minitron_train.errors import UserError
 from minitron_train.stages import plain
+from minitron_train.train.best import Yardstick
 
 NEUTRAL = {  # sections of a run and those of their settings that may change between restarts; the others decide
     "train": {
@@ -31,3 +36,36 @@ def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
         values = getattr(config, section)
         found[section] = {f.name: plain(getattr(values, f.name)) for f in fields(values) if f.name not in neutral}
     return found
+
+
+def check_settings(config: Config, *, distilled: bool) -> None:
+    """Refuse settings of a run that no model and no machine makes right.
+
+    Raises:
+        UserError: which, and the remedy.
+    """
+    train, tp = config.train, config.parallel.tensor_model_parallel_size
+    if train.warmup_steps > train.num_steps:
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it or train on more"
+        )
+    if train.transformer_engine and (config.data.document_attention or config.eval.training_tasks):
+        raise UserError(
+            "train.transformer_engine=true: its causal attention takes no further mask, which data.document_attention and "
+            "eval.training_tasks need; leave one of them out"
+        )
+    if train.early_stop_evaluations and not config.eval.every_tokens:
+        raise UserError(
+            f"train.early_stop_evaluations={train.early_stop_evaluations}: there is one evaluation, at the end; "
+            "set eval.every_tokens"
+        )
+    if distilled and config.distill.hidden_layers and train.recompute is Recompute.full:
+        raise UserError(
+            "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
+        )
+    if config.parallel.sequence_parallel and train.seq_length % tp:
+        raise UserError(
+            f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
+            f"{tp} with parallel.sequence_parallel; change one of them"
+        )
+    Yardstick.of(config, distilled=distilled)

@@ -1,0 +1,47 @@
+"""What a chain refuses before its first command, that a later one would refuse after hours."""
+
+from typing import Any
+
+import pytest
+
+from minitron_train.chain import check_early
+from minitron_train.config import Config, Recompute
+from minitron_train.errors import UserError
+from minitron_train.search import retraining
+
+
+def config(**changes: Any) -> Config:
+    """The program's defaults with some `section__key` changed."""
+    made = Config()
+    for name, value in changes.items():
+        section, key = name.split("__")
+        setattr(getattr(made, section), key, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__warmup_steps": 10**6}, r"train\.warmup_steps=1000000: longer than the run"),
+        ({"train__early_stop_evaluations": 3, "eval__every_tokens": 0}, r"early_stop_evaluations=3: there is one"),
+        ({"distill__hidden_layers": ["1/1"], "train__recompute": Recompute.full}, r"train\.recompute=full: hidden"),
+        ({"train__transformer_engine": True, "data__document_attention": True}, r"takes no further mask"),
+        ({"parallel__sequence_parallel": True, "parallel__tensor_model_parallel_size": 7}, r"must be a multiple of"),
+        ({"checkpoint__best_metric": "validation.kll"}, r"best_metric=validation\.kll: must be one of"),
+        ({"eval__training_tasks": ["hellaswagg"]}, "hellaswagg"),
+    ],
+)
+def test_contradictions_of_the_training(changes: dict[str, Any], message: str) -> None:
+    check_early(["score", "prune", "distill"], config())
+    check_early(["score", "prune"], config(**changes))
+    with pytest.raises(UserError, match=message):
+        check_early(["score", "prune", "distill"], config(**changes))
+
+
+def test_candidates_of_a_search_are_trained_without_tasks() -> None:
+    """So a task may be the best metric of the run itself; a warm-up is measured by the candidates' own tokens."""
+    made = config(eval__training_tasks=["hellaswag"], checkpoint__best_metric="hellaswag.acc_norm")
+    check_early(["distill"], retraining(made))
+    made.search.retrain_tokens = 1
+    with pytest.raises(UserError, match="longer than the run of 1 steps"):
+        check_early(["distill"], retraining(made))
