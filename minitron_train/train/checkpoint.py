@@ -5,7 +5,7 @@ megatron-core forks its writer. A fork in a process whose gloo threads are at wo
 thread of this process hands it to megatron-core's writing function. After a kill -9 nobody goes on writing.
 """
 
-import functools
+import contextlib
 import os
 import pickle
 import queue
@@ -13,13 +13,14 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -40,14 +41,19 @@ from minitron_train.train.best import Yardstick
 WRITER_NICENESS = 10  # the writer yields its core to the training step
 POLL_S = 0.05  # between looks at the writers that are waited for
 
+ALONE = (  # what rank 0 writes between two collectives of megatron-core
+    (FileSystemWriterAsync, "finish"),  # .metadata
+    (serialization, "save_config"),  # metadata.json
+)
+
 WriteBucket = tuple[str, str, tuple[list[Any], list[Any]]]  # path, name, (bytes, tensors): what goes into one file
 
 
 class Writing:
     """One checkpoint on its way to disk: this rank's files by a thread, the rest by `finish`, collectively."""
 
-    def __init__(self, request: AsyncRequest, folder: Path, rank: int) -> None:
-        self.finalize, self.folder, self.rank = request.finalize_fns, folder, rank
+    def __init__(self, request: AsyncRequest, folder: Path, manifest: Mapping[str, Any], rank: int) -> None:
+        self.finalize, self.folder, self.manifest, self.rank = request.finalize_fns, folder, manifest, rank
         self.thread: threading.Thread | None = None
         if request.async_fn is not None:  # this rank has something to write
             transforms, (_, buckets, results) = request.async_fn.args[0], request.async_fn_args  # type: ignore[attr-defined]
@@ -71,15 +77,44 @@ class Writing:
         """Whether this rank's thread is still at work."""
         return self.thread is not None and self.thread.is_alive()
 
-    def finish(self) -> None:
-        """Gather the results of all ranks and publish; collective, once every rank's thread has ended.
+    def finish(self) -> OSError | None:
+        """Gather the results of all ranks; collective, once every rank's thread has ended.
+
+        Returns:
+            On rank 0, why it could not write what it adds to them.
 
         Raises:
-            CheckpointException, OSError: on every rank, when one of them could not write.
+            CheckpointException: on every rank, when one of them could not write.
         """
-        with cpu.cuda_means_cpu():
+        with cpu.cuda_means_cpu(), kept_errors() as errors:
             for step in self.finalize:
                 step()
+        return errors[0] if errors else None
+
+
+@contextlib.contextmanager
+def kept_errors() -> Iterator[list[OSError]]:
+    """For the block: the functions of `ALONE` note an OSError here and return.
+
+    megatron-core 0.16 lets rank 0 raise there, as on a full disk, while the others wait for it in the next collective.
+    """
+    errors: list[OSError] = []
+
+    def kept(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            try:
+                function(*args)
+            except OSError as error:
+                errors.append(error)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ALONE:
+            original = getattr(owner, name)
+            stack.callback(setattr, owner, name, original)
+            setattr(owner, name, kept(original))
+        yield errors
 
 
 def copy_to_host(bucket: WriteBucket) -> WriteBucket:
@@ -127,7 +162,7 @@ class Checkpoints:
         self.suffix = names[0]  # of this process's unfinished folders: a killed one's writer may still be at work
         if groups.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            files.remove_partial(folder)
+            files.recover(folder)
         groups.barrier()
 
     def save(self, step: int, state: dict[str, Any], facts: Mapping[str, Any], *, wait: bool = False) -> bool:
@@ -150,8 +185,7 @@ class Checkpoints:
             request = dist_checkpointing.save(state, str(scratch), strategy, async_sharded_save=True)
         assert isinstance(request, AsyncRequest)
         manifest = {"step": step, **facts, "belongs_to": self.belongs_to}
-        request.add_finalize_fn(functools.partial(self._publish, scratch, step, manifest))
-        self.writing = Writing(request, scratch, self.groups.rank)
+        self.writing = Writing(request, scratch, manifest, self.groups.rank)
         return self.poll(wait=wait or not self.settings.asynchronous)
 
     def poll(self, *, wait: bool = False) -> bool:
@@ -164,7 +198,7 @@ class Checkpoints:
             time.sleep(POLL_S)
         writing, self.writing, reason = self.writing, None, ""
         try:
-            writing.finish()
+            self._publish(writing, writing.finish())
         except (CheckpointException, OSError) as error:
             reason = str(error).strip().splitlines()[-1] or type(error).__name__
         if self.groups.any(bool(reason)):
@@ -230,12 +264,12 @@ class Checkpoints:
             return False
         return True
 
-    def _publish(self, scratch: Path, step: int, manifest: dict[str, Any]) -> None:
-        """After all ranks' files are written: the checkpoint appears."""
-        error: Exception | None = None
-        if self.groups.is_first:
+    def _publish(self, writing: Writing, error: Exception | None) -> None:
+        """After all ranks' files are written, unless rank 0 met an `error`: the checkpoint appears. OSError on every rank."""
+        if self.groups.is_first and error is None:
             try:
-                files.publish(scratch, files.checkpoint_path(self.folder, step), manifest)
+                path = files.checkpoint_path(self.folder, writing.manifest["step"])
+                files.publish(writing.folder, path, writing.manifest)
                 files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
             except (OSError, UserError) as caught:  # UserError: from atomic_write_text
                 error = caught

@@ -6,6 +6,7 @@ checkpoints/
     manifest.json          step, tokens, evaluation, the settings it belongs to; size and sha256 of every other file
     __0_0.distcp, …        megatron-core's files
   step_00000300.partial-…  being written, or left by a killed run: never read
+  step_00000200.replaced   makes way for a new one of the same step; after a kill it gets its name back
   latest, best             text files with the name of a checkpoint
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minitron_train.files import PARTIAL, atomic_write_text, sha256_file, sync_path
+from minitron_train.files import PARTIAL, REPLACED, atomic_write_text, sha256_file, sync_path
 from minitron_train.train.best import Yardstick
 
 MANIFEST = "manifest.json"
@@ -63,11 +64,12 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     manifest.write_text(json.dumps({**facts, "files": sums}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     sync_path(manifest)
     sync_path(scratch)
-    replaced = set_aside(path) if path.exists() else None  # of the same step: damaged, or saved before its evaluation
+    replaced = path.with_name(path.name + REPLACED)
+    if path.exists():  # of the same step: damaged, or saved before its evaluation
+        move(path, replaced)
     scratch.rename(path)
     sync_path(path.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     atomic_write_text(path.parent / "latest", path.name + "\n")
 
 
@@ -88,16 +90,17 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-def set_aside(path: Path) -> Path:
-    """Take a checkpoint's name away at once; what is left has a name that is never read."""
-    doomed = path.with_name(f"{path.name}{PARTIAL}removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    return path.rename(doomed)
+def move(path: Path, target: Path) -> None:
+    """Rename a checkpoint; what an earlier deletion has left under the new name goes."""
+    shutil.rmtree(target, ignore_errors=True)
+    path.rename(target)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint."""
-    shutil.rmtree(set_aside(path), ignore_errors=True)
+    """Delete a checkpoint: its name goes at once, and what is left of it is never read."""
+    doomed = path.with_name(f"{path.name}{PARTIAL}removed")
+    move(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def fall_back(path: Path) -> None:
@@ -108,8 +111,15 @@ def fall_back(path: Path) -> None:
     atomic_write_text(path.parent / "latest", path.name + "\n")
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete what killed runs have left."""
+def recover(folder: Path) -> None:
+    """Clean up after killed runs: put back a checkpoint that was being replaced, delete unfinished work."""
+    for old in folder.glob(f"*{REPLACED}"):
+        path = old.with_name(old.name.removesuffix(REPLACED))
+        if path.exists() or not (old / MANIFEST).exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+            sync_path(folder)
     for path in folder.glob(f"*{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

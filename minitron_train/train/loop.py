@@ -156,10 +156,10 @@ class Trainer:
             self.refuse_step(row["loss"], norm, batch)
         else:
             self.optimizer.step(lr, norm)
-        self.heartbeat.step = self.state.step = self.state.step + 1
-        self.state.tokens += self.step_tokens
-        self.reporter.count(self.step_tokens, batch.sources)
-        return {"tokens": self.state.tokens, "lr": lr, "grad_norm": norm}
+        self.state.count(self.step_tokens, batch.sources)
+        self.heartbeat.step = self.state.step
+        self.reporter.count(self.step_tokens)
+        return {"tokens": self.state.tokens, "lr": lr, "grad_norm": norm, **self.state.source_shares}
 
     def refuse_step(self, loss: float, norm: float, batch: Batch) -> None:
         """Stop, or go on without this update; names the step and the batch."""

@@ -71,7 +71,9 @@ class Speedometer:
         self.tokens, self.seconds, self.mark_s = self.tokens + tokens, self.seconds + now_s - self.mark_s, now_s
 
     def read(self) -> Row:
-        """Averages since the last reading."""
+        """Averages since the last reading; None where no step was taken: a row that an earlier process put off."""
+        if not self.tokens:
+            return {"tokens_per_second": None, "model_flops_utilisation": None}
         rate = self.tokens / max(self.seconds, 1e-9)
         self.tokens, self.seconds = 0, 0.0
         return {"tokens_per_second": rate, "model_flops_utilisation": rate * self.flops_per_token / self.peak}
@@ -98,7 +100,8 @@ class Console:
 
     def write(self, row: Row) -> None:
         """One step's figures."""
-        figures = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+        speed = row["tokens_per_second"]
+        figures = f"loss {row['loss']:.4f}" + (f", {speed:,.0f} tokens/s" if speed else "")
         if self.bar is not None:
             self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update(row["step"] - self.bar.n)
@@ -106,8 +109,9 @@ class Console:
         now_s, last = time.monotonic(), row["step"] == self.num_steps
         if last or now_s - self.said_s > PLAIN_INTERVAL_S:
             self.said_s = now_s
-            left_s = (now_s - self.start_s) / max(1, row["step"] - self.first_step) * (self.num_steps - row["step"])
-            say(f"{self.label}: step {row['step']}/{self.num_steps}, {figures}, about {left_s:.0f} s left")
+            done, to_do = row["step"] - self.first_step, self.num_steps - row["step"]
+            left = f", about {(now_s - self.start_s) / done * to_do:.0f} s left" if done else ""
+            say(f"{self.label}: step {row['step']}/{self.num_steps}, {figures}{left}")
 
     def close(self, *, failed: bool = False) -> None:
         """Take the bar away."""

@@ -1,6 +1,5 @@
 """One run's numbers, gathered on rank 0 and given to metrics.jsonl, Weights & Biases and the console."""
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,26 +21,21 @@ class Reporter:
         sinks: tuple[MetricsFile | Tracker | Console, ...] = (),
     ) -> None:
         self.groups, self.speed, self.every_steps, self.tracker, self.sinks = groups, speed, every_steps, tracker, sinks
-        self.sources: Counter[str] = Counter()
 
     def resume_clock(self) -> None:
         """Time from here on counts as training."""
         self.speed.resume()
 
-    def count(self, tokens: int, sources: dict[str, int]) -> None:
-        """Note one step's tokens and where they came from."""
+    def count(self, tokens: int) -> None:
+        """Note one step's tokens."""
         self.speed.count(tokens)
-        self.sources.update(sources)
 
     def report(self, step: int, row: Row) -> None:
         """Write one step's figures where they are due."""
         evaluated = any(key.startswith("eval.") for key in row)
         if step % self.every_steps and not evaluated:
             return
-        total = max(1, self.sources.total())
-        shares = {f"source.{name}": count / total for name, count in sorted(self.sources.items())}
-        memory = {"peak_memory_bytes": peak_memory_bytes(self.groups.device)}
-        line = {"step": step, **row, **self.speed.read(), **memory, **shares}
+        line = {"step": step, **row, **self.speed.read(), "peak_memory_bytes": peak_memory_bytes(self.groups.device)}
         for sink in self.sinks:
             sink.write(line)
 

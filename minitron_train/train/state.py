@@ -1,6 +1,7 @@
 """Everything of a run, besides weights and optimizer, that the next step depends on."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_
 
 from minitron_train.parallel.groups import Groups
 from minitron_train.train.best import Yardstick
-from minitron_train.train.metrics import finite
+from minitron_train.train.metrics import Row, finite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,6 +21,7 @@ class RunState:
     step: int = 0  # optimizer steps taken or skipped
     tokens: int = 0  # tokens that went through the student
     num_skipped: int = 0  # steps without an update, because something was not finite
+    sources: dict[str, int] = field(default_factory=dict)  # sequences drawn from each part of the data
     stream: list[dict[str, Any]] = field(default_factory=list)  # of each data-parallel rank
     rng: list[dict[str, Any]] = field(default_factory=list)  # of each rank
     layout: tuple[int, int] = (1, 1)  # tensor-parallel and data-parallel size that `stream` and `rng` were taken with
@@ -40,6 +42,18 @@ class RunState:
         """Take over saved values."""
         for name, value in values.items():
             setattr(self, name, value)
+
+    def count(self, tokens: int, sources: Mapping[str, int]) -> None:
+        """Note one more step: its tokens, and the sequences of each source."""
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        for name, drawn in sources.items():
+            self.sources[name] = self.sources.get(name, 0) + drawn
+
+    @property
+    def source_shares(self) -> Row:
+        """What part of the sequences each source gave, for the metrics."""
+        total = max(1, sum(self.sources.values()))
+        return {f"source.{name}": drawn / total for name, drawn in sorted(self.sources.items())}
 
     def judge(self, evaluation: dict[str, float], yardstick: Yardstick) -> None:
         """Note what an evaluation at this step gave, and whether it is the best so far."""

@@ -9,19 +9,21 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from minitron_train.config import OnNonFinite
+from minitron_train.config import Config, OnNonFinite
 from minitron_train.errors import UserError
 from minitron_train.evaluation.source import open_origin
-from minitron_train.files import PARTIAL, sha256_file
+from minitron_train.files import PARTIAL, REPLACED, sha256_file
 from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import copy_to_host
 from minitron_train.train.export import checkpoint_id, export, find_checkpoint
+from minitron_train.train.run import leave_mark
 from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
 
@@ -152,6 +154,19 @@ def test_signal_saves_and_exits(training: Material, uninterrupted: Path, tmp_pat
     assert rows(tmp_path) == rows(uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("force", "again"), [(False, "start again to go on"), (True, "start again without force=true")]
+)
+def test_a_stopped_run_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], force: bool, again: str
+) -> None:
+    trainer: Any = MagicMock(num_steps=9, config=Config(force=force))
+    trainer.state.step = 5
+    with pytest.raises(SystemExit):
+        leave_mark(trainer, "SIGTERM", tmp_path)
+    assert f"SIGTERM: saved at step 5 of 9; {again}" in capsys.readouterr().out
+
+
 def test_ctrl_c_ends_and_resumes(training: Material, uninterrupted: Path, tmp_path: Path) -> None:
     with before_step(5, lambda _: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
         run(training, tmp_path)
@@ -231,7 +246,7 @@ def test_a_checkpoint_keeps_its_name_until_its_successor_has_it(
     path, rmtree = files.checkpoint_path(tmp_path, 1), files.shutil.rmtree
 
     def delete(doomed: Path, **how: Any) -> None:
-        assert PARTIAL in doomed.name
+        assert PARTIAL in doomed.name or REPLACED in doomed.name
         assert not doomed.exists() or path.exists()
         rmtree(doomed, **how)
 
@@ -243,6 +258,43 @@ def test_a_checkpoint_keeps_its_name_until_its_successor_has_it(
         files.publish(scratch, path, {"step": 1})
     assert (path / "data").read_text() == "after" and files.damage(path) is None
     assert sorted(found.name for found in tmp_path.iterdir()) == ["latest", path.name]
+
+
+def test_a_kill_between_two_renames_loses_no_checkpoint(
+    training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal puts off an evaluation; after it the step is saved once more, and that save's renames are cut in two."""
+    settings: dict[str, Any] = {"eval__every_tokens": 1, "checkpoint__interval_steps": 5}
+    settings |= {"checkpoint__keep": 1, "checkpoint__keep_best": 0}
+    folder, rename = tmp_path / "checkpoints", Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if PARTIAL in path.name and target.name == "step_00000005":
+            raise Interrupted
+        return rename(path, target)
+
+    with before_step(5, lambda _: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(SystemExit):
+        run(training, tmp_path, **settings)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Path, "rename", killed)
+        run(training, tmp_path, **settings)
+    assert not files.finished(folder)
+    assert run(training, tmp_path, **settings)["resumed_at_step"] == 5
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "model", "step_00000008"]
+
+
+def test_what_comes_back_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("step_00000001.replaced", "step_00000002.replaced", "step_00000002", "step_00000003", "step_00000004")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / files.MANIFEST).write_text(name)
+    (tmp_path / "step_00000005.replaced").mkdir()  # without a manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # killed before it
+        files.remove(tmp_path / "step_00000003")
+    files.recover(tmp_path)
+    found = {path.name: (path / files.MANIFEST).read_text() for path in tmp_path.iterdir()}
+    assert found == {"step_00000001": names[0], "step_00000002": names[2], "step_00000004": names[4]}
 
 
 def test_no_room_is_seen_before_writing(
