@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from minitron_train.evaluation.hooks import main_metrics
+from minitron_train.report.summary import Score, read_score
 
 AFTER = ("loss_after", "own_loss_after", "own_kl_after")  # of a line that was distilled
 
@@ -44,20 +45,31 @@ def show(teacher_loss: float, rows: list[Line]) -> None:
 
 def show_tasks(rows: list[Line]) -> None:
     """The table of --tasks; ± is one standard error."""
-    names = [name for name in rows[0] if name not in ("model", "own_loss")]
-    print("".join([f"{'':36}{'own loss':>9}", *(f"{name:>22}" for name in names)]))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("model", "own_loss")))
+    widths = [max(22, len(name) + 2) for name in names]
+    print("".join([f"{'':36}{'own loss':>9}", *map(str.rjust, names, widths)]))
     for row in rows:
-        cells = [f"{100 * row[name][0]:.1f} ± {100 * row[name][1]:.1f} %" for name in names]
-        print("".join([f"{row['model']:36}{row['own_loss']:9.4f}", *(f"{cell:>22}" for cell in cells)]))
+        loss = "–" if row["own_loss"] is None else f"{row['own_loss']:.4f}"
+        cells = [task_cell(name, *row.get(name, (None, None))) for name in names]
+        print("".join([f"{row['model']:36}{loss:>9}", *map(str.rjust, cells, widths)]))
+
+
+def task_cell(name: str, value: float | None, stderr: float | None) -> str:
+    """One figure of `TASK.METRIC` as the report writes it."""
+    return Score(metric=name.rpartition(".")[2], value=value, stderr=stderr).text
 
 
 def task_figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a file that `eval` wrote: nats on held-out text, and [value, standard error] of each task's first metric."""
-    figures: dict[str, Any] = {"own_loss": math.log(report["perplexity"])}
+    """Of a file that `eval` wrote: nats on held-out text, and [value, standard error] of each task's headline metric.
+
+    What was not measured is None: a perplexity that is no number, a standard error that a task does not have.
+    """
+    perplexity = report["perplexity"]
+    figures: dict[str, Any] = {"own_loss": None if perplexity is None else math.log(perplexity)}
     for name in main_metrics(report["results"]):
-        task, metric = name.split(".", 1)
-        record = report["results"][task]
-        figures[name] = [record[metric], record[f"{metric}_stderr"]]
+        task, _, metric = name.rpartition(".")
+        score = read_score(report["results"][task], metric)
+        figures[name] = [score.value, score.stderr]
     return figures
 
 

@@ -28,15 +28,25 @@ class Comparison:
 
 
 def read_items(folder: Path, label: str) -> dict[tuple[str, str, int, str], dict[str, float]]:
-    """Metrics of each row of folder/LABEL.items.jsonl, by task, filter, row and hash of the prompt."""
+    """Metrics of each row of folder/LABEL.items.jsonl, by task, filter, row and hash of the prompt.
+
+    Raises:
+        UserError: there is no such file, or a line of it is damaged.
+    """
     path = folder / f"{label}.items.jsonl"
     if not path.exists():
         there = sorted(file.name.removesuffix(".items.jsonl") for file in folder.glob("*.items.jsonl"))
         raise UserError(f"eval.compare: {path} does not exist; evaluated so far: {', '.join(there) or 'nothing'}")
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
-        found[item["task"], item["filter"], item["doc_id"], item["prompt_hash"]] = item["metrics"]
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            item = json.loads(line)
+            found[item["task"], item["filter"], item["doc_id"], item["prompt_hash"]] = dict(item["metrics"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"eval.compare: {path}: line {number} is not an evaluated row ({error!r}); "
+                f"evaluate {label} again with force=true"
+            ) from error
     return found
 
 
@@ -45,7 +55,8 @@ def compare(folder: Path, first: str, second: str) -> list[Comparison]:
     ours, theirs = read_items(folder, first), read_items(folder, second)
     subjects = mmlu_subjects()
     pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for key in ours.keys() & theirs.keys():
+    shared = ours.keys() & theirs.keys()
+    for key in shared:
         task, filter_name, *_ = key
         name = "mmlu" if task in subjects else task
         for metric in ours[key].keys() & theirs[key].keys():
@@ -53,9 +64,15 @@ def compare(folder: Path, first: str, second: str) -> list[Comparison]:
             if all(isinstance(value, int | float) for value in values):
                 full = metric if filter_name == "none" else f"{metric},{filter_name}"
                 pairs.setdefault((name, full), []).append(values)
-    if not pairs:
+    if not shared:
         raise UserError(
             f"eval.compare: {first} and {second} share no evaluated row; evaluate them with the same eval.*"
+        )
+    if not pairs:
+        tasks = ", ".join(sorted({task for task, *_ in shared}))
+        raise UserError(
+            f"eval.compare: {first} and {second} share rows of {tasks} only, where no metric is a number for each row; "
+            f"compare {first}.json and {second}.json in {folder}, or evaluate another task"
         )
     return [paired(task, metric, values) for (task, metric), values in sorted(pairs.items())]
 

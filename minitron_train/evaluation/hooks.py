@@ -15,7 +15,7 @@ from minitron_train.config import EvalConfig
 from minitron_train.console import say
 from minitron_train.evaluation.run import run_tasks
 from minitron_train.parallel.groups import Groups
-from minitron_train.report.summary import PREFERRED
+from minitron_train.report.summary import headline, is_share, metrics_in, ratio_text
 
 
 class Training(Protocol):
@@ -45,7 +45,10 @@ class TaskHook:
         self.teacher: dict[str, float] | None = None
 
     def __call__(self, training: Training) -> dict[str, float]:
-        """`eval.TASK.METRIC` of the student, with `.teacher` of the teacher (measured once) and `.kept`, their ratio."""
+        """`eval.TASK.METRIC` of the student, with `.teacher` of the teacher (measured once) and `.kept`, their ratio.
+
+        A metric that is no share, like a perplexity, has no `.kept`.
+        """
         with same_random_states():
             if self.teacher is None:
                 teacher = training.objective.teacher
@@ -59,9 +62,10 @@ class TaskHook:
             if reference is not None:
                 found[f"eval.{name}.teacher"] = reference
                 line += f" / teacher {reference:.4f}"
-                if reference:
+                metric = name.rpartition(".")[2]
+                if reference and is_share(metric):
                     found[f"eval.{name}.kept"] = value / reference
-                    line += f" ({value / reference:.0%} kept)"
+                line += f" ({ratio_text(metric, value, reference)})" if reference else ""
             say(line)
         return found
 
@@ -73,7 +77,7 @@ class TaskHook:
 
 def main_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The metric that stands for each task, as `TASK.METRIC`."""
-    names = {task: next((metric for metric in PREFERRED if metric in record), None) for task, record in results.items()}
+    names = {task: headline(metrics_in(record)) for task, record in results.items()}
     return {f"{task}.{metric}": results[task][metric] for task, metric in names.items() if metric}
 
 

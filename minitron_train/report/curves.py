@@ -1,6 +1,7 @@
 """Figures of training: losses, validation, learning rate, gradient norm and speed over the tokens seen."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from minitron_train.report import charts
 from minitron_train.report.charts import Chart, Key, Mark, Note
 from minitron_train.report.numbers import percent, perplexity, short, tiny
-from minitron_train.report.summary import PREFERRED, task_name
+from minitron_train.report.summary import headline, is_share, task_name, value_text
 
 # T logged steps
 
@@ -143,19 +144,17 @@ def level_note(y: charts.Scale, value: float, text: str, role: str, *, above: bo
 
 def task_charts(columns: Columns, evals: Evals) -> list[Chart]:
     """One figure per task that was evaluated during training."""
-    tasks = sorted({name.split(".")[1] for name in columns if name.startswith("eval.") and name.count(".") == 2})
+    logged = [name.split(".")[1:] for name in columns if name.startswith("eval.") and name.count(".") == 2]
     made = []
-    for task in tasks:
-        metric = next((metric for metric in PREFERRED if f"eval.{task}.{metric}" in columns), None)
-        series = finite_points(columns, f"eval.{task}.{metric}") if metric else None
+    for task in sorted({task for task, _ in logged}):
+        metric = headline(metric for other, metric in logged if other == task)
+        series = finite_points(columns, f"eval.{task}.{metric}")
         if series is None or task == "validation":
             continue
         measured = finite_points(columns, f"eval.{task}.{metric}.teacher")  # on the same rows
         goal = measured[1][-1] if measured else evals.get("teacher", {}).get("results", {}).get(task, {}).get(metric)
-        x, y = (
-            tokens_scale(columns),
-            charts.linear([*series[1], *([goal] if goal else [])], label=lambda v: percent(v, 0)),
-        )
+        label = partial(percent, digits=0) if is_share(metric) else short
+        x, y = tokens_scale(columns), charts.linear([*series[1], *([goal] if goal else [])], label)
         marks = [
             Mark(kind="line", role="student", path=charts.polyline(x, y, *series)),
             Mark(kind="dots", role="student", path=charts.dots(x, y, *series)),
@@ -163,8 +162,8 @@ def task_charts(columns: Columns, evals: Evals) -> list[Chart]:
         notes = []
         if goal:
             marks.append(Mark(kind="dashed", role="teacher", path=charts.level(x, y, goal)))
-            notes.append(level_note(y, goal, f"teacher {percent(goal)}", "teacher", above=True))
-        caption = f"{metric} of the model in training, at the end {percent(float(series[1][-1]))}."
+            notes.append(level_note(y, goal, f"teacher {value_text(metric, goal)}", "teacher", above=True))
+        caption = f"{metric} of the model in training, at the end {value_text(metric, float(series[1][-1]))}."
         title = f"{task_name(task)} during training"
         made.append(Chart(title=title, caption=caption, x=x, y=y, marks=marks, notes=notes, x_label="tokens"))
     return made

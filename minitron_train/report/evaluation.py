@@ -13,6 +13,7 @@ from minitron_train.report.summary import (
     metric_of,
     metric_text,
     perplexity_of,
+    ratio_text,
     read_score,
     score_of,
     task_name,
@@ -36,7 +37,7 @@ def evaluation_rows(run: Run) -> list[dict[str, Any]]:
         "cells": [perplexity(value) for value in values.values()],
         "rows": "–",
         "shots": "–",
-        "share": f"× {student / teacher:.2f}" if teacher and student else "–",
+        "share": ratio_text("perplexity", student, teacher),
     }
     return [first, *tasks]
 
@@ -54,7 +55,7 @@ def task_row(run: Run, task: str) -> dict[str, Any]:
         "cells": [score.text for score in scores.values()],
         "rows": counts(score.rows for score in scores.values()),
         "shots": counts(score.num_fewshot for score in scores.values()),
-        "share": percent(student / teacher) if teacher and student is not None else "–",
+        "share": ratio_text(metric, student, teacher),
     }
 
 

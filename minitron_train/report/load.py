@@ -1,6 +1,7 @@
 """What an output folder holds, read for the report. Whatever a stage has not written yet is simply absent."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def read_metrics(file: Path) -> dict[str, np.ndarray]:
     """metrics.jsonl as columns [T], ordered by step.
 
     A step that was logged twice (a resumed run) is merged, the later line winning; a last line that is still being
-    written is left out. Empty when there is no file.
+    written is left out, and so is a line without the number of its step. Empty when there is no file.
     """
     if not file.exists():
         return {}
@@ -205,7 +206,7 @@ def read_metrics(file: Path) -> dict[str, np.ndarray]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and is_number(row.get("step")) and math.isfinite(row["step"]):
             rows.setdefault(int(row["step"]), {}).update(row)
     ordered = [rows[step] for step in sorted(rows)]
     names = sorted({name for row in ordered for name, value in row.items() if is_number(value)})

@@ -1,7 +1,7 @@
 """The evaluation as rows, and the plain-text table that `run` prints at its end."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from minitron_train.files import byte_size
 from minitron_train.report import numbers
 from minitron_train.report.load import Run, load_run
 
-PREFERRED = (  # the headline metric of a task is the first of these that it has; lm-eval's filters follow the comma
+PREFERRED = (  # a task's headline metric is the first of these that it has, else its own first; filters follow the comma
     "acc_norm",
     "acc",
     "exact_match",
@@ -22,7 +22,8 @@ PREFERRED = (  # the headline metric of a task is the first of these that it has
     "rougeL",
     "word_perplexity",
 )
-UNBOUNDED = ("perplexity", "loss")  # endings of metrics that are no shares of 1
+UNBOUNDED = {"perplexity", "loss", "bits", "likelihood", "bleu", "chrf", "ter"}  # words of metrics that are no share
+NO_METRICS = ("rows", "num_fewshot", "version")  # the other numbers of a record
 TASK_NAMES = {
     "hellaswag": "HellaSwag",
     "mmlu": "MMLU",
@@ -54,15 +55,28 @@ class Score:
         """ "43.0 ± 4.9 %", "0.213 ± 0.010" or "not run"."""
         if self.value is None:
             return "not run"
-        if not is_share(self.metric):
-            return f"{self.value:.3f}" + (f" ± {self.stderr:.3f}" if self.stderr is not None else "")
-        error = f" ± {self.stderr * 100:.1f}" if self.stderr is not None else ""
-        return f"{self.value * 100:.1f}{error} %"
+        if self.stderr is None:
+            return value_text(self.metric, self.value)
+        if is_share(self.metric):
+            return f"{self.value * 100:.1f} ± {self.stderr * 100:.1f} %"
+        return f"{self.value:.3f} ± {self.stderr:.3f}"
 
 
 def is_share(metric: str) -> bool:
     """Whether a metric lies between 0 and 1 and is printed as percent."""
-    return not metric.partition(",")[0].endswith(UNBOUNDED)
+    return UNBOUNDED.isdisjoint(metric_text(metric).split("_"))
+
+
+def value_text(metric: str, value: float) -> str:
+    """ "43.0 %", or "42.100" where the metric is no share."""
+    return numbers.percent(value) if is_share(metric) else f"{value:.3f}"
+
+
+def ratio_text(metric: str, value: float | None, reference: float | None) -> str:
+    """What is kept of a reference: "83.7 %", or "× 1.48" where the metric is no share; "–" where one is missing."""
+    if value is None or not reference:
+        return "–"
+    return numbers.percent(value / reference) if is_share(metric) else f"× {value / reference:.2f}"
 
 
 def metric_text(metric: str) -> str:
@@ -101,8 +115,19 @@ def results_of(run: Run, label: str) -> Mapping[str, Any]:
 
 def metric_of(run: Run, task: str) -> str:
     """The task's headline metric, the same for every model; empty when it was not run."""
-    found = {name for label in run.labels for name in entry_of(run, label, task)}
-    return next((metric for metric in PREFERRED if metric in found), "")
+    return headline(name for label in run.labels for name in metrics_in(entry_of(run, label, task)))
+
+
+def metrics_in(entry: Mapping[str, Any]) -> list[str]:
+    """Names of what one record of `results` measured, in lm-eval's order, without the standard errors."""
+    numeric = [name for name, value in entry.items() if number(value) is not None and name not in NO_METRICS]
+    return [name for name in numeric if not metric_text(name).endswith("_stderr")]
+
+
+def headline(metrics: Iterable[str]) -> str:
+    """Which metric of a task stands for it; empty when there is none."""
+    found = list(metrics)
+    return next((metric for metric in (*PREFERRED, *found) if metric in found), "")
 
 
 def entry_of(run: Run, label: str, task: str) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from minitron_train.evaluation.compare import compare, compare_table, mcnemar, p
 from minitron_train.evaluation.task_names import mmlu_subjects
 
 
-def write_items(folder: Path, label: str, rows: list[tuple[str, dict[str, float]]]) -> None:
+def write_items(folder: Path, label: str, rows: list[tuple[str, dict]]) -> None:
     lines = [
         {"task": task, "filter": "none", "doc_id": k, "prompt_hash": f"p{k}", "metrics": metrics}
         for k, (task, metrics) in enumerate(rows)
@@ -73,4 +73,22 @@ def test_missing_label_and_disjoint_rows_are_refused(tmp_path: Path) -> None:
         compare(tmp_path, "a", "b")
     write_items(tmp_path, "b", [("winogrande", {"acc": 1.0})])
     with pytest.raises(UserError, match="share no evaluated row"):
+        compare(tmp_path, "a", "b")
+
+
+@pytest.mark.parametrize("damage", [b'{"task": "hellas', b'{"task": "hellaswag"}', b"[]", b"\xff"])
+def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
+    for label in ("a", "b"):
+        write_items(tmp_path, label, [("hellaswag", {"acc": 1.0})])
+    with (tmp_path / "b.items.jsonl").open("ab") as file:
+        file.write(damage + b"\n")
+    with pytest.raises(UserError, match=r"b.items.jsonl: line 2 is not an evaluated row \(.*\); evaluate b again"):
+        compare(tmp_path, "a", "b")
+
+
+def test_shared_rows_without_a_number_each_are_no_missing_rows(tmp_path: Path) -> None:
+    """lm-eval keeps [log-likelihood, words] of each page of WikiText; the perplexity is of all pages together."""
+    for label in ("a", "b"):
+        write_items(tmp_path, label, [("wikitext", {"word_perplexity": [-100.0, 20]})])
+    with pytest.raises(UserError, match=r"share rows of wikitext only, where no metric is a number for each row"):
         compare(tmp_path, "a", "b")

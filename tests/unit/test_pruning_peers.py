@@ -29,7 +29,7 @@ from pruning_peers_methods import (  # noqa: E402 # pyright: ignore[reportMissin
     rotated_shape,
     rotated_tensors,
 )
-from pruning_peers_tables import table, task_figures  # noqa: E402 # pyright: ignore[reportMissingImports]
+from pruning_peers_tables import show_tasks, table, task_figures  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 TOKENS_BS = torch.arange(64).view(2, 32) % 97
 
@@ -136,3 +136,18 @@ def test_figures_of_tasks_have_their_standard_errors() -> None:
     report = {"perplexity": 10.0, "results": {"hellaswag": hellaswag, "mmlu": {"acc": 0.25, "acc_stderr": 0.01}}}
     figures = task_figures(report)
     assert figures == {"own_loss": math.log(10.0), "hellaswag.acc_norm": [0.4, 0.03], "mmlu.acc": [0.25, 0.01]}
+
+
+def test_figures_of_filtered_metrics_and_of_what_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    flexible = {"exact_match,flexible-extract": 0.125, "exact_match_stderr,flexible-extract": 0.01, "rows": 80}
+    wikitext = {"word_perplexity": 42.125, "rows": 62}
+    rows = [
+        {"model": "teacher", **task_figures({"perplexity": 10.0, "results": {"gsm8k": flexible}})},
+        {"model": "cut", **task_figures({"perplexity": None, "results": {"wikitext": wikitext}})},
+    ]
+    assert rows[0]["gsm8k.exact_match,flexible-extract"] == [0.125, 0.01]
+    assert rows[1] == {"model": "cut", "own_loss": None, "wikitext.word_perplexity": [42.125, None]}
+    show_tasks(rows)
+    _, teacher, cut = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert teacher == "teacher 2.3026 12.5 ± 1.0 % not run".split()
+    assert cut == "cut – not run 42.125".split()

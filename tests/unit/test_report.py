@@ -300,6 +300,13 @@ def test_metrics_lines(output_dir: Path) -> None:
     assert np.isfinite(columns["eval.validation.kl"]).sum() == 2
 
 
+@pytest.mark.parametrize("step", ['"a"', "null", "[1]", "NaN", "Infinity"])
+def test_a_line_without_the_number_of_its_step_is_left_out(tmp_path: Path, step: str) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.0}}\n{{"step": {step}, "loss": 3.0}}\n')
+    assert load_run(tmp_path).metrics["train"]["loss"].tolist() == [2.0]
+
+
 def test_only_non_finite_metrics(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metrics.jsonl").write_text('{"step": 1, "tokens": 8, "loss": NaN}\n' * 3)
