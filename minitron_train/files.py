@@ -171,6 +171,18 @@ def recover(path: Path) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def remove_folder(path: Path, *, first: str, last: str) -> None:
+    """Delete a folder as far as the system lets it; two of its files at the beginning and at the end.
+
+    So a kill leaves nothing that passes for finished (`first` is gone), nor for somebody else's (`last` is there).
+    """
+    for item in sorted(path.glob("*"), key=lambda item: (item.name == last) - (item.name == first)):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+    with contextlib.suppress(OSError):  # it may be a mount, or a link
+        path.rmdir()
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     with atomic_file(path) as scratch:

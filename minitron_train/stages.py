@@ -1,7 +1,8 @@
 """Stages: a folder each, written whole or not at all, with a provenance.json that says how it came about.
 
 A stage is recognised as finished by its provenance. It is stale when an input or a setting that decides its result has
-changed; then it is done again, and only a successful run replaces the old folder.
+changed; then it is done again, and only a successful run replaces the old folder. A folder with files that no stage has
+written is never touched.
 """
 
 import contextlib
@@ -9,9 +10,9 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +24,21 @@ from typing import Any, Literal
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import (
+    PARTIAL,
     atomic_folder,
     atomic_write_json,
     disk_errors,
     exclusive,
     parent_folders,
     recover,
+    remove_folder,
     standing,
 )
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
 STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
+SAVED = "checkpoints/step_*/manifest.json"  # of a training, in its folder
 PACKAGES = (
     "minitron_train",
     "torch",
@@ -85,7 +89,8 @@ class Stage:
         return self.folder.with_name(f".{self.folder.name}.{self.record.removesuffix(PROVENANCE)}lock")
 
     def describe(self) -> list[str]:
-        """Lines for dry_run."""
+        """Lines for dry_run, which refuses what a run would refuse (see `refuse_foreign`)."""
+        refuse_foreign(self)
         state, why = self.state()
         lines = [f"{self.name}: {state}{f' ({why})' if why else ''}"]
         lines += [f"  reads   {label} {fingerprint[:12]}" for label, fingerprint in self.inputs.items()]
@@ -114,8 +119,12 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
         Whether the work was done now.
 
     Raises:
-        UserError: another process is at work in the folder, or a growing stage was started otherwise.
+        UserError: another process is at work in the folder, it holds something else, or a growing stage was started
+            otherwise.
     """
+    if force and on_first(lambda: begun_before_requeue(stage)):
+        say(f"{stage.name}: begun by this job before it was requeued; going on with that")
+        force = False
     with ExitStack() as held:  # on rank 0: the lock, then the folder
         state, why = on_first(lambda: begin(stage, held, force=force))
         if state == "finished" and not force:
@@ -148,8 +157,41 @@ def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
         return found
     held.enter_context(parent_folders(stage.folder))
     held.enter_context(exclusive(stage.lock, stage.folder))
+    refuse_foreign(stage)
     recover(stage.folder)
     return stage.state()
+
+
+def refuse_foreign(stage: Stage) -> None:
+    """Refuse a folder that no stage has made, for a stage may empty its folder; downloads look for themselves.
+
+    Raises:
+        UserError: there are files in it, but neither a record nor a checkpoint of a training.
+    """
+    folder = stage.folder
+    if stage.manner == "itself":
+        return
+    with disk_errors(folder):
+        present = contents(folder)
+        ours = any((folder / mark).is_file() for mark in (stage.record, STARTED)) or any(folder.glob(SAVED))
+    if present and not ours:
+        raise UserError(
+            f"{stage.name}: {folder} holds files that this program did not write (as {present[0]}), and a stage has its "
+            "folder to itself; move them, or choose another output_dir (export: another export.path)"
+        )
+
+
+def contents(folder: Path) -> list[str]:
+    """Names in a stage's folder, without what a kill left of a file that was being written."""
+    return sorted(path.name for path in folder.iterdir() if PARTIAL not in path.name) if folder.exists() else []
+
+
+def begun_before_requeue(stage: Stage) -> bool:
+    """Whether this is a requeued Slurm job that began the stage earlier: it still has force=true among its words."""
+    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return False
+    jobs = [read_provenance(stage.folder, name).get("slurm_job") for name in (stage.record, STARTED)]
+    return os.environ["SLURM_JOB_ID"] in jobs
 
 
 def open_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> AbstractContextManager[Path]:
@@ -165,15 +207,16 @@ def open_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Abstrac
 
 @contextlib.contextmanager
 def growing_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Iterator[Path]:
-    """The folder of a growing stage; work that is refused before its first step leaves none."""
+    """The folder of a growing stage; work that is refused before its first step leaves none that was not there before."""
+    is_new = fresh or not contents(stage.folder)
     start_folder(stage, invocation, fresh=fresh)
     try:
         yield stage.folder
     except UserError:
         steps = stage.folder / "metrics.jsonl"
         begun = steps.exists() and steps.stat().st_size > 0
-        if not begun and not any(stage.folder.glob("checkpoints/step_*")):
-            shutil.rmtree(stage.folder, ignore_errors=True)
+        if is_new and not begun and not any(stage.folder.glob("checkpoints/step_*")):
+            remove_folder(stage.folder, first=stage.record, last=STARTED)
         raise
 
 
@@ -185,7 +228,7 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
     """
     with disk_errors(stage.folder):
         if fresh:
-            shutil.rmtree(stage.folder, ignore_errors=True)
+            remove_folder(stage.folder, first=stage.record, last=STARTED)
         stage.folder.mkdir(parents=True, exist_ok=True)
     started = read_provenance(stage.folder, STARTED)
     changes = changes_since(started, stage) if started else []
@@ -193,7 +236,8 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
         raise started_otherwise(stage, "; ".join(changes))
     if not started:
         record = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
-        atomic_write_json(stage.folder / STARTED, record | {"command": shlex.join(invocation.command)})
+        record |= {"command": shlex.join(invocation.command), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        atomic_write_json(stage.folder / STARTED, record)
 
 
 def started_otherwise(stage: Stage, why: str) -> UserError:
@@ -218,6 +262,7 @@ def write_provenance(
         "packages": package_versions(),
         "python": platform.python_version(),
         "git_commit": git_commit(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started_at": meter.started_at,
         "wall_seconds": round(meter.seconds, 3),
         "peak_rss_bytes": meter.peak_bytes,

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover
+from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover, remove_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -47,6 +48,29 @@ def test_recover_after_a_kill_before_the_old_folder_was_deleted(tmp_path: Path) 
     recover(tmp_path / "out")
     assert names(tmp_path) == {"out"}
     assert names(tmp_path / "out") == {"new"}
+
+
+def test_a_kill_while_a_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither finished nor somebody else's: the record goes first, the mark of a begun run last."""
+    folder, gone = tmp_path / "train", []
+    (folder / "checkpoints" / "step").mkdir(parents=True)
+    for name in ("a", "provenance.json", "started.json", "z"):
+        (folder / name).touch()
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    monkeypatch.setattr(Path, "unlink", lambda path: (gone.append(path.name), unlink(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (gone.append(path.name), rmtree(path)))
+    remove_folder(folder, first="provenance.json", last="started.json")
+    assert gone[0] == "provenance.json" and gone[-1] == "started.json" and len(gone) == 5
+    assert not folder.exists()
+
+
+def test_of_a_link_to_a_folder_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "real" / "in").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "real" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "train").symlink_to(tmp_path / "real")
+    remove_folder(tmp_path / "train", first="", last="")
+    assert names(tmp_path) == {"real", "train", "other"} and not names(tmp_path / "real")
 
 
 def test_json_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:

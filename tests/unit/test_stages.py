@@ -143,3 +143,106 @@ def test_a_growing_stage_goes_on_but_not_with_other_settings(stage: Stage) -> No
     assert run(training, "step 9")
     with pytest.raises(UserError, match="force=true"):
         run(replace(training, inputs={"teacher": "xyz"}))
+
+
+def refused(stage: Stage, *, force: bool = False, files: tuple[str, ...] = ()) -> None:
+    """A run whose work is refused, after it has written some files."""
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("1")
+        raise UserError("train.global_batch_size=7: must be a multiple")
+
+    with pytest.raises(UserError, match="global_batch_size"):
+        run_stage(stage, INVOCATION, work, force=force, on_first=lambda begun: begun())
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("manner", ["whole", "grows"])
+def test_files_of_others_are_not_touched(stage: Stage, manner: Any, force: bool) -> None:
+    """A corpus in OUTPUT_DIR/train, models beside export.path's, a teacher that was copied there."""
+    stage = replace(stage, manner=manner)
+    for name in ("corpus.jsonl", "provenance.json/x", "checkpoints/step_9/weights"):
+        (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage.folder / name).write_text("precious")
+    aside = stage.folder.with_name("out.replaced")
+    aside.mkdir()
+    before = sorted(stage.folder.parent.rglob("*"))
+    with pytest.raises(UserError, match=r"prune: .*/out holds files that .* not write \(as checkpoints\).*; move them"):
+        run(stage, force=force)
+    with pytest.raises(UserError, match="holds files that"):
+        stage.describe()
+    assert sorted(stage.folder.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "provenance.json",  # damaged, too
+        "started.json",
+        "checkpoints/step_00000005/manifest.json",
+        "started.json.partial-12345678",
+        "",
+    ],
+)
+def test_what_own_runs_have_left_is_gone_on_with(stage: Stage, left: str) -> None:
+    stage.folder.mkdir()
+    if left:
+        (stage.folder / left).parent.mkdir(parents=True, exist_ok=True)
+        (stage.folder / left).write_text("{")
+    for manner in ("grows", "whole"):
+        assert run(replace(stage, manner=manner), manner)
+        assert (stage.folder / "result").read_text() == manner
+        (stage.folder / "provenance.json").write_text("{")
+
+
+def test_downloads_look_for_themselves(stage: Stage) -> None:
+    stage.folder.mkdir()
+    (stage.folder / "teacher.provenance.json").touch()
+    assert run(replace(stage, manner="itself", record="student.provenance.json"))
+
+
+def test_a_file_in_the_place_of_the_folder_is_kept(stage: Stage) -> None:
+    stage.folder.write_text("model")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        run(stage)
+    assert stage.folder.read_text() == "model"
+
+
+def test_training_that_is_refused_before_its_first_step(stage: Stage) -> None:
+    training = replace(stage, manner="grows")
+    refused(training, files=("metrics.jsonl.tmp", "wandb/run"))
+    assert not training.folder.exists(), "nothing was there before"
+    training.folder.mkdir()
+    (training.folder / "started.json").write_text("{}")
+    (training.folder / "notes.txt").write_text("mine")
+    refused(training)
+    assert (training.folder / "notes.txt").read_text() == "mine", "an earlier run had begun it"
+    refused(training, force=True, files=("metrics.jsonl",))
+    assert (training.folder / "metrics.jsonl").exists(), "it had begun"
+
+
+@pytest.mark.parametrize("manner", ["whole", "grows"])
+def test_a_requeued_job_obeys_force_once(
+    stage: Stage, manner: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, grows = replace(stage, manner=manner), manner == "grows"
+
+    def life(restarts: int, text: str, *, job: str = "7", fail: bool = False) -> bool:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        capsys.readouterr()
+        return run(stage, text, force=True, fail=fail)
+
+    run(stage, "old")
+    assert life(1, "not reached before", job="6"), "that was another job's"
+    with pytest.raises(RuntimeError):
+        life(0, "half", fail=True)
+    saved = stage.folder / "saved"
+    if grows:
+        saved.touch()
+    assert life(1, "whole")
+    assert saved.exists() is grows and ("begun by this job" in capsys.readouterr().out) is grows
+    assert not life(2, "again") and (stage.folder / "result").read_text() == "whole"
+    assert life(0, "typed again in the same job")
