@@ -4,15 +4,54 @@ Kept light on imports: --help and --cfg answer without loading torch; plan loads
 this machine, and else does without.
 """
 
+import io
 import os
+import signal
 import sys
 import warnings
+from typing import NoReturn
 
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World, read_world, share_cores
 
 
+class Output(io.TextIOWrapper):
+    """Standard output. Once its reader has left (`| head`), it ends this process as SIGPIPE would: silently.
+
+    By SystemExit: Hydra has a line of its own for exceptions. Other pipes that break are errors.
+    """
+
+    def write(self, text: str, /) -> int:
+        """As always."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self.end()
+
+    def flush(self) -> None:
+        """As always."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self.end()
+
+    def end(self) -> NoReturn:
+        """Nowhere is where the rest goes, which Python writes at its end."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def main() -> None:
+    """One command, as a process."""
+    out = sys.stdout
+    by_lines = bool(out.line_buffering)
+    sys.stdout = Output(out.buffer, out.encoding, out.errors, line_buffering=by_lines, write_through=True)
+    code = answer()
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def answer() -> int:
     """Run one command; a user's mistake is one line and exit code 2."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's to megatron-core: nothing a user can act on
@@ -26,10 +65,11 @@ def main() -> None:
         cli.run(sys.argv, world)
     except UserError as error:
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """All ranks meet before torch is loaded: is everyone there, with the same software, the same folder, a way to the others?
 
-Rank 0 listens where torch.distributed's rendezvous will be; then each rank calls the next one, so that every node has
-been connected to and from. A missing or unreachable rank is named within DEADLINE_S, instead of a hanging first collective.
+Rank 0 listens where torch.distributed's rendezvous will be; then each rank connects to the next one, so that every node
+has been connected to and from. A rank that does not come, or cannot reach another, is named, instead of a hanging first
+collective.
 """
 
 import importlib.metadata
@@ -11,8 +12,8 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from typing import Any
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 
-DEADLINE_S = 90  # for all ranks together; job steps start within seconds of each other
+DEADLINE_S = 90  # for all ranks to come; job steps start within seconds of each other
+CALL_S = 15  # for a connection to a neighbour that is there: four packets, should the first ones be lost
+ANSWER_S = 30  # for what the ranks have to say after that
+PATIENCE_S = DEADLINE_S + ANSWER_S  # of the others with rank 0, which knows more and ends first
 PACKAGES = ("minitron_train", "torch", "megatron-core", "transformers")  # must be the same on all ranks
 
 Card = Mapping[str, Any]  # a rank's report: rank, host, port, versions, complaints
@@ -35,60 +39,48 @@ def meet(complaints: list[str], folder: Path, world: World, environ: Mapping[str
         environ: MASTER_ADDR and MASTER_PORT of the rendezvous.
 
     Returns:
-        On rank 0 everyone's complaints, elsewhere a reference to them; empty everywhere when there are none.
+        On rank 0 everyone's complaints, elsewhere a reference to them, with the first; empty where there are none.
 
     Raises:
         UserError: a rank did not come, or could not reach rank 0.
     """
-    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    arrived = [world.rank]
-
-    def who_is_missing() -> str:
-        if world.is_first and len(arrived) < world.size:
-            return f"{DEADLINE_S} s: ranks {absent(arrived, world.size)} did not reach {host}:{port}; is a firewall between?"
-        return (
-            f"{DEADLINE_S} s: {host_name(environ)} could not meet the others at {host}:{port}; is a firewall between?"
-        )
-
-    with listen(0) as own, deadline(who_is_missing):
+    first = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
+    with listen(0) as own:  # the rank before connects to it; nothing need be accepted for that
         here = {"rank": world.rank, "host": host_name(environ), "port": own.address[1]}
         card = {**here, "versions": versions(), "complaints": complaints}
-        if not world.is_first:
-            return report(card, own, folder, (host, port))
-        try:
-            listener = listen(port)
-        except OSError as error:
-            raise UserError(f"MASTER_PORT={port}: {error.strerror} on {host}; set another one") from error
-        with listener:
-            return gather(card, own, listener, folder, world.size, arrived)
+        return gather(card, folder, first, world.size) if world.is_first else report(card, folder, first)
 
 
-def report(card: Card, own: Listener, folder: Path, first: tuple[str, int]) -> list[str]:
+def report(card: Card, folder: Path, first: tuple[str, int]) -> list[str]:
     """The side of the ranks above 0."""
-    try:
-        connection = call(first)
-    except OSError as error:
-        raise UserError(f"{card['host']} cannot reach {first[0]}:{first[1]}: {error.strerror or error}") from error
+    there = f"{first[0]}:{first[1]}"
+    with deadline(lambda: f"{card['host']} could not reach rank 0 at {there}; is a firewall between?"):
+        try:
+            connection = call(first)
+        except OSError as error:
+            raise UserError(f"{card['host']} cannot reach {there}: {error.strerror or error}") from error
     with connection:
         send(connection, card)
-        notice = receive(connection)
+        notice = receive(connection, "rank 0", PATIENCE_S)
         seen = notice["proof"] is None or Path(notice["proof"]).exists()
         found = (
             [] if seen else [f"{card['host']}: does not see {folder} of rank 0; output_dir must be on a shared disk"]
         )
-        send(connection, found + call_neighbour(own, notice["ranks"], card["rank"]))
-        return ["see the message of rank 0"] if receive(connection) else []
+        send(connection, found + call_neighbour(notice["ranks"], card["rank"]))
+        return [f"see the message of rank 0: {text}" for text in receive(connection, "rank 0", PATIENCE_S)]
 
 
-def gather(card: Card, own: Listener, listener: Listener, folder: Path, size: int, arrived: list[int]) -> list[str]:
-    """Rank 0's side. `arrived` is filled as the ranks come."""
+def gather(card: Card, folder: Path, first: tuple[str, int], size: int) -> list[str]:
+    """Rank 0's side."""
     cards, others, proof = {0: card}, {}, folder / f".meeting-{uuid.uuid4().hex[:8]}"
+    here = f"{first[0]}:{first[1]}"
     with ExitStack() as stack:
-        while len(cards) < size:
-            connection = stack.enter_context(listener.accept())
-            theirs = receive(connection)
-            cards[theirs["rank"]], others[theirs["rank"]] = theirs, connection
-            arrived.append(theirs["rank"])
+        listener = stack.enter_context(listen_at(first))
+        with deadline(lambda: f"ranks {absent(cards, size)} did not reach {here}; is a firewall between?"):
+            while len(cards) < size:
+                connection = stack.enter_context(listener.accept())
+                theirs = receive(connection, "another rank", DEADLINE_S)
+                cards[theirs["rank"]], others[theirs["rank"]] = theirs, connection
         ranks = [(cards[rank]["host"], cards[rank]["port"]) for rank in sorted(cards)]
         stack.callback(proof.unlink, missing_ok=True)
         shared = folder.exists()  # else rank 0 has complained already
@@ -97,24 +89,33 @@ def gather(card: Card, own: Listener, listener: Listener, folder: Path, size: in
         for connection in others.values():
             send(connection, {"ranks": ranks, "proof": str(proof.absolute()) if shared else None})
         complaints = [text for rank in sorted(cards) for text in cards[rank]["complaints"]]
-        complaints += version_complaints(cards) + call_neighbour(own, ranks, 0)
-        for rank in sorted(others):
-            complaints += receive(others[rank])
+        complaints += [*version_complaints(cards), *call_neighbour(ranks, 0), *answers(others, ranks)]
         for connection in others.values():
-            send(connection, bool(complaints))
+            send(connection, complaints[:1])
     return complaints
 
 
-def call_neighbour(own: Listener, ranks: Sequence[tuple[str, int]], rank: int) -> list[str]:
-    """Connect to the next rank, be called by the one before."""
-    host, port = ranks[(rank + 1) % len(ranks)]
+def answers(others: Mapping[int, Connection], ranks: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """What the ranks above 0 have found; of one that has ended or is silent, that."""
+    until_s = time.monotonic() + ANSWER_S
+    for rank in sorted(others):
+        try:
+            yield from receive(others[rank], f"rank {rank} on {ranks[rank][0]}", until_s - time.monotonic())
+        except UserError as error:
+            yield str(error)
+
+
+def call_neighbour(ranks: Sequence[tuple[str, int]], rank: int) -> list[str]:
+    """Connect to the next rank. Once that is done, packets have gone both ways."""
+    after = (rank + 1) % len(ranks)
+    host, port = ranks[after]
     try:
-        with call((host, port)) as after:
-            send(after, rank)
-            with own.accept() as before:
-                receive(before)
+        with socket.socket() as caller:
+            caller.settimeout(CALL_S)
+            caller.connect((host, port))
     except OSError as error:
-        return [f"rank {rank} on {ranks[rank][0]} cannot reach {host}: {error.strerror or error}"]
+        link = f"rank {rank} on {ranks[rank][0]} cannot reach rank {after} on {host}"
+        return [f"{link}: {error.strerror or error}; is a firewall between?"]
     return []
 
 
@@ -139,7 +140,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def absent(arrived: Sequence[int], size: int, most: int = 8) -> str:
+def absent(arrived: Collection[int], size: int, most: int = 8) -> str:
     """The ranks that have not come: "2, 3, 7 and 12 more"."""
     missing = [str(rank) for rank in range(size) if rank not in arrived]
     return ", ".join(missing[:most]) + (f" and {len(missing) - most} more" if len(missing) > most else "")
@@ -155,6 +156,18 @@ def listen(port: int) -> Listener:
     return Listener(("", port), family="AF_INET", backlog=4096)
 
 
+def listen_at(first: tuple[str, int]) -> Listener:
+    """Rank 0's, where the others look for it.
+
+    Raises:
+        UserError: another program has the port.
+    """
+    try:
+        return listen(first[1])
+    except OSError as error:
+        raise UserError(f"MASTER_PORT={first[1]}: {error.strerror} on {first[0]}; set another one") from error
+
+
 def call(address: tuple[str, int]) -> Connection:
     """Connect, waiting for a listener that is not up yet (the deadline ends that)."""
     while True:
@@ -165,20 +178,23 @@ def call(address: tuple[str, int]) -> Connection:
 
 
 def send(connection: Connection, value: Any) -> None:
-    """JSON rather than pickle: nothing that arrives is executed."""
-    connection.send_bytes(json.dumps(value).encode())
+    """JSON rather than pickle: nothing that arrives is executed. `receive` tells when the other side has ended."""
+    with suppress(ConnectionError):
+        connection.send_bytes(json.dumps(value).encode())
 
 
-def receive(connection: Connection) -> Any:
+def receive(connection: Connection, who: str, patience_s: float) -> Any:
     """Inverse of `send`.
 
     Raises:
-        UserError: the other side has ended.
+        UserError: the other side, `who`, has ended or is silent.
     """
     try:
+        if not connection.poll(max(0.0, patience_s)):
+            raise UserError(f"{who} does not answer; does its node still run?")
         return json.loads(connection.recv_bytes())
     except (EOFError, ConnectionError) as error:
-        raise UserError("another rank has ended; see its message") from error
+        raise UserError(f"{who} has ended; see its message") from error
 
 
 @contextmanager
@@ -186,7 +202,7 @@ def deadline(message: Callable[[], str]) -> Iterator[None]:
     """UserError after DEADLINE_S of a block, whatever it waits for."""
 
     def ring(*_: object) -> None:
-        raise UserError(message())
+        raise UserError(f"{DEADLINE_S} s: {message()}")
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.alarm(DEADLINE_S)

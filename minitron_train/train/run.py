@@ -89,7 +89,8 @@ def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
         mark = {"signal": stopped, "step": trainer.state.step, "num_steps": trainer.num_steps}
         atomic_write_json(folder / STOPPED, mark)
     trainer.groups.barrier()
-    say(f"{stopped}: saved at step {trainer.state.step} of {trainer.num_steps}; start again to go on")
+    again = "start again without force=true" if trainer.config.force else "start again"
+    say(f"{stopped}: saved at step {trainer.state.step} of {trainer.num_steps}; {again} to go on")
     raise SystemExit(0)
 
 

@@ -1,14 +1,18 @@
 """Weights & Biases: the same numbers as metrics.jsonl, one run across restarts, and the line of descent as artifacts."""
 
 import contextlib
-import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron_train.config import WandbConfig, WandbMode
 from minitron_train.console import say
+from minitron_train.stages import STARTED, read_provenance
+
+KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # of a provenance, in an artifact
+MOST_CHARACTERS = 128  # of an artifact's name
 
 
 def wandb_mode(mode: WandbMode) -> str:
@@ -30,10 +34,10 @@ class Tracker:
         if mode == "disabled":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        (folder / "wandb").mkdir(parents=True, exist_ok=True)
         try:
+            import wandb
+
+            (folder / "wandb").mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
                 project=settings.project,
                 name=self.name,
@@ -50,24 +54,17 @@ class Tracker:
         self.run_id = self.run.id
 
     def record(self, kind: str, folder: Path, *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
-        """One stage's folder as an artifact: a reference and its provenance, not its bytes.
+        """One stage's folder as an artifact: a reference and what is known of it, not its bytes.
 
         The run has consumed it or made it; W&B links consumed ones online only, offline they are logged as they are.
         """
-        if self.run is None:
-            return
-        import wandb
 
-        path = folder / "provenance.json"
-        provenance = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known = {
-            key: provenance.get(key)
-            for key in ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")
-        }
-        artifact = wandb.Artifact(f"{self.name}-{kind}", type=kind, metadata={**known, **(facts or {})})
-        artifact.add_reference(folder.resolve().as_uri(), checksum=False)
-        use = self.run.use_artifact if consumed and not self.run.offline else self.run.log_artifact
-        self._send(lambda: use(artifact))
+        def link() -> None:
+            use = self.run.use_artifact if consumed and not self.run.offline else self.run.log_artifact
+            use(make_artifact(f"{self.name}-{kind}", kind, folder, facts))
+
+        if self.run is not None:
+            self._send(link)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One step's figures under their own names."""
@@ -92,3 +89,15 @@ class Tracker:
             self.run = None
             with contextlib.suppress(Exception):
                 wandb.teardown()  # which fails too, but takes back what would fail once more at exit
+
+
+def make_artifact(name: str, kind: str, folder: Path, facts: Mapping[str, Any] | None) -> Any:
+    """A reference to a folder with its provenance; of new checkpoints, what their training began with and its facts."""
+    import wandb
+
+    known = read_provenance(folder.parent, STARTED) | {"facts": facts} if facts else read_provenance(folder)
+    metadata = {key: known[key] for key in KNOWN if key in known}
+    allowed = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[-MOST_CHARACTERS:]  # a run's name may hold anything
+    artifact = wandb.Artifact(allowed, type=kind, metadata=metadata)
+    artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+    return artifact

@@ -4,7 +4,10 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,18 +155,19 @@ def test_commands_without_a_teacher_need_none(tmp_path: Path, command: str) -> N
     slurm.check(command, cli.compose([f"output_dir={tmp_path}/out"]), World(), {})
 
 
-def ranks(size: int, *words: str, present: int | None = None, **variables: str) -> list[tuple[int, str, str]]:
-    """`check distill` on `present` of `size` ranks; exit code, output and errors of each."""
+def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> list[tuple[int, str, str]]:
+    """`check distill` on some ranks, on localhost where `hosts` names no other; code, output and errors of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = []
-    for rank in range(size if present is None else present):
+    for rank in range(size):
         environ = {
             **os.environ,
             **{"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size)},
             **{"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURMD_NODENAME": "localhost"},
-            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **variables},
+            **({"SLURMD_NODENAME": hosts[rank]} if hosts and rank in hosts else {}),
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
         }
         command = [sys.executable, "-m", "minitron_train.slurm", "check", "distill", *words]
         started.append(
@@ -185,7 +189,58 @@ def test_complaint_of_one_rank_ends_all(tmp_path: Path) -> None:
     first, second = ranks(2, "+recipe=micro", f"teacher.path={tmp_path}/none", f"output_dir={tmp_path}/out")
     assert first[0] == second[0] == 2 and not first[1]
     assert first[2] == f"error: teacher.path={tmp_path}/none: no such folder; give a Hugging Face folder (rank 0)\n"
-    assert second[2] == "error: see the message of rank 0 (rank 1)\n"
+    assert second[2] == first[2].replace("error: ", "error: see the message of rank 0: ").replace("rank 0)", "rank 1)")
+
+
+def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) -> None:
+    """Nobody connects to a multicast address: the network is unreachable at once."""
+    (tmp_path / "teacher").mkdir()
+    words = ["+recipe=micro", f"teacher.path={tmp_path}/teacher", f"output_dir={tmp_path}/out"]
+    link = "rank 1 on localhost cannot reach rank 2 on 224.0.0.1: Network is unreachable; is a firewall between?"
+    assert ranks(3, *words, hosts={2: "224.0.0.1"}) == [
+        (2, "", f"error: {'see the message of rank 0: ' if rank else ''}{link} (rank {rank})\n") for rank in range(3)
+    ]
+
+
+def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a firewall that drops packets; here the queue of connections is full."""
+    monkeypatch.setattr(meeting, "CALL_S", 0.2)
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        there = full.getsockname()
+        for _ in range(4):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(there)
+        complaints = meeting.call_neighbour([("n0", 0), there], 0)
+    assert complaints == ["rank 0 on n0 cannot reach rank 1 on 127.0.0.1: timed out; is a firewall between?"]
+
+
+def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
+    told = {}
+
+    def other(rank: int, answer: Callable[[Connection], object]) -> None:
+        with meeting.listen(0) as own, meeting.call(first) as connection:
+            meeting.send(connection, {**card, "rank": rank, "host": "127.0.0.1", "port": own.address[1]})
+            meeting.receive(connection, "rank 0", 10)
+            answer(connection)
+            if not connection.closed:
+                told[rank] = meeting.receive(connection, "rank 0", 10)
+
+    with meeting.listen(0) as probe:
+        first = ("127.0.0.1", int(probe.address[1]))
+    card = {"rank": 0, "host": "127.0.0.1", "port": first[1], "versions": {}, "complaints": []}
+    behaviours = (lambda _: None, Connection.close, lambda connection: meeting.send(connection, ["rank 3: no way"]))
+    others = [threading.Thread(target=other, args=pair, daemon=True) for pair in enumerate(behaviours, 1)]
+    for thread in others:
+        thread.start()
+    complaints = meeting.gather(card, tmp_path, first, 4)
+    for thread in others:
+        thread.join(timeout=10)
+    silent = "rank 1 on 127.0.0.1 does not answer; does its node still run?"
+    assert complaints == [silent, "rank 2 on 127.0.0.1 has ended; see its message", "rank 3: no way"]
+    assert told == {1: [silent], 3: [silent]}
 
 
 def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The command line: help, resolved configuration, and one clear line for every mistake."""
 
+import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -74,6 +76,40 @@ def test_a_sweep_names_the_mistakes_of_all_its_jobs(tmp_path: Path) -> None:
     assert result.stderr == f"error: {line}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        (["eval", "--help"], ""),
+        (["eval", "--help"], "1"),
+        (["plan", "--cfg", "job"], ""),
+        (["search", "+recipe=4b"], ""),
+    ],
+)
+def test_a_reader_that_leaves_ends_it_silently(tmp_path: Path, words: list[str], unbuffered: str) -> None:
+    """As `| head` does, here before the first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minitron_train", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        cwd=tmp_path,
+    )
+    assert process.stdout
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (128 + signal.SIGPIPE, b"")
+
+
+def test_other_pipes_that_break_are_errors(tmp_path: Path) -> None:
+    code = (
+        "from minitron_train import __main__, cli\n"
+        "def run(*_): raise BrokenPipeError(32, 'of a worker')\n"
+        "cli.run = run; __main__.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "of a worker" in result.stderr
+
+
 @pytest.mark.parametrize("option", ["--cfg", "-c"])
 def test_resolved_configuration(tmp_path: Path, option: str) -> None:
     result = minitron("prune", "+recipe=4b", option, "job", "--resolve", cwd=tmp_path)
@@ -103,6 +139,7 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
         ("plan", {"family": {"small": StudentConfig(num_layers=0)}}, r"plan\.family\.small\.num_layers=0: must be"),
         ("eval", {"every_tokens": -1}, r"eval\.every_tokens=-1: must not be negative"),
         ("eval", {"compare": ["a"]}, r"eval\.compare=\['a'\]: must have two labels or more"),
+        ("cluster", {"price_per_gpu_hour": -1.0}, r"cluster\.price_per_gpu_hour=-1\.0: must be greater than 0"),
         ("cluster", {"reserved_gib": -1.0}, r"cluster\.reserved_gib=-1\.0: must not be negative"),
         ("data", {"validation_fraction": 0.0}, r"data\.validation_fraction=0\.0: leaves nothing to validate on"),
     ],

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from minitron_train.parallel.launch import World, read_world, share_cores
+from minitron_train.parallel.launch import World, own_cores, read_world, share_cores
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,41 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], threa
         monkeypatch.setenv(key, value)
     share_cores(World(0, 2, 0, 2))
     assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "112"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "num_usable", "num_own"),
+    [
+        ({}, 112, 14),
+        ({"SLURM_CPUS_PER_TASK": "112"}, 112, 14),  # in a batch script, not in a step
+        (STEP, 14, 14),  # srun has bound the tasks
+        (STEP, 112, 14),  # it has not
+        (STEP | {"SLURM_CPUS_ON_NODE": "56"}, 56, 7),  # half the node, and nothing else can be used
+        (STEP | {"SLURM_CPUS_ON_NODE": "56"}, 112, 7),
+        (STEP | {"SLURM_CPUS_ON_NODE": "4"}, 4, 1),
+        (STEP | {"SLURM_CPUS_PER_TASK": "14"}, 14, 14),
+        (STEP | {"SLURM_CPUS_PER_TASK": "12"}, 112, 12),
+        (STEP | {"SLURM_CPUS_PER_TASK": "112"}, 14, 14),  # the batch script's
+        (STEP | {"SLURM_CPUS_PER_TASK": "112", "RANK": "3", "WORLD_SIZE": "8"}, 112, 14),  # torchrun in a step
+    ],
+)
+def test_what_srun_has_shared_is_not_shared_again(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], num_usable: int, num_own: int
+) -> None:
+    """Eight processes on a node of 112 cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 112)
+    assert own_cores(World(3, 8, 3, 8), environ, num_usable) == num_own
+
+
+def test_threads_of_a_bound_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in STEP.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: 112)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(14)))
+    share_cores(World(3, 8, 3, 8))
+    assert os.environ["OMP_NUM_THREADS"] == "14"

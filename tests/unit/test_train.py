@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from minitron_train.config import (
     Precision,
     Recompute,
     Schedule,
+    SourceConfig,
     TrainConfig,
     WandbConfig,
     WandbMode,
@@ -22,6 +25,7 @@ from minitron_train.errors import UserError
 from minitron_train.train.checkpoint_files import finished
 from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
 from minitron_train.train.optim import learning_rate
+from minitron_train.train.state import RunState
 from tests.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, rows, run
 
 STEP_TOKENS = ROWS * SEQ_LENGTH
@@ -238,6 +242,38 @@ def test_speed_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert speed.read() == {"tokens_per_second": 4.0, "model_flops_utilisation": pytest.approx(4.0 * 10 / 200)}
 
 
+def test_a_resumed_run_reports_on_the_whole_run(
+    training: Material, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Shares of the data count all steps; a row that the process before has put off has them, but no speed."""
+    parts = {
+        "a": SourceConfig(path=str(training.corpus), weight=7),
+        "b": SourceConfig(path=str(training.corpus), weight=3),
+    }
+    settings = {"data__path": None, "data__sources": parts, "eval__every_tokens": STEP_TOKENS}
+    run(training, tmp_path / "whole", **settings)
+    with before_step(5, lambda _: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(SystemExit):
+        run(training, tmp_path / "resumed", **settings)
+    capsys.readouterr()
+    run(training, tmp_path / "resumed", **settings)
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "whole")[-1]["source.a"] == pytest.approx(0.7, abs=0.01)
+    said = [line for line in capsys.readouterr().out.splitlines() if "step 5/8, " in line]
+    assert len(said) == 1 and "tokens/s" not in said[0] and "left" not in said[0]
+    speeds = [row["tokens_per_second"] for row in read_rows(tmp_path / "resumed" / "metrics.jsonl")]
+    assert [step for step, speed in enumerate(speeds, 1) if speed is None] == [5]
+    assert all(speed > 0 for speed in speeds if speed is not None)
+
+
+def test_a_checkpoint_from_before_sources_were_counted() -> None:
+    saved = RunState(step=3).state_dict()
+    del saved["sources"]
+    state = RunState()
+    state.load_state_dict(saved)
+    state.count(8, {"own": 1})
+    assert (state.step, state.tokens, state.source_shares) == (4, 8, {"source.own": 1.0})
+
+
 def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from minitron_train.train.tracking import Tracker, wandb_mode
 
@@ -265,3 +301,50 @@ def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert wandb_mode(WandbMode.auto) == "online"
     assert json.dumps("secret") not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*.yaml"))
+
+
+def test_wandb_artifacts(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names follow from any name of the run; a training's says what it began with and what came of it."""
+    import wandb
+
+    made: list[wandb.Artifact] = []
+
+    class Noted(wandb.Artifact):
+        def __init__(self, *words: Any, **more: Any) -> None:
+            super().__init__(*words, **more)
+            made.append(self)
+
+    monkeypatch.setattr(wandb, "Artifact", Noted)
+    began = {"inputs": {"student": "1f"}, "settings": {"seed": 1}, "command": "minitron distill"}
+    (tmp_path / "started.json").write_text(json.dumps(began))
+    settings = WandbConfig(mode=WandbMode.offline, name="Größe 4B, run 2/#")
+    facts = run(training, tmp_path, train__num_tokens=2 * STEP_TOKENS, tracking__wandb=settings)
+    assert [artifact.name for artifact in made] == [
+        f"Gr--e-4B--run-2---{kind}" for kind in ("teacher", "pruned", "student")
+    ]
+    assert made[0].metadata == {}, "neither has a provenance"
+    assert made[2].metadata == {**began, "facts": facts}
+    references = [entry.ref or "" for entry in made[2].manifest.entries.values()]
+    assert references and all(each.startswith(f"{tmp_path.resolve().as_uri()}/checkpoints/") for each in references)
+
+
+def test_what_wandb_refuses_ends_wandb_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    from minitron_train.train.tracking import Tracker
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not like this")
+
+    (tmp_path / "provenance.json").write_text('{"stage": "prune", "python": "3.11", "facts": {"kept": 3}}')
+    tracker = Tracker(WandbConfig(mode=WandbMode.offline), folder=tmp_path, name="a" * 200, run_id=None, config={})
+    logged: list[wandb.Artifact] = []
+    monkeypatch.setattr(tracker.run, "log_artifact", logged.append)
+    tracker.record("pruned", tmp_path, consumed=True)
+    (artifact,) = logged
+    assert artifact.metadata == {"stage": "prune", "facts": {"kept": 3}} and len(artifact.name) == 128
+    monkeypatch.setattr(wandb, "Artifact", refuse)
+    tracker.record("pruned", tmp_path, consumed=True)
+    assert tracker.run is None
+    tracker.write({"step": 1, "loss": 1.0})
+    tracker.close()
