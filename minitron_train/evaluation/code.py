@@ -7,6 +7,7 @@ import ast
 import contextlib
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,41 +23,49 @@ FILE_BYTES = 2**20
 
 
 def passes(program: str, time_s: int = TIME_S, wait_s: int = WAIT_S) -> bool:
-    """Whether a Python program ends without an error within the limits.
+    """Whether a Python program comes to its last line without an error within the limits.
 
-    It runs isolated (-I) in an empty scratch folder, with an empty environment and no input; what it has forked ends
-    with it.
+    It runs as Hugging Face's `code_eval` runs it, not as `__main__`; isolated (-I) in an empty scratch folder, with an
+    empty environment and no input; what it has forked ends with it.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "program.py"
-        path.write_text(program, encoding="utf-8", errors="replace")
+    # exit status 0 is no proof: a program that calls exit() before its tests has it too. So the process is given a
+    # random token on its input, and only the line behind the program's last one writes it into `proof`.
+    token = secrets.token_bytes()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as proof:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", LIMITED, str(path), str(time_s)],
+            [sys.executable, "-I", "-c", LIMITED, str(proof.fileno()), str(time_s), str(len(token))],
             cwd=folder,
             env={},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            pass_fds=[proof.fileno()],
             start_new_session=True,
         )
         try:
-            return process.wait(wait_s) == 0
+            process.communicate(token + program.encode(errors="replace"), wait_s)
         except subprocess.TimeoutExpired:
             return False
         finally:
             with contextlib.suppress(ProcessLookupError):  # of its session none is left
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        proof.seek(0)
+        return proof.read() == token
 
 
 LIMITED = f"""
-import resource, runpy, sys
-path, time_s = sys.argv[1], int(sys.argv[2])
+import os, resource, sys
+def run(token, program, proof, leave=os._exit, write=os.pwrite):
+    exec(program, {{}})
+    write(proof, token, 0)
+    leave(0)
+proof, time_s, size = map(int, sys.argv[1:])
 for limit, value in (
     ({resource.RLIMIT_CPU}, time_s), ({resource.RLIMIT_AS}, {MEMORY_BYTES}), ({resource.RLIMIT_FSIZE}, {FILE_BYTES}),
 ):
     resource.setrlimit(limit, (value, value))
-runpy.run_path(path, run_name="__main__")
+run(sys.stdin.buffer.read(size), sys.stdin.buffer.read().decode(), proof)
 """
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from minitron_train.arch.build import LanguageModel
@@ -21,8 +21,6 @@ from minitron_train.evaluation.scoring import Score, score
 from minitron_train.parallel.groups import Groups
 
 Answer = TypeVar("Answer")
-
-MAX_NEW_TOKENS = 256  # where a task sets none; lm-eval's default
 
 
 class MegatronLM(TemplateLM):
@@ -112,6 +110,9 @@ class MegatronLM(TemplateLM):
         Args:
             keys: one per request, for the journal.
             compute: given the requests that are left, reports this rank's share of the answers bit by bit.
+
+        Raises:
+            UserError: some rank's, on every rank, when all have done their share.
         """
         known = self.journal.answers if self.journal else {}
         left = [index for index, key in enumerate(keys) if key not in known]
@@ -125,12 +126,18 @@ class MegatronLM(TemplateLM):
                 self.journal.add({keys[index]: answer for index, answer in new.items()})
             self.bar.advance(len(new) * self.groups.dp_size)
 
-        compute(left, on_answers)
-        everyone: list[Any] = [mine]
+        refusal = None
+        try:
+            compute(left, on_answers)
+        except UserError as error:  # the others come to the gathering, and so must this rank
+            refusal = error
+        everyone: list[Any] = [(mine, refusal)]
         if self.groups.dp_size > 1:
             everyone = [None] * self.groups.dp_size
-            dist.all_gather_object(everyone, mine, group=self.groups.dp_group)
-        computed = {index: answer for part in everyone for index, answer in part.items()}
+            dist.all_gather_object(everyone, (mine, refusal), group=self.groups.dp_group)
+        if refused := next((error for _, error in everyone if error), None):
+            raise refused
+        computed = {index: answer for part, _ in everyone for index, answer in part.items()}
         return [computed[index] if index in computed else known[key] for index, key in enumerate(keys)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -153,17 +160,12 @@ class MegatronLM(TemplateLM):
         prompts, limits, stops = [], [], []
         for request in requests:
             context, settings = cast("tuple[str, dict[str, Any]]", request.args)
-            if settings.get("do_sample") or settings.get("temperature"):
-                raise UserError(f"{request.task_name}: asks for sampling; only greedy generation is supported")
-            until = settings.get("until") or []
-            limits.append(int(settings.get("max_gen_toks", MAX_NEW_TOKENS)))
-            stops.append([until] if isinstance(until, str) else list(until))
+            wanted = cast("dict[str, Any]", normalize_gen_kwargs(settings))
+            limits.append(wanted["max_gen_toks"])
+            stops.append(wanted["until"])
             tokens = self.tok_encode(context)
             room = self.max_length - limits[-1]
-            if room < 1:
-                raise UserError(
-                    f"{request.task_name}: generates {limits[-1]} tokens, the context has {self.max_length}"
-                )
+            assert room > 0 and not wanted["do_sample"], "load_tasks leaves such tasks out"
             self.num_truncated[request.task_name or ""] += len(tokens) > room
             prompts.append(tokens[-room:] or [self.prefix_token_id])
 
@@ -199,7 +201,7 @@ class MegatronLM(TemplateLM):
 
 
 def not_finite(task: str, text: Any) -> UserError:
-    """The end of an evaluation whose model gives NaN; raised at once, on the rank that sees it."""
+    """The end of an evaluation whose model gives NaN."""
     return UserError(
         f"{task}: logits are not finite at {str(text)[:80]!r}; the weights are broken, evaluate another checkpoint"
     )

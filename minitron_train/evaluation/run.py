@@ -108,7 +108,7 @@ def run_tasks(
     from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
 
     with quiet():
-        chosen = load_tasks(evaluation, data_dir, groups)
+        chosen = load_tasks(evaluation, data_dir, groups, max_length)
         report: dict[str, Any] = {
             "results": {},
             "not_run": chosen.not_run,

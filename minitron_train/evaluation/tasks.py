@@ -3,18 +3,20 @@
 import contextlib
 import hashlib
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 import lm_eval.api.task
 import lm_eval.tasks
 import yaml
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
@@ -52,20 +54,23 @@ class Survey:
     online: bool = True  # whether the hub may be asked
 
 
-def load_tasks(evaluation: EvalConfig, data_dir: Path | None, groups: Groups | None = None) -> TaskSet:
+def load_tasks(
+    evaluation: EvalConfig, data_dir: Path | None, groups: Groups | None = None, max_length: float = math.inf
+) -> TaskSet:
     """Tasks with data, shots and rows set as the configuration says, the same on every rank; collective.
 
     The first rank decides what can run and loads it, then the others load the same, by then from the hub's cache.
 
     Args:
         groups: all ranks; None is one process.
+        max_length: tokens of the longest context, which must hold a prompt and what a task generates.
 
     Raises:
         UserError: an unknown task; a local file without a needed column; data that only the first rank has.
     """
     on_first = groups.on_first if groups else alone
     manager = index_of(evaluation)
-    found = on_first(lambda: survey(manager, evaluation, data_dir))
+    found = on_first(lambda: survey(manager, evaluation, data_dir, max_length))
     chosen = TaskSet(tasks={"tasks": {}, "groups": {}, "group_map": {}})
     with reading_local(manager, found.files) as local:
         refused = on_first(lambda: load_first(chosen, local, found))
@@ -176,7 +181,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None) -> Survey:
+def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None, max_length: float) -> Survey:
     """Which tasks may run, with data from where; asks for the hub only where a file is missing.
 
     Raises:
@@ -185,9 +190,11 @@ def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None) 
     found = Survey()
     for name in evaluation.tasks:
         members = leaves(manager, name)
-        unsafe = any((manager.task_index[leaf].cfg or {}).get("unsafe_code") for leaf in members)
-        if unsafe and not evaluation.allow_code_execution:
-            found.not_run[name] = "runs generated programs; allow it with eval.allow_code_execution=true"
+        reasons = [(leaf, why_not(manager.task_index[leaf].cfg or {}, evaluation, max_length)) for leaf in members]
+        barred = next(((leaf, reason) for leaf, reason in reasons if reason), None)
+        if barred:
+            leaf, reason = barred
+            found.not_run[name] = reason if leaf == name else f"{leaf} {reason}"
             continue
         found.files[name] = {leaf: local_files(leaf, data_dir) if data_dir else {} for leaf in members}
         for leaf, files in found.files[name].items():
@@ -202,6 +209,20 @@ def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None) 
             some = f" for {missing[name][0]} and {len(missing[name]) - 1} more" if len(missing[name]) > 1 else ""
             found.lacking[name] = f"no data in {where}{some}, and {NO_HUB}"
     return found
+
+
+def why_not(settings: Mapping[str, Any], evaluation: EvalConfig, max_length: float) -> str | None:
+    """Why a leaf task cannot be run whatever its data, by its task file; None: it can."""
+    if settings.get("unsafe_code") and not evaluation.allow_code_execution:
+        return "runs generated programs; allow it with eval.allow_code_execution=true"
+    if settings.get("output_type", "generate_until") != "generate_until":
+        return None
+    wanted = cast("dict[str, Any]", normalize_gen_kwargs(settings.get("generation_kwargs") or {}))
+    if wanted["do_sample"]:
+        return "asks for sampling; only greedy generation is supported"
+    if wanted["max_gen_toks"] >= max_length:
+        return f"generates {wanted['max_gen_toks']} tokens, the model's context has {max_length}"
+    return None
 
 
 def splits_of(manager: TaskManager, files: Files) -> dict[str, dict[str, str]]:

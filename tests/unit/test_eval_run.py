@@ -4,7 +4,7 @@ import json
 import math
 import random
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
 from minitron_train.arch.build import LanguageModel, build
 from minitron_train.arch.convert import load
 from minitron_train.commands import evaluate_one
 from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
+from minitron_train.data import tokenizer as tokenizers
 from minitron_train.errors import UserError
-from minitron_train.evaluation.hooks import TaskHook
+from minitron_train.evaluation import lm as lm_module
+from minitron_train.evaluation.hooks import TaskHook, main_metrics
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.local_data import NO_HUB
 from minitron_train.evaluation.perplexity import perplexity
@@ -158,6 +161,64 @@ def test_generated_code_is_run_only_when_allowed(folders: SimpleNamespace) -> No
         assert report["results"]["humaneval"]["pass_at_1,create_test"] == 0.0 and len(items) == 1
 
 
+def test_a_task_that_does_not_fit_the_context_leaves_the_others_their_results(
+    folders: SimpleNamespace, tmp_path: Path
+) -> None:
+    tasks = config_of(tasks=["hellaswag", "humaneval"], allow_code_execution=True, limit=2)
+    report = run(tasks, folders.model, tmp_path, folders.data)
+    assert list(report["results"]) == ["hellaswag"]
+    assert report["not_run"] == {"humaneval": "generates 1024 tokens, the model's context has 1024"}
+    assert json.loads((tmp_path / "m.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({}, 256),
+        ({"max_gen_toks": 5}, 5),
+        ({"max_new_tokens": 6, "max_tokens": 7}, 6),
+        ({"max_tokens": 7, "do_sample": False, "temperature": 1}, 7),
+    ],
+)
+def test_as_many_tokens_are_generated_as_lm_eval_would(
+    folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], limit: int
+) -> None:
+    asked: list[int] = []
+
+    def greedy(_: Any, prompts: list[list[int]], max_new_tokens: int, *__: Any) -> list[list[int]]:
+        asked.append(max_new_tokens)
+        return [[1] for _ in prompts]
+
+    monkeypatch.setattr(lm_module, "greedy", greedy)
+    model: Any = None
+    request = Instance("generate_until", doc={}, arguments=("the cat", {"until": "\n", **settings}), idx=0)
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        lm = lm_module.MegatronLM(model, tokenizers.load(folders.model), 512, groups, 1024)
+        assert lm.generate_until([request]) == [""]
+    assert asked == [limit]
+
+
+def test_what_one_rank_cannot_answer_ends_all(folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks: the one with the mistake still comes to the gathering, and the other raises what it brings."""
+    refusal, gathered = UserError("hellaswag: logits are not finite"), []
+
+    def gather(everyone: list[Any], own: Any, group: Any) -> None:
+        gathered.append(own)
+        everyone[:] = [own, ({}, refusal)]
+
+    def refuse(left: list[int], on_answers: Any) -> None:
+        raise refusal
+
+    monkeypatch.setattr(lm_module.dist, "all_gather_object", gather)
+    with start(ParallelConfig(), World(), seed=1) as groups:
+        two = replace(groups, dp_size=2)
+        lm = lm_module.MegatronLM(None, tokenizers.load(folders.model), 512, two, 1024)  # type: ignore[arg-type]
+        for compute in (refuse, lambda left, on_answers: on_answers({0: 1.0})):
+            with pytest.raises(UserError, match="hellaswag: logits are not finite"):
+                lm.answer(["key"], compute)
+    assert gathered == [({}, refusal), ({0: 1.0}, None)]
+
+
 @dataclass
 class Training:
     """The part of a trainer that a hook sees."""
@@ -199,6 +260,30 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
     assert losses == without
     assert {"eval.hellaswag.acc_norm", "eval.hellaswag.acc_norm.teacher"} <= set(found[0])
     assert all(row["eval.hellaswag.acc_norm.teacher"] == found[0]["eval.hellaswag.acc_norm.teacher"] for row in found)
+
+
+def test_a_task_in_training_is_known_by_its_own_metric() -> None:
+    stderr = {"exact_match_stderr,custom-extract": 0.01, "rows": 9, "num_fewshot": 5, "version": 3.0}
+    results = {
+        "mmlu_pro": {**stderr, "exact_match,custom-extract": 0.25},
+        "hellaswag": {"f1": 0.1, "acc": 0.3, "acc_norm": 0.4},
+        "broken": {"rows": 9, "num_fewshot": 0, "version": 1.0, "not_finite": {"acc": "nan"}},
+    }
+    assert main_metrics(results) == {"mmlu_pro.exact_match,custom-extract": 0.25, "hellaswag.acc_norm": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "said"), [("wikitext.word_perplexity", False, "(× 2.00)"), ("piqa.acc", True, "(200.0 %)")]
+)
+def test_only_shares_are_kept(
+    name: str, kept: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TaskHook, "measure", lambda _, model: {name: model})
+    hook = TaskHook(EvalConfig(), Path(), 8, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
+    found = hook(SimpleNamespace(student=0.5, objective=SimpleNamespace(teacher=0.25)))  # pyright: ignore[reportArgumentType]
+    assert found[f"eval.{name}.teacher"] == 0.25
+    assert (f"eval.{name}.kept" in found) is kept
+    assert said in capsys.readouterr().out
 
 
 class LastOfMany(Groups):

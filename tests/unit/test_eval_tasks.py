@@ -32,9 +32,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_data(tmp_path_factory.mktemp("eval_data"))
 
 
-def load(evaluation: EvalConfig, data_dir: Path | None) -> Any:
+def load(evaluation: EvalConfig, data_dir: Path | None, **settings: Any) -> Any:
     with quiet():
-        return load_tasks(evaluation, data_dir)
+        return load_tasks(evaluation, data_dir, **settings)
 
 
 def test_unknown_task_names_the_closest_ones() -> None:
@@ -49,6 +49,37 @@ def test_tasks_without_data_are_reported_with_the_reason(data_dir: Path) -> None
     assert "no Hugging Face hub in reach" in chosen.not_run["arc_challenge"]
     assert "eval.allow_code_execution=true" in chosen.not_run["humaneval"]
     assert "eval.allow_code_execution=true" in chosen.not_run["mbpp"]
+
+
+def test_tasks_that_the_model_cannot_answer_are_reported_with_the_reason(data_dir: Path) -> None:
+    evaluation = EvalConfig(tasks=["humaneval", "truthfulqa", "hellaswag"], allow_code_execution=True)
+    chosen = load(evaluation, data_dir, max_length=200)
+    assert list(chosen.leaves) == ["hellaswag"]
+    assert chosen.not_run == {
+        "humaneval": "generates 1024 tokens, the model's context has 200",
+        "truthfulqa": "truthfulqa_gen generates 256 tokens, the model's context has 200",
+    }
+    evaluation.tasks = ["humaneval"]
+    assert [list(load(evaluation, data_dir, max_length=size).leaves) for size in (1024, 1025)] == [[], ["humaneval"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"do_sample": True, "temperature": 0.2}, "asks for sampling"),
+        ({"temperature": 0.7}, "asks for sampling"),
+        ({"do_sample": False, "temperature": 1}, None),  # greedy, says lm-eval
+        ({"max_new_tokens": 512}, "generates 512 tokens, the model's context has 512"),
+        ({"max_tokens": 511}, None),
+        (None, None),
+    ],
+)
+def test_generation_settings_are_read_as_lm_eval_reads_them(settings: Any, reason: str | None) -> None:
+    with quiet():
+        found = module.why_not({"generation_kwargs": settings}, EvalConfig(), 512)
+        assert found == reason or (reason and found and found.startswith(reason))
+        scored = {"generation_kwargs": settings, "output_type": "multiple_choice"}  # as some task files have it
+        assert module.why_not(scored, EvalConfig(), 512) is None
 
 
 def test_hub_is_not_asked_when_the_data_are_here(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,18 +238,36 @@ def test_programs_run_within_limits(tmp_path: Path) -> None:
     assert not passes("while True: pass", time_s=1)
     assert not passes("x = bytearray(4 << 30)")
     assert not passes("open('big', 'wb').write(b'0' * (8 << 20))")
-    assert passes("import os; assert 'PATH' not in os.environ and os.listdir('.') == ['program.py']")
+    assert passes("import os; assert 'PATH' not in os.environ and os.listdir('.') == []")
     assert pass_at_1(["assert one() == 1", "assert one() == 2"], [["def one(): return 1"]] * 2) == 0.5
+
+
+@pytest.mark.parametrize("leave", ["exit()", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
+def test_a_program_that_leaves_before_its_tests_has_not_passed(leave: str) -> None:
+    assert not passes(f"def f(x):\n    return 0\n{leave}\nassert f(1) == 1\n")
+
+
+def test_programs_run_as_code_eval_runs_them() -> None:
+    """Which executes a text in a fresh dictionary, of a process that it ends as soon as the text has run."""
+    assert passes("if __name__ == '__main__':\n    print(int(input()))\n")
+    assert passes("import time\nfrom threading import Thread\nThread(target=time.sleep, args=[60]).start()")
+    assert passes("print('x' * (2 << 20))")
+    assert passes("x = 'é'\r\nassert len(x) == 1")
+    assert not passes("assert input() == ''")
+
+
+def test_the_token_of_success_is_no_global() -> None:
+    assert passes("import __main__\nassert bytes not in map(type, vars(__main__).values())")
 
 
 def test_what_a_program_has_forked_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     child = "import os, time\nif os.fork() == 0:\n    open({path!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
     wait = "while not os.path.exists({path!r}): time.sleep(0.01)\n"
-    for end, passed in (("", True), ("time.sleep(60)\n", False)):
+    for end, wait_s, passed in (("", 60, True), ("time.sleep(60)\n", 5, False)):
         path.unlink(missing_ok=True)
         program = (child + wait + end).format(path=str(path))
-        assert passes(program, time_s=1, wait_s=2) is passed
+        assert passes(program, wait_s=wait_s) is passed
         assert ended(int(path.read_text()))
 
 
