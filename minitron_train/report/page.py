@@ -91,6 +91,8 @@ def tiles(run: Run) -> list[Tile]:
         total_s = sum(stage.get("wall_seconds") or 0.0 for stage in run.stages)
         peak = max(stage.get("peak_rss_bytes") or 0 for stage in run.stages)
         detail = f"{len(run.stages)} stages, at most {byte_size(peak)} of memory"
+        if any(map(resumed_at, run.stages)):
+            detail += "; of a training that was resumed, its last start"
         made.append(Tile(title="Wall time, all stages", value=numbers.duration(total_s), detail=detail))
     return made
 
@@ -148,6 +150,19 @@ def sources(run: Run) -> str:
     return f"Tokens drawn from: {shares}." if shares else ""
 
 
+def resumed_at(stage: Mapping[str, Any]) -> int:
+    """The step with which a training's last start began; 0 for what was done at once."""
+    return (stage.get("facts") or {}).get("resumed_at_step") or 0
+
+
+def wall(stage: Mapping[str, Any]) -> str:
+    """Seconds of a stage; a training that was resumed knows those of its last start."""
+    if stage.get("wall_seconds") is None:
+        return "–"
+    since = f" from step {resumed_at(stage):,}" if resumed_at(stage) else ""
+    return numbers.duration(stage["wall_seconds"]) + since
+
+
 def stage_rows(run: Run) -> list[dict[str, Any]]:
     """Provenance of every stage, oldest first."""
     return [
@@ -156,7 +171,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
             "folder": stage["folder"],
             "command": str(stage.get("command", "–")),
             "started_at": str(stage.get("started_at") or "–").replace("T", " ").replace("+00:00", ""),
-            "wall": numbers.duration(stage["wall_seconds"]) if stage.get("wall_seconds") is not None else "–",
+            "wall": wall(stage),
             "peak": byte_size(stage["peak_rss_bytes"]) if stage.get("peak_rss_bytes") else "–",
             "inputs": [(label, short_hash(str(digest))) for label, digest in (stage.get("inputs") or {}).items()],
             "facts": pretty(stage.get("facts")),

@@ -200,6 +200,14 @@ def test_page_holds_the_measured_numbers(output_dir: Path) -> None:
     assert "99.0" not in text  # the line before the resume
 
 
+def test_seconds_of_a_resumed_training_are_said_to_be_those_of_its_last_start(output_dir: Path) -> None:
+    assert "last start" not in Page(write_report(output_dir)).text
+    record = output_dir / "train" / "provenance.json"
+    write_json(record, json.loads(record.read_text()) | {"facts": {"resumed_at_step": 1500}})
+    text = Page(write_report(output_dir)).text
+    assert "a training that was resumed, its last start" in text and "s from step 1,500" in text
+
+
 def test_page_is_self_contained(output_dir: Path) -> None:
     page = Page(write_report(output_dir))
     assert not [entry for entry in page.attributes if entry[1] in ("src", "href") or "://" in entry[2]]
