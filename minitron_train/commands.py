@@ -84,7 +84,8 @@ def score(ws: Workspace) -> None:
     from minitron_train.data.calibration import calibration_data
     from minitron_train.prune.score import score as measure
 
-    teacher, calibration = ws.open_teacher(), ws.config.calibration
+    calibration = ws.config.calibration
+    ws.check_teacher()
     ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
     if calibration.teacher_share:
@@ -104,7 +105,7 @@ def score(ws: Workspace) -> None:
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("score", ws.teacher_shape)
         tokens = calibration_tokens(ws, new_in=folder)
-        return measure(ws.config, ws.groups, teacher=teacher, tokens=tokens, folder=folder)
+        return measure(ws.config, ws.groups, teacher=ws.open_teacher(), tokens=tokens, folder=folder)
 
     ws.run(stage, work)
 
@@ -119,6 +120,10 @@ def prune(ws: Workspace) -> None:
     from minitron_train.prune.target import check_request
 
     ws.check_teacher_is_there()
+    if ws.shapes_are_to_come:
+        say(f"score, prune: would run; shapes are known when {ws.teacher_folder} is there")
+        ws.promise(ws.pruned_folder)
+        return
     student = ws.student_shape
     check_request(ws.teacher_shape, student, ws.config.prune, ws.config.calibration)
     score(ws)
@@ -128,7 +133,7 @@ def prune(ws: Workspace) -> None:
 def distill(ws: Workspace) -> None:
     """Train the student on the teacher's logits."""
     ws.check_teacher_is_there()
-    if not ws.pruned_folder.exists() and not ws.config.dry_run:
+    if not ws.is_there(ws.pruned_folder):
         raise UserError(f"no student in {ws.pruned_folder}; run prune first, or give student.path=FOLDER")
     train_stage(
         ws, ws.config, "distill", folder=ws.folder / "train", student=ws.pruned_folder, teacher=ws.teacher_folder
@@ -216,10 +221,10 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
     held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
     settings = {"eval": subset(config.eval, *names), "validation": held_out, "seed": config.seed}
-    weights = ws.on_first(lambda: locate(model))
-    inputs = {"model": ws.on_first(lambda: open_origin(weights).identity if model.exists() else "")}
+    weights = model if ws.is_to_come(model) else ws.on_first(lambda: locate(model))
+    inputs = {"model": ws.identity(model, lambda: open_origin(weights).identity)}
     inputs |= data_inputs(ws, validation_data(config.data))
-    inputs["evaluation data"] = ws.on_first(lambda: listing(ws.eval_data_folder))
+    inputs["evaluation data"] = ws.identity(ws.eval_data_folder, lambda: listing(ws.eval_data_folder))
     record = f"{label}.provenance.json"
     stage = Stage(
         name=f"eval {label}",
@@ -295,9 +300,12 @@ def cut(ws: Workspace, student: Shape) -> None:
     from minitron_train.prune.cut import cut as write
     from minitron_train.prune.describe import describe
 
-    teacher, scores = ws.open_teacher(), ws.folder / "scores" / "scores.safetensors"
-    sizes = student.sizes()
-    inputs = {"teacher": ws.fingerprint(ws.teacher_folder), "scores": sha256_file(scores) if scores.exists() else ""}
+    ws.check_teacher()
+    sizes, scores = student.sizes(), ws.folder / "scores" / "scores.safetensors"
+    inputs = {
+        "teacher": ws.fingerprint(ws.teacher_folder),
+        "scores": ws.identity(scores, lambda: sha256_file(scores)),
+    }
     settings = {"prune": dataclasses.asdict(ws.config.prune), "student": sizes}
     stage = Stage(
         name="prune",
@@ -310,6 +318,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("prune", student)
+        teacher = ws.open_teacher()
         tokens = functools.cache(lambda: calibration_tokens(ws))  # asked by rotation, repair, each iteration
         return write(
             ws.config, ws.groups, teacher=teacher, student=student, scores=scores, tokens=tokens, folder=folder
@@ -320,6 +329,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
+    from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
 
@@ -330,15 +340,18 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 
-    def work(target: Path) -> Mapping[str, Any]:
+    def refuse() -> None:
         shape = ws.shape_of(student)
-        if teacher is not None:
-            ws.check_fits("distill", shape)
-        else:
-            ws.check_fits("pretrain", shape, teacher=shape)
+        ws.check_fits("distill" if teacher else "pretrain", shape, teacher=None if teacher else shape)
+        check_run(config, ws.groups, shape, ws.shape_of(teacher) if teacher else None)
+
+    def work(target: Path) -> Mapping[str, Any]:
+        refuse()
         hooks = [task_hook(ws, student)] if config.eval.training_tasks else []
         return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
 
+    if config.force and not config.dry_run:
+        refuse()  # before an earlier run makes way for this one
     ws.run(stage, work)
 
 
@@ -355,8 +368,8 @@ def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype:
     from minitron_train.train.export import MODEL, checkpoint_id, find_checkpoint
     from minitron_train.train.export import export as write
 
-    found = source if ws.config.dry_run else ws.on_first(lambda: find_checkpoint(source))
-    inputs = {"checkpoint": "" if ws.config.dry_run else ws.on_first(lambda: checkpoint_id(found))}
+    found = source if ws.is_to_come(source) else ws.on_first(lambda: find_checkpoint(source))
+    inputs = {"checkpoint": ws.identity(source, lambda: checkpoint_id(found))}
     stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
 
     def work(folder: Path) -> Mapping[str, Any]:

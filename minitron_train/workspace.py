@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minitron_train.parallel.groups import Groups
 
 T = TypeVar("T")
+TO_COME = "to come"  # in place of the fingerprint of what an earlier stage of the same dry run would make
 
 
 class Workspace:
@@ -30,6 +31,7 @@ class Workspace:
         self.invocation = Invocation(typed, dataclasses.asdict(config))
         self.folder = Path(config.output_dir)
         self._groups: Groups | None = None
+        self._to_come: set[Path] = set()  # folders that the stages of this dry run would make
 
     def beside(self, config: Config) -> "Workspace":
         """Another output folder, with its own configuration, worked on by the same processes."""
@@ -78,14 +80,14 @@ class Workspace:
         named = stages | {"checkpoint": self.folder / "train"}
         asked, label = self.config.eval.model, self.config.eval.label
         if not asked:
-            models = {label: folder for label, folder in stages.items() if folder.exists()}
+            models = {label: folder for label, folder in stages.items() if self.is_there(folder)}
             if not models:
                 raise UserError(
                     f"nothing to evaluate in {self.folder}; give eval.model=FOLDER, or run the earlier stages"
                 )
             return models
         folder = named.get(asked, Path(asked))
-        if not folder.exists():
+        if not self.is_there(folder):
             choices = "teacher, pruned, student, checkpoint or a folder"
             raise UserError(f"eval.model={asked}: no folder {folder}; give {choices}")
         label = label or (asked if asked in named else folder.name)
@@ -115,12 +117,38 @@ class Workspace:
         Args:
             force: do it again (as config.force).
         """
-        if self.config.dry_run:
-            for line in stage.describe():
-                say(line)
-            return False
         force = force or self.config.force
+        if self.config.dry_run:
+            self.describe(stage, force=force)
+            return False
         return run_stage(stage, self.invocation, work, force=force, on_first=self.on_first)
+
+    # dry_run
+    def describe(self, stage: Stage, *, force: bool) -> None:
+        """Say what a stage would do; what it would make is to come for the stages after it."""
+        finished = stage.state()[0] == "finished"
+        for line in stage.describe():
+            say(line)
+        if finished and force:
+            say("  again   although it is finished")
+        if force or not finished:
+            self.promise(stage.folder)
+
+    def promise(self, folder: Path) -> None:
+        """Note that a dry run would make `folder`: the stages after it take it as to come."""
+        self._to_come.add(folder.resolve())
+
+    def is_to_come(self, path: Path) -> bool:
+        """Whether a stage of this dry run would make `path`, or the folder around it."""
+        return any(path.resolve().is_relative_to(folder) for folder in self._to_come)
+
+    def is_there(self, path: Path) -> bool:
+        """Whether `path` exists, or would by now."""
+        return path.exists() or self.is_to_come(path)
+
+    def identity(self, path: Path, find: Callable[[], str]) -> str:
+        """What `find` says of `path` on rank 0, on every rank; not asked where `path` is to come."""
+        return TO_COME if self.is_to_come(path) else self.on_first(find)
 
     # models
     def open_teacher(self) -> "Checkpoint":
@@ -134,10 +162,16 @@ class Workspace:
         self.check_teacher_is_there()
         return Checkpoint(self.teacher_folder)
 
+    def check_teacher(self) -> None:
+        """Refuse a command that needs a teacher when there is none, or a damaged one."""
+        self.check_teacher_is_there()
+        if not self.is_to_come(self.teacher_folder):
+            self.open_teacher()
+
     def check_teacher_is_there(self) -> None:
         """Refuse a command that needs a teacher when there is none, and say how to get it."""
         teacher = self.config.teacher
-        if self.teacher_folder.exists():
+        if self.is_there(self.teacher_folder):
             return
         if teacher.path:
             raise UserError(f"teacher.path={teacher.path}: no such folder; give a Hugging Face folder")
@@ -150,6 +184,12 @@ class Workspace:
         }
         remedy = remedies.get(teacher.source or "", "give teacher.path=FOLDER (a Hugging Face folder)")
         raise UserError(f"no teacher in {self.teacher_folder}; {remedy}")
+
+    @property
+    def shapes_are_to_come(self) -> bool:
+        """Whether nothing but a teacher that is to come will tell the shapes."""
+        known = self.config.model.architecture or (self.teacher_folder / "config.json").exists()
+        return self.is_to_come(self.teacher_folder) and not known
 
     @functools.cached_property
     def teacher_shape(self) -> Shape:
@@ -196,10 +236,10 @@ class Workspace:
         self.on_first(lambda: check_fits(self.config, stage, teacher or self.teacher_shape, student, self.world, where))
 
     def fingerprint(self, folder: Path) -> str:
-        """Of a Hugging Face folder, by rank 0; "" while it does not exist (dry_run)."""
+        """Of a Hugging Face folder."""
         from minitron_train.hf import fingerprint
 
-        return self.on_first(lambda: fingerprint(folder) if folder.exists() else "")
+        return self.identity(folder, lambda: fingerprint(folder))
 
 
 def shape_of_recipe(config: Config) -> Shape | None:

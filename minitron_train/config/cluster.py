@@ -27,7 +27,7 @@ class ClusterConfig:
     def validate(self) -> None:
         """Positive numbers, a share that is one."""
         names = ("num_nodes", "gpus_per_node", "memory_gib", "peak_tflops", "fp32_tflops", "memory_gb_per_s")
-        require_positive(self, "cluster", *names, "intra_node_gb_per_s", "inter_node_gb_per_s")
+        require_positive(self, "cluster", *names, "intra_node_gb_per_s", "inter_node_gb_per_s", "price_per_gpu_hour")
         require(
             0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual"
         )

@@ -20,7 +20,7 @@ def candidates(
             continue
         dp = machine.num_gpus // tp
         for micro in MICRO_BATCH_SIZES:
-            if global_batch_size % (dp * micro):
+            if not shares(global_batch_size, dp, micro):
                 continue
             for recompute in ("none", "selective", "full"):
                 yield Layout(
@@ -45,6 +45,11 @@ def divides(shape: Shape, tp: int) -> bool:
     return all(size % tp == 0 for size in sizes)
 
 
+def shares(global_batch_size: int, dp: int, micro_batch_size: int) -> bool:
+    """Whether every data-parallel rank gets the same number of whole micro-batches."""
+    return global_batch_size % (dp * micro_batch_size) == 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """A layout with its memory and its speed."""
@@ -55,8 +60,10 @@ class Choice:
     fits: bool
 
 
-def evaluate(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int) -> Choice:
-    """What a layout needs and how long its step takes."""
+def evaluate(
+    teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int
+) -> Choice:
+    """What a layout needs and how long its step takes, in distilling, or without a teacher in pretraining."""
     memory = distill_bytes(teacher, student, layout)
     step = step_time(teacher, student, machine, layout, global_batch_size)
     return Choice(layout=layout, memory=memory, step=step, fits=memory["total"] <= machine.memory_bytes)

@@ -1,16 +1,18 @@
 """The plan as one nested dictionary of plain numbers: what plan.json holds."""
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.arch.shape import SIZES
+from minitron_train.chain import chain
 from minitron_train.config import Config, Precision
 from minitron_train.files import atomic_write_json
 from minitron_train.plan import counts
 from minitron_train.plan.hardware import Hardware, hardware
-from minitron_train.plan.layouts import Choice, all_choices, evaluate
+from minitron_train.plan.layouts import Choice, all_choices, evaluate, shares
 from minitron_train.plan.memory import Layout
 from minitron_train.plan.stages import disk_bytes, scoring, slicing
 from minitron_train.plan.timing import dp_bytes_per_step, tp_bytes_per_token
@@ -34,18 +36,23 @@ def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = N
 def reckon(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
     """The plan on a machine whose rates are known."""
     base = base_layout(config, machine)
-    choices = all_choices(teacher, student, machine, base, config.train.global_batch_size)
+    batch_size = config.train.global_batch_size
+    choices = all_choices(teacher, student, machine, base, batch_size)
     best = choices[0] if choices and choices[0].fits else None
-    configured = evaluate(teacher, student, machine, base, config.train.global_batch_size)
+    configured = None
+    if shares(batch_size, base.dp, base.micro_batch_size):
+        configured = evaluate(teacher, student, machine, base, batch_size)
+    chosen = best or configured
     return {
         "name": config.name,
         "teacher": describe(teacher),
         "student": describe(student),
         "training": training(config),
         "flops": flops(config, teacher, student),
+        "pretraining": pretraining(config, teacher, machine, chosen and chosen.layout),
         "family": family(config, teacher, student),
         "hardware": asdict(machine),
-        "configured": describe_choice(config, teacher, student, machine, configured),
+        "configured": configured and describe_choice(config, teacher, student, machine, configured),
         "recommended": best and describe_choice(config, teacher, student, machine, best),
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
         "scoring": scoring(config, teacher, machine),
@@ -107,6 +114,20 @@ def flops(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
     }
 
 
+def pretraining(config: Config, teacher: Shape, machine: Hardware, layout: Layout | None) -> dict[str, Any] | None:
+    """The teacher's training from scratch, in the layout of the distillation; None where the recipe's chain has none."""
+    if "pretrain" not in chain(config):
+        return None
+    tokens, train = config.pretrain.num_tokens, config.train
+    steps = math.ceil(tokens / train.step_tokens)
+    per_token = counts.training_flops_per_token(teacher, train.seq_length)
+    cost = {"num_tokens": tokens, "steps": steps, "flops": {"per_token": per_token, "total": per_token * tokens}}
+    if layout is None:
+        return cost
+    choice = evaluate(None, teacher, machine, layout, train.global_batch_size)
+    return cost | {"fits": choice.fits, "memory_bytes": choice.memory, **spent(choice, steps, machine)}
+
+
 def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | None:
     """One teacher from scratch and pruned students, against all of them from scratch; None without plan.pretraining_tokens.
 
@@ -139,10 +160,7 @@ def describe_choice(
     config: Config, teacher: Shape, student: Shape, machine: Hardware, choice: Choice
 ) -> dict[str, Any]:
     """One layout as numbers: memory by part, seconds by part, hours, dollars, network."""
-    layout, steps = choice.layout, training(config)["steps"]
-    hours = choice.step.total * steps / SECONDS_PER_HOUR
-    gpu_hours = hours * layout.tp * layout.dp
-    tokens = config.train.step_tokens
+    layout, tokens = choice.layout, config.train.step_tokens
     with_recompute, without = (
         evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
             "activations"
@@ -154,13 +172,22 @@ def describe_choice(
         "fits": choice.fits,
         "memory_bytes": choice.memory,
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
-        "step_seconds": asdict(choice.step) | {"total": choice.step.total},
         "tokens_per_second": tokens / choice.step.total,
-        "hours": hours,
-        "gpu_hours": gpu_hours,
-        "dollars": None if machine.price_per_gpu_hour is None else gpu_hours * machine.price_per_gpu_hour,
+        **spent(choice, config.train.num_steps, machine),
         "network_bytes_per_step": {
             "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
             "data_parallel": dp_bytes_per_step(student, layout),
         },
+    }
+
+
+def spent(choice: Choice, steps: int, machine: Hardware) -> dict[str, Any]:
+    """Seconds of a step by part; hours and dollars of all steps."""
+    hours = choice.step.total * steps / SECONDS_PER_HOUR
+    gpu_hours, price = hours * choice.layout.tp * choice.layout.dp, machine.price_per_gpu_hour
+    return {
+        "step_seconds": asdict(choice.step) | {"total": choice.step.total},
+        "hours": hours,
+        "gpu_hours": gpu_hours,
+        "dollars": None if price is None else gpu_hours * price,
     }

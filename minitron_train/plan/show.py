@@ -21,19 +21,11 @@ PARTS = ("embedding", "attention", "mlp", "norms", "output")
 
 def format_plan(plan: dict[str, Any]) -> str:
     """Everything on one screen and a half."""
-    machine = plan["hardware"]
-    chosen = plan["recommended"] or plan["configured"]
-    title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
     sections = [
         [f"plan {plan['name']}", ""],
         models(plan),
         ["", *costs(plan)],
-        [
-            "",
-            f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}",
-            *memory(chosen, machine),
-        ],
-        time_lines(chosen, machine),
+        chosen_layout(plan),
         ["", *layout_table(plan)],
         ["", *stage_lines(plan)],
     ]
@@ -58,12 +50,14 @@ def models(plan: dict[str, Any]) -> list[str]:
 def costs(plan: dict[str, Any]) -> list[str]:
     """Tokens, FLOPs, and what a family costs."""
     training, flops, family = plan["training"], plan["flops"], plan["family"]
+    pretraining = plan["pretraining"]
+    all_flops = f", {flops['total'] + pretraining['flops']['total']:.3g} with pretraining" if pretraining else ""
     lines = [
         f"tokens             {training['num_tokens']:,} = {training['steps']:,} steps of {training['tokens_per_step']:,}"
         f" ({training['global_batch_size']} x {training['seq_length']})",
         f"FLOPs per token    teacher forward {flops['teacher_forward_per_token']:.3g}, "
         f"student forward + backward {flops['student_training_per_token']:.3g}",
-        f"FLOPs              {flops['per_step']:.3g} a step, {flops['total']:.3g} in all",
+        f"FLOPs              {flops['per_step']:.3g} a step, {flops['total']:.3g} in all{all_flops}",
     ]
     if family:
         per_step = ", ".join(f"{name} {value:.1e}" for name, value in family["flops_per_step"].items())
@@ -74,6 +68,16 @@ def costs(plan: dict[str, Any]) -> list[str]:
             f"                   {family['pretraining_tokens']:.0e} tokens (FLOPs a step, full attention: {per_step})"
         )
     return lines
+
+
+def chosen_layout(plan: dict[str, Any]) -> list[str]:
+    """Memory and speed in the recommended layout, else in the configured one; nothing where that cannot share the batch."""
+    machine, chosen = plan["hardware"], plan["recommended"] or plan["configured"]
+    if not chosen:
+        return []
+    title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
+    heading = f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}"
+    return ["", heading, *memory(chosen, machine), *time_lines(chosen, machine)]
 
 
 def layout_text(layout: dict[str, Any]) -> str:
@@ -108,13 +112,11 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Speed, hours, money, network."""
     step, network = choice["step_seconds"], choice["network_bytes_per_step"]
     origin = "measured here" if machine["measured"] else "data sheet"
-    dollars = "" if choice["dollars"] is None else f", {choice['dollars']:,.0f} dollars"
     parts = " + ".join(
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
     )
     return [
-        f"  {choice['tokens_per_second']:,.0f} tokens/s, {choice['hours']:,.1f} hours, "
-        f"{choice['gpu_hours']:,.0f} GPU-hours{dollars}",
+        f"  {choice['tokens_per_second']:,.0f} tokens/s, {spent(choice)}",
         f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
         f"a step: {step['total']:.2f} s = {parts}",
         f"  one GPU sends {network['tensor_parallel'] / GIB:.1f} GiB a step for TP, "
@@ -122,14 +124,26 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     ]
 
 
+def spent(cost: dict[str, Any]) -> str:
+    """Hours and money."""
+    dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.0f} dollars"
+    return f"{cost['hours']:,.1f} hours, {cost['gpu_hours']:,.0f} GPU-hours{dollars}"
+
+
 def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
-    """The fastest layouts that fit, and how many do not."""
+    """The fastest layouts that fit, and how many do not; why, where there is none at all."""
+    if not plan["layouts"]:
+        batch, gpus = plan["training"]["global_batch_size"], plan["hardware"]["num_gpus"]
+        return [
+            f"train.global_batch_size={batch} cannot be shared by {gpus} GPUs; "
+            f"set a multiple of {gpus}, or lower cluster.num_nodes or cluster.gpus_per_node"
+        ]
     fitting = [row for row in plan["layouts"] if row["fits"]]
     lines = [
         f"{len(fitting)} of {len(plan['layouts'])} layouts fit"
         + (f"; the fastest {most}:" if len(fitting) > most else ":")
     ]
-    if plan["layouts"] and not fitting:
+    if not fitting:
         least = min(plan["layouts"], key=lambda row: row["memory_bytes"]["total"])
         lines[0] += (
             f" the least, {layout_text(least['layout'])}, needs {least['memory_bytes']['total'] / GIB:.1f} GiB; "
@@ -142,9 +156,8 @@ def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
 
 
 def stage_lines(plan: dict[str, Any]) -> list[str]:
-    """Scoring, slicing, repair, disk."""
+    """Pretraining, scoring, slicing, repair, disk."""
     scoring, slicing = plan["scoring"], plan["slicing"]
-    gib = {name: size / GIB for name, size in plan["disk"].items()}
     where = f"at {DISK_RATE / 1e9:g} GB/s" if plan["hardware"]["cuda"] else "in the page cache"
     resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
     lines = [
@@ -152,14 +165,34 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
         f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
         f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
         f"{slicing['seconds']:.2g} s {where}; {slicing['memory_bytes']['total'] / GIB:.1f} GiB",
-        f"disk               {gib['total']:.1f} GiB: teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
-        f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}"
-        + (f"; copies of compressed text {gib['cache']:.1f} in the cache" if gib["cache"] else ""),
     ]
     if repair := slicing["repair_bytes"]:
-        lines.insert(
-            2,
+        lines.append(
             f"repair             {slicing['repair_tokens']:,} tokens, {repair['total'] / GIB:.1f} GiB on one process "
-            f"({repair['streams'] / GIB:.1f} of it shared by several)",
+            f"({repair['streams'] / GIB:.1f} of it shared by several)"
         )
-    return lines
+    return [*pretraining_lines(plan), *lines, disk_line(plan["disk"])]
+
+
+def pretraining_lines(plan: dict[str, Any]) -> list[str]:
+    """The teacher's training in the layout above, where the recipe makes its teacher."""
+    pretraining = plan["pretraining"]
+    if not pretraining:
+        return []
+    line = f"pretraining        {pretraining['num_tokens']:,} tokens = {pretraining['steps']:,} steps, "
+    line += f"{pretraining['flops']['total']:.3g} FLOPs"
+    if "hours" in pretraining:
+        too_much = "" if pretraining["fits"] else ", which do not fit"
+        line += f", {spent(pretraining)}; {pretraining['memory_bytes']['total'] / GIB:.1f} GiB{too_much}"
+    return [line]
+
+
+def disk_line(disk: dict[str, int]) -> str:
+    """What the output folder grows to, by part."""
+    gib = {name: size / GIB for name, size in disk.items()}
+    pretraining = f"pretraining {gib['pretraining']:.1f}, " if disk["pretraining"] else ""
+    cache = f"; copies of compressed text {gib['cache']:.1f} in the cache" if disk["cache"] else ""
+    return (
+        f"disk               {gib['total']:.1f} GiB: {pretraining}teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
+        f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}{cache}"
+    )

@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.chain import chain
 from minitron_train.config import Config, Precision
 from minitron_train.data.sources import copied_bytes
 from minitron_train.plan.counts import forward_flops_per_token, parameters
@@ -79,19 +80,27 @@ def rows_read(teacher: Shape, student: Shape) -> int:
 def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
     """What the output folder grows to; a checkpoint more than `keep` exists while the oldest is being replaced.
 
-    Beside it (`cache`), copies of compressed text in data.cache_dir.
+    A pretrained teacher and its first weights are fp32. Beside it (`cache`), copies of compressed text in data.cache_dir.
     """
-    weight_bytes = file_weight_bytes(config)
-    own = parameters(student)["parameters"]
-    checkpoint = own * (weight_bytes + 2 * FP32 + (FP32 if weight_bytes == BF16 else 0))
+    weight_bytes, pretrained = file_weight_bytes(config), "pretrain" in chain(config)
+    own, taught = parameters(student)["parameters"], parameters(teacher)["parameters"]
+    made = config.teacher.source and config.teacher.path is None
     num_kept = config.checkpoint.keep + config.checkpoint.keep_best + 1
     parts = {
-        "teacher": parameters(teacher)["parameters"] * weight_bytes if config.teacher.source else 0,
+        "pretraining": taught * (FP32 + checkpoint_bytes(config) * num_kept) if pretrained else 0,
+        "teacher": taught * (FP32 if pretrained else weight_bytes) if made else 0,
         "pruned": own * weight_bytes,
-        "checkpoints": checkpoint * num_kept,
+        "checkpoints": own * checkpoint_bytes(config) * num_kept,
         "student": own * export_weight_bytes(config),
     }
-    return parts | {"total": sum(parts.values()), "checkpoint": checkpoint, "cache": copied_bytes(config.data)}
+    each = {"checkpoint": own * checkpoint_bytes(config), "cache": copied_bytes(config.data)}
+    return parts | {"total": sum(parts.values())} | each
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of one parameter in a training checkpoint: the weight, AdamW's moments, the fp32 weight beside a bf16 one."""
+    weight_bytes = file_weight_bytes(config)
+    return weight_bytes + 2 * FP32 + (FP32 if weight_bytes == BF16 else 0)
 
 
 def export_weight_bytes(config: Config) -> int:

@@ -17,7 +17,7 @@ PASSES = {
     "squared_relu": 4,
     "silu": 7,
 }  # tensors read or written by one layer, per width
-LOGIT_PASSES = 12  # over one fp32 logit of either model: two sweeps of exponentials, sums, gradient
+LOGIT_PASSES = 6  # over one fp32 logit of each model: two sweeps of exponentials, sums, gradient
 WATCH_PASSES = 6  # over each watched activation: prune.statistics reduces it three times
 READ_PASSES = 4  # over a byte that slicing reads
 WRITE_PASSES = 9  # over one that is cut, written and put into a page of the cache
@@ -61,25 +61,30 @@ def again(layout: Layout, layer: float, mlp: float) -> float:
     return {"none": 0.0, "selective": mlp, "full": layer}[layout.recompute]
 
 
-def elementwise_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
+def elementwise_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
     """Memory traffic of the layers: teacher forward, student forward and backward (two forwards), recomputation."""
-    taught = teacher.num_layers * layer_passes(teacher, layout) * layout.teacher_weight_bytes
+    taught = 0 if teacher is None else teacher.num_layers * layer_passes(teacher, layout) * layout.teacher_weight_bytes
     passes = layer_passes(student, layout)
     passes = 3 * passes + again(layout, passes, mlp_passes(student) / layout.tp)
     return taught + passes * student.num_layers * layout.weight_bytes
 
 
-def loss_flops_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
-    """Output layers of both models, the student's gradients, and the logits that are made a second time.
+def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
+    """Output layers of the models, the student's gradients, and the logits that are made a second time.
 
     Logits stay between the two sweeps as far as the weight gradient's storage and the loss's budget hold them; a budget
     that is a share of the logits is half used by working blocks.
     """
     vocab = student.vocab_size // layout.tp
     rows_kept = student.hidden_size * layout.weight_bytes / FP32 + 0.5 * logit_budget(vocab, layout) / (vocab * FP32)
-    again = max(0.0, 1 - rows_kept / (2 * layout.tokens))
-    forward = 2 * (teacher.hidden_size + student.hidden_size)
+    again = max(0.0, 1 - rows_kept / (num_models(teacher) * layout.tokens))
+    forward = 2 * (student.hidden_size + (0 if teacher is None else teacher.hidden_size))
     return student.vocab_size * ((1 + again) * forward + 4 * student.hidden_size)
+
+
+def num_models(teacher: Shape | None) -> int:
+    """Whose logits the loss reads: pretraining has no teacher."""
+    return 1 if teacher is None else 2
 
 
 def layer_cost(shape: Shape, seq_length: int, machine: Hardware) -> float:
@@ -89,13 +94,13 @@ def layer_cost(shape: Shape, seq_length: int, machine: Hardware) -> float:
     return matrices + attention / ATTENTION_SHARE[machine.cuda]
 
 
-def tp_bytes_per_token(teacher: Shape, student: Shape, layout: Layout) -> float:
+def tp_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
     """Bytes that one rank sends per token: an all-reduce (a ring: 2 (tp - 1) / tp of the data) after attention and MLP,
     in the teacher's forward pass, the student's forward and backward, and the forward that recompute repeats.
     """
     ring = 2 * (layout.tp - 1) / layout.tp
     student_passes = 2 + again(layout, 1, 0.5)
-    taught = teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
+    taught = 0 if teacher is None else teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
     return ring * 2 * (taught + student_passes * student.num_layers * student.hidden_size * layout.weight_bytes)
 
 
@@ -107,15 +112,18 @@ def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
     return 2 * ring * own * FP32
 
 
-def step_time(teacher: Shape, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int) -> StepTime:
-    """Seconds of one optimizer step of one rank."""
+def step_time(
+    teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int
+) -> StepTime:
+    """Seconds of one optimizer step of one rank; without a teacher, of pretraining."""
     tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
     learnt, mlp = (
         layer_cost(student, length, machine),
         2 * architecture(student.architecture).parameters(student)["mlp"],
     )
-    flops = layer_cost(teacher, length, machine) + 3 * learnt + again(layout, learnt, mlp)
-    logits = student.vocab_size * LOGIT_PASSES * FP32
+    taught = 0 if teacher is None else layer_cost(teacher, length, machine)
+    flops = taught + 3 * learnt + again(layout, learnt, mlp)
+    logits = student.vocab_size * LOGIT_PASSES * num_models(teacher) * FP32
     updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node
     network = machine.inter_node_rate if across_nodes else machine.intra_node_rate

@@ -347,7 +347,9 @@ def stage_of(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> t
     asked: list[tuple[Stage, bool]] = []
     monkeypatch.setattr(Workspace, "run", lambda self, stage, work, *, force: asked.append((stage, force)))
     config.output_dir = str(folder)
-    evaluate_one(Workspace(config, [], World(), ExitStack()), "teacher", folder / "nothing")
+    ws = Workspace(config, [], World(), ExitStack())
+    ws.promise(folder / "model")  # as a dry run does: it need not be there
+    evaluate_one(ws, "teacher", folder / "model")
     return asked[0]
 
 

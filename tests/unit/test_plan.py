@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,66 @@ def test_recomputation_costs_time() -> None:
     for part in ("matrices", "elementwise", "tp_network"):
         none, selective, full = (seconds[name][part] for name in ("none", "selective", "full"))
         assert none < selective < full
+
+
+def reckoned(*overrides: str) -> dict[str, Any]:
+    """The plan of one node, or of what `overrides` say."""
+    config = load("cluster=h100", "cluster.num_nodes=1", "cluster.gpus_per_node=8", *overrides)
+    return plan(config, *shapes(config))
+
+
+def test_pretraining_is_reckoned_where_a_recipe_has_it() -> None:
+    """Of `miniature`, 96 % of the operations: 6 per weight outside the embedding, and attention, for 12 M tokens."""
+    result = reckoned("+recipe=miniature")
+    pretraining, teacher = result["pretraining"], result["teacher"]
+    weights = teacher["parameters"] - sum(teacher["parameters_by_part"][name] for name in ("embedding", "norms"))
+    attention = 6 * teacher["num_layers"] * teacher["num_attention_heads"] * teacher["kv_channels"] * 256
+    assert pretraining["flops"]["total"] == (6 * weights + attention) * 12_000_000
+    assert pretraining["flops"]["total"] / (pretraining["flops"]["total"] + result["flops"]["total"]) > 0.95
+    assert pretraining["steps"] == 5860 and pretraining["hours"] > 10 * result["recommended"]["hours"]
+    text = format_plan(result)
+    assert "1.53e+13 in all, 3.93e+14 with pretraining\n" in text
+    assert "\npretraining        12,000,000 tokens = 5,860 steps, 3.77e+14 FLOPs, " in text
+    fetched = reckoned("+recipe=smollm2", "train.global_batch_size=8")
+    assert fetched["pretraining"] is None and "pretraining" not in format_plan(fetched)
+    assert reckoned("+recipe=tiny", "teacher.path=/models/x")["pretraining"] is None
+
+
+def test_pretraining_has_no_teacher_to_ask() -> None:
+    """A step of distilling a model of the teacher's own size has a forward pass more, and the teacher's half of the loss."""
+    own = [f"student.{name}=null" for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads")]
+    result = reckoned("+recipe=tiny", *own)
+    alone, both = result["pretraining"]["step_seconds"], result["recommended"]["step_seconds"]
+    assert alone["matrices"] / both["matrices"] == pytest.approx(3 / 4)
+    assert alone["elementwise"] / both["elementwise"] == pytest.approx(3 / 4)
+    assert alone["loss"] < 0.8 * both["loss"] and alone["optimizer"] == both["optimizer"]
+    memory = result["recommended"]["memory_bytes"]
+    assert result["pretraining"]["memory_bytes"]["total"] < memory["total"] - memory["teacher_weights"]
+
+
+def test_the_disk_holds_what_the_chain_makes() -> None:
+    """A pretrained teacher, its first weights and checkpoints; a teacher that is fetched, none that lies elsewhere."""
+    tiny, parameters = reckoned("+recipe=tiny")["disk"], 7_019_008
+    assert (tiny["teacher"], tiny["pretraining"]) == (4 * parameters, 4 * parameters + 4 * 12 * parameters)
+    assert tiny["total"] == sum(tiny[name] for name in ("pretraining", "teacher", "pruned", "checkpoints", "student"))
+    assert reckoned("+recipe=tiny", "train.precision=bf16")["disk"]["teacher"] == 4 * parameters, "fp32 in any case"
+    fetched, given = (reckoned("+recipe=4b_from_8b", *path)["disk"] for path in ([], ["teacher.path=/models/x"]))
+    assert (fetched["teacher"], given["teacher"]) == (2 * 8_271_699_968, 0)
+    assert given["total"] == fetched["total"] - fetched["teacher"] and given["pretraining"] == 0
+
+
+def test_a_batch_that_the_gpus_cannot_share_has_no_speed() -> None:
+    result = reckoned("+recipe=smollm2", "cluster.num_nodes=16")
+    assert (result["layouts"], result["recommended"], result["configured"]) == ([], None, None)
+    text = format_plan(result)
+    assert "\n\ntrain.global_batch_size=4 cannot be shared by 128 GPUs; set a multiple of 128, or lower " in text
+    assert "tokens/s" not in text and "layout" not in text
+    assert "1,500,000 tokens = 367 steps, 5.9e+13 FLOPs\n" in format_plan(
+        reckoned("+recipe=tiny", "cluster.num_nodes=16")
+    )
+    impossible = reckoned("+recipe=4b", "cluster.num_nodes=128", "cluster.memory_gib=5")  # TP 8 alone shares 1152
+    assert impossible["layouts"] and impossible["configured"] is None
+    assert "0 of 3 layouts fit: the least, TP 8, DP 128, " in format_plan(impossible)
 
 
 def test_slicing_reads_the_rows_that_are_kept() -> None:

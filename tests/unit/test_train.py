@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minitron_train.commands import execute
 from minitron_train.config import (
     LossKind,
     OnNonFinite,
@@ -22,11 +23,12 @@ from minitron_train.config import (
     WandbMode,
 )
 from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World
 from minitron_train.train.checkpoint_files import finished
 from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
 from minitron_train.train.optim import learning_rate
 from minitron_train.train.state import RunState
-from tests.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, rows, run
+from tests.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, make_config, rows, run
 
 STEP_TOKENS = ROWS * SEQ_LENGTH
 
@@ -348,3 +350,14 @@ def test_what_wandb_refuses_ends_wandb_alone(tmp_path: Path, monkeypatch: pytest
     assert tracker.run is None
     tracker.write({"step": 1, "loss": 1.0})
     tracker.close()
+
+
+def test_a_mistake_with_force_costs_no_earlier_training(training: Material, tmp_path: Path) -> None:
+    """What would refuse the new run is found before the old one makes way for it."""
+    (tmp_path / "train" / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (tmp_path / "train" / "started.json").write_text("{}")
+    config = make_config(training, teacher__path=str(training.teacher), student__path=str(training.student))
+    config.output_dir, config.force, config.train.micro_batch_size = str(tmp_path), True, ROWS - 1
+    with pytest.raises(UserError, match=r"^train\.global_batch_size=.*: must be a multiple of train\.micro_batch_size"):
+        execute("distill", config, ["distill"], World())
+    assert (tmp_path / "train" / "checkpoints" / "step_00000004").is_dir()
