@@ -11,6 +11,12 @@ import torch.multiprocessing as mp
 
 TIMEOUT_S = 180.0
 PORTS_TRIED = 3
+PRELOADED = [
+    "minitron_train.train.run",
+    "minitron_train.evaluation.run",
+    "minitron_train.prune.cut",
+    "lm_eval.evaluator",
+]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -35,13 +41,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> list[Any]:
     """One try of run_ranks, on a port that is free now; another process may take it before the ranks do."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # a process with PRELOADED that each rank is a fork of
+    context.set_forkserver_preload(PRELOADED)
     results: Any = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     workers = [
-        context.Process(target=work, args=(function, rank, world_size, port, results, args), daemon=True)
+        context.Process(
+            target=work, args=(function, rank, world_size, port, results, args, dict(os.environ)), daemon=True
+        )
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -61,10 +70,16 @@ def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...
 
 
 def work(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Any,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
     """One rank's process."""
-    os.environ |= {
+    os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(rank),
