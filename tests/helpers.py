@@ -41,20 +41,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> list[Any]:
     """One try of run_ranks, on a port that is free now; another process may take it before the ranks do."""
-    context = mp.get_context("forkserver")  # a process with PRELOADED that each rank is a fork of
-    context.set_forkserver_preload(PRELOADED)
-    results: Any = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = [
-        context.Process(
-            target=work, args=(function, rank, world_size, port, results, args, dict(os.environ)), daemon=True
-        )
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
+    workers, results = start_ranks(function, world_size, port, args)
     answers: dict[int, Any] = {}
     try:
         while len(answers) < world_size:
@@ -67,6 +57,23 @@ def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...
             if worker.is_alive():
                 worker.kill()
     return [answers[rank] for rank in range(world_size)]
+
+
+def start_ranks(
+    function: Callable[..., Any], world_size: int, port: int, args: tuple[Any, ...]
+) -> tuple[list[Any], Any]:
+    """The processes, and the queue to which each puts (rank, answer, traceback)."""
+    context = mp.get_context("forkserver")  # a process with PRELOADED that each rank is a fork of
+    context.set_forkserver_preload(PRELOADED)
+    results = context.Queue()
+    environment = dict(os.environ)  # as it is now: the server's is older
+    workers = [
+        context.Process(target=work, args=(function, rank, world_size, port, results, args, environment), daemon=True)
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    return workers, results
 
 
 def work(

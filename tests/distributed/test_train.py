@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minitron_train.train import checkpoint_files as files
-from tests.helpers import run_ranks
+from tests.helpers import run_ranks, start_ranks
 from tests.training import Interrupted, Material, before_step, interrupt, rows, run
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
@@ -138,21 +138,9 @@ def left_behind(
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_hanging_rank_is_named(training: Material, tmp_path: Path, sent: signal.Signals) -> None:
-    import torch.multiprocessing as mp
 
-    from tests import helpers
-
-    context = mp.get_context("spawn")
-    results: Any = context.Queue()
     port = 20000 + os.getpid() % 20000
-    workers = [
-        context.Process(
-            target=helpers.work, args=(left_behind, rank, 2, port, results, (training, tmp_path, sent)), daemon=True
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
+    workers, results = start_ranks(left_behind, 2, port, (training, tmp_path, sent))
     rank, answer, trace = results.get(timeout=120)
     assert (rank, trace) == (0, None)
     said, seconds = answer
