@@ -89,7 +89,9 @@ def main() -> None:
     if module == "minitron_train.slurm":
         print("\n".join(map(str, ANSWERS[command])))
         return
-    (FOLDER / f"argv.{RANK}").write_text(json.dumps([command, *words]))
+    scratch = FOLDER / f"argv.{RANK}.{os.getpid()}"
+    scratch.write_text(json.dumps([command, *words]))
+    scratch.rename(FOLDER / f"argv.{RANK}")  # whole: tasks of an array write the same file, and a test reads it
     if RANK == 0:
         with LIVES.open("a") as lives:
             print(life(), file=lives)

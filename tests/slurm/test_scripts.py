@@ -95,11 +95,12 @@ def test_so_are_those_in_one_job(cluster: Cluster, tmp_path: Path, words: list[s
 
 def refused(cluster: Cluster, lab: Lab, command: list[str], message: str) -> None:
     """One line, code 2, and nothing in the queue."""
-    before = cluster.call("squeue", "--noheader").stdout
+    queued = ("squeue", "--noheader", "--format=%i")
+    before = cluster.call(*queued).stdout
     done = cluster.call(*command, cwd=lab.folder, check=False)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
-    assert cluster.call("squeue", "--noheader").stdout == before
+    assert cluster.call(*queued).stdout == before
 
 
 @pytest.mark.slurm
