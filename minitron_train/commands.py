@@ -340,18 +340,18 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
 
-    def refuse() -> None:
+    def check_fits() -> None:
         shape = ws.shape_of(student)
         ws.check_fits("distill" if teacher else "pretrain", shape, teacher=None if teacher else shape)
-        check_run(config, ws.groups, shape, ws.shape_of(teacher) if teacher else None)
 
     def work(target: Path) -> Mapping[str, Any]:
-        refuse()
+        check_fits()
         hooks = [task_hook(ws, student)] if config.eval.training_tasks else []
         return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
 
-    if config.force and not config.dry_run:
-        refuse()  # before an earlier run makes way for this one
+    if config.force and not config.dry_run:  # what would refuse this run comes before an earlier one makes way for it
+        check_fits()
+        check_run(config, ws.groups, ws.shape_of(student), ws.shape_of(teacher) if teacher else None)
     ws.run(stage, work)
 
 

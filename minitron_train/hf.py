@@ -224,7 +224,7 @@ def read_header(file: Path, remedy: str = "download it again") -> dict[str, dict
             header = json.loads(handle.read(length))
             header.pop("__metadata__", None)
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            _ = [(tuple(entry["shape"]), entry["dtype"]) for entry in header.values()]
+            _ = [(tuple(entry["shape"]), entry["dtype"]) for entry in header.values()]  # readers take them for granted
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file}: its header is corrupt; {remedy}") from None
     if size != 8 + length + end:

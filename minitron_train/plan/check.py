@@ -13,7 +13,6 @@ from minitron_train.parallel.launch import World
 from minitron_train.plan.hardware import GIB, can_shard_optimizer_here, cuda_here, memory_here
 from minitron_train.plan.layouts import divides
 from minitron_train.plan.memory import (
-    FP32,
     Layout,
     distill_bytes,
     eval_bytes,
@@ -23,7 +22,13 @@ from minitron_train.plan.memory import (
     slice_bytes,
 )
 from minitron_train.plan.reckon import WEIGHT_BYTES
-from minitron_train.plan.stages import disk_bytes, export_weight_bytes, file_weight_bytes
+from minitron_train.plan.stages import (
+    disk_bytes,
+    export_weight_bytes,
+    file_weight_bytes,
+    repair_tokens,
+    scoring_layout,
+)
 from minitron_train.prune.target import least_tokens
 
 # parts of plan.stages.disk_bytes
@@ -100,6 +105,11 @@ def refuse_disk(stage: str, needed: int, folder: Path) -> None:
         )
 
 
+def reserved_bytes(config: Config, cuda: bool) -> int:
+    """What a GPU's runtime takes; 0 leaves it to what was measured on CPUs."""
+    return int(config.cluster.reserved_gib * GIB) if cuda else 0
+
+
 def pretrain_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
     """As for distilling, without a teacher."""
     return distill_options(config, None, student, world, cuda)
@@ -117,7 +127,7 @@ def distill_options(
         seq_length=train.seq_length,
         weight_bytes=WEIGHT_BYTES[train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
-        runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+        runtime_bytes=reserved_bytes(config, cuda),
         loss_budget_u=config.distill.memory_budget_u,
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
@@ -155,7 +165,7 @@ def eval_options(config: Config, teacher: Shape, student: Shape, world: World, c
             seq_length=config.train.seq_length,
             weight_bytes=weight_bytes,
             teacher_weight_bytes=weight_bytes,
-            runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
+            runtime_bytes=reserved_bytes(config, cuda),
             cuda=cuda,
         )
         names = {
@@ -169,7 +179,7 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
     """The configured way of scoring first, then streamed and in smaller pieces."""
     calibration = config.calibration
     tokens = calibration.num_samples * calibration.seq_length
-    weight_bytes = WEIGHT_BYTES[calibration.precision_on(cuda)]
+    layout = scoring_layout(config, cuda=cuda, runtime_bytes=reserved_bytes(config, cuda))
     micro_sizes = {calibration.micro_batch_size, max(calibration.micro_batch_size // 4, 1), 1}
     ways = [
         (bool(calibration.streamed), calibration.micro_batch_size, calibration.chunk_tokens),
@@ -181,39 +191,22 @@ def score_options(config: Config, teacher: Shape, student: Shape, world: World, 
         ),
     ]
     for streamed, micro, chunk in ways:
-        layout = Layout(
-            tp=config.parallel.tensor_model_parallel_size,
-            micro_batch_size=micro,
-            seq_length=calibration.seq_length,
-            weight_bytes=weight_bytes,
-            teacher_weight_bytes=weight_bytes,
-            runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
-            cuda=cuda,
-        )
+        at_once = replace(layout, micro_batch_size=micro)
         names = {
             "calibration.streamed": (streamed if calibration.streamed is None else calibration.streamed, streamed),
             "calibration.micro_batch_size": (calibration.micro_batch_size, micro),
             "calibration.chunk_tokens": (calibration.chunk_tokens, chunk),
         }
-        parts = score_bytes(teacher, layout, chunk_tokens=min(chunk, tokens), streamed=streamed)
+        parts = score_bytes(teacher, at_once, chunk_tokens=min(chunk, tokens), streamed=streamed)
         yield Option(changed(names), parts["total"])
 
 
 def prune_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
     """Rotation and repair as configured, on fewer tokens, and neither of them."""
-    calibration, prune = config.calibration, config.prune
+    calibration, prune, tokens = config.calibration, config.prune, repair_tokens(config)
     if not (prune.rotate or prune.repairs):
         return
-    layout = Layout(
-        tp=1,
-        micro_batch_size=calibration.micro_batch_size,
-        seq_length=calibration.seq_length,
-        weight_bytes=FP32,
-        teacher_weight_bytes=FP32,
-        runtime_bytes=int(config.cluster.reserved_gib * GIB) if cuda else 0,
-        cuda=cuda,
-    )
-    tokens = min(prune.repair_tokens, calibration.num_samples * calibration.seq_length)
+    layout = scoring_layout(config, cuda=cuda, runtime_bytes=reserved_bytes(config, cuda))
     fewer = [tokens // part for part in (2, 4, 8) if tokens // part >= least_tokens(student)]
     for chosen, micro in product((tokens, *fewer), (calibration.micro_batch_size, 1)):
         at_once = replace(layout, micro_batch_size=micro)

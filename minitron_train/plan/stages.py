@@ -18,7 +18,7 @@ BF16 = 2
 def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]:
     """Memory and seconds of one process that scores, with all layers in memory and layer by layer."""
     calibration = config.calibration
-    layout = scoring_layout(config, machine)
+    layout = scoring_layout(config, cuda=machine.cuda, runtime_bytes=machine.reserved_bytes)
     tokens = calibration.num_samples * calibration.seq_length
     chunk_tokens = min(calibration.chunk_tokens, tokens)
     flops = forward_flops_per_token(teacher, calibration.seq_length) * tokens
@@ -38,25 +38,29 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
     }
 
 
-def scoring_layout(config: Config, machine: Hardware) -> Layout:
+def scoring_layout(config: Config, *, cuda: bool, runtime_bytes: int) -> Layout:
     """One forward pass of scoring."""
-    weight_bytes = BF16 if config.calibration.precision_on(machine.cuda) is Precision.bf16 else FP32
+    weight_bytes = BF16 if config.calibration.precision_on(cuda) is Precision.bf16 else FP32
     return Layout(
         tp=config.parallel.tensor_model_parallel_size,
         micro_batch_size=config.calibration.micro_batch_size,
         seq_length=config.calibration.seq_length,
         weight_bytes=weight_bytes,
         teacher_weight_bytes=weight_bytes,
-        cuda=machine.cuda,
-        runtime_bytes=machine.reserved_bytes,
+        cuda=cuda,
+        runtime_bytes=runtime_bytes,
     )
+
+
+def repair_tokens(config: Config) -> int:
+    """Tokens that rotation and repair are fitted on: no more than there are for calibration."""
+    return min(config.prune.repair_tokens, config.calibration.num_samples * config.calibration.seq_length)
 
 
 def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
     """Memory and seconds of the process that slices, the bytes that it reads and writes, and memory of a repair."""
-    calibration, prune = config.calibration, config.prune
-    tokens = min(prune.repair_tokens, calibration.num_samples * calibration.seq_length)
-    layout = scoring_layout(config, machine)
+    prune, tokens = config.prune, repair_tokens(config)
+    layout = scoring_layout(config, cuda=machine.cuda, runtime_bytes=machine.reserved_bytes)
     repairs = prune.rotate or prune.repairs
     weight_bytes = file_weight_bytes(config)
     read, written = rows_read(teacher, student) * weight_bytes, parameters(student)["parameters"] * weight_bytes
