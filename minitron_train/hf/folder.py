@@ -1,0 +1,118 @@
+"""A Hugging Face folder as a whole: written, its tokenizer copied, its content fingerprinted."""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron_train.files import disk_errors
+from minitron_train.hf.weights import INDEX, SINGLE, read_header
+
+T = TypeVar("T")
+MAX_SHARD_BYTES = 4 * 2**30
+SAMPLE_BYTES, NUM_SAMPLES = 4096, 8  # of a tensor go into its folder's fingerprint
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over config.json, the tokenizer's files and, for each tensor, its name, type, size and eight samples of 4 KiB.
+
+    The samples lie at equal distances, the first and the last bytes among them: a training changes them, and so does new
+    rows for added tokens. A 31 GB folder takes a second, where hashing all bytes would take minutes.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (folder / name).exists():
+            digest.update((folder / name).read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        header = read_header(file)
+        with file.open("rb") as handle:
+            start = 8 + struct.unpack("<Q", handle.read(8))[0]
+            for name, entry in sorted(header.items()):
+                begin, end = entry["data_offsets"]
+                digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                last = max(end - begin - SAMPLE_BYTES, 0)
+                for offset in sorted({last * i // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
+                    handle.seek(start + begin + offset)
+                    digest.update(handle.read(min(SAMPLE_BYTES, end - begin)))
+    return digest.hexdigest()
+
+
+def in_shards(
+    tensors: Iterable[tuple[str, T]], num_bytes: Callable[[T], int], max_bytes: int
+) -> Iterator[dict[str, T]]:
+    """What each file of a folder holds: tensors in order, at most `max_bytes` together (a larger one is alone)."""
+    shard: dict[str, T] = {}
+    held = 0
+    for name, tensor in tensors:
+        size = num_bytes(tensor)
+        if shard and held + size > max_bytes:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += size
+    yield shard
+
+
+def shard_names(count: int) -> list[str]:
+    """Of the files of a folder, as transformers names them."""
+    return [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+
+
+def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int) -> None:
+    """Say which file holds which tensor, where there are several: `shards` are the names of each one's tensors."""
+    if len(shards) > 1:
+        files = zip(shard_names(len(shards)), shards, strict=True)
+        weight_map = {name: file for file, names in files for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what a tokenizer is made of, and generation_config.json, when they are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_folder(
+    target: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Path | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """A whole Hugging Face folder; `target` exists and is empty (files.atomic_folder gives one). Memory: one shard."""
+    shards: list[list[str]] = []
+    total_bytes = 0
+    for shard in in_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes):
+        with disk_errors(target):
+            save_file(shard, target / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # the next one takes its room
+    for k, name in enumerate(shard_names(len(shards))):
+        (target / f"shard-{k}").rename(target / name)
+    write_index(target, shards, total_bytes)
+    (target / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, target)
