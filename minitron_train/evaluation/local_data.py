@@ -9,13 +9,14 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron_train.errors import UserError
 from minitron_train.evaluation.task_names import mmlu_subjects
+from minitron_train.provenance import Provenance
 
 NO_HUB = "no Hugging Face hub in reach"  # ends the reason of a task that was not run for want of data
 HUB_TIMEOUT_S = 3.0
@@ -67,9 +68,10 @@ def listing(data_dir: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def can_be_completed(facts: Mapping[str, Any]) -> bool:
+def can_be_completed(record: Provenance | None) -> bool:
     """Whether an evaluation (its record) had to leave out tasks for want of a hub that is in reach now."""
-    lacking = any(reason.endswith(NO_HUB) for reason in facts.get("not_run", {}).values())
+    reasons = record.get("facts", {}).get("not_run", {}) if record else {}
+    lacking = any(reason.endswith(NO_HUB) for reason in reasons.values())
     return lacking and hub_reachable()
 
 
