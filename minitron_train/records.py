@@ -174,4 +174,10 @@ def decode_yaml(text: str, where: str, remedy: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date like 2026-99-99
-        raise damaged(where, " ".join(str(error).split()) or type(error).__name__, remedy) from None
+        raise damaged(where, joined(error), remedy) from None
+
+
+def joined(error: Exception, max_length: int = 200) -> str:
+    """What another library's exception says in several lines, in one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= max_length else f"{text[:max_length]}…"
