@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
 import yaml
@@ -67,8 +67,9 @@ def decode(data: bytes | str, kind: type[T], where: str, remedy: str) -> T:
         UserError: not JSON, nested too deeply, or of other types; the line names the place in the file.
     """
     try:
-        check_depth(data.encode() if isinstance(data, str) else data)
-        return msgspec.json.decode(data, type=kind)
+        text = data if isinstance(data, str) else data.decode()  # msgspec does not look at what it skips
+        check_depth(text.encode())
+        return msgspec.json.decode(text, type=kind)
     except DECODE_ERRORS as error:
         raise damaged(where, first_line(error), remedy) from None
 
@@ -112,7 +113,7 @@ def read_whole_record(path: Path, kind: type[T], remedy: str) -> T:
     """
     data = read_bytes(path)
     decode(data, kind, str(path), remedy)
-    return msgspec.json.decode(data)
+    return cast(T, decode(data, dict[str, Any], str(path), remedy))
 
 
 @dataclass(frozen=True, slots=True)

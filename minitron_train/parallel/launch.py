@@ -71,7 +71,7 @@ def read_world(environ: Environ = os.environ) -> World:
         return World()
     # SLURM_STEP_TASKS_PER_NODE looks like 4(x2),3
     found = [environ.get(key, default).split("(")[0].split(",")[0] for key, default in zip(keys, "0101", strict=True)]
-    given = ", ".join(f"{key}={value[:20]}" for key, value in zip(keys, found, strict=True))
+    given = ", ".join(f"{key}={value[:20]!r}" for key, value in zip(keys, found, strict=True))
     if not all(value.isascii() and value.isdecimal() and len(value) < 10 for value in found):
         raise UserError(f"{given}: must be whole numbers; start with torchrun or srun")
     rank, size, local_rank, local_size = map(int, found)
