@@ -189,7 +189,7 @@ def newest_step(run: Path) -> int:
 
 def compared(run: Path) -> list[Any]:
     """What must be equal, of each line."""
-    return [[row.get(key) for key in COMPARED] for row in read_rows(run / "metrics.jsonl")]
+    return [[row.get(key) for key in COMPARED] for row in read_rows(run / "metrics.jsonl").values]
 
 
 def made(folder: Path) -> Path:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import msgspec
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
+from minitron_train.records import damaged, joined, read_bytes
+
+MAX_RECIPE_BYTES = 2**20
+
+
+class Defaults(typing.TypedDict, total=False):
+    """What of a recipe Hydra takes for granted."""
+
+    defaults: list[str | typing.Annotated[dict[str, str | list[str] | None], msgspec.Meta(min_length=1)]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +105,7 @@ def run(argv: list[str], world: World) -> None:
     if any(word in ("-h", "--help") for word in words):
         print(command_help(name, [word for word in words if not word.startswith("-")]))
         return
-    register_recipes()
+    register_recipes(words)
     for word in words:
         check_override(word)
     sys.argv = [argv[0], *arguments]
@@ -136,7 +147,7 @@ def compose(arguments: list[str]) -> Config:
     Raises:
         UserError: an unknown recipe, key, option or value.
     """
-    register_recipes()
+    register_recipes(arguments)
     for argument in arguments:
         check_override(argument)
     try:
@@ -173,15 +184,54 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
-def register_recipes() -> None:
-    """Make `+recipe=NAME` find the flat files of recipes/; each also sets `name`."""
+def register_recipes(arguments: Iterable[str] = ()) -> None:
+    """Make `+recipe=NAME` find the flat files of recipes/; each also sets `name`.
+
+    A file that is no recipe is refused when `arguments` name it, and left out otherwise: the working directory's recipes/
+    may be another program's.
+
+    Raises:
+        UserError: a recipe that is asked for is damaged.
+    """
+    asked = {name for word in arguments if word.startswith("+recipe=") for name in word.split("=", 1)[1].split(",")}
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for stem, path in recipes().items():
-        node = OmegaConf.load(path)
-        assert isinstance(node, DictConfig)
+        try:
+            node = read_recipe(path)
+        except UserError:
+            if stem in asked:
+                raise
+            continue
         node.setdefault("name", stem)
         store.store(group="recipe", name=stem, node=node, package="_global_")
+
+
+def read_recipe(path: Path) -> DictConfig:
+    """One recipe file, as it stands.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or is no mapping of settings.
+    """
+    remedy = "correct the file"
+    try:
+        text = read_bytes(path, max_bytes=MAX_RECIPE_BYTES).decode("utf-8-sig")
+        node = OmegaConf.create(text)
+    except FileNotFoundError:  # a link to nowhere
+        raise UserError(f"{path}: no such file; {remedy}, or remove it") from None
+    except AssertionError:  # of OmegaConf, for a number
+        node = None
+    except UserError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:  # ValueError: dates, UTF-8
+        raise damaged(str(path), joined(error), remedy) from None
+    if not isinstance(node, DictConfig):
+        raise damaged(str(path), "a recipe maps settings to values", remedy)
+    try:
+        msgspec.convert(OmegaConf.to_container(node), Defaults)
+    except (msgspec.ValidationError, OmegaConfBaseException) as error:
+        raise damaged(str(path), joined(error), f"{remedy}: defaults look like [NAME, /model: NAME]") from None
+    return node
 
 
 def check_override(argument: str) -> None:
@@ -264,7 +314,16 @@ def recipe_lines() -> list[str]:
     """One line per recipe, from the first comment of its file."""
     found = recipes()
     width = max(map(len, found), default=0)
-    return [f"  {name:<{width}}  {path.read_text().splitlines()[0].lstrip('# ')}" for name, path in found.items()]
+    return [f"  {name:<{width}}  {summary_of(path)}".rstrip() for name, path in found.items()]
+
+
+def summary_of(path: Path) -> str:
+    """The first comment of a recipe's file."""
+    try:
+        lines = read_bytes(path, max_bytes=MAX_RECIPE_BYTES).decode("utf-8-sig", errors="replace").splitlines()
+    except (FileNotFoundError, UserError):
+        return "(cannot be read)"
+    return lines[0].lstrip("# ") if lines and lines[0].startswith("#") else "(without a comment in its first line)"
 
 
 def command_help(name: str, arguments: list[str]) -> str:

@@ -252,7 +252,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
             validation_tokens=tokens,
         )
 
-    again = ws.on_first(lambda: can_be_completed(read_provenance(ws.eval_folder, record).get("facts", {})))
+    again = not config.force and ws.on_first(lambda: can_be_completed(read_provenance(ws.eval_folder, record)))
     ws.run(stage, work, force=again)
 
 

@@ -47,6 +47,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "the file system is read-only; choose another output_dir",
         errno.ENOTDIR: "a part of the path is a file, not a folder; choose another output_dir",
         errno.EEXIST: "a file stands where a folder must go; move it or choose another output_dir",
+        errno.EISDIR: "a folder stands where a file must go; move it or choose another output_dir",
     }
     try:
         yield

@@ -1,7 +1,6 @@
 """The search: shapes within a budget are cut, measured and retrained a little, and ranked (arXiv 2407.14679 §2.3)."""
 
 import dataclasses
-import json
 import math
 import shutil
 
@@ -9,6 +8,7 @@ from minitron_train import commands
 from minitron_train.chain import check_early
 from minitron_train.config import Config
 from minitron_train.console import say
+from minitron_train.evaluation.results import read_evaluation
 from minitron_train.files import atomic_write_json
 from minitron_train.prune.candidates import Candidate, choose, table, usable, within_budget
 from minitron_train.workspace import Workspace
@@ -76,6 +76,5 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
 
 def validation_loss(ws: Workspace, label: str) -> float:
     """Nats, of one evaluated model; infinite where its perplexity overflowed."""
-    file = ws.eval_folder / f"{label}.json"
-    perplexity = ws.on_first(lambda: json.loads(file.read_text())["perplexity"])
+    perplexity = ws.on_first(lambda: read_evaluation(ws.eval_folder / f"{label}.json")["perplexity"])
     return math.inf if perplexity is None else math.log(perplexity)

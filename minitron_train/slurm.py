@@ -21,7 +21,7 @@ from minitron_train import cli
 from minitron_train.chain import chain, check_early
 from minitron_train.config import Config
 from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World, read_world
+from minitron_train.parallel.launch import World, read_world, whole_number
 from minitron_train.parallel.meeting import host_name, meet
 from minitron_train.prune.candidates import Candidate, candidates, choose
 from minitron_train.stages import STOPPED
@@ -33,8 +33,9 @@ NEEDS_TEACHER = ("score", "prune", "distill", "search")
 
 def main(argv: Sequence[str]) -> None:
     """`chain`, `candidates`, `accept` or `check`; a user's mistake is one line and exit code 2."""
-    world = read_world()
+    world = World()
     try:
+        world = read_world()
         match argv[1:]:
             case ["chain", *arguments]:
                 config = cli.compose(arguments)
@@ -126,9 +127,10 @@ def check(command: str, config: Config, world: World, environ: Mapping[str, str]
 
 def gpu_complaints(environ: Mapping[str, str], world: World) -> Iterator[str]:
     """The node has the GPUs that the job was given, and one for every rank; nothing to say about jobs without GPUs."""
-    asked, num_ranks = int(environ.get("SLURM_GPUS_ON_NODE") or 0), world.local_size
+    asked, num_ranks = whole_number(environ, "SLURM_GPUS_ON_NODE", 0), world.local_size
     if own := environ.get("SLURM_GPUS_PER_TASK"):  # as in h100:1; a rank sees no others
-        asked, num_ranks = int(own.rpartition(":")[2]), 1
+        counts = ({"SLURM_GPUS_PER_TASK": kind.rpartition(":")[2]} for kind in own.split(","))
+        asked, num_ranks = sum(whole_number(count, "SLURM_GPUS_PER_TASK", 0) for count in counts), 1
     if not asked:
         return
     host, found = host_name(environ), count_gpus()

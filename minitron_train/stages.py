@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -34,6 +33,8 @@ from minitron_train.files import (
     remove_folder,
     standing,
 )
+from minitron_train.parallel.launch import whole_number
+from minitron_train.provenance import Provenance, Started, read, read_started
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
@@ -51,7 +52,7 @@ PACKAGES = (
     "numpy",
 )
 
-State = Literal["missing", "finished", "stale"]
+State = Literal["missing", "finished", "stale", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +77,12 @@ class Stage:
     notes: tuple[str, ...] = field(default=())  # for dry_run: what is kept, and the like
 
     def state(self) -> tuple[State, str]:
-        """Whether the work is done, and what has changed since."""
-        old = read_provenance(self.folder, self.record)
-        if not old:
+        """Whether the work is done, and what has changed since, or what is wrong with its record."""
+        try:
+            old = read_provenance(self.folder, self.record)
+        except UserError as error:
+            return "damaged", str(error)
+        if old is None:
             return "missing", ""
         changes = changes_since(old, self)
         return ("stale", "; ".join(changes)) if changes else ("finished", "")
@@ -153,6 +157,8 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
 def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
     """The stage's state; unless it is finished and stays, the lock is held from here on and what kills have left is mended."""
     found = stage.state()
+    if not force:
+        refuse_damaged(stage, *found)
     if found[0] == "finished" and stage.folder.exists() and not force:
         return found
     held.enter_context(parent_folders(stage.folder))
@@ -181,6 +187,17 @@ def refuse_foreign(stage: Stage) -> None:
         )
 
 
+def refuse_damaged(stage: Stage, state: State, why: str) -> None:
+    """Refuse a stage whose record is damaged: the rest of its folder may be whole, and is replaced only with force=true.
+
+    Raises:
+        UserError: the line about the record, or that the folder is somebody else's.
+    """
+    if state == "damaged":
+        refuse_foreign(stage)
+        raise UserError(why)
+
+
 def contents(folder: Path) -> list[str]:
     """Names in a stage's folder, without what a kill left of a file that was being written."""
     return sorted(path.name for path in folder.iterdir() if PARTIAL not in path.name) if folder.exists() else []
@@ -188,10 +205,11 @@ def contents(folder: Path) -> list[str]:
 
 def begun_before_requeue(stage: Stage) -> bool:
     """Whether this is a requeued Slurm job that began the stage earlier: it still has force=true among its words."""
-    if not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or not whole_number(os.environ, "SLURM_RESTART_COUNT", 0):
         return False
-    jobs = [read_provenance(stage.folder, name).get("slurm_job") for name in (stage.record, STARTED)]
-    return os.environ["SLURM_JOB_ID"] in jobs
+    records = (read_provenance(stage.folder, stage.record), read_started_record(stage.folder))
+    return any(record is not None and record.get("slurm_job") == job for record in records)
 
 
 def open_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> AbstractContextManager[Path]:
@@ -230,11 +248,11 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
         if fresh:
             remove_folder(stage.folder, first=stage.record, last=STARTED)
         stage.folder.mkdir(parents=True, exist_ok=True)
-    started = read_provenance(stage.folder, STARTED)
+    started = read_started_record(stage.folder)
     changes = changes_since(started, stage) if started else []
     if changes:
         raise started_otherwise(stage, "; ".join(changes))
-    if not started:
+    if started is None:
         record = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
         record |= {"command": shlex.join(invocation.command), "slurm_job": os.environ.get("SLURM_JOB_ID")}
         atomic_write_json(stage.folder / STARTED, record)
@@ -271,18 +289,34 @@ def write_provenance(
     atomic_write_json(folder / stage.record, record)
 
 
-def read_provenance(folder: Path, record: str = PROVENANCE) -> dict[str, Any]:
-    """provenance.json of a finished stage; empty when it is unfinished or absent. Only reads: others may be at work."""
+def read_provenance(folder: Path, record: str = PROVENANCE) -> Provenance | None:
+    """provenance.json of a finished stage; None when it is unfinished. Only reads: others may be at work.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        return json.loads((standing(folder) / record).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        return read(standing(folder) / record)
+    except FileNotFoundError:
+        return None
 
 
-def changes_since(record: Mapping[str, Any], stage: Stage) -> list[str]:
+def read_started_record(folder: Path) -> Started | None:
+    """started.json of a growing stage; None when it has not begun.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_started(standing(folder) / STARTED)
+    except FileNotFoundError:
+        return None
+
+
+def changes_since(record: Started | Provenance, stage: Stage) -> list[str]:
     """How a stage differs from the one that a record describes."""
-    inputs = differences(record.get("inputs", {}), stage.inputs, "input ")
-    return inputs + differences(record.get("settings", {}), plain(stage.settings), "")
+    inputs = differences(record["inputs"], stage.inputs, "input ")
+    return inputs + differences(record["settings"], plain(stage.settings), "")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:

@@ -13,7 +13,7 @@ from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
-from minitron_train.stages import Invocation, Stage, Work, run_stage
+from minitron_train.stages import Invocation, Stage, Work, refuse_damaged, run_stage
 
 if TYPE_CHECKING:
     from minitron_train.hf import Checkpoint
@@ -126,7 +126,10 @@ class Workspace:
     # dry_run
     def describe(self, stage: Stage, *, force: bool) -> None:
         """Say what a stage would do; what it would make is to come for the stages after it."""
-        finished = stage.state()[0] == "finished"
+        found = stage.state()
+        if not force:
+            refuse_damaged(stage, *found)
+        finished = found[0] == "finished"
         for line in stage.describe():
             say(line)
         if finished and force:

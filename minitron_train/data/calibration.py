@@ -55,6 +55,8 @@ def calibration_data(calibration: CalibrationConfig, data: DataConfig) -> DataCo
 
 def read_tokens(path: Path) -> Tensor:
     """`tokens` [batches, sequences, length] int64 of a safetensors file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"calibration.tokens={path}: is not a file; give a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

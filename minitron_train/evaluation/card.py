@@ -9,13 +9,16 @@ import jinja2
 import yaml
 
 from minitron_train.config import Refit
+from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.evaluation.serving import servable_sizes
 from minitron_train.files import atomic_write_text
 from minitron_train.prune.describe import REFITTED
+from minitron_train.records import damaged, decode_yaml, read_bytes
 from minitron_train.report.load import MODELS, Model, Run, load_run
 from minitron_train.report.numbers import percent, perplexity
 from minitron_train.report.summary import (
+    facts_of,
     is_share,
     metric_of,
     metric_text,
@@ -65,35 +68,48 @@ def render(run: Run, student_folder: Path) -> str:
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
+    try:
+        return environment.get_template("card.md.jinja").render(facts_for(run, student_folder))
+    except (KeyError, jinja2.UndefinedError) as error:  # of a key that neither provenance.Settings nor Facts requires
+        remedy = "run the stages again with force=true"
+        raise damaged(f"{run.folder}", f"a provenance.json lacks a value of the model card: {error}", remedy) from error
+
+
+def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
+    """What the template shows.
+
+    Raises:
+        UserError: there is no student.
+    """
     student = run.models.get("student")
     if student is None:
         raise UserError(f"{run.folder}: there is no student to describe; run export first")
     sizes, problems = servable_sizes(student_folder)
     license_name = teacher_license(run)
-    return environment.get_template("card.md.jinja").render(
-        header=yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
-        name=run.name,
-        teacher_name=teacher_name(run)
+    return {
+        "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
+        "name": run.name,
+        "teacher_name": teacher_name(run)
         or f"a teacher{' trained from scratch by the same run' if run.stage('pretrain') else ''}",
-        license=license_name,
-        student=student,
-        teacher=run.models.get("teacher"),
-        share=share_kept(run, student),
-        architecture=architecture_rows(run),
-        pruning=stage_settings(run, "prune", "prune"),
-        repairs=repairs(run),
-        calibration=calibration(run),
-        training=training(run),
-        sources=sources(run),
-        labels=evaluated(run),
-        evaluation=evaluation_rows(run),
-        published=published(run),
-        notes=[without_folders(line) for line in notes(run)],
-        sizes=sizes,
-        problems=problems,
-        stages=run.stages,
-        commands=list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
-    )
+        "license": license_name,
+        "student": student,
+        "teacher": run.models.get("teacher"),
+        "share": share_kept(run, student),
+        "architecture": architecture_rows(run),
+        "pruning": stage_settings(run, "prune", "prune"),
+        "repairs": repairs(run),
+        "calibration": calibration(run),
+        "training": training(run),
+        "sources": sources(run),
+        "labels": evaluated(run),
+        "evaluation": evaluation_rows(run),
+        "published": published(run),
+        "notes": [without_folders(line) for line in notes(run)],
+        "sizes": sizes,
+        "problems": problems,
+        "stages": run.stages,
+        "commands": list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
+    }
 
 
 def header(run: Run, license_name: str | None) -> dict[str, Any]:
@@ -132,7 +148,8 @@ def model_index(run: Run) -> list[dict[str, Any]]:
 
 def stage_settings(run: Run, stage: str, section: str) -> Mapping[str, Any]:
     """A section of the configuration of one stage; empty when it was not run."""
-    return ((run.stage(stage) or {}).get("config") or {}).get(section) or {}
+    record = run.stage(stage)
+    return record["config"].get(section) or {} if record else {}
 
 
 def without_folders(text: str) -> str:
@@ -142,18 +159,20 @@ def without_folders(text: str) -> str:
 
 def teacher_license(run: Run) -> str | None:
     """The licence that the teacher's source states, as the Hub spells it; None when it states none."""
-    facts = (run.stage("fetch teacher") or {}).get("facts") or {}
+    facts = facts_of(run, "fetch teacher")
     if facts.get("license"):
         return str(facts["license"]).lower()
     teacher = run.models.get("teacher")
-    if teacher is None or not (teacher.folder / CARD).exists():
+    if teacher is None:
         return None
-    text = (teacher.folder / CARD).read_text(encoding="utf-8")
-    if not text.startswith("---"):
-        return None
+    file = teacher.folder / CARD
     try:
-        metadata = yaml.safe_load(text.split("---", 2)[1])
-    except yaml.YAMLError:
+        text = read_bytes(file).decode(errors="replace")
+        metadata = decode_yaml(text.split("---", 2)[1], str(file), "correct it") if text.startswith("---") else None
+    except FileNotFoundError:
+        return None
+    except UserError as error:  # a page for people, and not ours
+        say(f"{error}; the model card names no licence")
         return None
     return str(metadata["license"]) if isinstance(metadata, dict) and metadata.get("license") else None
 
@@ -177,7 +196,7 @@ def architecture_rows(run: Run) -> list[tuple[str, list[str]]]:
 
 def calibration(run: Run) -> dict[str, Any]:
     """What the importance was measured on."""
-    facts = (run.stage("score") or {}).get("facts") or {}
+    facts = facts_of(run, "score")
     return {**stage_settings(run, "score", "calibration"), "tokens_used": facts.get("tokens")} if facts else {}
 
 
@@ -186,7 +205,7 @@ def repairs(run: Run) -> list[str]:
     settings = stage_settings(run, "prune", "prune")
     widths = [run.models[label].shape.hidden_size for label in ("student", "teacher") if label in run.models]
     rotated = settings.get("rotate") and len(set(widths)) == 2
-    refit = Refit[settings.get("refit") or "none"]
+    refit = Refit.__members__.get(settings.get("refit", ""), Refit.none)
     found = ["the largest principal directions of the residual stream kept (rotation)"] if rotated else []
     found += ["norms rescaled by what the cut does to their denominators"] if settings.get("norm_scale") else []
     return found + ([f"{REFITTED[refit]} fitted anew by least squares"] if refit is not Refit.none else [])
@@ -194,11 +213,10 @@ def repairs(run: Run) -> list[str]:
 
 def training(run: Run) -> dict[str, Any]:
     """Length and settings of the distillation, from its provenance."""
-    stage = run.stage("distill")
-    if stage is None:
+    if run.stage("distill") is None:
         return {}
-    facts, config = stage.get("facts") or {}, stage["config"]
-    return {**config["train"], "objective": objective(config["distill"]), **facts}
+    loss = objective(stage_settings(run, "distill", "distill"))
+    return {**stage_settings(run, "distill", "train"), "objective": loss, **facts_of(run, "distill")}
 
 
 def objective(distill: Mapping[str, Any]) -> str:
@@ -218,9 +236,8 @@ def objective(distill: Mapping[str, Any]) -> str:
 
 def sources(run: Run) -> list[tuple[str, str, str]]:
     """Name, share of the tokens and fingerprint of each part of the training data."""
-    stage = run.stage("distill") or {}
-    data = (stage.get("config") or {}).get("data") or {}
-    hashes = {key.removeprefix("data "): value for key, value in (stage.get("inputs") or {}).items()}
+    data, stage = stage_settings(run, "distill", "data"), run.stage("distill")
+    hashes = {key.removeprefix("data "): value for key, value in stage["inputs"].items()} if stage else {}
     if data.get("path"):  # instead of the sources that a preset names
         return [(Path(data["path"]).name, percent(1.0), str(next(iter(hashes.values()), ""))[:16])]
     parts = data.get("sources", {})

@@ -1,12 +1,17 @@
 """Two or more evaluated models, row by row: differences, their standard errors, and a paired test."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from minitron_train.errors import UserError
+from minitron_train.evaluation.results import Item
 from minitron_train.evaluation.task_names import mmlu_subjects
+from minitron_train.records import read_lines
+
+ITEM = msgspec.json.Decoder(Item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +39,25 @@ def read_items(folder: Path, label: str) -> dict[tuple[str, str, int, str], dict
         UserError: there is no such file, or a line of it is damaged.
     """
     path = folder / f"{label}.items.jsonl"
-    if not path.exists():
+    try:
+        lines = read_lines(path, ITEM.decode)
+    except FileNotFoundError:
         there = sorted(file.name.removesuffix(".items.jsonl") for file in folder.glob("*.items.jsonl"))
-        raise UserError(f"eval.compare: {path} does not exist; evaluated so far: {', '.join(there) or 'nothing'}")
-    found = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            item = json.loads(line)
-            found[item["task"], item["filter"], item["doc_id"], item["prompt_hash"]] = dict(item["metrics"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"eval.compare: {path}: line {number} is not an evaluated row ({error!r}); "
-                f"evaluate {label} again with force=true"
-            ) from error
-    return found
+        found = ", ".join(there) or "nothing"
+        raise UserError(f"eval.compare: {path} does not exist; evaluated so far: {found}") from None
+    wrong = lines.damaged | ({len(lines.values) + 1: "cut off"} if lines.cut_off else {})
+    for number, why in wrong.items():
+        raise UserError(
+            f"eval.compare: {path}: line {number} is not an evaluated row ({why}); evaluate {label} again with force=true"
+        )
+    return {
+        (item["task"], item["filter"], item["doc_id"], item["prompt_hash"]): numbers_of(item) for item in lines.values
+    }
+
+
+def numbers_of(item: Item) -> dict[str, float]:
+    """The metrics of a row that are numbers; a right or wrong answer is 1 or 0."""
+    return {name: float(value) for name, value in item["metrics"].items() if isinstance(value, int | float)}
 
 
 def compare(folder: Path, first: str, second: str) -> list[Comparison]:
@@ -60,10 +70,8 @@ def compare(folder: Path, first: str, second: str) -> list[Comparison]:
         task, filter_name, *_ = key
         name = "mmlu" if task in subjects else task
         for metric in ours[key].keys() & theirs[key].keys():
-            values = ours[key][metric], theirs[key][metric]
-            if all(isinstance(value, int | float) for value in values):
-                full = metric if filter_name == "none" else f"{metric},{filter_name}"
-                pairs.setdefault((name, full), []).append(values)
+            full = metric if filter_name == "none" else f"{metric},{filter_name}"
+            pairs.setdefault((name, full), []).append((ours[key][metric], theirs[key][metric]))
     if not shared:
         raise UserError(
             f"eval.compare: {first} and {second} share no evaluated row; evaluate them with the same eval.*"

@@ -20,7 +20,7 @@ from minitron_train.evaluation.progress import RequestBar
 from minitron_train.evaluation.scoring import Score, score
 from minitron_train.parallel.groups import Groups
 
-Answer = TypeVar("Answer")
+Answer = TypeVar("Answer", Score, str)
 
 
 class MegatronLM(TemplateLM):
@@ -99,22 +99,26 @@ class MegatronLM(TemplateLM):
 
             score(self.model, [cut[index] for index in left], self.groups, self.batch_tokens, checked)
 
-        answers = self.answer([key_of(request.tokens, request.num_targets) for request in cut], compute)
+        answers = self.answer([key_of(request.tokens, request.num_targets) for request in cut], compute, tuple)
         return [(value, is_greedy) for value, is_greedy in answers]
 
     def answer(
-        self, keys: list[str], compute: Callable[[list[int], Callable[[dict[int, Answer]], None]], None]
+        self,
+        keys: list[str],
+        compute: Callable[[list[int], Callable[[dict[int, Answer]], None]], None],
+        kind: type[Answer],
     ) -> list[Answer]:
         """Answers to all requests: from the journal, else computed by this rank or by another one.
 
         Args:
             keys: one per request, for the journal.
             compute: given the requests that are left, reports this rank's share of the answers bit by bit.
+            kind: of an answer, tuple or str.
 
         Raises:
             UserError: some rank's, on every rank, when all have done their share.
         """
-        known = self.journal.answers if self.journal else {}
+        known = self.journal.known(kind) if self.journal else {}
         left = [index for index, key in enumerate(keys) if key not in known]
         self.bar.expect(len(keys))
         self.bar.advance(len(keys) - len(left))
@@ -185,7 +189,7 @@ class MegatronLM(TemplateLM):
                 on_answers({index: ended[index].text(text) for index, text in zip(batch, texts, strict=True)})
 
         keys = [key_of(*parts) for parts in zip(prompts, limits, stops, strict=True)]
-        return self.answer(keys, compute)
+        return self.answer(keys, compute, str)
 
     def generation_batches(self, left: list[int], prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
         """This rank's requests, those of like prompt length and equal limit together."""

@@ -5,45 +5,52 @@
 FOLDER is the task's name, or what TASKS says; SPLIT is train, dev, validation or test.
 """
 
+import contextlib
 import gzip
 import hashlib
-import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_train.errors import UserError
+import msgspec
+
+from minitron_train.errors import UserError, first_line
 from minitron_train.evaluation.task_names import mmlu_subjects
+from minitron_train.provenance import Provenance
 
 NO_HUB = "no Hugging Face hub in reach"  # ends the reason of a task that was not run for want of data
 HUB_TIMEOUT_S = 3.0
 SPLITS = ("train", "dev", "validation", "test")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+ROW = msgspec.json.Decoder(dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Local:
     """Where a task's files lie, and the columns that its prompts read (jinja would take a missing one for empty)."""
 
-    columns: tuple[str, ...]
+    columns: dict[str, Any]  # name -> type
     folder: str | None = None
 
 
+QUESTION = {"question": str, "answer": str}
+ARC = {"question": str, "choices": dict[str, list[str]], "answerKey": str}
+TARGETS = dict[str, list[str | int]]  # choices, labels
 TASKS = {
-    "hellaswag": Local(("activity_label", "ctx_a", "ctx_b", "endings", "label")),
-    "mmlu": Local(("question", "choices", "answer")),
-    "arc_easy": Local(("question", "choices", "answerKey")),
-    "arc_challenge": Local(("question", "choices", "answerKey")),
-    "winogrande": Local(("sentence", "option1", "option2", "answer")),
-    "gsm8k": Local(("question", "answer")),
-    "humaneval": Local(("prompt", "test", "entry_point")),
-    "mbpp": Local(("text", "code", "test_list")),
-    "truthfulqa_mc1": Local(("question", "mc1_targets"), "truthfulqa"),
-    "truthfulqa_mc2": Local(("question", "mc2_targets"), "truthfulqa"),
-    "xlsum_english": Local(("text", "summary"), "xlsum"),
-    "wikitext": Local(("page",)),
+    "hellaswag": Local({"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list[str], "label": int | str}),
+    "mmlu": Local({"question": str, "choices": list[str], "answer": int | str}),
+    "arc_easy": Local(ARC),
+    "arc_challenge": Local(ARC),
+    "winogrande": Local({"sentence": str, "option1": str, "option2": str, "answer": int | str}),
+    "gsm8k": Local(QUESTION),
+    "humaneval": Local({"prompt": str, "test": str, "entry_point": str}),
+    "mbpp": Local({"text": str, "code": str, "test_list": list[str]}),
+    "truthfulqa_mc1": Local({"question": str, "mc1_targets": TARGETS}, "truthfulqa"),
+    "truthfulqa_mc2": Local({"question": str, "mc2_targets": TARGETS}, "truthfulqa"),
+    "xlsum_english": Local({"text": str, "summary": str}, "xlsum"),
+    "wikitext": Local({"page": str}),
 }
 
 
@@ -60,6 +67,11 @@ def local_files(task: str, data_dir: Path) -> dict[str, Path]:
     return found
 
 
+def spec_of(task: str) -> Local | None:
+    """What is known of a task's rows; None of a task that the user names."""
+    return TASKS.get("mmlu" if task in mmlu_subjects() else task)
+
+
 def listing(data_dir: Path) -> str:
     """A hash of the names and sizes of all files: changes when data come or go."""
     files = sorted(path for path in data_dir.rglob("*") if path.is_file())
@@ -67,9 +79,10 @@ def listing(data_dir: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def can_be_completed(facts: Mapping[str, Any]) -> bool:
+def can_be_completed(record: Provenance | None) -> bool:
     """Whether an evaluation (its record) had to leave out tasks for want of a hub that is in reach now."""
-    lacking = any(reason.endswith(NO_HUB) for reason in facts.get("not_run", {}).values())
+    reasons = record.get("facts", {}).get("not_run", {}) if record else {}
+    lacking = any(reason.endswith(NO_HUB) for reason in reasons.values())
     return lacking and hub_reachable()
 
 
@@ -90,7 +103,7 @@ def hub_reachable() -> bool:
 
 def check_columns(task: str, files: dict[str, Path]) -> None:
     """Refuse a file without a column that the task's prompts read."""
-    spec = TASKS.get("mmlu" if task in mmlu_subjects() else task)
+    spec = spec_of(task)
     for path in files.values():
         columns = read_columns(path)
         missing = [column for column in (spec.columns if spec else ()) if column not in columns]
@@ -104,13 +117,10 @@ def check_columns(task: str, files: dict[str, Path]) -> None:
 def read_columns(path: Path) -> set[str]:
     """Column names of a file, without reading its rows."""
     if path.suffix == ".parquet":
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
+        with parquet_errors(path):
             return set(pq.read_schema(path).names)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not a parquet file ({error}); copy it again") from error
     return set(next(iter(read_jsonl(path)), {}))
 
 
@@ -121,22 +131,68 @@ def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}: line {number} is not JSON ({error}); copy the file again") from error
+                    yield ROW.decode(line)
+                except (msgspec.MsgspecError, RecursionError) as error:
+                    reason = f"line {number} is not JSON, or no object ({first_line(error)})"
+                    raise UserError(f"{path}: {reason}; copy the file again") from error
     except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}); copy the file again") from error
 
 
-def read_splits(*, files: dict[str, str], **_: Any) -> dict[str, Any]:
-    """What lm-eval calls in place of the hub (custom_dataset of a task): split -> datasets.Dataset in memory."""
-    import pyarrow.parquet as pq
+@contextlib.contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn pyarrow's refusal to read a file into a UserError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a parquet file, or damaged ({first_line(error)}); copy it again") from error
+
+
+def read_splits(*, files: dict[str, str], task: str = "", **_: Any) -> dict[str, Any]:
+    """What lm-eval calls in place of the hub (custom_dataset of a task): split -> datasets.Dataset in memory.
+
+    Raises:
+        UserError: a file is damaged or empty, or a row's column is of another type than the task's.
+    """
+    import pyarrow as pa
     from datasets import Dataset
 
-    rows = {}
+    found = {}
     for split, name in files.items():
         path = Path(name)
-        rows[split] = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else list(read_jsonl(path))
-        if not rows[split]:
-            raise UserError(f"{path}: holds no rows; copy the file again")
-    return {split: Dataset.from_list(part) for split, part in rows.items()}
+        rows = read_rows(path, task)
+        try:
+            found[split] = Dataset.from_list(rows)
+        except (pa.ArrowException, TypeError) as error:
+            reason = f"a column has values of several types ({first_line(error)})"
+            raise UserError(f"{path}: {reason}; make them one type, or leave the column out") from error
+    return found
+
+
+def read_rows(path: Path, task: str) -> list[dict[str, Any]]:
+    """All rows of one file.
+
+    Raises:
+        UserError: there are none, or one does not fit the task.
+    """
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        with parquet_errors(path):
+            rows = pq.read_table(path).to_pylist()
+    else:
+        rows = list(read_jsonl(path))
+    if not rows:
+        raise UserError(f"{path}: holds no rows; copy the file again")
+    spec = spec_of(task)
+    kind = msgspec.defstruct("Row", spec.columns.items() if spec else ())
+    for number, row in enumerate(rows, start=1):
+        try:
+            msgspec.convert(row, kind)
+        except msgspec.ValidationError as error:
+            raise UserError(f"{path}: row {number} does not fit {task} ({error}); correct the file") from None
+    return rows

@@ -2,7 +2,70 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Required, TypedDict
+
+from msgspec import Meta
+
+from minitron_train.errors import UserError
+from minitron_train.records import Count, Real, read_whole_record
+
+
+class Entry(TypedDict, total=False):
+    """The record of one task or group; its metrics stand beside these keys, under their own names."""
+
+    rows: Count
+    num_fewshot: Count | None
+    not_finite: dict[str, str]
+    parts: dict[str, "Entry"]
+
+
+class Splits(TypedDict, total=False):
+    """The splits that a task takes its rows and its examples from."""
+
+    rows: str
+    examples: str
+
+
+class TaskData(TypedDict, total=False):
+    """Where the data of a task came from."""
+
+    splits: Splits
+    lm_eval_splits: Splits
+
+
+class Evaluation(TypedDict, total=False):
+    """eval/LABEL.json, the keys that are read back."""
+
+    perplexity: Required[Annotated[float, Meta(gt=0)] | None]
+    results: Required[dict[str, Entry]]
+    not_run: dict[str, str]  # task -> reason
+    data: dict[str, TaskData]
+    parameters: Count
+    bytes: Count
+
+
+class Item(TypedDict):
+    """One line of eval/LABEL.items.jsonl, the keys that are read back. A metric of a row may be of any kind."""
+
+    task: str
+    filter: str
+    doc_id: int
+    prompt_hash: str
+    metrics: dict[str, Real | bool | str | list[Any] | dict[str, Any] | None]
+
+
+def read_evaluation(file: Path) -> Evaluation:
+    """One eval/LABEL.json.
+
+    Raises:
+        UserError: it is not there, damaged, or another program's file.
+    """
+    again = f"evaluate {file.stem} again with force=true"
+    try:
+        return read_whole_record(file, Evaluation, f"{again}, or take the file out of {file.parent}")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {again}") from None
 
 
 def collect(raw: Mapping[str, Any], leaves: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ import json
 import math
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from minitron_train.evaluation.source import open_origin
 from minitron_train.evaluation.task_names import check_keys
 from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.parallel.groups import Groups
+from minitron_train.records import Count, read_record
 
 
 def evaluate(
@@ -129,10 +130,23 @@ def run_tasks(
     return report, list(items(raw))
 
 
+class Ends(TypedDict, total=False):
+    """generation_config.json or config.json, as far as it is read here."""
+
+    eos_token_id: Count | list[Count] | None
+
+
 def end_tokens(folder: Path) -> frozenset[int]:
-    """Tokens that end a text, as generation_config.json or config.json lists them; chat models have several."""
+    """Tokens that end a text, as generation_config.json or config.json lists them; chat models have several.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
     for name in ("generation_config.json", "config.json"):
-        found = json.loads((folder / name).read_text()).get("eos_token_id") if (folder / name).exists() else None
+        try:
+            found = read_record(folder / name, Ends, "copy the file again").get("eos_token_id")
+        except FileNotFoundError:
+            continue
         if found is not None:
             return frozenset([found] if isinstance(found, int) else found)
     return frozenset()

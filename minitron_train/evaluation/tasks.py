@@ -144,7 +144,7 @@ def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> s
     """A task file that includes lm-eval's and reads its data from `files`."""
     config = manager.task_index[task].cfg or {}
     changed: dict[str, Any] = {"include": str(manager.task_index[task].yaml_path), "task": task}
-    changed["dataset_kwargs"] = {"files": {split: str(path) for split, path in files.items()}}
+    changed["dataset_kwargs"] = {"files": {split: str(path) for split, path in files.items()}, "task": task}
     changed |= without_missing(config, files)
     return yaml.safe_dump(changed) + "custom_dataset: !function minitron_train.evaluation.local_data.read_splits\n"
 

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.config import ParallelConfig
 from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World
+from minitron_train.parallel.launch import World, rendezvous
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
     destruction would wait for (pytorch#141510), and the failure's message with it.
 
     Raises:
-        UserError: tensor_model_parallel_size does not divide the number of processes.
+        UserError: tensor_model_parallel_size does not divide the number of processes, or nothing says where they meet.
     """
     tp = parallel.tensor_model_parallel_size
     if world.size % tp:
@@ -155,19 +155,14 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
     if dist.is_initialized():  # of a sweep's job that has failed; all processes go on with the next one
         destroy()
     with contextlib.ExitStack() as stack:
-        rendezvous = "env://"
-        if "MASTER_ADDR" not in os.environ and world.size > 1:
-            raise UserError(
-                f"MASTER_ADDR is not set: {world.size} processes need a place to meet; start them with torchrun, "
-                "or set MASTER_ADDR and MASTER_PORT as slurm/common.sh does"
-            )
-        if "MASTER_ADDR" not in os.environ:  # alone: no port is opened
+        method = "env://"
+        if "MASTER_ADDR" in os.environ or world.size > 1:
+            rendezvous(os.environ)
+        else:  # alone: no port is opened
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            rendezvous = f"file://{Path(folder) / 'rendezvous'}"
+            method = f"file://{Path(folder) / 'rendezvous'}"
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-        dist.init_process_group(
-            backend, init_method=rendezvous, rank=world.rank, world_size=world.size, timeout=timeout
-        )
+        dist.init_process_group(backend, init_method=method, rank=world.rank, world_size=world.size, timeout=timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta

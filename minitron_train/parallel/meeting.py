@@ -16,10 +16,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, TypeVar
+
+from msgspec import Meta
 
 from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World
+from minitron_train.parallel.launch import World, rendezvous
+from minitron_train.records import Count, decode
+
+T = TypeVar("T")
 
 DEADLINE_S = 90  # for all ranks to come; job steps start within seconds of each other
 CALL_S = 15  # for a connection to a neighbour that is there: four packets, should the first ones be lost
@@ -27,7 +32,28 @@ ANSWER_S = 30  # for what the ranks have to say after that
 PATIENCE_S = DEADLINE_S + ANSWER_S  # of the others with rank 0, which knows more and ends first
 PACKAGES = ("minitron_train", "torch", "megatron-core", "transformers")  # must be the same on all ranks
 
-Card = Mapping[str, Any]  # a rank's report: rank, host, port, versions, complaints
+MAX_MESSAGE_BYTES = 2**26  # far above what 10,000 ranks have to say
+Port = Annotated[int, Meta(ge=1, le=65535)]
+
+
+class Card(TypedDict):
+    """What a rank above 0 reports first. Rank 0 has one of its own."""
+
+    rank: Count
+    host: str
+    port: Port  # where the rank before connects to
+    versions: dict[str, str]
+    complaints: list[str]
+
+
+class Notice(TypedDict):
+    """What rank 0 answers when all are there."""
+
+    ranks: list[tuple[str, Port]]
+    proof: str | None  # a file that all must see
+
+
+Complaints = list[str]
 
 
 def meet(complaints: list[str], folder: Path, world: World, environ: Mapping[str, str]) -> list[str]:
@@ -44,10 +70,10 @@ def meet(complaints: list[str], folder: Path, world: World, environ: Mapping[str
     Raises:
         UserError: a rank did not come, or could not reach rank 0.
     """
-    first = (environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
+    first = rendezvous(environ)
     with listen(0) as own:  # the rank before connects to it; nothing need be accepted for that
         here = {"rank": world.rank, "host": host_name(environ), "port": own.address[1]}
-        card = {**here, "versions": versions(), "complaints": complaints}
+        card = Card(**here, versions=versions(), complaints=complaints)
         return gather(card, folder, first, world.size) if world.is_first else report(card, folder, first)
 
 
@@ -61,25 +87,29 @@ def report(card: Card, folder: Path, first: tuple[str, int]) -> list[str]:
             raise UserError(f"{card['host']} cannot reach {there}: {error.strerror or error}") from error
     with connection:
         send(connection, card)
-        notice = receive(connection, "rank 0", PATIENCE_S)
+        notice = receive(connection, Notice, "rank 0", PATIENCE_S)
         seen = notice["proof"] is None or Path(notice["proof"]).exists()
         found = (
             [] if seen else [f"{card['host']}: does not see {folder} of rank 0; output_dir must be on a shared disk"]
         )
         send(connection, found + call_neighbour(notice["ranks"], card["rank"]))
-        return [f"see the message of rank 0: {text}" for text in receive(connection, "rank 0", PATIENCE_S)]
+        return [f"see the message of rank 0: {text}" for text in receive(connection, Complaints, "rank 0", PATIENCE_S)]
 
 
 def gather(card: Card, folder: Path, first: tuple[str, int], size: int) -> list[str]:
     """Rank 0's side."""
-    cards, others, proof = {0: card}, {}, folder / f".meeting-{uuid.uuid4().hex[:8]}"
+    cards, proof = {0: card}, folder / f".meeting-{uuid.uuid4().hex[:8]}"
+    others: dict[int, Connection] = {}
     here = f"{first[0]}:{first[1]}"
     with ExitStack() as stack:
         listener = stack.enter_context(listen_at(first))
         with deadline(lambda: f"ranks {absent(cards, size)} did not reach {here}; is a firewall between?"):
             while len(cards) < size:
                 connection = stack.enter_context(listener.accept())
-                theirs = receive(connection, "another rank", DEADLINE_S)
+                theirs = receive(connection, Card, "another rank", DEADLINE_S)
+                if theirs["rank"] in cards or theirs["rank"] >= size:
+                    who = f"{theirs['host']} calls itself rank {theirs['rank']} of {size}"
+                    raise UserError(f"{who}, which is another one; does a second job use {here}?")
                 cards[theirs["rank"]], others[theirs["rank"]] = theirs, connection
         ranks = [(cards[rank]["host"], cards[rank]["port"]) for rank in sorted(cards)]
         stack.callback(proof.unlink, missing_ok=True)
@@ -100,7 +130,8 @@ def answers(others: Mapping[int, Connection], ranks: Sequence[tuple[str, int]]) 
     until_s = time.monotonic() + ANSWER_S
     for rank in sorted(others):
         try:
-            yield from receive(others[rank], f"rank {rank} on {ranks[rank][0]}", until_s - time.monotonic())
+            who, patience_s = f"rank {rank} on {ranks[rank][0]}", until_s - time.monotonic()
+            yield from receive(others[rank], Complaints, who, patience_s)
         except UserError as error:
             yield str(error)
 
@@ -122,10 +153,10 @@ def call_neighbour(ranks: Sequence[tuple[str, int]], rank: int) -> list[str]:
 def version_complaints(cards: Mapping[int, Card]) -> list[str]:
     """Where a rank's software differs from rank 0's."""
     return [
-        f"rank {rank} on {card['host']}: {name} is {card['versions'][name]}, on rank 0 it is {wanted}"
+        f"rank {rank} on {card['host']}: {name} is {found}, on rank 0 it is {wanted}"
         for rank, card in sorted(cards.items())
         for name, wanted in cards[0]["versions"].items()
-        if card["versions"][name] != wanted
+        if (found := card["versions"].get(name, "unknown")) != wanted
     ]
 
 
@@ -183,18 +214,21 @@ def send(connection: Connection, value: Any) -> None:
         connection.send_bytes(json.dumps(value).encode())
 
 
-def receive(connection: Connection, who: str, patience_s: float) -> Any:
+def receive(connection: Connection, kind: type[T], who: str, patience_s: float) -> T:
     """Inverse of `send`.
 
     Raises:
-        UserError: the other side, `who`, has ended or is silent.
+        UserError: the other side, `who`, has ended, is silent, or says something else than a `kind`.
     """
     try:
         if not connection.poll(max(0.0, patience_s)):
             raise UserError(f"{who} does not answer; does its node still run?")
-        return json.loads(connection.recv_bytes())
+        data = connection.recv_bytes(MAX_MESSAGE_BYTES)
     except (EOFError, ConnectionError) as error:
         raise UserError(f"{who} has ended; see its message") from error
+    except OSError:  # multiprocessing's, for a length above the limit
+        data = b""
+    return decode(data, kind, f"message from {who}", "does another program use MASTER_PORT? choose another port")
 
 
 @contextmanager

@@ -1,19 +1,24 @@
 """Scores: importance of channels, heads, neurons and layers, derived from raw statistics; and their file."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
 from minitron_train.config import PruneConfig, Scope
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 from minitron_train.prune.collect import FINAL_NORM, Statistics
 from minitron_train.prune.statistics import Moments
+from minitron_train.records import Count, damaged
 
 FILE = "scores.safetensors"
 SHAPE_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
@@ -86,7 +91,7 @@ class Scores:
         if not path.exists():
             raise UserError(f"{path}: no such file; run `score` first")
         hf.read_header(path, remedy="remove it and run `score` again")
-        with safe_open(str(path), framework="pt") as file:
+        with opened(path) as file:
             metadata = dict(file.metadata() or {})
             for key in SHAPE_KEYS:
                 if metadata.get(key) != str(getattr(teacher.shape, key)):
@@ -100,17 +105,56 @@ class Scores:
                 )
             names = [name for name in list(file.keys()) if name.startswith("raw.")]
             raw = {name.removeprefix("raw."): file.get_tensor(name) for name in names}
-        if not {"samples", "spans"} <= raw.keys() or "tokens" not in metadata:
-            raise UserError(f"{path}: no raw statistics in it; remove it and run `score` again")
-        statistics = Statistics(teacher.shape.num_layers, num_tokens=int(metadata["tokens"]))
-        samples, statistics.spans = raw.pop("samples")[0], raw.pop("spans")
-        statistics.losses_without = raw.pop("losses_without", None)
-        for name, value in raw.items():
-            if name.endswith(".block"):
-                statistics.blocks[name] = value
-            else:
-                statistics.moments[name] = Moments(samples, value[0], value[1])
-        return cls(statistics, metadata)
+        try:
+            return cls(statistics_of(raw, metadata, teacher.shape), metadata)
+        except (KeyError, ValueError) as error:
+            why = f"its raw statistics are not whole: {error}"
+            raise damaged(str(path), why, "remove it and run `score` again") from None
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The scores as safetensors opens them."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise damaged(str(path), first_line(error), "remove it and run `score` again") from None
+
+
+def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Shape) -> Statistics:
+    """Statistics from the tensors named `raw.…` and the metadata.
+
+    Raises:
+        KeyError, ValueError: a tensor or a key is missing, or of another type or shape.
+    """
+    every = range(shape.num_layers)
+    tokens = msgspec.convert(metadata["tokens"], Count, strict=False)
+    taken = {name: raw.pop(name) for name in ("samples", "spans")}
+    taken |= {name: raw.pop(name) for name in ("losses_without",) if name in raw}
+    blocks = {f"layers.{i}.block": raw.pop(f"layers.{i}.block") for i in every}
+    whole = shape.num_layers + 1
+    sizes = {"samples": (1,), "spans": (whole, whole), "losses_without": (whole,)}
+    for name, value in (taken | blocks).items():
+        if tuple(value.shape) != sizes.get(name, (2,)):
+            raise ValueError(f"raw.{name} has size {list(value.shape)}")
+    channels = shape.num_attention_heads * shape.kv_channels
+    widths = {"input_norm": shape.hidden_size, "mlp_norm": shape.hidden_size, "head_channels": channels}
+    widths |= {"head_norms": shape.num_attention_heads}
+    widths |= {"neurons_pre": shape.ffn_hidden_size, "neurons_post": shape.ffn_hidden_size}
+    expected = {FINAL_NORM: shape.hidden_size}
+    expected |= {f"layers.{i}.{point}": width for i in every for point, width in widths.items()}
+    for name, width in expected.items():
+        if tuple(raw[name].shape) != (2, 3, width) or not raw[name].is_floating_point():
+            raise ValueError(f"raw.{name} has type {raw[name].dtype} and size {list(raw[name].shape)}")
+    return Statistics(
+        shape.num_layers,
+        num_tokens=tokens,
+        moments={name: Moments(taken["samples"][0], *raw[name].unbind()) for name in expected},
+        blocks=blocks,
+        losses_without=taken.get("losses_without"),
+        spans=taken["spans"],
+    )
 
 
 def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, metadata: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from minitron_train.report import charts
 from minitron_train.report.charts import Chart, Key, Mark, Note
 from minitron_train.report.numbers import percent, perplexity, short, tiny
-from minitron_train.report.summary import headline, is_share, task_name, value_text
+from minitron_train.report.summary import headline, is_share, number, task_name, value_text
 
 # T logged steps
 
@@ -108,8 +108,8 @@ def perplexity_chart(columns: Columns, evals: Evals) -> Chart | None:
     series = finite_points(columns, "eval.validation.perplexity")
     if series is None:
         return None
-    levels = {label: evals[label].get("perplexity") for label in ("teacher", "pruned") if label in evals}
-    levels = {label: value for label, value in levels.items() if isinstance(value, int | float) and np.isfinite(value)}
+    noted = {label: evals[label]["perplexity"] for label in ("teacher", "pruned") if label in evals}
+    levels = {label: value for label, value in noted.items() if value is not None}
     values = [*series[1], *levels.values()]
     spread = max((max(values) / min(values)) ** 0.2, 1.01)
     room = [min(values) / spread, max(values) * spread] if levels else []  # for the levels' names
@@ -152,7 +152,8 @@ def task_charts(columns: Columns, evals: Evals) -> list[Chart]:
         if series is None or task == "validation":
             continue
         measured = finite_points(columns, f"eval.{task}.{metric}.teacher")  # on the same rows
-        goal = measured[1][-1] if measured else evals.get("teacher", {}).get("results", {}).get(task, {}).get(metric)
+        known = evals["teacher"]["results"].get(task, {}) if "teacher" in evals else {}
+        goal = measured[1][-1] if measured else number(known.get(metric))
         label = partial(percent, digits=0) if is_share(metric) else short
         x, y = tokens_scale(columns), charts.linear([*series[1], *([goal] if goal else [])], label)
         marks = [

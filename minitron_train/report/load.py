@@ -1,7 +1,6 @@
 """What an output folder holds, read for the report. Whatever a stage has not written yet is simply absent."""
 
-import json
-import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from minitron_train import provenance
 from minitron_train.arch import Shape, architecture
-from minitron_train.errors import UserError
+from minitron_train.console import say
+from minitron_train.errors import UserError, first_line
+from minitron_train.evaluation.results import Evaluation, read_evaluation
 from minitron_train.files import PARTIAL, REPLACED
 from minitron_train.hf import read_header, read_json, shape_from_config
+from minitron_train.provenance import StageRecord
+from minitron_train.records import damaged
 from minitron_train.stages import PROVENANCE
+from minitron_train.train.metrics import read_rows
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
 PATH_SETTINGS = {"teacher": "teacher", "pruned": "student", "student": "export"}  # sections whose `path` moves a model
 TRAININGS = {"train": "train", "pretrain": "pretrain/train"}
 CHOSEN_BY = "importance."  # in kept.safetensors, see prune.select.Keep
-LAYER_KEY = re.compile(r"layers\.(\d+)\.(heads|ffn|block)")
+BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # there is one for every layer
 
 # L layers, U units of one axis in one layer (heads or neurons), H embedding channels, T logged steps
 
@@ -65,17 +70,17 @@ class Run:
     """Everything that was found under one output folder."""
 
     folder: Path
-    stages: list[dict[str, Any]]  # provenance.json of each, oldest first, with "folder" added
+    stages: list[StageRecord]  # oldest first
     models: dict[str, Model]
     axes: dict[str, Axis]  # embedding, heads, ffn, block
     metrics: dict[str, dict[str, np.ndarray]]  # train, pretrain -> column -> [T] float64, NaN where not logged
-    evals: dict[str, dict[str, Any]]  # eval/LABEL.json by label
+    evals: dict[str, Evaluation]  # eval/LABEL.json by label
 
     @property
     def name(self) -> str:
         """The recipe's name."""
-        names = [stage["config"].get("name") for stage in reversed(self.stages) if "config" in stage]
-        return next((str(name) for name in names if name), self.folder.name)
+        names = [stage["config"].get("name") for stage in reversed(self.stages)]
+        return next((name for name in names if name), self.folder.name)
 
     @property
     def labels(self) -> list[str]:
@@ -83,9 +88,9 @@ class Run:
         known = {*self.models, *self.evals}
         return [*(label for label in MODELS if label in known), *sorted(known.difference(MODELS))]
 
-    def stage(self, name: str) -> dict[str, Any] | None:
+    def stage(self, name: str) -> StageRecord | None:
         """The provenance of one stage."""
-        return next((stage for stage in self.stages if stage.get("stage") == name), None)
+        return next((stage for stage in self.stages if stage["stage"] == name), None)
 
 
 def load_run(folder: Path) -> Run:
@@ -96,9 +101,7 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
-    stages = sorted(
-        read_stages(folder), key=lambda stage: (str(stage.get("started_at", "")), stage.get("wall_seconds", 0))
-    )
+    stages = sorted(read_stages(folder), key=lambda stage: (stage.get("started_at", ""), stage["wall_seconds"]))
     return Run(
         folder=folder,
         stages=stages,
@@ -110,28 +113,28 @@ def load_run(folder: Path) -> Run:
             if (columns := read_metrics(folder / place / "metrics.jsonl"))
         },
         evals={
-            file.stem: read_json(file)
+            file.stem: read_evaluation(file)
             for file in sorted((folder / "eval").glob("*.json"))
             if not file.name.endswith(PROVENANCE)
         },
     )
 
 
-def read_stages(folder: Path) -> Iterator[dict[str, Any]]:
+def read_stages(folder: Path) -> Iterator[StageRecord]:
     """Provenance of every finished stage, from its own folder or one below."""
     for pattern in (f"*/*{PROVENANCE}", f"*/*/*{PROVENANCE}"):  # eval/ has one per model: teacher.provenance.json
         for file in sorted(folder.glob(pattern)):
             place = file.parent.relative_to(folder)
             if not any(PARTIAL in part or REPLACED in part for part in place.parts):
-                yield read_json(file) | {"folder": str(place)}
+                yield {**provenance.read(file), "folder": str(place)}
 
 
-def read_models(folder: Path, stages: list[dict[str, Any]]) -> Iterator[tuple[str, Model]]:
+def read_models(folder: Path, stages: list[StageRecord]) -> Iterator[tuple[str, Model]]:
     """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
     for label in MODELS:
-        sections = [stage.get("config", {}).get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
-        for place in [*(Path(section["path"]) for section in sections if section.get("path")), folder / label]:
-            if (place / "config.json").exists():
+        sections = [stage["config"].get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
+        for place in [*(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
+            if os.path.exists(place / "config.json"):  # noqa: PTH110  # Path.exists raises where a name is too long
                 shape = shape_from_config(read_json(place / "config.json"), str(place / "config.json"))
                 weight_bytes = sum(file.stat().st_size for file in place.glob("*.safetensors") if file.stem != "kept")
                 yield label, Model(folder=place, shape=shape, weight_bytes=weight_bytes)
@@ -147,15 +150,28 @@ def read_axes(scores_file: Path, kept_file: Path) -> dict[str, Axis]:
     named = (kept or {}).items()
     chosen_by = {name.removeprefix(CHOSEN_BY): value for name, value in named if name.startswith(CHOSEN_BY)}
     scores = read_tensors(scores_file) | chosen_by
-    num_layers = 1 + max((int(match[1]) for key in scores if (match := LAYER_KEY.fullmatch(key))), default=-1)
+    try:
+        return axes_of(scores, kept)
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # of tensors whose shapes or types do not fit
+        files = " and ".join(str(file) for file in (scores_file, kept_file) if file.exists())
+        raise damaged(files, f"their tensors do not fit together: {error}", "run score and prune again") from None
+
+
+def axes_of(scores: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | None) -> dict[str, Axis]:
+    """Importance and kept units by axis, from the tensors of both files."""
+    layers = sorted(int(match[1]) for key in scores if (match := BLOCK_KEY.fullmatch(key)))
+    if layers != list(range(len(layers))):
+        raise KeyError(f"layers {layers}")
     axes = {}
     for name in ("embedding", "heads", "ffn", "block"):
-        keys = ["embedding"] if name == "embedding" else [f"layers.{i}.{name}" for i in range(num_layers)]
+        keys = ["embedding"] if name == "embedding" else [f"layers.{i}.{name}" for i in layers]
         if not all(key in scores for key in keys) or not keys:
             continue
         values = [scores[key].astype(np.float64) for key in keys]
         if name == "block":  # one number per layer; the kept units are the kept layers
             values, keys = [np.concatenate(values)], ["layers"]
+        if not all(value.ndim == 1 and value.size and np.isfinite(value).all() for value in values):
+            raise ValueError(f"{name} is not one row of finite numbers per layer")
         if name == "embedding" and kept is not None and "embedding.variance" in kept:
             axes[name] = rotated_axis(kept)
             continue
@@ -187,27 +203,33 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file that are not raw statistics; empty when there is no file."""
     if not file.exists():
         return {}
-    read_header(file, remedy=f"remove {file.parent} and run its stage again")
-    with safe_open(str(file), framework="np") as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys() if not key.startswith("raw.")}  # noqa: SIM118
+    remedy = f"remove {file.parent} and run its stage again"
+    read_header(file, remedy=remedy)
+    try:
+        with safe_open(str(file), framework="np") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys() if not key.startswith("raw.")}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # as of types that numpy lacks
+        raise damaged(str(file), first_line(error), remedy) from None
 
 
 def read_metrics(file: Path) -> dict[str, np.ndarray]:
     """metrics.jsonl as columns [T], ordered by step.
 
-    A step that was logged twice (a resumed run) is merged, the later line winning; a last line that is still being
-    written is left out, and so is a line without the number of its step. Empty when there is no file.
+    A step that was logged twice (a resumed run) is merged, the later line winning. A last line that is still being
+    written is left out; so are damaged ones, with a warning. Empty when there is no file.
+
+    Raises:
+        UserError: something else stands in the place of the file.
     """
-    if not file.exists():
+    try:
+        found = read_rows(file)
+    except FileNotFoundError:
         return {}
+    if found.damaged:
+        say(f"{file}: {len(found.damaged)} damaged lines are left out, the first is line {min(found.damaged)}")
     rows: dict[int, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and is_number(row.get("step")) and math.isfinite(row["step"]):
-            rows.setdefault(int(row["step"]), {}).update(row)
+    for row in found.values:
+        rows.setdefault(row["step"], {}).update(row)
     ordered = [rows[step] for step in sorted(rows)]
     names = sorted({name for row in ordered for name, value in row.items() if is_number(value)})
     return {

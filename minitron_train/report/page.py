@@ -152,7 +152,7 @@ def sources(run: Run) -> str:
 
 def resumed_at(stage: Mapping[str, Any]) -> int:
     """The step with which a training's last start began; 0 for what was done at once."""
-    return (stage.get("facts") or {}).get("resumed_at_step") or 0
+    return stage.get("facts", {}).get("resumed_at_step") or 0
 
 
 def wall(stage: Mapping[str, Any]) -> str:
@@ -172,7 +172,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
             "command": str(stage.get("command", "–")),
             "started_at": str(stage.get("started_at") or "–").replace("T", " ").replace("+00:00", ""),
             "wall": wall(stage),
-            "peak": byte_size(stage["peak_rss_bytes"]) if stage.get("peak_rss_bytes") else "–",
+            "peak": byte_size(peak) if (peak := stage.get("peak_rss_bytes")) else "–",
             "inputs": [(label, short_hash(str(digest))) for label, digest in (stage.get("inputs") or {}).items()],
             "facts": pretty(stage.get("facts")),
         }

@@ -91,8 +91,12 @@ def task_name(task: str) -> str:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if fits else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of 400 digits
+        return None
 
 
 def tasks_of(run: Run) -> list[str]:
@@ -103,14 +107,12 @@ def tasks_of(run: Run) -> list[str]:
 
 def reasons_of(run: Run, label: str) -> Mapping[str, Any]:
     """Tasks of one model that were not run, with the reason."""
-    reasons = run.evals.get(label, {}).get("not_run")
-    return reasons if isinstance(reasons, Mapping) else {}
+    return run.evals[label].get("not_run", {}) if label in run.evals else {}
 
 
 def results_of(run: Run, label: str) -> Mapping[str, Any]:
     """The `results` of one model; empty when it was not evaluated."""
-    results = run.evals.get(label, {}).get("results")
-    return results if isinstance(results, Mapping) else {}
+    return run.evals[label]["results"] if label in run.evals else {}
 
 
 def metric_of(run: Run, task: str) -> str:
@@ -132,8 +134,7 @@ def headline(metrics: Iterable[str]) -> str:
 
 def entry_of(run: Run, label: str, task: str) -> Mapping[str, Any]:
     """One entry of `results`; empty when absent."""
-    entry = results_of(run, label).get(task)
-    return entry if isinstance(entry, Mapping) else {}
+    return results_of(run, label).get(task, {})
 
 
 def score_of(run: Run, label: str, task: str, metric: str | None = None) -> Score:
@@ -160,8 +161,7 @@ def read_score(entry: Mapping[str, Any], metric: str, reason: str = "") -> Score
 
 def perplexity_of(run: Run, label: str) -> float | None:
     """Perplexity of one model on the held-out slice; None when it was not measured."""
-    value = run.evals.get(label, {}).get("perplexity")
-    return float(value) if isinstance(value, int | float) else None
+    return number(run.evals[label]["perplexity"]) if label in run.evals else None
 
 
 def not_run(run: Run) -> list[str]:
@@ -185,11 +185,11 @@ def substitutions(run: Run) -> list[str]:
     """ "ARC-C: rows of the validation split (lm-eval's own: test)", once for all models that share it."""
     lines = []
     for label in run.labels:
-        for task, data in (run.evals.get(label, {}).get("data") or {}).items():
+        for task, data in (run.evals[label].get("data", {}) if label in run.evals else {}).items():
             used, usual = data.get("splits", {}), data.get("lm_eval_splits", {})
             shots = entry_of(run, label, task).get("num_fewshot")
             said = [
-                f"{what} of the {used[what]} split (lm-eval's own: {usual[what]})"
+                f"{what} of the {used.get(what)} split (lm-eval's own: {usual.get(what)})"
                 for what in ("rows", "examples" if shots != 0 else "")
                 if used.get(what) != usual.get(what)
             ]
@@ -199,13 +199,19 @@ def substitutions(run: Run) -> list[str]:
 
 def section_of(run: Run, section: str) -> Mapping[str, Any]:
     """A section of the newest configuration that a stage of the run recorded."""
-    found = (stage["config"].get(section) for stage in reversed(run.stages) if "config" in stage)
+    found = (stage["config"].get(section) for stage in reversed(run.stages))
     return next((section for section in found if section), {})
+
+
+def facts_of(run: Run, stage: str) -> Mapping[str, Any]:
+    """What a stage found out; empty when it was not run."""
+    record = run.stage(stage)
+    return record.get("facts", {}) if record else {}
 
 
 def teacher_name(run: Run) -> str | None:
     """How the teacher is called where it came from: a folder, a hub's repository, a GGUF file, a wheel; None: nowhere."""
-    settings, facts = section_of(run, "teacher"), (run.stage("fetch teacher") or {}).get("facts") or {}
+    settings, facts = section_of(run, "teacher"), facts_of(run, "fetch teacher")
     folder = Path(settings["path"]).name if settings.get("path") else None
     names = (folder, settings.get("repo_id"), facts.get("gguf"), settings.get("wheel"))
     return next((str(name) for name in names if name), None)
@@ -215,9 +221,7 @@ def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
     """Parameters and bytes of weights: of the folder, or as the evaluation noted them."""
     if label in run.models:
         return run.models[label].parameters, run.models[label].weight_bytes
-    noted = (number(run.evals.get(label, {}).get(key)) for key in ("parameters", "bytes"))
-    parameters, weight_bytes = (None if value is None else int(value) for value in noted)
-    return parameters, weight_bytes
+    return (run.evals[label].get("parameters"), run.evals[label].get("bytes")) if label in run.evals else (None, None)
 
 
 def summary_table(output_dir: Path) -> str:

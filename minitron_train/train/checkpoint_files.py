@@ -12,16 +12,41 @@ checkpoints/
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
 
-from minitron_train.files import PARTIAL, REPLACED, atomic_write_text, sha256_file, sync_path
+from msgspec import Meta
+
+from minitron_train.errors import UserError
+from minitron_train.files import PARTIAL, REPLACED, atomic_write_text, disk_errors, sha256_file, sync_path
+from minitron_train.records import Count, damaged, read_bytes, read_record
 from minitron_train.train.best import Yardstick
 
 MANIFEST = "manifest.json"
 SUMS = "sums-{rank}.json"  # what one rank's writer wrote, until the manifest takes it over
+MANIFEST_REMEDY = "restore it from a copy, or use another checkpoint"
+MAX_POINTER_BYTES = 100  # of `latest` and `best`; a file of weights given in their place is not read
+
+FileName = Annotated[str, Meta(pattern="^[^/\\0]+$")]  # nothing outside the checkpoint
+
+
+class Sum(TypedDict):
+    """Size and hash of one file."""
+
+    bytes: Count
+    sha256: str
+
+
+class Manifest(TypedDict, total=False):
+    """manifest.json, without what only people read."""
+
+    step: Required[Count]
+    files: Required[dict[FileName, Sum]]
+    belongs_to: Required[dict[str, Any]]
+    evaluation: dict[str, float | None]  # by TASK.METRIC
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -34,12 +59,30 @@ def finished(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step_????????") if (path / MANIFEST).exists()), reverse=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a finished checkpoint; ValueError when it is unreadable."""
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a finished checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is damaged.
+    """
+    return read_record(path / MANIFEST, Manifest, MANIFEST_REMEDY)
 
 
-def describe(file: Path) -> dict[str, Any]:
+def read_pointer(file: Path) -> Path:
+    """The checkpoint that `latest` or `best` names.
+
+    Raises:
+        UserError: the file names none.
+    """
+    text = read_bytes(file, max_bytes=MAX_POINTER_BYTES).decode(errors="replace").strip()
+    if not re.fullmatch(r"step_[0-9]{8}", text, re.ASCII):
+        remedy = "name the folder of a checkpoint itself, checkpoints/step_…"
+        raise damaged(str(file), "does not hold the name of a checkpoint", remedy)
+    return file.with_name(text)
+
+
+def describe(file: Path) -> Sum:
     """Size and hash of one file."""
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
@@ -52,9 +95,9 @@ def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
 
 def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     """Complete the manifest, make everything durable, then let the checkpoint appear and `latest` point to it."""
-    sums: dict[str, Any] = {}
+    sums: dict[str, Sum] = {}
     for part in scratch.glob(SUMS.format(rank="*")):
-        sums |= json.loads(part.read_text(encoding="utf-8"))
+        sums |= read_record(part, dict[FileName, Sum], "save again")
         part.unlink()
     for file in scratch.iterdir():
         if file.name not in sums:
@@ -77,11 +120,11 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Of its files, every `shares`-th is read, beginning with `share`."""
     try:
         files = read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, UserError) as error:
         return f"{MANIFEST} is unreadable ({error})"
     for name in sorted(files)[share::shares]:
         file, noted = path / name, files[name]
-        if not file.exists():
+        if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != noted["bytes"]:
             return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
@@ -132,7 +175,8 @@ def tidy(folder: Path, keep: int, keep_best: int, yardstick: Yardstick) -> None:
     if best and keep_best:
         atomic_write_text(folder / "best", best[0].name + "\n")
     else:
-        (folder / "best").unlink(missing_ok=True)
+        with disk_errors(folder / "best"):
+            (folder / "best").unlink(missing_ok=True)
     for path in set(paths[keep:]) - set(best[:keep_best]):
         remove(path)
 
@@ -141,5 +185,5 @@ def evaluation_of(path: Path) -> dict[str, float | None]:
     """The evaluation noted in a manifest, by TASK.METRIC; empty when there was none, or the manifest is unreadable."""
     try:
         return read_manifest(path).get("evaluation", {})
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return {}

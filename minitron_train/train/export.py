@@ -70,7 +70,7 @@ def find_checkpoint(source: Path) -> Path:
         UserError: there is none, or the one that was named is damaged.
     """
     if source.is_file():
-        source = source.parent / source.read_text(encoding="utf-8").strip()
+        source = files.read_pointer(source)
     if (source / files.MANIFEST).exists():
         wrong = files.damage(source)
         if wrong:

@@ -2,31 +2,48 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import msgspec
 import torch
 
 from minitron_train.console import PLAIN_INTERVAL_S, say
-from minitron_train.files import atomic_write_text
+from minitron_train.errors import UserError
+from minitron_train.files import atomic_write_text, disk_errors
+from minitron_train.records import Count, Integer, Lines, read_lines, set_aside
 
 Row = dict[str, Any]
+
+
+class Step(TypedDict):
+    """What each line of metrics.jsonl has."""
+
+    step: Count
+
+
+FIGURES = msgspec.json.Decoder(dict[str, Integer | float | str | bool | None])
+STEP = msgspec.json.Decoder(Step)
 
 
 class MetricsFile:
     """metrics.jsonl: one object a line, each step at most once, however often the run was killed."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open for appending after `step`: lines of later steps, or cut off by a kill, go."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = read_rows(path)
-        kept = [row for row in old if row["step"] <= step]
-        if path.exists():
-            atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.handle = path.open("a", encoding="utf-8")
+        """Open for appending after `step`: lines of later steps, or cut off by a kill, go.
+
+        A damaged file is kept as metrics.jsonl.damaged-N, and its whole lines are taken over.
+        """
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(path):
+                rows = {row["step"]: row for row in mended_rows(path) if row["step"] <= step}
+                atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
+            self.handle = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         """Append one line; values that are not finite become null."""
@@ -38,15 +55,35 @@ class MetricsFile:
         self.handle.close()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The whole lines of a metrics.jsonl, none when there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a kill in the middle of a line
-            break
-    return rows
+def mended_rows(path: Path) -> list[Row]:
+    """The whole lines of a metrics.jsonl, which is set aside when others are damaged or when it is no file."""
+    try:
+        found = read_rows(path)
+    except (UserError, FileNotFoundError) as error:  # the latter: a link to nowhere
+        say(f"{error}; kept as {set_aside(path).name}, and the metrics begin anew")
+        return []
+    if found.damaged:
+        number, why = next(iter(found.damaged.items()))
+        where = f"{path}: {len(found.damaged)} damaged lines, the first is line {number} ({why})"
+        say(f"{where}; kept as {set_aside(path).name}, the other lines are taken over")
+    return found.values
+
+
+def read_rows(path: Path) -> Lines[Row]:
+    """The lines of a metrics.jsonl; a row has a `step`, and no value but numbers, words and null.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: something else stands in its place.
+    """
+    return read_lines(path, decode_row)
+
+
+def decode_row(line: bytes) -> Row:
+    """One line of metrics.jsonl; raises what msgspec raises."""
+    row = FIGURES.decode(line)
+    STEP.decode(line)
+    return row
 
 
 def finite(value: Any) -> Any:

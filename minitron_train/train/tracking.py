@@ -9,7 +9,7 @@ from typing import Any
 
 from minitron_train.config import WandbConfig, WandbMode
 from minitron_train.console import say
-from minitron_train.stages import STARTED, read_provenance
+from minitron_train.stages import read_provenance, read_started_record
 
 KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # of a provenance, in an artifact
 MOST_CHARACTERS = 128  # of an artifact's name
@@ -95,7 +95,8 @@ def make_artifact(name: str, kind: str, folder: Path, facts: Mapping[str, Any] |
     """A reference to a folder with its provenance; of new checkpoints, what their training began with and its facts."""
     import wandb
 
-    known = read_provenance(folder.parent, STARTED) | {"facts": facts} if facts else read_provenance(folder)
+    started = read_started_record(folder.parent) if facts else read_provenance(folder)
+    known: dict[str, Any] = {**(started or {}), **({"facts": facts} if facts else {})}
     metadata = {key: known[key] for key in KNOWN if key in known}
     allowed = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[-MOST_CHARACTERS:]  # a run's name may hold anything
     artifact = wandb.Artifact(allowed, type=kind, metadata=metadata)

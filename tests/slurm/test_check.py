@@ -216,6 +216,39 @@ def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert complaints == ["rank 0 on n0 cannot reach rank 1 on 127.0.0.1: timed out; is a firewall between?"]
 
 
+CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": {}, "complaints": []}'
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "message from another rank: damaged"),
+        (b"\x00\x00\x00\x02{}", "message from another rank: damaged"),
+        (b'\x00\x00\x00\x0c{"rank":"one"', "message from another rank: damaged"),
+        (b"\x00\x00\x00\x04null", "message from another rank: damaged"),
+        (b"", "another rank has ended"),
+        (CARD % 0, "nowhere calls itself rank 0 of 2, which is another one; does a second job use 127"),
+        (CARD % 7, "nowhere calls itself rank 7 of 2, which is another one; does a second job use 127"),
+    ],
+)
+def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) -> None:
+    with meeting.listen(0) as probe:
+        first = ("127.0.0.1", int(probe.address[1]))
+
+    def foreign() -> None:
+        connection = meeting.call(first)
+        os.write(connection.fileno(), message)
+        connection.close()
+
+    thread = threading.Thread(target=foreign, daemon=True)
+    thread.start()
+    card = meeting.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
+    with pytest.raises(UserError, match=line) as caught:
+        meeting.gather(card, tmp_path, first, 2)
+    assert "\n" not in str(caught.value)
+    thread.join(timeout=10)
+
+
 def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
     told = {}
@@ -223,10 +256,10 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
     def other(rank: int, answer: Callable[[Connection], object]) -> None:
         with meeting.listen(0) as own, meeting.call(first) as connection:
             meeting.send(connection, {**card, "rank": rank, "host": "127.0.0.1", "port": own.address[1]})
-            meeting.receive(connection, "rank 0", 10)
+            meeting.receive(connection, meeting.Notice, "rank 0", 10)
             answer(connection)
             if not connection.closed:
-                told[rank] = meeting.receive(connection, "rank 0", 10)
+                told[rank] = meeting.receive(connection, meeting.Complaints, "rank 0", 10)
 
     with meeting.listen(0) as probe:
         first = ("127.0.0.1", int(probe.address[1]))

@@ -98,12 +98,17 @@ def test_damaged_checkpoints_take_no_places(training: Material, broken_off: Path
     assert [path.name for path in files.finished(broken_off / "checkpoints")] == ["step_00000005"]
 
 
+def manifest(step: int, evaluation: dict[str, float | None] | None = None) -> dict[str, Any]:
+    """The facts of a manifest."""
+    return {"step": step, "belongs_to": {}, "evaluation": evaluation or {}}
+
+
 def test_fall_back(tmp_path: Path) -> None:
     yardstick = Yardstick("validation.kl")
     for step, kl in ((1, None), (2, 0.2), (3, 0.1)):
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
-        files.publish(scratch, files.checkpoint_path(tmp_path, step), {"evaluation": {"validation.kl": kl}})
+        files.publish(scratch, files.checkpoint_path(tmp_path, step), manifest(step, {"validation.kl": kl}))
         files.tidy(tmp_path, 9, 1, yardstick)
     for newest, best in ((2, "step_00000002\n"), (1, None)):
         files.fall_back(files.checkpoint_path(tmp_path, newest))
@@ -256,7 +261,7 @@ def test_a_checkpoint_keeps_its_name_until_its_successor_has_it(
         scratch = tmp_path / f"{path.name}{PARTIAL}x"
         scratch.mkdir()
         (scratch / "data").write_text(text)
-        files.publish(scratch, path, {"step": 1})
+        files.publish(scratch, path, manifest(1))
     assert (path / "data").read_text() == "after" and files.damage(path) is None
     assert sorted(found.name for found in tmp_path.iterdir()) == ["latest", path.name]
 
@@ -318,7 +323,7 @@ def test_newest_and_best_are_kept(tmp_path: Path, metric: str, values: list[floa
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
         (scratch / "data").write_text(str(step))
-        facts = {"step": step, "evaluation": {metric: value, "other.acc": step / 10}}
+        facts = manifest(step, {metric: value, "other.acc": step / 10})
         files.publish(scratch, files.checkpoint_path(tmp_path, step), facts)
         files.tidy(tmp_path, 2, 1, yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000004", "step_00000002"]

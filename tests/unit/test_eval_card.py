@@ -59,6 +59,7 @@ def run(tmp_path: Path) -> Path:
     for folder, (stage, facts) in STAGES.items():
         record = {"stage": stage, "command": "python -m minitron_train run", "config": {"name": "4b", **CONFIG}}
         record |= {"facts": facts, "inputs": {"data prose": "abcd" * 16}, "git_commit": "f" * 40, "wall_seconds": 12.5}
+        record["settings"] = {}
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "provenance.json").write_text(json.dumps(record))
     (tmp_path / "eval").mkdir()

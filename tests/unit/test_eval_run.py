@@ -106,8 +106,8 @@ def test_interrupted_evaluation_goes_on(
 
 def test_another_models_answers_are_not_taken(tmp_path: Path) -> None:
     with start(ParallelConfig(), World(), seed=1) as groups:
-        Journal(tmp_path / "j", "one", groups).add({"k": 1})
-        assert Journal(tmp_path / "j", "one", groups).answers == {"k": 1}
+        Journal(tmp_path / "j", "one", groups).add({"k": "1"})
+        assert Journal(tmp_path / "j", "one", groups).answers == {"k": "1"}
         assert Journal(tmp_path / "j", "two", groups).answers == {}
 
 
@@ -213,10 +213,10 @@ def test_what_one_rank_cannot_answer_ends_all(folders: SimpleNamespace, monkeypa
     with start(ParallelConfig(), World(), seed=1) as groups:
         two = replace(groups, dp_size=2)
         lm = lm_module.MegatronLM(None, tokenizers.load(folders.model), 512, two, 1024)  # type: ignore[arg-type]
-        for compute in (refuse, lambda left, on_answers: on_answers({0: 1.0})):
+        for compute in (refuse, lambda left, on_answers: on_answers({0: (1.0, True)})):
             with pytest.raises(UserError, match="hellaswag: logits are not finite"):
-                lm.answer(["key"], compute)
-    assert gathered == [({}, refusal), ({0: 1.0}, None)]
+                lm.answer(["key"], compute, tuple)
+    assert gathered == [({}, refusal), ({0: (1.0, True)}, None)]
 
 
 @dataclass
@@ -384,7 +384,8 @@ def test_tasks_without_data_are_tried_again_when_the_hub_is_in_reach(
         (True, "runs generated programs", False),
     ):
         monkeypatch.setattr("minitron_train.evaluation.local_data.hub_reachable", lambda found=reachable: found)
-        record.write_text(json.dumps({"facts": {"not_run": {"gsm8k": reason}}}))
+        noted = {"stage": "eval teacher", "command": "eval", "inputs": {}, "settings": {}, "config": {}}
+        record.write_text(json.dumps(noted | {"wall_seconds": 1.0, "facts": {"not_run": {"gsm8k": reason}}}))
         assert stage_of(Config(), tmp_path, monkeypatch)[1] is again
 
 

@@ -1,10 +1,13 @@
 """Ranks from torchrun and srun; each process takes its share of the cores."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from minitron_train.parallel.launch import World, own_cores, read_world, share_cores
+from minitron_train import slurm, stages
+from minitron_train.errors import UserError
+from minitron_train.parallel.launch import World, own_cores, read_world, rendezvous, share_cores
 
 
 @pytest.mark.parametrize(
@@ -82,3 +85,33 @@ def test_threads_of_a_bound_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(14)))
     share_cores(World(3, 8, 3, 8))
     assert os.environ["OMP_NUM_THREADS"] == "14"
+
+
+STEP_OF_FOUR = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+ODD = ("x", "-1", "1e3", "0x10", "²", "١", "9" * 5000, "4.0", "None", "\n", "1 2")
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_values_that_are_no_numbers_are_one_line(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stages.Stage(name="x", folder=Path("nowhere"), inputs={}, settings={})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name, read in {
+        "RANK": lambda: read_world({"RANK": value, "WORLD_SIZE": "2"}),
+        "WORLD_SIZE": lambda: read_world({"RANK": "0", "WORLD_SIZE": value}),
+        "SLURM_PROCID": lambda: read_world({**STEP_OF_FOUR, "SLURM_PROCID": value}),
+        "SLURM_STEP_NUM_TASKS": lambda: read_world({**STEP_OF_FOUR, "SLURM_STEP_NUM_TASKS": value}),
+        "SLURM_CPUS_PER_TASK": lambda: own_cores(World(), {**STEP, "SLURM_CPUS_PER_TASK": value}, 8),
+        "SLURM_CPUS_ON_NODE": lambda: own_cores(World(), {**STEP, "SLURM_CPUS_ON_NODE": value}, 8),
+        "SLURM_GPUS_ON_NODE": lambda: list(slurm.gpu_complaints({"SLURM_GPUS_ON_NODE": value}, World())),
+        "SLURM_GPUS_PER_TASK": lambda: list(slurm.gpu_complaints({"SLURM_GPUS_PER_TASK": f"h100:{value}"}, World())),
+        "MASTER_PORT": lambda: rendezvous({"MASTER_ADDR": "a", "MASTER_PORT": value}),
+        "OMP_NUM_THREADS": lambda: share_cores(World()),
+        "SLURM_RESTART_COUNT": lambda: stages.begun_before_requeue(stage),
+    }.items():
+        if not value.strip() and name not in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "MASTER_PORT"):
+            continue  # counts as unset
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=name) as caught:
+            read()
+        monkeypatch.delenv(name)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300

@@ -89,7 +89,7 @@ def write_metrics(file: Path) -> None:
         if step % 10 == 0:
             row |= {"eval.validation.kl": loss + 0.125, "eval.validation.perplexity": 40.0 - step}
         rows.append(json.dumps(row))
-    rows[4] = '{"step": 5, "tokens": 320, "loss": NaN, "kd_loss": null, "lr": 1e-4, "grad_norm": Infinity}'
+    rows[4] = '{"step": 5, "tokens": 320, "loss": null, "kd_loss": null, "lr": 1e-4, "grad_norm": null}'
     rows.insert(7, '{"step": 7, "tokens": 448, "loss": 99.0, "kd_loss": 99.0}')  # before a resume
     rows.insert(8, rows[6])
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +115,7 @@ def write_provenance(folder: Path, name: str = "smollm2") -> None:
             "command": f"python -m minitron_train {stage} +recipe={name}",
             "config": {"name": name, "seed": 1234, "teacher": {"path": None, "wheel": "some-llm==1.0"}},
             "inputs": {"teacher": "0123456789abcdef" * 4},
+            "settings": {},
             "packages": {"torch": "2.13.0"},
             "started_at": f"2026-01-0{k + 1}T10:00:00+00:00",
             "wall_seconds": 60.0 + k,
@@ -362,7 +363,9 @@ def test_summary_table(output_dir: Path) -> None:
 
 def test_models_elsewhere_are_found(tmp_path: Path) -> None:
     write_json(tmp_path / "elsewhere" / "config.json", CONFIGS["teacher"])
-    write_json(tmp_path / "out/scores/provenance.json", {"config": {"teacher": {"path": str(tmp_path / "elsewhere")}}})
+    record = {"stage": "score", "command": "score", "inputs": {}, "settings": {}, "wall_seconds": 1.0}
+    record["config"] = {"teacher": {"path": str(tmp_path / "elsewhere")}}
+    write_json(tmp_path / "out/scores/provenance.json", record)
     write_json(tmp_path / "out/eval/own.json", {"perplexity": 5.0, "parameters": 77, "bytes": 154, "results": {}})
     table = summary_table(tmp_path / "out")
     assert f"{parameters('teacher'):,}" in table

@@ -47,6 +47,7 @@ def test_a_finished_stage_is_not_done_twice(stage: Stage, capsys: pytest.Capture
 def test_provenance_says_how_it_came_about(stage: Stage) -> None:
     run(stage)
     record = read_provenance(stage.folder)
+    assert record is not None
     assert record["stage"] == "prune"
     assert record["command"] == "python -m minitron_train test"
     assert record["inputs"] == {"teacher": "abc"}
@@ -176,25 +177,45 @@ def test_files_of_others_are_not_touched(stage: Stage, manner: Any, force: bool)
     assert sorted(stage.folder.parent.rglob("*")) == before
 
 
+STARTED = '{"inputs": {"teacher": "abc"}, "settings": {"student": {"hidden_size": 8}}}'
+
+
 @pytest.mark.parametrize(
-    "left",
+    ("left", "text"),
     [
-        "provenance.json",  # damaged, too
-        "started.json",
-        "checkpoints/step_00000005/manifest.json",
-        "started.json.partial-12345678",
-        "",
+        ("started.json", STARTED),
+        ("checkpoints/step_00000005/manifest.json", "{"),
+        ("started.json.partial-12345678", "{"),
+        ("", ""),
     ],
 )
-def test_what_own_runs_have_left_is_gone_on_with(stage: Stage, left: str) -> None:
+def test_what_own_runs_have_left_is_gone_on_with(stage: Stage, left: str, text: str) -> None:
     stage.folder.mkdir()
     if left:
         (stage.folder / left).parent.mkdir(parents=True, exist_ok=True)
-        (stage.folder / left).write_text("{")
+        (stage.folder / left).write_text(text)
     for manner in ("grows", "whole"):
         assert run(replace(stage, manner=manner), manner)
         assert (stage.folder / "result").read_text() == manner
-        (stage.folder / "provenance.json").write_text("{")
+        (stage.folder / "provenance.json").unlink()
+        (stage.folder / "started.json").write_text(STARTED)
+
+
+@pytest.mark.parametrize("manner", ["whole", "grows"])
+@pytest.mark.parametrize("name", ["provenance.json", "started.json"])
+def test_a_damaged_record_is_named_and_its_work_kept(stage: Stage, manner: Any, name: str) -> None:
+    """Only force=true replaces what was done: the rest of the folder may have cost days."""
+    stage = replace(stage, manner=manner)
+    run(stage)
+    (stage.folder / "provenance.json").unlink()
+    (stage.folder / "started.json").write_text(STARTED)
+    (stage.folder / name).write_text("{")
+    if (manner, name) != ("whole", "started.json"):  # only a training has one
+        with pytest.raises(UserError, match=rf"{name}: damaged \(.+\); restore it from a copy, .*force=true"):
+            run(stage, "again")
+        assert (stage.folder / "result").read_text() == "done"
+    assert run(stage, "forced", force=True)
+    assert (stage.folder / "result").read_text() == "forced"
 
 
 def test_downloads_look_for_themselves(stage: Stage) -> None:
@@ -215,7 +236,7 @@ def test_training_that_is_refused_before_its_first_step(stage: Stage) -> None:
     refused(training, files=("metrics.jsonl.tmp", "wandb/run"))
     assert not training.folder.exists(), "nothing was there before"
     training.folder.mkdir()
-    (training.folder / "started.json").write_text("{}")
+    (training.folder / "started.json").write_text(STARTED)
     (training.folder / "notes.txt").write_text("mine")
     refused(training)
     assert (training.folder / "notes.txt").read_text() == "mine", "an earlier run had begun it"

@@ -231,7 +231,7 @@ def test_metrics_file_holds_each_step_once(tmp_path: Path) -> None:
     file = MetricsFile(path, 2)
     file.write({"step": 3, "loss": 1.0})
     file.close()
-    assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
+    assert read_rows(path).values == [{"step": 1, "loss": None}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
 
 
 def test_speed_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_a_resumed_run_reports_on_the_whole_run(
     assert rows(tmp_path / "whole")[-1]["source.a"] == pytest.approx(0.7, abs=0.01)
     said = [line for line in capsys.readouterr().out.splitlines() if "step 5/8, " in line]
     assert len(said) == 1 and "tokens/s" not in said[0] and "left" not in said[0]
-    speeds = [row["tokens_per_second"] for row in read_rows(tmp_path / "resumed" / "metrics.jsonl")]
+    speeds = [row["tokens_per_second"] for row in read_rows(tmp_path / "resumed" / "metrics.jsonl").values]
     assert [step for step, speed in enumerate(speeds, 1) if speed is None] == [5]
     assert all(speed > 0 for speed in speeds if speed is not None)
 
@@ -338,13 +338,16 @@ def test_what_wandb_refuses_ends_wandb_alone(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("not like this")
 
-    (tmp_path / "provenance.json").write_text('{"stage": "prune", "python": "3.11", "facts": {"kept": 3}}')
+    record = {"stage": "prune", "command": "prune", "inputs": {}, "settings": {}, "facts": {"kept": 3}}
+    (tmp_path / "provenance.json").write_text(
+        json.dumps(record | {"config": {}, "wall_seconds": 1.0, "python": "3.11"})
+    )
     tracker = Tracker(WandbConfig(mode=WandbMode.offline), folder=tmp_path, name="a" * 200, run_id=None, config={})
     logged: list[wandb.Artifact] = []
     monkeypatch.setattr(tracker.run, "log_artifact", logged.append)
     tracker.record("pruned", tmp_path, consumed=True)
     (artifact,) = logged
-    assert artifact.metadata == {"stage": "prune", "facts": {"kept": 3}} and len(artifact.name) == 128
+    assert artifact.metadata == record and len(artifact.name) == 128
     monkeypatch.setattr(wandb, "Artifact", refuse)
     tracker.record("pruned", tmp_path, consumed=True)
     assert tracker.run is None
