@@ -12,16 +12,37 @@ checkpoints/
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minitron_train.files import PARTIAL, REPLACED, atomic_write_text, sha256_file, sync_path
+from minitron_train.records import decode, read_bytes
 from minitron_train.train.best import Yardstick
 
 MANIFEST = "manifest.json"
 SUMS = "sums-{rank}.json"  # what one rank's writer wrote, until the manifest takes it over
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """One file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """manifest.json, as far as it is read back."""
+
+    step: int
+    files: dict[str, Written]
+    belongs_to: dict[str, Any] = field(default_factory=dict)  # flat settings
+    evaluation: dict[str, float | None] = field(default_factory=dict)  # by TASK.METRIC
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -29,14 +50,25 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` is a finished checkpoint's."""
+    return re.fullmatch(r"step_\d{8}", name) is not None
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether `name` is the name of a file in the same folder, not a path that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 def finished(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
     return sorted((path for path in folder.glob("step_????????") if (path / MANIFEST).exists()), reverse=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a finished checkpoint; ValueError when it is unreadable."""
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a finished checkpoint; OSError or ValueError (UserError among them) when it is unreadable."""
+    file = path / MANIFEST
+    return decode(read_bytes(file), Manifest, str(file), "name another checkpoint")
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -76,16 +108,18 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. Of its files, every `shares`-th is read, beginning with `share`."""
     try:
-        files = read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = read_manifest(path).files
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} is unreadable ({error})"
     for name in sorted(files)[share::shares]:
         file, noted = path / name, files[name]
-        if not file.exists():
+        if not is_file_name(name):
+            return f"{MANIFEST} names {name}, which is no file of a checkpoint"
+        if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != noted["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {noted['bytes']:,}"
-        if sha256_file(file) != noted["sha256"]:
+        if file.stat().st_size != noted.bytes:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {noted.bytes:,}"
+        if sha256_file(file) != noted.sha256:
             return f"{name} has changed (sha256)"
     return None
 
@@ -140,6 +174,6 @@ def tidy(folder: Path, keep: int, keep_best: int, yardstick: Yardstick) -> None:
 def evaluation_of(path: Path) -> dict[str, float | None]:
     """The evaluation noted in a manifest, by TASK.METRIC; empty when there was none, or the manifest is unreadable."""
     try:
-        return read_manifest(path).get("evaluation", {})
+        return read_manifest(path).evaluation
     except (OSError, ValueError):
         return {}
