@@ -5,7 +5,8 @@ from pathlib import Path
 
 from minitron_train.config import Config
 from minitron_train.errors import UserError
-from minitron_train.evaluation.task_names import check_keys, check_names
+from minitron_train.evaluation.code import check_isolation
+from minitron_train.evaluation.task_names import check_keys, check_names, run_programs
 from minitron_train.train.settings import check_settings
 
 
@@ -30,8 +31,14 @@ def check_early(names: Collection[str], config: Config) -> None:
         names: the commands to come.
 
     Raises:
-        UserError: settings of a training that contradict each other, tasks that do not exist, evaluation data that are not there.
+        UserError: settings of a training that contradict each other, tasks that do not exist, evaluation data that are not there,
+            generated programs that cannot be isolated.
     """
+    tasks = config.eval.training_tasks if "distill" in names else []
+    if "eval" in names and not config.eval.compare:
+        tasks = [*tasks, *config.eval.tasks]
+    if config.eval.allow_code_execution is True and run_programs(tasks):
+        check_isolation()
     if "distill" in names:
         check_settings(config, distilled=True)
         check_names(config.eval.training_tasks)

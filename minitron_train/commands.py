@@ -15,7 +15,7 @@ from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
 from minitron_train.parallel.launch import World
 from minitron_train.stages import Stage, read_provenance
-from minitron_train.workspace import Workspace, late, shape_of_recipe, subset
+from minitron_train.workspace import TO_COME, Workspace, late, shape_of_recipe, subset
 
 
 def execute(name: str, config: Config, typed: list[str], world: World) -> None:
@@ -221,7 +221,10 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     names = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
     held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
     settings = {"eval": subset(config.eval, *names), "validation": held_out, "seed": config.seed}
-    weights = model if ws.is_to_come(model) else ws.on_first(lambda: locate(model))
+    weights = model
+    if model not in ws.model_folders.values() and not ws.is_to_come(model):  # those are never trainings
+        trust = config.checkpoint.trust_external
+        weights = ws.on_first(lambda: locate(model, ws.folder, trust_external=trust))
     inputs = {"model": ws.identity(model, lambda: open_origin(weights).identity)}
     inputs |= data_inputs(ws, validation_data(config.data))
     inputs["evaluation data"] = ws.identity(ws.eval_data_folder, lambda: listing(ws.eval_data_folder))
@@ -365,17 +368,21 @@ def task_hook(ws: Workspace, student: Path) -> Any:
 
 def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:
     """Training checkpoint -> Hugging Face folder, on one process."""
-    from minitron_train.train.export import MODEL, checkpoint_id, find_checkpoint
     from minitron_train.train.export import export as write
+    from minitron_train.train.export import find_checkpoint
 
-    found = source if ws.is_to_come(source) else ws.on_first(lambda: find_checkpoint(source))
-    inputs = {"checkpoint": ws.identity(source, lambda: checkpoint_id(found))}
+    trust = ws.config.checkpoint.trust_external
+    found = None
+    if not ws.is_to_come(source):
+        found = ws.on_first(lambda: find_checkpoint(source, ws.folder, trust_external=trust))
+    inputs = {"checkpoint": found.identity if found else TO_COME}
     stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
 
     def work(folder: Path) -> Mapping[str, Any]:
-        shape = ws.shape_of(found.parent / MODEL)
+        assert found is not None, "a dry run does no work"
+        shape = ws.shape_of(found.model)
         ws.check_fits("export", shape, teacher=shape, folder=target)
-        return ws.on_first(lambda: write(found, folder, dtype))
+        return ws.on_first(functools.partial(write, found, folder, dtype))
 
     ws.run(stage, work)
 

@@ -70,13 +70,18 @@ class Workspace:
         """Results, a file per model."""
         return self.folder / "eval"
 
+    @property
+    def model_folders(self) -> dict[str, Path]:
+        """What must be Hugging Face folders, by the stage that makes them."""
+        return {"teacher": self.teacher_folder, "pruned": self.pruned_folder, "student": self.student_folder}
+
     def models_to_evaluate(self) -> dict[str, Path]:
         """Label of the result -> folder: what eval.model names, or every stage's model that is there.
 
         Raises:
             UserError: there is none; or a folder's result would pass for that of one of this run's own models.
         """
-        stages = {"teacher": self.teacher_folder, "pruned": self.pruned_folder, "student": self.student_folder}
+        stages = self.model_folders
         named = stages | {"checkpoint": self.folder / "train"}
         asked, label = self.config.eval.model, self.config.eval.label
         if not asked:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
 
+UNSAFE = "unsafe"  # eval.allow_code_execution without isolation
+
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
@@ -36,7 +38,11 @@ class EvalConfig:
     batch_size: int = opt(8, "validation sequences per forward pass")
     batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
     precision: Precision | None = opt(None, "of the weights in forward passes; default: bf16 on GPUs, else fp32")
-    allow_code_execution: bool = opt(False, "run generated programs (HumanEval, MBPP), each in a limited process")
+    allow_code_execution: bool | str = opt(
+        False,
+        "run generated programs (HumanEval, MBPP): true, in Linux namespaces without network and files; "
+        "unsafe, with limits on time and memory alone; false, leave such tasks out",
+    )
     compare: list[str] = opt(list, "labels of finished evaluations to compare row by row; nothing is evaluated")
 
     def validate(self) -> None:
@@ -47,6 +53,13 @@ class EvalConfig:
             self.label,
             "must be letters, digits, _, - and dots, not beginning with a dot",
             "it names a file in eval/, such as eval.label=other",
+        )
+        require(
+            self.allow_code_execution in (False, True, UNSAFE),
+            "eval.allow_code_execution",
+            self.allow_code_execution,
+            f"must be false, true or {UNSAFE}",
+            "true isolates the programs that a model writes",
         )
         require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
         require(

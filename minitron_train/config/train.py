@@ -128,6 +128,9 @@ class CheckpointConfig:
         "default: validation.kl, without a teacher validation.loss",
     )
     asynchronous: bool = opt(True, "write in a thread while training goes on")
+    trust_external: bool = opt(
+        False, "load checkpoints that eval.model or export.checkpoint names outside the trainings of output_dir"
+    )
 
     def validate(self) -> None:
         """Positive counts."""

@@ -1,78 +1,129 @@
-"""pass@1 of generated programs, each run in a process of its own with limits on time, memory and files.
+"""pass@1 of generated programs: each runs in namespaces of its own, and its tests run in another process that it cannot reach.
 
-The limits keep an accident small; they are no jail. That is why eval.allow_code_execution is off by default.
+See `namespaces` for what a program can see and do, `judge` for what a verdict means. eval.allow_code_execution=unsafe
+does without the namespaces: the limits on time, memory and files keep an accident small, they are no jail.
 """
 
 import ast
 import contextlib
 import os
-import resource
-import secrets
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from minitron_train.errors import UserError
+from minitron_train.evaluation.judge import PASSED
+from minitron_train.evaluation.namespaces import UNAVAILABLE
 
 TIME_S = 5
 WAIT_S = 10  # by the clock, where TIME_S is of the CPU
-MEMORY_BYTES = 2**30
-FILE_BYTES = 2**20
+PACKAGES = Path(__file__).parents[2]  # where this package is
+START = "import sys; sys.path.insert(0, sys.argv[1]); from minitron_train.evaluation.judge import main; main()"
 
 
-def passes(program: str, time_s: int = TIME_S, wait_s: int = WAIT_S) -> bool:
-    """Whether a Python program comes to its last line without an error within the limits.
+def passes(
+    program: str, tests: str = "", *, isolated: bool = True, time_s: int = TIME_S, wait_s: float = WAIT_S
+) -> bool:
+    """Whether a Python program comes to its end without an error within the limits, and then passes the tests.
 
-    It runs as Hugging Face's `code_eval` runs it, not as `__main__`; isolated (-I) in an empty scratch folder, with an
-    empty environment and no input; what it has forked ends with it.
+    It runs as Hugging Face's `code_eval` runs it, not as `__main__`, with an empty environment and no input. The program
+    never sees `tests`. Without tests the verdict is what the program's process says of itself, which a hostile one can forge.
+
+    Args:
+        isolated: in namespaces; without them only the limits hold.
+        time_s: of the CPU, for each of the two processes.
+        wait_s: by the clock, for both.
+
+    Raises:
+        UserError: the kernel grants no namespaces.
     """
-    # exit status 0 is no proof: a program that calls exit() before its tests has it too. So the process is given a
-    # random token on its input, and only the line behind the program's last one writes it into `proof`.
-    token = secrets.token_bytes()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as proof:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", LIMITED, str(proof.fileno()), str(time_s), str(len(token))],
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
+        link = [stack.enter_context(end) for end in socket.socketpair()]
+        reading, writing = os.pipe()
+        verdict = stack.enter_context(os.fdopen(reading, "rb", buffering=0))
+        with os.fdopen(writing, "wb", buffering=0) as mine:
+            running = [
+                stack.enter_context(
+                    process(role, text, (end.fileno(), *fds), folder=folder, isolated=isolated, time_s=time_s)
+                )
+                for role, text, end, fds in (
+                    ("program", program, link[0], ()),
+                    ("tests", tests, link[1], (mine.fileno(),)),
+                )
+            ]
+        for end in link:
+            end.close()
+        said = read_until(verdict, time.monotonic() + wait_s)
+        for one, complaint in running:
+            if not said and one.poll() == UNAVAILABLE:
+                complaint.seek(0)
+                raise no_namespaces(complaint.read().decode(errors="replace").strip())
+        return said == PASSED
+
+
+@contextlib.contextmanager
+def process(
+    role: str, text: str, descriptors: tuple[int, ...], *, folder: str, isolated: bool, time_s: int
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """One of the two processes and what it says when it cannot begin; killed at the end of the block with what it has forked."""
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as complaint:
+        source.write(text.encode(errors="replace"))
+        source.seek(0)
+        link, verdict = (*descriptors, -1)[:2]
+        arguments = [role, str(link), str(verdict), folder if isolated else "", str(time_s)]
+        running = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-c", START, str(PACKAGES), *arguments],
             cwd=folder,
             env={},
-            stdin=subprocess.PIPE,
+            stdin=source,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[proof.fileno()],
+            stderr=complaint,
+            pass_fds=descriptors,
             start_new_session=True,
         )
         try:
-            process.communicate(token + program.encode(errors="replace"), wait_s)
-        except subprocess.TimeoutExpired:
-            return False
+            yield running, complaint
         finally:
             with contextlib.suppress(ProcessLookupError):  # of its session none is left
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        proof.seek(0)
-        return proof.read() == token
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
 
 
-LIMITED = f"""
-import os, resource, sys
-def run(token, program, proof, leave=os._exit, write=os.pwrite):
-    exec(program, {{}})
-    write(proof, token, 0)
-    leave(0)
-proof, time_s, size = map(int, sys.argv[1:])
-for limit, value in (
-    ({resource.RLIMIT_CPU}, time_s), ({resource.RLIMIT_AS}, {MEMORY_BYTES}), ({resource.RLIMIT_FSIZE}, {FILE_BYTES}),
-):
-    resource.setrlimit(limit, (value, value))
-run(sys.stdin.buffer.read(size), sys.stdin.buffer.read().decode(), proof)
-"""
+def read_until(file: IO[bytes], deadline_s: float) -> bytes:
+    """What comes through a pipe until its other end is closed, or the time is over: then nothing."""
+    data = b""
+    while (left_s := deadline_s - time.monotonic()) > 0 and select.select([file], [], [], left_s)[0]:
+        part = file.read(64)
+        if not part:
+            return data
+        data += part
+    return b""
 
 
-def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]]) -> float:
+def check_isolation() -> None:
+    """Refuse now what the first generated program would meet; UserError when the kernel grants no namespaces."""
+    passes("", wait_s=60)
+
+
+def no_namespaces(reason: str) -> UserError:
+    """The refusal to run generated programs without a jail."""
+    return UserError(
+        f"eval.allow_code_execution=true: this system grants no namespaces ({reason}) to isolate generated programs in; "
+        "allow user namespaces, leave the tasks out, or accept the risk with eval.allow_code_execution=unsafe"
+    )
+
+
+def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]], isolated: bool = True) -> float:
     """lm-eval's metric of HumanEval and MBPP: share of problems whose first program passes its tests."""
     first = [programs if isinstance(programs, str) else programs[0] for programs in predictions]
-    outcomes = [passes(f"{program}\n{test}\n") for program, test in zip(first, references, strict=True)]
+    outcomes = [passes(program, tests, isolated=isolated) for program, tests in zip(first, references, strict=True)]
     return sum(outcomes) / len(outcomes)
 
 

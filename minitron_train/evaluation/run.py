@@ -20,13 +20,14 @@ from minitron_train.evaluation.task_names import check_keys
 from minitron_train.files import atomic_write_json, atomic_write_text
 from minitron_train.parallel.groups import Groups
 from minitron_train.records import Count, read_record
+from minitron_train.train.export import Saved
 
 
 def evaluate(
     config: Config,
     groups: Groups,
     *,
-    model: Path,
+    model: Path | Saved,
     label: str,
     folder: Path,
     data_dir: Path | None,
@@ -54,7 +55,7 @@ def evaluate(
     live = origin.build(groups, DTYPES[precision])
     report = {
         "label": label,
-        "model": str(model),
+        "model": str(origin.path),
         "parameters": origin.num_parameters,
         "bytes": origin.num_bytes,
         "precision": precision.name,

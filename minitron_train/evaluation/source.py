@@ -12,7 +12,7 @@ from minitron_train.arch.convert import Source, load, shards_to_parts
 from minitron_train.hf import Checkpoint, fingerprint, read_json, shape_from_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
-from minitron_train.train.export import MODEL, SavedTensors, checkpoint_id, find_checkpoint, saved_name
+from minitron_train.train.export import Saved, SavedTensors, find_checkpoint, saved_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,11 +20,13 @@ class Origin:
     """A model that can be built, and what it is known by.
 
     Attributes:
+        path: the model's folder, or the checkpoint's.
         tokenizer: folder with the tokenizer and generation_config.json.
         identity: changes when the weights change.
         num_bytes: of the weights, as Hugging Face folders hold them.
     """
 
+    path: Path
     shape: Shape
     table: Architecture
     source: Source
@@ -47,8 +49,8 @@ class Origin:
 class SavedSource:
     """Hugging Face tensors out of a training checkpoint, one at a time."""
 
-    def __init__(self, path: Path, table: Architecture, shape: Shape) -> None:
-        self.saved, self.shape = SavedTensors(path), shape
+    def __init__(self, checkpoint: Saved, table: Architecture, shape: Shape) -> None:
+        self.saved, self.shape = SavedTensors(checkpoint), shape
         self.rows = {
             name.format(i=i): (row, i) for row in table.rows_of(shape) for i in row.layers(shape) for name in row.hf
         }
@@ -65,36 +67,49 @@ class SavedSource:
 
 
 def is_training(path: Path) -> bool:
-    """Whether a path is a training checkpoint, or the folder of a run that has some."""
+    """Whether a path is a training checkpoint, or the folder of a run that has some; a folder with a config.json is a model."""
+    if (path / "config.json").exists():
+        return False
     return (path / checkpoint_files.MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
-def locate(path: Path) -> Path:
-    """The folder with the weights of what `eval.model` names: of a run, its newest whole checkpoint, which is read through."""
-    return find_checkpoint(path) if is_training(path) else path
+def locate(path: Path, output_dir: Path, *, trust_external: bool) -> Path | Saved:
+    """The weights of the folder that `eval.model` names: a Hugging Face folder, or of a run its newest whole checkpoint.
 
-
-def open_origin(path: Path) -> Origin:
-    """Open a Hugging Face folder or a checkpoint, as `locate` gives it; nothing but headers is read.
+    Never call it for a folder that must be a model, such as teacher.path: only here can a folder become a checkpoint.
 
     Raises:
-        UserError: neither of them, or damaged headers.
+        UserError: a checkpoint that is damaged or may not be loaded (see `find_checkpoint`).
     """
-    if not (path / checkpoint_files.MANIFEST).exists():
-        checkpoint = Checkpoint(path)
+    return find_checkpoint(path, output_dir, trust_external=trust_external) if is_training(path) else path
+
+
+def open_origin(model: Path | Saved) -> Origin:
+    """Open a Hugging Face folder, or a checkpoint that `locate` has found; nothing but headers is read.
+
+    Raises:
+        UserError: damaged or missing headers.
+    """
+    if isinstance(model, Path):
+        checkpoint = Checkpoint(model)
         return Origin(
+            path=model,
             shape=checkpoint.shape,
             table=checkpoint.table,
             source=checkpoint,
-            tokenizer=path,
-            identity=fingerprint(path),
+            tokenizer=model,
+            identity=fingerprint(model),
             num_bytes=sum(file.stat().st_size for file in set(checkpoint.files.values())),
         )
-    model = path.parent / MODEL
-    shape = shape_from_config(read_json(model / "config.json"), str(model / "config.json"))
+    config = model.model / "config.json"
+    shape = shape_from_config(read_json(config), str(config))
     table = architecture(shape.architecture)
-    source = SavedSource(path, table, shape)
-    size = sum(table.parameters(shape).values()) * 4
     return Origin(
-        shape=shape, table=table, source=source, tokenizer=model, identity=checkpoint_id(path), num_bytes=size
+        path=model.path,
+        shape=shape,
+        table=table,
+        source=SavedSource(model, table, shape),
+        tokenizer=model.model,
+        identity=model.identity,
+        num_bytes=sum(table.parameters(shape).values()) * 4,
     )

@@ -24,6 +24,13 @@ def shipped() -> Path:
     return Path(spec.origin).parent / "tasks"
 
 
+def run_programs(names: Iterable[str]) -> list[str]:
+    """Those of the tasks that run what the model writes, in `evaluation.code`."""
+    return [
+        name for name in names if (file := OWN / f"{name}.yaml").exists() and "unsafe_code: true" in file.read_text()
+    ]
+
+
 def names_in(folders: Iterable[Path]) -> Iterator[str]:
     """Names of tasks, groups and tags in the task files below some folders, and in the files that those include."""
     for folder in folders:

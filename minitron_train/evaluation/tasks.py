@@ -20,7 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
+from minitron_train.config.evaluation import UNSAFE
 from minitron_train.errors import UserError, first_line
+from minitron_train.evaluation.code import check_isolation, pass_at_1
 from minitron_train.evaluation.local_data import NO_HUB, check_columns, hub_reachable, local_files
 from minitron_train.evaluation.task_names import FOLDERS, OWN, check_keys, named_by, shipped, unknown
 from minitron_train.files import sha256_file
@@ -84,6 +86,8 @@ def load_tasks(
         configure(chosen, leaf, evaluation, manager)
         if getattr(task, "UNSAFE_CODE", False):
             task.process_results = only_by(on_first, task.process_results)
+        if pass_at_1.__name__ in task._metric_fn_kwargs:
+            task._metric_fn_kwargs[pass_at_1.__name__]["isolated"] = evaluation.allow_code_execution != UNSAFE
     return chosen
 
 
@@ -190,7 +194,7 @@ def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None, 
     found = Survey()
     for name in evaluation.tasks:
         members = leaves(manager, name)
-        reasons = [(leaf, why_not(manager.task_index[leaf].cfg or {}, evaluation, max_length)) for leaf in members]
+        reasons = [(leaf, why_not(manager.task_index[leaf], evaluation, max_length)) for leaf in members]
         barred = next(((leaf, reason) for leaf, reason in reasons if reason), None)
         if barred:
             leaf, reason = barred
@@ -211,10 +215,20 @@ def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None, 
     return found
 
 
-def why_not(settings: Mapping[str, Any], evaluation: EvalConfig, max_length: float) -> str | None:
-    """Why a leaf task cannot be run whatever its data, by its task file; None: it can."""
-    if settings.get("unsafe_code") and not evaluation.allow_code_execution:
-        return "runs generated programs; allow it with eval.allow_code_execution=true"
+def why_not(entry: Any, evaluation: EvalConfig, max_length: float) -> str | None:
+    """Why a leaf task cannot be run whatever its data, by its entry in lm-eval's index; None: it can.
+
+    Raises:
+        UserError: it runs generated programs, and they cannot be isolated here.
+    """
+    settings: Mapping[str, Any] = entry.cfg or {}
+    if settings.get("unsafe_code") and evaluation.allow_code_execution != UNSAFE:
+        if entry.yaml_path is None or entry.yaml_path.parent != OWN:
+            own = "runs generated programs by lm-eval's own means, not isolated"
+            return f"{own}; allow it with eval.allow_code_execution={UNSAFE}"
+        if not evaluation.allow_code_execution:
+            return "runs generated programs; allow it with eval.allow_code_execution=true"
+        check_isolation()
     if settings.get("output_type", "generate_until") != "generate_until":
         return None
     wanted = cast("dict[str, Any]", normalize_gen_kwargs(settings.get("generation_kwargs") or {}))
@@ -319,7 +333,7 @@ def run_lm_eval(lm: Any, chosen: TaskSet, evaluation: EvalConfig) -> dict[str, A
         chosen.tasks,
         samples=chosen.rows,
         bootstrap_iters=BOOTSTRAP_ITERATIONS,
-        confirm_run_unsafe_code=evaluation.allow_code_execution,
+        confirm_run_unsafe_code=bool(evaluation.allow_code_execution),
     )
     assert raw is not None, "lm-eval returns results on its rank 0, which every rank is"
     return dict(raw)

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from minitron_train.parallel import cpu
 from minitron_train.parallel.groups import Groups
 from minitron_train.stages import differences
 from minitron_train.train import checkpoint_files as files
+from minitron_train.train import safe_load
 from minitron_train.train.best import Yardstick
 
 WRITER_NICENESS = 10  # the writer yields its core to the training step
@@ -213,7 +214,7 @@ class Checkpoints:
             make_template: gives the sharded state dict whose tensors are filled.
 
         Raises:
-            UserError: it belongs to other settings (named), or every checkpoint is damaged.
+            UserError: it belongs to other settings (named), holds a class that is not allowed, or every checkpoint is damaged.
         """
         paths = self.groups.on_first(lambda: files.finished(self.folder))  # other nodes may see an older listing
         for path in paths:
@@ -224,7 +225,7 @@ class Checkpoints:
                 continue
             self._check_settings(path)
             with cpu.cuda_means_cpu():
-                loaded = cast(dict[str, Any], dist_checkpointing.load(make_template(), str(path)))
+                loaded = safe_load.load(make_template(), path)
             if path != paths[0] and self.groups.is_first:
                 files.fall_back(path)
                 files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)

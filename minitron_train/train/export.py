@@ -6,12 +6,13 @@ of one layer and one rank.
 """
 
 import io
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from minitron_train.arch import Row, architecture
@@ -21,17 +22,42 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
 from minitron_train.hf import DTYPES, read_json, shape_from_config, student_config, write_folder
+from minitron_train.records import read_bytes
+from minitron_train.stages import PROVENANCE, STARTED, read_provenance
 from minitron_train.train import checkpoint_files as files
+from minitron_train.train.safe_load import read_metadata, read_tensors
 
 MODEL = "model"  # beside the checkpoints: config.json and tokenizer of the student
+MAX_NAME_BYTES = 100  # of a file `latest` or `best`
+RUNS = ("train", "pretrain/train")  # where an output folder has its trainings
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that may be loaded; only `find_checkpoint` makes one.
+
+    Its files are whole, and they belong to a training of this output folder, or the user vouches for them.
+    """
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The folder with config.json and tokenizer."""
+        return self.path.parent / MODEL
+
+    @property
+    def identity(self) -> str:
+        """Its name and the hash of its manifest, which hashes the rest."""
+        return f"{self.path.name}:{sha256_file(self.path / files.MANIFEST)}"
 
 
 class SavedTensors:
     """The tensors of one checkpoint, read when they are asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        metadata = FileSystemReader(path).read_metadata()
+    def __init__(self, checkpoint: Saved) -> None:
+        self.path = checkpoint.path
+        metadata = read_metadata(self.path)
         self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data or {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
@@ -51,7 +77,7 @@ class SavedTensors:
         place = self.places[MetadataIndex(name, chunk.offsets)]
         with (self.path / place.relative_path).open("rb") as handle:
             handle.seek(place.offset)
-            return torch.load(io.BytesIO(handle.read(place.length)), map_location="cpu", weights_only=True)
+            return read_tensors(io.BytesIO(handle.read(place.length)), f"{handle.name}: {name}")
 
 
 def saved_name(mcore: str) -> str:
@@ -61,57 +87,85 @@ def saved_name(mcore: str) -> str:
     return mcore.replace(".{i}", "")
 
 
-def find_checkpoint(source: Path) -> Path:
+def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> Saved:
     """The checkpoint that is meant: `source` itself, the one that a file `latest` or `best` names, or a run's newest whole one.
 
     Reads every byte of it: to be called once, by one rank, before its tensors are used.
 
+    Args:
+        output_dir: trainings in it are this program's own, where their record says so (`is_own`).
+        trust_external: accept others too (checkpoint.trust_external).
+
     Raises:
-        UserError: there is none, or the one that was named is damaged.
+        UserError: there is none, the one that was named is damaged, or it may not be loaded.
     """
     if source.is_file():
         source = files.read_pointer(source)
-    if (source / files.MANIFEST).exists():
-        wrong = files.damage(source)
-        if wrong:
-            raise UserError(f"{source}: {wrong}; name another checkpoint in export.checkpoint")
-        return source
+    is_one = (source / files.MANIFEST).exists()
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    for path in files.finished(folder):
+    found = [source] if is_one else files.finished(folder)
+    if found and not (trust_external or is_own(found[0], output_dir)):
+        raise UserError(
+            f"{source}: is no training of output_dir={output_dir}, so it is not loaded; give that training's own "
+            "output_dir, or set checkpoint.trust_external=true where you trust who wrote it"
+        )
+    for path in found:
         wrong = files.damage(path)
         if wrong is None:
-            return path
+            return Saved(path)
+        if is_one:
+            raise UserError(f"{source}: {wrong}; name another checkpoint in export.checkpoint")
         say(f"checkpoint {path.name} is damaged: {wrong}; falling back to the one before")
     raise UserError(f"{source}: holds no training checkpoint; run distill first, or set export.checkpoint")
 
 
-def checkpoint_id(path: Path) -> str:
-    """Identifies a checkpoint: its name and the hash of its manifest, which hashes the rest."""
-    return f"{path.name}:{sha256_file(path / files.MANIFEST)}"
+def named_by(file: Path) -> str:
+    """The name of a checkpoint in a file `latest` or `best`; UserError when it is no such file."""
+    try:
+        name = read_bytes(file, max_bytes=MAX_NAME_BYTES).decode("ascii").strip()
+    except UnicodeDecodeError:
+        name = ""
+    if not files.is_name(name):
+        raise UserError(f"{file}: names no checkpoint; give a checkpoint's folder, or the file latest or best")
+    return name
 
 
-def export(path: Path, target: Path, dtype: str | None = None) -> dict[str, Any]:
+def is_own(path: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint lies in one of the trainings of `output_dir`, and this program's record of that training is there."""
+    for run in (output_dir / name for name in RUNS):
+        recorded = any(read_provenance(run, record) for record in (STARTED, PROVENANCE))
+        inside = any(Path(form(path)).is_relative_to(form(run)) for form in (os.path.abspath, os.path.realpath))
+        if recorded and inside:
+            return True
+    return False
+
+
+def export(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[str, Any]:
     """Write the student of a checkpoint, its config.json and its tokenizer into the empty folder `target`.
 
     Args:
-        path: what `find_checkpoint` gave.
+        checkpoint: what `find_checkpoint` gave.
         dtype: float32, bfloat16 or float16; None keeps the type that config.json names.
 
     Raises:
         UserError: an unknown dtype.
     """
-    model = path.parent / MODEL
+    model = checkpoint.model
     config = read_json(model / "config.json")
     shape, table = shape_from_config(config, str(model / "config.json")), architecture(str(config["model_type"]))
     name = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if name not in DTYPES:
         raise UserError(f"export.dtype={name}: must be one of {', '.join(DTYPES)}; choose one")
-    saved = SavedTensors(path)
+    saved = SavedTensors(checkpoint)
 
     def read(row: Row, i: int) -> list[Tensor]:
         return [saved.read(saved_name(row.mcore), i if row.per_layer else None).to(DTYPES[name])]
 
     tensors = export_tensors(table, shape, read)
     write_folder(target, student_config(config, shape, DTYPES[name]), tensors, model)
-    step = files.read_manifest(path)["step"]
-    return {"checkpoint": path.name, "step": step, "dtype": name, "parameters": sum(table.parameters(shape).values())}
+    return {
+        "checkpoint": checkpoint.path.name,
+        "step": files.read_manifest(checkpoint.path)["step"],
+        "dtype": name,
+        "parameters": sum(table.parameters(shape).values()),
+    }

@@ -22,7 +22,7 @@ from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import copy_to_host
-from minitron_train.train.export import checkpoint_id, export, find_checkpoint
+from minitron_train.train.export import Saved, export, find_checkpoint
 from minitron_train.train.run import leave_mark
 from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
@@ -47,7 +47,7 @@ def broken_off(training: Material, tmp_path: Path) -> Path:
 def student_of(folder: Path, target: Path) -> dict[str, torch.Tensor]:
     """The exported weights."""
     target.mkdir()
-    export(find_checkpoint(folder), target)
+    export(find_checkpoint(folder, folder, trust_external=True), target)
     opened = Checkpoint(target)
     return {name: opened.read(name) for name in opened.sizes}
 
@@ -348,9 +348,9 @@ def test_export_of_an_untrained_student_is_the_student(tmp_path: Path, family: s
 
 def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no training checkpoint"):
-        find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path, tmp_path, trust_external=False)
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
-        export(uninterrupted / "checkpoints" / "step_00000008", tmp_path, "int8")
+        export(Saved(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")
 
 
 def test_a_checkpoint_is_found_and_read_through_once(
@@ -358,8 +358,9 @@ def test_a_checkpoint_is_found_and_read_through_once(
 ) -> None:
     checkpoints = uninterrupted / "checkpoints"
     for source, step in ((uninterrupted, 8), (checkpoints / "best", 8), (checkpoints / "step_00000003", 3)):
-        assert find_checkpoint(source) == files.checkpoint_path(checkpoints, step)
+        found = find_checkpoint(source, uninterrupted, trust_external=True)
+        assert found.path == files.checkpoint_path(checkpoints, step)
     monkeypatch.delattr(files, "damage")  # what reads every byte
-    path = files.checkpoint_path(checkpoints, 8)
-    assert open_origin(path).identity == checkpoint_id(path) == f"{path.name}:{sha256_file(path / files.MANIFEST)}"
-    export(path, tmp_path)
+    saved = Saved(files.checkpoint_path(checkpoints, 8))
+    assert open_origin(saved).identity == f"{saved.path.name}:{sha256_file(saved.path / files.MANIFEST)}"
+    export(saved, tmp_path)

@@ -10,7 +10,9 @@ import pytest
 from minitron_train import cli, commands
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
+from minitron_train.stages import STARTED
 from minitron_train.train import checkpoint_files
+from minitron_train.train.export import Saved
 from minitron_train.workspace import TO_COME, Workspace
 from tests.models import save_tiny
 
@@ -82,12 +84,13 @@ def test_an_export_that_was_done_is_finished(said: Said, monkeypatch: pytest.Mon
     def save(step: int) -> None:
         path = checkpoint_files.checkpoint_path(said.folder / "train" / "checkpoints", step)
         path.mkdir(parents=True)
-        (path / checkpoint_files.MANIFEST).write_text('{"files": {}}')
+        (path / checkpoint_files.MANIFEST).write_text(f'{{"step": {step}, "files": {{}}}}')
 
-    def write(checkpoint: Path, folder: Path, dtype: str | None) -> Mapping[str, Any]:
-        return {"checkpoint": checkpoint.name}
+    def write(checkpoint: Saved, folder: Path, dtype: str | None) -> Mapping[str, Any]:
+        return {"checkpoint": checkpoint.path.name}
 
     save_tiny("nemotron", said.folder / "train" / "checkpoints" / "model")
+    (said.folder / "train" / STARTED).write_text('{"inputs": {}}')
     save(40)
     monkeypatch.setattr("minitron_train.train.export.export", write)
     assert said.states("export") == {"export": "missing"}

@@ -4,7 +4,6 @@ import gzip
 import json
 import pickle
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,7 +18,7 @@ from huggingface_hub import close_session, constants
 from minitron_train.config import EvalConfig
 from minitron_train.errors import UserError
 from minitron_train.evaluation import tasks as module
-from minitron_train.evaluation.code import mbpp_examples, pass_at_1, passes
+from minitron_train.evaluation.code import mbpp_examples
 from minitron_train.evaluation.local_data import check_columns, hub_reachable, local_files, read_splits
 from minitron_train.evaluation.rouge import rouge_l
 from minitron_train.evaluation.task_names import check_keys, check_names, names_in, shipped
@@ -76,10 +75,10 @@ def test_tasks_that_the_model_cannot_answer_are_reported_with_the_reason(data_di
 )
 def test_generation_settings_are_read_as_lm_eval_reads_them(settings: Any, reason: str | None) -> None:
     with quiet():
-        found = module.why_not({"generation_kwargs": settings}, EvalConfig(), 512)
+        found = module.why_not(SimpleNamespace(cfg={"generation_kwargs": settings}), EvalConfig(), 512)
         assert found == reason or (reason and found and found.startswith(reason))
         scored = {"generation_kwargs": settings, "output_type": "multiple_choice"}  # as some task files have it
-        assert module.why_not(scored, EvalConfig(), 512) is None
+        assert module.why_not(SimpleNamespace(cfg=scored), EvalConfig(), 512) is None
 
 
 def test_hub_is_not_asked_when_the_data_are_here(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,56 +231,6 @@ def test_rouge_l_of_known_texts() -> None:
     )
 
 
-def test_programs_run_within_limits(tmp_path: Path) -> None:
-    assert passes("assert 1 + 1 == 2")
-    assert not passes("assert 1 + 1 == 3")
-    assert not passes("while True: pass", time_s=1)
-    assert not passes("x = bytearray(4 << 30)")
-    assert not passes("open('big', 'wb').write(b'0' * (8 << 20))")
-    assert passes("import os; assert 'PATH' not in os.environ and os.listdir('.') == []")
-    assert pass_at_1(["assert one() == 1", "assert one() == 2"], [["def one(): return 1"]] * 2) == 0.5
-
-
-@pytest.mark.parametrize("leave", ["exit()", "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
-def test_a_program_that_leaves_before_its_tests_has_not_passed(leave: str) -> None:
-    assert not passes(f"def f(x):\n    return 0\n{leave}\nassert f(1) == 1\n")
-
-
-def test_programs_run_as_code_eval_runs_them() -> None:
-    """Which executes a text in a fresh dictionary, of a process that it ends as soon as the text has run."""
-    assert passes("if __name__ == '__main__':\n    print(int(input()))\n")
-    assert passes("import time\nfrom threading import Thread\nThread(target=time.sleep, args=[60]).start()")
-    assert passes("print('x' * (2 << 20))")
-    assert passes("x = 'é'\r\nassert len(x) == 1")
-    assert not passes("assert input() == ''")
-
-
-def test_the_token_of_success_is_no_global() -> None:
-    assert passes("import __main__\nassert bytes not in map(type, vars(__main__).values())")
-
-
-def test_what_a_program_has_forked_ends_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "pid"
-    child = "import os, time\nif os.fork() == 0:\n    open({path!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
-    wait = "while not os.path.exists({path!r}): time.sleep(0.01)\n"
-    for end, wait_s, passed in (("", 60, True), ("time.sleep(60)\n", 5, False)):
-        path.unlink(missing_ok=True)
-        program = (child + wait + end).format(path=str(path))
-        assert passes(program, wait_s=wait_s) is passed
-        assert ended(int(path.read_text()))
-
-
-def ended(pid: int, within_s: float = 5.0) -> bool:
-    """Whether a process is gone, or waits only to be reaped."""
-    state = Path(f"/proc/{pid}/stat")
-    give_up_s = time.monotonic() + within_s
-    while time.monotonic() < give_up_s:
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.02)
-    return False
-
-
 class TwoRanks:
     """Groups of the first rank, and once it is done those of another, which is given what the first has sent."""
 
@@ -310,7 +259,7 @@ def test_the_first_rank_decides_loads_and_runs_programs_for_all(
     monkeypatch.setattr(module, "hub_reachable", lambda: asked.append(groups.is_first) or groups.is_first)
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
-    evaluation = EvalConfig(tasks=["arc_challenge", "humaneval", "mbpp"], allow_code_execution=True)
+    evaluation = EvalConfig(tasks=["arc_challenge", "humaneval", "mbpp"], allow_code_execution="unsafe")
     groups: Any = TwoRanks()
     found = []
     for value in (1, 2):

@@ -1,0 +1,211 @@
+"""Hostile checkpoints: nothing in them runs, and only a training of the output folder itself is taken for one."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_train import cli, commands
+from minitron_train.errors import UserError
+from minitron_train.evaluation.source import is_training, locate, open_origin
+from minitron_train.files import sha256_file
+from minitron_train.parallel.launch import World
+from minitron_train.stages import STARTED
+from minitron_train.train import checkpoint_files as files
+from minitron_train.train import safe_load
+from minitron_train.train.export import Saved, SavedTensors, find_checkpoint
+from tests.models import save_tiny
+from tests.training import Material, make_material, run
+
+
+class Evil:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def sign(path: Path) -> None:
+    """A manifest that fits the checkpoint's files, as an attacker would write it."""
+    manifest: dict[str, Any] = {"step": 1}
+    if (path / files.MANIFEST).exists():
+        manifest = json.loads((path / files.MANIFEST).read_text())
+    present = [file for file in path.iterdir() if file.name != files.MANIFEST]
+    manifest["files"] = {file.name: files.describe(file) for file in present}
+    (path / files.MANIFEST).write_text(json.dumps(manifest))
+
+
+def add_checkpoint(folder: Path, mark: Path) -> Path:
+    """A checkpoint below `folder` whose .metadata would run code."""
+    path = files.checkpoint_path(folder / "checkpoints", 1)
+    path.mkdir(parents=True)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+    sign(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Material, Path]:
+    """A run with one checkpoint, of step 8."""
+    material = make_material(tmp_path_factory.mktemp("material"))
+    folder = tmp_path_factory.mktemp("run")
+    run(material, folder, checkpoint__interval_steps=8)
+    return material, folder
+
+
+def replace_common(path: Path, evil: Evil) -> None:
+    torch.save({"run": evil}, path / "common.pt")
+
+
+def replace_metadata(path: Path, evil: Evil) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(evil))
+
+
+def replace_pieces(path: Path, evil: Evil) -> None:
+    """Objects such as `_extra_state` are torch.save'd into *.distcp, where torch's own planner unpickles any class."""
+    metadata = safe_load.read_metadata(path)
+    assert metadata.storage_data
+    torch.save([evil], path / "evil.distcp")
+    index = next(index for index in metadata.storage_data if "_extra_state" in index.fqn)
+    place = metadata.storage_data[index]
+    place.relative_path, place.offset, place.length = "evil.distcp", 0, (path / "evil.distcp").stat().st_size
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("replace", [replace_common, replace_metadata, replace_pieces])
+def test_resume_refuses_a_class_that_is_not_allowed(
+    trained: tuple[Material, Path], tmp_path: Path, replace: Callable[[Path, Evil], None]
+) -> None:
+    material, folder = trained
+    shutil.copytree(folder, tmp_path / "run")
+    path = files.checkpoint_path(tmp_path / "run" / "checkpoints", 8)
+    replace(path, Evil(tmp_path / "mark"))
+    sign(path)
+    with pytest.raises(UserError, match=r"names posix\.system, which no checkpoint of this program holds") as refusal:
+        run(material, tmp_path / "run", checkpoint__interval_steps=8)
+    assert path.name in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_we_write_names_every_allowed_class_but_dtypes(
+    trained: tuple[Material, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = set()
+
+    def note(self: Any, module: str, name: str) -> Any:
+        named.add(f"{module}.{name}")
+        return pickle.Unpickler.find_class(self, module, name)
+
+    monkeypatch.setattr(safe_load.MetadataUnpickler, "find_class", note)
+    safe_load.read_metadata(files.checkpoint_path(trained[1] / "checkpoints", 8))
+    dtypes = {f"torch.{dtype}" for dtype in safe_load.DTYPES}
+    assert named - dtypes == safe_load.ALLOWED - dtypes
+
+
+METADATA = {
+    "a class": (Evil(Path("mark")), r"names posix\.system"),
+    "a plain object": ({"state_dict_metadata": {}}, "holds no checkpoint metadata"),
+    "a method of an allowed class": (b"\x80\x04ctorch\nSize.__subclasses__\n.", r"names torch\.Size\.__subclasses__"),
+    "half a pickle": (pickle.dumps(list(range(100)))[:50], "damaged"),
+    "no pickle": (b"hello", "damaged"),
+    "nothing": (b"", "damaged"),
+}
+
+
+@pytest.mark.parametrize("what", METADATA)
+def test_export_and_eval_refuse_metadata(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content, said = METADATA[what]
+    (tmp_path / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    with pytest.raises(UserError, match=said) as refusal:
+        SavedTensors(Saved(tmp_path))
+    assert ".metadata: " in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", ".."])
+def test_tensors_outside_the_checkpoint_are_refused(trained: tuple[Material, Path], tmp_path: Path, name: str) -> None:
+    metadata = safe_load.read_metadata(files.checkpoint_path(trained[1] / "checkpoints", 8))
+    assert metadata.storage_data
+    next(iter(metadata.storage_data.values())).relative_path = name
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match="outside the checkpoint's own files"):
+        safe_load.read_metadata(tmp_path)
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    path = tmp_path / "step_00000001"
+    path.mkdir()
+    noted = {"bytes": 1, "sha256": sha256_file(tmp_path / "secret")}
+    (path / files.MANIFEST).write_text(json.dumps({"step": 1, "files": {"../secret": noted}}))
+    assert "names ../secret" in str(files.damage(path))
+
+
+@pytest.mark.parametrize(
+    "word", ["teacher.path={}", "student.path={}", "eval.model={}", "teacher.path={} eval.model=teacher"]
+)
+def test_a_model_folder_is_never_a_training(tmp_path: Path, word: str) -> None:
+    """Its checkpoints/ and manifest.json are ignored; where it lacks its config.json, that is what is said."""
+    model = save_tiny("nemotron", tmp_path / "model")
+    add_checkpoint(model, tmp_path / "mark")
+    (model / files.MANIFEST).write_text('{"step": 1, "files": {}}')
+    assert not is_training(model) and locate(model, tmp_path, trust_external=False) == model
+    config = cli.compose([*word.format(model).split(), f"output_dir={tmp_path / 'out'}", "dry_run=true"])
+    commands.execute("eval", config, [], World())
+    assert not (tmp_path / "mark").exists()
+    (model / "config.json").unlink()
+    message = "is no training of output_dir" if word == "eval.model={}" else "config.json: no such file"
+    with pytest.raises(UserError, match=message):
+        commands.execute("eval", config, [], World())
+    assert not (tmp_path / "mark").exists()
+
+
+def test_only_the_output_folders_own_trainings_are_loaded(tmp_path: Path) -> None:
+    """Own: below train/ or pretrain/train/ with this program's record beside; others need checkpoint.trust_external."""
+    out = tmp_path / "out"
+    paths = {
+        name: add_checkpoint(out / name, tmp_path / "mark")
+        for name in ("train", "pretrain/train", "teacher", "x/train")
+    }
+    for name, path in paths.items():
+        with pytest.raises(UserError, match=r"checkpoint\.trust_external=true"):
+            find_checkpoint(path, out, trust_external=False)
+        (out / name / STARTED).write_text('{"inputs": {"student": "1"}}')
+        named = (path, out / name, path.parent / "latest")
+        (path.parent / "latest").write_text(path.name + "\n")
+        for source in named:
+            if name in ("train", "pretrain/train"):
+                assert find_checkpoint(source, out, trust_external=False).path == path
+            else:
+                with pytest.raises(UserError, match=r"checkpoint\.trust_external=true"):
+                    find_checkpoint(source, out, trust_external=False)
+                assert find_checkpoint(source, out, trust_external=True).path == path
+    with pytest.raises(UserError, match=r"checkpoint\.trust_external=true"):
+        find_checkpoint(out / "train" / ".." / "teacher", out, trust_external=False)
+    (tmp_path / "alias").symlink_to(out)
+    assert find_checkpoint(tmp_path / "alias" / "train", out, trust_external=False)
+    with pytest.raises(UserError, match=r"names posix\.system"):
+        open_origin(find_checkpoint_with_model(paths["teacher"], out))
+
+
+def find_checkpoint_with_model(path: Path, out: Path) -> Saved:
+    """The checkpoint, vouched for by the user, with a model's config.json beside."""
+    save_tiny("nemotron", path.parent / "model")
+    return find_checkpoint(path, out, trust_external=True)
+
+
+@pytest.mark.parametrize("content", ["../../evil/step_00000001", "", "step_1", "x" * 1000, "\xff"])
+def test_a_pointer_names_a_checkpoint_beside_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "best").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match="best: "):
+        find_checkpoint(tmp_path / "best", tmp_path, trust_external=True)
