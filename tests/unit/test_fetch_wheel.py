@@ -163,7 +163,7 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path):
         fetch_teacher(teacher, tmp_path, force=True)
     for damaged in ("", "{", "[1]"):
         (tmp_path / "source.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"source\.json: damaged; remove .* and fetch again"):
+        with pytest.raises(UserError, match=r"source\.json: damaged .*; remove .* and fetch again"):
             fetch_teacher(teacher, tmp_path, force=True)
 
 
