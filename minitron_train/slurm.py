@@ -20,7 +20,7 @@ from pathlib import Path
 from minitron_train import cli
 from minitron_train.chain import chain, check_early
 from minitron_train.config import Config
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, error_line
 from minitron_train.parallel.launch import World, read_world
 from minitron_train.parallel.meeting import host_name, meet
 from minitron_train.prune.candidates import Candidate, candidates, choose
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(f"usage: {USAGE}")
     except UserError as error:
         late(world.rank)
-        print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
+        print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         sys.exit(2)
 
 

@@ -9,6 +9,7 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import byte_size
 from minitron_train.records import read_record
+from minitron_train.stages import plain
 
 SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
 
@@ -85,4 +86,4 @@ def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
 
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write `source.json` into a folder that is about to appear under its final name (see files.atomic_folder)."""
-    (folder / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / SOURCE_FILE).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")

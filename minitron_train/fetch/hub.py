@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils import http_stream_backoff as open_stream
 
 from minitron_train.config import TeacherConfig
@@ -80,6 +80,12 @@ def read_repository(repo_id: str, revision: str) -> Listing:
         UserError: an answer of another form, or one longer than MAX_LISTING_BYTES.
     """
     validate_repo_id(repo_id)
+    try:
+        get_session()
+    except (ValueError, ImportError) as error:  # of its proxies, before any request
+        raise UserError(
+            f"a proxy of the environment cannot be used ({first_line(error)}); write HTTPS_PROXY like http://host:3128"
+        ) from error
     url = f"{hub_endpoint()}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
     answer = bytearray()
     once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": (), "follow_redirects": True}
