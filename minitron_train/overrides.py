@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 
 from minitron_train.config import Config
 from minitron_train.errors import UserError
@@ -62,10 +64,18 @@ def quote_word(word: str, *, sweeping: bool) -> str:
 
 def quoted(value: str) -> str:
     """One value in quotes, unless it has them, needs none, is null, or uses Hydra's escapes."""
-    as_it_is = not value or value.lower() == "null" or PLAIN.fullmatch(value) or ESCAPED.search(value)
-    if as_it_is or re.fullmatch(QUOTED, value, re.DOTALL):
+    as_it_is = not value or value.lower() == "null" or PLAIN.fullmatch(value) or re.fullmatch(QUOTED, value, re.DOTALL)
+    if as_it_is or (ESCAPED.search(value) and is_one_value(value)):
         return value
     return QuotedString(text=value, quote=Quote.single).with_quotes()
+
+
+def is_one_value(value: str) -> bool:
+    """Whether Hydra's grammar reads the value as it stands, and as one."""
+    try:
+        return not OverridesParser.create().parse_override(f"key={value}").is_sweep_override()
+    except HydraException:
+        return False
 
 
 def takes_text(key: str) -> bool:

@@ -13,13 +13,37 @@ from minitron_train.stages import STARTED, read_provenance
 
 KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # of a provenance, in an artifact
 MOST_CHARACTERS = 128  # of an artifact's name
+YES = ("1", "true", "t", "yes", "y", "on")
+MODES = {  # WANDB_MODE -> what it means for one run; wandb's older names included
+    **{"online": "online", "offline": "offline", "disabled": "disabled"},
+    **{"run": "online", "dryrun": "offline", "shared": "online"},
+}
 
 
 def wandb_mode(mode: WandbMode) -> str:
-    """auto is online with a key and offline without: there is never a question on the terminal."""
+    """online, offline or disabled: the setting, for auto the environment's, else online with a key; never a prompt."""
     if mode is not WandbMode.auto:
         return mode.value
+    if os.environ.get("WANDB_DISABLED", "").lower() in YES:
+        return "disabled"
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    if asked in MODES:
+        return MODES[asked]
+    if asked:
+        say(f"WANDB_MODE={asked}: is none of {', '.join(MODES)}; W&B stays offline")
+        return "offline"
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def run_place(settings: WandbConfig, folder: Path, name: str) -> dict[str, str | None]:
+    """Where the run goes: what is set here, else what the environment says, else our defaults."""
+    environ = os.environ
+    return {
+        "project": settings.project or environ.get("WANDB_PROJECT") or "minitron_train",
+        "entity": settings.entity or environ.get("WANDB_ENTITY") or None,
+        "name": settings.name or environ.get("WANDB_NAME") or name,
+        "dir": environ.get("WANDB_DIR") or str(folder),
+    }
 
 
 class Tracker:
@@ -29,7 +53,8 @@ class Tracker:
         self, settings: WandbConfig, *, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]
     ) -> None:
         self.run: Any = None
-        self.run_id, self.name = run_id, settings.name or name
+        place = run_place(settings, folder, name)
+        self.run_id, self.name = run_id, str(place["name"])
         mode = wandb_mode(settings.mode)
         if mode == "disabled":
             return
@@ -37,13 +62,11 @@ class Tracker:
         try:
             import wandb
 
-            (folder / "wandb").mkdir(parents=True, exist_ok=True)
+            (Path(str(place["dir"])) / "wandb").mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
-                project=settings.project,
-                name=self.name,
+                **place,
                 id=run_id,
                 resume="allow",
-                dir=str(folder),
                 mode=mode,  # type: ignore[arg-type]
                 config=dict(config),
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
