@@ -45,6 +45,12 @@ class Wheel:
     sha256: str
     num_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        """The digest names a folder of the cache."""
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            remedy = "copy it from the registry's page of the file"
+            raise UserError(f"sha256={self.sha256!r}: must be 64 hex digits in lower case; {remedy}")
+
     def disk_needs(self, folder: Path, folder_bytes: int) -> dict[Path, int]:
         """Bytes for require_disk: the download (pip holds it twice for a moment) and the folder made from it."""
         download_bytes = 0 if cached_wheel(self) else 2 * self.num_bytes

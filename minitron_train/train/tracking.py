@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,25 @@ def wandb_mode(mode: WandbMode) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
-def run_place(settings: WandbConfig, folder: Path, name: str) -> dict[str, str | None]:
-    """Where the run goes: what is set here, else what the environment says, else our defaults."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run goes on the server and on this disk, and what it is called."""
+
+    project: str
+    entity: str | None
+    name: str
+    folder: Path
+
+
+def run_place(settings: WandbConfig, folder: Path, name: str) -> Place:
+    """What is set in the configuration, else what the environment says, else our defaults."""
     environ = os.environ
-    return {
-        "project": settings.project or environ.get("WANDB_PROJECT") or "minitron_train",
-        "entity": settings.entity or environ.get("WANDB_ENTITY") or None,
-        "name": settings.name or environ.get("WANDB_NAME") or name,
-        "dir": environ.get("WANDB_DIR") or str(folder),
-    }
+    return Place(
+        project=settings.project or environ.get("WANDB_PROJECT") or "minitron_train",
+        entity=settings.entity or environ.get("WANDB_ENTITY") or None,
+        name=settings.name or environ.get("WANDB_NAME") or name,
+        folder=Path(environ.get("WANDB_DIR") or folder),
+    )
 
 
 class Tracker:
@@ -54,7 +65,7 @@ class Tracker:
     ) -> None:
         self.run: Any = None
         place = run_place(settings, folder, name)
-        self.run_id, self.name = run_id, str(place["name"])
+        self.run_id, self.name = run_id, place.name
         mode = wandb_mode(settings.mode)
         if mode == "disabled":
             return
@@ -62,9 +73,12 @@ class Tracker:
         try:
             import wandb
 
-            (Path(str(place["dir"])) / "wandb").mkdir(parents=True, exist_ok=True)
+            (place.folder / "wandb").mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
-                **place,
+                project=place.project,
+                entity=place.entity,
+                name=place.name,
+                dir=str(place.folder),
                 id=run_id,
                 resume="allow",
                 mode=mode,  # type: ignore[arg-type]

@@ -322,20 +322,19 @@ def test_wandb_follows_the_environment(
     environ: dict[str, str], setting: WandbMode, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An explicit setting wins over the environment, which wins over auto; the same for project, entity and name."""
-    from minitron_train.train.tracking import run_place, wandb_mode
+    from minitron_train.train.tracking import Place, run_place, wandb_mode
 
     for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", *PLACES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert wandb_mode(setting) == mode
-    ours = {"project": "minitron_train", "entity": None, "name": "tiny", "dir": str(tmp_path)}
-    assert run_place(WandbConfig(), tmp_path, "tiny") == ours
+    assert run_place(WandbConfig(), tmp_path, "tiny") == Place("minitron_train", None, "tiny", tmp_path)
     for name in PLACES:
         monkeypatch.setenv(name, name)
-    assert list(run_place(WandbConfig(), tmp_path, "tiny").values()) == list(PLACES)
+    assert run_place(WandbConfig(), tmp_path, "tiny") == Place(*PLACES[:3], Path("WANDB_DIR"))
     settings = WandbConfig(project="p", entity="e", name="n")
-    assert list(run_place(settings, tmp_path, "tiny").values()) == ["p", "e", "n", "WANDB_DIR"]
+    assert run_place(settings, tmp_path, "tiny") == Place("p", "e", "n", Path("WANDB_DIR"))
 
 
 PLACES = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_DIR")
