@@ -68,6 +68,8 @@ def accept(commands: Sequence[str], config: Config) -> None:
     """
     from minitron_train.data.sources import files
 
+    if not config.output_dir.isprintable():  # the shell reads it as one line
+        raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
     check_early(chain(config) if list(commands) == ["run"] else commands, config)
     data, calibration = config.data, config.calibration
     trained = ["search"] if config.search.retrain_tokens else []

@@ -11,6 +11,7 @@ from minitron_train import cli
 from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.overrides import expand_paths, paths, quote_word, quote_words
+from minitron_train.slurm import accept
 
 VALUES = [
     "/a/b c (1)/x=y",
@@ -169,3 +170,9 @@ def test_undecodable_bytes() -> None:
 def test_a_recorded_command_can_be_given_again() -> None:
     word = "teacher.path=/a b/it's (1),x"
     assert parsed(shlex.split(shlex.join([word]))[0]) == "/a b/it's (1),x"
+
+
+def test_slurms_scripts_read_the_output_folder_as_one_line() -> None:
+    accept(["report"], Config(output_dir="/a b (1)/é=x"))
+    with pytest.raises(UserError, match=r"output_dir='a\\nb': must be one printable line"):
+        accept(["report"], Config(output_dir="a\nb"))
