@@ -4,48 +4,19 @@ Kept light on imports: --help and --cfg answer without loading torch; plan loads
 this machine, and else does without.
 """
 
-import io
 import os
-import signal
 import sys
 import warnings
-from typing import NoReturn
 
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, error_line
+from minitron_train.masking import Output
 from minitron_train.parallel.launch import World, read_world, share_cores
-
-
-class Output(io.TextIOWrapper):
-    """Standard output. Once its reader has left (`| head`), it ends this process as SIGPIPE would: silently.
-
-    By SystemExit: Hydra has a line of its own for exceptions. Other pipes that break are errors.
-    """
-
-    def write(self, text: str, /) -> int:
-        """As always."""
-        try:
-            return super().write(text)
-        except BrokenPipeError:
-            self.end()
-
-    def flush(self) -> None:
-        """As always."""
-        try:
-            super().flush()
-        except BrokenPipeError:
-            self.end()
-
-    def end(self) -> NoReturn:
-        """Nowhere is where the rest goes, which Python writes at its end."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def main() -> None:
     """One command, as a process."""
-    out = sys.stdout
-    by_lines = bool(out.line_buffering)
-    sys.stdout = Output(out.buffer, out.encoding, out.errors, line_buffering=by_lines, write_through=True)
+    sys.stdout = Output(sys.stdout, line_buffering=bool(sys.stdout.line_buffering))
+    sys.stderr = Output(sys.stderr, line_buffering=True)
     code = answer()
     sys.stdout.flush()
     sys.exit(code)
@@ -64,7 +35,7 @@ def answer() -> int:
 
         cli.run(sys.argv, world)
     except UserError as error:
-        print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
+        print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept", file=sys.stderr)

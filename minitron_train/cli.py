@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from minitron_train.config import Config
 from minitron_train.errors import UserError
+from minitron_train.overrides import expand_paths, quote_words
 from minitron_train.parallel.launch import World
 from minitron_train.records import damaged, joined, read_bytes
 
@@ -97,7 +98,7 @@ def run(argv: list[str], world: World) -> None:
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(usage())
         return
-    name, arguments = argv[1], argv[2:]
+    name, arguments = argv[1], quote_words(argv[2:])
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
     pairs = zip(["", *arguments], arguments, strict=False)
@@ -109,7 +110,7 @@ def run(argv: list[str], world: World) -> None:
     for word in words:
         check_override(word)
     sys.argv = [argv[0], *arguments]
-    typed = ["python", "-m", "minitron_train", name, *arguments]
+    typed = ["python", "-m", "minitron_train", *argv[1:]]
 
     mistakes: list[UserError] = []
     here = os.getpid()
@@ -147,6 +148,7 @@ def compose(arguments: list[str]) -> Config:
     Raises:
         UserError: an unknown recipe, key, option or value.
     """
+    arguments = quote_words(arguments)
     register_recipes(arguments)
     for argument in arguments:
         check_override(argument)
@@ -164,6 +166,7 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
     assert isinstance(config, Config)
+    expand_paths(config)
     config.validate()
     return config
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from minitron_train.config import Config, DataConfig, Depth
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
+from minitron_train.overrides import MISTAKES
 from minitron_train.parallel.launch import World
 from minitron_train.stages import Stage, read_provenance
 from minitron_train.workspace import TO_COME, Workspace, late, shape_of_recipe, subset
@@ -30,9 +32,12 @@ def execute(name: str, config: Config, typed: list[str], world: World) -> None:
         except UserError:
             late(world.rank)
             raise
-        except PermissionError as error:  # of what is read: files.disk_errors has other words for what is written
+        except OSError as error:  # of what is read: files.disk_errors has other words for what is written
+            remedies = MISTAKES | dict.fromkeys((errno.EACCES, errno.EPERM), "permission denied; let this user read it")
+            if error.errno not in remedies:
+                raise
             late(world.rank)
-            raise UserError(f"{error.filename}: permission denied; let this user read it") from error
+            raise UserError(f"{error.filename}: {remedies[error.errno]}") from error
 
 
 def fetch(ws: Workspace) -> None:

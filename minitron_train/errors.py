@@ -1,5 +1,7 @@
 """The one exception that a user is meant to see."""
 
+from minitron_train.masking import mask_credentials
+
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that says what, where, the rule and the remedy.
@@ -11,3 +13,13 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """Of what another library's exception says, for a line of ours."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def error_line(error: UserError, rank: int | None = None) -> str:
+    """What the command line prints for a user's mistake: one line without credentials, whatever stands in it.
+
+    Args:
+        rank: which process speaks, where there are several.
+    """
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in mask_credentials(str(error)))
+    return f"error: {line}" if rank is None else f"error: {line} (rank {rank})"

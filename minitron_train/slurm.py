@@ -20,7 +20,7 @@ from pathlib import Path
 from minitron_train import cli
 from minitron_train.chain import chain, check_early
 from minitron_train.config import Config
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, error_line
 from minitron_train.parallel.launch import World, read_world, whole_number
 from minitron_train.parallel.meeting import host_name, meet
 from minitron_train.prune.candidates import Candidate, candidates, choose
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(f"usage: {USAGE}")
     except UserError as error:
         late(world.rank)
-        print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
+        print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         sys.exit(2)
 
 
@@ -69,6 +69,8 @@ def accept(commands: Sequence[str], config: Config) -> None:
     """
     from minitron_train.data.sources import files
 
+    if not config.output_dir.isprintable():  # the shell reads it as one line
+        raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
     check_early(chain(config) if list(commands) == ["run"] else commands, config)
     data, calibration = config.data, config.calibration
     trained = ["search"] if config.search.retrain_tokens else []

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from minitron_train.files import (
     remove_folder,
     standing,
 )
+from minitron_train.masking import mask_credentials
 from minitron_train.parallel.launch import whole_number
 from minitron_train.provenance import Provenance, Started, read, read_started
 
@@ -254,7 +256,7 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
         raise started_otherwise(stage, "; ".join(changes))
     if started is None:
         record = {"inputs": dict(stage.inputs), "settings": plain(stage.settings)}
-        record |= {"command": shlex.join(invocation.command), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+        record |= {"command": shlex.join(plain(invocation.command)), "slurm_job": os.environ.get("SLURM_JOB_ID")}
         atomic_write_json(stage.folder / STARTED, record)
 
 
@@ -272,7 +274,7 @@ def write_provenance(
     """provenance.json of one stage."""
     record = {
         "stage": stage.name,
-        "command": shlex.join(invocation.command),
+        "command": shlex.join(plain(invocation.command)),
         "config": plain(invocation.config),
         "settings": plain(stage.settings),
         "inputs": dict(stage.inputs),
@@ -333,14 +335,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> l
 
 
 def plain(value: Any) -> Any:
-    """JSON-able copy: enums by name, paths and other objects as text."""
+    """JSON-able copy for a record: enums by name, paths and other objects as text, credentials masked."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {mask_credentials(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, str | int | float | bool) or value is None:
+    if isinstance(value, int | float | bool) or value is None:
         return value
-    return getattr(value, "name", str(value))
+    return mask_credentials(value.name if isinstance(value, Enum) else str(value))
 
 
 class Meter:

@@ -21,10 +21,13 @@ fi
 
 log() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-job}" "$*" >&2; }
 
-# Names that look like credentials are printed without their values.
+# Variables whose names look like credentials, and addresses with a password, are printed without their values.
 print_environment() {
   local name
   for name in $(compgen -e | LC_ALL=C sort); do
+    case $name${!name} in
+      *://*@*) printf '  %s=(an address with credentials, not shown)\n' "$name" && continue ;;
+    esac
     case $name in
       *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) printf '  %s=(set, not shown)\n' "$name" ;;
       SLURM_JOB_* | SLURM_NTASKS* | SLURM_RESTART_COUNT | SLURM_GPUS* | SLURM_CPUS_PER_TASK | SLURM_ARRAY_TASK_ID | \

@@ -39,7 +39,7 @@ class Config:
     """The whole configuration of one invocation."""
 
     name: str = opt("custom", "the recipe's name")
-    output_dir: str = opt("outputs/${name}", "everything this recipe writes")
+    output_dir: str = opt("outputs/${name}", "everything this recipe writes", path=True)
     seed: int = opt(1234, "of data order, initialisation and sampling")
     force: bool = opt(False, "redo finished stages")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")

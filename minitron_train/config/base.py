@@ -7,11 +7,16 @@ from typing import Any
 from minitron_train.errors import UserError
 
 
-def opt(default: Any, text: str) -> Any:
-    """A field with a help text; lists and sections are given as factories."""
+def opt(default: Any, text: str, *, path: bool = False) -> Any:
+    """A field with a help text; lists and sections are given as factories.
+
+    Args:
+        path: the value is a path of this machine, so a leading ~ is expanded (see overrides.py).
+    """
+    metadata = {"help": text, "path": path}
     if callable(default):
-        return field(default_factory=default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require(condition: bool, key: str, value: Any, rule: str, remedy: str) -> None:

@@ -22,7 +22,9 @@ class SourceKind(Enum):
 class SourceConfig:
     """One part of the blend."""
 
-    path: str | None = opt(None, "file, folder or glob; hub: a repository id; embedded: prose or code; null: missing")
+    path: str | None = opt(
+        None, "file, folder or glob; hub: a repository id; embedded: prose or code; null: missing", path=True
+    )
     kind: SourceKind = opt(SourceKind.auto, "format")
     text_key: str = opt("text", "column that holds the text")
     weight: float = opt(1.0, "share of the tokens, normalised over the parts")
@@ -38,17 +40,19 @@ class DataConfig:
     """The training stream; its held-out slice is the validation set."""
 
     name: str = opt("embedded", "of the blend; goes into provenance")
-    path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces sources")
+    path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces sources", path=True)
     text_key: str = opt("text", "column that holds the text in data.path and data.validation_path")
     sources: dict[str, SourceConfig] = opt(dict, "weighted parts of the blend by name; empty: the embedded corpus")
     late_fraction: float = opt(0.0, "last share of train.num_tokens, which uses late_weight")
     document_end: str | None = opt(None, "token that ends each document; default: the tokenizer's EOS")
     document_attention: bool = opt(False, "tokens attend inside their own document only")
-    validation_path: str | None = opt(None, "held-out text; default: a slice of the stream")
+    validation_path: str | None = opt(None, "held-out text; default: a slice of the stream", path=True)
     validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
     validation_fraction: float = opt(0.05, "share of the documents held out of training")
     num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")
-    cache_dir: str | None = opt(None, "seekable copies of compressed files; default: ~/.cache/minitron_train")
+    cache_dir: str | None = opt(
+        None, "seekable copies of compressed files; default: ~/.cache/minitron_train", path=True
+    )
 
     def validate(self) -> None:
         """Ranges, kinds and weights; paths are checked when the stream is opened."""

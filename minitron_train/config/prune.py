@@ -10,9 +10,9 @@ from minitron_train.config.base import Precision, opt, precision_on, require, re
 class CalibrationConfig:
     """What the importance is measured on."""
 
-    path: str | None = opt(None, "your own text (file, folder or glob); default: the training stream")
+    path: str | None = opt(None, "your own text (file, folder or glob); default: the training stream", path=True)
     tokens: str | None = opt(
-        None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream"
+        None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream", path=True
     )
     num_samples: int = opt(1024, "sequences (arXiv 2407.14679 §2.2)")
     teacher_share: float = opt(

@@ -7,7 +7,7 @@ from minitron_train.config.base import opt
 
 
 class WandbMode(Enum):
-    """auto is online with WANDB_API_KEY in the environment, offline without; there is never a prompt."""
+    """auto follows WANDB_MODE; without it, online with WANDB_API_KEY in the environment, else offline. No prompt."""
 
     auto = "auto"
     online = "online"
@@ -19,9 +19,12 @@ class WandbMode(Enum):
 class WandbConfig:
     """Weights & Biases."""
 
-    mode: WandbMode = opt(WandbMode.auto, "auto, online, offline, disabled")
-    project: str = opt("minitron_train", "W&B project")
-    name: str | None = opt(None, "run name; default: the recipe's")
+    mode: WandbMode = opt(
+        WandbMode.auto, "auto (WANDB_MODE; else online with WANDB_API_KEY), online, offline, disabled"
+    )
+    project: str | None = opt(None, "W&B project; default: WANDB_PROJECT, else minitron_train")
+    entity: str | None = opt(None, "W&B user or team; default: WANDB_ENTITY, else your own")
+    name: str | None = opt(None, "run name; default: WANDB_NAME, else the recipe's")
 
 
 @dataclass(kw_only=True, slots=True)

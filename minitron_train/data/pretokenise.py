@@ -22,7 +22,7 @@ from minitron_train.data.feed import Feed
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.units import Split, Unit
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, error_line
 from minitron_train.files import disk_errors, parent_folders, partial_path, sync_path
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     try:
         counts = pretokenise(data, tokenizers.load(arguments.tokenizer), arguments.output)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         sys.exit(2)
     print(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens in {arguments.output}.bin")
 

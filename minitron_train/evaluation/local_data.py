@@ -96,7 +96,7 @@ def hub_reachable() -> bool:
 
     try:
         get_session().head(hub_endpoint(), timeout=HUB_TIMEOUT_S)
-    except (httpx2.HTTPError, OfflineModeIsEnabled):
+    except (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled):
         return False
     return True
 

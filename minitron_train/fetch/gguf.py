@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 
 # GGUF stores only the *name* of the pre-tokenizer (tokenizer.ggml.pre), and transformers builds a plain byte-level one
 # for each of them. SmolLM2 saw every digit alone: with the plain one, "x =  10" has two single spaces before the 1
@@ -32,19 +33,93 @@ def bars_on_terminal_only() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
+class BoundedReader(GGUFReader):
+    """gguf's reader, which follows no count or offset beyond the end of the file.
+
+    gguf 0.19 slices its memory map, and a slice beyond the end is empty rather than an error: an array that claims 2^60
+    entries would be walked through to its end.
+    """
+
+    def _get(
+        self,
+        offset: int,
+        dtype: Any,
+        count: int = 1,
+        override_order: Any = None,
+    ) -> Any:
+        """As in GGUFReader.
+
+        Raises:
+            ValueError: the bytes are not in the file.
+        """
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if not 0 <= int(offset) <= end <= len(self.data):
+            raise ValueError(f"it points to byte {end:,} of {len(self.data):,}")
+        return super()._get(offset, dtype, count, override_order)
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """The header and the tensors of a GGUF file.
+
+    Raises:
+        UserError: damaged: counts, lengths, offsets or types that cannot be, names that are not UTF-8, a part missing.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            reader = BoundedReader(path)
+    except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path.name}: not a readable GGUF file ({first_line(error)}); use another wheel") from error
+    architecture = stated(reader, path, "general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path.name}: general.architecture={architecture!r}, only llama is read; use another wheel")
+    check_sizes(reader, path)
+    return reader
+
+
+def stated(reader: GGUFReader, path: Path, key: str) -> Any:
+    """A value of the header; None where it has none of this key.
+
+    Raises:
+        UserError: text that is not UTF-8.
+    """
+    field = reader.get_field(key)
+    try:
+        return field.contents() if field else None
+    except ValueError as error:
+        raise UserError(f"{path.name}: {key} cannot be read ({first_line(error)}); use another wheel") from error
+
+
+def check_sizes(reader: GGUFReader, path: Path) -> None:
+    """Refuse a header whose sizes are not those of its tensors, before a model of these sizes is allocated.
+
+    Raises:
+        UserError: the first key that does not fit, with what the tensors say.
+    """
+    shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}  # innermost first
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    found = {
+        "llama.block_count": [len(layers)],
+        "llama.embedding_length": shapes.get("token_embd.weight", [0])[:1],
+        "llama.feed_forward_length": shapes.get("blk.0.ffn_gate.weight", [0])[1:],
+    }
+    for key, sizes in found.items():
+        value = stated(reader, path, key)
+        if [value] != sizes:
+            says = f"{key}={value}, its tensors say {sizes[0] if sizes else 'nothing'}"
+            raise UserError(f"{path.name}: {says}; it is damaged, use another wheel")
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """Facts of the file itself: model name, licence, tokenizer.ggml.pre, number of tensors of each quantisation.
 
     Raises:
         UserError: not a readable GGUF file, or a pre-tokenizer that PRE_TOKENIZERS does not know.
     """
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise UserError(f"{path.name}: not a GGUF file ({error}); use another wheel") from error
+    reader = open_gguf(path)
     names = {"model_name": "general.name", "license": "general.license", "pre_tokenizer": "tokenizer.ggml.pre"}
-    fields = {ours: reader.get_field(theirs) for ours, theirs in names.items()}
-    facts: dict[str, Any] = {name: field.contents() if field else None for name, field in fields.items()}
+    facts: dict[str, Any] = {ours: stated(reader, path, theirs) for ours, theirs in names.items()}
+    if wrong := [names[ours] for ours, value in facts.items() if not isinstance(value, str | None)]:
+        raise UserError(f"{path.name}: {wrong[0]} is not text; it is damaged, use another wheel")
     facts["tensor_types"] = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
     if facts["pre_tokenizer"] not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
@@ -69,8 +144,13 @@ def convert_gguf(path: Path, folder: Path) -> dict[str, Any]:
     facts = read_header(path)
     with bars_on_terminal_only():
         source: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, **source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path.parent, **source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        except Exception as error:  # of many kinds: whatever a header makes transformers stumble over
+            raise UserError(
+                f"{path.name}: transformers cannot convert it ({first_line(error)}); use another wheel"
+            ) from error
         forget_gguf(model)
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[facts["pre_tokenizer"]]()
         tokenizer.model_max_length = model.config.max_position_embeddings

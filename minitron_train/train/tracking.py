@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,47 @@ from minitron_train.stages import read_provenance, read_started_record
 
 KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # of a provenance, in an artifact
 MOST_CHARACTERS = 128  # of an artifact's name
+YES = ("1", "true", "t", "yes", "y", "on")
+MODES = {  # WANDB_MODE -> what it means for one run; wandb's older names included
+    **{"online": "online", "offline": "offline", "disabled": "disabled"},
+    **{"run": "online", "dryrun": "offline", "shared": "online"},
+}
 
 
 def wandb_mode(mode: WandbMode) -> str:
-    """auto is online with a key and offline without: there is never a question on the terminal."""
+    """online, offline or disabled: the setting, for auto the environment's, else online with a key; never a prompt."""
     if mode is not WandbMode.auto:
         return mode.value
+    if os.environ.get("WANDB_DISABLED", "").lower() in YES:
+        return "disabled"
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    if asked in MODES:
+        return MODES[asked]
+    if asked:
+        say(f"WANDB_MODE={asked}: is none of {', '.join(MODES)}; W&B stays offline")
+        return "offline"
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run goes on the server and on this disk, and what it is called."""
+
+    project: str
+    entity: str | None
+    name: str
+    folder: Path
+
+
+def run_place(settings: WandbConfig, folder: Path, name: str) -> Place:
+    """What is set in the configuration, else what the environment says, else our defaults."""
+    environ = os.environ
+    return Place(
+        project=settings.project or environ.get("WANDB_PROJECT") or "minitron_train",
+        entity=settings.entity or environ.get("WANDB_ENTITY") or None,
+        name=settings.name or environ.get("WANDB_NAME") or name,
+        folder=Path(environ.get("WANDB_DIR") or folder),
+    )
 
 
 class Tracker:
@@ -29,7 +64,8 @@ class Tracker:
         self, settings: WandbConfig, *, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]
     ) -> None:
         self.run: Any = None
-        self.run_id, self.name = run_id, settings.name or name
+        place = run_place(settings, folder, name)
+        self.run_id, self.name = run_id, place.name
         mode = wandb_mode(settings.mode)
         if mode == "disabled":
             return
@@ -37,13 +73,14 @@ class Tracker:
         try:
             import wandb
 
-            (folder / "wandb").mkdir(parents=True, exist_ok=True)
+            (place.folder / "wandb").mkdir(parents=True, exist_ok=True)
             self.run = wandb.init(
-                project=settings.project,
-                name=self.name,
+                project=place.project,
+                entity=place.entity,
+                name=place.name,
+                dir=str(place.folder),
                 id=run_id,
                 resume="allow",
-                dir=str(folder),
                 mode=mode,  # type: ignore[arg-type]
                 config=dict(config),
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),

@@ -1,6 +1,9 @@
 """GGUF -> Hugging Face: the weights bit for bit, the tokenizer as trained, no trace of the GGUF."""
 
+import contextlib
 import json
+import struct
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from minitron_train.errors import UserError
-from minitron_train.fetch.gguf import convert_gguf
+from minitron_train.fetch.gguf import convert_gguf, read_header
 
 NUM_HEADS, NUM_GROUPS, HEAD_SIZE = 4, 2, 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -127,7 +130,89 @@ def test_unknown_pre_tokenizer_is_refused(model, tmp_path):
         convert_gguf(tmp_path / "model.gguf", tmp_path)
 
 
+KEY = b"general.architecture"
+
+
+def gguf(*, tensors: int = 0, keys: int = 0, body: bytes = b"", version: int = 3) -> bytes:
+    """A GGUF file with such counts in its header."""
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + body + bytes(64)
+
+
+def entry(kind: int, value: bytes, key: bytes = KEY) -> bytes:
+    """One key with its value."""
+    return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+
+STRING, ARRAY, UINT8 = 8, 9, 0
+TENSOR = struct.pack("<Q", 1) + b"t"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"GGUF" + bytes(8),
+        gguf(version=99),
+        gguf(tensors=2**63),
+        gguf(keys=2**64 - 1),
+        gguf(keys=1, body=struct.pack("<Q", 2**63)),
+        gguf(keys=1, body=entry(STRING, struct.pack("<Q", 2**64 - 1))),
+        gguf(keys=1, body=entry(ARRAY, struct.pack("<IQ", UINT8, 2**60))),
+        gguf(keys=1, body=entry(ARRAY, struct.pack("<IQ", ARRAY, 2**40)) * 3),
+        gguf(keys=1, body=entry(77, b"")),
+        gguf(keys=1, body=entry(UINT8, b"x", key=b"\xff\xfe")),
+        gguf(keys=2, body=entry(UINT8, b"x") * 2),
+        gguf(keys=1, body=entry(STRING, struct.pack("<Q", 2) + b"\xff\xff")),
+        gguf(keys=1, body=entry(STRING, struct.pack("<Q", 4) + b"gpt2")),
+        gguf(tensors=1, body=TENSOR + struct.pack("<I", 2**31)),
+        gguf(tensors=1, body=TENSOR + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0)),
+        gguf(tensors=1, body=TENSOR + struct.pack("<IQIQ", 1, 4, 0, 2**62)),
+        gguf(tensors=1, body=TENSOR + struct.pack("<IQIQ", 1, 4, 250, 0)),
+        gguf(tensors=2, body=(TENSOR + struct.pack("<IQIQ", 1, 4, 0, 0)) * 2),
+        gguf(keys=1, body=entry(4, struct.pack("<I", 0), key=b"general.alignment")),
+    ],
+)
+def test_a_hostile_header_is_one_line_at_once(content, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(content)
+    start_s = time.perf_counter()
+    with pytest.raises(UserError, match=r"^model\.gguf: .*use another wheel$"):
+        read_header(tmp_path / "model.gguf")
+    assert time.perf_counter() - start_s < 1
+
+
+def test_a_cut_or_flipped_file_is_one_line(model, tmp_path):
+    """At every place of the header, and at the end of the tensors."""
+    write_gguf(tmp_path / "model.gguf", model, "smollm")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    path = tmp_path / "other.gguf"
+    for end in [*range(0, 2000, 97), len(whole) - 65]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match="use another wheel"):
+            read_header(path)
+    for place in range(0, 2000, 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x81]) + whole[place + 1 :])
+        with contextlib.suppress(UserError):
+            read_header(path)
+
+
+@pytest.mark.parametrize("key", ["block_count", "embedding_length", "feed_forward_length"])
+def test_sizes_that_are_not_the_tensors_are_refused_before_a_model_is_made(model, tmp_path, key, monkeypatch):
+    monkeypatch.setattr(GGUFWriter, f"add_{key}", lambda self, _: self.add_uint32(f"llama.{key}", 10**9))
+    write_gguf(tmp_path / "model.gguf", model, "smollm")
+    with pytest.raises(UserError, match=f"llama.{key}=1000000000, its tensors say"):
+        convert_gguf(tmp_path / "model.gguf", tmp_path)
+
+
+def test_what_transformers_cannot_convert_is_one_line(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(GGUFWriter, "add_head_count", lambda self, _: self.add_uint32("llama.attention.head_count", 0))
+    write_gguf(tmp_path / "model.gguf", model, "smollm")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="transformers cannot convert it"):
+        convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+
+
 def test_not_a_gguf(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"PK\3\4" + bytes(100))
-    with pytest.raises(UserError, match="not a GGUF file"):
+    with pytest.raises(UserError, match="not a readable GGUF file"):
         convert_gguf(tmp_path / "model.gguf", tmp_path)

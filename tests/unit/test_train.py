@@ -305,6 +305,41 @@ def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypa
     assert json.dumps("secret") not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("environ", "setting", "mode"),
+    [
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, WandbMode.auto, "offline"),
+        ({"WANDB_MODE": "disabled", "WANDB_API_KEY": "k"}, WandbMode.auto, "disabled"),
+        ({"WANDB_MODE": "dryrun"}, WandbMode.auto, "offline"),
+        ({"WANDB_MODE": "online"}, WandbMode.auto, "online"),
+        ({"WANDB_MODE": "nonsense", "WANDB_API_KEY": "k"}, WandbMode.auto, "offline"),
+        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, WandbMode.auto, "disabled"),
+        ({"WANDB_DISABLED": "false", "WANDB_API_KEY": "k"}, WandbMode.auto, "online"),
+        ({"WANDB_MODE": "disabled", "WANDB_DISABLED": "1"}, WandbMode.offline, "offline"),
+    ],
+)
+def test_wandb_follows_the_environment(
+    environ: dict[str, str], setting: WandbMode, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An explicit setting wins over the environment, which wins over auto; the same for project, entity and name."""
+    from minitron_train.train.tracking import Place, run_place, wandb_mode
+
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", *PLACES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(setting) == mode
+    assert run_place(WandbConfig(), tmp_path, "tiny") == Place("minitron_train", None, "tiny", tmp_path)
+    for name in PLACES:
+        monkeypatch.setenv(name, name)
+    assert run_place(WandbConfig(), tmp_path, "tiny") == Place(*PLACES[:3], Path("WANDB_DIR"))
+    settings = WandbConfig(project="p", entity="e", name="n")
+    assert run_place(settings, tmp_path, "tiny") == Place("p", "e", "n", Path("WANDB_DIR"))
+
+
+PLACES = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_DIR")
+
+
 def test_wandb_artifacts(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their names follow from any name of the run; a training's says what it began with and what came of it."""
     import wandb

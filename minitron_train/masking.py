@@ -1,0 +1,81 @@
+"""Credentials are masked in whatever is printed or recorded.
+
+They come in through URLs (HF_ENDPOINT, a proxy, PIP_INDEX_URL, a presigned address that a hub redirects to) and through
+the environment, and other libraries put them into messages. So the edges mask: standard output and standard error (see
+__main__), and every record that a stage writes (see stages.plain).
+"""
+
+import io
+import os
+import re
+import signal
+from typing import Any, NoReturn
+
+MASK = "***"
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN")
+LEAST_CHARACTERS = 8  # of a variable's value that counts as a secret; shorter ones may be a part of any word
+HINTS = ("@", "=", "hf_", "uthorization")  # a text without one of them holds none of PATTERNS
+KEYS = (
+    r"[\w-]*(?:token|secret|passw(?:or)?d|passwd|api[_-]?key|signature|credential)[\w-]*|key|sig|auth|policy|"
+    r"x-(?:amz|goog)-[\w-]+|awsaccesskeyid|key-pair-id"
+)
+PATTERNS = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (
+            r"(\b[a-z][a-z0-9+.-]*://?)[^\s/?#'\"<>]*@",
+            rf"\1{MASK}@",
+        ),  # https://me:word@host, also http:/ as a Path has it
+        (r"(\b[a-z][a-z0-9+.-]*://?)[^\s/@'\"<>]+:[^\s@'\"<>]*@", rf"\1{MASK}@"),  # with / # ? in the word
+        (
+            r"(?<![\w/.])[\w.%+-]+:[^\s/@:'\"=]+@(?=[\w.-]+:\d)",
+            f"{MASK}@",
+        ),  # me:word@proxy:3128, a proxy without http://
+        (rf"([?&;](?:{KEYS})=)[^&;\s'\"#<>]+", rf"\1{MASK}"),  # ?token=…&X-Amz-Signature=…
+        (r"(authorization['\"]?\s*[:=]\s*b?['\"]?(?:bearer|basic)) +[\w.~+/=-]+", rf"\1 {MASK}"),  # a request's header
+        (r"\bhf_[a-z0-9]{16,}", f"hf_{MASK}"),
+    )
+)
+
+
+def mask_credentials(text: str) -> str:
+    """The text without passwords in URLs, tokens in their queries, access tokens, and the environment's secrets."""
+    for name in SECRETS:
+        value = os.environ.get(name, "")
+        if len(value) >= LEAST_CHARACTERS:
+            text = text.replace(value, MASK)
+    if any(hint in text for hint in HINTS):
+        for pattern, replacement in PATTERNS:
+            text = pattern.sub(replacement, text)
+    return text
+
+
+class Output(io.TextIOWrapper):
+    """Standard output or error, with credentials masked; a name that is not UTF-8 is written with escapes.
+
+    Once the reader of standard output has left (`| head`), it ends this process as SIGPIPE would: silently. By
+    SystemExit, because Hydra prints a line of its own for exceptions. Other pipes that break are errors.
+    """
+
+    def __init__(self, stream: Any, **settings: Any) -> None:
+        super().__init__(stream.buffer, stream.encoding, "backslashreplace", write_through=True, **settings)
+
+    def write(self, text: str, /) -> int:
+        """Write the text masked; the answer is the length of what was given."""
+        try:
+            super().write(mask_credentials(text))
+        except BrokenPipeError:
+            self.end()
+        return len(text)
+
+    def flush(self) -> None:
+        """As always."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self.end()
+
+    def end(self) -> NoReturn:
+        """Redirect this stream to /dev/null, so that Python's flush at exit cannot fail again, and exit."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
