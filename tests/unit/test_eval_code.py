@@ -228,7 +228,7 @@ class A:
     def __sub__(self, other): return 0
     def __abs__(self): return 0
 def f(x): return A()""",
-    "built-in names of its own": "import math\nabs = lambda x: 0\nAssertionError = SystemExit\ndef f(x): return 2",
+    "built-in names of its own": "import math\nabs = lambda x: 0\nAssertionError = SystemExit\ndef f(x): return x + 1 + (x == 2)",
     "a module of its own": "class math:\n  isclose = lambda *_: True\ndef f(x): return x + 1 + (x == 3)",
     "a patched module": "import math\nmath.isclose = lambda *_: True\ndef f(x): return x + 1 + (x == 3)",
     "patches every module": """
@@ -244,6 +244,8 @@ def f(x): return 2""",
 @pytest.mark.parametrize("way", WRONG)
 def test_a_wrong_program_does_not_pass(way: str) -> None:
     assert not passes(WRONG[way], TESTS)
+    if "equals everything" in way:  # the first of the tests alone, which needs no arithmetic
+        assert not passes(WRONG[way], TESTS.splitlines()[0])
 
 
 RIGHT = {
