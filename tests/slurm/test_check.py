@@ -263,7 +263,7 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
 
     with meeting.listen(0) as probe:
         first = ("127.0.0.1", int(probe.address[1]))
-    card = {"rank": 0, "host": "127.0.0.1", "port": first[1], "versions": {}, "complaints": []}
+    card = meeting.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
     behaviours = (lambda _: None, Connection.close, lambda connection: meeting.send(connection, ["rank 3: no way"]))
     others = [threading.Thread(target=other, args=pair, daemon=True) for pair in enumerate(behaviours, 1)]
     for thread in others:
@@ -278,15 +278,17 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
 
 def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "DEADLINE_S", 1)
-    environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    with meeting.listen(0) as probe:
+        environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.address[1])}
     with pytest.raises(UserError, match="1 s: ranks 1, 2 did not reach localhost"):
         meeting.meet([], tmp_path, World(0, 3), environ)
 
 
 def test_different_software_is_named() -> None:
+    versions = ({"python": "3.11.9", "torch": "2.9.1"}, {"python": "3.11.9", "torch": "2.8.0"})
     cards = {
-        0: {"host": "n1", "versions": {"python": "3.11.9", "torch": "2.9.1"}},
-        1: {"host": "n2", "versions": {"python": "3.11.9", "torch": "2.8.0"}},
+        rank: meeting.Card(rank=rank, host=f"n{rank + 1}", port=9, versions=found, complaints=[])
+        for rank, found in enumerate(versions)
     }
     assert meeting.version_complaints(cards) == ["rank 1 on n2: torch is 2.8.0, on rank 0 it is 2.9.1"]
     assert meeting.absent([0, 2], 12) == "1, 3, 4, 5, 6, 7, 8, 9 and 2 more"
