@@ -24,6 +24,7 @@ ITEM_BITS = {  # of every type that the format knows
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_SHOWN = 100  # characters of a name in a message
 LFS_MARK = b"version https://git-lfs"  # how the text begins that Git keeps in place of a large file
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -93,10 +94,12 @@ def end_of_data(described: dict[str, Described], file: Path, remedy: str) -> int
     for name, one in sorted(described.items(), key=lambda item: item[1].data_offsets):
         begin, end = one.data_offsets
         if one.dtype not in ITEM_BITS:
-            raise UserError(f"{file}: its header is corrupt (tensor {name} has unknown type {one.dtype}); {remedy}")
+            raise UserError(
+                f"{file}: its header is corrupt (tensor {shown(name)} has unknown type {shown(one.dtype)}); {remedy}"
+            )
         if begin != position or end - begin != num_bytes(one):
             raise UserError(
-                f"{file}: its header is corrupt (tensor {name} takes {num_bytes(one):,} bytes and must begin at byte "
+                f"{file}: its header is corrupt (tensor {shown(name)} takes {num_bytes(one):,} bytes and must begin at byte "
                 f"{position:,}, its offsets are {begin:,} to {end:,}); {remedy}"
             )
         position = end
@@ -106,6 +109,12 @@ def end_of_data(described: dict[str, Described], file: Path, remedy: str) -> int
 def num_bytes(one: Described) -> int:
     """Bytes that a tensor of this type and size takes."""
     return -(-prod(one.shape) * ITEM_BITS[one.dtype] // 8)
+
+
+def shown(name: str) -> str:
+    """A name out of a file as a message may show it: on one line, and not longer than one."""
+    short = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "…"
+    return short if short.isprintable() else ascii(short)
 
 
 def refuse_pointer(path: Path, handle: BinaryIO) -> None:

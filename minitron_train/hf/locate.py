@@ -15,11 +15,12 @@ import msgspec
 
 from minitron_train.errors import UserError
 from minitron_train.hf.config import read_json
-from minitron_train.hf.headers import Entry, read_header, refuse_pointer
+from minitron_train.hf.headers import Entry, read_header, refuse_pointer, shown
 from minitron_train.records import open_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_NAME_BYTES = 255  # of a file on Linux
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TOKENIZER_FILES = (  # what AutoTokenizer, AutoProcessor and GenerationConfig of transformers look for
     "tokenizer.json",
@@ -64,6 +65,7 @@ OTHER_FORMATS = {  # in place of safetensors
 class Weights:
     """What the files of one folder hold, before it is known which model they belong to."""
 
+    folder: Path
     files: tuple[Path, ...]
     tensors: dict[str, list[Entry]]  # by stored name; several where several files hold it
     index: dict[str, str] | None  # stored name -> file, where there are shards
@@ -111,9 +113,13 @@ def check_folder(folder: Path) -> None:
                 f"{folder / name}: belongs to a LoRA adapter, which some readers apply to the model and others do not; "
                 "merge it with merge_and_unload and save_pretrained, or remove it"
             )
-    has_weights = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    if not has_weights and not (folder / "config.json").exists():
+    if not has_weights(folder) and not (folder / "config.json").exists():
         refuse_other_formats(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights that transformers takes, whole or not."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
 def check_file(path: Path) -> None:
@@ -140,18 +146,18 @@ def read_weights(folder: Path, config: dict[str, Any]) -> Weights:
     Raises:
         UserError: no weights, a shard missing, damaged headers, or files that another reader would take besides.
     """
-    index = read_index(folder / INDEX) if (folder / INDEX).exists() else None
-    single = (folder / SINGLE).exists()
-    if not single and index is None:
+    if not has_weights(folder):
         refuse_other_formats(folder)
         raise UserError(f"{folder}: holds neither {SINGLE} nor {INDEX}; download it again")
-    read = {SINGLE} if single else set((index or {}).values())
+    single = (folder / SINGLE).exists()
+    index = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+    read = {SINGLE} if single else set(index.values())
     if config.get("transformers_weights") not in (None, SINGLE if single else INDEX):
         raise UserError(
             f"{folder / 'config.json'}: transformers_weights={config['transformers_weights']!r} names other weights; "
             f"rename them to {SINGLE} or {INDEX} and remove the key"
         )
-    refuse_rivals(folder, read, index or {})
+    refuse_rivals(folder, read, index)
     files = tuple(folder / name for name in sorted(read))
     missing = [file.name for file in files if not file.exists()]
     if missing:
@@ -162,8 +168,8 @@ def read_weights(folder: Path, config: dict[str, Any]) -> Weights:
         for name, entry in read_header(file).items():
             tensors.setdefault(name, []).append(entry)
     stale = (f"{folder}: {SINGLE} is read; {INDEX} names shards that are not there, remove it",)
-    leftover = single and any(file != SINGLE for file in (index or {}).values())
-    return Weights(files, tensors, None if single else index, stale if leftover else ())
+    leftover = single and any(file != SINGLE for file in index.values())
+    return Weights(folder, files, tensors, None if single else index, stale if leftover else ())
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -174,8 +180,8 @@ def read_index(path: Path) -> dict[str, str]:
     except msgspec.ValidationError:
         raise UserError(f"{path}: no weight_map from tensors to files; download it again") from None
     for file in weight_map.values():
-        if Path(file).name != file or not file:
-            raise UserError(f"{path}: names the file {file!r}, which is outside its folder; download it again")
+        if Path(file).name != file or not file.isprintable() or len(file.encode()) > MAX_NAME_BYTES:
+            raise UserError(f"{path}: names {shown(file)!r}, which is no file of its folder; download it again")
     return weight_map
 
 

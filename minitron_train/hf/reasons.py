@@ -8,7 +8,7 @@ from typing import Any
 from minitron_train.arch.shape import Shape
 from minitron_train.errors import UserError
 from minitron_train.hf.dtypes import STORED_DTYPES
-from minitron_train.hf.headers import Entry
+from minitron_train.hf.headers import Entry, shown
 
 QUANTISED = {  # ends of tensor names -> who writes them
     ".qweight": "GPTQ or AWQ",
@@ -33,7 +33,7 @@ def quantisation(names: Collection[str], config: Mapping[str, Any]) -> str | Non
     for end, kind in QUANTISED.items():
         marked = next((name for name in names if name.endswith(end)), None)
         if marked:
-            return f"its weights are quantised ({method(config) or kind}: {marked})"
+            return f"its weights are quantised ({method(config) or kind}: {shown(marked)})"
     return None
 
 
@@ -42,7 +42,7 @@ def method(config: Mapping[str, Any]) -> str | None:
     for key in ("quantization_config", "compression_config", "quantization"):
         settings = config.get(key)
         if isinstance(settings, Mapping):
-            return str(settings.get("quant_method") or key)
+            return shown(str(settings.get("quant_method") or key))
     return None
 
 
@@ -68,7 +68,7 @@ def missing_tensor(
     some = next(iter(tensors), None)
     if some and not any(stored.removeprefix("model.").startswith(("layers.", "embed_tokens")) for stored in tensors):
         return UserError(
-            f"{folder}: tensor {name} is missing (tensors are named like {some}); take a causal LM's folder"
+            f"{folder}: tensor {name} is missing (tensors are named like {shown(some)}); take a causal LM's folder"
         )
     return UserError(f"{folder}: tensor {name} is missing; {again}")
 

@@ -12,8 +12,8 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES
-from minitron_train.hf.headers import Entry
-from minitron_train.hf.locate import INDEX, SINGLE, Weights, check_folder, read_weights
+from minitron_train.hf.headers import Entry, shown
+from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
 from minitron_train.hf.reasons import missing_tensor, wrong_size, wrong_type
 from minitron_train.hf.rows import RowReader, have_equal_values
 
@@ -56,7 +56,7 @@ class Checkpoint:
     def _find_tensors(self, weights: Weights) -> dict[str, Entry]:
         found = {}
         for name, size in self.table.each_tensor(self.shape):  # lazily: a hostile config names a billion layers
-            entry = find(name, self.shape, self.table, weights, self.folder)
+            entry = find(name, self.shape, self.table, weights)
             if entry is None:
                 raise missing_tensor(self.folder, name, self.shape, weights.tensors, self.config)
             if entry.size != size:
@@ -75,7 +75,7 @@ class Checkpoint:
     def _notes(self, configured: Shape) -> list[str]:
         notes = []
         if self.unexpected:
-            some = ", ".join(self.unexpected[:3]) + (", …" if len(self.unexpected) > 3 else "")
+            some = ", ".join(map(shown, self.unexpected[:3])) + (", …" if len(self.unexpected) > 3 else "")
             notes.append(f"{len(self.unexpected)} stored tensors are not part of the model and are ignored: {some}")
         if configured.tie_embeddings and not self.shape.tie_embeddings:
             notes.append(
@@ -86,7 +86,9 @@ class Checkpoint:
             notes.append("float64 weights are read as float32, and so is the student unless export.dtype is narrower")
         dtype = self.config.get("dtype") or self.config.get("torch_dtype")
         if dtype not in (None, "float64", *DTYPES):
-            notes.append(f"config.json says dtype={dtype!r}; export writes float32 unless export.dtype names another")
+            notes.append(
+                f"config.json says dtype={shown(str(dtype))}; export writes float32 unless export.dtype names another"
+            )
         return [f"{self.folder}: {note}" for note in notes]
 
     def announce(self) -> None:
@@ -120,7 +122,7 @@ def spellings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, PREFIX + name, bare)))
 
 
-def stored_as(name: str, weights: Weights, folder: Path) -> Entry | None:
+def stored_as(name: str, weights: Weights) -> Entry | None:
     """The one stored tensor that is `name`.
 
     Raises:
@@ -130,7 +132,7 @@ def stored_as(name: str, weights: Weights, folder: Path) -> Entry | None:
     if len(entries) > 1:
         places = " and ".join(f"{entry.name} in {entry.file.name}" for entry in entries[:2])
         raise UserError(
-            f"{folder}: tensor {name} is stored twice ({places}), and readers differ in which they take; "
+            f"{weights.folder}: tensor {name} is stored twice ({places}), and readers differ in which they take; "
             "keep one of them, or download the checkpoint again"
         )
     if entries and weights.index is not None:
@@ -138,17 +140,17 @@ def stored_as(name: str, weights: Weights, folder: Path) -> Entry | None:
         if named != entry.file.name:
             says = f"says {named}" if named else "does not name it"
             raise UserError(
-                f"{folder / INDEX}: tensor {entry.name} is in {entry.file.name}, the index {says}; "
+                f"{weights.folder / INDEX}: tensor {entry.name} is in {entry.file.name}, the index {says}; "
                 "readers would differ: write the index anew with save_pretrained, or download the checkpoint again"
             )
     return entries[0] if entries else None
 
 
-def find(name: str, shape: Shape, table: Architecture, weights: Weights, folder: Path) -> Entry | None:
+def find(name: str, shape: Shape, table: Architecture, weights: Weights) -> Entry | None:
     """The stored tensor that is `name`; a tied embedding may be stored as the output layer alone."""
-    entry = stored_as(name, weights, folder)
+    entry = stored_as(name, weights)
     if entry is None and shape.tie_embeddings and name == embedding_name(table):
-        return stored_as(output_name(table), weights, folder)
+        return stored_as(output_name(table), weights)
     return entry
 
 
@@ -156,21 +158,20 @@ def shape_as_stored(shape: Shape, table: Architecture, weights: Weights) -> Shap
     """`shape`, not tied where embedding and output layer are both stored and differ (as transformers has it)."""
     if not shape.tie_embeddings:
         return shape
-    folder = weights.files[0].parent
-    head = stored_as(output_name(table), weights, folder)
-    embedding = stored_as(embedding_name(table), weights, folder)
+    head = stored_as(output_name(table), weights)
+    embedding = stored_as(embedding_name(table), weights)
     if head is None or embedding is None or have_equal_values(head, embedding):
         return shape
     return shape.untied()
 
 
 def folder_shape(folder: Path) -> Shape:
-    """The shape of a Hugging Face folder's model, from config.json and, where it has weights, as these are tied.
+    """The shape of a Hugging Face folder's model: of its weights where it has some, else as config.json says.
 
     Raises:
         UserError: see Checkpoint.
     """
     check_folder(folder)
-    shape = shape_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
-    has_weights = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    return Checkpoint(folder).shape if shape.tie_embeddings and has_weights else shape
+    if has_weights(folder):
+        return Checkpoint(folder).shape
+    return shape_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
