@@ -111,13 +111,13 @@ def plain_copy(teacher: hf.Checkpoint, keep: Keep, target: Path) -> tuple[int, i
     start_s = time.perf_counter()
     with target.open("wb", buffering=0) as out:
         for block in blocks(teacher, keep, origins(teacher, keep)):
-            place = reader.places[block.origin.name]
+            entry, row_bytes = teacher.stored[block.origin.name], reader.row_bytes(block.origin.name)
             for first, last in runs(block.rows):
-                size = (last - first) * place.row_bytes
+                view = memoryview(buffer)[: (last - first) * row_bytes]
                 num_read += os.preadv(
-                    place.file, [memoryview(buffer)[:size]], place.offset + int(block.rows[first]) * place.row_bytes
+                    reader.files[entry.file], [view], entry.start + int(block.rows[first]) * row_bytes
                 )
-            columns = place.row_bytes // 2 if block.columns is None else len(block.columns)
+            columns = row_bytes // 2 if block.columns is None else len(block.columns)
             num_written += out.write(memoryview(buffer)[: len(block.rows) * columns * 2])
         os.fsync(out.fileno())
     return num_read, num_written, time.perf_counter() - start_s

@@ -8,15 +8,16 @@ A damaged record of finished work is refused, with the remedy. A damaged by-prod
 evaluation) is set aside under another name, so that the work continues.
 """
 
+import contextlib
 import errno
 import itertools
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, BinaryIO, Generic, TypeVar, cast
 
 import msgspec
 import yaml
@@ -36,28 +37,39 @@ Real = Annotated[float, Meta(ge=-1e150, le=1e150)]  # its square is finite
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """One regular file, opened for reading without waiting for anybody.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: a folder, pipe, device or link loop stands in its place, or it cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise UserError(f"{path}: is not a regular file; remove it")
+        with os.fdopen(handle, "rb") as file:
+            yield file
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
 def read_bytes(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """The bytes of one regular file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: a folder, pipe, device or link loop stands in its place, it is too large, or it cannot be read.
+        UserError: see `open_file`; or the file is too large.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path}: is not a regular file; remove it")
-            if status.st_size > max_bytes:
-                raise UserError(
-                    f"{path}: has {status.st_size:,} bytes, at most {max_bytes:,} are read; is it the right file?"
-                )
-            return file.read(max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UserError(f"{path}: has {size:,} bytes, at most {max_bytes:,} are read; is it the right file?")
+        return file.read(max_bytes + 1)
 
 
 def decode(data: bytes | str, kind: type[T], where: str, remedy: str) -> T:

@@ -174,7 +174,7 @@ class Workspace:
         """Refuse a command that needs a teacher when there is none, or a damaged one."""
         self.check_teacher_is_there()
         if not self.is_to_come(self.teacher_folder):
-            self.open_teacher()
+            self.open_teacher().announce()
 
     def check_teacher_is_there(self) -> None:
         """Refuse a command that needs a teacher when there is none, and say how to get it."""
@@ -229,10 +229,10 @@ class Workspace:
         return student
 
     def shape_of(self, folder: Path) -> Shape:
-        """From a folder's config.json."""
-        from minitron_train.hf import read_json, shape_from_config
+        """From a folder's config.json, and its weights where they decide (see hf.folder_shape)."""
+        from minitron_train.hf import folder_shape
 
-        return shape_from_config(read_json(folder / "config.json"), str(folder))
+        return folder_shape(folder)
 
     def check_fits(
         self, stage: str, student: Shape, *, teacher: Shape | None = None, folder: Path | None = None

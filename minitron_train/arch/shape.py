@@ -75,6 +75,10 @@ class Shape:
                 f"{key}={length}: the {name} was made for {self.max_position_embeddings} positions; shorten it"
             )
 
+    def untied(self) -> "Shape":
+        """This shape with an output layer of its own."""
+        return replace(self, tie_embeddings=False)
+
     def smaller(self, **sizes: int | None) -> "Shape":
         """This shape with some sizes replaced; None keeps the old one. Refuses to grow.
 

@@ -43,7 +43,11 @@ class Row:
 
     def layers(self, shape: Shape) -> Iterator[int]:
         """Layer indices that the row is instantiated for; a row outside the layers gives one 0."""
-        return iter(range(shape.num_layers if self.per_layer else 1))
+        return iter(range(self.num_layers(shape)))
+
+    def num_layers(self, shape: Shape) -> int:
+        """How many parameters of the model the row stands for."""
+        return shape.num_layers if self.per_layer else 1
 
     def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Full size of each Hugging Face part."""
@@ -76,19 +80,22 @@ class Architecture:
 
     def tensors(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Name and size of every tensor of the Hugging Face checkpoint."""
-        return {
-            name.format(i=i): size
-            for row in self.rows_of(shape)
-            for i in row.layers(shape)
-            for name, size in row.sizes(shape).items()
-        }
+        return dict(self.each_tensor(shape))
+
+    def each_tensor(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and size of every tensor, one after the other: nothing is expanded before it is asked for."""
+        for row in self.rows_of(shape):
+            sizes = row.sizes(shape)
+            for i in row.layers(shape):
+                for name, size in sizes.items():
+                    yield name.format(i=i), size
 
     def parameters(self, shape: Shape) -> dict[str, int]:
         """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once)."""
         counts: dict[str, int] = dict.fromkeys(("embedding", "output", "attention", "mlp", "norms"), 0)
         for row in self.rows_of(shape):
             size = sum(prod(size) for size in row.sizes(shape).values())
-            counts[part_of(row.mcore)] += size * len(list(row.layers(shape)))
+            counts[part_of(row.mcore)] += size * row.num_layers(shape)
         return counts
 
 

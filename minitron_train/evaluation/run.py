@@ -18,6 +18,7 @@ from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.evaluation.task_names import check_keys
 from minitron_train.files import atomic_write_json, atomic_write_text
+from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
 from minitron_train.records import Count, read_record
 from minitron_train.train.export import Saved
@@ -50,6 +51,8 @@ def evaluate(
     """
     check_keys(config.eval)
     origin = open_origin(model)
+    if isinstance(origin.source, Checkpoint):
+        origin.source.announce()
     origin.shape.check_parallel(groups.tp_size, label)
     precision = config.eval.precision_on(groups.device.type == "cuda")
     live = origin.build(groups, DTYPES[precision])

@@ -27,9 +27,8 @@ def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
             problems.append(
                 f"{key}={getattr(shape, key)} is not divisible by tensor parallelism {tensor_parallel_size}"
             )
-    unknown = sorted(set(checkpoint.sizes) - set(checkpoint.table.tensors(shape)))
-    if unknown:
-        problems.append(f"{len(unknown)} tensors that no loader knows, like {unknown[0]}")
+    if checkpoint.unexpected:
+        problems.append(f"{len(checkpoint.unexpected)} tensors that no loader knows, like {checkpoint.unexpected[0]}")
     found = sorted({DTYPES.get(dtype, dtype) for dtype in checkpoint.dtypes.values()})
     wanted = config.get("dtype", config.get("torch_dtype"))
     if len(found) > 1:

@@ -1,10 +1,9 @@
 """Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
 
 from minitron_train.hf.config import lookup, number, read_json, shape_from_config, student_config
+from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES, cast
 from minitron_train.hf.folder import (
-    DTYPES,
     MAX_SHARD_BYTES,
-    TOKENIZER_FILES,
     copy_tokenizer,
     fingerprint,
     in_shards,
@@ -12,23 +11,31 @@ from minitron_train.hf.folder import (
     write_folder,
     write_index,
 )
-from minitron_train.hf.weights import INDEX, SINGLE, STORED_DTYPES, Checkpoint, read_header
+from minitron_train.hf.headers import read_header
+from minitron_train.hf.locate import INDEX, LICENCE_FILES, SINGLE, TOKENIZER_FILES
+from minitron_train.hf.rows import RowReader, runs
+from minitron_train.hf.weights import Checkpoint, folder_shape
 
 __all__ = [
     "DTYPES",
     "INDEX",
+    "LICENCE_FILES",
     "MAX_SHARD_BYTES",
     "SINGLE",
     "STORED_DTYPES",
     "TOKENIZER_FILES",
     "Checkpoint",
+    "RowReader",
+    "cast",
     "copy_tokenizer",
     "fingerprint",
+    "folder_shape",
     "in_shards",
     "lookup",
     "number",
     "read_header",
     "read_json",
+    "runs",
     "shape_from_config",
     "shard_names",
     "student_config",

@@ -3,57 +3,47 @@
 import hashlib
 import json
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_train.files import disk_errors
-from minitron_train.hf.weights import INDEX, SINGLE, read_header
+from minitron_train.hf.locate import INDEX, SINGLE, carried_files, licence_files, weight_files
+from minitron_train.records import open_file, read_bytes
 
 T = TypeVar("T")
 MAX_SHARD_BYTES = 4 * 2**30
 SAMPLE_BYTES, NUM_SAMPLES = 4096, 8  # of a tensor go into its folder's fingerprint
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json, the tokenizer's files and, for each tensor, its name, type, size and eight samples of 4 KiB.
+    """sha256 over config.json, the tokenizer's and processor's files and, for each tensor, its name, type, size and samples.
 
-    The samples lie at equal distances, the first and the last bytes among them: a training changes them, and so does new
-    rows for added tokens. A 31 GB folder takes a second, where hashing all bytes would take minutes.
+    Eight samples of 4 KiB lie at equal distances, the first and the last bytes among them: a training changes them, and
+    so do new rows for added tokens. A 31 GB folder takes a second, where hashing all bytes would take minutes. Weights are
+    those that Checkpoint reads; licence texts do not count.
+
+    Raises:
+        UserError: see Checkpoint.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (folder / name).exists():
-            digest.update((folder / name).read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        header = read_header(file)
-        with file.open("rb") as handle:
-            start = 8 + struct.unpack("<Q", handle.read(8))[0]
-            for name, entry in sorted(header.items()):
-                begin, end = entry["data_offsets"]
-                digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-                last = max(end - begin - SAMPLE_BYTES, 0)
+    weights = list(weight_files(folder))
+    for name in ("config.json", *carried_files(folder)):
+        content = read_bytes(folder / name)
+        digest.update(f"{name} {len(content)} ".encode(errors="surrogateescape"))
+        digest.update(content)
+    for file, tensors in weights:
+        for name, entry in sorted(tensors.items()):
+            digest.update(f"{name} {entry.dtype} {list(entry.size)}".encode(errors="surrogatepass"))
+        with open_file(file) as handle:
+            for _, entry in sorted(tensors.items()):
+                last = max(entry.num_bytes - SAMPLE_BYTES, 0)
                 for offset in sorted({last * i // (NUM_SAMPLES - 1) for i in range(NUM_SAMPLES)}):
-                    handle.seek(start + begin + offset)
-                    digest.update(handle.read(min(SAMPLE_BYTES, end - begin)))
+                    handle.seek(entry.start + offset)
+                    digest.update(handle.read(min(SAMPLE_BYTES, entry.num_bytes)))
     return digest.hexdigest()
 
 
@@ -88,10 +78,10 @@ def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what a tokenizer is made of, and generation_config.json, when they are there."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+    """Copy the files of tokenizer, processor and generation, and the licence, where there are any; never code."""
+    for name in (*carried_files(source), *licence_files(source)):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def write_folder(

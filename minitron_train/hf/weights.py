@@ -1,111 +1,177 @@
-"""The tensors of a Hugging Face folder: which file holds which, and their bytes."""
+"""The tensors of a Hugging Face folder under the names that the tables of arch/ use, as transformers 5 would load them."""
 
-import json
-import struct
+import functools
+import re
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from minitron_train.arch import architecture
+from minitron_train.arch import Shape, architecture
+from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
+from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.hf.config import read_json, shape_from_config
+from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES
+from minitron_train.hf.headers import Entry, shown
+from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
+from minitron_train.hf.reasons import missing_tensor, wrong_size, wrong_type
+from minitron_train.hf.rows import RowReader, have_equal_values
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PREFIX = "model."  # of everything but the output layer; absent where the base model alone was saved
+HARMLESS = re.compile(
+    r"(^|\.)rotary_emb\.inv_freq$"
+)  # a buffer that older versions stored; it follows from config.json
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face folder, memory-mapped, each read when it is asked for.
+    """The tensors of a Hugging Face folder, each read when it is asked for.
 
-    Every shard's header and length are checked on opening, so that a truncated download is refused before any work.
+    Every header and every length is checked on opening, so that a truncated download is refused before any work.
+    `shape.tie_embeddings` follows the weights: an output layer that is stored and differs from the embedding is not tied.
+
+    Attributes:
+        stored: where each tensor of the model lies, by the name that the architecture's table gives it.
+        unexpected: stored names that the model does not have.
+        notes: one-line warnings, for `announce`.
+
+    Raises:
+        UserError: the folder is not one that transformers and this program would read alike.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+        check_folder(folder)
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.shape = shape_from_config(self.config, str(folder / "config.json"))
-        self.table = architecture(self.shape.architecture)
-        self.files = self._locate()
-        self.sizes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for file in sorted(set(self.files.values())):
-            for name, entry in read_header(file).items():
-                self.sizes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
-        self._check_tensors()
-        self._open: dict[Path, Any] = {}
+        shape = shape_from_config(self.config, str(folder / "config.json"))
+        self.table = architecture(shape.architecture)
+        weights = read_weights(folder, self.config)
+        self.shape = shape_as_stored(shape, self.table, weights)
+        self.stored = self._find_tensors(weights)
+        self.files = {name: entry.file for name, entry in self.stored.items()}
+        self.sizes = {name: entry.size for name, entry in self.stored.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self.stored.items()}
+        self.unexpected = self._unexpected(weights)
+        self.notes = (*weights.notes, *self._notes(shape))
 
-    def _locate(self) -> dict[str, Path]:
-        """Tensor name -> file."""
-        if (self.folder / INDEX).exists():
-            weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{self.folder / INDEX}: no weight_map from tensors to files; download it again")
-            files = {name: self.folder / file for name, file in weight_map.items()}
-            missing = sorted({file.name for file in files.values() if not file.exists()})
-            if missing:
-                raise UserError(
-                    f"{self.folder}: shard {missing[0]} is missing ({len(missing)} in all); download it again"
-                )
-            return files
-        if not (self.folder / SINGLE).exists():
-            hint = "convert it with save_pretrained" if any(self.folder.glob("*.bin")) else "download it again"
-            raise UserError(f"{self.folder}: holds neither {SINGLE} nor {INDEX}; {hint}")
-        return dict.fromkeys(read_header(self.folder / SINGLE), self.folder / SINGLE)
+    def _find_tensors(self, weights: Weights) -> dict[str, Entry]:
+        found = {}
+        for name, size in self.table.each_tensor(self.shape):  # lazily: a hostile config names a billion layers
+            entry = find(name, self.shape, self.table, weights)
+            if entry is None:
+                raise missing_tensor(self.folder, name, self.shape, weights.tensors, self.config)
+            if entry.size != size:
+                raise wrong_size(self.folder, name, size, entry, self.shape, weights.tensors, self.config)
+            if entry.dtype not in STORED_DTYPES:
+                raise wrong_type(self.folder, entry, self.config)
+            found[name] = entry
+        return found
 
-    def _check_tensors(self) -> None:
-        for name, size in self.table.tensors(self.shape).items():
-            if name not in self.files or name not in self.sizes:
-                raise UserError(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
-            if self.sizes[name] != size:
-                raise UserError(
-                    f"{self.folder}: tensor {name} has size {list(self.sizes[name])}, config.json says {list(size)}; "
-                    "the folder mixes two models"
-                )
-            if self.dtypes[name] not in STORED_DTYPES:
-                raise UserError(
-                    f"{self.folder}: tensor {name} has type {self.dtypes[name]}; supported: {', '.join(STORED_DTYPES)}; "
-                    "take the model's unquantised checkpoint"
-                )
+    def _unexpected(self, weights: Weights) -> tuple[str, ...]:
+        used = {entry.name for entry in self.stored.values()}
+        if self.shape.tie_embeddings:
+            used |= {PREFIX + output_name(self.table), output_name(self.table)}  # equal to the embedding
+        return tuple(name for name in weights.tensors if name not in used and not HARMLESS.search(name))
+
+    def _notes(self, configured: Shape) -> list[str]:
+        notes = []
+        if self.unexpected:
+            some = ", ".join(map(shown, self.unexpected[:3])) + (", …" if len(self.unexpected) > 3 else "")
+            notes.append(f"{len(self.unexpected)} stored tensors are not part of the model and are ignored: {some}")
+        if configured.tie_embeddings and not self.shape.tie_embeddings:
+            notes.append(
+                "config.json ties the output layer to the embedding, but both are stored and differ; "
+                "they are kept apart, as transformers does"
+            )
+        if "F64" in self.dtypes.values():
+            notes.append("float64 weights are read as float32, and so is the student unless export.dtype is narrower")
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
+        if dtype not in (None, "float64", *DTYPES):
+            notes.append(
+                f"config.json says dtype={shown(str(dtype))}; export writes float32 unless export.dtype names another"
+            )
+        return [f"{self.folder}: {note}" for note in notes]
+
+    def announce(self) -> None:
+        """Print what a user should know about this folder; once per command."""
+        for note in self.notes:
+            say(f"WARNING: {note}")
+
+    @functools.cached_property
+    def reader(self) -> RowReader:
+        """Reads these tensors, whole or by rows."""
+        return RowReader(self)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """The tensor, or its rows [start, stop) along `dim` (0 or 1); only those bytes are read where rows lie together."""
-        handle = self._handle(self.files[name])
-        if dim is None:
-            return handle.get_tensor(name)
-        cut = slice(start, stop)
-        return handle.get_slice(name)[cut] if dim == 0 else handle.get_slice(name)[:, cut]
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(str(file), framework="pt")
-        return self._open[file]
+        """See RowReader.read."""
+        return self.reader.read(name, dim, start, stop)
 
 
-def read_header(file: Path, remedy: str = "download it again") -> dict[str, dict[str, Any]]:
-    """The header of one safetensors file: tensor name -> dtype, shape, data_offsets.
+def output_name(table: Architecture) -> str:
+    """The output layer's matrix, as Hugging Face calls it."""
+    return next(name for row in table.rows if row.mcore == OUTPUT for name in row.hf)
+
+
+def embedding_name(table: Architecture) -> str:
+    """The embedding's matrix, as Hugging Face calls it."""
+    return next(name for row in table.rows if row.mcore == EMBEDDING for name in row.hf)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Stored names that transformers takes for tensor `name`: it adds and strips the base model's prefix."""
+    bare = name.removeprefix(PREFIX)
+    return tuple(dict.fromkeys((name, PREFIX + name, bare)))
+
+
+def stored_as(name: str, weights: Weights) -> Entry | None:
+    """The one stored tensor that is `name`.
 
     Raises:
-        UserError: the file is cut off or not safetensors at all.
+        UserError: several are, or the index names another file for it.
     """
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        prefix = handle.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise UserError(f"{file}: not a safetensors file, or cut off; {remedy}")
-        try:
-            header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            _ = [(tuple(entry["shape"]), entry["dtype"]) for entry in header.values()]  # readers take them for granted
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: its header is corrupt; {remedy}") from None
-    if size != 8 + length + end:
-        raise UserError(f"{file}: {size:,} bytes, its header promises {8 + length + end:,}; {remedy}")
-    return header
+    entries = [entry for spelling in spellings(name) for entry in weights.tensors.get(spelling, ())]
+    if len(entries) > 1:
+        places = " and ".join(f"{entry.name} in {entry.file.name}" for entry in entries[:2])
+        raise UserError(
+            f"{weights.folder}: tensor {name} is stored twice ({places}), and readers differ in which they take; "
+            "keep one of them, or download the checkpoint again"
+        )
+    if entries and weights.index is not None:
+        entry, named = entries[0], weights.index.get(entries[0].name)
+        if named != entry.file.name:
+            says = f"says {named}" if named else "does not name it"
+            raise UserError(
+                f"{weights.folder / INDEX}: tensor {entry.name} is in {entry.file.name}, the index {says}; "
+                "readers would differ: write the index anew with save_pretrained, or download the checkpoint again"
+            )
+    return entries[0] if entries else None
+
+
+def find(name: str, shape: Shape, table: Architecture, weights: Weights) -> Entry | None:
+    """The stored tensor that is `name`; a tied embedding may be stored as the output layer alone."""
+    entry = stored_as(name, weights)
+    if entry is None and shape.tie_embeddings and name == embedding_name(table):
+        return stored_as(output_name(table), weights)
+    return entry
+
+
+def shape_as_stored(shape: Shape, table: Architecture, weights: Weights) -> Shape:
+    """`shape`, not tied where embedding and output layer are both stored and differ (as transformers has it)."""
+    if not shape.tie_embeddings:
+        return shape
+    head = stored_as(output_name(table), weights)
+    embedding = stored_as(embedding_name(table), weights)
+    if head is None or embedding is None or have_equal_values(head, embedding):
+        return shape
+    return shape.untied()
+
+
+def folder_shape(folder: Path) -> Shape:
+    """The shape of a Hugging Face folder's model: of its weights where it has some, else as config.json says.
+
+    Raises:
+        UserError: see Checkpoint.
+    """
+    check_folder(folder)
+    if has_weights(folder):
+        return Checkpoint(folder).shape
+    return shape_from_config(read_json(folder / "config.json"), str(folder / "config.json"))

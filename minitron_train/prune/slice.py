@@ -192,7 +192,7 @@ def blocks(teacher: hf.Checkpoint, keep: Keep, names: Mapping[str, Origin]) -> I
 def copy_block(block: Block, reader: RowReader, writer: RowWriter, dtype: str) -> None:
     """Read, cut, write."""
     item = {8: np.uint64, 4: np.uint32, 2: np.uint16}[ITEM_BYTES[dtype]]  # bits are moved, never interpreted
-    raw = np.empty((len(block.rows), reader.places[block.origin.name].row_bytes), np.uint8)
+    raw = np.empty((len(block.rows), reader.row_bytes(block.origin.name)), np.uint8)
     reader.read_rows(block.origin.name, block.rows, raw)
     values = raw.view(item)
     if block.columns is not None:
@@ -242,12 +242,19 @@ def slice_checkpoint(
 
 
 def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Write rows of one tensor in the checkpoint's dtype."""
-    writer.write(name, first_row, tensor.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+    """Write rows of one tensor in the checkpoint's dtype.
+
+    Raises:
+        UserError: a value is beyond its range.
+    """
+    remedy = "convert the teacher to bfloat16 or float32 first"
+    stored = hf.cast(tensor.cpu(), dtype, f"tensor {name} of the pruned model", remedy)
+    writer.write(name, first_row, stored.contiguous().view(torch.uint8).numpy())
 
 
 def check_parameters(written: hf.Checkpoint, student: Shape) -> int:
     """Parameters on disk, which must be the plan's: a student that silently stayed as large as its teacher is no student."""
+    assert not written.unexpected, f"{written.folder}: holds {written.unexpected[0]}, which the student does not have"
     planned = sum(written.table.parameters(student).values())
     actual = sum(prod(size) for size in written.sizes.values())
     assert actual == planned, f"{written.folder}: {actual:,} parameters written, {planned:,} planned"

@@ -7,9 +7,11 @@ of one layer and one rank.
 
 import io
 import os
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from minitron_train.arch.convert import export_tensors
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
-from minitron_train.hf import DTYPES, read_json, shape_from_config, student_config, write_folder
+from minitron_train.hf import DTYPES, cast, read_json, shape_from_config, student_config, write_folder
 from minitron_train.records import read_bytes
 from minitron_train.stages import PROVENANCE, STARTED, read_provenance
 from minitron_train.train import checkpoint_files as files
@@ -82,7 +84,7 @@ class SavedTensors:
 
 def saved_name(mcore: str) -> str:
     """Under which name a parameter is saved: without its layer, and norms under the names that fused layers give them."""
-    for own, fused in cast(Any, layer_spec().submodules).sharded_state_dict_keys_map.items():
+    for own, fused in typing.cast(Any, layer_spec().submodules).sharded_state_dict_keys_map.items():
         mcore = mcore.replace("{i}." + own, "{i}." + fused)
     return mcore.replace(".{i}", "")
 
@@ -145,23 +147,27 @@ def export(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[st
 
     Args:
         checkpoint: what `find_checkpoint` gave.
-        dtype: float32, bfloat16 or float16; None keeps the type that config.json names.
+        dtype: float32, bfloat16 or float16; None keeps the type that config.json names, if it is one of them.
 
     Raises:
-        UserError: an unknown dtype.
+        UserError: an unknown dtype, or a weight beyond its range.
     """
     model = checkpoint.model
     config = read_json(model / "config.json")
     shape, table = shape_from_config(config, str(model / "config.json")), architecture(str(config["model_type"]))
-    name = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = dtype or default_dtype(config)
     if name not in DTYPES:
         raise UserError(f"export.dtype={name}: must be one of {', '.join(DTYPES)}; choose one")
     saved = SavedTensors(checkpoint)
 
     def read(row: Row, i: int) -> list[Tensor]:
-        return [saved.read(saved_name(row.mcore), i if row.per_layer else None).to(DTYPES[name])]
+        return [saved.read(saved_name(row.mcore), i if row.per_layer else None)]
 
-    tensors = export_tensors(table, shape, read)
+    remedy = "set export.dtype=bfloat16 or export.dtype=float32"
+    tensors = (
+        (tensor_name, cast(tensor, DTYPES[name], f"export.dtype={name}: tensor {tensor_name}", remedy))
+        for tensor_name, tensor in export_tensors(table, shape, read)
+    )
     write_folder(target, student_config(config, shape, DTYPES[name]), tensors, model)
     return {
         "checkpoint": checkpoint.path.name,
@@ -169,3 +175,9 @@ def export(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[st
         "dtype": name,
         "parameters": sum(table.parameters(shape).values()),
     }
+
+
+def default_dtype(config: Mapping[str, Any]) -> str:
+    """The type that config.json names; float32 where it names none, or one that is not written (float64, say)."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if isinstance(named, str) and named in DTYPES else "float32"

@@ -45,6 +45,8 @@ def train(
         UserError: settings, data or checkpoints that do not fit, or a loss that is not finite.
     """
     student_files, teacher_files = Checkpoint(student), Checkpoint(teacher) if teacher else None
+    for model in filter(None, (student_files, teacher_files)):
+        model.announce()
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
     with contextlib.ExitStack() as stack:
         trainer = assemble(config, groups, student_files, teacher_files, folder, stack)

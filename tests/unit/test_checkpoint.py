@@ -22,7 +22,7 @@ from minitron_train.hf import Checkpoint
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import copy_to_host
-from minitron_train.train.export import Saved, export, find_checkpoint
+from minitron_train.train.export import Saved, SavedTensors, default_dtype, export, find_checkpoint
 from minitron_train.train.run import leave_mark
 from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
@@ -351,6 +351,31 @@ def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None
         find_checkpoint(tmp_path, tmp_path, trust_external=False)
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
         export(Saved(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")
+
+
+def test_export_names_a_weight_beyond_the_range_of_its_type(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, read = Saved(uninterrupted / "checkpoints" / "step_00000008"), SavedTensors.read
+    monkeypatch.setattr(SavedTensors, "read", lambda *where: read(*where) * 1e6)
+    with pytest.raises(
+        UserError, match=r"float16: tensor model\..*\.weight: holds .* but float16 ends at 6.55e\+04; set"
+    ):
+        export(saved, tmp_path, "float16")
+    export(saved, tmp_path, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"dtype": "float64"}, "float32"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": {"text": "float16"}}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_export_writes_a_type_that_it_has(config: dict[str, Any], wanted: str) -> None:
+    assert default_dtype(config) == wanted
 
 
 def test_a_checkpoint_is_found_and_read_through_once(
