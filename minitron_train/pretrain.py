@@ -68,7 +68,7 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
     made = AutoConfig.for_model(
         shape.architecture,
         **sizes,
-        **table.config_facts,
+        **{key: supported[0] for key, supported in table.config_facts.items()},
         rope_parameters=rope,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,

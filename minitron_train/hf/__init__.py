@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
 
-from minitron_train.hf.config import lookup, number, read_json, shape_from_config, student_config
+from minitron_train.hf.config import portable_tokenizer_config, read_json, shape_from_config, student_config
 from minitron_train.hf.folder import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -25,8 +25,7 @@ __all__ = [
     "copy_tokenizer",
     "fingerprint",
     "in_shards",
-    "lookup",
-    "number",
+    "portable_tokenizer_config",
     "read_header",
     "read_json",
     "shape_from_config",
