@@ -120,7 +120,9 @@ def run_tasks(
             return report, []
         batch_tokens = evaluation.batch_tokens or find_batch_tokens(model, groups)
         ends = end_tokens(tokenizer)
-        lm = MegatronLM(model, tokenizers.load(tokenizer), max_length, groups, batch_tokens, journal, ends)
+        opened = tokenizers.load(tokenizer)
+        tokenizers.check_tokenizer(opened, model.vocab_size)
+        lm = MegatronLM(model, opened, max_length, groups, batch_tokens, journal, ends)
         raw = run_lm_eval(lm, chosen, evaluation)
         lm.bar.close()
     report["results"] = collect(raw, chosen.leaves)
