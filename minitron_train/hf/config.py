@@ -190,11 +190,14 @@ def written_windows(
 
 
 def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json for transformers 4 and 5: the class that transformers 5 writes has an older name.
+    """tokenizer_config.json for transformers 4 and 5: its class and a list of special tokens have an older name.
 
-    Code of the teacher's folder is not copied, so auto_map goes.
+    Code of the teacher's folder is not copied, so auto_map goes, and so does what says where the folder was.
     """
-    portable = {key: value for key, value in config.items() if key not in ("auto_map", "name_or_path", "_commit_hash")}
+    untrue = ("auto_map", "name_or_path", "_commit_hash", "is_local", "local_files_only")
+    portable = {key: value for key, value in config.items() if key not in untrue}
+    if isinstance(portable.get("extra_special_tokens"), list):  # transformers 4 wants a dictionary under this key
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable.get("tokenizer_class") == "TokenizersBackend":
         portable["tokenizer_class"] = "PreTrainedTokenizerFast"
     return portable

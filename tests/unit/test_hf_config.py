@@ -274,4 +274,7 @@ def test_the_tokenizers_class_has_its_older_name() -> None:
         "eos_token": "x",
     }
     assert portable_tokenizer_config(written) == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "x"}
-    assert portable_tokenizer_config({"tokenizer_class": "LlamaTokenizer"}) == {"tokenizer_class": "LlamaTokenizer"}
+    older = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<image>"}}
+    assert portable_tokenizer_config(older) == older
+    listed = {"extra_special_tokens": ["<|im_end|>"], "is_local": True}
+    assert portable_tokenizer_config(listed) == {"additional_special_tokens": ["<|im_end|>"]}
