@@ -337,6 +337,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
+    from minitron_train.data.tokenizer import check_same
     from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
@@ -360,6 +361,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     if config.force and not config.dry_run:  # what would refuse this run comes before an earlier one makes way for it
         check_fits()
         check_run(config, ws.groups, ws.shape_of(student), ws.shape_of(teacher) if teacher else None)
+        if teacher is not None:
+            check_same(load_tokenizer(student), teacher)
     ws.run(stage, work)
 
 
@@ -367,7 +370,7 @@ def task_hook(ws: Workspace, student: Path) -> Any:
     """lm-eval's tasks on the live student, as eval.training_tasks asks."""
     from minitron_train.evaluation.hooks import TaskHook
 
-    length = ws.shape_of(student).max_position_embeddings
+    length = ws.shape_of(student).max_length
     return TaskHook(ws.config.eval, student, length, ws.groups, ws.local_eval_data)
 
 

@@ -16,7 +16,7 @@ from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.sources import parts, train_split
 from minitron_train.data.units import permutation
 from minitron_train.errors import UserError
-from minitron_train.hf import write_folder
+from minitron_train.hf import student_config, write_folder
 
 TOKENIZER_CHARACTERS = 8_000_000  # of text are enough for the merges of a small vocabulary
 
@@ -61,14 +61,23 @@ def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
 
 
 def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | None, init_std: float) -> dict[str, Any]:
-    """config.json for a model that has no ancestor, through transformers' own config class."""
+    """config.json for a model that has no ancestor, through transformers' own config class.
+
+    Raises:
+        UserError: rotary_percent for a family that transformers rotates whole.
+    """
     table = architecture(shape.architecture)
+    if shape.rotary_percent != 1.0 and not table.partial_rotary:
+        raise UserError(
+            f"model.rotary_percent={shape.rotary_percent:g}: {shape.architecture} always rotates whole heads in "
+            "transformers; leave it out"
+        )
     sizes = {key: getattr(shape, field) for field, key in table.config_keys.items()}
     rope = {"rope_type": "default", "rope_theta": shape.rotary_base, "partial_rotary_factor": shape.rotary_percent}
     made = AutoConfig.for_model(
         shape.architecture,
         **sizes,
-        **table.config_facts,
+        **{key: supported[0] for key, supported in table.config_facts.items()},
         rope_parameters=rope,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
@@ -77,7 +86,7 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
         dtype="float32",
         architectures=[table.hf_class],
     )
-    return made.to_dict()
+    return student_config(made.to_dict(), shape)  # for transformers 4, too
 
 
 def pretrain_config(config: Config) -> Config:

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.convert import parameters_by_row
+from minitron_train.arch.rotary import llama3_frequencies
 from minitron_train.config import Precision
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
@@ -247,11 +248,11 @@ def build(
         position_embedding_type="rope",
         rotary_percent=shape.rotary_percent,
         rotary_base=shape.rotary_base,  # type: ignore[arg-type]
-        rope_scaling=shape.rope_scaling_factor is not None,
-        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         share_embeddings_and_output_weights=shape.tie_embeddings,
         pg_collection=groups,
     )
+    if shape.rope_scaling_factor is not None:
+        model.rotary_pos_emb.inv_freq = llama3_frequencies(model.rotary_pos_emb.inv_freq, shape)
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())
     mark_parallel(model, shape)

@@ -1,7 +1,20 @@
 """Llama (arXiv 2302.13971; 2407.21783): SwiGLU, RMSNorm, rotary, GQA, no biases; SmolLM2 is one of them."""
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import ATTENTION, CONFIG_KEYS, EMBEDDING, HF, LAYER, OUTPUT, Architecture, Row
+from minitron_train.arch.table import (
+    ATTENTION,
+    CONFIG_DEFAULTS,
+    CONFIG_KEYS,
+    EMBEDDING,
+    HF,
+    LAYER,
+    OUTPUT,
+    ROPE_KEYS,
+    Architecture,
+    Row,
+)
+
+SILU = ("silu", "swish")  # one function, two names
 
 
 def heads_divide_hidden(shape: Shape) -> str | None:
@@ -28,7 +41,9 @@ LLAMA = Architecture(
         Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
     config_keys={**CONFIG_KEYS, "layernorm_epsilon": "rms_norm_eps"},
-    config_facts={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    config_facts={"hidden_act": SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+    config_defaults={**CONFIG_DEFAULTS, "max_position_embeddings": 2048},
+    config_read=ROPE_KEYS | {"layer_types"},
     transformer={
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": False,

@@ -2,13 +2,22 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA
+from minitron_train.arch.llama import LLAMA, SILU
+from minitron_train.arch.table import CONFIG_DEFAULTS, Windows
 
 MISTRAL = replace(
     LLAMA,
     name="mistral",
     hf_class="MistralForCausalLM",
-    config_facts={"hidden_act": "silu", "sliding_window": None},
-    config_defaults={"sliding_window": 4096},
+    config_keys={**LLAMA.config_keys, "window": "sliding_window"},
+    config_facts={"hidden_act": SILU},
+    config_defaults={
+        **CONFIG_DEFAULTS,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    config_nullable=frozenset({"head_dim", "sliding_window"}),
+    windows=Windows.every,
     rules=(),
 )

@@ -1,6 +1,6 @@
 """Nemotron-4 (arXiv 2402.16819): squared ReLU, LayerNorm with zero-centred gamma, half-rotary, GQA, no biases, untied."""
 
-from minitron_train.arch.table import ATTENTION, CONFIG_KEYS, EMBEDDING, HF, LAYER, OUTPUT, Architecture, Row
+from minitron_train.arch.table import ATTENTION, CONFIG_KEYS, EMBEDDING, HF, LAYER, OUTPUT, ROPE_KEYS, Architecture, Row
 
 NEMOTRON = Architecture(
     name="nemotron",
@@ -18,9 +18,13 @@ NEMOTRON = Architecture(
         Row(mcore="decoder.final_layernorm.bias", hf={"model.norm.bias": ("embd",)}),
         Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
+    partial_rotary=True,
     rotary_percent=0.5,
     config_keys={**CONFIG_KEYS, "layernorm_epsilon": "norm_eps"},
-    config_facts={"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
+    config_facts={"hidden_act": ("relu2",), "attention_bias": (False,), "mlp_bias": (False,)},
+    config_defaults={"head_dim": None, "tie_word_embeddings": False, "norm_eps": 1e-5, "max_position_embeddings": 4096},
+    config_nullable=frozenset({"head_dim"}),
+    config_read=ROPE_KEYS | {"partial_rotary_factor", "layer_types"},
     transformer={
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,

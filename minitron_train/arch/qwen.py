@@ -2,10 +2,17 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA
-from minitron_train.arch.table import HF, LAYER, Row
+from minitron_train.arch.llama import LLAMA, SILU
+from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, WINDOW_KEYS, Row, Windows
 
-FACTS = {"hidden_act": "silu", "use_sliding_window": False}
+DEFAULTS = {
+    **CONFIG_DEFAULTS,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 QKV_BIAS = Row(
     mcore=LAYER + "self_attention.linear_qkv.bias",
     hf={
@@ -24,7 +31,11 @@ QWEN2 = replace(
     name="qwen2",
     hf_class="Qwen2ForCausalLM",
     rows=(*LLAMA.rows, QKV_BIAS),
-    config_facts=FACTS,
+    config_facts={"hidden_act": SILU},
+    config_defaults=DEFAULTS,
+    config_read=LLAMA.config_read | WINDOW_KEYS,
+    config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+    windows=Windows.chosen,
     transformer={**LLAMA.transformer, "add_qkv_bias": True},
     rules=(),
 )
@@ -33,7 +44,11 @@ QWEN3 = replace(
     name="qwen3",
     hf_class="Qwen3ForCausalLM",
     rows=(*LLAMA.rows, *QK_NORM),
-    config_facts={**FACTS, "attention_bias": False},
+    config_facts={"hidden_act": SILU, "attention_bias": (False,)},
+    config_defaults={**DEFAULTS, "head_dim": 128},
+    config_read=LLAMA.config_read | WINDOW_KEYS,
+    config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+    windows=Windows.chosen,
     transformer={**LLAMA.transformer, "qk_layernorm": True},
     rules=(),
 )

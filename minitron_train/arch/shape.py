@@ -31,6 +31,15 @@ class Shape:
     rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5
     rope_scaling_factor: float | None = None  # Llama 3.1's frequency scaling; None is plain RoPE
+    rope_low_freq_factor: float = 1.0  # llama3: wavelengths above rope_original_length / this are stretched in full
+    rope_high_freq_factor: float = 4.0  # llama3: those below rope_original_length / this are not stretched
+    rope_original_length: int = 8192  # llama3: tokens of the pretraining's longest sequence
+    window: int | None = None  # tokens that a sliding layer attends to, its own included; None: no layer slides
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, tokens: within it a sliding window hides nothing, and a dynamic rope changes nothing."""
+        return min(self.max_position_embeddings, self.window or self.max_position_embeddings)
 
     def sizes(self) -> dict[str, int]:
         """What pruning may cut, by name."""
@@ -69,10 +78,18 @@ class Shape:
                 )
 
     def check_length(self, length: int, key: str, name: str) -> None:
-        """Refuse sequences that are longer than what the model was made for. `key` is the setting that says the length."""
+        """Refuse sequences that are longer than what the model was made for, or than its attention window.
+
+        `key` is the setting that says the length.
+        """
         if length > self.max_position_embeddings:
             raise UserError(
                 f"{key}={length}: the {name} was made for {self.max_position_embeddings} positions; shorten it"
+            )
+        if length > self.max_length:
+            raise UserError(
+                f"{key}={length}: the {name}'s attention window is {self.window} tokens wide, and longer sequences are "
+                f"not supported; choose at most {self.max_length}"
             )
 
     def untied(self) -> "Shape":

@@ -13,6 +13,7 @@ A row names the axis of every dimension. From the axes everything else follows:
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from math import prod
 from typing import Any
 
@@ -60,19 +61,37 @@ class Row:
         return cut[0] if cut else None
 
 
+class Windows(Enum):
+    """Which layers of a family can attend within a sliding window."""
+
+    none = "no layer"
+    every = "every layer, where sliding_window is a number"
+    chosen = "the layers that layer_types or max_window_layers choose, where use_sliding_window is true"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """Everything that this program knows about one family of models."""
+    """Everything that this program knows about one family of models.
+
+    Every key of the family's config class in transformers stands in exactly one of config_keys, config_facts,
+    config_read and HARMLESS_KEYS. A test compares them with the installed class, and config_defaults with its defaults.
+    """
 
     name: str  # Hugging Face model_type
     hf_class: str  # the `architectures` entry of config.json
     rows: tuple[Row, ...]
     config_keys: Mapping[str, str]  # Shape field -> key of config.json
-    config_facts: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json that must have this value
-    config_defaults: Mapping[str, Any] = field(default_factory=dict)  # of these, where transformers' is another value
+    config_facts: Mapping[str, tuple[Any, ...]]  # key that changes the mathematics -> supported values, the usual first
+    config_defaults: Mapping[str, Any]  # what transformers takes for a key that config.json lacks; None: it derives it
+    config_nullable: frozenset[str] = frozenset({"num_key_value_heads", "head_dim"})  # null is derived, or no window
+    config_read: frozenset[str] = frozenset()  # keys that are honoured besides config_keys: rotary embedding, windows
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see arch.build)
     rules: tuple[Rule, ...] = ()
-    rotary_percent: float = 1.0  # what transformers assumes when config.json is silent
+    windows: Windows = Windows.none
+    partial_rotary: bool = (
+        False  # transformers rotates a part of each head; other families ignore partial_rotary_factor
+    )
+    rotary_percent: float = 1.0  # share of each head's channels that is rotated where config.json is silent
 
     def rows_of(self, shape: Shape) -> tuple[Row, ...]:
         """The rows of one model: tied embeddings have no output layer of their own."""
@@ -126,6 +145,41 @@ CONFIG_KEYS = {  # that most families share
     "max_position_embeddings": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
+CONFIG_DEFAULTS = {  # that most families share
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
+ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"})
+WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
+COMMON_FACTS: Mapping[str, tuple[Any, ...]] = {  # of every family, read by transformers' masks and config base class
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),  # a sparse map from layers to other sizes
+    "attribute_map": ({},),  # reads one key in place of another
+    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), (None,)),  # another model's config inside
+}
+HARMLESS_KEYS = frozenset(  # of transformers' config classes: they change no logits
+    {
+        "transformers_version",
+        "architectures",
+        "output_hidden_states",
+        "return_dict",
+        "dtype",
+        "chunk_size_feed_forward",  # splits the MLP over positions; these families ignore it
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "initializer_range",  # of fresh weights
+        "use_cache",
+        "pad_token_id",  # zeroes a row of fresh weights only
+        "bos_token_id",
+        "eos_token_id",
+        "pretraining_tp",  # transformers 5 does not read it
+        "attention_dropout",  # for training in transformers; this program trains without dropout
+    }
+)
 READ_NORMS = {  # the norm whose output a linear reads
     LAYER + "self_attention.linear_qkv.weight": LAYER + "input_layernorm",
     LAYER + "mlp.linear_fc1.weight": LAYER + "pre_mlp_layernorm",

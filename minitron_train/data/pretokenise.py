@@ -36,7 +36,7 @@ def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Pa
     if len(feed.parts) != 1 or isinstance(feed.opened[0], IndexedSource | HubSource):
         raise UserError("pretokenise takes one source of text, JSONL or Parquet files; convert the others one by one")
     with contextlib.closing(feed.pool), disk_errors(prefix), parent_folders(prefix):
-        return write_pair(prefix, units(feed, seed), len(tokenizer))
+        return write_pair(prefix, units(feed, seed), feed.vocab_size)
 
 
 def units(feed: Feed, seed: int) -> Iterator[Unit]:

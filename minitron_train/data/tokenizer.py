@@ -1,17 +1,23 @@
 """Tokenizers: opened, checked against the model, and trained on the spot for recipes that download nothing."""
 
+import json
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minitron_train.data.units import Encoder
+from minitron_train.console import say
+from minitron_train.data.units import Encoder, check_ids
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_folder
 
 BOS, EOS = "<s>", "</s>"
+NUM_ROWS = "num_embedding_rows"  # attribute of an opened tokenizer that has ids beyond its model's rows
+KNOWN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -45,15 +51,31 @@ def save(tokenizer: Tokenizer, folder: Path, max_length: int = 4096) -> None:
 def load(folder: Path | str) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; it must be a fast one (tokenizer.json), nothing is fetched."""
     folder = Path(folder)
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-    if not any((folder / name).is_file() for name in known):
-        raise UserError(f"{folder}: no tokenizer ({known[0]}) there; copy the model's, or give calibration.tokens")
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder}: no tokenizer ({KNOWN_FILES[0]}) there; copy the model's, or give calibration.tokens"
+        )
+    needs_sentencepiece = not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tekken.json"))
+    if needs_sentencepiece and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder}: the tokenizer is a sentencepiece model without a tokenizer.json; pip install sentencepiece, or "
+            "save it once with transformers"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except StrictDataclassError as error:  # AutoTokenizer reads config.json first
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it ({reason}); correct it") from error
     except Exception as error:  # a corrupt file raises whatever its parser raises
-        raise UserError(f"{folder}: the tokenizer cannot be opened ({error}); copy its files again") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: the tokenizer cannot be opened ({reason}); copy its files again") from error
     require_fast(tokenizer, str(folder))
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a file that holds a vocabulary is there."""
+    return any((folder / name).is_file() for name in KNOWN_FILES)
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -77,7 +99,14 @@ def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None)
     bos: Any = tokenizer.bos_token_id
     start = (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()
     backend: Any = tokenizer
-    return Encoder(tokenizer_json=backend.backend_tokenizer.to_str(), start=start, end=end_id)
+    check_text(tokenizer, [*start, end_id])
+    return Encoder(
+        tokenizer_json=backend.backend_tokenizer.to_str(),
+        start=start,
+        end=end_id,
+        split_special=tokenizer.split_special_tokens,
+        num_rows=getattr(tokenizer, NUM_ROWS, None),
+    )
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None) -> list[int]:
@@ -92,9 +121,62 @@ def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    """Refuse a tokenizer with ids that the model's embedding of `num_rows` rows does not have."""
+    """Refuse a tokenizer with ids that the model's embedding of `num_rows` rows does not have.
+
+    Tokens that were added later (a [PAD] of many fine-tuned models) may lie beyond the rows, as long as no text holds
+    them: the tokenizer remembers `num_rows`, and its encoder refuses such a text.
+    """
     if (needed := vocab_size(tokenizer)) > num_rows:
+        beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= num_rows}
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab")()  # noqa: B009 # its annotation is wrong
+        if beyond.keys() <= added.keys():
+            setattr(tokenizer, NUM_ROWS, num_rows)
+            say(
+                f"tokenizer {tokenizer.name_or_path}: the model's embedding has {num_rows} rows and none for "
+                f"{', '.join(map(repr, sorted(beyond)[:3]))} ({len(beyond)} added tokens); a text that holds one is refused"
+            )
+            return
         raise UserError(
             f"tokenizer {tokenizer.name_or_path}: ids up to {needed - 1}, but the model's embedding has {num_rows} "
             "rows; use the tokenizer that belongs to the model"
         )
+
+
+def check_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """Refuse a tokenised text with an id beyond the rows that `check_tokenizer` was told of."""
+    check_ids(ids, getattr(tokenizer, NUM_ROWS, None), tokenizer.convert_ids_to_tokens)
+
+
+def check_same(student: PreTrainedTokenizerBase, teacher: Path) -> None:
+    """Refuse a teacher whose tokenizer gives a text other ids than the student's; one of them may have more tokens.
+
+    A teacher's folder without a tokenizer is taken to use the student's.
+    """
+    folder = Path(student.name_or_path)
+    if not has_tokenizer(teacher) or same_bytes(folder, teacher):
+        return
+    other = load(teacher)
+    names = [{i: token for token, i in one.get_vocab().items()} for one in (student, other)]
+    where = f"the student ({folder}) and the teacher ({teacher}) have different tokenizers"
+    remedy = "distil with a student that has the teacher's tokenizer"
+    for i in sorted(names[0].keys() & names[1].keys()):
+        if names[0][i] != names[1][i]:
+            raise UserError(f"{where}: id {i} is {names[0][i]!r} in one and {names[1][i]!r} in the other; {remedy}")
+    rules = [text_rules(one) for one in (student, other)]
+    for key in rules[0].keys() | rules[1].keys():
+        if rules[0].get(key) != rules[1].get(key):
+            raise UserError(f"{where}: the ids agree, but not the {key}; {remedy}")
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same tokenizer.json and tokenizer_config.json."""
+    files = [[folder / name for folder in (one, other)] for name in ("tokenizer.json", "tokenizer_config.json")]
+    return all(all(path.is_file() for path in pair) and pair[0].read_bytes() == pair[1].read_bytes() for pair in files)
+
+
+def text_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What decides how a text is cut into tokens besides the vocabulary: merges, normalizer, pre-tokenizer."""
+    backend: Any = tokenizer
+    made = json.loads(backend.backend_tokenizer.to_str())
+    rules = {f"model's {key}": value for key, value in made["model"].items() if key != "vocab"}
+    return rules | {key: made[key] for key in ("normalizer", "pre_tokenizer")}

@@ -4,15 +4,16 @@ Everything here is a pure function of its arguments, so that it does not matter 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from minitron_train.data.formats import TextFormat
+from minitron_train.errors import UserError
 
 UNIT_BYTES = 1 << 20  # of text; a unit is what a resumed run tokenises again, per source
 
@@ -60,17 +61,36 @@ class Encoder:
     tokenizer_json: str
     start: tuple[int, ...]  # BOS, for tokenizers that put it before every text
     end: int
+    split_special: bool = False  # special tokens that stand in a text are read as its letters (split_special_tokens)
+    num_rows: int | None = None  # of the model's embedding, where the tokenizer has ids beyond it
 
     def build(self) -> Tokenizer:
         """The tokenizer itself, never truncating or padding."""
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = self.split_special  # the JSON does not hold it
         return tokenizer
 
     def sha256(self) -> str:
         """Of all that decides the tokens."""
-        return hashlib.sha256(f"{self.start}\n{self.end}\n{self.tokenizer_json}".encode()).hexdigest()
+        text = f"{self.start}\n{self.end}\n{self.tokenizer_json}" + (
+            "\nsplit special tokens" if self.split_special else ""
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, num_rows: int | None, token_of: Callable[[int], Any]) -> None:
+    """Refuse a token that the model's embedding of `num_rows` rows has none for; None: it has one for every token.
+
+    Raises:
+        UserError: there is one in `ids`, [T].
+    """
+    if num_rows is not None and (largest := int(np.max(ids, initial=0))) >= num_rows:
+        raise UserError(
+            f"a text holds the token {token_of(largest)!r} with id {largest}, but the model's embedding has {num_rows} "
+            "rows; remove it from the text, or resize the model's embedding"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +135,9 @@ class UnitMaker:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         pieces = [np.asarray([*start, *encoding.ids, end], dtype=np.int32) for encoding in encodings]
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        return Unit(np.concatenate(pieces) if pieces else np.empty(0, np.int32), ends)
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        check_ids(tokens, self.encoder.num_rows, self.tokenizer.id_to_token)
+        return Unit(tokens, ends)
 
 
 def permutation(count: int, *seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from minitron_train.arch.build import LanguageModel
+from minitron_train.data.tokenizer import check_text
 from minitron_train.errors import UserError
 from minitron_train.evaluation.generate import greedy
 from minitron_train.evaluation.journal import Journal, key_of
@@ -74,7 +75,9 @@ class MegatronLM(TemplateLM):
         bos = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (bos and string.startswith(bos))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        check_text(self.tokenizer, ids)
+        return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
         """Log-likelihood and greediness of each (context, continuation)."""

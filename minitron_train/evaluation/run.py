@@ -73,7 +73,7 @@ def evaluate(
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
     answered_by = f"{origin.identity} {precision.name} lm_eval {version('lm_eval')}"
     journal = Journal(folder / f"{label}.partial", answered_by, groups)
-    max_length = origin.shape.max_position_embeddings
+    max_length = origin.shape.max_length
     results, rows = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
     report |= results
     if groups.is_first:
@@ -125,7 +125,9 @@ def run_tasks(
             return report, []
         batch_tokens = evaluation.batch_tokens or find_batch_tokens(model, groups)
         ends = end_tokens(tokenizer)
-        lm = MegatronLM(model, tokenizers.load(tokenizer), max_length, groups, batch_tokens, journal, ends)
+        opened = tokenizers.load(tokenizer)
+        tokenizers.check_tokenizer(opened, model.vocab_size)
+        lm = MegatronLM(model, opened, max_length, groups, batch_tokens, journal, ends)
         raw = run_lm_eval(lm, chosen, evaluation)
         lm.bar.close()
     report["results"] = collect(raw, chosen.leaves)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import msgspec
 
 from minitron_train.errors import UserError, first_line
+from minitron_train.hf.locate import INDEX, LICENCE_FILES, TOKENIZER_FILES
 from minitron_train.records import decode
 
 MAX_LISTING_BYTES = 64 * 2**20  # a listing has about 300 bytes for each file
@@ -24,21 +25,7 @@ MAX_NAME_BYTES = 255  # of one file, in UTF-8: the limit of the usual file syste
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # an identifier of the hub, like apache-2.0
 
 # Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.
-WANTED = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+WANTED = ("config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, *LICENCE_FILES)
 
 Sha1 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{40}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]

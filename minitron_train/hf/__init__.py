@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
 
-from minitron_train.hf.config import lookup, number, read_json, shape_from_config, student_config
+from minitron_train.hf.config import portable_tokenizer_config, read_json, shape_from_config, student_config
 from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES, cast
 from minitron_train.hf.folder import (
     MAX_SHARD_BYTES,
@@ -31,8 +31,7 @@ __all__ = [
     "fingerprint",
     "folder_shape",
     "in_shards",
-    "lookup",
-    "number",
+    "portable_tokenizer_config",
     "read_header",
     "read_json",
     "runs",

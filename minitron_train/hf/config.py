@@ -1,125 +1,203 @@
 """config.json of a Hugging Face folder: read into a Shape, and written for a student."""
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture, Windows
 from minitron_train.errors import UserError
+from minitron_train.hf.rope import read_rope, rope_keys
+from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
+from minitron_train.records import decode, read_bytes
 
-KINDS: dict[str, Any] = {field.name: field.type for field in fields(Shape)}
-LEGACY_KEYS = {  # older names of config.json keys, newest first
-    "partial_rotary_factor": ("rope_percent", "rotary_percent", "rope_percentage"),
-    "head_dim": ("kv_channels",),
+MAX_LAYERS = 10_000  # far above any model; a table of tensors is made of every layer
+READERS: dict[str, Callable[[Any, str, str], Any]] = {  # of Shape fields that are not sizes
+    "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
+    "tie_embeddings": truth,
+    "layernorm_epsilon": epsilon,
 }
+OLD_HEAD_DIM = "kv_channels"  # NVIDIA's name, in folders that transformers does not open without head_dim
+FULL, SLIDING = "full_attention", "sliding_attention"
+LAYER_TYPES = {FULL: False, "attention": False, SLIDING: True}  # whether such a layer slides; "attention" is older
+UNTRUE_KEYS = frozenset(  # of a teacher's config.json, in its student's: other files, other weights, another place
+    {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
+    | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one clear line."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return decode(read_bytes(path), dict[str, Any], str(path), "copy the file again")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the folder of a Hugging Face checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object; copy the file again")
-    return value
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """A key of config.json, in today's place (rope_parameters), else at the top level, or under an older name."""
-    rope = config.get("rope_parameters")
-    places = (rope, config) if isinstance(rope, Mapping) else (config,)
-    for name in (key, *LEGACY_KEYS.get(key, ())):
-        for place in places:
-            if place.get(name) is not None:
-                return place[name]
-    return None
 
 
 def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
-    """Read a Shape off config.json.
+    """Read a Shape off config.json, as transformers 5 reads it: its defaults, its precedence.
 
     Raises:
-        UserError: unsupported architecture or feature, or a needed key that is missing.
+        UserError: unsupported architecture or feature, a needed key that is missing, or a value of another type.
     """
     name = config.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"{where}: model_type {name!r} is not supported; supported architectures: {supported}")
-    table = architecture(str(name))
-    values: dict[str, Any] = dict.fromkeys(table.config_keys)
-    for field, key in table.config_keys.items():
-        if (value := lookup(config, key)) is not None:
-            values[field] = number(value, key, where, KINDS[field])
-    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
-    if values["kv_channels"] is None and values["hidden_size"] and values["num_attention_heads"]:
-        values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
-    for field, key in table.config_keys.items():
-        if values[field] is None:
-            raise UserError(f"{where}: the key {key!r} is missing; add it as the model's authors give it")
-    for key, wanted in table.config_facts.items():
-        if (given := config.get(key, table.config_defaults.get(key))) not in (wanted, None):
-            silent = "" if key in config else ", which transformers assumes where the key is missing"
-            raise UserError(
-                f"{where}: {key}={given!r}{silent}: only {wanted!r} is supported for {name}; use another teacher"
-            )
-    percent, base = lookup(config, "partial_rotary_factor"), lookup(config, "rope_theta")
-    shape = Shape(
-        architecture=table.name,
-        rotary_percent=table.rotary_percent if percent is None else number(percent, "partial_rotary_factor", where),
-        rotary_base=10000.0 if base is None else number(base, "rope_theta", where),
-        rope_scaling_factor=rope_scaling_factor(config, where),
-        **values,
-    )
+        raise UserError(f"{where}: model_type {spoken(name)} is not supported; supported architectures: {supported}")
+    table = architecture(name)
+    check_facts(config, table, where)
+    values = read_fields(config, table, where)
+    values |= read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where).shape_fields()
+    values["window"] = window(config, table, values["num_layers"], where)
+    shape = Shape(architecture=table.name, **values)
     shape.check(where)
     return shape
 
 
-def number(value: Any, key: str, where: str, kind: type = float) -> Any:
-    """A value of config.json as the number that it must be.
+def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> None:
+    """Refuse what changes the mathematics and is not supported."""
+    for key, supported in {**COMMON_FACTS, **table.config_facts}.items():
+        if key in config and config[key] not in supported:
+            raise UserError(
+                f"{where}: {key}={spoken(config[key])}: only {' or '.join(map(spoken, supported))} is supported for "
+                f"{table.name}; use another teacher"
+            )
 
-    Raises:
-        UserError: it is none, or not a whole one where `kind` is int.
+
+def read_fields(config: Mapping[str, Any], table: Architecture, where: str) -> dict[str, Any]:
+    """The fields of a Shape that have a key of their own; a missing key is what transformers takes it for."""
+    values: dict[str, Any] = {}
+    for field, key in table.config_keys.items():
+        value = stated(config, key, table)
+        if value is not None:
+            values[field] = READERS.get(field, size)(value, key, where)
+        elif key not in table.config_nullable and (key in config or key not in table.config_defaults):
+            raise UserError(f"{where}: the key {key!r} is missing or null; {as_authors_give_it('it')}")
+    values.setdefault("num_query_groups", values["num_attention_heads"])
+    if "kv_channels" not in values:
+        values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
+    return values
+
+
+def stated(config: Mapping[str, Any], key: str, table: Architecture) -> Any:
+    """The value of a key, transformers' default where it is missing; None where it is derived from others, or unknown."""
+    if key == "head_dim" and config.get(key) is None and table.partial_rotary and OLD_HEAD_DIM in config:
+        return config[OLD_HEAD_DIM]
+    return config.get(key, table.config_defaults.get(key))
+
+
+def sliding_layers(config: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
+    """Which layers attend within a window, as layer_types says, or the family's other keys."""
+    named = config.get("layer_types")
+    if named is not None:
+        if not isinstance(named, list) or len(named) != num_layers:
+            raise UserError(
+                f"{where}: layer_types={spoken(named)}: must be a list of {num_layers} names, one for each layer; "
+                f"{as_authors_give_it('it')}"
+            )
+        supported = [kind for kind, slides in LAYER_TYPES.items() if not slides or table.windows is not Windows.none]
+        for kind in named:
+            if kind not in supported:
+                raise UserError(
+                    f"{where}: layer_types holds {spoken(kind)}: only {', '.join(supported)} are supported for "
+                    f"{table.name}; use another teacher"
+                )
+    if table.windows is Windows.every:
+        return [stated(config, "sliding_window", table) is not None or SLIDING in (named or ())] * num_layers
+    if named is not None:
+        return [LAYER_TYPES[kind] for kind in named]
+    if table.windows is Windows.none or not truth(
+        stated(config, "use_sliding_window", table), "use_sliding_window", where
+    ):
+        return [False] * num_layers
+    first = stated(config, "max_window_layers", table)
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise UserError(f"{where}: max_window_layers={spoken(first)} is not a whole number; {as_authors_give_it('it')}")
+    return [stated(config, "sliding_window", table) is not None and i >= first for i in range(num_layers)]
+
+
+def window(config: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> int | None:
+    """Width of the window of sliding layers, tokens; None where no layer slides.
+
+    A query sees itself and the `window - 1` tokens before it, so a sequence of `window` tokens is seen whole.
     """
-    is_number = isinstance(value, int | float) and (kind is bool or not isinstance(value, bool))
-    if not is_number or not math.isfinite(value) or (kind is int and value != int(value)):
-        whole = "whole " if kind is int else ""
-        raise UserError(f"{where}: {key}={value!r} is not a {whole}number; set it as the model's authors give it")
-    return kind(value)
-
-
-def rope_scaling_factor(config: Mapping[str, Any], where: str) -> float | None:
-    """Llama 3.1's scaling factor; None without scaling. Other kinds of scaling are refused."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-        raise UserError(f"{where}: {key}={rope!r} is not an object; set it as the model's authors give it")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if not any(sliding_layers(config, table, num_layers, where)):
         return None
-    if kind != "llama3":
-        raise UserError(f"{where}: rope type {kind!r} is not supported; supported: default, llama3")
-    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    for key, wanted in fixed.items():
-        if rope.get(key, wanted) != wanted:
-            raise UserError(f"{where}: llama3 rope scaling with {key}={rope[key]}: only {wanted} is supported")
-    return number(rope.get("factor"), "the factor of rope_scaling", where)
+    width = stated(config, "sliding_window", table)
+    if table.windows is Windows.chosen and not stated(config, "use_sliding_window", table):
+        width = None
+    if width is None:
+        raise UserError(
+            f"{where}: layer_types holds {SLIDING!r}, but no window is set; "
+            f"{as_authors_give_it('use_sliding_window and sliding_window')}"
+        )
+    return size(width, "sliding_window", where)
 
 
-def student_config(config: Mapping[str, Any], shape: Shape, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The teacher's config.json with the sizes of `shape`; every other key stays."""
-    table = architecture(shape.architecture)
-    changed = dict(config) | {key: getattr(shape, field) for field, key in table.config_keys.items()}
+def student_config(
+    config: Mapping[str, Any],
+    shape: Shape,
+    dtype: torch.dtype | None = None,
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The teacher's config.json with the sizes of `shape`, for transformers 4 and 5; no key that is untrue of the student.
+
+    transformers_version stays: it says which library wrote the tokenizer's files, and transformers 5 decides by it
+    whether a Mistral tokenizer needs a correction.
+
+    Args:
+        dtype: of the student's tensors; None: the teacher's.
+        layers: the teacher's layers that the student keeps, ascending; None: the first ones.
+    """
+    table, where = architecture(shape.architecture), "config.json"
+    teacher = shape_from_config(config, where)
+    kept = list(range(shape.num_layers) if layers is None else layers)
+    assert len(kept) == shape.num_layers, f"{len(kept)} layers kept, {shape.num_layers} planned"
+    dropped = UNTRUE_KEYS | rope_keys(config)
+    changed = {
+        key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped
+    }
+    changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
+    changed |= read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where).written(table)
+    changed |= written_windows(config, table, teacher.num_layers, kept)
     changed["architectures"] = [table.hf_class]
-    changed.pop("layer_types", None)  # one entry per layer; without sliding windows its default is right
-    if dtype is not None:
-        changed.pop("torch_dtype", None)
-        changed["dtype"] = str(dtype).removeprefix("torch.")
+    stored = config.get("dtype", config.get("torch_dtype")) if dtype is None else str(dtype).removeprefix("torch.")
+    if stored is not None:
+        changed |= {"dtype": stored, "torch_dtype": stored}  # transformers 5 and 4
     return changed
+
+
+def cut(key: str, value: Any, table: Architecture, num_layers: int, kept: Sequence[int]) -> Any:
+    """A value that the student takes over: lists of one entry per layer, under keys that are not known, lose layers too."""
+    known = HARMLESS_KEYS | table.config_facts.keys() | table.config_read | set(table.config_keys.values())
+    if key in known or not isinstance(value, list) or len(value) != num_layers or len(kept) == num_layers:
+        return value
+    return [value[i] for i in kept]
+
+
+def written_windows(
+    config: Mapping[str, Any], table: Architecture, num_layers: int, kept: Sequence[int]
+) -> dict[str, Any]:
+    """Which of the kept layers slide, for families that choose layers; older readers know max_window_layers only."""
+    if table.windows is not Windows.chosen:
+        return {}
+    slides = sliding_layers(config, table, num_layers, "config.json")
+    slides = [slides[i] for i in kept]
+    keys: dict[str, Any] = {"max_window_layers": slides.index(True) if any(slides) else len(slides)}
+    return keys | ({"layer_types": [SLIDING if one else FULL for one in slides]} if any(slides) else {})
+
+
+def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json for transformers 4 and 5: its class and a list of special tokens have an older name.
+
+    Code of the teacher's folder is not copied, so auto_map goes, and so does what says where the folder was.
+    """
+    untrue = ("auto_map", "name_or_path", "_commit_hash", "is_local", "local_files_only")
+    portable = {key: value for key, value in config.items() if key not in untrue}
+    if isinstance(portable.get("extra_special_tokens"), list):  # transformers 4 wants a dictionary under this key
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return portable

@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_train.files import disk_errors
+from minitron_train.hf.config import portable_tokenizer_config, read_json
 from minitron_train.hf.locate import INDEX, SINGLE, carried_files, licence_files, weight_files
 from minitron_train.records import open_file, read_bytes
 
 T = TypeVar("T")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_SHARD_BYTES = 4 * 2**30
 SAMPLE_BYTES, NUM_SAMPLES = 4096, 8  # of a tensor go into its folder's fingerprint
 
@@ -78,10 +80,17 @@ def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of tokenizer, processor and generation, and the licence, where there are any; never code."""
+    """Copy the files of tokenizer, processor and generation, and the licence, where there are any; never code.
+
+    tokenizer_config.json is written so that transformers 4 reads it too.
+    """
     for name in (*carried_files(source), *licence_files(source)):
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        if name == TOKENIZER_CONFIG:
+            portable = portable_tokenizer_config(read_json(source / name))
+            (target / name).write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(source / name, target / name)
 
 
 def write_folder(

@@ -235,7 +235,8 @@ def slice_checkpoint(
             jobs = blocks(teacher, keep, found)
             for _ in pool.map(lambda block: copy_block(block, reader, writer, layout[block.name][0]), jobs):
                 pass
-    (folder / "config.json").write_text(json.dumps(hf.student_config(teacher.config, student), indent=2) + "\n")
+    config = hf.student_config(teacher.config, student, layers=keep.layers.tolist())
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     hf.copy_tokenizer(teacher.folder, folder)
     keep.write(folder)
     return {"parameters": check_parameters(hf.Checkpoint(folder), student)}

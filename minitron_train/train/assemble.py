@@ -71,11 +71,17 @@ def assemble(
     """All parts of a run, in the state of step 0."""
     train, yardstick = config.train, Yardstick.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
-    tokenizers.check_tokenizer(tokenizer, student_files.shape.vocab_size)
+    rows = {
+        name: files.shape.vocab_size
+        for name, files in (("student", student_files), ("teacher", teacher_files))
+        if files is not None
+    }
+    tokenizers.check_tokenizer(tokenizer, min(rows.values()))
     vocab_size = None
     if teacher_files is not None:
-        rows = {"student": student_files.shape.vocab_size, "teacher": teacher_files.shape.vocab_size}
-        vocab_size = len(tokenizer) if len(set(rows.values())) > 1 else None  # then they are padded differently
+        tokenizers.check_same(tokenizer, teacher_files.folder)
+        if len(set(rows.values())) > 1:  # they are padded differently
+            vocab_size = min(tokenizers.vocab_size(tokenizer), *rows.values())
         real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
     stream = TokenStream(
         config.data,

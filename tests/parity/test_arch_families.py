@@ -52,11 +52,65 @@ def test_repair_of_nothing_changes_nothing(tmp_path, models, groups, family):
     torch.testing.assert_close(hf_logits(folder, TOKENS[0]), wanted, rtol=0, atol=1e-3)
 
 
-def test_what_is_not_supported_is_refused_by_name():
-    base = {**COMMON, "model_type": "mistral", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-    with pytest.raises(UserError, match="sliding_window=4096"):
-        hf.shape_from_config({**base, "sliding_window": 4096}, "config.json")
-    with pytest.raises(UserError, match="sliding_window=4096, which transformers assumes where the key is missing"):
-        hf.shape_from_config(base, "config.json")
-    with pytest.raises(UserError, match="supported architectures: llama, mistral, nemotron, qwen2, qwen3"):
-        hf.shape_from_config({**base, "model_type": "gpt2"}, "config.json")
+SCALED = {"rope_type": "llama3", "factor": 6.0, "low_freq_factor": 2.0, "high_freq_factor": 5.0}
+ACCEPTED = {  # config.json, and the lengths at which it must compute what transformers computes
+    "window": ({"model_type": "mistral", "sliding_window": 20}, (20,)),
+    "windows of some layers": (
+        {
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        (20,),
+    ),
+    "window of no layer": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+        (32,),
+    ),
+    "dynamic rope": (
+        {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 6.0}, "max_position_embeddings": 32},
+        (7, 32),
+    ),
+    "llama3 with other constants": (
+        {"model_type": "llama", "rope_theta": 5e4, "rope_scaling": {**SCALED, "original_max_position_embeddings": 16}},
+        (32,),
+    ),
+    "llama3 in a part of each head": (
+        {"model_type": "nemotron", "rope_scaling": {**SCALED, "original_max_position_embeddings": 16}},
+        (32,),
+    ),
+    "linear rope of factor 1, swish": (
+        {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 1.0}, "hidden_act": "swish"},
+        (32,),
+    ),
+    "partial rotary that transformers ignores": ({"model_type": "qwen3", "partial_rotary_factor": 0.5}, (32,)),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_is_accepted_computes_what_transformers_computes(tmp_path, groups, name):
+    config, lengths = ACCEPTED[name]
+    checkpoint = hf.Checkpoint(save_random({**COMMON, **config}, tmp_path))
+    model = build(checkpoint.shape).eval()
+    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    for length in lengths:
+        tokens = TOKENS[0][:, :length]
+        assert tokens.shape[1] == length
+        checkpoint.shape.check_length(length, "length", "model")
+        with torch.no_grad():
+            logits = model.logits(model(tokens)).transpose(0, 1)
+        torch.testing.assert_close(logits, hf_logits(tmp_path, tokens), rtol=0, atol=1e-4)
+
+
+def test_one_token_beyond_the_window_would_be_wrong(tmp_path, groups):
+    """So the length is refused: the limit is neither too low nor too high by one."""
+    checkpoint = hf.Checkpoint(save_random({**COMMON, **ACCEPTED["window"][0]}, tmp_path))
+    model = build(checkpoint.shape).eval()
+    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    tokens = TOKENS[0][:, :21]
+    with torch.no_grad():
+        difference = model.logits(model(tokens)).transpose(0, 1) - hf_logits(tmp_path, tokens)
+    assert difference.abs().max() > 1e-2
+    with pytest.raises(UserError, match="length=21: the model's attention window is 20 tokens wide"):
+        checkpoint.shape.check_length(21, "length", "model")

@@ -1,0 +1,280 @@
+"""config.json: every key of transformers' classes is known, read as transformers reads it, and true of a student."""
+
+import dataclasses
+import json
+import time
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
+
+from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.rotary import llama3_frequencies
+from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, WINDOW_KEYS
+from minitron_train.errors import UserError
+from minitron_train.hf import portable_tokenizer_config, read_json, shape_from_config, student_config
+
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ABSENT = "ABSENT"
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """A small model's config.json without its norm's epsilon, which has a default."""
+    values = {"model_type": family, **SIZES, **changes}
+    return {key: value for key, value in values.items() if value != ABSENT}
+
+
+def theirs(config: Mapping[str, Any]) -> Any:
+    """transformers' own reading of a config.json; it changes nested objects in place."""
+    return CONFIG_MAPPING[config["model_type"]].from_dict(json.loads(json.dumps(config)))
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_every_key_of_transformers_stands_in_one_list(family: str) -> None:
+    """A key that a new transformers adds is honoured, refused or called harmless by hand before this passes again."""
+    table = architecture(family)
+    lists = [set(table.config_keys.values()) | table.config_read, set(table.config_facts), HARMLESS_KEYS]
+    for key in [field.name for field in dataclasses.fields(CONFIG_MAPPING[family])]:
+        assert sum(key in names for names in lists) == 1, f"{family}: {key} stands in {lists}"
+    assert not COMMON_FACTS.keys() & set.union(*map(set, lists))
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_missing_keys_have_transformers_defaults(family: str) -> None:
+    table = architecture(family)
+    known = {field.name: field.default for field in dataclasses.fields(CONFIG_MAPPING[family])}
+    needed = {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"}
+    if family == "nemotron":
+        needed |= {"num_key_value_heads"}  # its class says null, with which transformers cannot run it
+    for key in set(table.config_keys.values()) - needed:
+        assert table.config_defaults[key] == known.get(key), key  # Qwen2's class lacks head_dim and derives it
+    assert table.config_defaults.keys() <= set(table.config_keys.values()) | table.config_read
+    types = {field.name: typing.get_args(field.type) for field in dataclasses.fields(CONFIG_MAPPING[family])}
+    nullable = {key for key in {*table.config_keys.values(), *WINDOW_KEYS} if type(None) in types.get(key, ())}
+    assert table.config_nullable == nullable - needed
+    for key, supported in table.config_facts.items():
+        assert known[key] == supported[0], key
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"])
+def test_a_missing_key_reads_as_in_transformers(family: str, key: str) -> None:
+    config = config_of(family, **{key: ABSENT, "num_attention_heads": 32 if key == "num_key_value_heads" else 8})
+    if (family, key) == ("nemotron", "num_key_value_heads"):
+        with pytest.raises(UserError, match="the key 'num_key_value_heads' is missing or null"):
+            shape_from_config(config, "config.json")
+        return
+    shape, wanted = shape_from_config(config, "config.json"), theirs(config)
+    assert shape.num_query_groups == wanted.num_key_value_heads
+    assert shape.kv_channels == (getattr(wanted, "head_dim", None) or wanted.hidden_size // wanted.num_attention_heads)
+    assert shape.max_position_embeddings == wanted.max_position_embeddings
+    assert shape.tie_embeddings == wanted.tie_word_embeddings
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "top level": {"rope_theta": 5e5},
+    "today's place": {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}},
+    "inside rope_scaling": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+    "rope_scaling replaces all": {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "default"}},
+    "an empty rope_scaling does not": {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {}},
+    "older name of the type": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "llama3": {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
+    "llama3, length at the top": {
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64},
+        "original_max_position_embeddings": 16,
+    },
+    "llama3, no length": {"rope_scaling": LLAMA3},
+    "llama3, other constants": {"rope_parameters": {**LLAMA3, "low_freq_factor": 2, "high_freq_factor": 3}},
+    "partial": {"partial_rotary_factor": 0.25},
+    "partial, inside": {"partial_rotary_factor": 0.25, "rope_parameters": {"partial_rotary_factor": 0.75}},
+    "linear of factor 1": {"rope_scaling": {"type": "linear", "factor": 1.0}},
+}
+
+
+def frequencies(shape: Shape) -> torch.Tensor:
+    """As the model gets them."""
+    size = int(shape.kv_channels * shape.rotary_percent)
+    plain = 1.0 / (shape.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+    return plain if shape.rope_scaling_factor is None else llama3_frequencies(plain, shape)
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_frequencies_are_transformers(family: str, name: str) -> None:
+    """Also after one more reading of what a student's config.json says."""
+    config = config_of(family, **ROPES[name])
+    rotary = NemotronRotaryEmbedding if family == "nemotron" else LlamaRotaryEmbedding  # the others copy Llama's
+    wanted = rotary(theirs(config)).inv_freq
+    shape = shape_from_config(config, "config.json")
+    torch.testing.assert_close(frequencies(shape), wanted, rtol=1e-6, atol=0)
+    student = student_config(config, shape)
+    torch.testing.assert_close(rotary(theirs(student)).inv_freq, wanted, rtol=1e-6, atol=0)
+    assert student["rope_theta"] == shape.rotary_base  # transformers 4 reads the top level alone
+    assert (student["rope_scaling"] or {"rope_type": "default"})["rope_type"] == theirs(student).rope_parameters[
+        "rope_type"
+    ]
+    assert shape_from_config(student, "config.json") == shape
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"is_causal": False}, "is_causal=False: only True is supported for llama"),
+    ("qwen2", {"is_causal": None}, "is_causal=None: only True"),
+    ("qwen3", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "per_layer_config=.*only None or {}"),
+    ("llama", {"attribute_map": {"hidden_size": "width"}}, "attribute_map="),
+    ("llama", {"text_config": {"num_hidden_layers": 1}}, "text_config="),
+    ("llama", {"attention_bias": True}, "attention_bias=True: only False"),
+    ("nemotron", {"mlp_bias": None}, "mlp_bias=None: only False"),
+    ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu': only 'relu2' is supported for nemotron"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu' or 'swish'"),
+    ("llama", {"layer_types": ["sliding_attention"] * 4}, "layer_types holds 'sliding_attention': only full_attention"),
+    ("mistral", {"layer_types": ["chunked_attention"] * 4}, "layer_types holds 'chunked_attention'"),
+    ("qwen2", {"layer_types": ["full_attention"] * 3}, "layer_types=.*a list of 4 names"),
+    ("qwen2", {"layer_types": [["full_attention"]] * 4}, r"layer_types holds \['full_attention'\]"),
+    ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "no window is set"),
+    ("mistral", {"sliding_window": None, "layer_types": ["sliding_attention"] * 4}, "no window is set"),
+    ("mistral", {"sliding_window": 0}, "sliding_window=0: must be at least 1"),
+    ("mistral", {"sliding_window": "4096"}, "sliding_window='4096' is not a whole number"),
+    ("qwen2", {"use_sliding_window": 1}, "use_sliding_window=1 is neither true nor false"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers=None is not a whole number"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+    ("llama", {"rope_scaling": {"type": None}}, "rope type None is not supported"),
+    ("llama", {"rope_scaling": {"type": ["llama3"]}}, r"rope type \['llama3'\] is not supported"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear rope scaling with factor=2: only 1"),
+    ("llama", {"rope_scaling": {"type": "dynamic"}}, "rope type 'dynamic' without factor"),
+    ("llama", {"rope_scaling": {**LLAMA3, "factor": 0}}, "factor of rope_scaling=0: must be above 0"),
+    ("llama", {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor=1: must be above"),
+    ("llama", {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}}, "embeddings=None is not a whole"),
+    ("llama", {"rope_scaling": LLAMA3, "partial_rotary_factor": 0.5}, "transformers cannot run llama"),
+    ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one rotary embedding per type of layer"),
+    ("llama", {"rope_theta": None}, "rope_theta=None is not a number"),
+    ("llama", {"rope_theta": -1.0}, "rope_theta=-1.0: must be above 0"),
+    ("llama", {"rope_theta": 10**400}, "rope_theta=.*must be above 0 and at most"),
+    ("nemotron", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 rotates 18 of 12"),
+    ("nemotron", {"partial_rotary_factor": 0.01}, "rotates 0 of 12"),
+    ("nemotron", {"rope_percent": 1.0}, "rope_percent=1.0: transformers reads partial_rotary_factor alone, 0.5 here"),
+    ("llama", {"head_dim": 11}, "head_dim=11: fully rotated heads need an even number"),
+    ("llama", {"hidden_size": 64.0}, "hidden_size=64.0 is not a whole number without a decimal point"),
+    ("llama", {"hidden_size": True}, "hidden_size=True is not a whole number"),
+    ("llama", {"hidden_size": None}, "the key 'hidden_size' is missing or null"),
+    ("llama", {"hidden_size": -64}, "hidden_size=-64: must be at least 1"),
+    ("llama", {"vocab_size": 10**5000}, "vocab_size=.*must be at least 1 and at most"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at least 1 and at most 10,000"),
+    ("llama", {"num_hidden_layers": [[[4]]]}, r"num_hidden_layers=\[\[\[4\]\]\] is not a whole number"),
+    ("qwen3", {"head_dim": None}, "the key 'head_dim' is missing or null"),
+    ("mistral", {"num_key_value_heads": None}, "the key 'num_key_value_heads' is missing or null"),
+    ("llama", {"tie_word_embeddings": 0}, "tie_word_embeddings=0 is neither true nor false"),
+    ("llama", {"rms_norm_eps": 1}, "rms_norm_eps=1 is not a number from 0.0 to below 1.0"),
+    ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 is not a number"),
+    ("llama", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+    ("llama", {"model_type": "x" * 10**6}, "model_type 'xx"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_refused_is_named_in_one_short_line(family: str, changes: dict[str, Any], message: str) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        shape_from_config(config_of(family, **changes), "config.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert time.monotonic() - start_s < 1
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"a": NaN}', "[" * 100_000, '{"a": ' * 100_000, "\udcff", '{"a": "\\ud800"}', ""]
+)
+def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"config\.json: damaged \(.*\); copy the file again") as caught:
+        read_json(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
+
+
+WINDOWS: list[tuple[str, dict[str, Any], int | None]] = [
+    ("mistral", {}, 4096),
+    ("mistral", {"sliding_window": None}, None),
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, 8),  # Mistral's code ignores the list
+    ("llama", {"sliding_window": 8}, None),
+    ("llama", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, None),
+    ("qwen2", {}, None),
+    ("qwen2", {"sliding_window": 8}, None),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}, None),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, 8),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, None),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "width"), WINDOWS)
+def test_windows_limit_the_length(family: str, changes: dict[str, Any], width: int | None) -> None:
+    shape = shape_from_config(config_of(family, **changes), "config.json")
+    assert shape.window == width
+    assert shape.max_length == min(512, width or 512)
+    with pytest.raises(UserError, match=f"seq={shape.max_length + 1}: the teacher"):
+        shape.check_length(shape.max_length + 1, "seq", "teacher")
+
+
+def test_a_student_says_nothing_untrue_of_itself() -> None:
+    untrue = {
+        "quantization_config": {"quant_method": "gptq"},
+        "auto_map": {"AutoConfig": "own.Own"},
+        "_name_or_path": "/home/someone/model",
+        "partial_rotary_factor": 0.5,  # Llama's code ignores it, other programs that serve it do not
+        "pretraining_tp": 2,
+    }
+    true = {"bos_token_id": 1, "eos_token_id": [1, 2, 3, 4], "transformers_version": "4.40.0", "anything": [1, 2]}
+    config = config_of("llama", **untrue, **true, no_rope_layers=[1, 1, 0, 1], torch_dtype="float16")
+    shape = shape_from_config(config, "config.json").smaller(num_layers=3)
+    student = student_config(config, shape, torch.bfloat16, layers=[0, 2, 3])
+    assert not untrue.keys() & student.keys()
+    assert {key: student[key] for key in true} == true
+    assert student["no_rope_layers"] == [1, 0, 1]
+    assert student["architectures"] == ["LlamaForCausalLM"]
+    assert student["dtype"] == student["torch_dtype"] == "bfloat16"
+    assert student_config(config, shape)["dtype"] == "float16"
+
+
+def test_windows_go_with_their_layers() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    config = config_of("qwen3", use_sliding_window=True, sliding_window=8, layer_types=kinds)
+    shape = shape_from_config(config, "config.json")
+    student = student_config(config, shape.smaller(num_layers=2), layers=[0, 3])
+    assert theirs(student).layer_types == ["full_attention", "sliding_attention"]
+    assert student["max_window_layers"] == 1
+    student = student_config(config, shape.smaller(num_layers=2), layers=[0, 2])
+    assert theirs(student).layer_types == ["full_attention", "full_attention"]
+    assert shape_from_config(student, "config.json").window is None
+    by_number = config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    student = student_config(by_number, shape_from_config(by_number, "x").smaller(num_layers=2), layers=[0, 3])
+    assert theirs(student).layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_the_tokenizers_class_has_its_older_name() -> None:
+    written = {
+        "tokenizer_class": "TokenizersBackend",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+        "eos_token": "x",
+    }
+    assert portable_tokenizer_config(written) == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "x"}
+    older = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<image>"}}
+    assert portable_tokenizer_config(older) == older
+    listed = {"extra_special_tokens": ["<|im_end|>"], "is_local": True}
+    assert portable_tokenizer_config(listed) == {"additional_special_tokens": ["<|im_end|>"]}
