@@ -7,13 +7,15 @@ from minitron_train.config.base import opt, require, require_positive
 
 
 class SourceKind(Enum):
-    """Formats of a source; auto goes by the file names, bin is megatron-core's IndexedDataset (.bin/.idx)."""
+    """Formats of a source; auto goes by file names and content, bin is megatron-core's IndexedDataset (.bin/.idx)."""
 
     auto = "auto"
     embedded = "embedded"
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
+    csv = "csv"
+    arrow = "arrow"
     bin = "bin"
     hub = "hub"
 
@@ -28,7 +30,9 @@ class SourceConfig:
     weight: float = opt(1.0, "share of the tokens, normalised over the parts")
     late_weight: float | None = opt(None, "share in the last phase (data.late_fraction); default: weight")
     subset: str | None = opt(None, "kind=hub: configuration of the data set")
-    split: str = opt("train", "kind=hub: split")
+    split: str = opt(
+        "train", "split of the data set; files: by their names, train takes what no other split has, all takes all"
+    )
     revision: str | None = opt(None, "kind=hub: pinned commit; without one the data may change under a run")
     suggestion: str | None = opt(None, "a public data set that could stand here")
 
