@@ -48,7 +48,7 @@ class DataConfig:
     late_fraction: float = opt(0.0, "last share of train.num_tokens, which uses late_weight")
     document_end: str | None = opt(None, "token that ends each document; default: the tokenizer's EOS")
     document_attention: bool = opt(False, "tokens attend inside their own document only")
-    validation_path: str | None = opt(None, "held-out text; default: a slice of the stream")
+    validation_path: str | None = opt(None, "held-out text, never trained on; default: a slice of the stream")
     validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
     validation_fraction: float = opt(0.05, "share of the documents held out of training")
     num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")
