@@ -297,10 +297,16 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
 
 
 def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]:
-    """What the stream, or one of other data, gives: a change of any of it makes a stage stale."""
-    from minitron_train.data.sources import identity
+    """What the stream, or one of other data, gives: a change of any of it makes a stage stale.
 
-    return ws.on_first(lambda: identity(data or ws.config.data))
+    What its paths stand for is printed, once in each run.
+    """
+    from minitron_train.data.sources import describe, identity
+
+    chosen = data or ws.config.data
+    for line in ws.on_first(lambda: describe(chosen)):
+        ws.say_once(line)
+    return ws.on_first(lambda: identity(chosen))
 
 
 def cut(ws: Workspace, student: Shape) -> None:

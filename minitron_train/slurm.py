@@ -73,15 +73,19 @@ def accept(commands: Sequence[str], config: Config) -> None:
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
     check_early(chain(config) if list(commands) == ["run"] else commands, config)
     data, calibration = config.data, config.calibration
+    held_out = replace(data, path=data.validation_path or data.path, validation_path=None)
     trained = ["search"] if config.search.retrain_tokens else []
     read = [
-        (data.path, ("pretrain", "distill", "run", *trained)),
-        (data.validation_path or data.path, ("pretrain", "distill", "run", "search", "eval")),
-        (calibration.path or data.path, () if calibration.tokens else ("score", "prune", "search", "run")),
+        (data, ("pretrain", "distill", "run", *trained)),
+        (held_out, ("pretrain", "distill", "run", "search", "eval")),
+        (
+            replace(data, path=calibration.path or data.path),
+            () if calibration.tokens else ("score", "prune", "search", "run"),
+        ),
     ]
-    for path, readers in read:
+    for section, readers in read:
         if not set(commands).isdisjoint(readers):
-            files(replace(data, path=path))
+            files(section)
 
 
 def search_candidates(config: Config, world: World) -> list[Candidate]:

@@ -32,11 +32,12 @@ class Workspace:
         self.folder = Path(config.output_dir)
         self._groups: Groups | None = None
         self._to_come: set[Path] = set()  # folders that the stages of this dry run would make
+        self._said: set[str] = set()
 
     def beside(self, config: Config) -> "Workspace":
         """Another output folder, with its own configuration, worked on by the same processes."""
         other = Workspace(config, self.invocation.command, self.world, self._stack)
-        other._groups = self.groups
+        other._groups, other._said = self.groups, self._said
         return other
 
     # paths
@@ -111,6 +112,12 @@ class Workspace:
 
             self._groups = self._stack.enter_context(start(self.config.parallel, self.world, self.config.seed))
         return self._groups
+
+    def say_once(self, line: str) -> None:
+        """Print a line unless this run has printed it already: stages share their data."""
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
 
     def on_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank, however long it takes; where it fails, it fails on all."""

@@ -7,13 +7,15 @@ from minitron_train.config.base import opt, require, require_positive
 
 
 class SourceKind(Enum):
-    """Formats of a source; auto goes by the file names, bin is megatron-core's IndexedDataset (.bin/.idx)."""
+    """Formats of a source; auto goes by file names and content, bin is megatron-core's IndexedDataset (.bin/.idx)."""
 
     auto = "auto"
     embedded = "embedded"
     text = "text"
     jsonl = "jsonl"
     parquet = "parquet"
+    csv = "csv"
+    arrow = "arrow"
     bin = "bin"
     hub = "hub"
 
@@ -30,7 +32,9 @@ class SourceConfig:
     weight: float = opt(1.0, "share of the tokens, normalised over the parts")
     late_weight: float | None = opt(None, "share in the last phase (data.late_fraction); default: weight")
     subset: str | None = opt(None, "kind=hub: configuration of the data set")
-    split: str = opt("train", "kind=hub: split")
+    split: str = opt(
+        "train", "split of the data set; files: by their names, train takes what no other split has, all takes all"
+    )
     revision: str | None = opt(None, "kind=hub: pinned commit; without one the data may change under a run")
     suggestion: str | None = opt(None, "a public data set that could stand here")
 
@@ -46,7 +50,9 @@ class DataConfig:
     late_fraction: float = opt(0.0, "last share of train.num_tokens, which uses late_weight")
     document_end: str | None = opt(None, "token that ends each document; default: the tokenizer's EOS")
     document_attention: bool = opt(False, "tokens attend inside their own document only")
-    validation_path: str | None = opt(None, "held-out text; default: a slice of the stream", path=True)
+    validation_path: str | None = opt(
+        None, "held-out text, never trained on; default: a slice of the stream", path=True
+    )
     validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
     validation_fraction: float = opt(0.05, "share of the documents held out of training")
     num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")

@@ -31,6 +31,9 @@ class Feed:
         self.opened = [part.open(split) for part in self.parts]
         texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
         self.encoder = tokenizers.encoder(tokenizer, data.document_end)
+        for source in self.opened:
+            if isinstance(source, IndexedSource) and not split.held_out:
+                source.warn_without_ends(self.encoder.end)
         self.vocab_size = tokenizers.vocab_size(tokenizer)
         self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)

@@ -19,8 +19,9 @@ import pyarrow
 import pyarrow.parquet
 
 from minitron_train.console import progress
-from minitron_train.data import corpus
+from minitron_train.data import corpus, packed, rows
 from minitron_train.data.lines import (
+    BLOCK_BYTES,
     WORD_BYTES,
     CopiedLines,
     PlainLines,
@@ -34,10 +35,12 @@ from minitron_train.data.lines import (
     short_lines,
     word_start,
 )
-from minitron_train.errors import UserError, first_line
+from minitron_train.data.recognise import BOM, encoding_fault
+from minitron_train.errors import UserError
 
 PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
 ROW_GROUP_BYTES = 1 << 24  # Parquet files with more text in a row group are copied into blocks
+COUNTED_BYTES = 1 << 30  # of a file are read once more to count the lines before a wrong one
 
 
 class TextFormat(Protocol):
@@ -86,8 +89,15 @@ class FileFormat:
         return files
 
     def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
-        """Block reader of one file; its copy may still be missing."""
-        return open_lines(path, self.cache_dir)
+        """Block reader of one file of UTF-8 text; its copy may still be missing.
+
+        Raises:
+            UserError: the file begins like UTF-16, binary data or a Git LFS pointer.
+        """
+        file = open_lines(path, self.cache_dir)
+        if fault := encoding_fault(packed.head(path)):
+            raise UserError(f"{path}: {fault}")
+        return file
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
         """All lines of a file that cannot be read in any order."""
@@ -112,45 +122,78 @@ class FileFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(FileFormat):
-    """JSON Lines: one document a line, in the column `text_key`."""
+    """JSON Lines, or files of one JSON array: one document an object, in the column `text_key`."""
+
+    def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
+        """A file of one array is copied, as one of a line may be as long as the file."""
+        file = super().open(path)
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), "array"])) if is_array(path) else file
+
+    def lines_to_copy(self, path: Path) -> Iterator[bytes]:
+        return rows.array_lines(path) if is_array(path) else super().lines_to_copy(path)
 
     def read(self, block: int) -> Iterator[Sequence[str]]:
         file, inner = self.locate(block)
-        for line in self.files[file].read(inner):
+        for number, line in enumerate(self.files[file].read(inner)):
             if line.strip():
-                yield [self.text_of(line, file)]
+                try:
+                    text = text_of(line, self.text_key)
+                except ValueError as error:
+                    raise UserError(f"{self.place(file, inner, number)}: {error}") from error
+                yield [text]
 
     def fingerprint(self) -> str:
         return combine([super().fingerprint(), self.text_key])
 
-    def text_of(self, line: bytes | str, file: int) -> str:
-        """The text of one line; a line without it is refused with its file and beginning."""
-        try:
-            text = json.loads(line)[self.text_key]
-        except KeyError as error:
-            columns = ", ".join(json.loads(line)) or "none"
-            raise missing_column(self.paths[file], self.text_key, columns) from error
-        except (ValueError, TypeError, IndexError) as error:
-            raise UserError(f"{self.paths[file]}: not a JSON object: {line[:60]!r}; each line must be one") from error
-        if text is None:
-            return ""
-        if not isinstance(text, str):
-            raise UserError(
-                f"{self.paths[file]}: column {self.text_key} is not text: {str(text)[:60]}; choose another text_key"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, as "\\ud83d" alone: JSON allows it, UTF-8 does not
-            text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        return text
+    def place(self, file: int, block: int, number: int) -> str:
+        """The file and the line, for a message; the block instead where counting would take minutes."""
+        path, reader = self.paths[file], self.files[file]
+        if block * BLOCK_BYTES > COUNTED_BYTES:
+            return f"{path}, block {block:,} of {reader.num_blocks:,}"
+        return f"{path}, line {sum(len(list(reader.read(i))) for i in range(block)) + number + 1:,}"
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file begins like a JSON array."""
+    return packed.head(path).removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def text_of(line: bytes, text_key: str) -> str:
+    """The text of one JSON object; null is an empty text.
+
+    Raises:
+        ValueError: it has none; the message lacks the file.
+    """
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 near {line[error.start : error.start + 8]!r}; convert the file") from error
+    except RecursionError as error:
+        raise ValueError(f"nested too deeply: {line[:60]!r}; take the line out") from error
+    except ValueError as error:
+        raise ValueError(f"not a JSON object: {line[:60]!r}; each line must be one (is the file cut off?)") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object: {line[:60]!r}; each line must be one")
+    if text_key not in row:
+        raise ValueError(f"no column {text_key}: it has {', '.join(row) or 'none'}; set text_key")
+    text = row[text_key]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"column {text_key} is not text: {str(text)[:60]}; choose another text_key")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as "\\ud83d" alone: JSON allows it, UTF-8 does not
+        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(FileFormat):
     """Plain text: a file is one document, and each 32 kB of a longer one are (cut at line ends, or inside long lines)."""
 
-    def open(self, path: Path) -> PlainLines | CopiedLines:
-        file = open_lines(path, self.cache_dir)
+    def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
+        file = super().open(path)
         return PlainText(file.path, file.size_bytes) if isinstance(file, PlainLines) else file
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
@@ -159,13 +202,11 @@ class TextFiles(FileFormat):
     def read(self, block: int) -> Iterator[Sequence[str]]:
         file, inner = self.locate(block)
         text = b"".join(line.removesuffix(b"\r") + b"\n" for line in self.files[file].read(inner))
+        text = text if inner else text.removeprefix(BOM)
         try:
             texts = [piece.decode() for piece in passages(text) if piece.strip()]
         except UnicodeDecodeError as error:
-            what = error.object[error.start : error.start + 8]
-            raise UserError(
-                f"{self.paths[file]}: not UTF-8 near {what!r}; convert the file (iconv -t utf-8)"
-            ) from error
+            raise rows.not_utf8(self.paths[file], error) from error
         if texts:
             yield texts
 
@@ -216,10 +257,7 @@ class RowGroups:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 texts = file.read_row_group(block, columns=[self.text_key]).column(0).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.path}: row group {block} cannot be read ({first_line(error)}); the file is corrupt: "
-                "fetch or write it again"
-            ) from error
+            raise packed.unreadable(self.path, error, f"row group {block} cannot be read") from error
         for text in texts:
             yield json.dumps({self.text_key: text or ""}).encode()
 
@@ -234,11 +272,8 @@ class Parquet(JsonLines):
             with pyarrow.parquet.ParquetFile(path) as file:
                 metadata, schema = file.metadata, file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a Parquet file ({first_line(error)}); fetch or write it again") from error
-        if self.text_key not in schema.names:
-            raise missing_column(path, self.text_key, ", ".join(schema.names))
-        if not is_text(kind := schema.types[schema.names.index(self.text_key)]):
-            raise UserError(f"{path}: column {self.text_key} is not text but {kind}; choose another text_key")
+            raise packed.unreadable(path, error, "not a Parquet file") from error
+        rows.check_column(path, self.text_key, schema)
         groups = RowGroups.of(path, self.text_key, metadata)
         if max(groups.sizes, default=0) <= ROW_GROUP_BYTES:
             return groups
@@ -251,22 +286,31 @@ class Parquet(JsonLines):
             yield from groups.read(group)
 
 
-def is_text(kind: pyarrow.DataType) -> bool:
-    """Whether a column of this type gives strings (or nothing but nulls)."""
-    if isinstance(kind, pyarrow.DictionaryType):
-        return is_text(kind.value_type)
-    checks = (
-        pyarrow.types.is_string,
-        pyarrow.types.is_large_string,
-        pyarrow.types.is_string_view,
-        pyarrow.types.is_null,
-    )
-    return any(check(kind) for check in checks)
+@dataclass(frozen=True, kw_only=True)
+class Csv(JsonLines):
+    """CSV or TSV: a document is a row's `text_key`. Quoted text may hold newlines, so files are copied into blocks."""
+
+    def open(self, path: Path) -> CopiedLines:
+        """Check the header."""
+        FileFormat.open(self, path)
+        rows.csv_column(path, self.text_key)
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+
+    def lines_to_copy(self, path: Path) -> Iterator[bytes]:
+        return rows.csv_lines(path, self.text_key)
 
 
-def missing_column(path: Path, text_key: str, columns: str) -> UserError:
-    """The one message for a wrong text_key."""
-    return UserError(f"{path}: no column {text_key}: it has {columns}; set text_key")
+@dataclass(frozen=True, kw_only=True)
+class Arrow(JsonLines):
+    """Arrow, as `datasets` saves it: a document is a row's `text_key`. Files are copied into blocks."""
+
+    def open(self, path: Path) -> CopiedLines:
+        """Check the column."""
+        rows.check_arrow(path, self.text_key)
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+
+    def lines_to_copy(self, path: Path) -> Iterator[bytes]:
+        return rows.arrow_lines(path, self.text_key)
 
 
 @dataclass(frozen=True, kw_only=True)

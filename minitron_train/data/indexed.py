@@ -1,45 +1,137 @@
 """Pre-tokenised sources: megatron-core's IndexedDataset (.bin/.idx). Random access: only the rows of this rank are read.
 
 The documents must end as the model expects (Megatron's preprocess_data.py --append-eod): nothing is appended.
+A document of several sequences (--split-sentences) stays whole.
 """
 
+import os
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
+from minitron_train.console import say
 from minitron_train.data.formats import combine
 from minitron_train.data.lines import sample_sha256
+from minitron_train.data.packed import unreadable
 from minitron_train.data.units import Split, Unit, permutation
 from minitron_train.errors import UserError
 
 BLOCK_TOKENS = 8192
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, number of sequences, number of documents
 MAGIC = b"MMIDIDX\0\0"
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # megatron-core's DType, without floating point
+ENDS_LOOKED_AT = 100  # documents of a pair whose last token is looked at
 
 
-def check_index(path: Path) -> None:
-    """Refuse an .idx file that is none or is cut off (megatron-core's reader would say so in several lines)."""
-    with path.open("rb") as file:
-        head = file.read(HEADER.size)
-    if not head.startswith(MAGIC):
-        raise UserError(f"{path}: not a megatron-core index; write it again")
-    _, _, _, num_sequences, num_documents = HEADER.unpack(head) if len(head) == HEADER.size else (0,) * 5
-    size = HEADER.size + num_sequences * (4 + 8) + num_documents * 8  # lengths and offsets, documents
-    if path.stat().st_size < size:
-        raise UserError(f"{path}: a broken megatron-core index (cut off); write it again")
+@dataclass(frozen=True)
+class Index:
+    """The arrays of an .idx file."""
+
+    dtype: np.dtype
+    lengths: np.ndarray  # [sequences] int64, tokens
+    pointers: np.ndarray  # [sequences] int64, bytes
+    bounds: np.ndarray  # [documents + 1] int64: the first sequence of each document, and the end
 
 
-def check_length(prefix: Path, index: Any) -> None:
-    """Refuse a .bin file that ends before the last sequence of its index does."""
-    ends = index.sequence_pointers + index.sequence_lengths.astype(np.int64) * index.dtype_size
+def read_index(path: Path) -> Index:
+    """The arrays of an .idx file, which megatron-core's reader would take unchecked, or refuse in several lines.
+
+    Raises:
+        UserError: it is none, is cut off, or has another version or dtype.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEADER.size)
+            if not head.startswith(MAGIC):
+                raise UserError(f"{path}: not a megatron-core index; write it again")
+            _, version, code, num_sequences, num_bounds = HEADER.unpack(head) if len(head) == HEADER.size else (0,) * 5
+            size = HEADER.size + num_sequences * (4 + 8) + num_bounds * 8
+            if os.fstat(file.fileno()).st_size < size or not version:
+                raise UserError(f"{path}: a broken megatron-core index (cut off); write it again")
+            if version != 1 or code not in DTYPES:
+                raise UserError(
+                    f"{path}: a broken megatron-core index (version {version}, dtype {code}; version 1 and integers are "
+                    "read); write it again"
+                )
+            kinds = (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_bounds))
+            lengths, pointers, bounds = (np.fromfile(file, kind, count) for kind, count in kinds)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return Index(np.dtype(DTYPES[code]), lengths.astype(np.int64), pointers, bounds)
+
+
+def check_sequences(prefix: Path, index: Index) -> None:
+    """Refuse sequences that lie outside of the .bin file, and documents that are not runs of sequences."""
     tokens = prefix.with_name(prefix.name + ".bin")
-    size, promised = tokens.stat().st_size, int(ends.max(initial=0))
-    if size < promised:
-        raise UserError(f"{tokens}: {size:,} bytes, its .idx promises {promised:,}; copy both again")
+    try:
+        size_bytes = tokens.stat().st_size
+    except OSError as error:
+        raise unreadable(tokens, error) from error
+    pointers, lengths, bounds = index.pointers, index.lengths, index.bounds
+    if min(pointers.min(initial=0), lengths.min(initial=0)) < 0:
+        raise UserError(f"{prefix}.idx: a broken megatron-core index (negative lengths or offsets); write it again")
+    promised = int((pointers + lengths * index.dtype.itemsize).max(initial=0))
+    if size_bytes < max(promised, int(pointers.max(initial=0))):
+        raise UserError(f"{tokens}: {size_bytes:,} bytes, its .idx promises {promised:,}; copy both again")
+    if [*bounds[:1], *bounds[-1:]] != [0, len(lengths)] or (np.diff(bounds) < 0).any():
+        raise UserError(
+            f"{prefix}.idx: a broken megatron-core index (its documents are not its {len(lengths):,} sequences, in order); "
+            "write it again"
+        )
+
+
+class Pair:
+    """One opened .bin/.idx pair: its documents, each a run of sequences."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.tokens_path = prefix.with_name(prefix.name + ".bin")
+        index = read_index(prefix.with_name(prefix.name + ".idx"))
+        check_sequences(prefix, index)
+        self.dtype, self.pointers, self.firsts = index.dtype, index.pointers, index.bounds
+        self.sequence_ends = np.cumsum(index.lengths)  # tokens
+        ends = np.append(0, self.sequence_ends)
+        self.lengths = np.diff(ends[self.firsts])  # tokens of each document
+        self.is_packed = np.array_equal(self.pointers, ends[:-1] * self.dtype.itemsize)  # no gaps between sequences
+
+    @cached_property
+    def file(self) -> BinaryIO:
+        """The opened .bin file."""
+        try:
+            return self.tokens_path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(self.tokens_path, error) from error
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop of one document."""
+        first = int(self.firsts[document])
+        offset = int(self.sequence_ends[first - 1]) if first else 0
+        position, end = offset + start, offset + stop
+        if self.is_packed:
+            return self.read_at(position * self.dtype.itemsize, stop - start)
+        pieces = [np.empty(0, self.dtype)]
+        sequence = int(np.searchsorted(self.sequence_ends, position, side="right"))
+        while position < end:
+            begin = int(self.sequence_ends[sequence - 1]) if sequence else 0
+            piece_end = min(end, int(self.sequence_ends[sequence]))
+            at = int(self.pointers[sequence]) + (position - begin) * self.dtype.itemsize
+            pieces.append(self.read_at(at, piece_end - position))
+            position, sequence = piece_end, sequence + 1
+        return np.concatenate(pieces)
+
+    def read_at(self, offset: int, count: int) -> np.ndarray:
+        """`count` tokens from a byte offset; a UserError where the file has become shorter."""
+        try:
+            raw = os.pread(self.file.fileno(), count * self.dtype.itemsize, offset)
+        except OSError as error:
+            raise unreadable(self.tokens_path, error) from error
+        if len(raw) < count * self.dtype.itemsize:
+            raise UserError(f"{self.tokens_path}: was cut off while it was read; restore the file, and run again")
+        return np.frombuffer(raw, self.dtype)
 
 
 class IndexedSource:
@@ -50,33 +142,23 @@ class IndexedSource:
         self.split = split
 
     @cached_property
-    def datasets(self) -> list:
-        """The opened pairs (megatron-core is imported only where such a source is used)."""
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        datasets = []
-        for prefix in self.prefixes:
-            check_index(prefix.with_name(prefix.name + ".idx"))
-            try:
-                datasets.append(IndexedDataset(str(prefix), mmap=True))
-            except (AssertionError, OSError, ValueError, struct.error) as error:
-                raise UserError(f"{prefix}.idx: a broken megatron-core index ({error}); write it again") from error
-            check_length(prefix, datasets[-1].index)
-        return datasets
+    def pairs(self) -> list[Pair]:
+        """The opened pairs."""
+        return [Pair(prefix) for prefix in self.prefixes]
 
     @cached_property
     def firsts(self) -> np.ndarray:
-        """Number of the first sequence of each pair, and of the end: int64 [pairs + 1]."""
-        return np.cumsum([0, *(len(dataset.sequence_lengths) for dataset in self.datasets)])
+        """Number of the first document of each pair, and of the end: int64 [pairs + 1]."""
+        return np.cumsum([0, *(len(pair.lengths) for pair in self.pairs)])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence, through all pairs."""
-        return np.concatenate([dataset.sequence_lengths for dataset in self.datasets]).astype(np.int64)
+        """Tokens of each document, through all pairs."""
+        return np.concatenate([pair.lengths for pair in self.pairs])
 
     @cached_property
     def block_starts(self) -> np.ndarray:
-        """Sequence with which each block begins, and the end: int64 [blocks + 1]."""
+        """Document with which each block begins, and the end: int64 [blocks + 1]."""
         before = np.cumsum(self.lengths) - self.lengths
         starts = np.flatnonzero(np.diff(before // BLOCK_TOKENS, prepend=-1))
         return np.append(starts, len(self.lengths))
@@ -92,7 +174,7 @@ class IndexedSource:
         return 4 * BLOCK_TOKENS
 
     def unit(self, blocks: Iterable[int], seed: tuple[int, ...], vocab_size: int) -> Unit:
-        """The wanted sequences of some blocks, shuffled; their tokens are read, and checked, when they are sliced."""
+        """The wanted documents of some blocks, shuffled; their tokens are read, and checked, when they are sliced."""
         runs = [np.arange(*self.block_starts[block : block + 2]) for block in blocks]
         numbers = np.concatenate([np.empty(0, np.int64), *runs])
         numbers = numbers[[self.split.wants(f"sequence {number}") for number in numbers]]
@@ -101,15 +183,27 @@ class IndexedSource:
         return Unit(IndexedTokens(self, numbers, ends, vocab_size), ends)
 
     def read(self, number: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
-        """Tokens start to stop of one sequence; a UserError where one is outside the vocabulary."""
+        """Tokens start to stop of one document; a UserError where one is outside the vocabulary."""
         pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
-        tokens = self.datasets[pair].get(int(number - self.firsts[pair]), offset=start, length=stop - start)
+        tokens = self.pairs[pair].read(int(number - self.firsts[pair]), start, stop)
         if (largest := int(tokens.max(initial=0))) >= vocab_size:
             raise UserError(
                 f"{self.prefixes[pair]}.bin: token {largest} is outside the tokenizer's vocabulary of {vocab_size} entries; "
                 "the pair was made with another tokenizer: write it again with the model's"
             )
         return tokens
+
+    def warn_without_ends(self, end: int) -> None:
+        """Print a line for each pair of which no document ends with the token `end`, of some that are looked at."""
+        for prefix, pair in zip(self.prefixes, self.pairs, strict=True):
+            documents = np.flatnonzero(pair.lengths)
+            chosen = documents[:: max(1, len(documents) // ENDS_LOOKED_AT)][:ENDS_LOOKED_AT]
+            lasts = [int(pair.read(int(i), int(pair.lengths[i]) - 1, int(pair.lengths[i]))[0]) for i in chosen]
+            if lasts and end not in lasts:
+                say(
+                    f"warning: {prefix}.bin: none of {len(lasts)} documents ends with the end-of-document token {end}; "
+                    "documents run into each other: write the pair with --append-eod, or set data.document_end"
+                )
 
     def fingerprint(self) -> str:
         """sha256 of the index and token files, sampled."""
@@ -118,7 +212,7 @@ class IndexedSource:
 
 
 class IndexedTokens:
-    """The tokens of chosen sequences as one array, read where they are sliced."""
+    """The tokens of chosen documents as one array, read where they are sliced."""
 
     def __init__(self, source: IndexedSource, numbers: np.ndarray, ends: np.ndarray, vocab_size: int) -> None:
         self.source = source

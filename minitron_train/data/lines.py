@@ -3,20 +3,18 @@
 A block is some 32 kB of whole lines. In a plain file, block k holds the lines that *start* in bytes [k * 32768,
 (k + 1) * 32768): no index is needed, and neither a line nor a UTF-8 character is ever cut (b"\\n" is never part of
 another character). `PlainText` is for files in which a newline means nothing: a line that fills a whole block is cut
-there between words. A .gz or .zst stream cannot be entered in its middle, so it is copied once into `cache_dir`
+there between words. A compressed stream cannot be entered in its middle, so it is copied once into `cache_dir`
 as independently compressed blocks with their offsets; resuming then costs one block, not the stream before it.
 `make_copies` writes what is missing and says so.
 """
 
 import contextlib
 import fcntl
-import gzip
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,11 +22,11 @@ import numpy as np
 import pyarrow
 
 from minitron_train.console import progress, say
+from minitron_train.data import packed
 from minitron_train.errors import UserError
 from minitron_train.files import byte_size, partial_path, sync_path
 
 BLOCK_BYTES = 32768
-COMPRESSED = (".gz", ".zst")
 PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
 SAMPLE_BYTES = 4096  # of a file's head and tail go into its fingerprint
 WORD_BYTES = 256  # in which a word is looked for, where a long line is cut
@@ -46,10 +44,29 @@ class PlainLines:
         """Of 32 kB, the last one smaller."""
         return -(-self.size_bytes // BLOCK_BYTES)
 
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file, which must still be there and at least as long as at the beginning; a file may grow.
+
+        Raises:
+            UserError: it is gone, cut off or unreadable.
+        """
+        try:
+            with self.path.open("rb") as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                if size_bytes < self.size_bytes:
+                    raise UserError(
+                        f"{self.path}: has {size_bytes:,} bytes, but had {self.size_bytes:,} when it was opened; "
+                        "restore the file, and run again"
+                    )
+                yield file
+        except OSError as error:
+            raise packed.unreadable(self.path, error) from error
+
     def read(self, block: int) -> Iterator[bytes]:
         """The lines that start inside this block, without their newline."""
         start, end = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.size_bytes)
-        with self.path.open("rb") as file:
+        with self.opened() as file:
             position = start
             if start > 0:  # the line that holds byte start - 1 belongs to the block before, and may fill this one
                 file.seek(start - 1)
@@ -66,7 +83,7 @@ class PlainText(PlainLines):
         """The lines that start inside this block, without their newline, or the part of a longer one that is here."""
         start, end = self.start(block), self.start(block + 1)
         if start < end:
-            with self.path.open("rb") as file:
+            with self.opened() as file:
                 file.seek(start)
                 yield from file.read(end - start).removesuffix(b"\n").split(b"\n")
 
@@ -75,7 +92,7 @@ class PlainText(PlainLines):
         position = min(block * BLOCK_BYTES, self.size_bytes)
         if position in (0, self.size_bytes):
             return position
-        with self.path.open("rb") as file:
+        with self.opened() as file:
             file.seek(position - 1)
             raw = file.read(BLOCK_BYTES + 1)
         if (newline := raw.find(b"\n")) >= 0:
@@ -172,7 +189,8 @@ def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:
         if not copy.path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with copy.path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # a file system without locks: then several may write the same copy
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 if not copy.path.exists():
                     write_copy(copy.path, lines)
     except OSError as error:
@@ -221,7 +239,7 @@ def group_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def decompressed_lines(path: Path) -> Iterator[bytes]:
-    """All lines of a .gz or .zst file; a corrupt or truncated one is a UserError."""
+    """All lines inside a file, compressed or not; a missing, corrupt or truncated one is a UserError."""
     try:
         rest = b""
         for piece in decompressed_pieces(path):
@@ -229,21 +247,16 @@ def decompressed_lines(path: Path) -> Iterator[bytes]:
             yield from lines
         if rest:
             yield rest
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}: cannot be decompressed ({error}); the file is corrupt: fetch or write it again"
-        ) from error
+    except packed.ERRORS as error:
+        raise packed.unreadable(path, error) from error
 
 
 def decompressed_pieces(path: Path) -> Iterator[bytes]:
-    """The text of a .gz or .zst file; the progress goes by compressed megabytes."""
+    """The text inside a file; the progress goes by megabytes of the file."""
     ends = range(PIECE_BYTES, path.stat().st_size, PIECE_BYTES)
-    with contextlib.ExitStack() as stack:
-        packed = stack.enter_context(path.open("rb"))
-        unpack = gzip.open if path.suffix == ".gz" else partial(pyarrow.input_stream, compression="zstd")
-        stream = stack.enter_context(unpack(packed))
+    with path.open("rb") as file, packed.unpack(path, file) as stream:
         for end in progress(ends, f"copy of {path.name} in MB", len(ends)):
-            while packed.tell() < end and (piece := stream.read(PIECE_BYTES)):
+            while file.tell() < end and (piece := stream.read(PIECE_BYTES)):
                 yield piece
         while piece := stream.read(PIECE_BYTES):
             yield piece
@@ -251,17 +264,23 @@ def decompressed_pieces(path: Path) -> Iterator[bytes]:
 
 def open_lines(path: Path, cache_dir: Path) -> PlainLines | CopiedLines:
     """Random access to one file's lines; of a compressed file, through its copy, which may still have to be made."""
-    if path.suffix in COMPRESSED:
-        return copy_of(path, cache_dir, sample_sha256(path))
-    return PlainLines(path, path.stat().st_size)
+    try:
+        if packed.packing(path):
+            return copy_of(path, cache_dir, sample_sha256(path))
+        return PlainLines(path, path.stat().st_size)
+    except OSError as error:
+        raise packed.unreadable(path, error) from error
 
 
 def sample_sha256(path: Path) -> str:
     """sha256 of a file's name, size, first and last 4 kB: notices changes without reading terabytes."""
-    size_bytes = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name}\0{size_bytes}\0".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(SAMPLE_BYTES))
-        file.seek(max(0, size_bytes - SAMPLE_BYTES))
-        digest.update(file.read(SAMPLE_BYTES))
+    try:
+        size_bytes = path.stat().st_size
+        digest = hashlib.sha256(os.fsencode(path.name) + f"\0{size_bytes}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE_BYTES))
+            file.seek(max(0, size_bytes - SAMPLE_BYTES))
+            digest.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise packed.unreadable(path, error) from error
     return digest.hexdigest()

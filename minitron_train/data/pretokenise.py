@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
+from minitron_train.console import say
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.feed import Feed
 from minitron_train.data.hub import HubSource
@@ -34,7 +35,10 @@ def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Pa
     data.validate()
     feed = Feed(data, tokenizer, Split(held_out=False, fraction=0), data.num_workers, seq_length=1)
     if len(feed.parts) != 1 or isinstance(feed.opened[0], IndexedSource | HubSource):
-        raise UserError("pretokenise takes one source of text, JSONL or Parquet files; convert the others one by one")
+        raise UserError(
+            "pretokenise takes one source of text files, not tokens or the hub; convert the sources one by one"
+        )
+    say(feed.parts[0].describe() or "")
     with contextlib.closing(feed.pool), disk_errors(prefix), parent_folders(prefix):
         return write_pair(prefix, units(feed, seed), feed.vocab_size)
 
@@ -80,7 +84,7 @@ def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="file, folder or quoted glob of text, JSONL(.gz/.zst) or Parquet")
+    parser.add_argument("path", help="file, folder or quoted glob of text, JSON Lines, CSV, Parquet or Arrow")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="of the .bin and .idx files")
     parser.add_argument("--num-workers", type=int, default=4, help="tokenising processes")

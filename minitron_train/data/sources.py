@@ -3,28 +3,27 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
-from glob import glob, has_magic
 from pathlib import Path
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data.corpus import PARTS
-from minitron_train.data.formats import Embedded, JsonLines, Parquet, TextFiles, TextFormat, combine
+from minitron_train.data.formats import Arrow, Csv, Embedded, JsonLines, Parquet, TextFiles, TextFormat, combine
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
-from minitron_train.data.lines import COMPRESSED
+from minitron_train.data.inventory import FileId, Inventory, file_id, held_out_split, take
+from minitron_train.data.packed import suffixes
 from minitron_train.data.units import Split
 from minitron_train.errors import UserError
 
-SUFFIXES = {  # of the file names, after .gz or .zst is taken off
-    SourceKind.jsonl: (".jsonl", ".ndjson", ".json"),
-    SourceKind.parquet: (".parquet", ".pq"),
-    SourceKind.bin: (".idx",),
-    SourceKind.text: (".txt", ".md", ".rst", ".py"),
+FORMATS = {
+    SourceKind.jsonl: JsonLines,
+    SourceKind.parquet: Parquet,
+    SourceKind.csv: Csv,
+    SourceKind.arrow: Arrow,
+    SourceKind.text: TextFiles,
 }
-ABOUT_DATA = ("dataset_info*.json", "*.md", "readme*.txt", "readme*.rst", "license*.txt")  # lie beside data
-FORMATS = {SourceKind.jsonl: JsonLines, SourceKind.parquet: Parquet, SourceKind.text: TextFiles}
+COPIED = (SourceKind.csv, SourceKind.arrow)  # whatever their compression
 EMBEDDED_WEIGHTS = {"prose": 0.7, "code": 0.3}  # there is three times as much code as prose; language models need prose
 
 
@@ -35,6 +34,7 @@ class Part:
     name: str
     config: SourceConfig
     cache_dir: Path
+    held_out: frozenset[FileId] = frozenset()  # files of data.validation_path
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -43,18 +43,23 @@ class Part:
         return self.config.weight, self.config.weight if late is None else late
 
     @cached_property
+    def inventory(self) -> Inventory | None:
+        """What the path stands for; None for the hub and the embedded corpus."""
+        if self.config.kind in (SourceKind.embedded, SourceKind.hub):
+            return None
+        return take(str(self.config.path), self.config.kind, split=self.config.split, held_out=self.held_out)
+
+    @property
     def paths(self) -> list[Path]:
         """The files that the path stands for, sorted; none for the hub and the embedded corpus."""
-        if self.config.kind in (SourceKind.embedded, SourceKind.hub):
-            return []
-        return matching_files(str(self.config.path), self.config.kind)
+        return self.inventory.files if self.inventory else []
 
     @cached_property
     def kind(self) -> SourceKind:
-        """The format, from the file names where it is `auto`."""
-        if self.config.kind is not SourceKind.auto:
+        """The format: of the files where it is `auto`."""
+        if not self.inventory:
             return self.config.kind
-        kinds = {kind_of(path) or SourceKind.text for path in self.paths}
+        kinds = set(self.inventory.kinds.values())
         if len(kinds) > 1:
             names = ", ".join(sorted(kind.value for kind in kinds))
             raise UserError(
@@ -62,6 +67,15 @@ class Part:
                 "or data.sources.NAME.kind"
             )
         return kinds.pop()
+
+    def describe(self) -> str | None:
+        """One line for the user: what is read and what is left out; None for the embedded corpus."""
+        if self.config.kind is SourceKind.hub:
+            names = [
+                f"{key} {value}" for key in ("subset", "split", "revision") if (value := getattr(self.config, key))
+            ]
+            return f"data {self.name}: {self.config.path} of the hub, {', '.join(names)}"
+        return f"data {self.name}: {self.config.path}: {self.inventory.summary()}" if self.inventory else None
 
     def open(self, split: Split) -> "TextFormat | IndexedSource | HubSource":
         """The source, checked by its names only: files are opened, and copied where needed, when blocks are asked for."""
@@ -88,7 +102,8 @@ def parts(data: DataConfig) -> list[Part]:
     if not any(source.weight for source in configs.values()):
         raise UserError("data.sources: every weight is 0; give at least one part a weight")
     check_paths(configs, data.name)
-    found = [Part(name, source, cache_folder(data)) for name, source in configs.items()]
+    held_out = held_out_files(data)
+    found = [Part(name, source, cache_folder(data), held_out) for name, source in configs.items()]
     if data.late_fraction and not any(part.weights[1] for part in found):
         raise UserError(
             f"data.late_fraction={data.late_fraction}: every late_weight is 0; give at least one part a late_weight"
@@ -129,61 +144,39 @@ def check_paths(configs: dict[str, SourceConfig], blend_name: str) -> None:
             )
 
 
-def kind_of(path: Path) -> SourceKind | None:
-    """The format that a file name tells."""
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
-
-
 def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
     """Files of a file name, a folder or a glob, sorted; none is an error. A .bin/.idx pair counts as its .idx file."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        files = files_below(path, kind)
-    elif has_magic(pattern) and not path.is_file():
-        files = [Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file()]  # noqa: PTH207
-    else:
-        files = [file for file in (path, Path(f"{path}.idx")) if file.is_file()]  # Megatron names a pair by its prefix
-    files = sorted({index_of(file) for file in files})
-    if not files:
-        raise UserError(f"{pattern}: no text file matches; give an existing file, folder or quoted glob")
-    if not any(file.stat().st_size for file in files):
-        raise UserError(f"{pattern}: the corpus is empty (0 bytes in {len(files)} files); give one with text")
-    return files
+    return take(pattern, kind).files
 
 
-def files_below(folder: Path, kind: SourceKind) -> list[Path]:
-    """The files below a folder whose names tell the format; all of them where a format is set and no name tells it.
+def validation_source(data: DataConfig) -> SourceConfig:
+    """data.validation_path as a source: the validation split of a downloaded data set, else its test split, else all.
 
-    Hidden ones are left out, and of a folder with data what is about them (as the README.md of a data set of the hub).
+    Raises:
+        UserError: the path has no files.
     """
-    files = [file for file in folder.rglob("*") if file.is_file() and not is_hidden(file.relative_to(folder))]
-    if kind is not SourceKind.auto:
-        return [file for file in files if kind_of(file) is kind] or files
-    data = [file for file in files if kind_of(file) and not is_about_data(file)]
-    if any(kind_of(file) is not SourceKind.text for file in data):
-        return data
-    return [file for file in files if kind_of(file) is SourceKind.text]
+    path = str(data.validation_path)
+    return SourceConfig(path=path, text_key=data.text_key, split=held_out_split(path))
 
 
-def is_about_data(path: Path) -> bool:
-    """Whether a file tells about the data beside it, by its name in any case."""
-    return any(fnmatch(path.name.lower(), pattern) for pattern in ABOUT_DATA)
+def held_out_files(data: DataConfig) -> frozenset[FileId]:
+    """The files of data.validation_path, which training must not read; none where they are missing."""
+    if not data.validation_path:
+        return frozenset()
+    try:
+        source = validation_source(data)
+        return frozenset(file_id(path) for path in take(str(source.path), split=source.split).files)
+    except UserError:  # validation itself will say so
+        return frozenset()
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file or a folder above it has a name that begins with a dot."""
-    return any(name.startswith(".") for name in path.parts)
-
-
-def index_of(path: Path) -> Path:
-    """The .idx beside a .bin file; any other file is itself."""
-    index = path.with_suffix(".idx")
-    return index if path.suffix == ".bin" and index.is_file() else path
+def describe(data: DataConfig) -> list[str]:
+    """What every part of a blend stands for, a line each."""
+    return [line for part in parts(data) if (line := part.describe())]
 
 
 def files(data: DataConfig) -> list[Path]:
-    """Every file of the blend, none of them opened.
+    """Every file of the blend; they are opened only where their names do not tell the format.
 
     Raises:
         UserError: a part without a path, a path without files, or with files of several formats.
@@ -194,8 +187,13 @@ def files(data: DataConfig) -> list[Path]:
 def copied_bytes(data: DataConfig) -> int:
     """About what the seekable copies of compressed files take in the cache folder; 0 where not all paths are known yet."""
     try:
-        return sum(path.stat().st_size for path in files(data) if path.suffix in COMPRESSED)
-    except UserError:
+        return sum(
+            path.stat().st_size
+            for part in parts(data)
+            for path in part.paths
+            if suffixes(path)[1] or part.kind in COPIED
+        )
+    except (UserError, OSError):
         return 0
 
 

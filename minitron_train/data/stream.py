@@ -6,8 +6,8 @@ r + dp_size, … of each global batch. Neither the number of workers nor of rank
 
 The state is a few numbers per source. Resuming makes the current unit of each source again: a megabyte of text,
 whatever was seen before. Across ranks: every rank tokenises all text (a row's place is known only once the rows
-before it are tokenised), 1-2 M tokens/s per worker; .bin/.idx sources know their lengths, so each rank reads
-only its own rows: convert once where hundreds of ranks share a large blend.
+before it are tokenised), some 300,000 tokens/s per worker (docs/results.md, benchmarks/stream.py); .bin/.idx sources
+know their lengths, so each rank reads only its own rows: convert once where hundreds of ranks share a large blend.
 """
 
 # B this rank's sequences, S tokens of a sequence, N validation sequences
@@ -26,7 +26,7 @@ from minitron_train.config import DataConfig
 from minitron_train.data.blend import Blend
 from minitron_train.data.feed import Feed
 from minitron_train.data.pack import Packer, Window
-from minitron_train.data.sources import train_split
+from minitron_train.data.sources import train_split, validation_source
 from minitron_train.data.units import Split, Unit
 from minitron_train.errors import UserError
 
@@ -169,9 +169,8 @@ def validation_data(data: DataConfig) -> DataConfig:
     """What the held-out tokens come from: data.validation_path, otherwise the training data themselves."""
     if not data.validation_path:
         return data
-    return DataConfig(
-        path=data.validation_path, text_key=data.text_key, document_end=data.document_end, cache_dir=data.cache_dir
-    )
+    source = {"own": validation_source(data)}
+    return DataConfig(sources=source, document_end=data.document_end, cache_dir=data.cache_dir)
 
 
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:

@@ -149,7 +149,8 @@ def test_downloaded_data_set_of_the_hub(tmp_path):
     for name in beside:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write((folder / name).parent, Path(name).name, b"about the data\n")
-    assert sorted(file.name for file in matching_files(str(folder), SourceKind.auto)) == ["LICENSE.txt", "README.md"]
+    text = ["LICENSE.txt", "README.md", "a.MD"]
+    assert sorted(file.name for file in matching_files(str(folder), SourceKind.auto)) == text
     (folder / "data").mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), folder / "data" / "train.parquet")
     assert read_all(DataConfig(path=str(folder))) == ["x"]

@@ -1,0 +1,157 @@
+"""Rows of files that cannot be read from their middle, as JSON lines: CSV, Arrow and JSON arrays. Copies are made of them."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pyarrow
+import pyarrow.ipc
+
+from minitron_train.data import packed
+from minitron_train.data.lines import decompressed_lines
+from minitron_train.data.recognise import BOM
+from minitron_train.errors import UserError
+from minitron_train.records import decode
+
+DELIMITERS = (",", "\t", ";", "|")  # the first that finds the column in the header
+MAX_FIELD_BYTES = 2**31 - 1  # csv's own limit of 128 kB is less than a long document
+MAX_ARRAY_BYTES = 2**32  # a JSON array is parsed in memory
+
+
+def array_lines(path: Path) -> Iterator[bytes]:
+    """The members of a JSON array, each on one line.
+
+    Raises:
+        UserError: the file is damaged, or too large to be parsed at once.
+    """
+    remedy = "write it as JSON Lines (jq -c '.[]')"
+    if path.stat().st_size > MAX_ARRAY_BYTES:
+        raise UserError(f"{path}: one JSON array of over 4 GiB, which is parsed in memory; {remedy}")
+    whole = b"\n".join(decompressed_lines(path)).removeprefix(BOM)
+    for member in decode(whole, list[msgspec.Raw], str(path), remedy):
+        yield bytes(member).replace(b"\n", b" ")  # strings hold no newline in JSON
+
+
+def csv_lines(path: Path, text_key: str) -> Iterator[bytes]:
+    """The texts of a CSV or TSV file (RFC 4180: quotes may hold newlines), each as one JSON object.
+
+    Raises:
+        UserError: the file is not UTF-8, has no such column, or a row has more or fewer fields than the header.
+    """
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    column, header, delimiter = csv_column(path, text_key)
+    rows = csv.reader(text_lines(path), delimiter=delimiter, strict=True)
+    try:
+        next(rows)
+        for row in rows:
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{path}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}; "
+                    "put quotes around fields that hold the delimiter"
+                )
+            if row:
+                yield json.dumps({text_key: row[column]}).encode()
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {rows.line_num}: not CSV ({error}); double the quotes inside of a quoted field"
+        ) from error
+
+
+def csv_column(path: Path, text_key: str) -> tuple[int, list[str], str]:
+    """The text's column, the header and the delimiter of a CSV file.
+
+    Raises:
+        UserError: no delimiter gives a header with `text_key`.
+    """
+    first = packed.head(path).removeprefix(BOM).decode(errors="replace").splitlines()[:1]
+    headers = {delimiter: next(csv.reader(first, delimiter=delimiter), []) for delimiter in DELIMITERS}
+    for delimiter, header in headers.items():
+        if text_key in header:
+            return header.index(text_key), header, delimiter
+    raise missing_column(path, text_key, ", ".join(max(headers.values(), key=len)))
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, without its byte order mark, each with its newline.
+
+    Raises:
+        UserError: a line is not UTF-8.
+    """
+    for number, line in enumerate(decompressed_lines(path), 1):
+        try:
+            yield (line.removeprefix(BOM) if number == 1 else line).decode() + "\n"
+        except UnicodeDecodeError as error:
+            raise not_utf8(f"{path}, line {number}", error) from error
+
+
+def arrow_lines(path: Path, text_key: str) -> Iterator[bytes]:
+    """The text column of an Arrow file (stream or file format), as JSON lines; damaged batches are a UserError."""
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            for batch in arrow_batches(file):
+                for text in batch.column(text_key).to_pylist():
+                    yield json.dumps({text_key: text or ""}).encode()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise packed.unreadable(path, error, "not a whole Arrow file") from error
+
+
+def arrow_batches(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
+    """The record batches of an opened Arrow file."""
+    reader = open_arrow(file)
+    if isinstance(reader, pyarrow.RecordBatchFileReader):
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
+def open_arrow(file: pyarrow.NativeFile) -> pyarrow.RecordBatchFileReader | pyarrow.RecordBatchStreamReader:
+    """A reader of either of Arrow's formats: `datasets` writes streams, Feather is the file format."""
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    return pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+
+
+def check_arrow(path: Path, text_key: str) -> None:
+    """Refuse a file that is no Arrow, or has no such column of text."""
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            schema = open_arrow(file).schema
+    except (pyarrow.ArrowException, OSError) as error:
+        raise packed.unreadable(path, error, "not an Arrow file") from error
+    check_column(path, text_key, schema)
+
+
+def check_column(path: Path, text_key: str, schema: pyarrow.Schema) -> None:
+    """Refuse a table without the column, or with another type in it."""
+    if text_key not in schema.names:
+        raise missing_column(path, text_key, ", ".join(schema.names))
+    if not is_text(kind := schema.types[schema.names.index(text_key)]):
+        raise UserError(f"{path}: column {text_key} is not text but {kind}; choose another text_key")
+
+
+def is_text(kind: pyarrow.DataType) -> bool:
+    """Whether a column of this type gives strings (or nothing but nulls)."""
+    if isinstance(kind, pyarrow.DictionaryType):
+        return is_text(kind.value_type)
+    checks = (
+        pyarrow.types.is_string,
+        pyarrow.types.is_large_string,
+        pyarrow.types.is_string_view,
+        pyarrow.types.is_null,
+    )
+    return any(check(kind) for check in checks)
+
+
+def missing_column(path: Path | str, text_key: str, columns: str) -> UserError:
+    """The one message for a wrong text_key."""
+    return UserError(f"{path}: no column {text_key}: it has {columns}; set text_key")
+
+
+def not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:
+    """The one message for bytes that are not UTF-8, with those that are not."""
+    what = error.object[error.start : error.start + 8]
+    return UserError(
+        f"{where}: not UTF-8 near {what!r}; convert the file (iconv -f windows-1252 -t utf-8, or its encoding)"
+    )
