@@ -43,14 +43,14 @@ class HubSource:
         return rows
 
     def units(self, state: dict | None, unit_bytes: int) -> Iterator[tuple[dict, tuple[str, ...]]]:
-        """One pass from `state`: the state before each unit, and the unit's texts; one unit at least, if an empty one."""
+        """One pass from `state`: the state before each unit, and the unit's texts; one unit at least, if an empty one.
+
+        `datasets` applies a loaded state only when the iteration begins: until its first row, `rows.state_dict()` still
+        answers with the state before the load. So the state of the first unit is the one that was given.
+        """
         rows = self.rows
-        rows.load_state_dict(state or self.initial_state)
-        start, texts, size_bytes, num_units = rows.state_dict(), [], 0, 0
-        for row in rows:
-            text = row.get(self.source.text_key) or ""
-            if not isinstance(text, str):
-                raise UserError(f"{self.source.path}: column {self.source.text_key} is not text; set text_key")
+        start, texts, size_bytes, num_units = state or self.initial_state, [], 0, 0
+        for text in self.texts(start):
             texts.append(text)
             size_bytes += len(text)
             if size_bytes >= unit_bytes:
@@ -58,6 +58,37 @@ class HubSource:
                 start, texts, size_bytes, num_units = rows.state_dict(), [], 0, num_units + 1
         if texts or not num_units:
             yield start, tuple(texts)
+
+    def texts(self, state: dict) -> Iterator[str]:
+        """The text of each row from `state` to the end of the pass; rows without text give an empty one.
+
+        Raises:
+            UserError: the state is not one of this data set, a row cannot be read, or its text is no text.
+        """
+        source = self.source
+        where = f"data.sources.{self.name}: {source.path}"
+        if state.keys() != self.initial_state.keys():
+            raise UserError(f"{where}: the checkpoint's position is of another version of `datasets`; install that one")
+        self.rows.load_state_dict(state)
+        rows = iter(self.rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, of damaged files: dozens of kinds
+                raise UserError(
+                    f"{where}: cannot be read on ({type(error).__name__}: {first_line(error)}); check the files or the "
+                    "network, then start again to resume at the last checkpoint"
+                ) from error
+            if source.text_key not in row:
+                raise UserError(
+                    f"{source.path}: no column {source.text_key}: it has {', '.join(row) or 'none'}; set text_key"
+                )
+            text = row[source.text_key] or ""
+            if not isinstance(text, str):
+                raise UserError(f"{source.path}: column {source.text_key} is not text; set text_key")
+            yield text
 
     def fingerprint(self) -> str:
         """sha256 of repository, subset, split, revision and column; the content is the hub's."""
