@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from minitron_train.config import DataConfig
 from minitron_train.data import sources
 from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.formats import Embedded, FileFormat
 from minitron_train.data.hub import HubSource
+from minitron_train.data.identity import Watch
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.pack import Position
 from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
@@ -32,7 +35,8 @@ class Feed:
         texts = {i: source for i, source in enumerate(self.opened) if not isinstance(source, IndexedSource | HubSource)}
         self.encoder = tokenizers.encoder(tokenizer, data.document_end)
         self.vocab_size = tokenizers.vocab_size(tokenizer)
-        self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
+        watches = {i: Watch(source.paths) for i, source in texts.items() if reads_files(source)}
+        self.pool = Pool(UnitMaker(texts, self.encoder, split, watches), num_workers)
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
     def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
@@ -65,3 +69,8 @@ class Feed:
         """sha256 of sources, weights and tokenizer."""
         text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reads_files(source: object) -> TypeGuard[FileFormat]:
+    """Whether a source reads files that somebody may change."""
+    return isinstance(source, FileFormat) and not isinstance(source, Embedded)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from minitron_train.data import identity
 from minitron_train.data.formats import combine
-from minitron_train.data.lines import sample_sha256
 from minitron_train.data.units import Split, Unit, permutation
 from minitron_train.errors import UserError
 
@@ -48,6 +48,12 @@ class IndexedSource:
     def __init__(self, prefixes: Sequence[Path], split: Split) -> None:
         self.prefixes = prefixes
         self.split = split
+        self.files = [prefix.with_name(prefix.name + suffix) for prefix in prefixes for suffix in (".idx", ".bin")]
+
+    @cached_property
+    def watch(self) -> identity.Watch:
+        """The files as they were opened: they are mapped, so that a change would be read, and a cut end the process."""
+        return identity.Watch(self.files)
 
     @cached_property
     def datasets(self) -> list:
@@ -55,6 +61,7 @@ class IndexedSource:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         datasets = []
+        _ = self.watch  # before the files are mapped
         for prefix in self.prefixes:
             check_index(prefix.with_name(prefix.name + ".idx"))
             try:
@@ -103,6 +110,7 @@ class IndexedSource:
     def read(self, number: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
         """Tokens start to stop of one sequence; a UserError where one is outside the vocabulary."""
         pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        self.watch.check(*self.files[2 * pair : 2 * pair + 2])
         tokens = self.datasets[pair].get(int(number - self.firsts[pair]), offset=start, length=stop - start)
         if (largest := int(tokens.max(initial=0))) >= vocab_size:
             raise UserError(
@@ -112,9 +120,8 @@ class IndexedSource:
         return tokens
 
     def fingerprint(self) -> str:
-        """sha256 of the index and token files, sampled."""
-        files = [prefix.with_name(prefix.name + suffix) for prefix in self.prefixes for suffix in (".idx", ".bin")]
-        return combine([sample_sha256(file) for file in files])
+        """sha256 of the index and token files."""
+        return combine([record.sha256 for record in identity.describe(self.files)])
 
 
 class IndexedTokens:

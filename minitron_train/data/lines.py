@@ -30,7 +30,7 @@ from minitron_train.files import byte_size, partial_path, sync_path
 BLOCK_BYTES = 32768
 COMPRESSED = (".gz", ".zst")
 PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
-SAMPLE_BYTES = 4096  # of a file's head and tail go into its fingerprint
+SAMPLE_BYTES = 4096  # of a file's head and tail go into the name of its copy
 WORD_BYTES = 256  # in which a word is looked for, where a long line is cut
 
 
@@ -257,9 +257,9 @@ def open_lines(path: Path, cache_dir: Path) -> PlainLines | CopiedLines:
 
 
 def sample_sha256(path: Path) -> str:
-    """sha256 of a file's name, size, first and last 4 kB: notices changes without reading terabytes."""
-    size_bytes = path.stat().st_size
-    digest = hashlib.sha256(f"{path.name}\0{size_bytes}\0".encode())
+    """sha256 of a file's name, size, time, first and last 4 kB: which seekable copy belongs to it."""
+    size_bytes, mtime_ns = path.stat().st_size, path.stat().st_mtime_ns
+    digest = hashlib.sha256(f"{path.name}\0{size_bytes}\0{mtime_ns}\0".encode())
     with path.open("rb") as file:
         digest.update(file.read(SAMPLE_BYTES))
         file.seek(max(0, size_bytes - SAMPLE_BYTES))

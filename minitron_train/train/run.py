@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from minitron_train.config import Config
 from minitron_train.console import say
+from minitron_train.errors import MachineError
 from minitron_train.files import atomic_write_json
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
@@ -76,7 +77,8 @@ def run_guarded(trainer: Trainer) -> str | None:
         return trainer.run()
     except BaseException as error:
         trainer.reporter.close(failed=True)
-        if isinstance(error, RuntimeError) and trainer.groups.world_size > 1:
+        lost = isinstance(error, RuntimeError) and not isinstance(error, MachineError)
+        if lost and trainer.groups.world_size > 1:
             where = f"rank {trainer.groups.rank}, step {trainer.state.step + 1}"
             raise RuntimeError(f"{where}: {trainer.heartbeat.explain()} ({error})") from error
         raise
