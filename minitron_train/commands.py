@@ -329,6 +329,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
+    from minitron_train.data.ledger import check_data_files
     from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
@@ -352,6 +353,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     if config.force and not config.dry_run:  # what would refuse this run comes before an earlier one makes way for it
         check_fits()
         check_run(config, ws.groups, ws.shape_of(student), ws.shape_of(teacher) if teacher else None)
+    if not (config.force or config.dry_run):
+        ws.on_first(lambda: check_data_files(folder, config.data))
     ws.run(stage, work)
 
 

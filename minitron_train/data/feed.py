@@ -54,8 +54,8 @@ class Feed:
                 job = EncodeJob(texts, (*seed, epoch, unit))
                 yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
             return
-        blocks_per_unit = max(1, self.unit_bytes // source.block_bytes)
-        num_units = max(1, round(source.num_blocks / blocks_per_unit))
+        num_units = self.num_units(i)
+        assert num_units
         chosen = np.array_split(permutation(source.num_blocks, *seed, epoch), num_units)
         for unit, blocks in enumerate(chosen[first:], start=first):
             unit_seed = (*seed, epoch, unit)
@@ -64,6 +64,14 @@ class Feed:
             else:
                 pending = self.pool.submit(ReadJob(i, tuple(blocks.tolist()), unit_seed))
             yield {"epoch": epoch, "unit": unit}, pending
+
+    def num_units(self, i: int) -> int | None:
+        """Units of a pass over source i; None for the hub, which does not tell before the end."""
+        source = self.opened[i]
+        if isinstance(source, HubSource):
+            return None
+        blocks_per_unit = max(1, self.unit_bytes // source.block_bytes)
+        return max(1, round(source.num_blocks / blocks_per_unit))
 
     def fingerprint(self) -> str:
         """sha256 of sources, weights and tokenizer."""

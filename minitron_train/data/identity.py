@@ -151,12 +151,19 @@ class Watch:
 
 
 def changes(old: Sequence[FileRecord], new: Sequence[FileRecord]) -> tuple[list[str], list[str]]:
-    """What happened to the files of a run since it began: what makes them others, and what cannot be told from outside."""
+    """What happened to the files of a run since it began: what makes them others, and what their content cannot tell.
+
+    Files that have moved are the same.
+    """
+    same = {record.sha256 for record in old} & {record.sha256 for record in new}
     before, after = ({record.path: record for record in records} for records in (old, new))
     changed, doubtful = [], []
     for path in sorted({*before, *after}):
         was, now = before.get(path), after.get(path)
         if was is None or now is None:
+            (found,) = filter(None, (was, now))
+            if found.sha256 in same:
+                continue
             changed.append(f"{path} is {'new' if was is None else 'missing'}")
         elif was.size_bytes != now.size_bytes:
             changed.append(f"{path} had {was.size_bytes:,} bytes, has {now.size_bytes:,}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron_train import __main__
 from minitron_train.data import identity
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.identity import Watch, changes, describe
@@ -179,3 +180,16 @@ def test_a_worker_that_cannot_start_is_one_line(tokenizer, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", refuse)
     with pytest.raises(MachineError, match=r"cannot be started \(Resource temporarily unavailable\); .*num_workers=0"):
         pool.submit(EncodeJob(("some words",), (1,)))
+
+
+def test_a_fault_of_the_machine_is_one_line_and_code_1(monkeypatch, capsys):
+    """Not 2, which says that something must be changed before the next start."""
+
+    line = "data.num_workers: tokenising process 7 was killed by SIGKILL; start again to resume"
+
+    def fail(*_args: object) -> None:
+        raise MachineError(line)
+
+    monkeypatch.setattr("minitron_train.cli.run", fail)
+    assert __main__.answer() == 1
+    assert capsys.readouterr().err == f"error: {line}\n"

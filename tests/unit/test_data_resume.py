@@ -134,3 +134,26 @@ def test_rows_that_cannot_be_read_are_one_line(tmp_path, tokenizer):
     data.sources["own"].text_key = "body"
     with pytest.raises(UserError, match=r"json: no column body: it has text; set text_key"):
         TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=3).next_batch(1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "hub_parquet"])
+def test_passes_are_reported_once(kind, tmp_path, tokenizer, capsys):
+    """One line when a pass begins, also over a resume; the number of passes follows from the windows that were taken."""
+    data = source(tmp_path, kind, tokenizer)
+    stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=3)
+    name, taken, started = stream.packers[0].name, 0, []
+    for _ in range(40):
+        stream.next_batch(24)
+        taken += 24
+        state = json.loads(json.dumps(stream.state_dict()))
+        stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=3)
+        stream.load_state_dict(state)
+        started.append(state["sources"][name]["position"]["epoch"] + 1)
+    stream.next_batch(24)
+    found = stream.passes()[name]
+    assert found["tokens_per_pass"] and found["passes"]
+    assert abs(found["passes"] - (taken + 24) * SEQ_LENGTH / found["tokens_per_pass"]) < 0.1
+    said = [line for line in capsys.readouterr().out.splitlines() if "begins" in line]
+    numbers = [number for number in (2, 3, 4, 8) if number <= max(started)]
+    assert [line.split("pass ")[1].split()[0] for line in said] == [str(number) for number in numbers]
+    assert said[0].startswith(f"data: {name}: pass 2 begins; a pass has ")
