@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 
-from minitron_train.errors import UserError, error_line
+from minitron_train.errors import MachineError, UserError, error_line
 from minitron_train.masking import Output
 from minitron_train.parallel.launch import World, read_world, share_cores
 
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def answer() -> int:
-    """Run one command; a user's mistake is one line and exit code 2."""
+    """Run one command; a user's mistake is one line and exit code 2, a fault of the machine one line and exit code 1."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's to megatron-core: nothing a user can act on
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
@@ -34,9 +34,9 @@ def answer() -> int:
         from minitron_train import cli
 
         cli.run(sys.argv, world)
-    except UserError as error:
+    except (UserError, MachineError) as error:
         print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept", file=sys.stderr)
         return 130

@@ -343,6 +343,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
+    from minitron_train.data.ledger import check_data_files
     from minitron_train.data.tokenizer import check_same
     from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
@@ -369,6 +370,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
         check_run(config, ws.groups, ws.shape_of(student), ws.shape_of(teacher) if teacher else None)
         if teacher is not None:
             check_same(load_tokenizer(student), teacher)
+    if not (config.force or config.dry_run):
+        ws.on_first(lambda: check_data_files(folder, config.data))
     ws.run(stage, work)
 
 

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see, each as one line."""
 
 from minitron_train.masking import mask_credentials
 
@@ -7,6 +7,13 @@ class UserError(ValueError):
     """A mistake the user can mend: one line that says what, where, the rule and the remedy.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class MachineError(RuntimeError):
+    """A fault of the machine that ends a run, as a killed process: one line that says what, where and how to resume.
+
+    The command line prints it without a traceback and exits with code 1: nothing has to change before the next start.
     """
 
 

@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from typing import TypeGuard
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from minitron_train.config import DataConfig
 from minitron_train.data import sources
 from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.formats import Embedded, FileFormat
 from minitron_train.data.hub import HubSource
+from minitron_train.data.identity import Watch
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.pack import Position
 from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
@@ -35,7 +38,8 @@ class Feed:
             if isinstance(source, IndexedSource) and not split.held_out:
                 source.warn_without_ends(self.encoder.end)
         self.vocab_size = tokenizers.vocab_size(tokenizer)
-        self.pool = Pool(UnitMaker(texts, self.encoder, split), num_workers)
+        watches = {i: Watch(source.paths) for i, source in texts.items() if reads_files(source)}
+        self.pool = Pool(UnitMaker(texts, self.encoder, split, watches), num_workers)
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
     def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
@@ -53,8 +57,8 @@ class Feed:
                 job = EncodeJob(texts, (*seed, epoch, unit))
                 yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
             return
-        blocks_per_unit = max(1, self.unit_bytes // source.block_bytes)
-        num_units = max(1, round(source.num_blocks / blocks_per_unit))
+        num_units = self.num_units(i)
+        assert num_units
         chosen = np.array_split(permutation(source.num_blocks, *seed, epoch), num_units)
         for unit, blocks in enumerate(chosen[first:], start=first):
             unit_seed = (*seed, epoch, unit)
@@ -64,7 +68,20 @@ class Feed:
                 pending = self.pool.submit(ReadJob(i, tuple(blocks.tolist()), unit_seed))
             yield {"epoch": epoch, "unit": unit}, pending
 
+    def num_units(self, i: int) -> int | None:
+        """Units of a pass over source i; None for the hub, which does not tell before the end."""
+        source = self.opened[i]
+        if isinstance(source, HubSource):
+            return None
+        blocks_per_unit = max(1, self.unit_bytes // source.block_bytes)
+        return max(1, round(source.num_blocks / blocks_per_unit))
+
     def fingerprint(self) -> str:
         """sha256 of sources, weights and tokenizer."""
         text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reads_files(source: object) -> TypeGuard[FileFormat]:
+    """Whether a source reads files that somebody may change."""
+    return isinstance(source, FileFormat) and not isinstance(source, Embedded)

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 
 from minitron_train.console import progress
-from minitron_train.data import corpus, packed, rows
+from minitron_train.data import corpus, identity, packed, rows
 from minitron_train.data.lines import (
     BLOCK_BYTES,
     WORD_BYTES,
@@ -117,7 +117,7 @@ class FileFormat:
         return file, block - (self.ends[file - 1] if file else 0)
 
     def fingerprint(self) -> str:
-        return combine([sample_sha256(path) for path in self.paths])
+        return combine([record.sha256 for record in identity.file_records(self.paths)])
 
 
 @dataclass(frozen=True, kw_only=True)

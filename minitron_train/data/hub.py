@@ -6,10 +6,12 @@ shuffled. `datasets` resumes at the beginning of a shard and skips to the row: p
 
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from minitron_train.config import SourceConfig
 from minitron_train.data.formats import combine
+from minitron_train.data.identity import Watch, file_records
 from minitron_train.errors import UserError, first_line
 
 
@@ -26,7 +28,7 @@ class HubSource:
         """The streaming data set."""
         import datasets
 
-        source = self.source
+        source, _ = self.source, self.watch  # of the files before they are opened
         try:
             rows: Any = datasets.load_dataset(
                 str(source.path), name=source.subset, split=source.split, revision=source.revision, streaming=True
@@ -42,25 +44,72 @@ class HubSource:
         self.initial_state = rows.state_dict()
         return rows
 
+    @cached_property
+    def watch(self) -> Watch:
+        """The files of a local folder, as they were opened; of a repository there are none here."""
+        return Watch(self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of a local folder, sorted, without hidden ones."""
+        folder = Path(str(self.source.path)).expanduser()
+        found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+        hidden = [path for path in found if any(name.startswith(".") for name in path.relative_to(folder).parts)]
+        return sorted(set(found).difference(hidden))
+
     def units(self, state: dict | None, unit_bytes: int) -> Iterator[tuple[dict, tuple[str, ...]]]:
-        """One pass from `state`: the state before each unit, and the unit's texts; one unit at least, if an empty one."""
+        """One pass from `state`: the state before each unit, and the unit's texts; one unit at least, if an empty one.
+
+        `datasets` applies a loaded state only when the iteration begins: until its first row, `rows.state_dict()` still
+        answers with the state before the load. So the state of the first unit is the one that was given.
+        """
         rows = self.rows
-        rows.load_state_dict(state or self.initial_state)
-        start, texts, size_bytes, num_units = rows.state_dict(), [], 0, 0
-        for row in rows:
-            text = row.get(self.source.text_key) or ""
-            if not isinstance(text, str):
-                raise UserError(f"{self.source.path}: column {self.source.text_key} is not text; set text_key")
+        start, texts, size_bytes, num_units = state or self.initial_state, [], 0, 0
+        for text in self.texts(start):
             texts.append(text)
             size_bytes += len(text)
             if size_bytes >= unit_bytes:
+                self.watch.check_all()
                 yield start, tuple(texts)
                 start, texts, size_bytes, num_units = rows.state_dict(), [], 0, num_units + 1
         if texts or not num_units:
+            self.watch.check_all()
             yield start, tuple(texts)
 
+    def texts(self, state: dict) -> Iterator[str]:
+        """The text of each row from `state` to the end of the pass; rows without text give an empty one.
+
+        Raises:
+            UserError: the state is not one of this data set, a row cannot be read, or its text is no text.
+        """
+        source = self.source
+        where = f"data.sources.{self.name}: {source.path}"
+        if state.keys() != self.initial_state.keys():
+            raise UserError(f"{where}: the checkpoint's position is of another version of `datasets`; install that one")
+        self.rows.load_state_dict(state)
+        rows = iter(self.rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of the network, of damaged files: dozens of kinds
+                self.watch.check_all()
+                raise UserError(
+                    f"{where}: cannot be read on ({type(error).__name__}: {first_line(error)}); check the files or the "
+                    "network, then start again to resume at the last checkpoint"
+                ) from error
+            if source.text_key not in row:
+                raise UserError(
+                    f"{source.path}: no column {source.text_key}: it has {', '.join(row) or 'none'}; set text_key"
+                )
+            text = row[source.text_key] or ""
+            if not isinstance(text, str):
+                raise UserError(f"{source.path}: column {source.text_key} is not text; set text_key")
+            yield text
+
     def fingerprint(self) -> str:
-        """sha256 of repository, subset, split, revision and column; the content is the hub's."""
+        """sha256 of repository, subset, split, revision and column; of a local folder, also of its files."""
         source = self.source
         keys = (source.path, source.subset, source.split, source.revision, source.text_key)
-        return combine([str(key) for key in keys])
+        return combine([*(str(key) for key in keys), *(record.sha256 for record in file_records(self.files))])

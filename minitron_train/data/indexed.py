@@ -15,8 +15,8 @@ from typing import BinaryIO
 import numpy as np
 
 from minitron_train.console import say
+from minitron_train.data import identity
 from minitron_train.data.formats import combine
-from minitron_train.data.lines import sample_sha256
 from minitron_train.data.packed import unreadable
 from minitron_train.data.units import Split, Unit, permutation
 from minitron_train.errors import UserError
@@ -140,10 +140,17 @@ class IndexedSource:
     def __init__(self, prefixes: Sequence[Path], split: Split) -> None:
         self.prefixes = prefixes
         self.split = split
+        self.files = [prefix.with_name(prefix.name + suffix) for prefix in prefixes for suffix in (".idx", ".bin")]
+
+    @cached_property
+    def watch(self) -> identity.Watch:
+        """The files as they were opened: a change would be read without notice."""
+        return identity.Watch(self.files)
 
     @cached_property
     def pairs(self) -> list[Pair]:
         """The opened pairs."""
+        _ = self.watch  # before the files are opened
         return [Pair(prefix) for prefix in self.prefixes]
 
     @cached_property
@@ -185,6 +192,7 @@ class IndexedSource:
     def read(self, number: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
         """Tokens start to stop of one document; a UserError where one is outside the vocabulary."""
         pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        self.watch.check(*self.files[2 * pair : 2 * pair + 2])
         tokens = self.pairs[pair].read(int(number - self.firsts[pair]), start, stop)
         if (largest := int(tokens.max(initial=0))) >= vocab_size:
             raise UserError(
@@ -206,9 +214,8 @@ class IndexedSource:
                 )
 
     def fingerprint(self) -> str:
-        """sha256 of the index and token files, sampled."""
-        files = [prefix.with_name(prefix.name + suffix) for prefix in self.prefixes for suffix in (".idx", ".bin")]
-        return combine([sample_sha256(file) for file in files])
+        """sha256 of the index and token files."""
+        return combine([record.sha256 for record in identity.file_records(self.files)])
 
 
 class IndexedTokens:

@@ -28,7 +28,7 @@ from minitron_train.files import byte_size, partial_path, sync_path
 
 BLOCK_BYTES = 32768
 PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
-SAMPLE_BYTES = 4096  # of a file's head and tail go into its fingerprint
+SAMPLE_BYTES = 4096  # of a file's head and tail go into the name of its copy
 WORD_BYTES = 256  # in which a word is looked for, where a long line is cut
 
 
@@ -273,13 +273,13 @@ def open_lines(path: Path, cache_dir: Path) -> PlainLines | CopiedLines:
 
 
 def sample_sha256(path: Path) -> str:
-    """sha256 of a file's name, size, first and last 4 kB: notices changes without reading terabytes."""
+    """sha256 of a file's name, size, time, first and last 4 kB: which seekable copy belongs to it."""
     try:
-        size_bytes = path.stat().st_size
-        digest = hashlib.sha256(os.fsencode(path.name) + f"\0{size_bytes}\0".encode())
+        status = path.stat()
+        digest = hashlib.sha256(os.fsencode(path.name) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         with path.open("rb") as file:
             digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, size_bytes - SAMPLE_BYTES))
+            file.seek(max(0, status.st_size - SAMPLE_BYTES))
             digest.update(file.read(SAMPLE_BYTES))
     except OSError as error:
         raise packed.unreadable(path, error) from error

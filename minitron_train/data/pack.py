@@ -2,15 +2,17 @@
 
 # S sequence length in tokens
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from minitron_train.console import say
 from minitron_train.data.units import Unit, permutation
 from minitron_train.data.workers import Pending
 from minitron_train.errors import UserError
 
+SAID_PASSES = 4
 Position = dict  # {"epoch", "unit"} of a unit, and "rows" (the state of `datasets`) for a hub source
 
 
@@ -54,6 +56,7 @@ class Packer:
         seq_length: int,
         seed: int,
         ahead: int,
+        num_units: Callable[[], int | None],
         state: dict | None = None,
     ) -> None:
         self.name = name
@@ -61,17 +64,35 @@ class Packer:
         self.seq_length = seq_length
         self.seed = seed
         self.ahead = ahead  # units in the making beyond the one in use
+        self.num_units = num_units  # of a pass; asked when the source is open
         self.waiting: deque[tuple[Position, Pending]] = deque()
         self.unit: Unit | None = None
         self.order = np.empty(0, np.int64)  # of the unit's windows
         self.position: Position | None = state["position"] if state else None  # of the unit
         self.taken = state["taken"] if state else 0  # windows of the unit
-        self.epoch_windows: int | None = None  # of the epoch so far, where its beginning was seen
+        self.before = state["before"] if state else 0  # windows of the epoch's earlier units
+        self.pass_windows: int | None = state["pass_windows"] if state else None  # of the last whole epoch
         self.longest = 0  # unit of the epoch so far, tokens
 
     def state_dict(self) -> dict | None:
         """Where the next window comes from; None before the first."""
-        return None if self.position is None else {"position": self.position, "taken": self.taken}
+        if self.position is None:
+            return None
+        counts = {"taken": self.taken, "before": self.before, "pass_windows": self.pass_windows}
+        return {"position": self.position, **counts}
+
+    def passes(self) -> dict[str, float | None]:
+        """How often the source was read (`passes`), and the tokens of its last whole pass; None where that is not known."""
+        per_pass = None if self.pass_windows is None else self.pass_windows * self.seq_length
+        if self.unit is None or self.position is None:
+            return {"passes": None, "tokens_per_pass": per_pass}
+        if self.pass_windows:
+            part: float | None = min(1.0, (self.before + self.taken) / self.pass_windows)
+        else:
+            total = self.num_units()
+            part = (self.position["unit"] + self.taken / max(1, len(self.order))) / total if total else None
+        passes = None if part is None else round(self.position["epoch"] + part, 3)
+        return {"passes": passes, "tokens_per_pass": per_pass}
 
     def next_window(self, wanted: bool = True) -> Window | None:
         """The next window; one that is not wanted is passed over unread."""
@@ -94,24 +115,31 @@ class Packer:
         """Wait for the next unit, and have the ones after it made."""
         if not self.waiting:
             self.waiting.append(next(self.units))
+        previous, resumes = self.position, self.unit is None
         self.position, pending = self.waiting.popleft()
+        if previous and not resumes:
+            self.before += len(self.order)
+            if self.position["epoch"] > previous["epoch"]:
+                self.begin_pass(self.position["epoch"] + 1)
         self.unit, self.taken = pending.result(), 0
         while len(self.waiting) < self.ahead:
             self.waiting.append(next(self.units))
         self.order = permutation(
             num_windows(self.unit, self.seq_length), self.seed, self.position["epoch"], self.position["unit"]
         )
-        self.refuse_small_corpus(self.unit, begins_epoch=self.position["unit"] == 0)
+        self.longest = max(self.longest, len(self.unit.tokens))
 
-    def refuse_small_corpus(self, unit: Unit, begins_epoch: bool) -> None:
-        """A whole epoch without a window would repeat for ever."""
-        if begins_epoch:
-            if self.epoch_windows == 0:
-                raise UserError(
-                    f"data: source {self.name} has {self.longest} tokens, fewer than one sequence of {self.seq_length} "
-                    "and its label; give more text or a smaller seq_length"
-                )
-            self.epoch_windows = self.longest = 0
-        if self.epoch_windows is not None:
-            self.epoch_windows += len(self.order)
-            self.longest = max(self.longest, len(unit.tokens))
+    def begin_pass(self, number: int) -> None:
+        """Note the windows of the pass that has ended, and report the next: each of the first, then every doubling.
+
+        Raises:
+            UserError: the pass had no window, so that the next one would have none either.
+        """
+        if not self.before:
+            raise UserError(
+                f"data: source {self.name} has {self.longest} tokens, fewer than one sequence of {self.seq_length} "
+                "and its label; give more text or a smaller seq_length"
+            )
+        self.pass_windows, self.before, self.longest = self.before, 0, 0
+        if number <= SAID_PASSES or number.bit_count() == 1:
+            say(f"data: {self.name}: pass {number} begins; a pass has {self.pass_windows * self.seq_length:,} tokens")

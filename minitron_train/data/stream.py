@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ class TokenStream:
             seq_length=self.seq_length,
             seed=self.seed,
             ahead=self.data.num_workers,
+            num_units=partial(self.feed.num_units, i),
             state=state,
         )
 
@@ -127,6 +129,10 @@ class TokenStream:
         self.blend.load_state_dict(state["blend"])
         saved = state["sources"]
         self.packers = [self.packer(i, saved[part.name]) for i, part in enumerate(self.feed.parts)]
+
+    def passes(self) -> dict[str, dict[str, float | None]]:
+        """By part: how often its documents were read, and the tokens of a whole pass; None where that is not known."""
+        return {packer.name: packer.passes() for packer in self.packers}
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""

@@ -7,13 +7,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from minitron_train.data.formats import TextFormat
-from minitron_train.errors import UserError
+from minitron_train.data.formats import FileFormat, TextFormat
+from minitron_train.data.identity import Watch, unreadable
+from minitron_train.data.lines import CopiedLines
+from minitron_train.errors import MachineError, UserError
 
 UNIT_BYTES = 1 << 20  # of text; a unit is what a resumed run tokenises again, per source
 
@@ -113,21 +116,42 @@ class EncodeJob:
 class UnitMaker:
     """Does the jobs, in this process or in a worker."""
 
-    def __init__(self, formats: dict[int, TextFormat], encoder: Encoder, split: Split) -> None:
+    def __init__(
+        self, formats: dict[int, TextFormat], encoder: Encoder, split: Split, watches: dict[int, Watch] | None = None
+    ) -> None:
         self.formats = formats
+        self.watches = watches or {}  # of the sources that read files which may change
         self.encoder = encoder
         self.split = split
         self.tokenizer = encoder.build()
 
     def run(self, job: ReadJob | EncodeJob) -> Unit:
         """One unit."""
-        if isinstance(job, ReadJob):
-            source = self.formats[job.source]
-            documents: Iterable[Sequence[str]] = (item for block in job.blocks for item in source.read(block))
-        else:
-            documents = ([text] for text in job.texts)
+        documents: Iterable[Sequence[str]]
+        documents = self.read(job) if isinstance(job, ReadJob) else ([text] for text in job.texts)
         texts = [text for passages in documents for text in self.split.documents(passages)]
         return self.encode([texts[i] for i in permutation(len(texts), *job.seed)])
+
+    def read(self, job: ReadJob) -> list[Sequence[str]]:
+        """The documents of some blocks.
+
+        Raises:
+            UserError: a file that they are in is no longer what it was at the start, or cannot be read as its format.
+            MachineError: the machine refuses to read.
+        """
+        source, watch = self.formats[job.source], self.watches.get(job.source)
+        try:
+            documents = [item for block in job.blocks for item in source.read(block)]
+            if watch:
+                assert isinstance(source, FileFormat)
+                watch.check(*files_read(source, job.blocks))
+        except Exception as error:
+            if watch and not isinstance(error, MachineError):
+                watch.check_all()  # a file that was cut or replaced is the true reason of whatever this is
+            if isinstance(error, OSError):
+                raise unreadable(error) from error
+            raise
+        return documents
 
     def encode(self, texts: list[str]) -> Unit:
         """Tokens of the texts, each between its start and end tokens."""
@@ -138,6 +162,12 @@ class UnitMaker:
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
         check_ids(tokens, self.encoder.num_rows, self.tokenizer.id_to_token)
         return Unit(tokens, ends)
+
+
+def files_read(source: FileFormat, blocks: Iterable[int]) -> set[Path]:
+    """The files that these blocks are read from; not the originals of seekable copies, whose reading is over."""
+    numbers = {source.locate(block)[0] for block in blocks}
+    return {source.paths[number] for number in numbers if not isinstance(source.files[number], CopiedLines)}
 
 
 def permutation(count: int, *seed: int) -> np.ndarray:

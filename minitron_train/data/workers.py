@@ -1,9 +1,12 @@
 """Tokenising processes: jobs go to them in turn, units come back in order, so their number changes nothing but speed.
 
-A worker is `python -m minitron_train.data.workers` between two pipes. It imports neither torch nor the program's
-main module, and it ends by itself when its standard input closes: also after a kill -9 of the training process.
+A worker is `python -m minitron_train.data.workers FD`: jobs come through its standard input, units leave through the
+pipe FD, so that nothing that a library prints is taken for a unit. It imports neither torch nor the program's main
+module, and it ends by itself when its standard input closes: also after a kill -9 of the training process.
+A worker that is killed is one line: its jobs are lost, and the training resumes at its last checkpoint.
 """
 
+import contextlib
 import os
 import pickle
 import queue
@@ -17,7 +20,13 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from minitron_train.data.units import EncodeJob, ReadJob, Unit, UnitMaker
-from minitron_train.errors import UserError
+from minitron_train.errors import MachineError, UserError
+
+EXIT_S = 2.0  # from the end of its answers to the end of a process
+RESUME = "start again to resume at the last checkpoint"
+
+
+ANSWERS = (Unit, UserError, RuntimeError)
 
 
 class Pending(Protocol):
@@ -47,7 +56,7 @@ class Pool:
         if not self.num_workers:
             return Deferred(lambda: self.maker.run(job))
         if not self.workers:
-            arguments = (self.maker.formats, self.maker.encoder, self.maker.split)
+            arguments = (self.maker.formats, self.maker.encoder, self.maker.split, self.maker.watches)
             self.workers = [Worker(arguments) for _ in range(self.num_workers)]
         worker = self.workers[self.num_jobs % self.num_workers]
         self.num_jobs += 1
@@ -61,21 +70,39 @@ class Pool:
 
 
 class Worker:
-    """The near end of one process."""
+    """The near end of one process.
+
+    Raises:
+        MachineError: the process cannot be started, has ended, or answers with something else than a unit.
+    """
 
     def __init__(self, arguments: tuple) -> None:
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "minitron_train.data.workers"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.waiting: list[Reply] = []  # in the order in which the worker will answer
+        try:
+            near, far = os.pipe()
+            self.answers = os.fdopen(near, "rb")
+            try:
+                command = [sys.executable, "-m", "minitron_train.data.workers", str(far)]
+                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=[far])
+            finally:
+                os.close(far)
+        except OSError as error:
+            raise MachineError(
+                f"data.num_workers: a tokenising process cannot be started ({error.strerror}); free memory or "
+                f"processes, or set data.num_workers=0, then {RESUME}"
+            ) from error
         self.send(arguments)
 
     def send(self, message: object) -> None:
         """Pickle one message into the pipe; the worker's reading thread takes it at once."""
         assert self.process.stdin
-        pickle.dump(message, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-        self.process.stdin.flush()
+        try:
+            pickle.dump(message, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            self.process.stdin.flush()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self.lost("does not answer") from error
 
     def submit(self, job: ReadJob | EncodeJob) -> "Reply":
         """Queue a job."""
@@ -86,18 +113,40 @@ class Worker:
 
     def receive(self) -> None:
         """Take the next answer from the pipe."""
-        assert self.process.stdout
         try:
-            self.waiting.pop(0).value = pickle.load(self.process.stdout)
-        except EOFError as error:
-            raise RuntimeError(f"a tokenising process ended with code {self.process.wait()}") from error
+            value = pickle.load(self.answers)
+        except Exception as error:  # at its end, or cut off, or overwritten: pickle fails in any way
+            raise self.lost(f"sent a damaged answer ({type(error).__name__})") from error
+        if not isinstance(value, ANSWERS):
+            raise self.lost(f"sent a damaged answer ({type(value).__name__})")
+        self.waiting.pop(0).value = value
+
+    def lost(self, how: str) -> MachineError:
+        """What to raise when no more answers can come. It tells how the process has ended; one that still runs is killed."""
+        try:
+            code = self.process.wait(timeout=EXIT_S)
+            how = ended(code) if code else how
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.close()
+        return MachineError(f"data.num_workers: tokenising process {self.process.pid} {how}; {RESUME}")
 
     def close(self) -> None:
-        """Closing its input ends it."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdout.close()
-        self.process.stdin.close()
+        """Closing its input ends it; a message that it has not taken is lost."""
+        assert self.process.stdin
+        self.answers.close()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.process.stdin.close()
         self.process.wait()
+
+
+def ended(code: int) -> str:
+    """How a process ended, in words, from its exit code as subprocess gives it."""
+    if code >= 0:
+        return f"ended with exit code {code}; see its message above"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    why = " (out of memory? lower data.num_workers)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{why}"
 
 
 class Reply:
@@ -132,8 +181,10 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     while True:
         try:
             answer = maker.run(jobs.get())
-        except UserError as error:
+        except (UserError, MachineError) as error:
             answer = error
+        except MemoryError:
+            answer = MachineError(f"data.num_workers: no memory left to tokenise in; free some, then {RESUME}")
         except Exception:  # as text: not every exception can be pickled
             answer = RuntimeError(f"in a tokenising process: {traceback.format_exc()}")
         try:
@@ -144,12 +195,13 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Serve standard input and output; signals are for the training process, which decides when to end."""
+    """Serve standard input and the pipe that the argument numbers; signals are for the training process, which decides
+    when to end.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed must not end up among the answers
-    serve(sys.stdin.buffer, answers)
+    os.dup2(2, 1)  # what a library prints is for the log
+    serve(sys.stdin.buffer, os.fdopen(int(sys.argv[1]), "wb"))
 
 
 if __name__ == "__main__":

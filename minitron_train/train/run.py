@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from minitron_train.config import Config
 from minitron_train.console import say
+from minitron_train.data.ledger import write_data_files
+from minitron_train.errors import MachineError
 from minitron_train.files import atomic_write_json
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
@@ -55,14 +57,17 @@ def train(
         first_step = trainer.state.step
         if groups.is_first:
             (folder / STOPPED).unlink(missing_ok=True)
+            write_data_files(folder, config.data)
             trainer.reporter = open_reporter(config, trainer, folder)
             trainer.reporter.record({} if first_step else ancestors(student, teacher), consumed=True)
         stopped = run_guarded(trainer)
         if stopped is not None:
             leave_mark(trainer, stopped, folder)
         state = trainer.state
-        facts = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
+        facts: dict[str, Any] = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
         facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation, "wandb_id": state.wandb_id}
+        facts["data_passes"] = trainer.stream.passes()
+        say_passes(facts["data_passes"])
         facts |= {"best_metric": state.best_metric, "best": state.best, "stopped_early": trainer.is_stalled}
         trainer.reporter.record(
             {"student" if teacher else "teacher": folder / "checkpoints"}, consumed=False, facts=facts
@@ -78,10 +83,22 @@ def run_guarded(trainer: Trainer) -> str | None:
         return trainer.run()
     except BaseException as error:
         trainer.reporter.close(failed=True)
-        if isinstance(error, RuntimeError) and trainer.groups.world_size > 1:
+        lost = isinstance(error, RuntimeError) and not isinstance(error, MachineError)
+        if lost and trainer.groups.world_size > 1:
             where = f"rank {trainer.groups.rank}, step {trainer.state.step + 1}"
             raise RuntimeError(f"{where}: {trainer.heartbeat.explain()} ({error})") from error
         raise
+
+
+def say_passes(passes: dict[str, dict[str, float | None]]) -> None:
+    """One line about the parts of the data that were read more than once."""
+    again = [
+        f"{name} {part['passes']:.1f} passes over {part['tokens_per_pass']:,} tokens"
+        for name, part in passes.items()
+        if part["passes"] and part["passes"] > 1
+    ]
+    if again:
+        say(f"data: {', '.join(again)}")
 
 
 def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:

@@ -1,0 +1,49 @@
+"""data_files.json of a training: the files that it began with, so that a change is named when it resumes."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from minitron_train.config import DataConfig
+from minitron_train.console import say
+from minitron_train.data.identity import FileRecord, changes
+from minitron_train.data.sources import file_records
+from minitron_train.errors import UserError
+from minitron_train.files import atomic_write_json
+from minitron_train.records import read_record
+
+DATA_FILES = "data_files.json"
+SHOWN = 3  # files in a message
+
+
+def write_data_files(folder: Path, data: DataConfig) -> None:
+    """Record the files of the blend in a training's folder, once."""
+    path = folder / DATA_FILES
+    if not path.exists():
+        atomic_write_json(path, [asdict(record) for record in file_records(data)])
+
+
+def check_data_files(folder: Path, data: DataConfig) -> None:
+    """Refuse to resume a training whose files have changed; warn where a large file's time tells that it may have.
+
+    Raises:
+        UserError: files were rewritten, cut, replaced, added or removed; the line names them.
+    """
+    path = folder / DATA_FILES
+    try:
+        old = read_record(path, list[FileRecord], "remove it to resume without this check")
+    except FileNotFoundError:
+        return
+    changed, doubtful = changes(old, file_records(data))
+    if changed:
+        raise UserError(
+            f"{folder}: was started otherwise (data: {listed(changed)}); restore the files, set another output_dir, "
+            "or give force=true to start again"
+        )
+    if doubtful:
+        say(f"warning: {folder} resumes, but its data may have changed: {listed(doubtful)}")
+
+
+def listed(lines: list[str]) -> str:
+    """The first of them, and how many more."""
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "; ".join([*lines[:SHOWN], *more])
