@@ -32,7 +32,9 @@ from minitron_train.files import (
     parent_folders,
     recover,
     remove_folder,
+    remove_scratch_files,
     standing,
+    unfinished,
 )
 
 PROVENANCE = "provenance.json"
@@ -151,15 +153,28 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
 
 
 def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
-    """The stage's state; unless it is finished and stays, the lock is held from here on and what kills have left is mended."""
+    """Return the stage's state. Unless the stage will be skipped, take its lock and clean up after killed runs."""
     found = stage.state()
     if found[0] == "finished" and stage.folder.exists() and not force:
+        clean_finished(stage)
         return found
     held.enter_context(parent_folders(stage.folder))
     held.enter_context(exclusive(stage.lock, stage.folder))
     refuse_foreign(stage)
     recover(stage.folder)
     return stage.state()
+
+
+def clean_finished(stage: Stage) -> None:
+    """Delete what a killed run, which tried to do a finished stage again, left of its attempt.
+
+    Nothing is deleted while another process works on the stage, or where this user may not write.
+    """
+    with contextlib.suppress(UserError, OSError):
+        if stage.lock.exists() or unfinished(stage.folder):
+            with exclusive(stage.lock, stage.folder):
+                recover(stage.folder)
+        remove_scratch_files(stage.folder)
 
 
 def refuse_foreign(stage: Stage) -> None:
@@ -313,7 +328,7 @@ class Meter:
     """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start where it allows that."""
 
     def __init__(self) -> None:
-        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self.start_s = time.perf_counter()
         try:
             Path("/proc/self/clear_refs").write_text("5")

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from minitron_train.distill.hidden import HiddenPairs, check_layers
 from minitron_train.distill.loss import real_rows
 from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_json
+from minitron_train.files import atomic_folder, atomic_write_json
 from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
@@ -166,10 +165,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def put_model_files(target: Path, student: Checkpoint) -> None:
     """What `export` needs besides weights: config.json and the tokenizer."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    atomic_write_json(target / "config.json", student_config(student.config, student.shape))
-    copy_tokenizer(student.folder, target)
+    with atomic_folder(target) as scratch:
+        atomic_write_json(scratch / "config.json", student_config(student.config, student.shape))
+        copy_tokenizer(student.folder, scratch)
 
 
 def speedometer(config: Config, groups: Groups, student: Checkpoint, teacher: Checkpoint | None) -> Speedometer:

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -225,9 +226,7 @@ class Checkpoints:
             self._check_settings(path)
             with cpu.cuda_means_cpu():
                 loaded = cast(dict[str, Any], dist_checkpointing.load(make_template(), str(path)))
-            if path != paths[0] and self.groups.is_first:
-                files.fall_back(path)
-                files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
+            self.groups.on_first(partial(files.settle, path, self.settings, self.yardstick))
             return loaded
         if paths:
             raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to begin again")
@@ -270,7 +269,7 @@ class Checkpoints:
             try:
                 path = files.checkpoint_path(self.folder, writing.manifest["step"])
                 files.publish(writing.folder, path, writing.manifest)
-                files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
+                files.tidy(self.folder, self.settings, self.yardstick)
             except (OSError, UserError) as caught:  # UserError: from atomic_write_text
                 error = caught
         if self.groups.any(error is not None):

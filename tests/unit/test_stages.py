@@ -97,6 +97,16 @@ def test_a_folder_that_was_being_replaced_is_read_and_put_back(stage: Stage) -> 
     assert (stage.folder / "result").read_text() == "done"
 
 
+def test_what_a_killed_second_run_left_of_a_finished_stage_goes(stage: Stage) -> None:
+    run(stage)
+    (stage.folder / "README.md.partial-12345678").touch()
+    stage.folder.with_name("out.partial-12345678").mkdir()
+    stage.lock.touch()
+    assert not run(stage, "not done")
+    assert [path.name for path in stage.folder.parent.iterdir()] == ["out"]
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["provenance.json", "result"]
+
+
 @pytest.mark.parametrize("manner", ["whole", "grows", "itself"])
 def test_a_second_process_is_refused(stage: Stage, manner: Any) -> None:
     stage = replace(stage, manner=manner)
