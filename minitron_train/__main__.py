@@ -4,15 +4,19 @@ Kept light on imports: --help and --cfg answer without loading torch; plan loads
 this machine, and else does without.
 """
 
+import sys
+
+try:  # first of all: from `guard` on, a signal ends the process in one line
+    from minitron_train.signals import guard
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
 import io
 import os
 import signal
-import sys
 import warnings
 from typing import NoReturn
-
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World, read_world, share_cores
 
 
 class Output(io.TextIOWrapper):
@@ -43,16 +47,17 @@ class Output(io.TextIOWrapper):
 
 def main() -> None:
     """One command, as a process."""
-    out = sys.stdout
-    by_lines = bool(out.line_buffering)
-    sys.stdout = Output(out.buffer, out.encoding, out.errors, line_buffering=by_lines, write_through=True)
-    code = answer()
-    sys.stdout.flush()
-    sys.exit(code)
+    guard(answer)
 
 
 def answer() -> int:
     """Run one command; a user's mistake is one line and exit code 2."""
+    from minitron_train.errors import UserError
+    from minitron_train.parallel.launch import World, read_world, share_cores
+
+    out = sys.stdout
+    by_lines = bool(out.line_buffering)
+    sys.stdout = Output(out.buffer, out.encoding, out.errors, line_buffering=by_lines, write_through=True)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's to megatron-core: nothing a user can act on
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
@@ -66,9 +71,6 @@ def answer() -> int:
     except UserError as error:
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept", file=sys.stderr)
-        return 130
     return 0
 
 

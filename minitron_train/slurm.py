@@ -24,6 +24,7 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World, read_world
 from minitron_train.parallel.meeting import host_name, meet
 from minitron_train.prune.candidates import Candidate, candidates, choose
+from minitron_train.signals import guard
 from minitron_train.stages import STOPPED
 from minitron_train.workspace import Workspace, late
 
@@ -31,7 +32,7 @@ USAGE = "python -m minitron_train.slurm chain|candidates|accept COMMAND|check CO
 NEEDS_TEACHER = ("score", "prune", "distill", "search")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """`chain`, `candidates`, `accept` or `check`; a user's mistake is one line and exit code 2."""
     world = read_world()
     try:
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         late(world.rank)
         print(f"error: {error}" if world.size == 1 else f"error: {error} (rank {world.rank})", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def accept(commands: Sequence[str], config: Config) -> None:
@@ -177,4 +179,4 @@ def refuse_full_disk(command: str, workspace: Workspace) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    guard(lambda: main(sys.argv))

@@ -23,6 +23,7 @@ from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.plan.hardware import can_shard_optimizer_here, gemm_flops
+from minitron_train.signals import StopSignals
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.export import MODEL
@@ -32,7 +33,6 @@ from minitron_train.train.metrics import Speedometer
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.settings import check_settings, deciding_settings
-from minitron_train.train.signals import StopSignals
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
@@ -68,6 +68,7 @@ def assemble(
     stack: contextlib.ExitStack,
 ) -> Trainer:
     """All parts of a run, in the state of step 0."""
+    signals = stack.enter_context(StopSignals())  # first: loading may take minutes
     train, yardstick = config.train, Yardstick.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
     tokenizers.check_tokenizer(tokenizer, student_files.shape.vocab_size)
@@ -129,7 +130,7 @@ def assemble(
         reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
         state=RunState(),
         heartbeat=stack.enter_context(Heartbeat(groups)),
-        signals=stack.enter_context(StopSignals()),
+        signals=signals,
     )
 
 

@@ -19,6 +19,7 @@ from minitron_train.errors import UserError
 from minitron_train.evaluation.source import open_origin
 from minitron_train.files import PARTIAL, REPLACED, sha256_file
 from minitron_train.hf import Checkpoint
+from minitron_train.train import assemble
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import copy_to_host
@@ -164,6 +165,30 @@ def test_signal_saves_and_exits(training: Material, uninterrupted: Path, tmp_pat
     assert run(training, tmp_path)["resumed_at_step"] == 5
     assert not (tmp_path / "stopped.json").exists()
     assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_a_signal_while_the_run_is_loaded(
+    training: Material, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step: the mark is left, the code is 0, and the next start does the whole run."""
+    with monkeypatch.context() as patch:
+        make = assemble.load_model
+
+        def signalled(*arguments: Any, **named: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return make(*arguments, **named)
+
+        patch.setattr(assemble, "load_model", signalled)
+        with pytest.raises(SystemExit) as ended:
+            run(training, tmp_path)
+    assert ended.value.code == 0 and not files.finished(tmp_path / "checkpoints")
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {
+        "signal": "SIGTERM",
+        "step": 0,
+        "num_steps": NUM_STEPS,
+    }
+    run(training, tmp_path)
+    assert rows(tmp_path) == rows(uninterrupted) and not (tmp_path / "stopped.json").exists()
 
 
 @pytest.mark.parametrize(
