@@ -66,11 +66,13 @@ def accept(commands: Sequence[str], config: Config) -> None:
     """Refuse mistakes in the settings, and data that are not there, before anything waits in the queue.
 
     Raises:
-        UserError: what `chain.check_early` refuses; a part of the data without a path, or a path without files.
+        UserError: what `chain.check_early` refuses; no teacher, and none to come; a part of the data without a path, or a
+            path without files.
     """
     from minitron_train.data.sources import files
 
     check_early(chain(config) if list(commands) == ["run"] else commands, config)
+    refuse_without_teacher(commands, config)
     data, calibration = config.data, config.calibration
     trained = ["search"] if config.search.retrain_tokens else []
     read = [
@@ -81,6 +83,20 @@ def accept(commands: Sequence[str], config: Config) -> None:
     for path, readers in read:
         if not set(commands).isdisjoint(readers):
             files(replace(data, path=path))
+
+
+def refuse_without_teacher(commands: Sequence[str], config: Config) -> None:
+    """Refuse commands that need a teacher, unless it is there or a command before them brings it.
+
+    Raises:
+        UserError: as the first of them would say.
+    """
+    whole = chain(config) if list(commands) == ["run"] else commands
+    if config.teacher.path is None and config.teacher.source in ("pretrain", "hub", "wheel"):
+        return  # by fetch or pretrain, which a chain has, or which an earlier job may be at
+    if not set(whole).isdisjoint(NEEDS_TEACHER):
+        with ExitStack() as stack:
+            Workspace(config, [], World(), stack).check_teacher_is_there()
 
 
 def search_candidates(config: Config, world: World) -> list[Candidate]:
