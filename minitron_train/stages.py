@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
@@ -36,10 +36,12 @@ from minitron_train.files import (
     standing,
     unfinished,
 )
+from minitron_train.records import read_record
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
 STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
+EXPORTED = "exported.json"  # in output_dir: {"folder"}, the student's folder where the last export wrote it elsewhere
 SAVED = "checkpoints/step_*/manifest.json"  # of a training, in its folder
 PACKAGES = (
     "minitron_train",
@@ -181,7 +183,7 @@ def refuse_foreign(stage: Stage) -> None:
     """Refuse a folder that no stage has made, for a stage may empty its folder; downloads look for themselves.
 
     Raises:
-        UserError: there are files in it, but neither a record nor a checkpoint of a training.
+        UserError: there are files in it, but neither a record nor a checkpoint of a training; or they are another stage's.
     """
     folder = stage.folder
     if stage.manner == "itself":
@@ -189,6 +191,12 @@ def refuse_foreign(stage: Stage) -> None:
     with disk_errors(folder):
         present = contents(folder)
         ours = any((folder / mark).is_file() for mark in (stage.record, STARTED)) or any(folder.glob(SAVED))
+    other = read_provenance(folder, stage.record).get("stage", stage.name)
+    if present and other != stage.name:
+        raise UserError(
+            f"{stage.name}: {folder} holds the result of another stage ({other}); choose another output_dir (export: "
+            "another export.path)"
+        )
     if present and not ours:
         raise UserError(
             f"{stage.name}: {folder} holds files that this program did not write (as {present[0]}), and a stage has its "
@@ -298,6 +306,31 @@ def changes_since(record: Mapping[str, Any], stage: Stage) -> list[str]:
     """How a stage differs from the one that a record describes."""
     inputs = differences(record.get("inputs", {}), stage.inputs, "input ")
     return inputs + differences(record.get("settings", {}), plain(stage.settings), "")
+
+
+def note_export(output_dir: Path, student: Path) -> None:
+    """Remember where the last export wrote the student, for eval, report and the card."""
+    record = output_dir / EXPORTED
+    if student.resolve() == (output_dir / "student").resolve():
+        record.unlink(missing_ok=True)
+    elif exported(output_dir) != student.absolute():
+        atomic_write_json(record, {"folder": str(student.absolute())})
+
+
+def exported(output_dir: Path) -> Path | None:
+    """The folder that the last export wrote outside of `output_dir`/student; None where there is none any more."""
+    try:
+        record = read_record(output_dir / EXPORTED, ExportRecord, "remove it, and give export.path=FOLDER")
+    except FileNotFoundError:
+        return None
+    folder = Path(record["folder"])
+    return folder if (folder / "config.json").is_file() else None
+
+
+class ExportRecord(TypedDict):
+    """exported.json."""
+
+    folder: str
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:

@@ -15,7 +15,7 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.errors import UserError
 from minitron_train.files import PARTIAL, REPLACED
 from minitron_train.hf import read_header, read_json, shape_from_config
-from minitron_train.stages import PROVENANCE
+from minitron_train.stages import PROVENANCE, exported
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
 PATH_SETTINGS = {"teacher": "teacher", "pruned": "student", "student": "export"}  # sections whose `path` moves a model
@@ -88,21 +88,25 @@ class Run:
         return next((stage for stage in self.stages if stage.get("stage") == name), None)
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path, student: Path | None = None) -> Run:
     """Read an output folder.
+
+    Args:
+        student: its student's folder; default: where the last export wrote it.
 
     Raises:
         UserError: there is no such folder, or a file in it is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
+    student = student or exported(folder)
     stages = sorted(
-        read_stages(folder), key=lambda stage: (str(stage.get("started_at", "")), stage.get("wall_seconds", 0))
+        read_stages(folder, student), key=lambda stage: (str(stage.get("started_at", "")), stage.get("wall_seconds", 0))
     )
     return Run(
         folder=folder,
         stages=stages,
-        models=dict(read_models(folder, stages)),
+        models=dict(read_models(folder, stages, student)),
         axes=read_axes(folder / "scores" / "scores.safetensors", folder / "pruned" / "kept.safetensors"),
         metrics={
             name: columns
@@ -117,8 +121,10 @@ def load_run(folder: Path) -> Run:
     )
 
 
-def read_stages(folder: Path) -> Iterator[dict[str, Any]]:
-    """Provenance of every finished stage, from its own folder or one below."""
+def read_stages(folder: Path, student: Path | None) -> Iterator[dict[str, Any]]:
+    """Provenance of every finished stage, from its own folder or one below, and from a student's folder elsewhere."""
+    if student and not student.resolve().is_relative_to(folder.resolve()) and (student / PROVENANCE).exists():
+        yield read_json(student / PROVENANCE) | {"folder": student.name}
     for pattern in (f"*/*{PROVENANCE}", f"*/*/*{PROVENANCE}"):  # eval/ has one per model: teacher.provenance.json
         for file in sorted(folder.glob(pattern)):
             place = file.parent.relative_to(folder)
@@ -126,11 +132,12 @@ def read_stages(folder: Path) -> Iterator[dict[str, Any]]:
                 yield read_json(file) | {"folder": str(place)}
 
 
-def read_models(folder: Path, stages: list[dict[str, Any]]) -> Iterator[tuple[str, Model]]:
+def read_models(folder: Path, stages: list[dict[str, Any]], student: Path | None) -> Iterator[tuple[str, Model]]:
     """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
     for label in MODELS:
         sections = [stage.get("config", {}).get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
-        for place in [*(Path(section["path"]) for section in sections if section.get("path")), folder / label]:
+        known = [student] if label == "student" and student else []
+        for place in [*known, *(Path(section["path"]) for section in sections if section.get("path")), folder / label]:
             if (place / "config.json").exists():
                 shape = shape_from_config(read_json(place / "config.json"), str(place / "config.json"))
                 weight_bytes = sum(file.stat().st_size for file in place.glob("*.safetensors") if file.stem != "kept")
