@@ -4,26 +4,31 @@ Kept light on imports: --help and --cfg answer without loading torch; plan loads
 this machine, and else does without.
 """
 
-import os
 import sys
-import warnings
 
-from minitron_train.errors import MachineError, UserError, error_line
-from minitron_train.masking import Output
-from minitron_train.parallel.launch import World, read_world, share_cores
+try:  # first of all: from `guard` on, a signal ends the process in one line
+    from minitron_train.signals import guard
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+import os
+import warnings
 
 
 def main() -> None:
     """One command, as a process."""
-    sys.stdout = Output(sys.stdout, line_buffering=bool(sys.stdout.line_buffering))
-    sys.stderr = Output(sys.stderr, line_buffering=True)
-    code = answer()
-    sys.stdout.flush()
-    sys.exit(code)
+    guard(answer)
 
 
 def answer() -> int:
     """Run one command; a user's mistake is one line and exit code 2, a fault of the machine one line and exit code 1."""
+    from minitron_train.errors import MachineError, UserError, error_line
+    from minitron_train.masking import Output
+    from minitron_train.parallel.launch import World, read_world, share_cores
+
+    sys.stdout = Output(sys.stdout, line_buffering=bool(sys.stdout.line_buffering))
+    sys.stderr = Output(sys.stderr, line_buffering=True)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's to megatron-core: nothing a user can act on
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
@@ -37,9 +42,6 @@ def answer() -> int:
     except (UserError, MachineError) as error:
         print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -31,14 +31,16 @@ def check_early(names: Collection[str], config: Config) -> None:
         names: the commands to come.
 
     Raises:
-        UserError: settings of a training that contradict each other, tasks that do not exist, evaluation data that are not there,
-            generated programs that cannot be isolated.
+        UserError: settings of a training that contradict each other, tasks that do not exist, evaluation data that are not
+            there, generated programs that cannot be isolated, a student that would be written into another stage's folder.
     """
     tasks = config.eval.training_tasks if "distill" in names else []
     if "eval" in names and not config.eval.compare:
         tasks = [*tasks, *config.eval.tasks]
     if config.eval.allow_code_execution is True and run_programs(tasks):
         check_isolation()
+    if "export" in names and config.export.path:
+        check_export(config)
     if "distill" in names:
         check_settings(config, distilled=True)
         check_names(config.eval.training_tasks)
@@ -47,3 +49,21 @@ def check_early(names: Collection[str], config: Config) -> None:
         folder = config.eval.data_dir
         if folder and not Path(folder).is_dir():
             raise UserError(f"eval.data_dir={folder}: no such folder; give one, or leave it out")
+
+
+def check_export(config: Config) -> None:
+    """Refuse an export.path in a folder that holds something else of the run.
+
+    Raises:
+        UserError: it is, or lies in, the folder of another stage, of the teacher or of the evaluation data.
+    """
+    target, run = Path(config.export.path or ""), Path(config.output_dir)
+    places = [
+        run / name for name in ("teacher", "pretrain", "scores", "pruned", "train", "eval", "eval_data", "search")
+    ]
+    places += [Path(path) for path in (config.teacher.path, config.student.path, config.eval.data_dir) if path]
+    for place in places:
+        if target.resolve().is_relative_to(place.resolve()):
+            raise UserError(
+                f"export.path={target}: lies in {place}, which holds something else of this run; choose another folder"
+            )

@@ -16,7 +16,7 @@ from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
 from minitron_train.overrides import MISTAKES
 from minitron_train.parallel.launch import World
-from minitron_train.stages import Stage, read_provenance
+from minitron_train.stages import Stage, note_export, read_provenance
 from minitron_train.workspace import TO_COME, Workspace, late, shape_of_recipe, subset
 
 
@@ -147,8 +147,11 @@ def distill(ws: Workspace) -> None:
 
 def export(ws: Workspace) -> None:
     """A training checkpoint as a Hugging Face folder with its model card."""
+    check_early(["export"], ws.config)
     source = Path(ws.config.export.checkpoint) if ws.config.export.checkpoint else ws.folder / "train"
-    export_stage(ws, "export", source=source, target=ws.student_folder, dtype=ws.config.export.dtype)
+    export_stage(ws, "export", source=source, target=ws.export_folder, dtype=ws.config.export.dtype)
+    if ws.world.is_first and not ws.config.dry_run:
+        note_export(ws.folder, ws.export_folder)
     model_card(ws)
 
 

@@ -22,7 +22,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def error_line(error: UserError, rank: int | None = None) -> str:
+def error_line(error: Exception, rank: int | None = None) -> str:
     """What the command line prints for a user's mistake: one line without credentials, whatever stands in it.
 
     Args:

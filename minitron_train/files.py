@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -116,9 +117,13 @@ def exclusive(lock: Path, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a scratch path beside `path`; on success it is fsynced and renamed over `path`, on failure removed."""
+    """Yield an empty scratch file beside `path`; on success it is fsynced and renamed over `path`, on failure removed.
+
+    Scratch files that killed processes left for `path` are deleted; a lock shows which ones are still being written.
+    """
     with disk_errors(path), parent_folders(path):
-        scratch = partial_path(path)
+        remove_scratch_files(path.parent, f"{glob.escape(path.name)}{PARTIAL}*")
+        scratch, lock = locked_scratch(path)
         try:
             yield scratch
             sync_path(scratch)
@@ -126,6 +131,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
             sync_path(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
+            os.close(lock)
+
+
+def locked_scratch(path: Path) -> tuple[Path, int]:
+    """A new empty file beside `path`, and the descriptor that holds its lock until the process ends or closes it."""
+    while True:
+        scratch = partial_path(path)
+        lock = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # NFS or Lustre mounted without locks: then nobody deletes it either
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)  # another process has taken it for a leftover, between open and flock
+
+
+def remove_scratch_files(folder: Path, pattern: str = f"*{PARTIAL}*") -> None:
+    """Delete the scratch files that killed processes left in `folder`; those that a living one still writes stay."""
+    for leftover in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # it is locked, a folder, or gone by now
+            lock = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(lock)
 
 
 @contextlib.contextmanager
@@ -163,13 +193,19 @@ def standing(path: Path) -> Path:
 def recover(path: Path) -> None:
     """Clean up after killed runs: put back a finished folder that was being replaced, delete unfinished work.
 
-    Only for the one process that writes there: to another one, work that goes on looks like a killed run's.
+    Call it only from the process that holds the stage's lock: it would delete another process's unfinished folder.
     """
     old = path.with_name(path.name + REPLACED)
     if old.exists():
         shutil.rmtree(old) if path.exists() else os.replace(old, path)
-    for leftover in path.parent.glob(f"{path.name}{PARTIAL}*"):
+    for leftover in unfinished(path):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    remove_scratch_files(path)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """Scratch files and folders for `path` itself that exist beside it."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}{PARTIAL}*"))
 
 
 def remove_folder(path: Path, *, first: str, last: str) -> None:

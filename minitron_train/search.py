@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import shutil
+from pathlib import Path
 
 from minitron_train import commands
 from minitron_train.chain import check_early
 from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.evaluation.results import read_evaluation
-from minitron_train.files import atomic_write_json
+from minitron_train.files import atomic_folder, atomic_write_json
 from minitron_train.prune.candidates import Candidate, choose, table, usable, within_budget
 from minitron_train.workspace import Workspace
 
@@ -63,7 +64,7 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
     )
     child = ws.beside(config)
     # the scores are the same for all
-    ws.on_first(lambda: shutil.copytree(ws.folder / "scores", folder / "scores", dirs_exist_ok=True))
+    ws.on_first(lambda: copy_folder(ws.folder / "scores", folder / "scores"))
     commands.cut(child, candidate.shape)
     commands.evaluate_one(child, "pruned", child.pruned_folder)
     candidate.zero_shot_loss = validation_loss(child, "pruned")
@@ -72,6 +73,12 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
         commands.export(child)
         commands.evaluate_one(child, "student", child.student_folder)
         candidate.retrained_loss = validation_loss(child, "student")
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder; the copy takes the place of `target` once it is whole."""
+    with atomic_folder(target) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
 
 
 def validation_loss(ws: Workspace, label: str) -> float:

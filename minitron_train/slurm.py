@@ -24,6 +24,7 @@ from minitron_train.errors import UserError, error_line
 from minitron_train.parallel.launch import World, read_world, whole_number
 from minitron_train.parallel.meeting import host_name, meet
 from minitron_train.prune.candidates import Candidate, candidates, choose
+from minitron_train.signals import guard
 from minitron_train.stages import STOPPED
 from minitron_train.workspace import Workspace, late
 
@@ -31,7 +32,7 @@ USAGE = "python -m minitron_train.slurm chain|candidates|accept COMMAND|check CO
 NEEDS_TEACHER = ("score", "prune", "distill", "search")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """`chain`, `candidates`, `accept` or `check`; a user's mistake is one line and exit code 2."""
     world = World()
     try:
@@ -58,20 +59,23 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         late(world.rank)
         print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def accept(commands: Sequence[str], config: Config) -> None:
     """Refuse mistakes in the settings, and data that are not there, before anything waits in the queue.
 
     Raises:
-        UserError: what `chain.check_early` refuses; a part of the data without a path, or a path without files.
+        UserError: what `chain.check_early` refuses; no teacher, and none to come; a part of the data without a path, or a
+            path without files.
     """
     from minitron_train.data.sources import files
 
     if not config.output_dir.isprintable():  # the shell reads it as one line
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
     check_early(chain(config) if list(commands) == ["run"] else commands, config)
+    refuse_without_teacher(commands, config)
     data, calibration = config.data, config.calibration
     held_out = replace(data, path=data.validation_path or data.path, validation_path=None)
     trained = ["search"] if config.search.retrain_tokens else []
@@ -86,6 +90,20 @@ def accept(commands: Sequence[str], config: Config) -> None:
     for section, readers in read:
         if not set(commands).isdisjoint(readers):
             files(section)
+
+
+def refuse_without_teacher(commands: Sequence[str], config: Config) -> None:
+    """Refuse commands that need a teacher, unless it is there or a command before them brings it.
+
+    Raises:
+        UserError: as the first of them would say.
+    """
+    whole = chain(config) if list(commands) == ["run"] else commands
+    if config.teacher.path is None and config.teacher.source in ("pretrain", "hub", "wheel"):
+        return  # by fetch or pretrain, which a chain has, or which an earlier job may be at
+    if not set(whole).isdisjoint(NEEDS_TEACHER):
+        with ExitStack() as stack:
+            Workspace(config, [], World(), stack).check_teacher_is_there()
 
 
 def search_candidates(config: Config, world: World) -> list[Candidate]:
@@ -185,4 +203,4 @@ def refuse_full_disk(command: str, workspace: Workspace) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    guard(lambda: main(sys.argv))

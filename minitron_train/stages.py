@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
@@ -32,15 +32,19 @@ from minitron_train.files import (
     parent_folders,
     recover,
     remove_folder,
+    remove_scratch_files,
     standing,
+    unfinished,
 )
 from minitron_train.masking import mask_credentials
 from minitron_train.parallel.launch import whole_number
 from minitron_train.provenance import Provenance, Started, read, read_started
+from minitron_train.records import read_record
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
 STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
+EXPORTED = "exported.json"  # in output_dir: {"folder"}, the student's folder where the last export wrote it elsewhere
 SAVED = "checkpoints/step_*/manifest.json"  # of a training, in its folder
 PACKAGES = (
     "minitron_train",
@@ -157,11 +161,12 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
 
 
 def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
-    """The stage's state; unless it is finished and stays, the lock is held from here on and what kills have left is mended."""
+    """Return the stage's state. Unless the stage will be skipped, take its lock and clean up after killed runs."""
     found = stage.state()
     if not force:
         refuse_damaged(stage, *found)
     if found[0] == "finished" and stage.folder.exists() and not force:
+        clean_finished(stage)
         return found
     held.enter_context(parent_folders(stage.folder))
     held.enter_context(exclusive(stage.lock, stage.folder))
@@ -170,18 +175,38 @@ def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
     return stage.state()
 
 
+def clean_finished(stage: Stage) -> None:
+    """Delete what a killed run, which tried to do a finished stage again, left of its attempt.
+
+    Nothing is deleted while another process works on the stage, or where this user may not write.
+    """
+    with contextlib.suppress(UserError, OSError):
+        if stage.lock.exists() or unfinished(stage.folder):
+            with exclusive(stage.lock, stage.folder):
+                recover(stage.folder)
+        remove_scratch_files(stage.folder)
+
+
 def refuse_foreign(stage: Stage) -> None:
     """Refuse a folder that no stage has made, for a stage may empty its folder; downloads look for themselves.
 
     Raises:
-        UserError: there are files in it, but neither a record nor a checkpoint of a training.
+        UserError: there are files in it, but no record of this program; or they are another stage's.
     """
     folder = stage.folder
     if stage.manner == "itself":
         return
     with disk_errors(folder):
         present = contents(folder)
-        ours = any((folder / mark).is_file() for mark in (stage.record, STARTED)) or any(folder.glob(SAVED))
+        ours = any((folder / mark).is_file() for mark in (stage.record, STARTED))
+    other = None
+    with contextlib.suppress(UserError):  # a damaged record tells no stage; force=true replaces it
+        other = read_provenance(folder, stage.record)
+    if other is not None and other["stage"] != stage.name:
+        raise UserError(
+            f"{stage.name}: {folder} holds the result of another stage ({other['stage']}); choose another output_dir (export: "
+            "another export.path)"
+        )
     if present and not ours:
         raise UserError(
             f"{stage.name}: {folder} holds files that this program did not write (as {present[0]}), and a stage has its "
@@ -321,6 +346,31 @@ def changes_since(record: Started | Provenance, stage: Stage) -> list[str]:
     return inputs + differences(record["settings"], plain(stage.settings), "")
 
 
+def note_export(output_dir: Path, student: Path) -> None:
+    """Remember where the last export wrote the student, for eval, report and the card."""
+    record = output_dir / EXPORTED
+    if student.resolve() == (output_dir / "student").resolve():
+        record.unlink(missing_ok=True)
+    elif exported(output_dir) != student.absolute():
+        atomic_write_json(record, {"folder": str(student.absolute())})
+
+
+def exported(output_dir: Path) -> Path | None:
+    """The folder that the last export wrote outside of `output_dir`/student; None where there is none any more."""
+    try:
+        record = read_record(output_dir / EXPORTED, ExportRecord, "remove it, and give export.path=FOLDER")
+    except FileNotFoundError:
+        return None
+    folder = Path(record["folder"])
+    return folder if (folder / "config.json").is_file() else None
+
+
+class ExportRecord(TypedDict):
+    """exported.json."""
+
+    folder: str
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:
     """What changed between two flat or nested mappings: "student.hidden_size was 504, is 480"."""
     changes = []
@@ -349,7 +399,7 @@ class Meter:
     """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start where it allows that."""
 
     def __init__(self) -> None:
-        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self.start_s = time.perf_counter()
         try:
             Path("/proc/self/clear_refs").write_text("5")

@@ -13,7 +13,7 @@ from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
-from minitron_train.stages import Invocation, Stage, Work, refuse_damaged, run_stage
+from minitron_train.stages import Invocation, Stage, Work, exported, refuse_damaged, run_stage
 
 if TYPE_CHECKING:
     from minitron_train.hf import Checkpoint
@@ -52,9 +52,14 @@ class Workspace:
         return Path(self.config.student.path) if self.config.student.path else self.folder / "pruned"
 
     @property
-    def student_folder(self) -> Path:
-        """What export makes."""
+    def export_folder(self) -> Path:
+        """Where export writes: export.path, or OUTPUT_DIR/student."""
         return Path(self.config.export.path) if self.config.export.path else self.folder / "student"
+
+    @property
+    def student_folder(self) -> Path:
+        """Where the student is read: export.path, or what the last export made."""
+        return self.export_folder if self.config.export.path else exported(self.folder) or self.export_folder
 
     @property
     def eval_data_folder(self) -> Path:

@@ -117,7 +117,7 @@ class FileFormat:
         return file, block - (self.ends[file - 1] if file else 0)
 
     def fingerprint(self) -> str:
-        return combine([record.sha256 for record in identity.file_records(self.paths)])
+        return combine([record.sha256 for record in identity.records_of(self.paths)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from minitron_train.config import SourceConfig
 from minitron_train.data.formats import combine
-from minitron_train.data.identity import Watch, file_records
+from minitron_train.data.identity import Watch, records_of
 from minitron_train.errors import UserError, first_line
 
 
@@ -112,4 +112,4 @@ class HubSource:
         """sha256 of repository, subset, split, revision and column; of a local folder, also of its files."""
         source = self.source
         keys = (source.path, source.subset, source.split, source.revision, source.text_key)
-        return combine([*(str(key) for key in keys), *(record.sha256 for record in file_records(self.files))])
+        return combine([*(str(key) for key in keys), *(record.sha256 for record in records_of(self.files))])

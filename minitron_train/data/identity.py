@@ -69,7 +69,7 @@ def unreadable(error: OSError, path: Path | str = "data") -> MachineError:
     )
 
 
-def file_records(paths: Sequence[Path]) -> list[FileRecord]:
+def records_of(paths: Sequence[Path]) -> list[FileRecord]:
     """The files of one source; reads WHOLE_BYTES of them at most, and 8 kB of each."""
     stamps = [Stamp.of(path) for path in paths]
     total = sum(stamp.size_bytes for stamp in stamps)
@@ -113,7 +113,7 @@ class Watch:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.stamps = {path: Stamp.of(path) for path in paths}
         self.total_bytes = sum(stamp.size_bytes for stamp in self.stamps.values())
-        self.records = {record.path: record for record in file_records(paths)}
+        self.records = {record.path: record for record in records_of(paths)}
 
     def check_all(self) -> None:
         """`check` every file."""

@@ -215,7 +215,7 @@ class IndexedSource:
 
     def fingerprint(self) -> str:
         """sha256 of the index and token files."""
-        return combine([record.sha256 for record in identity.file_records(self.files)])
+        return combine([record.sha256 for record in identity.records_of(self.files)])
 
 
 class IndexedTokens:

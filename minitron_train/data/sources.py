@@ -10,7 +10,7 @@ from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data.corpus import PARTS
 from minitron_train.data.formats import Arrow, Csv, Embedded, JsonLines, Parquet, TextFiles, TextFormat, combine
 from minitron_train.data.hub import HubSource
-from minitron_train.data.identity import FileRecord, file_records
+from minitron_train.data.identity import FileRecord, records_of
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.inventory import FileId, Inventory, file_id, held_out_split, take
 from minitron_train.data.packed import suffixes
@@ -223,7 +223,7 @@ def file_records(data: DataConfig) -> list[FileRecord]:
     """Every file of the blend as it is now; none for the embedded corpus and repositories of the hub."""
     opened = [(part, part.open(train_split(data))) for part in parts(data)]
     found = [source.files if isinstance(source, IndexedSource | HubSource) else part.paths for part, source in opened]
-    return [record for paths in found for record in file_records(paths)]
+    return [record for paths in found for record in records_of(paths)]
 
 
 def fingerprint(sources: Sequence[Part], opened: Sequence["TextFormat | IndexedSource | HubSource"]) -> str:

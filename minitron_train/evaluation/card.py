@@ -57,7 +57,7 @@ def write_card(student_folder: Path, output_dir: Path) -> Path:
     Raises:
         UserError: the student's folder is not a checkpoint, or a file of the run is damaged.
     """
-    run = load_run(output_dir)
+    run = load_run(output_dir, student=student_folder)
     atomic_write_text(student_folder / CARD, render(run, student_folder))
     return student_folder / CARD
 

@@ -17,10 +17,11 @@ from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.evaluation.task_names import check_keys
-from minitron_train.files import atomic_write_json, atomic_write_text
+from minitron_train.files import atomic_file
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
 from minitron_train.records import Count, read_record
+from minitron_train.stages import PROVENANCE
 from minitron_train.train.export import Saved
 
 
@@ -77,11 +78,25 @@ def evaluate(
     results, rows = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
     report |= results
     if groups.is_first:
-        atomic_write_text(folder / f"{label}.items.jsonl", "".join(line(item) for item in rows))
-        atomic_write_json(folder / f"{label}.json", report)
+        publish(folder, label, report, rows)
         journal.remove()
     groups.barrier()
     return report
+
+
+def publish(folder: Path, label: str, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Replace LABEL.json and LABEL.items.jsonl together.
+
+    The record of an earlier evaluation goes once the new files are written: after a kill between the two renames it
+    would vouch for figures of other settings.
+    """
+    with (
+        atomic_file(folder / f"{label}.items.jsonl") as items_file,
+        atomic_file(folder / f"{label}.json") as report_file,
+    ):
+        items_file.write_text("".join(line(item) for item in rows), encoding="utf-8")
+        report_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / f"{label}.{PROVENANCE}").unlink(missing_ok=True)
 
 
 def line(item: dict[str, Any]) -> str:

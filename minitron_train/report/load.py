@@ -19,7 +19,7 @@ from minitron_train.files import PARTIAL, REPLACED
 from minitron_train.hf import read_header, read_json, shape_from_config
 from minitron_train.provenance import StageRecord
 from minitron_train.records import damaged
-from minitron_train.stages import PROVENANCE
+from minitron_train.stages import PROVENANCE, exported
 from minitron_train.train.metrics import read_rows
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
@@ -93,19 +93,24 @@ class Run:
         return next((stage for stage in self.stages if stage["stage"] == name), None)
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path, student: Path | None = None) -> Run:
     """Read an output folder.
+
+    Args:
+        student: its student's folder; default: where the last export wrote it.
 
     Raises:
         UserError: there is no such folder, or a file in it is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
-    stages = sorted(read_stages(folder), key=lambda stage: (stage.get("started_at", ""), stage["wall_seconds"]))
+    student = student or exported(folder)
+    found = read_stages(folder, student)
+    stages = sorted(found, key=lambda stage: (stage.get("started_at", ""), stage["wall_seconds"]))
     return Run(
         folder=folder,
         stages=stages,
-        models=dict(read_models(folder, stages)),
+        models=dict(read_models(folder, stages, student)),
         axes=read_axes(folder / "scores" / "scores.safetensors", folder / "pruned" / "kept.safetensors"),
         metrics={
             name: columns
@@ -120,8 +125,10 @@ def load_run(folder: Path) -> Run:
     )
 
 
-def read_stages(folder: Path) -> Iterator[StageRecord]:
-    """Provenance of every finished stage, from its own folder or one below."""
+def read_stages(folder: Path, student: Path | None) -> Iterator[StageRecord]:
+    """Provenance of every finished stage, from its own folder or one below, and from a student's folder elsewhere."""
+    if student and not student.resolve().is_relative_to(folder.resolve()) and (student / PROVENANCE).exists():
+        yield {**provenance.read(student / PROVENANCE), "folder": student.name}
     for pattern in (f"*/*{PROVENANCE}", f"*/*/*{PROVENANCE}"):  # eval/ has one per model: teacher.provenance.json
         for file in sorted(folder.glob(pattern)):
             place = file.parent.relative_to(folder)
@@ -129,11 +136,12 @@ def read_stages(folder: Path) -> Iterator[StageRecord]:
                 yield {**provenance.read(file), "folder": str(place)}
 
 
-def read_models(folder: Path, stages: list[StageRecord]) -> Iterator[tuple[str, Model]]:
+def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -> Iterator[tuple[str, Model]]:
     """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
     for label in MODELS:
         sections = [stage["config"].get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
-        for place in [*(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
+        known = [student] if label == "student" and student else []
+        for place in [*known, *(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
             if os.path.exists(place / "config.json"):  # noqa: PTH110  # Path.exists raises where a name is too long
                 shape = shape_from_config(read_json(place / "config.json"), str(place / "config.json"))
                 weight_bytes = sum(file.stat().st_size for file in place.glob("*.safetensors") if file.stem != "kept")

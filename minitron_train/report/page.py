@@ -170,7 +170,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
             "name": str(stage.get("stage", stage["folder"])),
             "folder": stage["folder"],
             "command": str(stage.get("command", "–")),
-            "started_at": str(stage.get("started_at") or "–").replace("T", " ").replace("+00:00", ""),
+            "started_at": str(stage.get("started_at") or "–")[:19].replace("T", " "),
             "wall": wall(stage),
             "peak": byte_size(peak) if (peak := stage.get("peak_rss_bytes")) else "–",
             "inputs": [(label, short_hash(str(digest))) for label, digest in (stage.get("inputs") or {}).items()],

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +18,12 @@ from minitron_train.distill.hidden import HiddenPairs, check_layers
 from minitron_train.distill.loss import real_rows
 from minitron_train.distill.step import Objective, loss_spec
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_json
+from minitron_train.files import atomic_folder, atomic_write_json
 from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
 from minitron_train.parallel.groups import Groups
 from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.plan.hardware import can_shard_optimizer_here, gemm_flops
+from minitron_train.signals import StopSignals
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.export import MODEL
@@ -33,7 +33,6 @@ from minitron_train.train.metrics import Speedometer
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.settings import check_settings, deciding_settings
-from minitron_train.train.signals import StopSignals
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
@@ -69,6 +68,7 @@ def assemble(
     stack: contextlib.ExitStack,
 ) -> Trainer:
     """All parts of a run, in the state of step 0."""
+    signals = stack.enter_context(StopSignals())  # first: loading may take minutes
     train, yardstick = config.train, Yardstick.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
     rows = {
@@ -136,7 +136,7 @@ def assemble(
         reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
         state=RunState(),
         heartbeat=stack.enter_context(Heartbeat(groups)),
-        signals=stack.enter_context(StopSignals()),
+        signals=signals,
     )
 
 
@@ -172,10 +172,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def put_model_files(target: Path, student: Checkpoint) -> None:
     """What `export` needs besides weights: config.json and the tokenizer."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    atomic_write_json(target / "config.json", student_config(student.config, student.shape))
-    copy_tokenizer(student.folder, target)
+    with atomic_folder(target) as scratch:
+        atomic_write_json(scratch / "config.json", student_config(student.config, student.shape))
+        copy_tokenizer(student.folder, scratch)
 
 
 def speedometer(config: Config, groups: Groups, student: Checkpoint, teacher: Checkpoint | None) -> Speedometer:

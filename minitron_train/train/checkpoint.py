@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +227,7 @@ class Checkpoints:
             self._check_settings(path)
             with cpu.cuda_means_cpu():
                 loaded = safe_load.load(make_template(), path)
-            if path != paths[0] and self.groups.is_first:
-                files.fall_back(path)
-                files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
+            self.groups.on_first(partial(files.settle, path, self.settings, self.yardstick))
             return loaded
         if paths:
             raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to begin again")
@@ -271,7 +270,7 @@ class Checkpoints:
             try:
                 path = files.checkpoint_path(self.folder, writing.manifest["step"])
                 files.publish(writing.folder, path, writing.manifest)
-                files.tidy(self.folder, self.settings.keep, self.settings.keep_best, self.yardstick)
+                files.tidy(self.folder, self.settings, self.yardstick)
             except (OSError, UserError) as caught:  # UserError: from atomic_write_text
                 error = caught
         if self.groups.any(error is not None):

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Required, TypedDict
 
 from msgspec import Meta
 
+from minitron_train.config import CheckpointConfig
 from minitron_train.errors import UserError
 from minitron_train.files import PARTIAL, REPLACED, atomic_write_text, disk_errors, sha256_file, sync_path
 from minitron_train.records import Count, damaged, read_bytes, read_record
@@ -123,7 +124,7 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     scratch.rename(path)
     sync_path(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    atomic_write_text(path.parent / "latest", path.name + "\n")
+    point(path.parent / "latest", path)
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -156,17 +157,28 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def fall_back(path: Path) -> None:
-    """Remove what is newer than `path`, all of it damaged: it would go on counting as the newest, and as the best."""
+def settle(path: Path, settings: CheckpointConfig, yardstick: Yardstick) -> None:
+    """Make `path`, from which a run resumes, the newest checkpoint, and do what a kill may have left undone after its save.
+
+    Everything newer is removed. It is damaged, and would otherwise count as the newest and perhaps as the best.
+    """
     for newer in finished(path.parent):
         if newer > path:
             remove(newer)
-    atomic_write_text(path.parent / "latest", path.name + "\n")
+    point(path.parent / "latest", path)
+    tidy(path.parent, settings, yardstick)
+
+
+def point(name: Path, path: Path) -> None:
+    """Make the text file `name` (latest, best) hold the name of the checkpoint `path`."""
+    text = path.name + "\n"
+    if not name.is_file() or name.read_bytes() != text.encode():
+        atomic_write_text(name, text)
 
 
 def recover(folder: Path) -> None:
     """Clean up after killed runs: put back a checkpoint that was being replaced, delete unfinished work."""
-    for old in folder.glob(f"*{REPLACED}"):
+    for old in folder.glob(f"step_*{REPLACED}"):
         path = old.with_name(old.name.removesuffix(REPLACED))
         if path.exists() or not (old / MANIFEST).exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -177,17 +189,17 @@ def recover(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path, keep: int, keep_best: int, yardstick: Yardstick) -> None:
-    """Keep the newest `keep` and the `keep_best` whose evaluation is best; `best` names the very best."""
+def tidy(folder: Path, settings: CheckpointConfig, yardstick: Yardstick) -> None:
+    """Keep the newest `checkpoint.keep` and the `checkpoint.keep_best` best evaluated; `best` names the very best."""
     paths = finished(folder)
     ranks = {path: yardstick.rank(evaluation_of(path).get(yardstick.name)) for path in paths}
     best = sorted((path for path in paths if math.isfinite(ranks[path])), key=lambda path: (ranks[path], path.name))
-    if best and keep_best:
-        atomic_write_text(folder / "best", best[0].name + "\n")
+    if best and settings.keep_best:
+        point(folder / "best", best[0])
     else:
         with disk_errors(folder / "best"):
             (folder / "best").unlink(missing_ok=True)
-    for path in set(paths[keep:]) - set(best[:keep_best]):
+    for path in set(paths[settings.keep :]) - set(best[: settings.keep_best]):
         remove(path)
 
 

@@ -15,6 +15,7 @@ from minitron_train.data.stream import Batch, TokenStream
 from minitron_train.distill.step import Objective
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
+from minitron_train.signals import StopSignals
 from minitron_train.train.batches import micro_batches, to_device
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
@@ -22,7 +23,6 @@ from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.metrics import Row
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.signals import StopSignals
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
@@ -78,10 +78,12 @@ class Trainer:
         return bool(passed or state.unevaluated) or state.step >= self.num_steps
 
     def run(self) -> str | None:
-        """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step is saved.
+        """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step taken is saved.
 
         After a signal an evaluation, which may take longer than the grace that is left, is the next start's first work.
         """
+        if (stop := self.agreed_signal()) is not None and not self.is_over:
+            return stop  # it came while the run was loaded: nothing is new since the last checkpoint
         self.reporter.resume_clock()
         while not self.is_over:
             row = self.state.unevaluated or self.take_step()

@@ -109,7 +109,10 @@ def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
         atomic_write_json(folder / STOPPED, mark)
     trainer.groups.barrier()
     again = "start again without force=true" if trainer.config.force else "start again"
-    say(f"{stopped}: saved at step {trainer.state.step} of {trainer.num_steps}; {again} to go on")
+    where = (
+        f"saved at step {trainer.state.step} of {trainer.num_steps}" if trainer.state.step else "before the first step"
+    )
+    say(f"{stopped}: {where}; {again} to go on")
     raise SystemExit(0)
 
 

@@ -45,3 +45,15 @@ def test_candidates_of_a_search_are_trained_without_tasks() -> None:
     made.search.retrain_tokens = 1
     with pytest.raises(UserError, match="longer than the run of 1 steps"):
         check_early(["distill"], retraining(made))
+
+
+@pytest.mark.parametrize(
+    "path", ["out/train", "out/teacher/student", "out/../out/pruned", "models/big", "models/big/x"]
+)
+def test_a_student_is_not_written_into_another_stages_folder(path: str) -> None:
+    config = Config(output_dir="out")
+    config.teacher.path, config.export.path = "models/big", path
+    with pytest.raises(UserError, match=f"export.path={path}: lies in .* choose another folder"):
+        check_early(["export"], config)
+    config.export.path = "models/small"
+    check_early(["export"], config)

@@ -14,11 +14,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from minitron_train.config import Config, OnNonFinite
+from minitron_train.config import CheckpointConfig, Config, OnNonFinite
 from minitron_train.errors import UserError
 from minitron_train.evaluation.source import open_origin
 from minitron_train.files import PARTIAL, REPLACED, sha256_file
 from minitron_train.hf import Checkpoint
+from minitron_train.train import assemble
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import copy_to_host
@@ -103,19 +104,31 @@ def manifest(step: int, evaluation: dict[str, float | None] | None = None) -> di
     return {"step": step, "belongs_to": {}, "evaluation": evaluation or {}}
 
 
-def test_fall_back(tmp_path: Path) -> None:
-    yardstick = Yardstick("validation.kl")
+def test_fall_back_removes_what_is_newer_and_names_the_best(tmp_path: Path) -> None:
+    yardstick, settings = Yardstick("validation.kl"), CheckpointConfig(keep=9, keep_best=1)
     for step, kl in ((1, None), (2, 0.2), (3, 0.1)):
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
         files.publish(scratch, files.checkpoint_path(tmp_path, step), manifest(step, {"validation.kl": kl}))
-        files.tidy(tmp_path, 9, 1, yardstick)
+        files.tidy(tmp_path, settings, yardstick)
     for newest, best in ((2, "step_00000002\n"), (1, None)):
-        files.fall_back(files.checkpoint_path(tmp_path, newest))
-        files.tidy(tmp_path, 9, 1, yardstick)
+        files.settle(files.checkpoint_path(tmp_path, newest), settings, yardstick)
         assert len(files.finished(tmp_path)) == newest
         assert (tmp_path / "latest").read_text() == f"step_{newest:08d}\n"
         assert (tmp_path / "best").exists() == bool(best) and (not best or (tmp_path / "best").read_text() == best)
+
+
+def test_a_kill_between_the_last_save_and_its_tidying(tmp_path: Path) -> None:
+    """The run that goes on from that checkpoint has no other save to come: `latest`, `best` and the rest are settled."""
+    for step in (1, 2):
+        scratch = tmp_path / f"step_{step:08d}.partial-x"
+        scratch.mkdir()
+        files.publish(scratch, files.checkpoint_path(tmp_path, step), {"evaluation": {"validation.kl": 1 / step}})
+    (tmp_path / "latest").write_text("step_00000001\n")
+    settings = CheckpointConfig(keep=1, keep_best=1)
+    files.settle(files.checkpoint_path(tmp_path, 2), settings, Yardstick("validation.kl"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step_00000002"]
+    assert (tmp_path / "latest").read_text() == (tmp_path / "best").read_text() == "step_00000002\n"
 
 
 def test_what_lies_beside_a_gpu_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +170,30 @@ def test_signal_saves_and_exits(training: Material, uninterrupted: Path, tmp_pat
     assert run(training, tmp_path)["resumed_at_step"] == 5
     assert not (tmp_path / "stopped.json").exists()
     assert rows(tmp_path) == rows(uninterrupted)
+
+
+def test_a_signal_while_the_run_is_loaded(
+    training: Material, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step: the mark is left, the code is 0, and the next start does the whole run."""
+    with monkeypatch.context() as patch:
+        make = assemble.load_model
+
+        def signalled(*arguments: Any, **named: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return make(*arguments, **named)
+
+        patch.setattr(assemble, "load_model", signalled)
+        with pytest.raises(SystemExit) as ended:
+            run(training, tmp_path)
+    assert ended.value.code == 0 and not files.finished(tmp_path / "checkpoints")
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {
+        "signal": "SIGTERM",
+        "step": 0,
+        "num_steps": NUM_STEPS,
+    }
+    run(training, tmp_path)
+    assert rows(tmp_path) == rows(uninterrupted) and not (tmp_path / "stopped.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -325,13 +362,13 @@ def test_newest_and_best_are_kept(tmp_path: Path, metric: str, values: list[floa
         (scratch / "data").write_text(str(step))
         facts = manifest(step, {metric: value, "other.acc": step / 10})
         files.publish(scratch, files.checkpoint_path(tmp_path, step), facts)
-        files.tidy(tmp_path, 2, 1, yardstick)
+        files.tidy(tmp_path, CheckpointConfig(keep=2, keep_best=1), yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000004", "step_00000002"]
     assert (tmp_path / "latest").read_text() == "step_00000005\n"
     assert (tmp_path / "best").read_text() == "step_00000002\n"
     assert files.damage(tmp_path / "step_00000002") is None
     (tmp_path / "step_00000004" / "manifest.json").write_text("{")
-    files.tidy(tmp_path, 1, 1, yardstick)
+    files.tidy(tmp_path, CheckpointConfig(keep=1, keep_best=1), yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000002"]
 
 

@@ -14,7 +14,7 @@ import pytest
 from minitron_train import __main__
 from minitron_train.data import identity
 from minitron_train.data import tokenizer as tokenizers
-from minitron_train.data.identity import Watch, changes, file_records
+from minitron_train.data.identity import Watch, changes, records_of
 from minitron_train.data.sources import identity as inputs
 from minitron_train.data.stream import TokenStream
 from minitron_train.data.units import EncodeJob, Split, UnitMaker
@@ -105,26 +105,26 @@ def test_large_sources_are_sampled(tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ("a", "b")]
     for path in paths:
         path.write_bytes(bytes(4 << 20))
-    old, watch = file_records(paths), Watch(paths)
+    old, watch = records_of(paths), Watch(paths)
     assert not any(record.is_whole for record in old)
     with paths[0].open("r+b") as file:
         file.seek(5000)
         file.write(b"x")
-    changed, doubtful = changes(old, file_records(paths))
+    changed, doubtful = changes(old, records_of(paths))
     assert not changed and len(doubtful) == 1 and doubtful[0].startswith(f"{paths[0]} was written ")
     with pytest.raises(UserError, match=f"{paths[0]}: changed after .*same size, written 20"):
         watch.check_all()
     paths[1].write_bytes(bytes([1]) * (4 << 20))
-    assert changes(old, file_records(paths))[0] == [f"{paths[1]} was rewritten with the same size"]
+    assert changes(old, records_of(paths))[0] == [f"{paths[1]} was rewritten with the same size"]
 
 
 def test_changes_name_each_file(tmp_path):
     for name in "abcd":
         (tmp_path / name).write_bytes(b"some text\n")
-    old = file_records([tmp_path / name for name in "abc"])
+    old = records_of([tmp_path / name for name in "abc"])
     rewrite(tmp_path / "a")
     grow(tmp_path / "b")
-    changed, doubtful = changes(old, file_records([tmp_path / name for name in "abd"]))
+    changed, doubtful = changes(old, records_of([tmp_path / name for name in "abd"]))
     ends = ["a was rewritten with the same size", "b had 10 bytes, has 31", "c is missing", "d is new"]
     assert changed == [f"{tmp_path}/{end}" for end in ends] and not doubtful
 

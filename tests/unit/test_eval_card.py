@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,10 @@ def test_serving_rules(run: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").unlink()
     assert serving_problems(folder) == ["tokenizer.json is missing"]
+
+
+def test_the_card_of_a_student_outside_of_the_output_folder(run: Path, tmp_path: Path) -> None:
+    """No stage's configuration has to name it."""
+    shutil.move(run / "student", tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    assert "| export |" in write_card(elsewhere, run).read_text()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,7 @@ from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.local_data import NO_HUB
 from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect
-from minitron_train.evaluation.run import evaluate, line, run_tasks
+from minitron_train.evaluation.run import evaluate, line, publish, run_tasks
 from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import World
@@ -102,6 +103,27 @@ def test_interrupted_evaluation_goes_on(
     assert resumed.pop("answers_from_interrupted_run") == len(known) > 0 == whole.pop("answers_from_interrupted_run")
     assert resumed == whole
     assert not known & {key for answers in calls for key in answers}
+
+
+def test_an_old_record_does_not_vouch_for_new_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames of a second evaluation: neither file is half, and the stage counts as unfinished."""
+    publish(tmp_path, "m", {"perplexity": 1.0}, [{"row": 1}])
+    record = tmp_path / "m.provenance.json"
+    record.touch()
+    with pytest.raises(ValueError, match="JSON"):  # refused before anything is replaced
+        publish(tmp_path, "m", {"perplexity": float("nan")}, [])
+    assert record.exists() and json.loads((tmp_path / "m.json").read_text()) == {"perplexity": 1.0}
+    replace, renamed = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(replace(source, target))
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, "m", {"perplexity": 2.0}, [{"row": 2}])
+    assert not record.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["m.items.jsonl", "m.json"]
 
 
 def test_another_models_answers_are_not_taken(tmp_path: Path) -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder, atomic_write_json, disk_errors, recover, remove_folder
+from minitron_train.files import (
+    PARTIAL,
+    atomic_file,
+    atomic_folder,
+    atomic_write_json,
+    disk_errors,
+    recover,
+    remove_folder,
+    remove_scratch_files,
+)
 
 
 def names(folder: Path) -> set[str]:
@@ -71,6 +80,19 @@ def test_of_a_link_to_a_folder_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(tmp_path / "real")
     remove_folder(tmp_path / "train", first="", last="")
     assert names(tmp_path) == {"real", "train", "other"} and not names(tmp_path / "real")
+
+
+def test_a_scratch_file_goes_unless_a_living_process_writes_it(tmp_path: Path) -> None:
+    """A kill leaves one: the next write of the same file deletes it, and so does `recover` of the folder around it."""
+    for name in ("a.json", "ab.json", "a(1).json"):
+        (tmp_path / f"{name}{PARTIAL}12345678").touch()
+    atomic_write_json(tmp_path / "a.json", 1)
+    assert names(tmp_path) == {"a.json", f"ab.json{PARTIAL}12345678", f"a(1).json{PARTIAL}12345678"}
+    with atomic_file(tmp_path / "b.json") as scratch:
+        scratch.write_text("2")
+        atomic_write_json(tmp_path / "b.json", 1)
+        remove_scratch_files(tmp_path)
+    assert names(tmp_path) == {"a.json", "b.json"} and (tmp_path / "b.json").read_text() == "2"
 
 
 def test_json_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from minitron_train.errors import UserError
 from minitron_train.files import exclusive
-from minitron_train.stages import Invocation, Stage, read_provenance, run_stage
+from minitron_train.stages import Invocation, Stage, exported, note_export, read_provenance, run_stage
 
 INVOCATION = Invocation(["python", "-m", "minitron_train", "test"], {"seed": 1})
 
@@ -96,6 +96,16 @@ def test_a_folder_that_was_being_replaced_is_read_and_put_back(stage: Stage) -> 
     assert stage.state() == ("finished", "")
     assert not run(stage, "again")
     assert (stage.folder / "result").read_text() == "done"
+
+
+def test_what_a_killed_second_run_left_of_a_finished_stage_goes(stage: Stage) -> None:
+    run(stage)
+    (stage.folder / "README.md.partial-12345678").touch()
+    stage.folder.with_name("out.partial-12345678").mkdir()
+    stage.lock.touch()
+    assert not run(stage, "not done")
+    assert [path.name for path in stage.folder.parent.iterdir()] == ["out"]
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["provenance.json", "result"]
 
 
 @pytest.mark.parametrize("manner", ["whole", "grows", "itself"])
@@ -267,3 +277,28 @@ def test_a_requeued_job_obeys_force_once(
     assert saved.exists() is grows and ("begun by this job" in capsys.readouterr().out) is grows
     assert not life(2, "again") and (stage.folder / "result").read_text() == "whole"
     assert life(0, "typed again in the same job")
+
+
+def test_another_stages_result_is_not_replaced(stage: Stage) -> None:
+    run(stage)
+    export = replace(stage, name="export", inputs={"checkpoint": "step"})
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"export: .* holds the result of another stage \(prune\)"):
+            run(export, force=force)
+    assert (stage.folder / "result").read_text() == "done"
+
+
+def test_a_student_that_was_exported_elsewhere_is_found(tmp_path: Path) -> None:
+    """The last export counts; OUTPUT_DIR/student needs no record, and a student that has gone is not named."""
+    out, one, two = (tmp_path / name for name in ("out", "one", "two"))
+    for folder in (out, one, two):
+        folder.mkdir()
+        (folder / "config.json").touch()
+    assert exported(out) is None
+    for folder in (one, two):
+        note_export(out, folder)
+        assert exported(out) == folder
+    (two / "config.json").unlink()
+    assert exported(out) is None
+    note_export(out, out / "student")
+    assert not (out / "exported.json").exists()

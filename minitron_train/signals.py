@@ -1,0 +1,106 @@
+"""What a process does when it is asked to end: Ctrl-C, SIGTERM (schedulers), SIGUSR1 (Slurm's --signal, before the time limit).
+
+`guard` takes over the signals before anything slow is imported. From then on the first one ends the process in one line,
+by an exception that cleans up on its way. A training (`StopSignals`) notes SIGTERM and SIGUSR1 instead; its loop saves and
+ends at the next safe point. No torch here.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REPEAT_S = (
+    5.0  # Slurm and the job script may both send a signal; one that comes later ends the process without cleaning up
+)
+
+
+class Stopped(SystemExit):
+    """SIGTERM or SIGUSR1 outside of a training. The exit code is 128 + the signal's number, which slurm/common.sh requeues."""
+
+
+class Guard:
+    """The handler of all these signals outside of a training.
+
+    Attributes:
+        exit_code: set once the command has ended; a signal that comes later ends the process with it.
+        received: the signal that came first, None before it.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self.received: int | None = None
+        self.received_s = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Answer a signal.
+
+        Raises:
+            KeyboardInterrupt, Stopped: it is the first one.
+        """
+        if self.exit_code is not None:
+            os._exit(self.exit_code)
+        is_repeated = self.received is not None
+        if is_repeated and (number == signal.SIGINT or time.monotonic() - self.received_s > REPEAT_S):
+            end_now(number)
+        if not is_repeated:
+            self.note(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
+
+    def note(self, number: int) -> None:
+        """Remember a signal that is being answered."""
+        self.received, self.received_s = number, time.monotonic()
+
+
+def end_now(number: int) -> NoReturn:
+    """Say what ended the process, and end it: in Python's own shutdown another signal would print a traceback."""
+    line = f"{signal.Signals(number).name}: ended; finished stages are kept, start again to go on"
+    if number == signal.SIGINT:
+        line = "interrupted; finished stages are kept"
+    with contextlib.suppress(OSError):  # nobody reads any more
+        os.write(2, f"{line}\n".encode())
+    os._exit(128 + number)
+
+
+def guard(command: Callable[[], int]) -> NoReturn:
+    """Run a command as this process: answer signals from here on, end with the command's exit code."""
+    handler = Guard()
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        if number in STOP_SIGNALS or signal.getsignal(number) is not signal.SIG_IGN:  # a background job ignores Ctrl-C
+            signal.signal(number, handler)
+    try:
+        handler.exit_code = command()
+        sys.stdout.flush()
+    except (KeyboardInterrupt, Stopped):
+        end_now(handler.received or signal.SIGINT)
+    except SystemExit as ending:  # a training that was asked to stop, or an output that nobody reads any more
+        handler.exit_code = ending.code if isinstance(ending.code, int) else 1
+        raise
+    sys.exit(handler.exit_code)
+
+
+class StopSignals:
+    """For the block of a training, the first of STOP_SIGNALS is remembered instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in STOP_SIGNALS:
+            self.previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            if self.received is not None and isinstance(handler, Guard):
+                handler.note(signal.Signals[self.received])  # the run ends by it: a second delivery changes nothing
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name

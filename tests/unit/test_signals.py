@@ -1,0 +1,65 @@
+"""Signals from the first import on: one line, no traceback, a code that slurm/common.sh understands."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_train.signals import Guard, StopSignals
+
+AT_IMPORT = """
+import os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r} and os.path.exists({go!r}):
+            os.unlink({go!r})
+            for number in {numbers}:
+                os.kill(os.getpid(), number)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Sender())
+from minitron_train import __main__
+__main__.main()
+"""
+INT, TERM, USR1 = int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGUSR1)
+KEPT = "finished stages are kept"
+
+
+@pytest.mark.parametrize(
+    ("module", "numbers", "code", "line"),
+    [
+        ("minitron_train.cli", [INT], 130, f"interrupted; {KEPT}"),
+        ("hydra", [INT, INT], 130, f"interrupted; {KEPT}"),
+        ("minitron_train.cli", [TERM, TERM], 143, f"SIGTERM: ended; {KEPT}, start again to go on"),
+        ("torch", [USR1], 138, f"SIGUSR1: ended; {KEPT}, start again to go on"),
+        ("torch", [INT, INT], 130, f"interrupted; {KEPT}"),
+    ],
+)
+def test_a_signal_while_modules_are_imported(
+    tmp_path: Path, module: str, numbers: list[int], code: int, line: str
+) -> None:
+    (tmp_path / "go").touch()
+    program = AT_IMPORT.format(module=module, numbers=numbers, go=str(tmp_path / "go"))
+    words = ["score", "teacher.path=.", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120)
+    assert not (tmp_path / "go").exists(), "the module was imported"
+    assert (done.returncode, done.stderr.splitlines()) == (code, [line])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_notes_the_signal_and_a_second_delivery_changes_nothing() -> None:
+    """Slurm and the job script both send it; the process ends with the training's own code."""
+    guard = Guard()
+    old = signal.signal(signal.SIGTERM, guard)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) is guard
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, old)
