@@ -45,7 +45,6 @@ PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
 STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
 EXPORTED = "exported.json"  # in output_dir: {"folder"}, the student's folder where the last export wrote it elsewhere
-SAVED = "checkpoints/step_*/manifest.json"  # of a training, in its folder
 PACKAGES = (
     "minitron_train",
     "torch",
