@@ -23,6 +23,7 @@ from minitron_train.evaluation.judge import PASSED
 from minitron_train.evaluation.namespaces import UNAVAILABLE
 
 TIME_S = 5
+EXIT_S = 0.5
 WAIT_S = 10  # by the clock, where TIME_S is of the CPU
 PACKAGES = Path(__file__).parents[2]  # where this package is
 START = "import sys; sys.path.insert(0, sys.argv[1]); from minitron_train.evaluation.judge import main; main()"
@@ -61,8 +62,10 @@ def passes(
         for end in link:
             end.close()
         said = read_until(verdict, time.monotonic() + wait_s)
-        for one, complaint in running:
-            if not said and one.poll() == UNAVAILABLE:
+        for one, complaint in running if not said else ():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.wait(EXIT_S)  # its end of the pipe closes a moment before the process has ended
+            if one.returncode == UNAVAILABLE:
                 complaint.seek(0)
                 raise no_namespaces(complaint.read().decode(errors="replace").strip())
         return said == PASSED

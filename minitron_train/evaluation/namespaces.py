@@ -143,14 +143,14 @@ def build_root(root: str) -> None:
     """Make `root` the file system's root: libraries to read, a scratch folder to write, five devices."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, ROOT_OPTIONS)
-    for path in visible():
+    Path(root, "tmp").mkdir()
+    options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=1777"
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    for path in visible():  # after the scratch folder: this Python may lie below /tmp
         bind(path, root)
     for name in DEVICES:
         bind(Path("/dev", name), root, read_only=False)
-    Path(root, "tmp").mkdir()
     Path(root, "dev/shm").symlink_to("/tmp")
-    options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=1777"
-    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
     mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     with contextlib.suppress(OSError):  # namespaces within this one would give rights inside them
         Path("/proc/sys/user/max_user_namespaces").write_text("0")
@@ -177,7 +177,7 @@ def bind(path: Path, root: str, *, read_only: bool = True) -> None:
         target.symlink_to(path.readlink())
         return
     if path.is_dir():
-        target.mkdir()
+        target.mkdir(exist_ok=True)
     else:
         target.touch()
     mount(str(path), str(target), None, MS_BIND | MS_REC)

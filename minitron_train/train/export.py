@@ -25,7 +25,7 @@ from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
 from minitron_train.hf import DTYPES, cast, read_json, shape_from_config, student_config, write_folder
 from minitron_train.records import read_bytes
-from minitron_train.stages import PROVENANCE, STARTED, read_provenance
+from minitron_train.stages import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.safe_load import read_metadata, read_tensors
 
@@ -135,7 +135,7 @@ def named_by(file: Path) -> str:
 def is_own(path: Path, output_dir: Path) -> bool:
     """Whether a checkpoint lies in one of the trainings of `output_dir`, and this program's record of that training is there."""
     for run in (output_dir / name for name in RUNS):
-        recorded = any(read_provenance(run, record) for record in (STARTED, PROVENANCE))
+        recorded = bool(read_started_record(run) or read_provenance(run))
         inside = any(Path(form(path)).is_relative_to(form(run)) for form in (os.path.abspath, os.path.realpath))
         if recorded and inside:
             return True

@@ -123,7 +123,7 @@ def test_a_kill_between_the_last_save_and_its_tidying(tmp_path: Path) -> None:
     for step in (1, 2):
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
-        files.publish(scratch, files.checkpoint_path(tmp_path, step), {"evaluation": {"validation.kl": 1 / step}})
+        files.publish(scratch, files.checkpoint_path(tmp_path, step), manifest(step, {"validation.kl": 1 / step}))
     (tmp_path / "latest").write_text("step_00000001\n")
     settings = CheckpointConfig(keep=1, keep_best=1)
     files.settle(files.checkpoint_path(tmp_path, 2), settings, Yardstick("validation.kl"))

@@ -33,7 +33,6 @@ def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["prune", "sed=4"], "unknown key 'sed' (did you mean 'seed'?)"),
         (["prune", "seed.x=4"], "seed is a value, not a section"),
         (["prune", "prune=modelop"], "unknown option of prune 'modelop' (did you mean 'modelopt'?)"),
-        (["plan", "data.path=/a/[!v]*.gz"], "words with blanks, commas or brackets"),
         (["plan", "data.sources.mine.path=x"], "'+data.sources={NAME: {path: FILE, weight: 1}}'"),
         (["prune", "tiny"], "settings look like key=value"),
         (["prune", "student.hidden_size=big"], "could not be converted to Integer"),

@@ -124,12 +124,12 @@ def test_tokens_that_are_cut_off_or_deleted(tmp_path):
     source, tokens = IndexedSource([prefix], ALL), tmp_path / "a.bin"
     assert source.read(0, 0, 61, 400)[-1] == 7
     tokens.write_bytes(tokens.read_bytes()[:-50])
-    with pytest.raises(UserError, match=r"a\.bin: was cut off while it was read; restore the file"):
+    with pytest.raises(UserError, match=r"a\.bin: changed after this run had opened it \(had [\d,]+ bytes, has"):
         source.read(NUM_DOCUMENTS - 1, 0, 61, 400)
     with pytest.raises(UserError, match=r"a\.bin: [\d,]+ bytes, its \.idx promises"):
         _ = IndexedSource([prefix], ALL).num_blocks
     tokens.unlink()
-    with pytest.raises(UserError, match=r"a\.bin: cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"a\.bin: (cannot be read \(No such file|was deleted after this run)"):
         _ = IndexedSource([prefix], ALL).num_blocks
 
 

@@ -84,13 +84,13 @@ def test_an_export_that_was_done_is_finished(said: Said, monkeypatch: pytest.Mon
     def save(step: int) -> None:
         path = checkpoint_files.checkpoint_path(said.folder / "train" / "checkpoints", step)
         path.mkdir(parents=True)
-        (path / checkpoint_files.MANIFEST).write_text(f'{{"step": {step}, "files": {{}}}}')
+        (path / checkpoint_files.MANIFEST).write_text(f'{{"step": {step}, "files": {{}}, "belongs_to": {{}}}}')
 
     def write(checkpoint: Saved, folder: Path, dtype: str | None) -> Mapping[str, Any]:
         return {"checkpoint": checkpoint.path.name}
 
     save_tiny("nemotron", said.folder / "train" / "checkpoints" / "model")
-    (said.folder / "train" / STARTED).write_text('{"inputs": {}}')
+    (said.folder / "train" / STARTED).write_text('{"inputs": {}, "settings": {}}')
     save(40)
     monkeypatch.setattr("minitron_train.train.export.export", write)
     assert said.states("export") == {"export": "missing"}

@@ -180,7 +180,7 @@ for _ in range(10):
 @pytest.mark.parametrize(("end", "passed"), [("", True), ("time.sleep(600)\n", False)])
 def test_what_a_program_has_forked_ends_with_it(end: str, passed: bool) -> None:
     name = f"left{os.getpid()}"
-    assert passes(LEAVE.format(name=name.encode()) + end, wait_s=3) is passed
+    assert passes(LEAVE.format(name=name.encode()) + end, wait_s=20 if passed else 3) is passed
     assert until(lambda: not named(name))
 
 

@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from minitron_train import cli
+from minitron_train import cli, hf
 from minitron_train.arch import architecture
 from minitron_train.prune.target import check_target
 from minitron_train.workspace import shape_of_recipe
@@ -92,6 +92,7 @@ def test_what_is_recorded_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
         return {"key": self.key(variant), "variant": variant.label, "evaluations": [{"tokens": 1, "loss": 2.0}]}
 
     monkeypatch.setattr(Papers, "row", row)
+    monkeypatch.setattr(hf, "fingerprint", lambda folder: str(sorted(folder.glob("*"))))
     study = Study(name="s", question="", published="", variants=(variant,), reference="a")
     papers = Papers(Miniature(tmp_path, True), tmp_path / "teacher", study, 1)
     for changed in (variant, replace(variant, label="b"), replace(variant, share=0.5), replace(variant, train=("c",))):

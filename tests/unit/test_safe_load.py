@@ -36,7 +36,7 @@ class Evil:
 
 def sign(path: Path) -> None:
     """A manifest that fits the checkpoint's files, as an attacker would write it."""
-    manifest: dict[str, Any] = {"step": 1}
+    manifest: dict[str, Any] = {"step": 1, "belongs_to": {}}
     if (path / files.MANIFEST).exists():
         manifest = json.loads((path / files.MANIFEST).read_text())
     present = [file for file in path.iterdir() if file.name != files.MANIFEST]
@@ -147,8 +147,8 @@ def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path) -> No
     path = tmp_path / "step_00000001"
     path.mkdir()
     noted = {"bytes": 1, "sha256": sha256_file(tmp_path / "secret")}
-    (path / files.MANIFEST).write_text(json.dumps({"step": 1, "files": {"../secret": noted}}))
-    assert "names ../secret" in str(files.damage(path))
+    (path / files.MANIFEST).write_text(json.dumps({"step": 1, "belongs_to": {}, "files": {"../secret": noted}}))
+    assert "is unreadable" in str(files.damage(path)) and "`key` in `$.files`" in str(files.damage(path))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_model_folder_is_never_a_training(tmp_path: Path, word: str) -> None:
     """Its checkpoints/ and manifest.json are ignored; where it lacks its config.json, that is what is said."""
     model = save_tiny("nemotron", tmp_path / "model")
     add_checkpoint(model, tmp_path / "mark")
-    (model / files.MANIFEST).write_text('{"step": 1, "files": {}}')
+    (model / files.MANIFEST).write_text('{"step": 1, "files": {}, "belongs_to": {}}')
     assert not is_training(model) and locate(model, tmp_path, trust_external=False) == model
     config = cli.compose([*word.format(model).split(), f"output_dir={tmp_path / 'out'}", "dry_run=true"])
     commands.execute("eval", config, [], World())
@@ -180,7 +180,7 @@ def test_only_the_output_folders_own_trainings_are_loaded(tmp_path: Path) -> Non
     for name, path in paths.items():
         with pytest.raises(UserError, match=r"checkpoint\.trust_external=true"):
             find_checkpoint(path, out, trust_external=False)
-        (out / name / STARTED).write_text('{"inputs": {"student": "1"}}')
+        (out / name / STARTED).write_text('{"inputs": {"student": "1"}, "settings": {}}')
         named = (path, out / name, path.parent / "latest")
         (path.parent / "latest").write_text(path.name + "\n")
         for source in named:

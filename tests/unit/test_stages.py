@@ -194,7 +194,6 @@ STARTED = '{"inputs": {"teacher": "abc"}, "settings": {"student": {"hidden_size"
     ("left", "text"),
     [
         ("started.json", STARTED),
-        ("checkpoints/step_00000005/manifest.json", "{"),
         ("started.json.partial-12345678", "{"),
         ("", ""),
     ],
