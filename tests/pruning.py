@@ -8,14 +8,13 @@ import yaml
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.config import Aggregation, CalibrationConfig, Config, Depth, Merge, PruneConfig, Refit, Scope
+from minitron_train.config import Aggregation, CalibrationConfig, Config, Merge, PruneConfig, Refit, Scope
 
 ENUMS: dict[str, Any] = {
     "batch_aggregation": Aggregation,
     "sequence_aggregation": Aggregation,
     "heads_scope": Scope,
     "ffn_scope": Scope,
-    "depth": Depth,
     "head_merge": Merge,
     "refit": Refit,
 }

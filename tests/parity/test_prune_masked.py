@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.arch import convert
-from minitron_train.config import Depth, Merge, Precision, Refit
+from minitron_train.config import Merge, Precision, Refit
 from minitron_train.prune import repair
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.shards import RowReader
@@ -170,7 +170,7 @@ def test_scores_in_bf16_are_near_those_in_fp32(tmp_path, tiny_models, groups, fa
     """The same sets but for near ties: statistics are fp32 and fp64 whatever the weights are."""
     scores, kept = {}, {}
     for precision in Precision:
-        config = configuration(depth=Depth.perplexity)
+        config = configuration(depth="perplexity")
         config.calibration.precision = precision
         folder = run_cut(tmp_path / precision.name, tiny_models[family], config, TOKENS, groups, **SIZES)
         scores[precision] = load_file(folder.parent / "scores.safetensors")
