@@ -13,7 +13,7 @@ from minitron_train.prune.layers import Layers
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced
 from tests.models import FAMILIES, hf_logits
-from tests.pruning import configuration, random_tokens, run_cut
+from tests.pruning import configuration, evidence_of, random_tokens, run_cut
 
 TOKENS = random_tokens()
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
@@ -51,7 +51,7 @@ def test_slicing_commutes_with_conversion(tmp_path, tiny_models, groups, family,
     folder = run_cut(tmp_path, tiny_models[family], config, TOKENS, groups, **SIZES)
     teacher, student = hf.Checkpoint(tiny_models[family]), hf.Checkpoint(folder)
     statistics = Scores.read(tmp_path / "scores.safetensors", teacher).statistics
-    view = Sliced(teacher, select(statistics, config.prune, teacher.shape, student.shape))
+    view = Sliced(teacher, select(evidence_of(teacher, statistics, config.prune), student.shape))
     for row in student.table.rows_of(student.shape):
         for i in row.layers(student.shape):
             for rank in range(2):

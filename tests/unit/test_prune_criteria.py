@@ -18,16 +18,14 @@ from minitron_train.prune.layers import Layers
 from minitron_train.prune.score import measure
 from minitron_train.prune.select import select
 from minitron_train.prune.shards import RowReader
-from tests.pruning import configuration, random_tokens, run_cut
+from tests.pruning import configuration, evidence_of, random_tokens, run_cut
 
 LAYER, HEAD, NEURON, CHANNEL = "model.layers.1.", 5, 17, 40
 
 
-def evidence_of(folder: Path, statistics: Statistics | None = None, seed: int = 0, **prune: str) -> Evidence:
+def unmeasured(folder: Path, seed: int = 0, **prune: str) -> Evidence:
     teacher = hf.Checkpoint(folder)
-    statistics = statistics or Statistics(teacher.shape.num_layers)
-    parts = {"source": teacher, "table": teacher.table, "shape": teacher.shape}
-    return Evidence(statistics=statistics, prune=PruneConfig(**prune), seed=seed, **parts)  # type: ignore[arg-type]
+    return evidence_of(teacher, Statistics(teacher.shape.num_layers), PruneConfig(**prune), seed)  # type: ignore[arg-type]
 
 
 def weights_of(tensors: dict[str, Tensor], kv_channels: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -47,7 +45,7 @@ def weights_of(tensors: dict[str, Tensor], kv_channels: int) -> tuple[list[Tenso
 
 
 def test_magnitude_is_the_norm_of_all_that_goes_with_a_channel_head_or_neuron(tiny_models: dict[str, Path]) -> None:
-    evidence = evidence_of(tiny_models["llama"])
+    evidence = unmeasured(tiny_models["llama"])
     tensors = load_file(tiny_models["llama"] / "model.safetensors")
     scores = width_criterion("magnitude").width(evidence)
     found = (scores.heads[1][HEAD], scores.ffn[1][NEURON], scores.embedding[CHANNEL])
@@ -63,8 +61,7 @@ def test_wanda_is_weight_times_input_norm_as_transformers_computes_it(
     tokens, teacher = random_tokens(), hf.Checkpoint(tiny_models["llama"])
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=True)
     statistics = measure(layers, tokens, CalibrationConfig(micro_batch_size=3))
-    evidence = evidence_of(teacher.folder, statistics)
-    evidence = replace(evidence, prune=PruneConfig(include_final_norm=include_final_norm))
+    evidence = evidence_of(teacher, statistics, PruneConfig(include_final_norm=include_final_norm))
     scores = width_criterion("wanda").width(evidence)
 
     model = AutoModelForCausalLM.from_pretrained(teacher.folder, dtype=torch.float32).eval()
@@ -88,7 +85,7 @@ def test_wanda_is_weight_times_input_norm_as_transformers_computes_it(
 
 
 def test_random_follows_the_seed_and_keeps_groups_whole(tiny_models: dict[str, Path], groups) -> None:
-    evidence = evidence_of(tiny_models["llama"], seed=1, width="random")
+    evidence = unmeasured(tiny_models["llama"], seed=1, width="random")
     scores = width_criterion("random").width(evidence)
     evidence.statistics.blocks.update({f"layers.{i}.block": torch.ones(2) for i in range(evidence.shape.num_layers)})
     keep = select(evidence, evidence.shape.smaller(hidden_size=48, ffn_hidden_size=40, num_attention_heads=4))
