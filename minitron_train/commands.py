@@ -353,6 +353,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     """The training loop in its own growing folder; it resumes by itself."""
     from minitron_train.data.ledger import check_data_files
     from minitron_train.data.tokenizer import check_same
+    from minitron_train.plugins import code_hash, import_name
     from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
@@ -360,6 +361,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
+        if config.distill.loss_function:
+            inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     check_early(["distill"], config)  # pretraining has the same rules
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")

@@ -11,10 +11,8 @@ importable module, named with its dots (`prune.width=my_lab.taylor`). The first 
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
@@ -23,8 +21,8 @@ from minitron_train.arch.convert import Source
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import Architecture
 from minitron_train.config import PruneConfig
-from minitron_train.errors import UserError, first_line
-from minitron_train.files import sha256_file
+from minitron_train.errors import UserError
+from minitron_train.plugins import code_hash, import_module
 from minitron_train.prune import criteria
 from minitron_train.prune.collect import Statistics
 
@@ -120,20 +118,18 @@ def outside_criteria(prune: PruneConfig) -> dict[str, str]:
     """Hashes of the criteria that come from outside this package, by label: what is cut depends on their code."""
     named = {"width": prune.width, "depth": prune.depth}
     modules = {name: find(f"prune.{function}", name, function) for function, name in named.items() if "." in name}
-    return {f"criterion {name}": sha256_file(Path(str(module.__file__))) for name, module in modules.items()}
+    return {f"criterion {name}": code_hash(module) for name, module in modules.items()}
 
 
 def find(key: str, name: str, function: str) -> ModuleType:
     """The module of a criterion; `function` tells width from depth."""
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
-        raise UserError(f"{key}={name}: is not the name of a Python module; choose one of {', '.join(names(function))}")
-    inside = "." not in name
-    try:
-        module = importlib.import_module(f"{criteria.__name__}.{name}" if inside else name)
-    except ImportError as error:
-        reason = "no such criterion" if inside else f"cannot be imported ({first_line(error)})"
-        remedy = "or name your own module with its package, like my_lab.taylor (its folder must be on PYTHONPATH)"
-        raise UserError(f"{key}={name}: {reason}; choose one of {', '.join(names(function))}, {remedy}") from error
+    inside = names()
+    if "." not in name and name not in inside:
+        own = [known for known in inside if hasattr(module_of(known), function)]
+        raise UserError(
+            f"{key}={name}: no such criterion; choose one of {', '.join(own)}, or name your own, like my_lab.taylor"
+        )
+    module = module_of(name) if name in inside else import_module(key, name)
     if not callable(getattr(module, function, None)):
         raise UserError(
             f"{key}={name}: {module.__name__} defines no function {function}; see minitron_train/prune/criterion.py"
@@ -141,10 +137,14 @@ def find(key: str, name: str, function: str) -> ModuleType:
     return module
 
 
-def names(function: str) -> list[str]:
-    """The program's own criteria that define `function`, sorted."""
-    found = sorted(module.name for module in pkgutil.iter_modules(criteria.__path__))
-    return [name for name in found if hasattr(importlib.import_module(f"{criteria.__name__}.{name}"), function)]
+def names() -> list[str]:
+    """The program's own criteria, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(criteria.__path__))
+
+
+def module_of(name: str) -> ModuleType:
+    """One of the program's own criteria."""
+    return importlib.import_module(f"{criteria.__name__}.{name}")
 
 
 def summary(module: ModuleType) -> str:
