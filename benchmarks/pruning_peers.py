@@ -47,11 +47,9 @@ from miniature import evaluations
 from pruning_peers_methods import (
     as_many_layers,
     keep_best,
-    magnitude_scores,
     norm_tensors,
     num_parameters,
     principal_directions,
-    random_scores,
     rms_restored,
     rotated_shape,
     rotated_tensors,
@@ -71,9 +69,9 @@ from minitron_train.config import Config, ParallelConfig, PruneConfig
 from minitron_train.files import atomic_folder
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.parallel.launch import World
+from minitron_train.prune.criterion import Evidence, width_criterion
 from minitron_train.prune.cut import choose, repaired_tensors
 from minitron_train.prune.layers import Layers
-from minitron_train.prune.scores import importance
 from minitron_train.prune.select import Keep, select
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import slice_checkpoint
@@ -95,19 +93,17 @@ class Run:
     distilled: bool = True
 
 
-def by_scores(peers: "Peers", target: Shape, folder: Path, *, seed: int | None = None) -> None:
-    """random with a seed, else magnitude."""
-    teacher = peers.bench.teacher
-    scores = magnitude_scores(teacher) if seed is None else random_scores(teacher.shape, seed)
-    slice_checkpoint(teacher, keep_best(scores, teacher.shape, target), target, folder)
+def by_criterion(peers: "Peers", target: Shape, folder: Path, *, width: str, seed: int = 0) -> None:
+    """One of the program's width criteria, without repair."""
+    evidence = peers.evidence(PruneConfig(width=width), seed)
+    slice_checkpoint(peers.bench.teacher, select(evidence, target), target, folder)
 
 
 def shortgpt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
     """Layers go."""
     teacher = peers.bench.teacher
     student = as_many_layers(teacher.shape, num_parameters(target))
-    keep = select(peers.bench.statistics, PruneConfig(), teacher.shape, student)
-    slice_checkpoint(teacher, keep, student, folder)
+    slice_checkpoint(teacher, select(peers.evidence(PruneConfig()), student), student, folder)
     return {"layers": student.num_layers}
 
 
@@ -117,7 +113,7 @@ def slicegpt_like(peers: "Peers", target: Shape, folder: Path) -> None:
     student, gamma = rms_restored(rotated.shape, rotated_shape(target))
     prune = configuration(Case("modelopt", "modelopt"), peers.bench.calibration).prune
     falling = -torch.arange(rotated.shape.hidden_size).double()
-    scores = replace(importance(peers.bench.statistics, rotated.shape, prune), embedding=falling)
+    scores = replace(width_criterion(prune.width).width(peers.evidence(prune)), embedding=falling)
     keep = keep_best(scores, rotated.shape, student)
     slice_checkpoint(rotated, keep, student, folder, norm_tensors(student, gamma))
 
@@ -165,9 +161,9 @@ def nvidia_modelopt(peers: "Peers", target: Shape, folder: Path) -> dict[str, in
 
 
 RUNS = (
-    Run("random-1", "random", partial(by_scores, seed=1)),
-    Run("random-2", "random", partial(by_scores, seed=2)),
-    Run("magnitude", "magnitude", by_scores),
+    Run("random-1", "random", partial(by_criterion, width="random", seed=1)),
+    Run("random-2", "random", partial(by_criterion, width="random", seed=2)),
+    Run("magnitude", "magnitude", partial(by_criterion, width="magnitude")),
     Run("shortgpt", "shortgpt", shortgpt),
     Run("slicegpt-like", "slicegpt-like", slicegpt_like),
     Run("modelopt", "modelopt", partial(preset, name="modelopt")),
@@ -214,6 +210,13 @@ class Peers:
         """The configuration of a preset, and what it keeps."""
         bench, config = self.bench, configuration(Case(name, name), self.bench.calibration)
         return config, choose(config, self.groups, bench.teacher, target, bench.statistics, lambda: bench.tokens)
+
+    def evidence(self, prune: PruneConfig, seed: int = 0) -> Evidence:
+        """What a criterion may look at: the teacher and its statistics."""
+        teacher, statistics = self.bench.teacher, self.bench.statistics
+        return Evidence(
+            statistics=statistics, source=teacher, table=teacher.table, shape=teacher.shape, prune=prune, seed=seed
+        )
 
     def loss(self, folder: Path) -> float:
         """On the held-out tokens."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from minitron_train import hf
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.table import EMBEDDING, OUTPUT
+from minitron_train.prune.criterion import Width, best
 from minitron_train.prune.layers import Layers, forward
-from minitron_train.prune.scores import Importance
-from minitron_train.prune.select import Keep, best, best_heads
+from minitron_train.prune.select import Keep, best_heads
 
 FOLLOWS = {  # Llama's linears that read the residual stream, and the norm before each
     "self_attn.q_proj": "input_layernorm",
@@ -24,7 +24,7 @@ FOLLOWS = {  # Llama's linears that read the residual stream, and the norm befor
 }
 
 
-def keep_best(scores: Importance, teacher: Shape, student: Shape) -> Keep:
+def keep_best(scores: Width, teacher: Shape, student: Shape) -> Keep:
     """All layers, and of every other axis the highest scores, the same number of heads in each KV group."""
     chosen = [best_heads(heads, teacher, student) for heads in scores.heads]
     return Keep(
@@ -36,48 +36,6 @@ def keep_best(scores: Importance, teacher: Shape, student: Shape) -> Keep:
         groups={i: groups for i, (_, groups, _) in enumerate(chosen)},
         ffn={i: best(ffn, student.ffn_hidden_size) for i, ffn in enumerate(scores.ffn)},
         partners={i: partners for i, (_, _, partners) in enumerate(chosen)},
-    )
-
-
-def random_scores(shape: Shape, seed: int) -> Importance:
-    """Noise: the baseline of arXiv 2408.11796, figure 6."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(count: int) -> Tensor:
-        return torch.rand(count, generator=generator)
-
-    layers = range(shape.num_layers)
-    return Importance(
-        embedding=noise(shape.hidden_size),
-        heads=[noise(shape.num_attention_heads) for _ in layers],
-        ffn=[noise(shape.ffn_hidden_size) for _ in layers],
-        block=[],
-        loss_without=[],
-    )
-
-
-def magnitude_scores(teacher: hf.Checkpoint) -> Importance:
-    """The L2 norm of all weights that go with a channel, head or neuron (the group importance "L2" of arXiv 2305.11627).
-
-    A channel: its entry of every tensor along the residual stream, in all layers, a tied embedding once. A head: its
-    query rows and output columns. A neuron: its row of gate and up, its column of down.
-    """
-    shape, sums = teacher.shape, {}
-    for row in teacher.table.rows_of(shape):
-        for i in row.layers(shape):
-            for name, axes in row.hf.items():
-                squares = teacher.read(name.format(i=i)).double().square()
-                for dim, axis in enumerate(axes):
-                    total = squares.movedim(dim, 0).flatten(1).sum(1) if squares.dim() > 1 else squares
-                    key = axis, 0 if axis == "embd" else i
-                    sums[key] = sums.get(key, 0.0) + total
-    layers = range(shape.num_layers)
-    return Importance(
-        embedding=sums["embd", 0].sqrt(),
-        heads=[sums["q", i].view(-1, shape.kv_channels).sum(1).sqrt() for i in layers],
-        ffn=[sums["ffn", i].sqrt() for i in layers],
-        block=[],
-        loss_without=[],
     )
 
 

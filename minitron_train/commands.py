@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.chain import chain, check_early
-from minitron_train.config import Config, DataConfig, Depth
+from minitron_train.config import Config, DataConfig
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import sha256_file
@@ -87,9 +87,12 @@ def pretrain(ws: Workspace) -> None:
 def score(ws: Workspace) -> None:
     """Importance of every channel, head, neuron and layer, from forward passes over the calibration tokens."""
     from minitron_train.data.calibration import calibration_data
+    from minitron_train.prune.criterion import depth_criterion, width_criterion
     from minitron_train.prune.score import score as measure
 
-    calibration = ws.config.calibration
+    calibration, prune = ws.config.calibration, ws.config.prune
+    width_criterion(prune.width)  # a wrong name is refused before the work
+    needs_layer_removal = depth_criterion(prune.depth).needs_layer_removal
     ws.check_teacher()
     ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
@@ -103,9 +106,9 @@ def score(ws: Workspace) -> None:
         settings = {"calibration": subset(calibration, "precision")}
         inputs["tokens"] = sha256_file(Path(calibration.tokens))
     stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
-    with_losses = dataclasses.replace(stage, settings=settings | {"losses_without_layers": True})
-    if ws.config.prune.depth is Depth.perplexity or has_more(ws, with_losses):
-        stage = with_losses
+    with_removal = dataclasses.replace(stage, settings=settings | {"layer_removal": True})
+    if needs_layer_removal or has_more(ws, with_removal):
+        stage = with_removal
 
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("score", ws.teacher_shape)
@@ -314,6 +317,7 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]
 
 def cut(ws: Workspace, student: Shape) -> None:
     """Scores -> kept indices -> the pruned folder."""
+    from minitron_train.prune.criterion import outside_criteria
     from minitron_train.prune.cut import cut as write
     from minitron_train.prune.describe import describe
 
@@ -322,6 +326,7 @@ def cut(ws: Workspace, student: Shape) -> None:
     inputs = {
         "teacher": ws.fingerprint(ws.teacher_folder),
         "scores": ws.identity(scores, lambda: sha256_file(scores)),
+        **outside_criteria(ws.config.prune),
     }
     settings = {"prune": dataclasses.asdict(ws.config.prune), "student": sizes}
     stage = Stage(
@@ -348,6 +353,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     """The training loop in its own growing folder; it resumes by itself."""
     from minitron_train.data.ledger import check_data_files
     from minitron_train.data.tokenizer import check_same
+    from minitron_train.plugins import code_hash, import_name
     from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
     from minitron_train.train.settings import deciding_settings
@@ -355,6 +361,8 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
+        if config.distill.loss_function:
+            inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     check_early(["distill"], config)  # pretraining has the same rules
     settings = deciding_settings(config, distilled=teacher is not None)
     stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")

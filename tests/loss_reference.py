@@ -57,6 +57,8 @@ def row_losses(case: Case, spec: LossSpec, vocab_size: int | None = None) -> tup
     student_NV = case.student_NH @ case.student_VH[:vocab_size].T
     teacher_NV = case.teacher_ND @ case.teacher_VD[:vocab_size].T
     ce_N = F.cross_entropy(student_NV, case.labels_N, reduction="none")
+    if spec.function is not None:
+        return spec.function(student_NV, teacher_NV), ce_N
     if spec.kind is LossKind.mse:
         return (student_NV - teacher_NV).square().mean(-1), ce_N
     if spec.kind is LossKind.cosine:
@@ -91,6 +93,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+def huber(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """A loss that somebody else might write, of log-probabilities: [N]."""
+    log_p, log_q = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    return F.huber_loss(log_p, log_q, reduction="none").mean(-1)
+
+
 def specs() -> list[LossSpec]:
     """Every kind, with whatever it takes besides, alone and mixed with cross-entropy."""
     base = [
@@ -101,6 +109,7 @@ def specs() -> list[LossSpec]:
         {"kind": LossKind.mse},
         {"kind": LossKind.cosine},
         {"kind": LossKind.top_k_kl, "top_k": 13, "temperature": 1.3},
+        {"function": huber},
     ]
     mixed = [fields | {"kd_weight": 1.3, "ce_weight": 0.7} for fields in base]
     return [LossSpec(**fields) for fields in base + mixed] + [LossSpec(kd_weight=0, ce_weight=1)]
@@ -108,4 +117,5 @@ def specs() -> list[LossSpec]:
 
 def spec_name(spec: LossSpec) -> str:
     """For pytest's ids."""
-    return f"{spec.kind.value}-T{spec.temperature}-kd{spec.kd_weight}-ce{spec.ce_weight}"
+    kind = spec.function.__name__ if spec.function else spec.kind.value  # type: ignore[attr-defined]
+    return f"{kind}-T{spec.temperature}-kd{spec.kd_weight}-ce{spec.ce_weight}"

@@ -8,14 +8,15 @@ import yaml
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.config import Aggregation, CalibrationConfig, Config, Depth, Merge, PruneConfig, Refit, Scope
+from minitron_train.config import Aggregation, CalibrationConfig, Config, Merge, PruneConfig, Refit, Scope
+from minitron_train.prune.collect import Statistics
+from minitron_train.prune.criterion import Evidence
 
 ENUMS: dict[str, Any] = {
     "batch_aggregation": Aggregation,
     "sequence_aggregation": Aggregation,
     "heads_scope": Scope,
     "ffn_scope": Scope,
-    "depth": Depth,
     "head_merge": Merge,
     "refit": Refit,
 }
@@ -33,6 +34,13 @@ def configuration(preset: str | None = None, **prune: Any) -> Config:
 def random_tokens(batches: int = 2, sequences: int = 6, length: int = 32, vocab: int = 128) -> Tensor:
     """Calibration tokens [batches, sequences, length]."""
     return torch.randint(0, vocab, (batches, sequences, length), generator=torch.Generator().manual_seed(3))
+
+
+def evidence_of(teacher: hf.Checkpoint, statistics: Statistics, prune: PruneConfig, seed: int = 0) -> Evidence:
+    """What a criterion may look at."""
+    return Evidence(
+        statistics=statistics, source=teacher, table=teacher.table, shape=teacher.shape, prune=prune, seed=seed
+    )
 
 
 def run_cut(folder: Path, teacher_folder: Path, config: Config, tokens: Tensor, groups: Any, **sizes: int) -> Path:

@@ -97,6 +97,11 @@ class Architecture:
         """The rows of one model: tied embeddings have no output layer of their own."""
         return tuple(row for row in self.rows if not (shape.tie_embeddings and row.mcore == OUTPUT))
 
+    def output_name(self, shape: Shape) -> str:
+        """The Hugging Face tensor of the output layer; that of the embedding where they are tied."""
+        mcore = EMBEDDING if shape.tie_embeddings else OUTPUT
+        return next(name for row in self.rows if row.mcore == mcore for name in row.hf)
+
     def tensors(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Name and size of every tensor of the Hugging Face checkpoint."""
         return dict(self.each_tensor(shape))

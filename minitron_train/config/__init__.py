@@ -15,7 +15,6 @@ from minitron_train.config.model import ExportConfig, ModelConfig, StudentConfig
 from minitron_train.config.prune import (
     Aggregation,
     CalibrationConfig,
-    Depth,
     Merge,
     PruneConfig,
     Refit,
@@ -76,7 +75,6 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
-    "Depth",
     "DistillConfig",
     "EvalConfig",
     "ExportConfig",

@@ -63,6 +63,10 @@ class DistillConfig:
     """The loss (arXiv 2407.14679 §3)."""
 
     loss: LossKind = opt(LossKind.forward_kl, "on the logits of the full vocabulary")
+    loss_function: str | None = opt(
+        None,
+        "your own loss in place of distill.loss: my_lab.losses.name(student_logits, teacher_logits) -> loss per token",
+    )
     temperature: float = opt(1.0, "both models' logits are divided by it")
     temperature_squared: bool = opt(False, "multiply the loss by temperature²")
     top_k: int = opt(0, "top_k_kl: number of the teacher's largest logits")
@@ -80,6 +84,9 @@ class DistillConfig:
     def validate(self) -> None:
         """Ranges."""
         check_loss(self, self.loss, "distill.")
+        plain = (self.loss, self.temperature, self.temperature_squared) == (LossKind.forward_kl, 1.0, False)
+        rule = "replaces distill.loss, distill.temperature and distill.temperature_squared"
+        require(plain or not self.loss_function, "distill.loss_function", self.loss_function, rule, "leave them out")
         check_blocks(self, "distill.")
         for pair in self.hidden_layers:
             names = pair.split("/")

@@ -75,23 +75,15 @@ class Merge(Enum):
     outputs = "outputs"
 
 
-class Depth(Enum):
-    """Which layers go (arXiv 2407.14679 §2.2).
-
-    block: those of least 1 - cos between input and output; contiguous: the block of neighbours with the least 1 - cos
-    between its input and its output (arXiv 2403.17887); perplexity: those without which the loss is lowest.
-    """
-
-    block = "block"
-    contiguous = "contiguous"
-    perplexity = "perplexity"
-
-
 @dataclass(kw_only=True, slots=True)
 class PruneConfig:
     """How importance is read, what is cut and what is repaired (arXiv 2407.14679 §2)."""
 
     preset: str = opt("default", "name of this preset; goes into provenance")
+    width: str = opt(
+        "activation",
+        "criterion for channels, heads, neurons: activation, magnitude, wanda, random or my_package.module",
+    )
     batch_aggregation: Aggregation = opt(Aggregation.l2, "over the batch")
     sequence_aggregation: Aggregation = opt(Aggregation.mean, "over the tokens of one sequence")
     neuron_activation: str = opt("post", "pre or post: MLP neurons before or after the activation")
@@ -101,7 +93,7 @@ class PruneConfig:
     heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
     include_final_norm: bool = opt(False, "embedding channels: count the final norm's output too")
-    depth: Depth = opt(Depth.block, "which layers go when student.num_layers is smaller")
+    depth: str = opt("block", "criterion for layers: block, contiguous, perplexity, logit_mse or my_package.module")
     drop_layers: list[int] | None = opt(None, "layers to drop, counted from 0; default: chosen by prune.depth")
     head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
     rotate: bool = opt(False, "keep principal directions of the residual stream instead of embedding channels")

@@ -65,6 +65,7 @@ class TrainConfig:
         0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
     )
     log_every_steps: int = opt(1, "metrics.jsonl and W&B")
+    hooks: list[str] = opt(list, "your own code in the loop: classes like my_lab.hooks.MyHook, see train/hooks.py")
 
     @property
     def step_tokens(self) -> int:

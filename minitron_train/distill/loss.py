@@ -18,6 +18,7 @@ from torch import Tensor
 from minitron_train.config import LossKind
 from minitron_train.config.distill import check_loss
 from minitron_train.distill import loss_terms
+from minitron_train.distill.loss_autograd import TokenLoss, summed_loss
 from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.distill.loss_fused import FusedLoss, Problem, WeightedTerm
 from minitron_train.errors import UserError
@@ -29,7 +30,8 @@ class LossSpec:
 
     Both models' logits are divided by `temperature`. The loss is not multiplied by temperature^2 unless
     `temperature_squared` says so (ModelOpt's loss for Megatron is not, Hinton's is). `top_k` belongs to top_k_kl,
-    `jsd_beta` (the teacher's share of the mixture) to jsd. The cross-entropy has temperature 1.
+    `jsd_beta` (the teacher's share of the mixture) to jsd. The cross-entropy has temperature 1. `function` replaces
+    `kind` by a loss of your own, see `loss_autograd`.
     """
 
     kind: LossKind = LossKind.forward_kl
@@ -37,12 +39,15 @@ class LossSpec:
     temperature_squared: bool = False
     top_k: int = 0
     jsd_beta: float = 0.5
+    function: TokenLoss | None = None  # takes the place of `kind`: (student logits, teacher logits) -> loss per token
     kd_weight: float = 1.0
     ce_weight: float = 0.0
 
     def validate(self) -> None:
         """Ranges, and settings that belong to another kind."""
         check_loss(self, self.kind)
+        if self.function is not None and (self.kind, self.temperature, self.top_k) != (LossKind.forward_kl, 1.0, 0):
+            raise UserError("function: replaces kind, temperature and top_k; leave them out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,10 @@ def distillation_loss(
     teacher = None
     if teacher_hidden_ND is not None and teacher_weight_VD is not None:
         teacher = teacher_hidden_ND.detach(), teacher_weight_VD.detach()
+    if loss.function is not None and teacher is not None:
+        student = student_hidden_NH, student_weight_VH
+        kd_sum = summed_loss(loss.function, student, teacher, vocab_size=vocab.size, group=group)
+        return _with_cross_entropy(loss, kd_sum, student, labels_N, vocab, group, chunking)
     problem = Problem(
         make_terms=lambda like_N: _make_terms(loss, vocab, labels_N, like_N),
         teacher=teacher,
@@ -118,6 +127,33 @@ def distillation_loss(
     )
     total, kd_sum, ce_sum = FusedLoss.apply(student_hidden_NH, student_weight_VH, problem)
     return LossParts(total, kd_sum, ce_sum, len(student_hidden_NH))
+
+
+def _with_cross_entropy(
+    loss: LossSpec,
+    kd_sum: Tensor,
+    student: tuple[Tensor, Tensor],
+    labels_N: Tensor | None,
+    vocab: "_Vocabulary",
+    group: dist.ProcessGroup | None,
+    chunking: Chunking,
+) -> LossParts:
+    """The parts of a loss whose distillation term autograd differentiates."""
+    total, ce_sum = loss.kd_weight * kd_sum, torch.zeros_like(kd_sum)
+    if loss.ce_weight:
+        labels_only = LossSpec(kd_weight=0.0, ce_weight=loss.ce_weight)
+        ce = distillation_loss(
+            *student,
+            None,
+            None,
+            loss=labels_only,
+            labels_N=labels_N,
+            vocab_size=vocab.size,
+            group=group,
+            chunking=chunking,
+        )
+        total, ce_sum = total + ce.total, ce.ce_sum
+    return LossParts(total, kd_sum.detach(), ce_sum, len(student[0]))
 
 
 MAKE_TERM: dict[LossKind, Callable[[LossSpec, "_Vocabulary", Tensor], loss_terms.Term]] = {

@@ -16,6 +16,7 @@ from minitron_train.distill.hidden import HiddenPairs
 from minitron_train.distill.loss import LossParts, LossSpec, distillation_loss
 from minitron_train.distill.loss_blocks import Chunking
 from minitron_train.parallel.groups import Groups
+from minitron_train.plugins import import_name
 
 SMALL_BYTES = 256 * 2**20  # of kept logits do not hurt anybody, and save computing them twice
 
@@ -30,6 +31,7 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
         temperature_squared=distill.temperature_squared,
         top_k=distill.top_k,
         jsd_beta=distill.jsd_beta,
+        function=import_name("distill.loss_function", distill.loss_function) if distill.loss_function else None,
         kd_weight=distill.kd_weight,
         ce_weight=distill.ce_weight,
     )

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,16 +16,14 @@ from minitron_train.console import say
 from minitron_train.evaluation.run import run_tasks
 from minitron_train.parallel.groups import Groups
 from minitron_train.report.summary import headline, is_share, metrics_in, ratio_text
+from minitron_train.train.hooks import Hook
+from minitron_train.train.metrics import Row
+
+if TYPE_CHECKING:
+    from minitron_train.train.loop import Trainer
 
 
-class Training(Protocol):
-    """What a run shows of itself to a hook (train.loop.Trainer)."""
-
-    student: LanguageModel
-    objective: Any  # distill.step.Objective: has the teacher, or None
-
-
-class TaskHook:
+class TaskHook(Hook):
     """A hook of the training loop: evaluates eval.training_tasks without an export; collective.
 
     Training goes on as if it had not been called: random states and the models' modes are put back.
@@ -44,7 +42,7 @@ class TaskHook:
         self.tokenizer, self.max_length, self.groups, self.data_dir = tokenizer, max_length, groups, data_dir
         self.teacher: dict[str, float] | None = None
 
-    def __call__(self, training: Training) -> dict[str, float]:
+    def evaluate(self, training: "Trainer") -> Row:
         """`eval.TASK.METRIC` of the student, with `.teacher` of the teacher (measured once) and `.kept`, their ratio.
 
         A metric that is no share, like a perplexity, has no `.kept`.
@@ -54,7 +52,7 @@ class TaskHook:
                 teacher = training.objective.teacher
                 self.teacher = {} if teacher is None else self.measure(teacher)
             student = self.measure(training.student)
-        found: dict[str, float] = {}
+        found: Row = {}
         for name, value in student.items():
             found[f"eval.{name}"] = value
             reference = self.teacher.get(name)

@@ -64,7 +64,10 @@ class Statistics:
     num_tokens: int = 0
     moments: dict[str, Moments] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
-    losses_without: Tensor | None = None  # fp64 [L + 1], nats: without layer i; last, with all (see prune.depth)
+    losses_without: Tensor | None = (
+        None  # fp64 [L + 1], nats: without layer i; last, with all (see prune.layer_removal)
+    )
+    logit_changes: Tensor | None = None  # fp64 [L]: Σ (M - M_without)² / Σ M² of the logits M, for each layer
     spans: Tensor | None = None  # fp64 [L + 1, L + 1]: Σ over last tokens of cos between the inputs of layers i and j
 
     def cpu(self) -> "Statistics":
@@ -78,6 +81,7 @@ class Statistics:
             moments={name: moments.cpu() for name, moments in self.moments.items()},
             blocks={name: block.cpu() for name, block in self.blocks.items()},
             losses_without=host(self.losses_without),
+            logit_changes=host(self.logit_changes),
             spans=host(self.spans),
         )
 

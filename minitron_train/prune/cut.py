@@ -16,7 +16,8 @@ from minitron_train.console import say
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import principal_basis, why_not
 from minitron_train.prune.collect import Statistics
-from minitron_train.prune.layers import Layers
+from minitron_train.prune.criterion import Evidence, depth_criterion
+from minitron_train.prune.layers import Layers, RowSource
 from minitron_train.prune.score import check_tokens, measure, scoring_dtype
 from minitron_train.prune.scores import Scores
 from minitron_train.prune.select import Keep, select
@@ -74,16 +75,27 @@ def choose(
     Step t of T keeps teacher - t (teacher - student) / T of every size (arXiv 2407.14679 §2.2).
     """
     keep, num_steps = None, config.prune.iterations
+    source: RowSource = RowReader(teacher)
+    needs_layer_removal = depth_criterion(config.prune.depth).needs_layer_removal
     if num_steps > 1:
         check_tokens(tokens().flatten(0, 1), teacher, groups.dp_size)
     for step in range(1, num_steps + 1):
         shape = between(teacher.shape, student, step, num_steps, groups.tp_size)
-        chosen = select(statistics, config.prune, keep.student if keep else teacher.shape, shape)
+        evidence = Evidence(
+            statistics=statistics,
+            source=source,
+            table=teacher.table,
+            shape=keep.student if keep else teacher.shape,
+            prune=config.prune,
+            seed=config.seed,
+        )
+        chosen = select(evidence, shape)
         keep = keep.then(chosen) if keep else chosen
         if step < num_steps:
             dtype = scoring_dtype(config.calibration, groups.device)
-            layers = Layers(teacher.table, shape, Sliced(teacher, keep), groups, resident=False, dtype=dtype)
-            statistics = measure(layers, tokens(), config.calibration, config.prune.depth)
+            source = Sliced(teacher, keep)
+            layers = Layers(teacher.table, shape, source, groups, resident=False, dtype=dtype)
+            statistics = measure(layers, tokens(), config.calibration, without_layers=needs_layer_removal)
     assert keep is not None
     if config.prune.rotate and student.hidden_size < teacher.shape.hidden_size:
         keep = rotated(config, groups, teacher, keep, tokens())

@@ -62,7 +62,7 @@ class Layers:
 
     def output_rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of the output layer's weight [V, H] (tied: of the embedding)."""
-        name = self.tensor_name(EMBEDDING if self.shape.tie_embeddings else OUTPUT)
+        name = self.table.output_name(self.shape)
         return self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype)
 
     def tensor_name(self, mcore: str) -> str:

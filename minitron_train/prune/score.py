@@ -10,14 +10,15 @@ from minitron_train import hf
 from minitron_train.arch import architecture
 from minitron_train.arch.build import DTYPES
 from minitron_train.arch.shape import Shape
-from minitron_train.config import CalibrationConfig, Config, Depth
+from minitron_train.config import CalibrationConfig, Config
 from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.parallel.launch import read_world
 from minitron_train.plan.hardware import memory_here
 from minitron_train.prune import scores
 from minitron_train.prune.collect import Statistics, check_finite, collect, merge_ranks
-from minitron_train.prune.depth import losses_without
+from minitron_train.prune.criterion import Evidence, depth_criterion
+from minitron_train.prune.layer_removal import without_each_layer
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.shards import RowReader
 
@@ -41,7 +42,8 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     dtype = scoring_dtype(calibration, groups.device)
     streamed = calibration.streamed if calibration.streamed is not None else not fits(teacher.shape, groups, dtype)
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=not streamed, dtype=dtype)
-    statistics = measure(layers, tokens, calibration, config.prune.depth)
+    criterion = depth_criterion(config.prune.depth)
+    statistics = measure(layers, tokens, calibration, without_layers=criterion.needs_layer_removal)
     facts = {
         "samples": len(sequences_NS),
         "tokens": statistics.num_tokens,
@@ -50,15 +52,26 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
         "dtype": str(dtype).removeprefix("torch."),
     }
     if groups.is_first:
-        scores.write(folder / scores.FILE, statistics, teacher.shape, config.prune, {"teacher": facts["teacher"]})
+        evidence = Evidence(
+            statistics=statistics,
+            source=teacher,
+            table=teacher.table,
+            shape=teacher.shape,
+            prune=config.prune,
+            seed=config.seed,
+        )
+        scores.write(folder / scores.FILE, evidence, {"teacher": facts["teacher"]})
     groups.barrier()
     return facts
 
 
-def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, depth: Depth = Depth.block) -> Statistics:
+def measure(
+    layers: Layers, tokens: Tensor, calibration: CalibrationConfig, *, without_layers: bool = False
+) -> Statistics:
     """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank, on the host.
 
-    The losses without each layer cost half as many passes as there are layers: measured only where `depth` asks for it.
+    Args:
+        without_layers: also run the model without each layer, which costs half as many passes as there are layers.
 
     Raises:
         UserError: NaN or infinities in the activations.
@@ -68,8 +81,8 @@ def measure(layers: Layers, tokens: Tensor, calibration: CalibrationConfig, dept
     sizes = {"micro_batch_size": calibration.micro_batch_size, "chunk_tokens": calibration.chunk_tokens}
     statistics = merge_ranks(collect(layers, mine_NS, **sizes), groups)
     check_finite(statistics)
-    if depth is Depth.perplexity:
-        statistics.losses_without = losses_without(layers, mine_NS, **sizes)
+    if without_layers:
+        statistics.losses_without, statistics.logit_changes = without_each_layer(layers, mine_NS, **sizes)
     return statistics.cpu()
 
 

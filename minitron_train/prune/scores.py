@@ -14,9 +14,10 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
-from minitron_train.config import PruneConfig, Scope
+from minitron_train.config import Scope
 from minitron_train.errors import UserError, first_line
 from minitron_train.prune.collect import FINAL_NORM, Statistics
+from minitron_train.prune.criterion import Evidence, width_criterion
 from minitron_train.prune.statistics import Moments
 from minitron_train.records import Count, damaged
 
@@ -42,36 +43,24 @@ class Importance:
         return named | {f"layers.{i}.loss_without": loss for i, loss in enumerate(self.loss_without)}
 
 
-def importance(statistics: Statistics, shape: Shape, prune: PruneConfig) -> Importance:
-    """Raw statistics -> importance, with the aggregation, scope and hook points of `prune` (arXiv 2407.14679 §2.2)."""
-
-    def aggregate(name: str) -> Tensor:
-        return statistics.moments[name].aggregate(prune.sequence_aggregation, prune.batch_aggregation)
-
-    def heads_of(i: int) -> Tensor:
-        if prune.head_norm == "token":
-            return aggregate(f"layers.{i}.head_norms")
-        return torch.linalg.vector_norm(aggregate(f"layers.{i}.head_channels").view(-1, shape.kv_channels), dim=1)
-
-    every = range(shape.num_layers)
-    norms = [f"layers.{i}.{norm}" for i in every for norm in ("input_norm", "mlp_norm")]
-    norms += [FINAL_NORM] if prune.include_final_norm else []
-    heads = [heads_of(i) for i in every]
-    ffn = [aggregate(f"layers.{i}.neurons_{prune.neuron_activation}") for i in every]
-    blocks = [statistics.blocks[f"layers.{i}.block"] for i in every]
+def importance(evidence: Evidence) -> Importance:
+    """Importance under `prune.width`, heads and neurons summed over the layers where `prune` says so; and of layers."""
+    statistics, prune = evidence.statistics, evidence.prune
+    width = width_criterion(prune.width).width(evidence)
+    blocks = [statistics.blocks[f"layers.{i}.block"] for i in range(evidence.shape.num_layers)]
     losses = statistics.losses_without
     return Importance(
-        embedding=torch.stack([aggregate(name) for name in norms]).sum(0),
-        heads=[sum_layers(heads)] * len(heads) if prune.heads_scope is Scope.network else heads,
-        ffn=[sum_layers(ffn)] * len(ffn) if prune.ffn_scope is Scope.network else ffn,
+        embedding=width.embedding,
+        heads=sum_layers(width.heads) if prune.heads_scope is Scope.network else width.heads,
+        ffn=sum_layers(width.ffn) if prune.ffn_scope is Scope.network else width.ffn,
         block=[(total / tokens).view(1) for total, tokens in blocks],
         loss_without=[] if losses is None else list(losses[:-1].split(1)),
     )
 
 
-def sum_layers(scores: list[Tensor]) -> Tensor:
+def sum_layers(scores: list[Tensor]) -> list[Tensor]:
     """Network-wide importance: "layer-wise scores are then summed up" (arXiv 2407.14679 §2.2)."""
-    return torch.stack(scores).sum(0)
+    return [torch.stack(scores).sum(0)] * len(scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +120,10 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
     every = range(shape.num_layers)
     tokens = msgspec.convert(metadata["tokens"], Count, strict=False)
     taken = {name: raw.pop(name) for name in ("samples", "spans")}
-    taken |= {name: raw.pop(name) for name in ("losses_without",) if name in raw}
+    taken |= {name: raw.pop(name) for name in ("losses_without", "logit_changes") if name in raw}
     blocks = {f"layers.{i}.block": raw.pop(f"layers.{i}.block") for i in every}
     whole = shape.num_layers + 1
-    sizes = {"samples": (1,), "spans": (whole, whole), "losses_without": (whole,)}
+    sizes = {"samples": (1,), "spans": (whole, whole), "losses_without": (whole,), "logit_changes": (len(every),)}
     for name, value in (taken | blocks).items():
         if tuple(value.shape) != sizes.get(name, (2,)):
             raise ValueError(f"raw.{name} has size {list(value.shape)}")
@@ -153,15 +142,15 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
         moments={name: Moments(taken["samples"][0], *raw[name].unbind()) for name in expected},
         blocks=blocks,
         losses_without=taken.get("losses_without"),
+        logit_changes=taken.get("logit_changes"),
         spans=taken["spans"],
     )
 
 
-def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, metadata: dict[str, str]) -> None:
+def write(path: Path, evidence: Evidence, metadata: dict[str, str]) -> None:
     """The file: scores under `prune` (fp32), raw statistics under `raw.` (fp64), metadata."""
-    tensors = {
-        name: value.float().contiguous() for name, value in importance(statistics, shape, prune).tensors().items()
-    }
+    statistics, shape, prune = evidence.statistics, evidence.shape, evidence.prune
+    tensors = {name: value.float().contiguous() for name, value in importance(evidence).tensors().items()}
     for name, moments in statistics.moments.items():
         tensors[f"raw.{name}"] = torch.stack([moments.mean, moments.deviations])
         tensors["raw.samples"] = moments.count.view(1)
@@ -169,8 +158,11 @@ def write(path: Path, statistics: Statistics, shape: Shape, prune: PruneConfig, 
     assert statistics.spans is not None
     tensors["raw.spans"] = statistics.spans
     if statistics.losses_without is not None:
+        assert statistics.logit_changes is not None
         tensors["raw.losses_without"] = statistics.losses_without
+        tensors["raw.logit_changes"] = statistics.logit_changes
     described = {
+        "width": prune.width,
         "aggregation": f"batch={prune.batch_aggregation.value} sequence={prune.sequence_aggregation.value}",
         "preset": prune.preset,
         "samples": str(int(tensors["raw.samples"])),

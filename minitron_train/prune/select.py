@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_train.arch.shape import Shape
-from minitron_train.config import Depth, Merge, PruneConfig
+from minitron_train.config import Merge
 from minitron_train.prune.basis import Basis
-from minitron_train.prune.collect import Statistics
+from minitron_train.prune.criterion import Evidence, best, depth_criterion
 from minitron_train.prune.scores import Importance, importance
 
 FILE = "kept.safetensors"
@@ -91,7 +91,7 @@ def spread(kept: Tensor, size: int) -> Tensor:
     return (kept[:, None] * size + torch.arange(size)).flatten()
 
 
-def select(statistics: Statistics, prune: PruneConfig, teacher: Shape, student: Shape) -> Keep:
+def select(evidence: Evidence, student: Shape) -> Keep:
     """Rank every axis and keep the best.
 
     Heads are ranked inside their KV group and every group keeps the same number, so that the student is a valid
@@ -99,8 +99,8 @@ def select(statistics: Statistics, prune: PruneConfig, teacher: Shape, student: 
     are those whose kept heads score highest. Embedding channels are the same in all layers.
     The target must have passed check_target, or lie between one that has and the teacher.
     """
-    scores = importance(statistics, teacher, prune)
-    layers = keep_layers(scores, statistics, prune, teacher.num_layers, student.num_layers)
+    teacher, scores = evidence.shape, importance(evidence)
+    layers = keep_layers(evidence, student.num_layers)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     return Keep(
         teacher,
@@ -111,14 +111,9 @@ def select(statistics: Statistics, prune: PruneConfig, teacher: Shape, student: 
         groups={i: groups for i, (_, groups, _) in chosen.items()},
         ffn={i: best(scores.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
         partners={i: partners for i, (_, _, partners) in chosen.items()},
-        merge=prune.head_merge,
+        merge=evidence.prune.head_merge,
         importance=scores,
     )
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, ascending; of equal scores the first wins."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,17 +134,11 @@ def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, 
     return heads.flatten(), groups, partners.gather(1, order).flatten()
 
 
-def keep_layers(scores: Importance, statistics: Statistics, prune: PruneConfig, have: int, want: int) -> Tensor:
-    """Kept layers: all but prune.drop_layers, or but those that prune.depth finds least important."""
+def keep_layers(evidence: Evidence, num_layers: int) -> Tensor:
+    """Kept layers, ascending: all but prune.drop_layers, or those that prune.depth chooses."""
+    have, prune = evidence.shape.num_layers, evidence.prune
     if prune.drop_layers is not None:
         return torch.tensor([i for i in range(have) if i not in prune.drop_layers])
-    if prune.depth is Depth.contiguous and want < have:
-        assert statistics.spans is not None
-        length = have - want
-        similarity = statistics.spans.diagonal(length)  # between the inputs of layers i and i + length
-        first = int(similarity.argmax())
-        return torch.tensor([i for i in range(have) if not first <= i < first + length])
-    if prune.depth is Depth.perplexity and want < have:
-        assert scores.loss_without, "scores without losses"
-        return best(torch.cat(scores.loss_without), want)
-    return best(torch.cat(scores.block), want)
+    if num_layers == have:
+        return torch.arange(have)
+    return depth_criterion(prune.depth).depth(evidence, num_layers)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,13 @@ from minitron_train.train.batches import micro_batches, to_device
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.heartbeat import Heartbeat
+from minitron_train.train.hooks import Hook
 from minitron_train.train.metrics import Row
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
-Hook = Callable[["Trainer"], dict[str, float]]  # further evaluations: collective, gives `eval.TASK.METRIC` values
 DERIVED = (".teacher", ".kept")  # endings of what hooks say besides the student's own values
 
 
@@ -107,7 +106,12 @@ class Trainer:
         """One global batch."""
         batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
-        return row | self.update(row, batch)
+        for hook in self.hooks:
+            hook.before_optimizer(self)
+        row |= self.update(row, batch)
+        for hook in self.hooks:
+            row |= hook.after_step(self, row)
+        return row
 
     def forward_backward(self, batch: Batch) -> Row:
         """Gradients of the loss, summed over the global batch's tokens and divided by the number of valid ones."""
@@ -199,9 +203,11 @@ class Trainer:
         """Validation and hooks, judged."""
         state, found = self.state, self.validation()
         for hook in self.hooks:
-            found |= hook(self)
+            found |= hook.evaluate(self)
         values = {name.removeprefix("eval."): value for name, value in found.items()}
         state.judge({name: value for name, value in values.items() if not name.endswith(DERIVED)}, self.yardstick)
+        for hook in self.hooks:
+            hook.after_evaluation(self, found)
         self.reporter.resume_clock()
         return found
 

@@ -15,7 +15,8 @@ from minitron_train.hf import Checkpoint
 from minitron_train.parallel.groups import Groups
 from minitron_train.stages import STOPPED, plain
 from minitron_train.train.assemble import assemble, check
-from minitron_train.train.loop import Hook, Trainer
+from minitron_train.train.hooks import Hook, hooks_of
+from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Console, MetricsFile
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.tracking import Tracker
@@ -38,7 +39,7 @@ def train(
     Args:
         student, teacher: Hugging Face folders of any shapes with the same vocabulary.
         folder: gets checkpoints/, metrics.jsonl, wandb/.
-        hooks: further evaluations, called after each validation; their values go to the metrics.
+        hooks: called at fixed places of the loop, before those that train.hooks names.
 
     Returns:
         Facts for the provenance.
@@ -50,9 +51,10 @@ def train(
     for model in filter(None, (student_files, teacher_files)):
         model.announce()
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
+    hooks = [*hooks, *hooks_of(config)]
     with contextlib.ExitStack() as stack:
         trainer = assemble(config, groups, student_files, teacher_files, folder, stack)
-        trainer.hooks = list(hooks)
+        trainer.hooks = hooks
         trainer.resume()
         first_step = trainer.state.step
         if groups.is_first:

@@ -6,8 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minitron_train.config import Depth
-from minitron_train.prune import depth
+from minitron_train.prune import layer_removal
 from tests.models import save_tiny
 from tests.pruning import configuration, random_tokens, run_cut
 
@@ -21,13 +20,18 @@ def teacher(request, tmp_path_factory):
     return save_tiny(request.param, tmp_path_factory.mktemp(request.param), num_hidden_layers=LAYERS)
 
 
-def loss_without(folder, dropped: int | None) -> float:
-    """transformers' mean loss over all tokens that are followed by one, its layer `dropped` taken out."""
+def logits_without(folder, dropped: int | None) -> Tensor:
+    """transformers' logits [N, S, V] with its layer `dropped` taken out."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i != dropped)
     tokens = TOKENS.flatten(0, 1)
     with torch.no_grad():
-        logits = model(tokens.clamp(min=0), use_cache=False).logits
+        return model(tokens.clamp(min=0), use_cache=False).logits
+
+
+def loss_without(folder, dropped: int | None) -> float:
+    """transformers' mean loss over all tokens that are followed by one."""
+    logits, tokens = logits_without(folder, dropped), TOKENS.flatten(0, 1)
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=-1
     ).item()
@@ -52,8 +56,8 @@ def block_distances(folder) -> Tensor:
 def test_losses_are_those_of_transformers_without_the_layer(
     tmp_path, teacher, groups, streamed, chunk_tokens, monkeypatch
 ):
-    monkeypatch.setattr(depth, "LOGITS", 50 * 40)  # several blocks of the vocabulary
-    config = configuration(depth=Depth.perplexity)
+    monkeypatch.setattr(layer_removal, "LOGITS", 50 * 40)  # several blocks of the vocabulary
+    config = configuration(depth="perplexity")
     config.calibration.streamed, config.calibration.chunk_tokens = streamed, chunk_tokens
     folder = run_cut(tmp_path, teacher, config, TOKENS, groups, num_layers=3)
     scores = load_file(tmp_path / "scores.safetensors")
@@ -65,8 +69,21 @@ def test_losses_are_those_of_transformers_without_the_layer(
     assert kept.tolist() == sorted(wanted[:-1].topk(3).indices.tolist())
 
 
+def test_logit_changes_are_those_of_transformers_without_the_layer(tmp_path, teacher, groups, monkeypatch):
+    monkeypatch.setattr(layer_removal, "LOGITS", 50 * 40)
+    folder = run_cut(tmp_path, teacher, configuration(depth="logit_mse"), TOKENS, groups, num_layers=3)
+    predicts = TOKENS.flatten(0, 1)[:, 1:] >= 0
+    whole = logits_without(teacher, None)[:, :-1][predicts].double()
+    changes = [logits_without(teacher, i)[:, :-1][predicts].double() - whole for i in range(LAYERS)]
+    wanted = torch.stack([change.square().sum() / whole.square().sum() for change in changes])
+    found = load_file(tmp_path / "scores.safetensors")["raw.logit_changes"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+    kept = load_file(folder / "kept.safetensors")["layers"]
+    assert kept.tolist() == sorted(wanted.topk(3).indices.tolist())
+
+
 def test_contiguous_blocks_are_those_that_turn_the_stream_least(tmp_path, teacher, groups):
-    folder = run_cut(tmp_path, teacher, configuration(depth=Depth.contiguous), TOKENS, groups, num_layers=3)
+    folder = run_cut(tmp_path, teacher, configuration(depth="contiguous"), TOKENS, groups, num_layers=3)
     distances = block_distances(teacher)
     spans = load_file(tmp_path / "scores.safetensors")["raw.spans"] / len(TOKENS.flatten(0, 1))
     torch.testing.assert_close(1 - spans.float(), distances, rtol=0, atol=1e-5)

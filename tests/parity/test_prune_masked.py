@@ -7,13 +7,13 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.arch import convert
-from minitron_train.config import Depth, Merge, Precision, Refit
+from minitron_train.config import Merge, Precision, Refit
 from minitron_train.prune import repair
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import Sliced
 from tests.models import FAMILIES, hf_logits
-from tests.pruning import configuration, random_tokens, run_cut
+from tests.pruning import configuration, evidence_of, random_tokens, run_cut
 
 TOKENS = random_tokens()
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
@@ -51,7 +51,7 @@ def test_slicing_commutes_with_conversion(tmp_path, tiny_models, groups, family,
     folder = run_cut(tmp_path, tiny_models[family], config, TOKENS, groups, **SIZES)
     teacher, student = hf.Checkpoint(tiny_models[family]), hf.Checkpoint(folder)
     statistics = Scores.read(tmp_path / "scores.safetensors", teacher).statistics
-    view = Sliced(teacher, select(statistics, config.prune, teacher.shape, student.shape))
+    view = Sliced(teacher, select(evidence_of(teacher, statistics, config.prune), student.shape))
     for row in student.table.rows_of(student.shape):
         for i in row.layers(student.shape):
             for rank in range(2):
@@ -170,7 +170,7 @@ def test_scores_in_bf16_are_near_those_in_fp32(tmp_path, tiny_models, groups, fa
     """The same sets but for near ties: statistics are fp32 and fp64 whatever the weights are."""
     scores, kept = {}, {}
     for precision in Precision:
-        config = configuration(depth=Depth.perplexity)
+        config = configuration(depth="perplexity")
         config.calibration.precision = precision
         folder = run_cut(tmp_path / precision.name, tiny_models[family], config, TOKENS, groups, **SIZES)
         scores[precision] = load_file(folder.parent / "scores.safetensors")

@@ -19,7 +19,7 @@ from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import slice_checkpoint
 from minitron_train.prune.target import check_target
 from tests.models import COMMON, FAMILIES, hf_logits, save_random
-from tests.pruning import configuration, random_tokens, run_cut
+from tests.pruning import configuration, evidence_of, random_tokens, run_cut
 
 TOKENS = random_tokens(sequences=24)
 MODELS = {
@@ -46,7 +46,8 @@ def write_rotated(folder, teacher_folder, groups, hidden_size):
     teacher, config = hf.Checkpoint(teacher_folder), configuration()
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     student = teacher.shape.smaller(hidden_size=hidden_size)
-    keep = select(measure(layers, TOKENS, config.calibration), config.prune, teacher.shape, student)
+    statistics = measure(layers, TOKENS, config.calibration)
+    keep = select(evidence_of(teacher, statistics, config.prune), student)
     basis = principal_basis(layers, TOKENS.flatten(0, 1), hidden_size, micro_batch_size=4)
     folder.mkdir()
     slice_checkpoint(teacher, replace(keep, basis=basis), student, folder)

@@ -14,6 +14,7 @@ from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
+from minitron_train.train.hooks import Hook
 from tests.training import ROWS, SEQ_LENGTH, Interrupted, Material, before_step, interrupt, make_config, rows
 
 EVERY_STEP: dict[str, Any] = {
@@ -32,6 +33,16 @@ def quiz(trainer: Any) -> dict[str, float]:
     return {"eval.quiz.acc": accuracy, "eval.quiz.acc.teacher": 1.0, "eval.quiz.acc.kept": accuracy}
 
 
+class Evaluation(Hook):
+    """A further evaluation from a function."""
+
+    def __init__(self, function: Callable[[Any], dict[str, float]]) -> None:
+        self.function = function
+
+    def evaluate(self, training: Any) -> dict[str, Any]:
+        return self.function(training)
+
+
 def run(
     material: Material, folder: Path, settings: dict[str, Any], hook: Callable[[Any], dict[str, float]] = quiz
 ) -> dict[str, Any]:
@@ -42,7 +53,9 @@ def run(
 
     config = make_config(material, **settings)
     with start(config.parallel, World(), config.seed) as groups:
-        return train(config, groups, student=material.student, teacher=material.teacher, folder=folder, hooks=[hook])
+        return train(
+            config, groups, student=material.student, teacher=material.teacher, folder=folder, hooks=[Evaluation(hook)]
+        )
 
 
 def test_directions() -> None:

@@ -272,7 +272,7 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
                 optimizer.step()
                 losses.append(loss.item())
                 if with_hook:
-                    found.append(hook(Training(student, SimpleNamespace(teacher=teacher))))
+                    found.append(hook.evaluate(Training(student, SimpleNamespace(teacher=teacher))))
                     assert student.training and all(not m._forward_pre_hooks for m in student.modules())
             losses += [random.random(), float(np.random.random()), torch.rand(()).item()]
             return losses, found
@@ -302,7 +302,7 @@ def test_only_shares_are_kept(
 ) -> None:
     monkeypatch.setattr(TaskHook, "measure", lambda _, model: {name: model})
     hook = TaskHook(EvalConfig(), Path(), 8, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
-    found = hook(SimpleNamespace(student=0.5, objective=SimpleNamespace(teacher=0.25)))  # pyright: ignore[reportArgumentType]
+    found = hook.evaluate(SimpleNamespace(student=0.5, objective=SimpleNamespace(teacher=0.25)))  # pyright: ignore[reportArgumentType]
     assert found[f"eval.{name}.teacher"] == 0.25
     assert (f"eval.{name}.kept" in found) is kept
     assert said in capsys.readouterr().out

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from minitron_train.config import DistillConfig, LossKind
+from minitron_train.distill import loss_autograd
 from minitron_train.distill.loss import LossSpec, distillation_loss
 from minitron_train.distill.loss_blocks import Chunking, Projection
 from minitron_train.errors import UserError
-from tests.loss_reference import Case, make_case, reference, relative_error, row_losses, spec_name, specs
+from tests.loss_reference import Case, huber, make_case, reference, relative_error, row_losses, spec_name, specs
 
 CE_ONLY = LossSpec(kd_weight=0, ce_weight=1)
 
@@ -325,3 +326,39 @@ def test_refused_inputs() -> None:
         run(case, LossSpec(), chunking=Chunking(memory_budget_u=-1))
     with pytest.raises(UserError, match="vocab_tile=0"):
         run(case, LossSpec(), chunking=Chunking(vocab_tile=0))
+
+
+def test_a_function_of_logits_is_chunked_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven tokens at a time; their gradients add up to those of all at once."""
+    seen: list[tuple[int, ...]] = []
+
+    def loss(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+        seen.append(tuple(student_CV.shape))
+        return huber(student_CV, teacher_CV)
+
+    monkeypatch.setattr(loss_autograd, "CHUNK_BYTES", 7 * 290 * 8)
+    case = make_case(50, 301, 16, 24)
+    case.labels_N.clamp_(max=289)
+    spec = LossSpec(function=loss, ce_weight=0.5)
+    assert_equal(run(case, spec, vocab_size=290), reference(case, LossSpec(function=huber, ce_weight=0.5), 290), 1e-12)
+    assert seen[:8] == [(7, 290)] * 7 + [(1, 290)]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda s, t: (s - t).square().mean(),
+            r"gave a tensor of \[\] for 20 tokens; it must return one loss per token",
+        ),
+        (lambda s, t: None, "gave NoneType for 20 tokens"),
+    ],
+)
+def test_a_function_that_gives_no_loss_per_token_is_refused(function: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(make_case(20, 301, 16, 24), LossSpec(function=function))
+
+
+def test_a_function_goes_with_no_other_kind() -> None:
+    with pytest.raises(UserError, match="replaces kind, temperature and top_k"):
+        LossSpec(function=huber, temperature=2.0).validate()

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from minitron_train.arch.shape import Shape
-from minitron_train.config import Depth, Merge, PruneConfig, Scope
+from minitron_train.config import Merge, PruneConfig, Scope
 from minitron_train.errors import UserError
 from minitron_train.prune.collect import FINAL_NORM, POINTS, Statistics
+from minitron_train.prune.criterion import Evidence
 from minitron_train.prune.cut import between
 from minitron_train.prune.scores import importance
 from minitron_train.prune.select import ALONE, select
@@ -51,7 +53,12 @@ def choose(prune: PruneConfig | None = None, given: dict | None = None, **sizes:
     prune = prune or PruneConfig()
     student = TEACHER.smaller(**sizes)
     check_target(TEACHER, student, prune)
-    return select(statistics(**given or {}), prune, TEACHER, student)
+    return select(evidence(prune, statistics(**given or {})), student)
+
+
+def evidence(prune: PruneConfig, made: Statistics) -> Evidence:
+    table: Any = None  # these criteria look at activations only
+    return Evidence(statistics=made, source=table, table=table, shape=TEACHER, prune=prune, seed=0)
 
 
 def head_scores(*scores: float) -> dict:
@@ -91,7 +98,7 @@ def test_network_scope_keeps_the_same_in_every_layer():
 def test_final_norm_counts_when_asked():
     made = statistics()
     with_final, without = (
-        importance(made, TEACHER, PruneConfig(include_final_norm=flag)).embedding for flag in (True, False)
+        importance(evidence(PruneConfig(include_final_norm=flag), made)).embedding for flag in (True, False)
     )
     torch.testing.assert_close(with_final - without, made.moments[FINAL_NORM].mean[0])
 
@@ -100,7 +107,7 @@ def test_final_norm_counts_when_asked():
     ("prune", "kept"),
     [
         (PruneConfig(), [0, 2]),
-        (PruneConfig(depth=Depth.contiguous), [0, 3]),
+        (PruneConfig(depth="contiguous"), [0, 3]),
         (PruneConfig(drop_layers=[0, 3]), [1, 2]),
     ],
 )

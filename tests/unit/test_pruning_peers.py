@@ -1,4 +1,4 @@
-"""benchmarks/pruning_peers.py: methods that the program does not have (magnitudes, layers for a size, rotation), and tables."""
+"""benchmarks/pruning_peers.py: methods that the program does not have (layers for a size, rotation), and tables."""
 
 import math
 import sys
@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
+from minitron_train.config import PruneConfig
+from minitron_train.prune.collect import Statistics
+from minitron_train.prune.criterion import Evidence, width_criterion
 from minitron_train.prune.layers import Layers
 from minitron_train.prune.shards import RowReader
 from minitron_train.prune.slice import slice_checkpoint
@@ -20,11 +23,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 from pruning_peers_methods import (  # noqa: E402 # pyright: ignore[reportMissingImports]
     as_many_layers,
     keep_best,
-    magnitude_scores,
     norm_tensors,
     num_parameters,
     principal_directions,
-    random_scores,
     rms_restored,
     rotated_shape,
     rotated_tensors,
@@ -44,36 +45,6 @@ def rotated(teacher: hf.Checkpoint, directions_HH: torch.Tensor, folder: Path) -
     config = hf.student_config(teacher.config, rotated_shape(teacher.shape))
     hf.write_folder(folder, config, rotated_tensors(teacher, directions_HH), None)
     return hf.Checkpoint(folder)
-
-
-def test_magnitude_is_the_norm_of_all_that_goes_with_a_channel_head_or_neuron(teacher: hf.Checkpoint) -> None:
-    shape, tensors = teacher.shape, load_file(teacher.folder / "model.safetensors")
-    scores = magnitude_scores(teacher)
-    layer, head, neuron, channel = "model.layers.1.", 5, 17, 40
-    rows = slice(head * shape.kv_channels, (head + 1) * shape.kv_channels)
-    of_head = [tensors[layer + "self_attn.q_proj.weight"][rows], tensors[layer + "self_attn.o_proj.weight"][:, rows]]
-    of_neuron = [tensors[f"{layer}mlp.{part}_proj.weight"][neuron] for part in ("gate", "up")]
-    of_neuron.append(tensors[layer + "mlp.down_proj.weight"][:, neuron])
-    of_channel = []
-    for name, tensor in tensors.items():
-        if name.endswith("norm.weight"):
-            of_channel.append(tensor[channel : channel + 1])
-        else:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            of_channel.append(tensor[channel] if writes else tensor[:, channel])
-    found = (scores.heads[1][head], scores.ffn[1][neuron], scores.embedding[channel])
-    for score, parts in zip(found, (of_head, of_neuron, of_channel), strict=True):
-        expected = torch.cat([part.flatten() for part in parts]).double().norm()
-        torch.testing.assert_close(score, expected)
-
-
-def test_heads_are_kept_by_group(teacher: hf.Checkpoint) -> None:
-    student = teacher.shape.smaller(hidden_size=48, ffn_hidden_size=40, num_attention_heads=4)
-    scores = random_scores(teacher.shape, seed=1)
-    keep = keep_best(scores, teacher.shape, student)
-    assert [head // 2 for head in keep.heads[2].tolist()] == [0, 1, 2, 3]
-    assert set(keep.embedding.tolist()) == set(scores.embedding.topk(48).indices.tolist())
-    assert not torch.equal(random_scores(teacher.shape, seed=2).embedding, scores.embedding)
 
 
 def test_layers_for_a_size(teacher: hf.Checkpoint) -> None:
@@ -105,7 +76,10 @@ def test_directions_without_variance_can_go(tmp_path: Path, groups) -> None:
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     model = rotated(teacher, principal_directions(layers, TOKENS_BS, 1), tmp_path / "rotated")
     student, gamma = rms_restored(model.shape, model.shape.smaller(hidden_size=48))
-    scores = replace(random_scores(model.shape, seed=1), embedding=-torch.arange(64.0))
+    evidence = Evidence(
+        statistics=Statistics(3), source=model, table=model.table, shape=model.shape, prune=PruneConfig(), seed=1
+    )
+    scores = replace(width_criterion("random").width(evidence), embedding=-torch.arange(64.0))
     (tmp_path / "cut").mkdir()
     keep = keep_best(scores, model.shape, student)
     slice_checkpoint(model, keep, student, tmp_path / "cut", norm_tensors(student, gamma))

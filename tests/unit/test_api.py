@@ -1,0 +1,102 @@
+"""The functions of the library: docs/python.md as it stands, the loss in a plain loop, silence, refusals."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_train import api as mt
+from tests.training import Material
+
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+FAST = {
+    "tracking.wandb.mode": "disabled",
+    "data.num_workers": 0,
+    "calibration.num_samples": 16,
+    "calibration.seq_length": 64,
+}
+
+
+@pytest.fixture
+def models(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The names that the page uses, in the working directory."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "teacher").symlink_to(training.teacher)
+    text = training.corpus.read_text()
+    for name, part in (("corpus", text[:60000]), ("held_out", text[60000:70000])):
+        lines = [json.dumps({"text": part[i : i + 2000]}) for i in range(0, len(part), 2000)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+
+
+def test_every_block_of_the_page_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minitron_train import api
+
+    configure = api.configure
+    small = FAST | {"train.seq_length": 32, "train.global_batch_size": 8}
+    small |= {"train.warmup_steps": 2, "data.validation_tokens": 512, "prune.refit": "none"}
+    monkeypatch.setattr(api, "configure", lambda values: configure({**small, **values}))
+    monkeypatch.setattr(logging.getLogger("minitron_train"), "level", logging.INFO)
+    assert len(blocks()) == 4
+    for block in blocks():
+        exec(compile(block, str(PAGE), "exec"), {})
+    assert (models / "outputs/half/report.html").exists()
+    assert sorted(path.name for path in (models / "outputs/half/eval").glob("*.json")) != []
+
+
+def test_progress_can_be_silenced(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("minitron_train")
+    logger.setLevel(logging.WARNING)
+    try:
+        mt.score("models/teacher", "quiet", text="corpus.jsonl", settings=FAST)
+    finally:
+        logger.setLevel(logging.INFO)
+    assert capsys.readouterr().out == ""
+    mt.score("models/teacher", "quiet", text="corpus.jsonl", settings=FAST)
+    assert "score: done before" in capsys.readouterr().out
+
+
+def test_documents_may_be_given_themselves(models: Path) -> None:
+    found = mt.score("models/teacher", "own", text=["alpha beta gamma " * 200] * 12, settings=FAST)
+    assert found.num_sequences == 16 and found.num_tokens > 0
+
+
+def test_the_loss_is_the_mean_over_valid_tokens() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 12)
+    rows = torch.randn(40, 8, requires_grad=True), torch.randn(40, 12)
+    mask = torch.arange(10).view(2, 5) % 3 > 0
+    loss = mt.distillation_loss(student, rows[0], teacher, rows[1], mask=mask, temperature=2.0)
+    log_p, log_q = ((x @ w.t() / 2.0).log_softmax(-1) for x, w in ((student, rows[0]), (teacher, rows[1])))
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1)[mask].mean()
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, (student, rows[0]))
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, (student, rows[0])), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mt.prune("models/teacher", "x", settings={"prune.widht": "wanda"}), "unknown key 'prune.widht'"),
+        (lambda: mt.prune("models/teacher", "x", settings={"prune": "papre"}), "unknown option of prune 'papre'"),
+        (lambda: mt.prune("models/teacher", "x", settings={"teacher.path": "y"}), "is an argument of the function too"),
+        (lambda: mt.prune("models/teacher", "x", hidden_size=60000), "larger than the teacher's"),
+        (lambda: mt.prune("models/absent", "x", hidden_size=8), "teacher.path=models/absent: no such folder"),
+        (lambda: mt.score("models/teacher", "x", settings={"seed": "seven"}), "seed"),
+        (lambda: mt.distillation_loss(*[torch.ones(2, 2)] * 4, temprature=2.0), "did you mean 'temperature'"),
+        (lambda: mt.distillation_loss(*[torch.ones(2, 2)] * 4, kind="kl"), "choose one of forward_kl"),
+    ],
+)
+def test_mistakes_are_one_line(models: Path, call, message: str) -> None:
+    with pytest.raises(mt.UserError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    assert not (models / "x").exists()
