@@ -203,6 +203,19 @@ def recover(path: Path) -> None:
     remove_scratch_files(path)
 
 
+def set_aside(path: Path) -> bool:
+    """Move the folder `path` aside, so that `recover` or `drop_replaced` decides about it; False: a link or a mount stays."""
+    if path.is_symlink() or path.is_mount():
+        return False
+    os.replace(path, path.with_name(path.name + REPLACED))
+    return True
+
+
+def drop_replaced(path: Path) -> None:
+    """Delete the old folder that waits aside: the new one in `path` is worth more from now on."""
+    shutil.rmtree(path.with_name(path.name + REPLACED), ignore_errors=True)
+
+
 def unfinished(path: Path) -> list[Path]:
     """Scratch files and folders for `path` itself that exist beside it."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}{PARTIAL}*"))

@@ -67,8 +67,21 @@ def end_now(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
+def open_standard_streams() -> None:
+    """Connect to /dev/null what the caller has closed (`>&-`): a file opened later would otherwise get the output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def guard(command: Callable[[], int]) -> NoReturn:
     """Run a command as this process: answer signals from here on, end with the command's exit code."""
+    open_standard_streams()
     handler = Guard()
     for number in (signal.SIGINT, *STOP_SIGNALS):
         if number in STOP_SIGNALS or signal.getsignal(number) is not signal.SIG_IGN:  # a background job ignores Ctrl-C

@@ -25,14 +25,17 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.files import (
     PARTIAL,
+    REPLACED,
     atomic_folder,
     atomic_write_json,
     disk_errors,
+    drop_replaced,
     exclusive,
     parent_folders,
     recover,
     remove_folder,
     remove_scratch_files,
+    set_aside,
     standing,
     unfinished,
 )
@@ -170,8 +173,19 @@ def begin(stage: Stage, held: ExitStack, *, force: bool) -> tuple[State, str]:
     held.enter_context(parent_folders(stage.folder))
     held.enter_context(exclusive(stage.lock, stage.folder))
     refuse_foreign(stage)
+    if is_worth_less(stage):
+        put_back(stage)
     recover(stage.folder)
     return stage.state()
+
+
+def is_worth_less(stage: Stage) -> bool:
+    """Whether a training has no checkpoint yet, and the one that it is to replace still waits aside."""
+    latest = stage.folder / "checkpoints" / "latest"
+    waiting = stage.folder.with_name(stage.folder.name + REPLACED)
+    return (
+        stage.manner == "grows" and waiting.exists() and not (latest.exists() or (stage.folder / stage.record).exists())
+    )
 
 
 def clean_finished(stage: Stage) -> None:
@@ -232,7 +246,7 @@ def contents(folder: Path) -> list[str]:
 def begun_before_requeue(stage: Stage) -> bool:
     """Whether this is a requeued Slurm job that began the stage earlier: it still has force=true among its words."""
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None or not whole_number(os.environ, "SLURM_RESTART_COUNT", 0):
+    if is_worth_less(stage) or job is None or not whole_number(os.environ, "SLURM_RESTART_COUNT", 0):
         return False
     records = (read_provenance(stage.folder, stage.record), read_started_record(stage.folder))
     return any(record is not None and record.get("slurm_job") == job for record in records)
@@ -251,17 +265,36 @@ def open_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Abstrac
 
 @contextlib.contextmanager
 def growing_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> Iterator[Path]:
-    """The folder of a growing stage; work that is refused before its first step leaves none that was not there before."""
+    """The folder of a growing stage; work that is refused before its first step leaves none that was not there before.
+
+    With `fresh`, checkpoints of an earlier run wait aside until the first of this one (`checkpoint_files.publish`); a failure
+    before it puts the earlier run back.
+    """
     is_new = fresh or not contents(stage.folder)
     start_folder(stage, invocation, fresh=fresh)
     try:
         yield stage.folder
-    except UserError:
-        steps = stage.folder / "metrics.jsonl"
-        begun = steps.exists() and steps.stat().st_size > 0
-        if is_new and not begun and not any(stage.folder.glob("checkpoints/step_*")):
+    except BaseException as error:
+        if is_worth_less(stage):
+            if not (stage.folder / STOPPED).exists():  # the mark asks for another start, which begins anew
+                put_back(stage)
+                say(f"{stage.name}: ended before its first checkpoint; {stage.folder} holds the earlier run again")
+        elif isinstance(error, UserError) and is_new and not has_steps(stage.folder):
             remove_folder(stage.folder, first=stage.record, last=STARTED)
         raise
+    drop_replaced(stage.folder)
+
+
+def has_steps(folder: Path) -> bool:
+    """Whether a training has taken a step."""
+    steps = folder / "metrics.jsonl"
+    return (steps.exists() and steps.stat().st_size > 0) or any(folder.glob("checkpoints/step_*"))
+
+
+def put_back(stage: Stage) -> None:
+    """Let the earlier run of a training, which waits aside, take the place of this one."""
+    remove_folder(stage.folder, first=stage.record, last=STARTED)
+    recover(stage.folder)
 
 
 def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
@@ -271,7 +304,8 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
         UserError: it was started with other inputs or settings and never finished.
     """
     with disk_errors(stage.folder):
-        if fresh:
+        keeps = fresh and (stage.folder / "checkpoints" / "latest").exists() and set_aside(stage.folder)
+        if fresh and not keeps:
             remove_folder(stage.folder, first=stage.record, last=STARTED)
         stage.folder.mkdir(parents=True, exist_ok=True)
     started = read_started_record(stage.folder)

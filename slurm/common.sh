@@ -2,7 +2,8 @@
 # What all job scripts share; sourced by slurm/*.sbatch, which say `run COMMAND "$@"`.
 #
 # A job: site settings -> environment on the log -> check (a short step on all ranks) -> the command (a step on all
-# ranks) -> the job ends with the step's exit code, or goes back into the queue when it was asked to stop.
+# ranks) -> the job ends with the step's exit code, or goes back into the queue: when it was asked to stop, or when a
+# training failed after it had saved a checkpoint.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with slurm/submit.sh or slurm/chain.sh}"
 source slurm/site.sh
@@ -74,8 +75,27 @@ first_failure() {
 
 show_job() { scontrol --oneliner show job "$SLURM_JOB_ID"; }
 
-# Whether the step ended because it was asked to, with work left. rc is the step's exit code.
-was_interrupted() {
+# The newest checkpoint of every training of this job, a line each; an empty line where there is none.
+newest_checkpoints() {
+  local mark
+  for mark in "${marks[@]}"; do
+    printf '%s\n' "$(cat "${mark%/*}/checkpoints/latest" 2>/dev/null || true)"
+  done
+}
+
+# Whether a training of this job has saved a checkpoint since the start of the step. A failure that every start repeats
+# before the next checkpoint is thus not retried for ever.
+has_saved() {
+  local now i
+  mapfile -t now < <(newest_checkpoints)
+  for i in "${!now[@]}"; do
+    [[ -z ${now[i]} || ${now[i]} == "${saved_before[i]-}" ]] || return 0
+  done
+  return 1
+}
+
+# Whether the step ended with work left that another start can do. rc is the step's exit code.
+can_go_on() {
   local shown mark
   shown=$(show_job)
   case $shown in
@@ -87,6 +107,10 @@ was_interrupted() {
     for mark in "${marks[@]}"; do [[ ! -e $mark ]] || return 0; done
     return 1
   fi
+  if ((rc != 2)) && has_saved; then # 2 is a mistake of the user's: another start would repeat it
+    log "failed with exit code $rc, after a checkpoint: starting again from there"
+    return 0
+  fi
   # ended by a signal before it could save (still loading, or a command without checkpoints): begin again
   ((rc >= 128)) && [[ -n $stop_asked || $shown != *" PreemptTime=None "* ]]
 }
@@ -94,7 +118,7 @@ was_interrupted() {
 requeue() {
   local count=${SLURM_RESTART_COUNT:-0}
   if ((count >= max_requeues)); then
-    log "was asked to stop and has been requeued $count times already (max_requeues=$max_requeues): giving up"
+    log "has work left, and has been requeued $count times already (max_requeues=$max_requeues): giving up"
     exit "$GAVE_UP"
   fi
   log "requeued (restart $((count + 1)) of at most $max_requeues)"
@@ -104,7 +128,7 @@ requeue() {
 
 # run COMMAND [OVERRIDE...]: the words reach Python as they are; no shell reads them again.
 run() {
-  local command=$1 answer rc marks=()
+  local command=$1 answer rc marks=() saved_before=()
   shift
   log "$command on ${SLURM_JOB_NODELIST} (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0})"
   (($# == 0)) || printf '  argument %q\n' "$@"
@@ -119,9 +143,10 @@ run() {
   rm -f "$answer"
   if ((rc == 0)); then
     rm -f "${marks[@]}"
+    mapfile -t saved_before < <(newest_checkpoints)
     step "${site_python[@]}" -m minitron_train "$command" "$@"
   fi
-  if was_interrupted; then
+  if can_go_on; then
     requeue
   fi
   log "$command ended with exit code $rc"

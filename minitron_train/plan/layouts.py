@@ -32,6 +32,7 @@ def candidates(
                     teacher_weight_bytes=base.teacher_weight_bytes,
                     runtime_bytes=base.runtime_bytes,
                     loss_budget_u=base.loss_budget_u,
+                    logit_passes=base.logit_passes,
                     recompute=recompute,
                     sequence_parallel=tp > 1 and machine.cuda,
                     sharded_optimizer=base.sharded_optimizer,

@@ -38,6 +38,7 @@ class Layout:
     teacher_weight_bytes: int
     runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0: a process without CUDA
     loss_budget_u: float | None = None  # distill.memory_budget_u
+    logit_passes: int = 0  # plan.timing.logit_passes; 0 where no loss is timed
     recompute: str = "none"  # config.Recompute: what the backward pass computes again
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer

@@ -8,14 +8,14 @@ from typing import Any
 from minitron_train.arch import Shape
 from minitron_train.arch.shape import SIZES
 from minitron_train.chain import chain
-from minitron_train.config import Config, Precision
+from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.files import atomic_write_json
 from minitron_train.plan import counts
 from minitron_train.plan.hardware import Hardware, hardware
 from minitron_train.plan.layouts import Choice, all_choices, evaluate, shares
 from minitron_train.plan.memory import Layout
 from minitron_train.plan.stages import disk_bytes, scoring, slicing
-from minitron_train.plan.timing import dp_bytes_per_step, tp_bytes_per_token
+from minitron_train.plan.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
 
 SECONDS_PER_HOUR = 3600
 WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
@@ -73,6 +73,7 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or config.train.precision],
         runtime_bytes=machine.reserved_bytes,
         loss_budget_u=config.distill.memory_budget_u,
+        logit_passes=logit_passes(config.distill),
         recompute=config.train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         sharded_optimizer=config.train.shards_optimizer(possible=machine.cuda),
@@ -124,7 +125,8 @@ def pretraining(config: Config, teacher: Shape, machine: Hardware, layout: Layou
     cost = {"num_tokens": tokens, "steps": steps, "flops": {"per_token": per_token, "total": per_token * tokens}}
     if layout is None:
         return cost
-    choice = evaluate(None, teacher, machine, layout, train.global_batch_size)
+    passes = logit_passes(DistillConfig(kd_weight=0, ce_weight=1))
+    choice = evaluate(None, teacher, machine, replace(layout, logit_passes=passes), train.global_batch_size)
     return cost | {"fits": choice.fits, "memory_bytes": choice.memory, **spent(choice, steps, machine)}
 
 

@@ -1,12 +1,13 @@
 """Seconds of steps and of scoring: matrix products at a share of the peak rate, everything else at the rate of memory.
 
-The passes over memory are counted in arch.build's layer and in distill.loss; benchmarks/plan_check.py (CPU) and
-benchmarks/plan_gpu.py hold the result against measurements.
+arch.build's layer gives the passes over memory. tests/unit/test_plan_loss.py counts those of distill.loss.
+benchmarks/plan_check.py (CPU) and benchmarks/plan_gpu.py compare the result with measurements.
 """
 
 from dataclasses import dataclass
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.config import DistillConfig
 from minitron_train.plan.counts import forward_flops_per_token, parameters_per_rank
 from minitron_train.plan.hardware import Hardware
 from minitron_train.plan.memory import FP32, Layout, logit_budget
@@ -17,7 +18,16 @@ PASSES = {
     "squared_relu": 4,
     "silu": 7,
 }  # tensors read or written by one layer, per width
-LOGIT_PASSES = 6  # over one fp32 logit of each model: two sweeps of exponentials, sums, gradient
+LOGIT_PASSES = {  # fp32 elements read or written per logit, forward and backward: at temperature 1, more at another
+    "forward_kl": (32, 8),
+    "reverse_kl": (33, 6),
+    "jsd": (72, 4),
+    "mse": (11, 0),
+    "cosine": (17, 0),
+    "top_k_kl": (8, 0),
+    "cross_entropy": (15, 0),
+}
+SUM_PASSES = 3  # the gradients of two losses added
 WATCH_PASSES = 6  # over each watched activation: prune.statistics reduces it three times
 READ_PASSES = 4  # over a byte that slicing reads
 WRITE_PASSES = 9  # over one that is cut, written and put into a page of the cache
@@ -82,6 +92,14 @@ def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) 
     return student.vocab_size * ((1 + again) * forward + 4 * student.hidden_size)
 
 
+def logit_passes(distill: DistillConfig) -> int:
+    """Elements that the loss reads or writes outside of matrix products, per token and vocabulary entry."""
+    passes, more = LOGIT_PASSES[distill.loss.value]
+    taught = passes + (more if distill.temperature != 1 else 0) if distill.kd_weight else 0
+    labels = LOGIT_PASSES["cross_entropy"][0] if distill.ce_weight else 0
+    return taught + labels + (SUM_PASSES if taught and labels else 0)
+
+
 def num_models(teacher: Shape | None) -> int:
     """Whose logits the loss reads: pretraining has no teacher."""
     return 1 if teacher is None else 2
@@ -123,7 +141,7 @@ def step_time(
     )
     taught = 0 if teacher is None else layer_cost(teacher, length, machine)
     flops = taught + 3 * learnt + again(layout, learnt, mlp)
-    logits = student.vocab_size * LOGIT_PASSES * num_models(teacher) * FP32
+    logits = student.vocab_size * layout.logit_passes * FP32
     updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node
     network = machine.inter_node_rate if across_nodes else machine.intra_node_rate

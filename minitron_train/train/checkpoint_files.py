@@ -22,7 +22,15 @@ from msgspec import Meta
 
 from minitron_train.config import CheckpointConfig
 from minitron_train.errors import UserError
-from minitron_train.files import PARTIAL, REPLACED, atomic_write_text, disk_errors, sha256_file, sync_path
+from minitron_train.files import (
+    PARTIAL,
+    REPLACED,
+    atomic_write_text,
+    disk_errors,
+    drop_replaced,
+    sha256_file,
+    sync_path,
+)
 from minitron_train.records import Count, damaged, read_bytes, read_record
 from minitron_train.train.best import Yardstick
 
@@ -105,7 +113,10 @@ def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
 
 
 def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
-    """Complete the manifest, make everything durable, then let the checkpoint appear and `latest` point to it."""
+    """Complete the manifest, make everything durable, then let the checkpoint appear and `latest` point to it.
+
+    An earlier run that waits beside this one's folder is deleted then (`stages.growing_folder`).
+    """
     sums: dict[str, Sum] = {}
     for part in scratch.glob(SUMS.format(rank="*")):
         sums |= read_record(part, dict[FileName, Sum], "save again")
@@ -125,6 +136,7 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     sync_path(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     point(path.parent / "latest", path)
+    drop_replaced(path.parents[1])
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:

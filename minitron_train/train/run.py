@@ -110,7 +110,7 @@ def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
         mark = {"signal": stopped, "step": trainer.state.step, "num_steps": trainer.num_steps}
         atomic_write_json(folder / STOPPED, mark)
     trainer.groups.barrier()
-    again = "start again without force=true" if trainer.config.force else "start again"
+    again = "start again without force=true" if trainer.config.force and trainer.state.step else "start again"
     where = (
         f"saved at step {trainer.state.step} of {trainer.num_steps}" if trainer.state.step else "before the first step"
     )

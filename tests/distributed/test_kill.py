@@ -26,8 +26,8 @@ def test_every_kill_is_survived_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_rerun_after_a_kill_at_a_file_operation_gives_the_untouched_folder(tmp_path: Path) -> None:
     """Names, and bytes of what is not a time; the whole sweep is the benchmark's."""
-    stages = ("prune again", "distill", "export", "eval again")
-    found = benchmark("kill_files.py", "--sample", "1", "--stages", *stages, figures=tmp_path / "figures.json")
-    assert {name: (outcome["killed"], outcome["equal"]) for name, outcome in found.items()} == dict.fromkeys(
-        stages, (2, 2)
-    )
+    stages, kills = ("prune again", "distill", "export", "eval again"), 1  # of each stage
+    words = ("--sample", str(kills), "--stages", *stages)
+    found = benchmark("kill_files.py", *words, figures=tmp_path / "figures.json")
+    counts = {name: (outcome["killed"], outcome["equal"]) for name, outcome in found.items()}
+    assert counts == dict.fromkeys(stages, (kills, kills)), found

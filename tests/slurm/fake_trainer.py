@@ -52,6 +52,14 @@ def save(number: int, _: object) -> None:
     sys.exit(0)
 
 
+def crash() -> None:
+    """A fault of the machine: in its first life after a checkpoint, in its second one before the next."""
+    if life() == 1:
+        (MARK.parent / "checkpoints").mkdir(parents=True)
+        (MARK.parent / "checkpoints" / "latest").write_text("step_00000200\n")
+    sys.exit(1)
+
+
 def load() -> None:
     """Still importing: a signal ends it. Its second life is quick."""
     if life() == 1:
@@ -75,7 +83,7 @@ def vanish() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-ACTS = {act.__name__: act for act in (succeed, train, train_late, load, refuse, fail, vanish)}
+ACTS = {act.__name__: act for act in (succeed, train, train_late, crash, load, refuse, fail, vanish)}
 
 
 def life() -> int:

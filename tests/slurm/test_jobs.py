@@ -149,6 +149,14 @@ def test_failed_rank_ends_the_job(wide_lab: Lab, act: str, code: str) -> None:
     assert lives(lab) == ["1"]
 
 
+def test_a_failure_after_a_checkpoint_goes_on_from_there(lab: Lab) -> None:
+    """The second life fails before it has saved again: that is not retried."""
+    job = lab.submit("distill", "act.distill=crash")
+    shown = lab.cluster.wait(job, *ENDED, timeout_s=100)
+    assert (shown["JobState"], shown["ExitCode"], lives(lab)) == ("FAILED", "1:0", ["1", "2"]), lab.log(job)
+    assert "failed with exit code 1, after a checkpoint" in lab.log(job)
+
+
 def test_failed_stage_cancels_the_rest(lab: Lab) -> None:
     jobs = lab.chain("micro", "act.score=refuse")
     assert list(jobs) == ["score", "prune", "distill", "export"]

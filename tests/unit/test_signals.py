@@ -51,6 +51,29 @@ def test_a_signal_while_modules_are_imported(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_lead_nowhere(tmp_path: Path, closed: str) -> None:
+    """Else `print` fails, or what it prints lands in the first file that the program opens."""
+    program = """
+import os, sys
+from minitron_train.signals import guard
+
+def command():
+    with open(sys.argv[1], "w") as file:
+        print("out", flush=True), print("err", file=sys.stderr)
+        os.system("echo child; echo child >&2")
+        return 0 if file.fileno() > 2 and sys.stdin is not None else 1
+
+guard(command)
+"""
+    words = [sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == ""
+    assert done.stdout == ("" if ">&-" in closed.split() else "out\nchild\n")
+    assert done.stderr == ("" if "2>&-" in closed else "err\nchild\n")
+
+
 def test_a_training_notes_the_signal_and_a_second_delivery_changes_nothing() -> None:
     """Slurm and the job script both send it; the process ends with the training's own code."""
     guard = Guard()

@@ -253,6 +253,71 @@ def test_training_that_is_refused_before_its_first_step(stage: Stage) -> None:
     assert (training.folder / "metrics.jsonl").exists(), "it had begun"
 
 
+def checkpoint(folder: Path, text: str) -> None:
+    """What a save leaves of use here."""
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text(text)
+
+
+@pytest.fixture
+def trained(stage: Stage) -> Stage:
+    """A training that is finished."""
+    training = replace(stage, manner="grows")
+    training.folder.mkdir()
+    (training.folder / "started.json").write_text(STARTED)
+    checkpoint(training.folder, "old")
+    run(training)
+    return training
+
+
+@pytest.mark.parametrize("error", [UserError, RuntimeError, KeyboardInterrupt])
+def test_a_forced_training_that_fails_before_its_first_checkpoint_costs_nothing(
+    trained: Stage, error: type[BaseException]
+) -> None:
+    def work(folder: Path) -> Mapping[str, Any]:
+        assert sorted(path.name for path in folder.iterdir()) == ["started.json"], "a folder of its own"
+        (folder / "metrics.jsonl").write_text("{}")
+        raise error("no data")
+
+    with pytest.raises(error):
+        run_stage(trained, INVOCATION, work, force=True, on_first=lambda begun: begun())
+    assert [path.name for path in trained.folder.parent.iterdir()] == ["out"]
+    assert not run(trained, "again") and (trained.folder / "checkpoints" / "latest").read_text() == "old"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_forced_training_that_is_killed(trained: Stage, saved: bool) -> None:
+    """Before its first checkpoint the next start finds the earlier run, after it the new one."""
+    aside = trained.folder.with_name("out.replaced")
+    trained.folder.rename(aside)
+    trained.folder.mkdir()
+    (trained.folder / "started.json").write_text(STARTED)
+    if saved:
+        checkpoint(trained.folder, "new")
+    assert run(trained, "again") is saved
+    assert (trained.folder / "checkpoints" / "latest").read_text() == ("new" if saved else "old")
+    assert not aside.exists()
+
+
+def test_a_forced_training_that_was_stopped_before_its_first_checkpoint_begins_anew(
+    trained: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job script looks for the mark, and gives force=true again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def stop(folder: Path) -> Mapping[str, Any]:
+        (folder / "stopped.json").touch()
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit):
+        run_stage(trained, INVOCATION, stop, force=True, on_first=lambda begun: begun())
+    assert (trained.folder / "stopped.json").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(trained, "new", force=True)
+    assert not (trained.folder / "stopped.json").exists() and (trained.folder / "result").read_text() == "new"
+    assert [path.name for path in trained.folder.parent.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("manner", ["whole", "grows"])
 def test_a_requeued_job_obeys_force_once(
     stage: Stage, manner: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
