@@ -179,6 +179,10 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = msgspec.convert(index.get("weight_map"), dict[str, str])
     except msgspec.ValidationError:
         raise UserError(f"{path}: no weight_map from tensors to files; download it again") from None
+    if not isinstance(index.get("metadata"), dict):
+        raise UserError(
+            f'{path}: transformers opens no index without metadata; add "metadata": {{}}, or download it again'
+        )
     for file in weight_map.values():
         if Path(file).name != file or not file.isprintable() or len(file.encode()) > MAX_NAME_BYTES:
             raise UserError(f"{path}: names {shown(file)!r}, which is no file of its folder; download it again")
