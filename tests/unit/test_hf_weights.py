@@ -17,7 +17,7 @@ from torch import Tensor
 from minitron_train.arch import convert
 from minitron_train.arch.build import build
 from minitron_train.errors import UserError
-from minitron_train.hf import Checkpoint, RowReader, cast, copy_tokenizer, fingerprint, folder_shape
+from minitron_train.hf import Checkpoint, RowReader, cast, copy_tokenizer, fingerprint, folder_shape, locate
 from tests.models import hf_logits
 from tests.pruning import configuration, random_tokens, run_cut
 
@@ -462,6 +462,20 @@ def test_a_float64_value_beyond_float32_is_refused_when_it_is_read(make) -> None
     rewrite(lambda tensors: tensors | {DOWN: tensors[DOWN].double() * 1e300})(folder)
     with pytest.raises(UserError, match=f"tensor {DOWN}: holds .*float32 ends at"):
         Checkpoint(folder).read(DOWN)
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_named(make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = make("llama")
+    opened = Checkpoint(folder)
+    (folder / SINGLE).rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=f"{SINGLE}: was removed or replaced while it was read"):
+        RowReader(opened)
+    (tmp_path / "aside").rename(folder / SINGLE)
+    for opens in (Checkpoint, fingerprint, folder_shape):
+        with monkeypatch.context() as patched:
+            patched.setattr(locate, "read_header", lambda file: locate.open_file(file.with_name("gone")).__enter__())
+            with pytest.raises(UserError, match="gone: was removed or replaced while it was read"):
+                opens(folder)
 
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_named(make) -> None:
