@@ -7,7 +7,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,22 @@ from minitron_train.console import say
 from minitron_train.errors import UserError
 
 PARTIAL = ".partial-"  # as in `pruned.partial-1a2b`: unfinished, never read; of a stage removed by its next run
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a repository: OWNER/NAME
 REPLACED = ".replaced"  # where the old folder waits while the new one takes its place; put back after a kill
+
+
+def why_no_folder(path: Path) -> str:
+    """What stands in place of a Hugging Face folder, and what to give instead."""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return "is a GGUF file, which is quantised; give the folder of the model's unquantised checkpoint"
+    if path.is_file():
+        return f"is a file; give its folder, {path.parent}"
+    if HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        return (
+            f"no such folder; to take it from the hub, set teacher.source=hub teacher.repo_id={path} "
+            "teacher.revision=COMMIT in place of the path and run `fetch`"
+        )
+    return "no such folder; give a Hugging Face folder"
 
 
 def sync_path(path: Path) -> None:
@@ -124,14 +141,28 @@ def atomic_file(path: Path) -> Iterator[Path]:
     with disk_errors(path), parent_folders(path):
         remove_scratch_files(path.parent, f"{glob.escape(path.name)}{PARTIAL}*")
         scratch, lock = locked_scratch(path)
+        mode = scratch.stat().st_mode
         try:
             yield scratch
+            open_to_umask(scratch, mode)
             sync_path(scratch)
             os.replace(scratch, path)
             sync_path(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
             os.close(lock)
+
+
+def open_to_umask(file: Path, mode: int) -> None:
+    """Let those read and write `file` whom the umask allows: safetensors writes for the owner alone (0600).
+
+    Args:
+        mode: of a file or folder that was just created beside it, which the umask has shaped.
+    """
+    found = file.lstat()
+    wanted = found.st_mode | (mode & 0o666)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and wanted != found.st_mode:
+        file.chmod(stat.S_IMODE(wanted))
 
 
 def locked_scratch(path: Path) -> tuple[Path, int]:
@@ -171,7 +202,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         scratch.mkdir()
         try:
             yield scratch
+            mode = scratch.stat().st_mode
             for file in scratch.rglob("*"):
+                open_to_umask(file, mode)
                 sync_path(file)
             sync_path(scratch)
             old = path.with_name(path.name + REPLACED)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Generic, TypeVar, cast
 
 import msgspec
+import numpy as np
 import yaml
 from msgspec import Meta
 
@@ -29,6 +30,8 @@ T = TypeVar("T")
 MAX_RECORD_BYTES = 256 * 2**20  # far above what any record holds; a mistaken path must not fill the memory
 MAX_LINES_BYTES = 8 * 2**30  # an evaluation writes a line per row and a training one per step
 MAX_DEPTH = 100  # brackets inside brackets; ours have ten, and Python's own recursion ends near 1,000
+STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)  # of JSON, also one that does not end
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -99,11 +102,10 @@ def check_depth(data: bytes) -> None:
     """
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
-    depth = 0
-    for match in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', data, re.DOTALL):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
-        if depth > MAX_DEPTH:
-            raise RecursionError(f"nested deeper than {MAX_DEPTH} levels")
+    brackets = np.frombuffer(STRING.sub(b"", data).translate(None, NO_BRACKETS), np.uint8)
+    opens = (brackets == ord("[")) | (brackets == ord("{"))
+    if np.where(opens, 1, -1).cumsum().max(initial=0) > MAX_DEPTH:
+        raise RecursionError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def read_record(path: Path, kind: type[T], remedy: str) -> T:

@@ -12,6 +12,7 @@ from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.errors import UserError
+from minitron_train.files import why_no_folder
 from minitron_train.parallel.launch import World
 from minitron_train.stages import Invocation, Stage, Work, exported, refuse_damaged, run_stage
 
@@ -191,10 +192,10 @@ class Workspace:
     def check_teacher_is_there(self) -> None:
         """Refuse a command that needs a teacher when there is none, and say how to get it."""
         teacher = self.config.teacher
-        if self.is_there(self.teacher_folder):
+        if self.is_to_come(self.teacher_folder) or self.teacher_folder.is_dir():
             return
         if teacher.path:
-            raise UserError(f"teacher.path={teacher.path}: no such folder; give a Hugging Face folder")
+            raise UserError(f"teacher.path={teacher.path}: {why_no_folder(Path(teacher.path))}")
         if teacher.unavailable:
             raise UserError(f"teacher.path is not set: {' '.join(teacher.unavailable.split())}")
         remedies = {

@@ -6,14 +6,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from minitron_train.console import say
 from minitron_train.data.units import Encoder, check_ids
 from minitron_train.errors import UserError
 from minitron_train.files import atomic_folder
+from minitron_train.hf import read_json
+from minitron_train.records import joined
 
 BOS, EOS = "<s>", "</s>"
 NUM_ROWS = "num_embedding_rows"  # attribute of an opened tokenizer that has ids beyond its model's rows
@@ -61,16 +62,29 @@ def load(folder: Path | str) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer is a sentencepiece model without a tokenizer.json; pip install sentencepiece, or "
             "save it once with transformers"
         )
+    check_config(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except StrictDataclassError as error:  # AutoTokenizer reads config.json first
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'config.json'}: transformers refuses it ({reason}); correct it") from error
     except Exception as error:  # a corrupt file raises whatever its parser raises
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: the tokenizer cannot be opened ({reason}); copy its files again") from error
     require_fast(tokenizer, str(folder))
     return tokenizer
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a config.json that transformers does not open: the student would inherit what it objects to.
+
+    Raises:
+        UserError: it does not. A model type that transformers does not know is left to others: tokenizers need none.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or read_json(path).get("model_type") not in CONFIG_MAPPING:
+        return
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each key's check raises what it likes
+        raise UserError(f"{path}: transformers refuses it ({joined(error)}); correct it") from error
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from minitron_train.hf.folder import (
     write_index,
 )
 from minitron_train.hf.headers import read_header
-from minitron_train.hf.locate import INDEX, LICENCE_FILES, SINGLE, TOKENIZER_FILES
+from minitron_train.hf.locate import INDEX, LICENCE_FILES, SINGLE, TOKENIZER_FILES, weight_bytes
 from minitron_train.hf.rows import RowReader, runs
 from minitron_train.hf.weights import Checkpoint, folder_shape
 
@@ -38,6 +38,7 @@ __all__ = [
     "shape_from_config",
     "shard_names",
     "student_config",
+    "weight_bytes",
     "write_folder",
     "write_index",
 ]

@@ -19,19 +19,30 @@ READERS: dict[str, Callable[[Any, str, str], Any]] = {  # of Shape fields that a
     "tie_embeddings": truth,
     "layernorm_epsilon": epsilon,
 }
+ONLINE = {  # methods of quantization_config under which transformers quantises plain weights in every forward pass
+    "bitnet": "transformers quantises weights and activations while it computes",
+}
 OLD_HEAD_DIM = "kv_channels"  # NVIDIA's name, in folders that transformers does not open without head_dim
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {FULL: False, "attention": False, SLIDING: True}  # whether such a layer slides; "attention" is older
-UNTRUE_KEYS = frozenset(  # of a teacher's config.json, in its student's: other files, other weights, another place
-    {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
-    | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
+UNTRUE_KEYS = (
+    frozenset(  # of a teacher's config.json, in its student's: other files, other weights, another place or machine
+        {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
+        | {
+            "attn_implementation",
+            "_attn_implementation",
+            "_attn_implementation_internal",
+            "_attn_implementation_autoset",
+        }
+        | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
+    )
 )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one clear line."""
     try:
-        return decode(read_bytes(path), dict[str, Any], str(path), "copy the file again")
+        return decode(read_bytes(path), dict[str, Any], str(path), "correct it, or copy the file again")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the folder of a Hugging Face checkpoint") from None
 
@@ -48,7 +59,9 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
         raise UserError(f"{where}: model_type {spoken(name)} is not supported; supported architectures: {supported}")
     table = architecture(name)
     check_facts(config, table, where)
+    check_quantisation(config, where)
     values = read_fields(config, table, where)
+    check_padding(config, values["vocab_size"], where)
     values |= read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where).shape_fields()
     values["window"] = window(config, table, values["num_layers"], where)
     shape = Shape(architecture=table.name, **values)
@@ -64,6 +77,29 @@ def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> N
                 f"{where}: {key}={spoken(config[key])}: only {' or '.join(map(spoken, supported))} is supported for "
                 f"{table.name}; use another teacher"
             )
+
+
+def check_quantisation(config: Mapping[str, Any], where: str) -> None:
+    """Refuse plain weights that are not the model: those that transformers quantises whenever it uses them.
+
+    Other settings are those of a quantisation that was undone, or belong to tensors that are refused by their type.
+    """
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if isinstance(method, str) and method in ONLINE:
+        raise UserError(
+            f"{where}: quantization_config names {method}, with which {ONLINE[method]}: not supported; use another teacher"
+        )
+
+
+def check_padding(config: Mapping[str, Any], vocab_size: int, where: str) -> None:
+    """Refuse a pad_token_id with which transformers does not open the model, and would not open its student."""
+    pad = config.get("pad_token_id")
+    if isinstance(pad, int) and not -vocab_size <= pad < vocab_size:
+        raise UserError(
+            f"{where}: pad_token_id={spoken(pad)}: transformers opens no model with an id beyond vocab_size={vocab_size}; "
+            "set it to null, or to a token of the vocabulary"
+        )
 
 
 def read_fields(config: Mapping[str, Any], table: Architecture, where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minitron_train.files import disk_errors
 from minitron_train.hf.config import portable_tokenizer_config, read_json
-from minitron_train.hf.locate import INDEX, SINGLE, carried_files, licence_files, weight_files
+from minitron_train.hf.locate import INDEX, SINGLE, carried_files, licence_files, removed_files, weight_files
 from minitron_train.records import open_file, read_bytes
 
 T = TypeVar("T")
@@ -31,6 +31,12 @@ def fingerprint(folder: Path) -> str:
     Raises:
         UserError: see Checkpoint.
     """
+    with removed_files(folder):
+        return digest_of(folder)
+
+
+def digest_of(folder: Path) -> str:
+    """See `fingerprint`."""
     digest = hashlib.sha256()
     weights = list(weight_files(folder))
     for name in ("config.json", *carried_files(folder)):
@@ -90,7 +96,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             portable = portable_tokenizer_config(read_json(source / name))
             (target / name).write_text(json.dumps(portable, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
-            shutil.copyfile(source / name, target / name)
+            with removed_files(source / name):
+                shutil.copyfile(source / name, target / name)
 
 
 def write_folder(

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import msgspec
+from safetensors import SafetensorError, safe_open
 
-from minitron_train.errors import UserError
-from minitron_train.records import decode, open_file
+from minitron_train.errors import UserError, first_line
+from minitron_train.records import Count, damaged, decode, open_file
 
 ITEM_BITS = {  # of every type that the format knows
     **dict.fromkeys(("F4",), 4),
@@ -26,8 +27,6 @@ ITEM_BITS = {  # of every type that the format knows
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_SHOWN = 100  # characters of a name in a message
 LFS_MARK = b"version https://git-lfs"  # how the text begins that Git keeps in place of a large file
-
-Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +69,33 @@ def read_header(file: Path, remedy: str = "download it again") -> dict[str, Entr
     end = end_of_data(described, file, remedy)
     if size != 8 + length + end:
         raise UserError(f"{file}: {size:,} bytes, its header promises {8 + length + end:,}; {remedy}")
+    check_with_library(file, remedy)
     return {
         name: Entry(file, name, one.dtype, one.shape, 8 + length + one.data_offsets[0], num_bytes(one))
         for name, one in described.items()
     }
 
 
+def check_with_library(file: Path, remedy: str) -> None:
+    """Refuse what the safetensors library refuses besides: a field given twice, values that do not end at a byte."""
+    try:
+        with safe_open(str(file), framework="np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{file}: its header is corrupt ({first_line(error)}); {remedy}") from None
+
+
 def described_tensors(text: bytes, file: Path, remedy: str) -> dict[str, Described]:
-    """The header's JSON as types."""
+    """The header's JSON as types; it may describe a million tensors."""
     where = f"{file}: its header is corrupt"
     raw = decode(text, dict[str, msgspec.Raw], where, remedy)
     if "__metadata__" in raw:
         decode(bytes(raw.pop("__metadata__")), dict[str, str], where, remedy)
-    return {name: decode(bytes(value), Described, where, remedy) for name, value in raw.items()}
+    decoder = msgspec.json.Decoder(Described)
+    try:
+        return {name: decoder.decode(value) for name, value in raw.items()}
+    except msgspec.MsgspecError as error:
+        raise damaged(where, first_line(error), remedy) from None
 
 
 def end_of_data(described: dict[str, Described], file: Path, remedy: str) -> int:
@@ -98,8 +111,9 @@ def end_of_data(described: dict[str, Described], file: Path, remedy: str) -> int
                 f"{file}: its header is corrupt (tensor {shown(name)} has unknown type {shown(one.dtype)}); {remedy}"
             )
         if begin != position or end - begin != num_bytes(one):
+            takes = f"{num_bytes(one):,}" if num_bytes(one) < 2**63 else "over 2**63"
             raise UserError(
-                f"{file}: its header is corrupt (tensor {shown(name)} takes {num_bytes(one):,} bytes and must begin at byte "
+                f"{file}: its header is corrupt (tensor {shown(name)} takes {takes} bytes and must begin at byte "
                 f"{position:,}, its offsets are {begin:,} to {end:,}); {remedy}"
             )
         position = end

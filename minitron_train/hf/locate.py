@@ -4,6 +4,7 @@ A folder about which two readers could differ is refused: transformers prefers a
 shards, other readers believe the index or read every file.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 
 from minitron_train.errors import UserError
+from minitron_train.files import why_no_folder
 from minitron_train.hf.config import read_json
 from minitron_train.hf.headers import Entry, read_header, refuse_pointer, shown
 from minitron_train.records import open_file
@@ -100,7 +102,7 @@ def check_folder(folder: Path) -> None:
         UserError: no folder, an adapter, another format; a pipe, folder, broken link or Git LFS pointer in place of a file.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+        raise UserError(f"{folder}: {why_no_folder(folder)}")
     try:
         names = ["config.json", INDEX, SINGLE, *carried_files(folder), *licence_files(folder)]
     except OSError as error:
@@ -165,11 +167,23 @@ def read_weights(folder: Path, config: dict[str, Any]) -> Weights:
     tensors: dict[str, list[Entry]] = {}
     for file in files:
         check_file(file)
-        for name, entry in read_header(file).items():
+        with removed_files(file):
+            header = read_header(file)
+        for name, entry in header.items():
             tensors.setdefault(name, []).append(entry)
     stale = (f"{folder}: {SINGLE} is read; {INDEX} names shards that are not there, remove it",)
     leftover = single and any(file != SINGLE for file in index.values())
     return Weights(folder, files, tensors, None if single else index, stale if leftover else ())
+
+
+@contextlib.contextmanager
+def removed_files(path: Path) -> Iterator[None]:
+    """Turn the absence of a file that was there a moment ago into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        gone = error.filename or path
+        raise UserError(f"{gone}: was removed or replaced while it was read; run the command again") from None
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -179,6 +193,10 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = msgspec.convert(index.get("weight_map"), dict[str, str])
     except msgspec.ValidationError:
         raise UserError(f"{path}: no weight_map from tensors to files; download it again") from None
+    if not isinstance(index.get("metadata"), dict):
+        raise UserError(
+            f'{path}: transformers opens no index without metadata; add "metadata": {{}}, or download it again'
+        )
     for file in weight_map.values():
         if Path(file).name != file or not file.isprintable() or len(file.encode()) > MAX_NAME_BYTES:
             raise UserError(f"{path}: names {shown(file)!r}, which is no file of its folder; download it again")
@@ -195,6 +213,11 @@ def refuse_rivals(folder: Path, read: set[str], index: dict[str, str]) -> None:
             f"{folder}: holds {rivals[0]} beside {chosen} ({len(rivals)} such files); some readers take the one, some "
             "the other: remove what does not belong to the model"
         )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files that a reader of the folder takes; 0 where it holds no weights."""
+    return sum(file.stat().st_size for file, _ in weight_files(folder)) if has_weights(folder) else 0
 
 
 def weight_files(folder: Path) -> Iterator[tuple[Path, dict[str, Entry]]]:

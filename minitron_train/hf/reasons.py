@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Collection, Mapping
+from itertools import takewhile
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from minitron_train.arch.shape import Shape
+from minitron_train.arch import Shape, architecture
 from minitron_train.errors import UserError
 from minitron_train.hf.dtypes import STORED_DTYPES
 from minitron_train.hf.headers import Entry, shown
@@ -23,18 +25,31 @@ QUANTISED = {  # ends of tensor names -> who writes them
     "_blocks": "mxfp4",
     ".biases": "MLX",
     "._data": "quanto",
+    ".q_weight": "EXL2",
+    ".trellis": "EXL3",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".Qidxs": "QuIP#",
+    ".weight_scales": "EETQ",
+    ".bitmask": "compressed-tensors, sparse",
+    ".dense_weights": "SpQR",
 }
 REMEDY = "take the model's unquantised checkpoint"
+ADAPTER = re.compile(r"\.(lora_[A-Za-z_]+|base_layer|original_module|modules_to_save)\b")  # PEFT's names
 LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.")
 
 
 def quantisation(names: Collection[str], config: Mapping[str, Any]) -> str | None:
-    """How the weights are quantised, by the names of tensors that only quantised models have; None if they are not."""
+    """How the weights are quantised, by the names of tensors that only quantised models have, or by config.json.
+
+    None if neither says so. Ask only about a folder whose tensors are not the model's: a config.json may also keep the
+    settings of a quantisation that was undone.
+    """
     for end, kind in QUANTISED.items():
         marked = next((name for name in names if name.endswith(end)), None)
         if marked:
             return f"its weights are quantised ({method(config) or kind}: {shown(marked)})"
-    return None
+    return f"its weights are quantised, as config.json says ({method(config)})" if method(config) else None
 
 
 def method(config: Mapping[str, Any]) -> str | None:
@@ -53,6 +68,11 @@ def missing_tensor(
     again = "download the checkpoint again"
     if quantised := quantisation(tensors, config):
         return UserError(f"{folder}: {quantised}; {REMEDY}")
+    if adapter := next(filter(ADAPTER.search, tensors), None):
+        return UserError(
+            f"{folder}: tensor {name} is missing, and {shown(adapter)} belongs to an adapter that was not merged; "
+            "merge it with merge_and_unload and save_pretrained"
+        )
     if name.startswith("lm_head"):
         return UserError(
             f"{folder}: tensor {name} is missing and config.json does not tie it to the embedding, as in a reward or "
@@ -65,12 +85,46 @@ def missing_tensor(
             f"{folder}: tensor {name} is missing; {again}, or correct num_hidden_layers={shape.num_layers} in "
             f"config.json (layers {min(held)} to {max(held)} are stored)"
         )
+    if wrapped := next(
+        (stored for stored in tensors if is_embedding(name) and stored.endswith(f".{bare(name)}")), None
+    ):
+        return UserError(
+            f"{folder}: tensor {name} is stored as {shown(wrapped)}: the model was saved inside another one "
+            "(torch.compile, DDP, PEFT, a multimodal model); save the language model alone with save_pretrained"
+        )
     some = next(iter(tensors), None)
     if some and not any(stored.removeprefix("model.").startswith(("layers.", "embed_tokens")) for stored in tensors):
         return UserError(
             f"{folder}: tensor {name} is missing (tensors are named like {shown(some)}); take a causal LM's folder"
         )
+    if foreign := closest_foreign(name, shape, tensors):
+        return UserError(
+            f"{folder}: tensor {name} is missing, and {shown(foreign)} is no tensor of {shape.architecture}; "
+            f"take a checkpoint that transformers saved for {shape.architecture}, or download it again"
+        )
     return UserError(f"{folder}: tensor {name} is missing; {again}")
+
+
+def bare(name: str) -> str:
+    """A tensor's name without the base model's prefix."""
+    return name.removeprefix("model.")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether it is the tensor that every reader looks for first."""
+    return bare(name).startswith("embed_tokens")
+
+
+def closest_foreign(name: str, shape: Shape, tensors: Collection[str]) -> str | None:
+    """The stored tensor that is not the model's and whose name begins most like `name`; None where there is none."""
+    known = {bare(own) for own in architecture(shape.architecture).tensors(shape)}
+    foreign = sorted(stored for stored in tensors if bare(stored) not in known)
+
+    def likeness(stored: str) -> int:
+        pairs = zip(bare(stored).split("."), bare(name).split("."), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    return max(foreign, key=likeness, default=None)
 
 
 def wrong_size(
@@ -87,15 +141,42 @@ def wrong_size(
         return UserError(f"{folder}: {quantised}; {REMEDY}")
     if entry.dtype not in STORED_DTYPES:
         return wrong_type(folder, entry, config)
+    if 0 in entry.size:
+        return UserError(
+            f"{folder}: tensor {entry.name} is empty, as when a model sharded by DeepSpeed ZeRO-3 or FSDP is saved without "
+            "gathering its weights; save it again with the gathered state dict"
+        )
+    rows = matrix_rows(tensors)
+    if len(entry.size) == 2 and entry.size[1:] == size[1:] and size[0] == shape.vocab_size and len(rows) > 1:
+        counts = " and ".join(f"{shown(stored)} {number}" for stored, number in rows.items())
+        return UserError(
+            f"{folder}: the rows of embedding and output layer differ ({counts}; config.json says "
+            f"vocab_size={shape.vocab_size}); call resize_token_embeddings on the model and save it again"
+        )
     if len(entry.size) == 2 and entry.size[1:] == size[1:] and size[0] == shape.vocab_size:
         return UserError(
             f"{folder}: tensor {entry.name} has {entry.size[0]} rows, config.json says vocab_size={shape.vocab_size}; "
             f"set vocab_size={entry.size[0]} if the embedding was resized, otherwise download the checkpoint again"
         )
+    if prod(entry.size) == prod(size):
+        return UserError(
+            f"{folder}: tensor {name} has size {list(entry.size)}, config.json says {list(size)}: as many values in "
+            "another layout, which transformers refuses too; convert the checkpoint again"
+        )
     return UserError(
         f"{folder}: tensor {name} has size {list(entry.size)}, config.json says {list(size)}; "
         "the folder mixes two models: copy config.json and weights from one of them"
     )
+
+
+def matrix_rows(tensors: Mapping[str, list[Entry]]) -> dict[str, int]:
+    """Rows of embedding and output layer by stored name; empty where all have the same number."""
+    matrices = {
+        name: entries[0].size[0]
+        for name, entries in tensors.items()
+        if bare(name) in ("embed_tokens.weight", "lm_head.weight") and entries[0].size
+    }
+    return matrices if len(set(matrices.values())) > 1 else {}
 
 
 def wrong_type(folder: Path, entry: Entry, config: Mapping[str, Any]) -> UserError:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minitron_train.errors import UserError
 from minitron_train.hf.dtypes import STORED_DTYPES, cast
 from minitron_train.hf.headers import ITEM_BITS, Entry
+from minitron_train.hf.locate import removed_files
 
 if TYPE_CHECKING:
     from minitron_train.hf.weights import Checkpoint
@@ -32,7 +33,8 @@ class RowReader:
         self.files: dict[Path, int] = {}
         weakref.finalize(self, close_all, self.files)
         for file in sorted({entry.file for entry in checkpoint.stored.values()}):
-            self.files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            with removed_files(file):
+                self.files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor, or its rows [start, stop) along `dim` (0 or 1); float64 is read as float32.
@@ -107,7 +109,8 @@ def have_equal_values(first: Entry, second: Entry) -> bool:
 def values_of(entry: Entry, start: int, count: int) -> Tensor:
     """`count` values of a stored tensor from value `start` on, flat."""
     values = torch.empty(count, dtype=STORED_DTYPES[entry.dtype])
-    file = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+    with removed_files(entry.file):
+        file = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
         read_at(file, entry, entry.start + start * values.itemsize, view)

@@ -14,7 +14,7 @@ from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
-from minitron_train.hf.reasons import missing_tensor, wrong_size, wrong_type
+from minitron_train.hf.reasons import method, missing_tensor, wrong_size, wrong_type
 from minitron_train.hf.rows import RowReader, have_equal_values
 
 PREFIX = "model."  # of everything but the output layer; absent where the base model alone was saved
@@ -81,6 +81,11 @@ class Checkpoint:
             notes.append(
                 "config.json ties the output layer to the embedding, but both are stored and differ; "
                 "they are kept apart, as transformers does"
+            )
+        if left := method(self.config):
+            notes.append(
+                f"config.json says that the weights are quantised ({left}), the stored ones are not; they are taken as "
+                "they are, and the student is not quantised"
             )
         if "F64" in self.dtypes.values():
             notes.append("float64 weights are read as float32, and so is the student unless export.dtype is narrower")

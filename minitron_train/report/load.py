@@ -16,7 +16,7 @@ from minitron_train.console import say
 from minitron_train.errors import UserError, first_line
 from minitron_train.evaluation.results import Evaluation, read_evaluation
 from minitron_train.files import PARTIAL, REPLACED
-from minitron_train.hf import read_header, read_json, shape_from_config
+from minitron_train.hf import folder_shape, read_header, weight_bytes
 from minitron_train.provenance import StageRecord
 from minitron_train.records import damaged
 from minitron_train.stages import PROVENANCE, exported
@@ -33,7 +33,7 @@ BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # there is one for every
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """One Hugging Face folder. `weight_bytes` is the size of its safetensors files."""
+    """One Hugging Face folder. `weight_bytes` is the size of the files that hold its weights."""
 
     folder: Path
     shape: Shape
@@ -143,9 +143,7 @@ def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -
         known = [student] if label == "student" and student else []
         for place in [*known, *(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
             if os.path.exists(place / "config.json"):  # noqa: PTH110  # Path.exists raises where a name is too long
-                shape = shape_from_config(read_json(place / "config.json"), str(place / "config.json"))
-                weight_bytes = sum(file.stat().st_size for file in place.glob("*.safetensors") if file.stem != "kept")
-                yield label, Model(folder=place, shape=shape, weight_bytes=weight_bytes)
+                yield label, Model(folder=place, shape=folder_shape(place), weight_bytes=weight_bytes(place))
                 break
 
 

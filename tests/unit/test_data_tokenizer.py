@@ -187,10 +187,18 @@ def test_tokenizers_of_a_student_and_a_teacher(folder, tmp_path):
 
 def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(folder, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    (copy / "config.json").write_text(json.dumps({"model_type": "llama", "use_cache": "yes"}))
-    with pytest.raises(UserError, match=r"config\.json: transformers refuses it .*use_cache.*; correct it") as caught:
-        tokenizers.load(copy)
-    assert "\n" not in str(caught.value)
+    for key, value in {
+        "use_cache": "yes",
+        "eos_token_id": "2",
+        "id2label": {"a": "b"},
+        "use_return_dict": False,
+    }.items():
+        (copy / "config.json").write_text(json.dumps({"model_type": "llama", key: value}))
+        with pytest.raises(UserError, match=r"config\.json: transformers refuses it .*; correct it") as caught:
+            tokenizers.load(copy)
+        assert "\n" not in str(caught.value)
+    (copy / "config.json").write_text(json.dumps({"model_type": "of nobody", "use_cache": "yes"}))
+    assert tokenizers.load(copy).vocab_size == tokenizers.load(folder).vocab_size
 
 
 def test_a_sentencepiece_model_alone_names_the_package(tmp_path, monkeypatch):

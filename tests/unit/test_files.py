@@ -2,10 +2,14 @@
 
 import errno
 import os
+import re
 import shutil
+import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from minitron_train.errors import UserError
 from minitron_train.files import (
@@ -17,7 +21,9 @@ from minitron_train.files import (
     recover,
     remove_folder,
     remove_scratch_files,
+    why_no_folder,
 )
+from minitron_train.hf.locate import check_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -32,6 +38,46 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
         raise RuntimeError
     assert names(tmp_path) == {"out"}
     assert names(tmp_path / "out") == {"old"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_decides_who_reads_what_safetensors_writes(tmp_path: Path, umask: int, mode: int) -> None:
+    other = tmp_path / "of somebody else"
+    other.touch(0o600)
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "out") as scratch:
+            (scratch / "a").mkdir()
+            save_file({"x": np.ones(1)}, scratch / "a" / "model.safetensors")
+            (scratch / "link").symlink_to(other)
+            os.link(other, scratch / "second name")
+        with atomic_file(tmp_path / "one.safetensors") as scratch:
+            save_file({"x": np.ones(1)}, scratch)
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "out" / "a" / "model.safetensors", tmp_path / "one.safetensors"):
+        assert stat.S_IMODE(file.stat().st_mode) == mode
+    assert stat.S_IMODE(other.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("meta-llama/Llama-3.1-8B", "set teacher.source=hub teacher.repo_id=meta-llama/Llama-3.1-8B teacher.revision"),
+        ("model/config.json", "is a file; give its folder, model"),
+        ("model/tiny.Q4_0.gguf", "is a GGUF file, which is quantised"),
+        ("model/none", "no such folder; give a Hugging Face folder"),
+        ("none", "no such folder; give a Hugging Face folder"),
+    ],
+)
+def test_what_is_given_for_a_folder_is_named(tmp_path: Path, monkeypatch, name: str, message: str) -> None:
+    (tmp_path / "model").mkdir()
+    for file in ("config.json", "tiny.Q4_0.gguf"):
+        (tmp_path / "model" / file).touch()
+    monkeypatch.chdir(tmp_path)
+    assert message in why_no_folder(Path(name))
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_folder(Path(name))
 
 
 def test_a_new_folder_replaces_the_old_one(tmp_path: Path) -> None:

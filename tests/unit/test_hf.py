@@ -66,7 +66,7 @@ def damaged_index(folder: Path, weight_map: object) -> None:
 
 def missing_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -86,12 +86,18 @@ def missing_shard(folder: Path) -> None:
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (lambda folder: (folder / "config.json").unlink(), "no such file"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: damaged .*copy the file again"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "config.json: damaged .*correct it, or copy the file again",
+        ),
         (lambda folder: edit_config(folder, model_type="gpt2"), "'gpt2' is not supported; supported architectures"),
         (lambda folder: edit_config(folder, hidden_size="DELETE"), "the key 'hidden_size' is missing or null"),
         (lambda folder: edit_config(folder, num_hidden_layers=2.5), "num_hidden_layers=2.5 is not a whole number"),
         (lambda folder: edit_config(folder, hidden_size="64"), "hidden_size='64' is not a whole number"),
-        (lambda folder: edit_config(folder, hidden_size=math.inf), "config.json: damaged .*copy the file again"),
+        (
+            lambda folder: edit_config(folder, hidden_size=math.inf),
+            "config.json: damaged .*correct it, or copy the file again",
+        ),
         (
             lambda folder: edit_config(folder, rope_parameters={"rope_theta": "1e4x"}),
             "rope_theta='1e4x' is not a number",

@@ -203,7 +203,7 @@ def test_what_is_refused_is_named_in_one_short_line(family: str, changes: dict[s
 )
 def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(UserError, match=r"config\.json: damaged \(.*\); copy the file again") as caught:
+    with pytest.raises(UserError, match=r"config\.json: damaged \(.*\); correct it, or copy the file again") as caught:
         read_json(tmp_path / "config.json")
     assert "\n" not in str(caught.value)
 

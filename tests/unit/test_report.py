@@ -1,7 +1,9 @@
 """The report: right numbers, one self-contained and well-formed page, whatever is missing said and never an exception."""
 
 import json
+import math
 import re
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -56,7 +58,19 @@ def write_json(path: Path, value: object) -> None:
 def write_models(folder: Path) -> None:
     for label, config in CONFIGS.items():
         write_json(folder / label / "config.json", config)
-        (folder / label / "model.safetensors").write_bytes(b"x" * (3_000_000 if label == "teacher" else 1_500_000))
+        write_weights(folder / label, config, 3_000_000 if label == "teacher" else 1_500_000)
+        (folder / label / "of-another-reader.safetensors").write_bytes(bytes(1_000_000))
+
+
+def write_weights(folder: Path, config: dict, num_bytes: int) -> None:
+    """A model of zeros in one file of `num_bytes`: a header may end with blanks."""
+    shape = shape_from_config(config, "config.json")
+    described, end = {}, 0
+    for name, size in architecture(shape.architecture).tensors(shape).items():
+        begin, end = end, end + 4 * math.prod(size)
+        described[name] = {"dtype": "F32", "shape": size, "data_offsets": [begin, end]}
+    header = json.dumps(described).encode().ljust(num_bytes - end - 8)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(end))
 
 
 def write_importance(folder: Path) -> None:
