@@ -26,6 +26,18 @@ ABOUT_DATA = (
     "readme*.rst",
     "license*.txt",
 )
+MODEL_FILES = (  # in a folder with config.json
+    "*config.json",
+    "*.safetensors.index.json",
+    "*_map.json",
+    "tokenizer.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "*.jinja",
+    "provenance.json",
+)
 SPLITS = {  # words of the hub's data sets (datasets.data_files.SPLIT_KEYWORDS)
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -135,6 +147,7 @@ def take(
     """
     try:
         listing = look(pattern)
+        leave_out_models(listing)
         kinds = recognise(listing, kind)
         choose_split(listing, kinds, split, pattern)
         leave_out_held(listing, held_out, pattern)
@@ -145,6 +158,8 @@ def take(
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{pattern[:200]}: cannot be read ({reason}); give a readable file, folder or glob") from error
     if not listing.files:
+        if is_special(Path(pattern).expanduser()):
+            raise UserError(f"{pattern}: is not a regular file; write what it gives into a file, and give that")
         if not listing.left_out:
             raise UserError(f"{pattern}: no text file matches; give an existing file, folder or quoted glob")
         raise UserError(
@@ -173,6 +188,17 @@ def look(pattern: str) -> Listing:
     found = [Path(name) for name in sorted(glob(f"{escape(str(literal))}/{rest}", recursive=True))]  # noqa: PTH207
     listing.files = unlinked(listing, [file for file in found if file.is_file()])
     return listing
+
+
+def root_of(pattern: str) -> Path | None:
+    """The folder all of which is read, resolved; None for a file, a pair, or a glob that stays in one folder."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or not has_magic(pattern):
+        return None
+    literal, rest = literal_part(path)
+    return literal.resolve() if "**" in rest else None
 
 
 def literal_part(path: Path) -> tuple[Path, str]:
@@ -290,6 +316,19 @@ def saved_files(state: Path) -> set[str]:
     return {name for name in names if isinstance(name, str)}
 
 
+def leave_out_models(listing: Listing) -> None:
+    """Leave out the configuration and the tokenizer of a model that lies in a folder of the data."""
+    if not listing.from_folder:
+        return
+    models = {path.parent for path in listing.files if path.name == "config.json"}
+    of_model = {
+        path
+        for path in listing.files
+        if path.parent in models and any(fnmatch(path.name.lower(), pattern) for pattern in MODEL_FILES)
+    }
+    listing.keep([path for path in listing.files if path not in of_model], "of a model")
+
+
 def leave_out_about(listing: Listing, kinds: dict[Path, SourceKind]) -> None:
     """Leave out what tells about the data beside it; where there is no other data than text, that is text too."""
     script = f"{listing.base.resolve().name.lower()}.py"  # a loading script has the name of its repository
@@ -374,6 +413,11 @@ def file_id(path: Path) -> FileId:
 def file_size(path: Path) -> int:
     """Bytes of a file; 0 if it is missing."""
     return path.stat().st_size if path.exists() else 0
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a pipe, a socket or a device."""
+    return path.exists() and not path.is_dir() and not path.is_file()
 
 
 def is_index(path: Path) -> bool:
