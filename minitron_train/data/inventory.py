@@ -116,7 +116,8 @@ class Listing:
 
     def leave_out(self, path: Path, reason: str) -> None:
         """Do not read this file or folder."""
-        self.left_out.append(LeftOut(self.name(path) + "/" * path.is_dir(), reason))
+        is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where the system tells nothing
+        self.left_out.append(LeftOut(self.name(path) + "/" * is_folder, reason))
 
     def keep(self, wanted: Collection[Path], reason: str) -> None:
         """Leave out all files but the wanted ones."""
@@ -223,7 +224,9 @@ def below(folder: Path) -> Listing:
                 continue
             seen.add(file_id(inner))
         for path in children(listing, inner):
-            if path.name.startswith(".") or path.name == "__pycache__":
+            if reason := refused(path):
+                listing.leave_out(path, f"cannot be read: {reason}")
+            elif path.name.startswith(".") or path.name == "__pycache__":
                 listing.leave_out(path, "hidden" if path.name.startswith(".") else "not text")
             elif path.is_dir() and path.is_symlink():
                 linked.append(path)
@@ -248,6 +251,17 @@ def children(listing: Listing, folder: Path) -> Iterator[Path]:
         if folder == listing.base:
             raise
         listing.leave_out(folder, f"cannot be read: {error.strerror}")
+
+
+def refused(path: Path) -> str | None:
+    """Why the system tells nothing about a file, in a folder that may be listed but not entered; None if it does."""
+    try:
+        path.stat()
+    except PermissionError as error:
+        return error.strerror
+    except OSError:
+        return None
+    return None
 
 
 def unlinked(listing: Listing, files: list[Path]) -> list[Path]:

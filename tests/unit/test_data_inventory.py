@@ -411,3 +411,19 @@ def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(UserError, match=r"pipe\.jsonl: is not a regular file; write what it gives into a file"):
         take(str(tmp_path / "pipe.jsonl"))
+
+
+def test_a_folder_that_may_be_listed_only(tmp_path, monkeypatch):
+    """Its files are left out, with the reason; the rest is read."""
+    write(tmp_path / "a.jsonl")
+    closed = write(tmp_path / "closed/b.jsonl")
+    stat = Path.stat
+
+    def refuse(path: Path, **keys: Any) -> os.stat_result:
+        if path == closed:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **keys)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert names(tmp_path) == ["a.jsonl"]
+    assert reasons(tmp_path) == {"closed/b.jsonl": "cannot be read: Permission denied"}
