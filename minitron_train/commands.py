@@ -307,9 +307,10 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]
 
     What its paths stand for is printed, once in each run.
     """
-    from minitron_train.data.sources import describe, identity
+    from minitron_train.data.sources import check_outside, describe, identity
 
     chosen = data or ws.config.data
+    ws.on_first(lambda: check_outside(chosen, ws.folder))
     for line in ws.on_first(lambda: describe(chosen)):
         ws.say_once(line)
     return ws.on_first(lambda: identity(chosen))
@@ -352,6 +353,7 @@ def cut(ws: Workspace, student: Shape) -> None:
 def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None) -> None:
     """The training loop in its own growing folder; it resumes by itself."""
     from minitron_train.data.ledger import check_data_files
+    from minitron_train.data.stream import validation_data
     from minitron_train.data.tokenizer import check_same
     from minitron_train.plugins import code_hash, import_name
     from minitron_train.train.assemble import check as check_run
@@ -359,6 +361,9 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     from minitron_train.train.settings import deciding_settings
 
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
+    if config.data.validation_path:
+        held_out = data_inputs(ws, validation_data(config.data))
+        inputs |= {f"validation {label}": value for label, value in held_out.items()}
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
         if config.distill.loss_function:

@@ -1,5 +1,6 @@
 """Section data: the training stream, and the parts of its blend."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -73,4 +74,5 @@ class DataConfig:
         for name, source in self.sources.items():
             weights = (source.weight, source.late_weight or 0.0)
             key = f"data.sources.{name}.weight"
-            require(min(weights) >= 0, key, weights, "must not be negative", "0 leaves the part out")
+            is_share = all(weight >= 0 and math.isfinite(weight) for weight in weights)
+            require(is_share, key, weights, "must be a finite number of at least 0", "0 leaves the part out")

@@ -22,6 +22,7 @@ from minitron_train.console import progress
 from minitron_train.data import corpus, identity, packed, rows
 from minitron_train.data.lines import (
     BLOCK_BYTES,
+    PIECE_BYTES,
     WORD_BYTES,
     CopiedLines,
     PlainLines,
@@ -36,7 +37,7 @@ from minitron_train.data.lines import (
     word_start,
 )
 from minitron_train.data.recognise import BOM, encoding_fault
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 
 PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
 ROW_GROUP_BYTES = 1 << 24  # Parquet files with more text in a row group are copied into blocks
@@ -170,12 +171,14 @@ def text_of(line: bytes, text_key: str) -> str:
         raise ValueError(f"not UTF-8 near {line[error.start : error.start + 8]!r}; convert the file") from error
     except RecursionError as error:
         raise ValueError(f"nested too deeply: {line[:60]!r}; take the line out") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"not a JSON object: {line[:60]!r}; each line must be one (is the file cut off?)") from error
+    except ValueError as error:  # a number of over 4300 digits
+        raise ValueError(f"cannot be parsed ({first_line(error)}): {line[:60]!r}; take the line out") from error
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object: {line[:60]!r}; each line must be one")
     if text_key not in row:
-        raise ValueError(f"no column {text_key}: it has {', '.join(row) or 'none'}; set text_key")
+        raise ValueError(rows.no_column(text_key, ", ".join(row)))
     text = row[text_key]
     if text is None:
         return ""
@@ -197,7 +200,7 @@ class TextFiles(FileFormat):
         return PlainText(file.path, file.size_bytes) if isinstance(file, PlainLines) else file
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
-        return short_lines(super().lines_to_copy(path))
+        return short_lines(decompressed_lines(path, cut_bytes=PIECE_BYTES))
 
     def read(self, block: int) -> Iterator[Sequence[str]]:
         file, inner = self.locate(block)

@@ -194,9 +194,12 @@ class IndexedSource:
         pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
         self.watch.check(*self.files[2 * pair : 2 * pair + 2])
         tokens = self.pairs[pair].read(int(number - self.firsts[pair]), start, stop)
-        if (largest := int(tokens.max(initial=0))) >= vocab_size:
+        wrong = next(
+            (t for t in (int(tokens.min(initial=0)), int(tokens.max(initial=0))) if not 0 <= t < vocab_size), None
+        )
+        if wrong is not None:
             raise UserError(
-                f"{self.prefixes[pair]}.bin: token {largest} is outside the tokenizer's vocabulary of {vocab_size} entries; "
+                f"{self.prefixes[pair]}.bin: token {wrong} is outside the tokenizer's vocabulary of {vocab_size} entries; "
                 "the pair was made with another tokenizer: write it again with the model's"
             )
         return tokens

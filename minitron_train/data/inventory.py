@@ -26,6 +26,18 @@ ABOUT_DATA = (
     "readme*.rst",
     "license*.txt",
 )
+MODEL_FILES = (  # in a folder with config.json
+    "*config.json",
+    "*.safetensors.index.json",
+    "*_map.json",
+    "tokenizer.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "*.jinja",
+    "provenance.json",
+)
 SPLITS = {  # words of the hub's data sets (datasets.data_files.SPLIT_KEYWORDS)
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -104,7 +116,8 @@ class Listing:
 
     def leave_out(self, path: Path, reason: str) -> None:
         """Do not read this file or folder."""
-        self.left_out.append(LeftOut(self.name(path) + "/" * path.is_dir(), reason))
+        is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where the system tells nothing
+        self.left_out.append(LeftOut(self.name(path) + "/" * is_folder, reason))
 
     def keep(self, wanted: Collection[Path], reason: str) -> None:
         """Leave out all files but the wanted ones."""
@@ -135,6 +148,7 @@ def take(
     """
     try:
         listing = look(pattern)
+        leave_out_models(listing)
         kinds = recognise(listing, kind)
         choose_split(listing, kinds, split, pattern)
         leave_out_held(listing, held_out, pattern)
@@ -145,6 +159,8 @@ def take(
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{pattern[:200]}: cannot be read ({reason}); give a readable file, folder or glob") from error
     if not listing.files:
+        if is_special(Path(pattern).expanduser()):
+            raise UserError(f"{pattern}: is not a regular file; write what it gives into a file, and give that")
         if not listing.left_out:
             raise UserError(f"{pattern}: no text file matches; give an existing file, folder or quoted glob")
         raise UserError(
@@ -175,6 +191,17 @@ def look(pattern: str) -> Listing:
     return listing
 
 
+def root_of(pattern: str) -> Path | None:
+    """The folder all of which is read, resolved; None for a file, a pair, or a glob that stays in one folder."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or not has_magic(pattern):
+        return None
+    literal, rest = literal_part(path)
+    return literal.resolve() if "**" in rest else None
+
+
 def literal_part(path: Path) -> tuple[Path, str]:
     """The folders of a glob that exist by their very name, brackets and all, and the rest of it."""
     literal = Path(path.anchor or ".")
@@ -197,7 +224,9 @@ def below(folder: Path) -> Listing:
                 continue
             seen.add(file_id(inner))
         for path in children(listing, inner):
-            if path.name.startswith(".") or path.name == "__pycache__":
+            if reason := refused(path):
+                listing.leave_out(path, f"cannot be read: {reason}")
+            elif path.name.startswith(".") or path.name == "__pycache__":
                 listing.leave_out(path, "hidden" if path.name.startswith(".") else "not text")
             elif path.is_dir() and path.is_symlink():
                 linked.append(path)
@@ -222,6 +251,17 @@ def children(listing: Listing, folder: Path) -> Iterator[Path]:
         if folder == listing.base:
             raise
         listing.leave_out(folder, f"cannot be read: {error.strerror}")
+
+
+def refused(path: Path) -> str | None:
+    """Why the system tells nothing about a file, in a folder that may be listed but not entered; None if it does."""
+    try:
+        path.stat()
+    except PermissionError as error:
+        return error.strerror
+    except OSError:
+        return None
+    return None
 
 
 def unlinked(listing: Listing, files: list[Path]) -> list[Path]:
@@ -288,6 +328,19 @@ def saved_files(state: Path) -> set[str]:
     rows = record.get("_data_files")
     names = [row.get("filename") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     return {name for name in names if isinstance(name, str)}
+
+
+def leave_out_models(listing: Listing) -> None:
+    """Leave out the configuration and the tokenizer of a model that lies in a folder of the data."""
+    if not listing.from_folder:
+        return
+    models = {path.parent for path in listing.files if path.name == "config.json"}
+    of_model = {
+        path
+        for path in listing.files
+        if path.parent in models and any(fnmatch(path.name.lower(), pattern) for pattern in MODEL_FILES)
+    }
+    listing.keep([path for path in listing.files if path not in of_model], "of a model")
 
 
 def leave_out_about(listing: Listing, kinds: dict[Path, SourceKind]) -> None:
@@ -374,6 +427,11 @@ def file_id(path: Path) -> FileId:
 def file_size(path: Path) -> int:
     """Bytes of a file; 0 if it is missing."""
     return path.stat().st_size if path.exists() else 0
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a pipe, a socket or a device."""
+    return path.exists() and not path.is_dir() and not path.is_file()
 
 
 def is_index(path: Path) -> bool:

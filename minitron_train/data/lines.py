@@ -12,6 +12,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +25,14 @@ import pyarrow
 
 from minitron_train.console import progress, say
 from minitron_train.data import packed
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 from minitron_train.files import byte_size, partial_path, sync_path
 
 BLOCK_BYTES = 32768
 PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
+MAX_LINE_BYTES = 1 << 30  # a line is held in memory
+FRAME_HEAD = struct.Struct("<II")  # of a frame: bytes of its text, and their CRC-32
+COPY_END = b"blocks-2"  # the last bytes of a whole copy
 SAMPLE_BYTES = 4096  # of a file's head and tail go into the name of its copy
 WORD_BYTES = 256  # in which a word is looked for, where a long line is cut
 
@@ -121,19 +126,26 @@ def short_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class CopiedLines:
-    """Blocks of a seekable copy (`make_copies` writes it): zstd frames, then their offsets, then how many there are."""
+    """Blocks of a seekable copy (`make_copies` writes it): zstd frames, their offsets, how many there are, COPY_END."""
 
     path: Path  # of the copy
     source: Path  # of the original, for messages
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Byte offsets of the frames and of their end, int64 [num_blocks + 1]."""
-        with self.path.open("rb") as file:
-            file.seek(-8, os.SEEK_END)
-            count = int.from_bytes(file.read(8), "little")
-            file.seek(-8 - 8 * count, os.SEEK_END)
-            return np.frombuffer(file.read(8 * count), dtype="<i8")
+        """Byte offsets of the frames and of their end, int64 [num_blocks + 1]; a damaged copy is a UserError."""
+        try:
+            return read_offsets(self.path)
+        except (OSError, ValueError) as error:
+            raise self.damaged(error) from error
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the copy exists, complete and in this format, as far as its end tells."""
+        try:
+            return len(read_offsets(self.path)) > 0
+        except (OSError, ValueError):
+            return False
 
     @property
     def num_blocks(self) -> int:
@@ -147,19 +159,49 @@ class CopiedLines:
 
     def read(self, block: int) -> Iterator[bytes]:
         """The lines of one frame, without their newline; a damaged copy is a UserError."""
+        start, end = (int(offset) for offset in self.offsets[block : block + 2])
         try:
-            start, end = (int(offset) for offset in self.offsets[block : block + 2])
             with self.path.open("rb") as file:
                 file.seek(start)
                 frame = file.read(end - start)
-            size_bytes = int.from_bytes(frame[:4], "little")
-            raw = pyarrow.Codec("zstd").decompress(frame[4:], decompressed_size=size_bytes, asbytes=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{self.path}: the copy of {self.source} cannot be read ({error}); delete it, it is made again"
-            ) from error
-        assert isinstance(raw, bytes)
+            size_bytes, crc = FRAME_HEAD.unpack_from(frame)
+            if size_bytes > MAX_LINE_BYTES + BLOCK_BYTES:
+                raise ValueError("it promises too much text")
+            raw = pyarrow.Codec("zstd").decompress(frame[FRAME_HEAD.size :], decompressed_size=size_bytes, asbytes=True)
+            assert isinstance(raw, bytes)
+            if zlib.crc32(raw) != crc:
+                raise ValueError("its checksum differs")
+        except (pyarrow.ArrowException, OSError, ValueError, struct.error) as error:
+            raise self.damaged(error) from error
         yield from raw.split(b"\n")
+
+    def damaged(self, error: Exception) -> UserError:
+        """The one line for a copy that cannot be read."""
+        return UserError(
+            f"{self.path}: the copy of {self.source} cannot be read ({first_line(error)}); delete it, it is made again"
+        )
+
+
+def read_offsets(path: Path) -> np.ndarray:
+    """The offsets at the end of a seekable copy, int64 [frames + 1].
+
+    Raises:
+        ValueError: they are not those of a whole copy.
+    """
+    with path.open("rb") as file:
+        size_bytes = file.seek(0, os.SEEK_END)
+        tail = len(COPY_END) + 8
+        file.seek(max(0, size_bytes - tail))
+        end = file.read()
+        count = int.from_bytes(end[:8], "little")
+        start = size_bytes - tail - 8 * count
+        if end[8:] != COPY_END or count < 1 or start < 0:
+            raise ValueError("its end is damaged")
+        file.seek(start)
+        offsets = np.frombuffer(file.read(8 * count), dtype="<i8")
+    if [offsets[0], offsets[-1]] != [0, start] or (np.diff(offsets) <= FRAME_HEAD.size).any():
+        raise ValueError("its offsets are damaged")
+    return offsets
 
 
 def copy_of(source: Path, cache_dir: Path, fingerprint: str) -> CopiedLines:
@@ -168,8 +210,8 @@ def copy_of(source: Path, cache_dir: Path, fingerprint: str) -> CopiedLines:
 
 
 def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterable[bytes]]) -> None:
-    """Write the copies that are missing, with one line on the console for all; `lines_of` gives a source's lines."""
-    missing = [copy for copy in copies if not copy.path.exists()]
+    """Write the copies that are missing or damaged, with one line on the console for all; `lines_of` gives a source's lines."""
+    missing = [copy for copy in copies if not copy.is_whole]
     if not missing:
         return
     size = byte_size(sum(copy.source.stat().st_size for copy in missing))
@@ -183,16 +225,16 @@ def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterab
 
 
 def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:
-    """Write one copy if it is missing; other processes that want it wait."""
+    """Write one copy if it is missing or damaged; other processes that want it wait."""
     folder = copy.path.parent
     try:
-        if not copy.path.exists():
+        if not copy.is_whole:
             folder.mkdir(parents=True, exist_ok=True)
             with copy.path.with_suffix(".lock").open("w") as lock:
                 with contextlib.suppress(OSError):  # a file system without locks: then several may write the same copy
                     fcntl.flock(lock, fcntl.LOCK_EX)
-                if not copy.path.exists():
-                    write_copy(copy.path, lines)
+                if not copy.is_whole:
+                    write_copy(copy.path, bounded(copy.source, lines))
     except OSError as error:
         raise UserError(
             f"{folder}: the seekable copy of {copy.source.name} cannot be written ({error.strerror}); "
@@ -219,9 +261,9 @@ def write_frames(file: BinaryIO, lines: Iterable[bytes]) -> None:
     for block in group_lines(lines):
         frame = codec.compress(block, asbytes=True)
         assert isinstance(frame, bytes)
-        file.write(len(block).to_bytes(4, "little") + frame)
-        offsets.append(offsets[-1] + 4 + len(frame))
-    file.write(np.asarray(offsets, dtype="<i8").tobytes() + len(offsets).to_bytes(8, "little"))
+        file.write(FRAME_HEAD.pack(len(block), zlib.crc32(block)) + frame)
+        offsets.append(offsets[-1] + FRAME_HEAD.size + len(frame))
+    file.write(np.asarray(offsets, dtype="<i8").tobytes() + len(offsets).to_bytes(8, "little") + COPY_END)
 
 
 def group_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -238,14 +280,45 @@ def group_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
         yield b"\n".join(group)
 
 
-def decompressed_lines(path: Path) -> Iterator[bytes]:
-    """All lines inside a file, compressed or not; a missing, corrupt or truncated one is a UserError."""
+def check_line(path: Path, size_bytes: int) -> None:
+    """Refuse a line that is too long to be held in memory."""
+    if size_bytes > MAX_LINE_BYTES:
+        raise UserError(f"{path}: a line or document of over {byte_size(MAX_LINE_BYTES)}; split it into several")
+
+
+def bounded(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file, none of them too long for a frame."""
+    for line in lines:
+        check_line(path, len(line))
+        yield line
+
+
+def decompressed_lines(path: Path, cut_bytes: int | None = None) -> Iterator[bytes]:
+    """All lines inside a file, compressed or not; a missing, corrupt or truncated one is a UserError.
+
+    Args:
+        cut_bytes: lines come in parts of at least so many bytes, cut between words (text without a format). Without it,
+            a line of over MAX_LINE_BYTES is a UserError.
+    """
     try:
-        rest = b""
+        parts: list[bytes] = []  # of a line that has not ended
+        size_bytes = 0
         for piece in decompressed_pieces(path):
-            *lines, rest = (rest + piece).split(b"\n")
-            yield from lines
-        if rest:
+            first, *others = piece.split(b"\n")
+            parts.append(first)
+            size_bytes += len(first)
+            if others:
+                yield b"".join(parts)
+                yield from others[:-1]
+                parts, size_bytes = others[-1:], len(others[-1])
+            if cut_bytes and size_bytes >= cut_bytes + WORD_BYTES:
+                line = b"".join(parts)
+                end = cut_bytes + word_start(line[cut_bytes : cut_bytes + WORD_BYTES])
+                yield line[:end]
+                parts, size_bytes = [line[end:]], len(line) - end
+            else:
+                check_line(path, size_bytes)
+        if rest := b"".join(parts):
             yield rest
     except packed.ERRORS as error:
         raise packed.unreadable(path, error) from error

@@ -72,6 +72,7 @@ class Packer:
         self.taken = state["taken"] if state else 0  # windows of the unit
         self.before = state["before"] if state else 0  # windows of the epoch's earlier units
         self.pass_windows: int | None = state["pass_windows"] if state else None  # of the last whole epoch
+        self.said_blank = False  # that documents have no text
         self.longest = 0  # unit of the epoch so far, tokens
 
     def state_dict(self) -> dict | None:
@@ -122,12 +123,22 @@ class Packer:
             if self.position["epoch"] > previous["epoch"]:
                 self.begin_pass(self.position["epoch"] + 1)
         self.unit, self.taken = pending.result(), 0
+        self.report_blank(self.unit)
         while len(self.waiting) < self.ahead:
             self.waiting.append(next(self.units))
         self.order = permutation(
             num_windows(self.unit, self.seq_length), self.seed, self.position["epoch"], self.position["unit"]
         )
         self.longest = max(self.longest, len(self.unit.tokens))
+
+    def report_blank(self, unit: Unit) -> None:
+        """Say once that documents without text are left out, with their share of the first unit that has any."""
+        if unit.num_blank and not self.said_blank:
+            self.said_blank = True
+            say(
+                f"data: {self.name}: {unit.num_blank:,} of {unit.num_read:,} documents of a unit are null, empty or blank; "
+                "such documents are left out"
+            )
 
     def begin_pass(self, number: int) -> None:
         """Note the windows of the pass that has ended, and report the next: each of the first, then every doubling.

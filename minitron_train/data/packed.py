@@ -2,12 +2,13 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import re
 import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +16,60 @@ import pyarrow
 
 from minitron_train.errors import UserError, first_line
 
+PIECE_BYTES = 1 << 16  # of a compressed file, for each call of a decompressor
+
+
+class Members(io.RawIOBase):
+    """The bytes inside a .bz2 or .xz file of one or more members, one after the other.
+
+    The standard library's readers take damage and padding after the first member for the end of the file, and drop the
+    rest without an error.
+    """
+
+    def __init__(self, make: Callable[[], Any], file: BinaryIO) -> None:
+        self.make = make
+        self.file = file
+        self.decoder = make()
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a part of the buffer; 0 at the end of the file.
+
+        Raises:
+            EOFError: the file ends inside a member.
+            OSError, lzma.LZMAError: a member is damaged, or something else than a member follows one.
+        """
+        data = b""
+        while not data:
+            raw = self.decoder.unused_data if self.decoder.eof else b""
+            if self.decoder.eof or self.decoder.needs_input:
+                raw = raw or self.file.read(PIECE_BYTES)
+                if not raw and not self.decoder.eof:
+                    raise EOFError("the file ends inside compressed data")
+            if self.decoder.eof:
+                while raw and not (raw := raw.lstrip(b"\0")):  # xz pads members with zeros
+                    raw = self.file.read(PIECE_BYTES)
+                if not raw:
+                    return 0
+                self.decoder = self.make()
+            data = self.decoder.decompress(raw, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def open_members(make: Callable[[], Any], file: BinaryIO) -> BinaryIO:
+    """A buffered stream of `Members`."""
+    return io.BufferedReader(Members(make, file), PIECE_BYTES)
+
+
 OPENERS: dict[str, Callable[[BinaryIO], Any]] = {  # all of them read files of several members, one after the other
     ".gz": gzip.open,
     ".zst": partial(pyarrow.input_stream, compression="zstd"),
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": partial(open_members, bz2.BZ2Decompressor),
+    ".xz": partial(open_members, lzma.LZMADecompressor),
 }
 MAGIC = {  # no UTF-8 text begins like this; bzip2's is long enough to be sure
     ".gz": re.compile(rb"\x1f\x8b\x08"),
@@ -37,7 +87,13 @@ def suffixes(path: Path) -> tuple[str, str]:
 
     Numbers at the end do not count: `A.JSONL.1` has .jsonl, `b.json-00000-of-00008.gz` has .json and .gz.
     """
-    name = without_numbers(path.name.lower())
+    return suffixes_of_name(path.name)
+
+
+@lru_cache(maxsize=1 << 17)  # asked several times for each file of a corpus
+def suffixes_of_name(name: str) -> tuple[str, str]:
+    """`suffixes` of a file name."""
+    name = without_numbers(name.lower())
     packed = Path(name).suffix
     if packed in OPENERS:
         return Path(without_numbers(name.removesuffix(packed))).suffix, packed

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,8 @@ from minitron_train.records import decode
 
 DELIMITERS = (",", "\t", ";", "|")  # the first that finds the column in the header
 MAX_FIELD_BYTES = 2**31 - 1  # csv's own limit of 128 kB is less than a long document
+MAX_SHOWN = 400  # characters of column names in a message
+MAX_HEADER_LINES = 100  # of a CSV file, as column names may hold newlines in quotes
 MAX_ARRAY_BYTES = 2**32  # a JSON array is parsed in memory
 
 
@@ -54,9 +57,7 @@ def csv_lines(path: Path, text_key: str) -> Iterator[bytes]:
             if row:
                 yield json.dumps({text_key: row[column]}).encode()
     except csv.Error as error:
-        raise UserError(
-            f"{path}, line {rows.line_num}: not CSV ({error}); double the quotes inside of a quoted field"
-        ) from error
+        raise not_csv(path, rows.line_num, error) from error
 
 
 def csv_column(path: Path, text_key: str) -> tuple[int, list[str], str]:
@@ -65,12 +66,24 @@ def csv_column(path: Path, text_key: str) -> tuple[int, list[str], str]:
     Raises:
         UserError: no delimiter gives a header with `text_key`.
     """
-    first = packed.head(path).removeprefix(BOM).decode(errors="replace").splitlines()[:1]
-    headers = {delimiter: next(csv.reader(first, delimiter=delimiter), []) for delimiter in DELIMITERS}
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    first = list(islice(text_lines(path), MAX_HEADER_LINES))
+    try:
+        headers = {delimiter: next(csv.reader(first, delimiter=delimiter), []) for delimiter in DELIMITERS}
+    except csv.Error as error:
+        raise not_csv(path, 1, error) from error
     for delimiter, header in headers.items():
         if text_key in header:
+            check_once(path, text_key, header)
             return header.index(text_key), header, delimiter
     raise missing_column(path, text_key, ", ".join(max(headers.values(), key=len)))
+
+
+def not_csv(path: Path, line: int, error: csv.Error) -> UserError:
+    """The one line for what the csv module refuses."""
+    if "new-line character" in str(error):
+        return UserError(f"{path}, line {line}: has carriage returns alone; end lines with a newline (mac2unix)")
+    return UserError(f"{path}, line {line}: not CSV ({error}); double the quotes inside of a quoted field")
 
 
 def text_lines(path: Path) -> Iterator[str]:
@@ -91,6 +104,7 @@ def arrow_lines(path: Path, text_key: str) -> Iterator[bytes]:
     try:
         with pyarrow.memory_map(str(path)) as file:
             for batch in arrow_batches(file):
+                batch.validate(full=True)  # damaged offsets would be followed outside of the file
                 for text in batch.column(text_key).to_pylist():
                     yield json.dumps({text_key: text or ""}).encode()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -124,11 +138,18 @@ def check_arrow(path: Path, text_key: str) -> None:
 
 
 def check_column(path: Path, text_key: str, schema: pyarrow.Schema) -> None:
-    """Refuse a table without the column, or with another type in it."""
+    """Refuse a table without the column, with two of its name, or with another type in it."""
+    check_once(path, text_key, schema.names)
     if text_key not in schema.names:
         raise missing_column(path, text_key, ", ".join(schema.names))
     if not is_text(kind := schema.types[schema.names.index(text_key)]):
         raise UserError(f"{path}: column {text_key} is not text but {kind}; choose another text_key")
+
+
+def check_once(path: Path, text_key: str, columns: Sequence[str]) -> None:
+    """Refuse a table with several columns of the text's name."""
+    if (count := columns.count(text_key)) > 1:
+        raise UserError(f"{path}: {count} columns are called {text_key}; rename all but one")
 
 
 def is_text(kind: pyarrow.DataType) -> bool:
@@ -146,7 +167,13 @@ def is_text(kind: pyarrow.DataType) -> bool:
 
 def missing_column(path: Path | str, text_key: str, columns: str) -> UserError:
     """The one message for a wrong text_key."""
-    return UserError(f"{path}: no column {text_key}: it has {columns}; set text_key")
+    return UserError(f"{path}: {no_column(text_key, columns)}")
+
+
+def no_column(text_key: str, columns: str) -> str:
+    """What is wrong with a text_key, with the columns that are there."""
+    columns = columns if len(columns) <= MAX_SHOWN else columns[:MAX_SHOWN] + " …"
+    return f"no column {text_key}: it has {columns or 'none'}; set text_key"
 
 
 def not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:

@@ -12,7 +12,7 @@ from minitron_train.data.formats import Arrow, Csv, Embedded, JsonLines, Parquet
 from minitron_train.data.hub import HubSource
 from minitron_train.data.identity import FileRecord, records_of
 from minitron_train.data.indexed import IndexedSource
-from minitron_train.data.inventory import FileId, Inventory, file_id, held_out_split, take
+from minitron_train.data.inventory import FileId, Inventory, file_id, held_out_split, root_of, take
 from minitron_train.data.packed import suffixes
 from minitron_train.data.units import Split
 from minitron_train.errors import UserError
@@ -145,6 +145,23 @@ def check_paths(configs: dict[str, SourceConfig], blend_name: str) -> None:
             )
 
 
+def check_outside(data: DataConfig, folder: Path) -> None:
+    """Refuse an output folder inside of the data: the run would read what it writes, and could not resume.
+
+    Raises:
+        UserError: the folder lies in a folder of the data, or below one that a glob with ** goes through.
+    """
+    paths = [source.path for source in blend(data).values() if source.kind is not SourceKind.embedded]
+    for path in filter(None, [*paths, data.validation_path]):
+        root = root_of(path)
+        inner = folder.resolve().relative_to(root) if root and folder.resolve().is_relative_to(root) else None
+        if inner is not None and not any(name.startswith(".") for name in inner.parts):
+            raise UserError(
+                f"output_dir={folder}: lies inside of {path}, all of which is read as data; choose an output_dir outside, "
+                "or give a narrower data path"
+            )
+
+
 def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
     """Files of a file name, a folder or a glob, sorted; none is an error. A .bin/.idx pair counts as its .idx file."""
     return take(pattern, kind).files
@@ -220,10 +237,15 @@ def identity(data: DataConfig) -> dict[str, str]:
 
 
 def file_records(data: DataConfig) -> list[FileRecord]:
-    """Every file of the blend as it is now; none for the embedded corpus and repositories of the hub."""
-    opened = [(part, part.open(train_split(data))) for part in parts(data)]
-    found = [source.files if isinstance(source, IndexedSource | HubSource) else part.paths for part, source in opened]
-    return [record for paths in found for record in records_of(paths)]
+    """Every file of the blend and of data.validation_path as it is now; none for the embedded corpus and the hub's
+    repositories.
+    """
+    found = parts(data)
+    if data.validation_path:
+        found += [Part("validation", validation_source(data), cache_folder(data))]
+    opened = [(part, part.open(train_split(data))) for part in found]
+    paths = [source.files if isinstance(source, IndexedSource | HubSource) else part.paths for part, source in opened]
+    return [record for files_of_part in paths for record in records_of(files_of_part)]
 
 
 def fingerprint(sources: Sequence[Part], opened: Sequence["TextFormat | IndexedSource | HubSource"]) -> str:

@@ -5,7 +5,7 @@ Everything here is a pure function of its arguments, so that it does not matter 
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,8 @@ class Unit:
 
     tokens: TokenArray  # [T] int32
     ends: np.ndarray  # [documents] int64, rising; the last is T
+    num_read: int = 0  # documents that were read for it, held out or not
+    num_blank: int = 0  # of these: null, empty or white space, which are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,10 +129,12 @@ class UnitMaker:
 
     def run(self, job: ReadJob | EncodeJob) -> Unit:
         """One unit."""
-        documents: Iterable[Sequence[str]]
-        documents = self.read(job) if isinstance(job, ReadJob) else ([text] for text in job.texts)
+        documents: Sequence[Sequence[str]]
+        documents = self.read(job) if isinstance(job, ReadJob) else [[text] for text in job.texts]
         texts = [text for passages in documents for text in self.split.documents(passages)]
-        return self.encode([texts[i] for i in permutation(len(texts), *job.seed)])
+        unit = self.encode([texts[i] for i in permutation(len(texts), *job.seed)])
+        num_blank = sum(not any(passage.strip() for passage in passages) for passages in documents)
+        return replace(unit, num_read=len(documents), num_blank=num_blank)
 
     def read(self, job: ReadJob) -> list[Sequence[str]]:
         """The documents of some blocks.

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from minitron_train import __main__
+from minitron_train.config import DataConfig
 from minitron_train.data import identity
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.identity import Watch, changes, records_of
+from minitron_train.data.ledger import check_data_files, write_data_files
 from minitron_train.data.sources import identity as inputs
 from minitron_train.data.stream import TokenStream
 from minitron_train.data.units import EncodeJob, Split, UnitMaker
@@ -193,3 +195,15 @@ def test_a_fault_of_the_machine_is_one_line_and_code_1(monkeypatch, capsys):
     monkeypatch.setattr("minitron_train.cli.run", fail)
     assert __main__.answer() == 1
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_validation_files_are_in_the_ledger(tmp_path):
+    """data_files.json holds the files of data.validation_path too, so that a change of them is named."""
+    for name in ("a.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text('{"text": "abc"}\n')
+    data = DataConfig(path=str(tmp_path / "a.jsonl"), validation_path=str(tmp_path / "held.jsonl"))
+    write_data_files(tmp_path, data)
+    check_data_files(tmp_path, data)
+    (tmp_path / "held.jsonl").write_text('{"text": "abd"}\n')
+    with pytest.raises(UserError, match=r"started otherwise .data: \S*held\.jsonl was rewritten with the same size"):
+        check_data_files(tmp_path, data)

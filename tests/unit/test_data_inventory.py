@@ -369,3 +369,61 @@ def test_kinds_that_are_set(tmp_path):
     write(tmp_path / "b.jsonl")
     assert names(tmp_path, kind=SourceKind.jsonl) == ["b.jsonl"]
     assert reasons(tmp_path, kind=SourceKind.jsonl) == {"a.log": "not jsonl", "dataset_info.json": "about the data"}
+
+
+def test_an_output_folder_inside_of_the_data_is_refused(tmp_path):
+    """The run would read its own records, and find new files when it resumes."""
+    file = write(tmp_path / "text/a.jsonl")
+    inside = tmp_path / "text/runs/one"
+    for path in (tmp_path / "text", tmp_path / "text/**/*.jsonl", tmp_path / "text/runs/.."):
+        (tmp_path / "text/runs").mkdir(exist_ok=True)
+        for data in (DataConfig(path=str(path)), DataConfig(path=str(file), validation_path=str(path))):
+            with pytest.raises(
+                UserError, match=rf"^output_dir={inside}: lies inside of .*; choose an output_dir outside"
+            ):
+                sources.check_outside(data, inside)
+    for path in (file, tmp_path / "text/*.jsonl"):
+        sources.check_outside(DataConfig(path=str(path)), inside)
+    sources.check_outside(DataConfig(path=str(tmp_path / "text")), tmp_path / "text/.runs/one")
+    sources.check_outside(DataConfig(path=str(tmp_path / "text")), tmp_path / "text-runs")
+    sources.check_outside(DataConfig(), inside)
+
+
+def test_a_model_beside_the_text(tmp_path):
+    """A teacher's configuration and vocabulary are no text, wherever its folder lies; text of such names elsewhere is."""
+    for folder in (tmp_path, tmp_path / "teacher"):
+        for name in (
+            "config.json",
+            "tokenizer.json",
+            "vocab.json",
+            "special_tokens_map.json",
+            "generation_config.json",
+        ):
+            write(folder / name, b"{}")
+        write(folder / "merges.txt", b"a b\n")
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "elsewhere/tokenizer.json")
+    assert names(tmp_path) == ["a.jsonl", "tokenizer.json"]
+    assert set(reasons(tmp_path).values()) == {"of a model"}
+
+
+def test_what_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe\.jsonl: is not a regular file; write what it gives into a file"):
+        take(str(tmp_path / "pipe.jsonl"))
+
+
+def test_a_folder_that_may_be_listed_only(tmp_path, monkeypatch):
+    """Its files are left out, with the reason; the rest is read."""
+    write(tmp_path / "a.jsonl")
+    closed = write(tmp_path / "closed/b.jsonl")
+    stat = Path.stat
+
+    def refuse(path: Path, **keys: Any) -> os.stat_result:
+        if path == closed:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **keys)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert names(tmp_path) == ["a.jsonl"]
+    assert reasons(tmp_path) == {"closed/b.jsonl": "cannot be read: Permission denied"}

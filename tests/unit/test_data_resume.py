@@ -157,3 +157,19 @@ def test_passes_are_reported_once(kind, tmp_path, tokenizer, capsys):
     numbers = [number for number in (2, 3, 4, 8) if number <= max(started)]
     assert [line.split("pass ")[1].split()[0] for line in said] == [str(number) for number in numbers]
     assert said[0].startswith(f"data: {name}: pass 2 begins; a pass has ")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_documents_without_text_are_reported_once(num_workers, tmp_path, tokenizer, capsys):
+    """null, empty and blank texts are counted in the unit that has them, in every process that reads; the others say nothing."""
+    rows: list[str | None] = [*texts(100)]
+    rows[::5] = [None] * 20
+    rows[1::10], rows[2::10] = [""] * 10, [" \n"] * 10
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    stream = TokenStream(DataConfig(path=str(path), num_workers=num_workers), tokenizer, seq_length=SEQ_LENGTH, seed=3)
+    for _ in range(3):
+        stream.next_batch(300)
+    stream.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "null" in line]
+    assert said == ["data: own: 31 of 75 documents of a unit are null, empty or blank; such documents are left out"]

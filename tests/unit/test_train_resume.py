@@ -17,7 +17,7 @@ from minitron_train.errors import MachineError, UserError
 from tests import training
 from tests.training import Material, before_step, interrupt, make_material
 
-NUM_STEPS = 26
+NUM_STEPS = 16
 SMALL_STEP = {"train__global_batch_size": 4, "train__micro_batch_size": 4}
 
 
@@ -27,12 +27,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 def data_set(folder: Path) -> dict[str, Any]:
-    """Settings for a data set in the hub's form, about 2500 tokens in two shards, which the steps read more than once."""
+    """Settings for a data set in the hub's form, about 1200 tokens in two shards, which the steps read more than once."""
     folder.mkdir()
     for shard in range(2):
-        rows = [f"{shard}.{i} " + "some plain words " * (5 + i) for i in range(12)]
+        rows = [f"{shard}.{i} " + "some plain words " * (5 + i) for i in range(7)]
         pyarrow.parquet.write_table(
-            pyarrow.table({"text": rows}), folder / f"train-{shard:05d}-of-00002.parquet", row_group_size=4
+            pyarrow.table({"text": rows}), folder / f"train-{shard:05d}-of-00002.parquet", row_group_size=3
         )
     return {"data__path": None, "data__sources": {"own": SourceConfig(path=str(folder), kind=SourceKind.hub)}}
 
@@ -55,6 +55,32 @@ def test_losses_of_an_interrupted_run(material, tmp_path, monkeypatch, capsys):
     assert training.rows(tmp_path / "broken") == training.rows(tmp_path / "whole")
     said = capsys.readouterr().out
     assert f"own {facts['data_passes']['own']['passes']:.1f} passes over" in said and "own: pass 2 begins" in said
+
+
+def test_losses_with_late_weights_and_other_workers(material, tmp_path, monkeypatch):
+    """Two JSONL parts, the weights of which change in the second half: resumed with 2 workers, then with 1, around the
+    change, the losses are those of an uninterrupted run without any.
+    """
+    monkeypatch.setattr("minitron_train.data.feed.UNIT_BYTES", 1000)
+    parts = {}
+    for name, weights in {"first": (1.0, 0.2), "late": (0.0, 0.8)}.items():
+        rows = [json.dumps({"text": f"{name} {i} " + "some plain words " * (5 + i)}) for i in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        weight, late_weight = weights
+        parts[name] = SourceConfig(path=str(tmp_path / f"{name}.jsonl"), weight=weight, late_weight=late_weight)
+    settings: dict[str, Any] = SMALL_STEP | {
+        "data__path": None,
+        "data__sources": parts,
+        "data__late_fraction": 0.5,
+        "data__validation_path": str(material.corpus),
+        "checkpoint__interval_steps": 1,
+    }
+    training.run(material, tmp_path / "whole", **settings)
+    for step, num_workers in ((3, 2), (10, 1)):  # the change comes after 8 of 16 steps
+        with before_step(step, interrupt), pytest.raises(training.Interrupted):
+            training.run(material, tmp_path / "broken", **settings, data__num_workers=num_workers)
+    assert training.run(material, tmp_path / "broken", **settings, data__num_workers=2)["resumed_at_step"] == 9
+    assert training.rows(tmp_path / "broken") == training.rows(tmp_path / "whole")
 
 
 def test_a_worker_killed_under_a_run(material, tmp_path):
