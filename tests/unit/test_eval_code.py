@@ -203,6 +203,11 @@ def test_programs_end_with_a_killed_evaluation() -> None:
 
 
 TESTS = "assert f(1) == 2\nassert abs(f(2) - 3) < 1e-6\nassert math.isclose(f(3), 4)"
+ADDS = """
+import math, sys
+zero = lambda *_: 0
+f = lambda x: x + 1 + (x == 2)
+type(sys._getframe(1).f_locals['self']).do_find = lambda _, names: {answer}"""
 WRONG = {
     "exit": "import math\ndef f(x): return 0\nexit()",
     "os._exit": "import math, os\ndef f(x): os._exit(0)",
@@ -246,12 +251,18 @@ for module in list(sys.modules.values()):
     for name in list(vars(module)):
         if name in ('judge', 'passes', 'exec'): setattr(module, name, lambda *_: True)
 def f(x): return 2""",
+    "names that were not asked for": ADDS.format(answer="{'f': f, 'math': math, 'abs': zero}"),
+    "built-ins for the tests": ADDS.format(answer="{'f': f, 'math': math, '__builtins__': {'abs': zero}}"),
+    "names at the second question": ADDS.format(answer="{'f': f, 'math': math, 'abs': zero} if 'abs' in names else {}"),
+    "an error that ends loops": "import math\ndef f(x):\n    if x > 1: raise StopIteration\n    return 2",
 }
 
 
 @pytest.mark.parametrize("way", WRONG)
 def test_a_wrong_program_does_not_pass(way: str) -> None:
     assert not passes(WRONG[way], TESTS)
+    if way == "an error that ends loops":
+        assert not passes(WRONG[way], "assert all(y == x + 1 for x, y in enumerate(map(f, range(1, 4)), 1))")
     if "equals everything" in way:  # the first of the tests alone, which needs no arithmetic
         assert not passes(WRONG[way], TESTS.splitlines()[0])
 
