@@ -16,9 +16,9 @@ import pytest
 from minitron_train import chain, cli
 from minitron_train.config import EvalConfig
 from minitron_train.errors import UserError
-from minitron_train.evaluation import code
+from minitron_train.evaluation import code, syscalls
 from minitron_train.evaluation.code import pass_at_1, passes
-from minitron_train.evaluation.judge import NUM_PROCESSES
+from minitron_train.evaluation.judge import NUM_OPEN_FILES, NUM_PROCESSES
 from minitron_train.evaluation.namespaces import SCRATCH_BYTES
 from minitron_train.evaluation.task_names import OWN, run_programs
 from minitron_train.evaluation.tasks import why_not
@@ -164,6 +164,50 @@ def test_a_program_has_no_rights_over_others() -> None:
     assert passes(RIGHTS.format(pid=os.getpid()))
     assert not passes("import os; os.kill(-1, 9)")
     assert not passes("import os; os.kill(0, 9)")
+
+
+REFUSED = """
+import ctypes, os, socket, threading
+libc = ctypes.CDLL(None, use_errno=True)
+refused = []
+for number in {numbers}:
+    libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    refused.append(ctypes.get_errno() == 1)
+families = set()
+for family in range(46):
+    for kind in (1, 2, 3, 5):
+        try: socket.socket(family, kind).close()
+        except OSError: continue
+        families.add(family)
+opened = []
+try:
+    while True: opened.append(os.memfd_create('x'))
+except OSError:
+    pass
+num_opened = len(opened)
+for number in opened: os.close(number)
+threading.Thread(target=print).start()
+if os.fork() == 0: os._exit(0)
+assert os.wait()[1] == 0
+"""
+
+
+def test_a_program_is_refused_what_namespaces_do_not_separate() -> None:
+    """The kernel's keyrings, System V's memory, other processes, sockets to a virtual machine's host."""
+    column = syscalls.MACHINES[os.uname().machine][1]
+    numbers = {name: call[column] for name, call in syscalls.REFUSED.items()}
+    program = REFUSED.format(numbers=list(numbers.values()))
+    assert passes(
+        program, f"assert families <= {set(map(int, syscalls.FAMILIES))}\nassert num_opened < {NUM_OPEN_FILES}"
+    )
+    assert passes(program, "assert all(refused)")
+    assert not passes(f"import ctypes\nctypes.CDLL(None).syscall({syscalls.OTHER_ABI}, 0)")  # x32
+
+
+def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="s390x"))
+    with pytest.raises(OSError, match="the system calls of s390x are not known"):
+        syscalls.refuse_calls()
 
 
 LEAVE = """
