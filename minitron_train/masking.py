@@ -12,9 +12,17 @@ import signal
 from typing import Any, NoReturn
 
 MASK = "***"
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN")
+SECRETS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+    "GITHUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
 LEAST_CHARACTERS = 8  # of a variable's value that counts as a secret; shorter ones may be a part of any word
-HINTS = ("@", "=", "hf_", "uthorization")  # a text without one of them holds none of PATTERNS
+HINTS = ("@", "=", "hf_", "uthorization", "%3", "%4")  # a text without one of them holds none of PATTERNS
 KEYS = (
     r"[\w-]*(?:token|secret|passw(?:or)?d|passwd|api[_-]?key|signature|credential)[\w-]*|key|sig|auth|policy|"
     r"x-(?:amz|goog)-[\w-]+|awsaccesskeyid|key-pair-id"
@@ -23,16 +31,24 @@ PATTERNS = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
         (
-            r"(\b[a-z][a-z0-9+.-]*://?)[^\s/?#'\"<>]*@",
+            r"(\b[a-z][a-z0-9+.-]*:(?:\\?/){1,2})[^\s/?#'\"<>]*@",
             rf"\1{MASK}@",
-        ),  # https://me:word@host, also http:/ as a Path has it
+        ),  # https://me:word@host, also http:/ as a Path has it, and https:\/\/ as JSON may have it
+        (r"(\b[a-z][a-z0-9+.-]*%3a%2f%2f)[^\s/?#&'\"<>]*?%40", rf"\1{MASK}%40"),  # the same in another address's query
         (r"(\b[a-z][a-z0-9+.-]*://?)[^\s/@'\"<>]+:[^\s@'\"<>]*@", rf"\1{MASK}@"),  # with / # ? in the word
         (
-            r"(?<![\w/.])[\w.%+-]+:[^\s/@:'\"=]+@(?=[\w.-]+:\d)",
+            r"(?<![\w/.])[\w.%+-]+:[^\s/@:'\"=]+@(?=(?:[\w.-]+|\[[\da-f:.]+\]):\d)",
             f"{MASK}@",
         ),  # me:word@proxy:3128, a proxy without http://
-        (rf"([?&;](?:{KEYS})=)[^&;\s'\"#<>]+", rf"\1{MASK}"),  # ?token=…&X-Amz-Signature=…
-        (r"(authorization['\"]?\s*[:=]\s*b?['\"]?(?:bearer|basic)) +[\w.~+/=-]+", rf"\1 {MASK}"),  # a request's header
+        (rf"((?:[?&;#]|%3f|%26)(?:{KEYS})(?:=|%3d))[^&;\s'\"#<>]+", rf"\1{MASK}"),  # ?token=…&X-Amz-Signature=…
+        (
+            r"(authorization['\"]?\s*[:=,]\s*b?['\"]?(?:bearer|basic|token)) +[\w.~+/=-]+",
+            rf"\1 {MASK}",
+        ),  # a request's header, alone, in a dictionary or in a list of pairs
+        (
+            r"\b((?-i:[A-Z][A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|_KEY))=)[^\s'\"]+",
+            rf"\1{MASK}",
+        ),  # WANDB_API_KEY=…, as in a shell
         (r"\bhf_[a-z0-9]{16,}", f"hf_{MASK}"),
     )
 )

@@ -22,13 +22,25 @@ fi
 
 log() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-job}" "$*" >&2; }
 
+# Whether a text holds an address with a password, or with a query, which may be a signature.
+has_credentials() { [[ $1 == *://*@* || $1 == *://*\?*=* ]]; }
+
+print_arguments() {
+  local word
+  for word in "$@"; do
+    if has_credentials "$word"; then word="${word%%=*}=(an address with credentials, not shown)"; fi
+    printf '  argument %q\n' "$word"
+  done
+}
+
 # Variables whose names look like credentials, and addresses with a password, are printed without their values.
 print_environment() {
   local name
   for name in $(compgen -e | LC_ALL=C sort); do
-    case $name${!name} in
-      *://*@*) printf '  %s=(an address with credentials, not shown)\n' "$name" && continue ;;
-    esac
+    if has_credentials "${!name}"; then
+      printf '  %s=(an address with credentials, not shown)\n' "$name"
+      continue
+    fi
     case $name in
       *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) printf '  %s=(set, not shown)\n' "$name" ;;
       SLURM_JOB_* | SLURM_NTASKS* | SLURM_RESTART_COUNT | SLURM_GPUS* | SLURM_CPUS_PER_TASK | SLURM_ARRAY_TASK_ID | \
@@ -131,7 +143,7 @@ run() {
   local command=$1 answer rc marks=() saved_before=()
   shift
   log "$command on ${SLURM_JOB_NODELIST} (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0})"
-  (($# == 0)) || printf '  argument %q\n' "$@"
+  print_arguments "$@"
   print_environment
   trap 'on_stop USR1' USR1
   trap 'on_stop TERM' TERM

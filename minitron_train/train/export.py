@@ -6,6 +6,8 @@ of one layer and one rank.
 """
 
 import io
+import itertools
+import math
 import os
 import typing
 from collections.abc import Mapping
@@ -21,13 +23,13 @@ from minitron_train.arch import Row, architecture
 from minitron_train.arch.build import layer_spec
 from minitron_train.arch.convert import export_tensors
 from minitron_train.console import say
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, first_line
 from minitron_train.files import sha256_file
 from minitron_train.hf import DTYPES, cast, read_json, shape_from_config, student_config, write_folder
-from minitron_train.records import read_bytes
+from minitron_train.records import open_file, read_bytes
 from minitron_train.stages import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
-from minitron_train.train.safe_load import read_metadata, read_tensors
+from minitron_train.train.safe_load import REMEDY, read_metadata, read_tensors
 
 MODEL = "model"  # beside the checkpoints: config.json and tokenizer of the student
 MAX_NAME_BYTES = 100  # of a file `latest` or `best`
@@ -63,23 +65,69 @@ class SavedTensors:
         self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data or {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """A whole tensor, or one layer's part of a tensor that is stacked over the layers."""
-        entry = self.tensors[name]
-        assert isinstance(entry, TensorStorageMetadata), name
+        """A whole tensor, or one layer's part of a tensor that is stacked over the layers.
+
+        Raises:
+            UserError: the checkpoint lacks it or a piece of it, or a piece is damaged.
+        """
+        entry = self.tensors.get(name)
         skip = 0 if layer is None else 1
-        whole = torch.empty(entry.size[skip:], dtype=entry.properties.dtype)
-        for chunk in entry.chunks:
-            if layer is None or chunk.offsets[0] == layer:
+        try:
+            assert isinstance(entry, TensorStorageMetadata)
+            chunks = [chunk for chunk in entry.chunks if layer is None or chunk.offsets[0] == layer]
+            require_cover(entry.size, chunks, skip)
+            whole = torch.empty(entry.size[skip:], dtype=entry.properties.dtype)
+            for chunk in chunks:
                 ranges = zip(chunk.offsets[skip:], chunk.sizes[skip:], strict=True)
                 part = whole[tuple(slice(start, start + size) for start, size in ranges)]
                 part.copy_(self._piece(name, chunk).reshape(part.shape))
-        return whole
+            return whole
+        except UserError:
+            raise
+        except (
+            AssertionError,
+            AttributeError,
+            FileNotFoundError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            which = name if layer is None else f"{name}, layer {layer}"
+            raise UserError(f"{self.path}: lacks a whole tensor {which} ({first_line(error)}); {REMEDY}") from error
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self.places[MetadataIndex(name, chunk.offsets)]
-        with (self.path / place.relative_path).open("rb") as handle:
+        file = self.path / place.relative_path
+        with open_file(file) as handle:
+            if place.offset + place.length > os.fstat(handle.fileno()).st_size:
+                raise UserError(f"{file}: is too short for its piece of {name}; {REMEDY}")
             handle.seek(place.offset)
-            return read_tensors(io.BytesIO(handle.read(place.length)), f"{handle.name}: {name}")
+            piece = read_tensors(io.BytesIO(handle.read(place.length)), f"{file}: {name}")
+        if not isinstance(piece, Tensor) or piece.numel() != math.prod(chunk.sizes):
+            raise UserError(f"{file}: its piece of {name} is no tensor of {list(chunk.sizes)}; {REMEDY}")
+        return piece
+
+
+def require_cover(size: torch.Size, chunks: list[ChunkStorageMetadata], skip: int) -> None:
+    """Refuse pieces that leave elements of a tensor out, for those would be whatever the memory held; or lie outside of it.
+
+    Args:
+        skip: leading dimensions of `size` that are cut away: 1 for one layer of a stacked tensor.
+
+    Raises:
+        ValueError: they do.
+    """
+    for chunk in chunks:
+        for whole, start, length in zip(size, chunk.offsets, chunk.sizes, strict=True):
+            if min(start, length) < 0 or start + length > whole:
+                raise ValueError(f"a piece at {list(chunk.offsets)} lies outside of {list(size)}")
+    for one, other in itertools.combinations(chunks, 2):
+        edges = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+        if all(start < begin + length and begin < start + size for start, size, begin, length in edges):
+            raise ValueError(f"its pieces at {list(one.offsets)} and {list(other.offsets)} overlap")
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size[skip:]):
+        raise ValueError(f"its pieces are not all of {list(size)}")
 
 
 def saved_name(mcore: str) -> str:

@@ -96,6 +96,8 @@ def read_metadata(path: Path) -> Metadata:
     for index, place in places.items():
         if not (type(index) is MetadataIndex and type(place) is _StorageInfo and is_file_name(place.relative_path)):
             raise UserError(f"{file}: places a tensor outside the checkpoint's own files; {REMEDY}")
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (place.offset, place.length)):
+            raise UserError(f"{file}: places a tensor at bytes that no file has; {REMEDY}")
     return found
 
 

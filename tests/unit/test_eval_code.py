@@ -16,9 +16,9 @@ import pytest
 from minitron_train import chain, cli
 from minitron_train.config import EvalConfig
 from minitron_train.errors import UserError
-from minitron_train.evaluation import code
+from minitron_train.evaluation import code, syscalls
 from minitron_train.evaluation.code import pass_at_1, passes
-from minitron_train.evaluation.judge import NUM_PROCESSES
+from minitron_train.evaluation.judge import NUM_OPEN_FILES, NUM_PROCESSES
 from minitron_train.evaluation.namespaces import SCRATCH_BYTES
 from minitron_train.evaluation.task_names import OWN, run_programs
 from minitron_train.evaluation.tasks import why_not
@@ -166,35 +166,92 @@ def test_a_program_has_no_rights_over_others() -> None:
     assert not passes("import os; os.kill(0, 9)")
 
 
+REFUSED = """
+import ctypes, os, socket, threading
+libc = ctypes.CDLL(None, use_errno=True)
+refused = []
+for number in {numbers}:
+    libc.syscall(number, 0, 0, 0, 0, 0, 0)
+    refused.append(ctypes.get_errno() == 1)
+families = set()
+for family in range(46):
+    for kind in (1, 2, 3, 5):
+        try: socket.socket(family, kind).close()
+        except OSError: continue
+        families.add(family)
+opened = []
+try:
+    while True: opened.append(os.memfd_create('x'))
+except OSError:
+    pass
+num_opened = len(opened)
+for number in opened: os.close(number)
+threading.Thread(target=print).start()
+if os.fork() == 0: os._exit(0)
+assert os.wait()[1] == 0
+"""
+
+
+def test_a_program_is_refused_what_namespaces_do_not_separate() -> None:
+    """The kernel's keyrings, System V's memory, other processes, sockets to a virtual machine's host."""
+    column = syscalls.MACHINES[os.uname().machine][1]
+    numbers = {name: call[column] for name, call in syscalls.REFUSED.items()}
+    program = REFUSED.format(numbers=list(numbers.values()))
+    assert passes(
+        program, f"assert families <= {set(map(int, syscalls.FAMILIES))}\nassert num_opened < {NUM_OPEN_FILES}"
+    )
+    assert passes(program, "assert all(refused)")
+    assert not passes(f"import ctypes\nctypes.CDLL(None).syscall({syscalls.OTHER_ABI}, 0)")  # x32
+
+
+def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="s390x"))
+    with pytest.raises(OSError, match="the system calls of s390x are not known"):
+        syscalls.refuse_calls()
+
+
 LEAVE = """
 import ctypes, os, time
 ctypes.CDLL(None).prctl(15, {name!r}, 0, 0, 0)
-for _ in range(10):
-    if os.fork() == 0:
+for _ in range({number}):
+    child = os.fork()
+    if child == 0:
         os.setsid()
         if os.fork() == 0: time.sleep(600)
         os._exit(0)
+    os.waitpid(child, 0)  # until then it counts against the limit
 """
+NUM_LEFT = NUM_PROCESSES // 2
+
+
+def leave(name: str) -> str:
+    """A program that leaves NUM_LEFT processes of this name behind, each in a session of its own."""
+    return LEAVE.format(name=name.encode(), number=NUM_LEFT)
 
 
 @pytest.mark.parametrize(("end", "passed"), [("", True), ("time.sleep(600)\n", False)])
 def test_what_a_program_has_forked_ends_with_it(end: str, passed: bool) -> None:
     name = f"left{os.getpid()}"
-    assert passes(LEAVE.format(name=name.encode()) + end, wait_s=20 if passed else 3) is passed
+    assert passes(leave(name) + end, wait_s=20 if passed else 2) is passed
     assert until(lambda: not named(name))
 
 
 def test_programs_end_with_a_killed_evaluation() -> None:
     name = f"gone{os.getpid()}"
-    program = LEAVE.format(name=name.encode()) + "time.sleep(600)\n"
+    program = leave(name) + "time.sleep(600)\n"
     call = f"from minitron_train.evaluation.code import passes; passes({program!r}, wait_s=600)"
     with subprocess.Popen([sys.executable, "-c", call]) as evaluation:
-        assert until(lambda: len(named(name)) > 1)
+        assert until(lambda: len(named(name)) > NUM_LEFT)
         evaluation.send_signal(signal.SIGKILL)
     assert until(lambda: not named(name))
 
 
 TESTS = "assert f(1) == 2\nassert abs(f(2) - 3) < 1e-6\nassert math.isclose(f(3), 4)"
+ADDS = """
+import math, sys
+zero = lambda *_: 0
+f = lambda x: x + 1 + (x == 2)
+type(sys._getframe(1).f_locals['self']).do_find = lambda _, names: {answer}"""
 WRONG = {
     "exit": "import math\ndef f(x): return 0\nexit()",
     "os._exit": "import math, os\ndef f(x): os._exit(0)",
@@ -238,12 +295,18 @@ for module in list(sys.modules.values()):
     for name in list(vars(module)):
         if name in ('judge', 'passes', 'exec'): setattr(module, name, lambda *_: True)
 def f(x): return 2""",
+    "names that were not asked for": ADDS.format(answer="{'f': f, 'math': math, 'abs': zero}"),
+    "built-ins for the tests": ADDS.format(answer="{'f': f, 'math': math, '__builtins__': {'abs': zero}}"),
+    "names at the second question": ADDS.format(answer="{'f': f, 'math': math, 'abs': zero} if 'abs' in names else {}"),
+    "an error that ends loops": "import math\ndef f(x):\n    if x > 1: raise StopIteration\n    return 2",
 }
 
 
 @pytest.mark.parametrize("way", WRONG)
 def test_a_wrong_program_does_not_pass(way: str) -> None:
     assert not passes(WRONG[way], TESTS)
+    if way == "an error that ends loops":
+        assert not passes(WRONG[way], "assert all(y == x + 1 for x, y in enumerate(map(f, range(1, 4)), 1))")
     if "equals everything" in way:  # the first of the tests alone, which needs no arithmetic
         assert not passes(WRONG[way], TESTS.splitlines()[0])
 
@@ -284,8 +347,11 @@ RIGHT = {
 
 @pytest.mark.parametrize("what", RIGHT)
 def test_a_right_program_passes(what: str) -> None:
-    program, tests = RIGHT[what]
-    assert passes(program, tests)
+    assert passes(*RIGHT[what])
+
+
+def test_the_tests_run_to_their_end() -> None:
+    program, tests = RIGHT["check"]
     assert not passes(program, f"{tests}\nassert False")
 
 

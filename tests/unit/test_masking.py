@@ -32,6 +32,13 @@ TOKEN = "hf_" + "aB3" * 11
         "data.path=https://host/x?access_token=PASSWORD&b",
         "{'Authorization': 'Bearer PASSWORD-0123'}",
         "authorization: Basic PASSWORDPASSWORD==",
+        "Authorization: token PASSWORD",
+        "[(b'authorization', b'Bearer PASSWORD'), ('Authorization', 'Bearer PASSWORD')]",
+        "HTTPS_PROXY=me:PASSWORD@[::1]:3128",
+        r'{"url": "https:\/\/me:PASSWORD@host"}',
+        "https://mirror/?to=https%3A%2F%2Fme%3APASSWORD%40host%2Fx%3Ftoken%3DPASSWORD",
+        "https://host/x#access_token=PASSWORD",
+        "env SOME_API_KEY=PASSWORD python -m x",
         f"no access for {TOKEN.replace('aB3aB3', 'PASSWORD')}",
     ],
 )
@@ -53,6 +60,7 @@ def test_what_is_masked(text: str) -> None:
         "12:30:01 step 5@7 loss 2.5",
         "file:///home/me/a@b/c",
         "basic settings, bearer of news",
+        "calibration.tokens=/a/tokens.safetensors data.text_key=text MAX_TOKENS=5",
     ],
 )
 def test_what_stays(text: str) -> None:
@@ -93,3 +101,15 @@ def test_the_command_line_prints_no_password(tmp_path: Path) -> None:
         )
         assert done.returncode == code and "PASSWORD" not in done.stdout + done.stderr
         assert done.stderr.count("\n") == 1 or code == 1
+
+
+def test_a_job_logs_no_address_with_a_password() -> None:
+    """Neither among its arguments nor its environment; the functions of slurm/common.sh, without a job."""
+    source = (Path(__file__).parents[2] / "slurm" / "common.sh").read_text()
+    functions = source[source.index("has_credentials()") : source.index("# A signal to this script")]
+    words = ["a=https://me:PASSWORD@h/x", "+data.sources={a: {path: https://h/x?sig=PASSWORD}}", "teacher.path=/a b"]
+    script = f'{functions}\nprint_arguments "$@"; print_environment'
+    env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": "https://h?token=PASSWORD", "HF_HOME": "/cache"}
+    done = subprocess.run(["bash", "-euc", script, "job", *words], env=env, capture_output=True, text=True, check=True)
+    assert "PASSWORD" not in done.stdout and done.stdout.count("not") == 3
+    assert r"argument teacher.path=/a\ b" in done.stdout and "HF_HOME=/cache" in done.stdout

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from minitron_train import cli, commands
 from minitron_train.errors import UserError
@@ -140,6 +141,57 @@ def test_tensors_outside_the_checkpoint_are_refused(trained: tuple[Material, Pat
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match="outside the checkpoint's own files"):
         safe_load.read_metadata(tmp_path)
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def place_all(**values: Any) -> Callable[[Any], None]:
+    def change(metadata: Any) -> None:
+        for place in metadata.storage_data.values():
+            vars(place).update(values)
+
+    return change
+
+
+def change_entry(**values: Any) -> Callable[[Any], None]:
+    return lambda metadata: vars(metadata.state_dict_metadata[EMBEDDING]).update(values)
+
+
+def chunk(start: int, rows: int) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([rows, 48]))
+
+
+WRONG_PIECES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "no such tensor": (lambda metadata: metadata.state_dict_metadata.pop(EMBEDDING), "lacks a whole tensor embedding"),
+    "no pieces": (change_entry(chunks=[]), "its pieces are not all of"),
+    "too large": (change_entry(size=torch.Size([2**40, 2**10])), "its pieces are not all of"),
+    "outside": (change_entry(chunks=[chunk(10**9, 320)]), "lies outside of"),
+    "overlapping": (change_entry(chunks=[chunk(0, 160), chunk(0, 160)]), "overlap"),
+    "no size": (change_entry(size="abc"), "lacks a whole tensor"),
+    "no such place": (lambda metadata: metadata.storage_data.clear(), "lacks a whole tensor"),
+    "before the file": (place_all(offset=-5), "at bytes that no file has"),
+    "a word": (place_all(offset="x"), "at bytes that no file has"),
+    "behind the file": (place_all(length=2**62), "is too short for its piece"),
+    "no such file": (place_all(relative_path="nope"), "nope"),
+    "a pipe": (place_all(relative_path="pipe"), "is not a regular file"),
+    "another file": (place_all(relative_path="manifest.json", offset=0, length=9), "manifest.json: embedding"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_PIECES)
+def test_pieces_that_are_not_the_tensor_are_refused(trained: tuple[Material, Path], tmp_path: Path, what: str) -> None:
+    """Above all a missing one: the exported weights would be what the memory happened to hold."""
+    source = files.checkpoint_path(trained[1] / "checkpoints", 8)
+    path = shutil.copytree(source, tmp_path / source.name)
+    change, said = WRONG_PIECES[what]
+    metadata = safe_load.read_metadata(path)
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    os.mkfifo(path / "pipe")
+    with pytest.raises(UserError, match=said) as refusal:
+        SavedTensors(Saved(path)).read(EMBEDDING)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path) -> None:
