@@ -101,7 +101,8 @@ def score(ws: Workspace) -> None:
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
     if calibration.tokens is None:
-        inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data))
+        key = "calibration.path" if calibration.path else None
+        inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data), key)
     elif Path(calibration.tokens).exists():
         settings = {"calibration": subset(calibration, "precision")}
         inputs["tokens"] = sha256_file(Path(calibration.tokens))
@@ -237,7 +238,9 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
         trust = config.checkpoint.trust_external
         weights = ws.on_first(lambda: locate(model, ws.folder, trust_external=trust))
     inputs = {"model": ws.identity(model, lambda: open_origin(weights).identity)}
-    inputs |= data_inputs(ws, validation_data(config.data))
+    inputs |= data_inputs(
+        ws, validation_data(config.data), "data.validation_path" if config.data.validation_path else None
+    )
     inputs["evaluation data"] = ws.identity(ws.eval_data_folder, lambda: listing(ws.eval_data_folder))
     record = f"{label}.provenance.json"
     stage = Stage(
@@ -302,16 +305,19 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
     return calibration_batches(calibration, config.data, tokenizer, config.seed)
 
 
-def data_inputs(ws: Workspace, data: DataConfig | None = None) -> dict[str, str]:
+def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None = None) -> dict[str, str]:
     """What the stream, or one of other data, gives: a change of any of it makes a stage stale.
 
     What its paths stand for is printed, once in each run.
+
+    Args:
+        key: the setting that names the only path of `data`, where it is not data.path.
     """
     from minitron_train.data.sources import check_outside, describe, identity
 
     chosen = data or ws.config.data
     ws.on_first(lambda: check_outside(chosen, ws.folder))
-    for line in ws.on_first(lambda: describe(chosen)):
+    for line in ws.on_first(lambda: describe(chosen, key)):
         ws.say_once(line)
     return ws.on_first(lambda: identity(chosen))
 

@@ -8,9 +8,11 @@ written is never touched.
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import time
@@ -48,6 +50,9 @@ PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
 STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
 EXPORTED = "exported.json"  # in output_dir: {"folder"}, the student's folder where the last export wrote it elsewhere
+DATA = "data "  # begins the labels of inputs that describe the blend (see data.sources.identity)
+DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
+OF_NOTHING = hashlib.sha256().hexdigest()  # the digest of an empty folder's listing
 PACKAGES = (
     "minitron_train",
     "torch",
@@ -105,7 +110,10 @@ class Stage:
         refuse_foreign(self)
         state, why = self.state()
         lines = [f"{self.name}: {state}{f' ({why})' if why else ''}"]
-        lines += [f"  reads   {label} {fingerprint[:12]}" for label, fingerprint in self.inputs.items()]
+        found = {label: f"{label} {short(value)}" for label, value in self.inputs.items()}
+        blend = [text.removeprefix(DATA) for label, text in found.items() if label.startswith(DATA)]
+        lines += [f"  reads   {text}" for label, text in found.items() if not label.startswith(DATA)]
+        lines += [f"  reads   data: {', '.join(blend)}"] if blend else []
         return [*lines, f"  writes  {self.folder}", *(f"  {note}" for note in self.notes)]
 
 
@@ -412,9 +420,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> l
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changes += differences(before, after, f"{label}{key}.")
         elif before != after:
-            shorten = 12 if label.startswith("input") else None
-            changes.append(f"{label}{key} was {str(before)[:shorten]}, is {str(after)[:shorten]}")
+            changes.append(f"{label}{key} was {short(before)}, is {short(after)}")
     return changes
+
+
+def short(value: Any) -> str:
+    """A value for the user: of each sha256 in it the first 12 digits, or `nothing` for the sha256 of no bytes."""
+    return DIGEST.sub(lambda found: "nothing" if found[0] == OF_NOTHING else found[0][:12], str(value))
 
 
 def plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minitron_train.parallel.groups import Groups
 
 T = TypeVar("T")
-TO_COME = "to come"  # in place of the fingerprint of what an earlier stage of the same dry run would make
+TO_COME = "not made yet"  # in place of the fingerprint of what an earlier stage of the same dry run would make
 
 
 class Workspace:

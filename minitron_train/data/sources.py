@@ -69,14 +69,14 @@ class Part:
             )
         return kinds.pop()
 
-    def describe(self) -> str | None:
+    def describe(self, label: str) -> str | None:
         """One line for the user: what is read and what is left out; None for the embedded corpus."""
         if self.config.kind is SourceKind.hub:
             names = [
                 f"{key} {value}" for key in ("subset", "split", "revision") if (value := getattr(self.config, key))
             ]
-            return f"data {self.name}: {self.config.path} of the hub, {', '.join(names)}"
-        return f"data {self.name}: {self.config.path}: {self.inventory.summary()}" if self.inventory else None
+            return f"{label}: {self.config.path} of the hub, {', '.join(names)}"
+        return f"{label}: {self.config.path}: {self.inventory.summary()}" if self.inventory else None
 
     def open(self, split: Split) -> "TextFormat | IndexedSource | HubSource":
         """The source, checked by its names only: files are opened, and copied where needed, when blocks are asked for."""
@@ -188,9 +188,14 @@ def held_out_files(data: DataConfig) -> frozenset[FileId]:
         return frozenset()
 
 
-def describe(data: DataConfig) -> list[str]:
-    """What every part of a blend stands for, a line each."""
-    return [line for part in parts(data) if (line := part.describe())]
+def describe(data: DataConfig, key: str | None = None) -> list[str]:
+    """What every part of a blend stands for, a line each.
+
+    Args:
+        key: the setting that names the only path, where it is not data.path.
+    """
+    key = key or ("data.path" if data.path else None)
+    return [line for part in parts(data) if (line := part.describe(key or f"data {part.name}"))]
 
 
 def files(data: DataConfig) -> list[Path]:

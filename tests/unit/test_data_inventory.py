@@ -242,9 +242,11 @@ def test_validation_files_are_held_out(tmp_path):
         data = DataConfig(path=str(tmp_path / "text"), validation_path=str(path))
         assert sources.files(data) == sources.files(calibration_data(CalibrationConfig(), data)) == [train]
         assert sources.describe(data) == [
-            f"data own: {tmp_path}/text: 1 file, jsonl, {len(ROWS)} B; left out: held.jsonl (held out as data.validation_path)"
+            f"data.path: {tmp_path}/text: 1 file, jsonl, {len(ROWS)} B; left out: held.jsonl (held out as data.validation_path)"
         ]
         assert sources.files(validation_data(data)) == [path]
+        held_out = sources.describe(validation_data(data), "data.validation_path")
+        assert held_out == [f"data.validation_path: {path}: 1 file, jsonl, {len(ROWS)} B"]
     with pytest.raises(
         UserError, match=r"held\.jsonl: every file is held out, as data\.validation_path names them all"
     ):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import pytest
 
 from minitron_train.errors import UserError
 from minitron_train.files import exclusive
-from minitron_train.stages import Invocation, Stage, exported, note_export, read_provenance, run_stage
+from minitron_train.stages import Invocation, Stage, exported, note_export, read_provenance, run_stage, short
 
 INVOCATION = Invocation(["python", "-m", "minitron_train", "test"], {"seed": 1})
 
@@ -70,6 +71,21 @@ def test_a_change_makes_it_stale_and_is_said(
     assert run(replace(stage, **change), "new")
     assert f"stale ({message})" in capsys.readouterr().out
     assert (stage.folder / "result").read_text() == "new"
+
+
+def test_values_are_shortened_where_they_are_digests_alone() -> None:
+    """Two steps of one training differ after more than 12 characters, and so may two end tokens."""
+    digest = "ab" * 32
+    assert short(digest) == digest[:12]
+    assert short(f"step_00000040:{digest}") == f"step_00000040:{digest[:12]}"
+    assert short("<|endoftext|>.jsonl") == "<|endoftext|>.jsonl"
+    assert short(hashlib.sha256().hexdigest()) == "nothing"
+
+
+def test_the_blend_is_one_line_of_a_dry_run(stage: Stage) -> None:
+    inputs = {"data prose": "ab" * 32, "data prose weight": "0.7", "teacher": "cd" * 32}
+    reads = [line.strip() for line in replace(stage, inputs=inputs).describe() if line.startswith("  reads")]
+    assert reads == ["reads   teacher cdcdcdcdcdcd", "reads   data: prose abababababab, prose weight 0.7"]
 
 
 def test_a_failed_second_run_keeps_the_first(stage: Stage) -> None:
