@@ -35,7 +35,7 @@ RESULTS = [
     Case(
         "checkpoint of another run",
         f"distill {MICRO} train.lr=1e-3",
-        "was started otherwise .*train.lr was 0.002, is 0.001",
+        "was started with different settings .*train.lr was 0.002, is 0.001",
         TRAINED,
     ),
     Case(
@@ -45,7 +45,10 @@ RESULTS = [
         TRAINED,
     ),
     Case(
-        "run's settings on another student", f"distill {MICRO} student.path={TEACHER}", "was started otherwise", TRAINED
+        "run's settings on another student",
+        f"distill {MICRO} student.path={TEACHER}",
+        "was started with different settings",
+        TRAINED,
     ),
 ]
 LITTLE = "size=900k"  # less than the pruned model and a checkpoint

@@ -360,7 +360,7 @@ def leave_out_held(listing: Listing, held_out: Collection[FileId], pattern: str)
     others = [path for path in listing.files if file_id(path) not in held_out]
     if listing.files and not others:
         raise UserError(
-            f"{pattern}: every file is held out, as data.validation_path names them all; give other files for one of them"
+            f"{pattern}: every file is held out by data.validation_path; give data.path or data.validation_path other files"
         )
     listing.keep(others, "held out as data.validation_path")
 

@@ -94,7 +94,7 @@ class Checkpoint:
     def announce(self) -> None:
         """Print what a user should know about this folder; once per command."""
         for note in self.notes:
-            say(f"WARNING: {note}")
+            say(f"warning: {note}")
 
     @functools.cached_property
     def reader(self) -> RowReader:
