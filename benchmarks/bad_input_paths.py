@@ -1,6 +1,6 @@
 """Mistakes in paths, recipes and environment variables. Tables for bad_input.py."""
 
-from bad_input_scene import MICRO, PRUNED, TAUGHT, Case, folder, loop, write
+from bad_input_scene import MICRO, TAUGHT, Case, folder, loop, write
 
 DEEP = "a: " + "[" * 5000 + "]" * 5000
 PATHS_TYPED = [
@@ -15,7 +15,7 @@ PATHS_TYPED = [
     Case(
         "model beside its folder",
         "prune teacher.path=d",
-        "config.json: no such file",
+        "d: holds no config.json; give the folder",
         (write("d/x/config.json", "{}"),),
     ),
 ]
@@ -52,10 +52,16 @@ ENVIRONMENTS = [
     ),
     Case("world that is no number", "score +recipe=micro", "WORLD_SIZE", environ={"RANK": "0", "WORLD_SIZE": "many"}),
     Case(
-        "cores that are no number",
+        "tasks that are no number",
         "score +recipe=micro",
-        "SLURM_CPUS_PER_TASK.*whole number",
-        environ={**SLURM, "SLURM_CPUS_PER_TASK": "x"},
+        "SLURM_STEP_NUM_TASKS.*whole number",
+        environ={**SLURM, "SLURM_STEP_NUM_TASKS": "x"},
+    ),
+    Case(
+        "timeout of a hub that is no number",
+        "fetch +recipe=4b_from_8b output_dir=out",
+        "HF_HUB_ETAG_TIMEOUT.*whole number",
+        environ={"HF_HUB_ETAG_TIMEOUT": "soon"},
     ),
     Case(
         "threads that are no number",
@@ -75,13 +81,6 @@ ENVIRONMENTS = [
         "fetch +recipe=4b_from_8b output_dir=out",
         r"http://\*\*\*@127.0.0.1:9",
         environ={"HF_ENDPOINT": "http://me:PASSWORD@127.0.0.1:9"},
-    ),
-    Case(
-        "W&B mode of the environment misspelt",
-        f"distill {MICRO} tracking.wandb.mode=auto",
-        "WANDB_MODE",
-        PRUNED,
-        environ={"WANDB_MODE": "of"},
     ),
 ]
 PATHS = [*PATHS_TYPED, *RECIPES, *ENVIRONMENTS]
