@@ -272,7 +272,8 @@ def join_pairs(listing: Listing) -> None:
     lonely = {path for path in tokens if not path.with_suffix(".idx").is_file()}
     listing.keep([path for path in listing.files if path not in lonely], "no .idx beside it")
     listing.files = list(dict.fromkeys(path.with_suffix(".idx") if path in tokens else path for path in listing.files))
-    for state in {path.parent / "state.json" for path in listing.files if path.suffix == ".arrow"}:
+    saved = [path for path in listing.files if path.suffix == ".arrow" or path.name == "dataset_info.json"]
+    for state in {path.parent / "state.json" for path in saved}:
         if state.is_file():
             named = saved_files(state)
             beside = {path for path in listing.files if path.parent == state.parent and path.suffix == ".arrow"}
