@@ -124,8 +124,8 @@ FILES: list[tuple[str, str, str, tuple[Step, ...]]] = [  # name, the path, what 
     (
         "tokens beyond the vocabulary",
         "a.idx",
-        "outside the vocabulary|vocabulary",
-        (write("a.idx", index()), write("a.bin", struct.pack("<8i", *range(5000, 5008)))),
+        "vocabulary",
+        (write("a.idx", index(lengths=(100, 100))), write("a.bin", struct.pack("<200i", *range(5000, 5200)))),
     ),
 ]
 SPLITS = (write("d/train.jsonl", ROWS), write("d/test.jsonl", ROWS))

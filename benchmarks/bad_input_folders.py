@@ -47,7 +47,7 @@ FILES: list[tuple[str, str, tuple[Step, ...]]] = [
     (
         "a tensor in two shards",
         "is stored twice|the index says",
-        (shard, change_tensors(SHARD_2, lambda held: held | {EMBEDDING: torch.zeros(1024, 96)})),
+        (shard, change_tensors(SHARD_2, lambda held: held | {HEAD: torch.zeros(1024, 96)})),
     ),
     (
         "LoRA adapter beside the weights",
@@ -88,8 +88,13 @@ FILES: list[tuple[str, str, tuple[Step, ...]]] = [
     ),
     (
         "norm with a number that is none",
-        "nan|finite",
+        "NaN or infinity, first seen at",
         (change_tensors(WEIGHTS, lambda held: held | {NORM: held[NORM] * float("nan")}),),
+    ),
+    (
+        "embedding of zeros",
+        "prune.refit: the model's activations are NaN or infinite",
+        (change_tensors(WEIGHTS, lambda held: held | {EMBEDDING: torch.zeros(1024, 96)}),),
     ),
     ("weights that are a pipe", "is not a regular file", (remove(WEIGHTS), fifo(WEIGHTS))),
     ("weights that are a folder", "model.safetensors", (remove(WEIGHTS), folder(WEIGHTS))),

@@ -16,6 +16,7 @@ from bad_input_scene import (
     Step,
     copy_folder,
     edit,
+    exchange_tokens,
     have,
     remove,
     sign,
@@ -53,10 +54,6 @@ DAMAGED = [
     for damage, content in DAMAGES
 ]
 ROW = {"task": "a", "filter": "none", "doc_id": 1, "prompt_hash": "h", "metrics": {"acc": 1}}
-OTHER_TOKENS = [
-    dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    | {"id": 0, "content": "<|other|>", "special": True}
-]
 COMPARE = f"eval {MICRO} eval.compare=[teacher,student]"
 SINGLE = [
     Case(
@@ -171,7 +168,7 @@ SINGLE = [
         "student with another tokenizer",
         f"distill {MICRO} student.path=other",
         "have different tokenizers: id",
-        (*PRUNED, copy_folder("out/pruned", "other"), edit("other/tokenizer.json", added_tokens=OTHER_TOKENS)),
+        (*PRUNED, copy_folder("out/pruned", "other"), exchange_tokens("other/tokenizer.json")),
     ),
     Case(
         "scores that are a list of rows",

