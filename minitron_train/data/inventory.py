@@ -166,8 +166,11 @@ def look(pattern: str) -> Listing:
         return Listing(path.parent, False, [path])
     if index := with_suffix_added(path, ".idx"):  # Megatron names a pair by its prefix
         return Listing(path.parent, False, [index])
-    if not has_magic(pattern):
-        return Listing(path.parent, False)
+    if path.exists() or not has_magic(pattern):
+        listing = Listing(path.parent, False)
+        if path.exists():
+            listing.leave_out(path, "not a regular file")
+        return listing
     literal, rest = literal_part(path)
     listing = Listing(literal, False)
     found = [Path(name) for name in sorted(glob(f"{escape(str(literal))}/{rest}", recursive=True))]  # noqa: PTH207
