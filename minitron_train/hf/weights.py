@@ -141,7 +141,7 @@ def stored_as(name: str, weights: Weights) -> Entry | None:
             says = f"says {named}" if named else "does not name it"
             raise UserError(
                 f"{weights.folder / INDEX}: tensor {entry.name} is in {entry.file.name}, the index {says}; "
-                "readers would differ: write the index anew with save_pretrained, or download the checkpoint again"
+                "readers differ in which they take; write the index again with save_pretrained, or download the checkpoint again"
             )
     return entries[0] if entries else None
 
