@@ -1,12 +1,13 @@
 """What a user can get wrong, tried on the real command line: is every mistake one clear line, and is nothing left behind?
 
-    python benchmarks/bad_input.py [--quick] [--json FILE] [--only TEXT] [--material FOLDER]
+    python benchmarks/bad_input.py [--quick] [--json FILE] [--only TEXT] [--material FOLDER] [--fresh]
 
 Every case runs `python -m minitron_train …` in a fresh folder and is clear when the process ends with code 2 and exactly one
 line on stderr that names what is wrong, without a traceback, and when the folder holds what it held before (stages that were
 finished before the mistake was met, named by the case, may have been added). The model is recipe `micro`, trained for a moment.
-The cases are the tables of bad_input_words.py, bad_input_models.py, bad_input_data.py and bad_input_runs.py. `--quick`
-tries those that need no model.
+The cases are the tables of the bad_input_*.py beside this file. A case's process is a fork of one that has imported the
+program (bad_input_fork.py), or a fresh Python where the case sets environment variables, and with `--fresh`. `--quick` tries
+a few cases that need no model.
 """
 
 import argparse
@@ -24,13 +25,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bad_input_corpora import CORPORA
 from bad_input_data import DATA
+from bad_input_folders import FOLDERS
+from bad_input_fork import import_all, run_forked
 from bad_input_models import MODELS
+from bad_input_paths import PATHS
+from bad_input_records import RECORDS
 from bad_input_runs import RUNS
 from bad_input_scene import MICRO, Case, Scene
 from bad_input_words import WORDS
 
-CASES = [*WORDS, *MODELS, *DATA, *RUNS]
+CASES = [*WORDS, *PATHS, *MODELS, *FOLDERS, *DATA, *CORPORA, *RUNS, *RECORDS]
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
 LONGEST_LINE = 1000  # characters: some lines list everything that is missing
@@ -62,9 +68,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a dozen cases that need no model, within a minute")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--fresh", action="store_true", help="a fresh Python for every case (slow)")
     parser.add_argument("--material", type=Path, help="where the trained model is kept for the next time")
     options = parser.parse_args()
     chosen = [case for case in CASES if options.only in case.name and (case.quick or not options.quick)]
+    if not (options.fresh or options.quick):
+        os.environ.update(ENVIRONMENT)
+        import_all()
     with tempfile.TemporaryDirectory(prefix="bad_input-") as scratch:
         material = options.material or Path(scratch) / "material"
         if not options.quick and not (material / "out" / "student").exists():
@@ -74,7 +84,8 @@ def main() -> None:
             if case.needs_root and os.geteuid() != 0:
                 skipped.append(case.name)
                 continue
-            row = attempt(case, Scene(Path(scratch) / f"case{number}", material / "out"))
+            is_fresh = options.fresh or options.quick or bool(case.environ)
+            row = attempt(case, Scene(Path(scratch) / f"case{number}", material / "out"), is_fresh)
             rows.append(row)
             print(f"{'NOT CLEAR' if row.complaints else 'clear':<10}{row.seconds:5.1f} s  {row.name}")
             print(f"{'':<19}{row.line}", *(f"{'':<19}! {text}" for text in row.complaints), sep="\n", flush=True)
@@ -100,7 +111,7 @@ def run(words: list[str], folder: Path, environ: Mapping[str, str]) -> subproces
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
-def attempt(case: Case, scene: Scene) -> Row:
+def attempt(case: Case, scene: Scene, is_fresh: bool) -> Row:
     """Prepare a fresh folder, run the command there, and look at what it said and left."""
     scene.folder.mkdir(parents=True)
     try:
@@ -108,14 +119,15 @@ def attempt(case: Case, scene: Scene) -> Row:
             step(scene)
         before = listing(scene.folder)
         start_s = time.perf_counter()
-        done = run(case.command.split(), scene.folder, case.environ)
+        words = [*case.command.split(), *case.words]
+        done = run(words, scene.folder, case.environ) if is_fresh else run_forked(words, scene.folder, TIMEOUT_S)
         seconds = time.perf_counter() - start_s
         complaints = [*heard(case, done), *left_behind(case, before, listing(scene.folder))]
     finally:
         scene.close()
         shutil.rmtree(scene.folder)
     said = done.stderr.strip().splitlines()
-    return Row(case.name, case.command, done.returncode, said[-1] if said else "", round(seconds, 2), complaints)
+    return Row(case.name, " ".join(words), done.returncode, said[-1] if said else "", round(seconds, 2), complaints)
 
 
 def heard(case: Case, done: subprocess.CompletedProcess[str]) -> list[str]:

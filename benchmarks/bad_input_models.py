@@ -59,13 +59,13 @@ MODELS = [
     Case(
         "index that is no JSON",
         f"prune {MICRO}",
-        "not valid JSON",
+        "index.json: damaged",
         (*TAUGHT, shard, cut_off(f"{TEACHER}/*.index.json")),
     ),
     Case(
         "index without its map",
         f"prune {MICRO}",
-        "is missing; download the checkpoint again",
+        "no weight_map from tensors to files; download it again",
         (*TAUGHT, shard, write(f"{TEACHER}/model.safetensors.index.json", "{}")),
     ),
     Case(
@@ -77,13 +77,13 @@ MODELS = [
     Case(
         "config that is no JSON",
         f"prune {MICRO}",
-        "config.json: not valid JSON",
+        "config.json: damaged",
         (*TAUGHT, cut_off(f"{TEACHER}/config.json")),
     ),
     Case(
         "config that is a list",
         f"prune {MICRO}",
-        "holds no JSON object",
+        "config.json: damaged .*Expected `object`, got `array`",
         (*TAUGHT, write(f"{TEACHER}/config.json", "[]")),
     ),
     Case(

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minitron_train.train.checkpoint_files import MANIFEST, describe
+
 MICRO = (
     "+recipe=micro output_dir=out tracking.wandb.mode=disabled pretrain.num_tokens=4096 train.num_tokens=4096 "
     "train.warmup_steps=1 train.global_batch_size=8"
@@ -51,7 +53,10 @@ class Case:
         says: a regular expression that the error's line must hold.
         finishes: folders of stages that are done before the mistake can be met.
         keeps: a run that had begun and can be gone on with.
+        environ: environment variables of the process.
         quick: part of `--quick`; needs no material.
+        needs_root: mounts a file system.
+        words: more arguments, which may have blanks.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Case:
     environ: Mapping[str, str] = field(default_factory=dict)
     quick: bool = False
     needs_root: bool = False
+    words: tuple[str, ...] = ()
 
 
 # What a case prepares
@@ -87,6 +93,39 @@ def write(path: str, content: str | bytes) -> Step:
         target.write_bytes(content.encode() if isinstance(content, str) else content)
 
     return step
+
+
+def copy(path: str, target: str) -> Step:
+    """A file once more, under another name."""
+
+    def step(scene: Scene) -> None:
+        shutil.copyfile(scene.folder / path, scene.folder / target)
+
+    return step
+
+
+def copy_folder(path: str, target: str) -> Step:
+    """A folder once more, under another name."""
+
+    def step(scene: Scene) -> None:
+        shutil.copytree(scene.folder / path, scene.folder / target)
+
+    return step
+
+
+def fifo(path: str) -> Step:
+    """A named pipe, at which a reader would wait for ever."""
+    return lambda scene: os.mkfifo(scene.folder / path)
+
+
+def folder(path: str) -> Step:
+    """An empty folder."""
+    return lambda scene: (scene.folder / path).mkdir(parents=True)
+
+
+def loop(path: str) -> Step:
+    """A link to itself."""
+    return lambda scene: (scene.folder / path).symlink_to(scene.folder / path)
 
 
 def remove(*paths: str) -> Step:
@@ -141,16 +180,19 @@ def tensors(path: str, **changes: torch.Tensor) -> Step:
     return step
 
 
-def without_tensor(name: str) -> Step:
-    """The teacher's weights without one tensor."""
+def change_tensors(path: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Step:
+    """A safetensors file with what `change` makes of its tensors."""
 
     def step(scene: Scene) -> None:
-        file = scene.folder / WEIGHTS
-        save_file(
-            {key: value for key, value in load_file(file).items() if key != name}, file, metadata={"format": "pt"}
-        )
+        file = scene.folder / path
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
     return step
+
+
+def without_tensor(name: str) -> Step:
+    """The teacher's weights without one tensor."""
+    return change_tensors(WEIGHTS, lambda held: {key: value for key, value in held.items() if key != name})
 
 
 def shard(scene: Scene) -> None:
@@ -164,6 +206,39 @@ def shard(scene: Scene) -> None:
         save_file(part, file.with_name(name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
     file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def reorder_index(scene: Scene) -> None:
+    """An index in which two shards' names are exchanged."""
+    file = scene.folder / TEACHER / "model.safetensors.index.json"
+    held = json.loads(file.read_text())["weight_map"]
+    other = dict(zip(sorted(set(held.values())), sorted(set(held.values()), reverse=True), strict=True))
+    file.write_text(json.dumps({"weight_map": {name: other[shard] for name, shard in held.items()}}))
+
+
+def exchange_tokens(path: str) -> Step:
+    """A tokenizer.json in which two tokens have each other's id."""
+
+    def step(scene: Scene) -> None:
+        file = scene.folder / path
+        held = json.loads(file.read_text())
+        vocabulary = held["model"]["vocab"]
+        one, other = list(vocabulary)[500:502]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+        file.write_text(json.dumps(held))
+
+    return step
+
+
+def sign(path: str) -> Step:
+    """A checkpoint's manifest that fits its files as they are now, as an attacker would write it."""
+
+    def step(scene: Scene) -> None:
+        folder = scene.folder / path
+        files = [file for file in folder.iterdir() if file.name != MANIFEST]
+        edit(f"{path}/{MANIFEST}", files={file.name: describe(file) for file in files})(scene)
+
+    return step
 
 
 def narrow_vocabulary(scene: Scene) -> None:
@@ -213,4 +288,5 @@ def read_only(path: str) -> Step:
 TRAINED = (have("teacher", "pruned", "train"),)
 PRUNED = (have("teacher", "pruned"),)
 TAUGHT = (have("teacher"),)
+EVALUATED = (have("teacher", "pruned", "train", "student", "eval"),)
 SCORED = (have("teacher", "scores"),)

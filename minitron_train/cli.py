@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from minitron_train.config import Config
 from minitron_train.errors import UserError
 from minitron_train.overrides import expand_paths, quote_words
-from minitron_train.parallel.launch import World
+from minitron_train.parallel.launch import World, check_hub_variables
 from minitron_train.records import damaged, joined, read_bytes
 
 MAX_RECIPE_BYTES = 2**20
@@ -120,6 +120,7 @@ def run(argv: list[str], world: World) -> None:
         from minitron_train import commands
 
         try:
+            check_hub_variables(os.environ)
             commands.execute(name, to_config(config), typed, world)
         except UserError as error:  # kept from Hydra, which would print lines of its own
             if os.getpid() != here:  # a job of a sweep's launcher: the list would not come back

@@ -59,7 +59,7 @@ class Guard:
 
 def end_now(number: int) -> NoReturn:
     """Say what ended the process, and end it: in Python's own shutdown another signal would print a traceback."""
-    line = f"{signal.Signals(number).name}: ended; finished stages are kept, start again to go on"
+    line = f"{signal.Signals(number).name}: ended; finished stages are kept, start again to continue"
     if number == signal.SIGINT:
         line = "interrupted; finished stages are kept"
     with contextlib.suppress(OSError):  # nobody reads any more

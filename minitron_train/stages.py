@@ -329,7 +329,7 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
 def started_otherwise(stage: Stage, why: str) -> UserError:
     """The refusal to go on with a growing stage, or to overwrite it unasked."""
     return UserError(
-        f"{stage.folder}: was started otherwise ({why}); set another output_dir, restore the setting, "
+        f"{stage.folder}: was started with different settings ({why}); set another output_dir, restore the setting, "
         "or give force=true to start again"
     )
 

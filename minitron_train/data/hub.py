@@ -96,7 +96,7 @@ class HubSource:
             except Exception as error:  # of the network, of damaged files: dozens of kinds
                 self.watch.check_all()
                 raise UserError(
-                    f"{where}: cannot be read on ({type(error).__name__}: {first_line(error)}); check the files or the "
+                    f"{where}: reading failed ({type(error).__name__}: {first_line(error)}); check the files or the "
                     "network, then start again to resume at the last checkpoint"
                 ) from error
             if source.text_key not in row:

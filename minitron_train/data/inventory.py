@@ -182,8 +182,11 @@ def look(pattern: str) -> Listing:
         return Listing(path.parent, False, [path])
     if index := with_suffix_added(path, ".idx"):  # Megatron names a pair by its prefix
         return Listing(path.parent, False, [index])
-    if not has_magic(pattern):
-        return Listing(path.parent, False)
+    if path.exists() or not has_magic(pattern):
+        listing = Listing(path.parent, False)
+        if path.exists():
+            listing.leave_out(path, "not a regular file")
+        return listing
     literal, rest = literal_part(path)
     listing = Listing(literal, False)
     found = [Path(name) for name in sorted(glob(f"{escape(str(literal))}/{rest}", recursive=True))]  # noqa: PTH207
@@ -312,7 +315,8 @@ def join_pairs(listing: Listing) -> None:
     lonely = {path for path in tokens if not path.with_suffix(".idx").is_file()}
     listing.keep([path for path in listing.files if path not in lonely], "no .idx beside it")
     listing.files = list(dict.fromkeys(path.with_suffix(".idx") if path in tokens else path for path in listing.files))
-    for state in {path.parent / "state.json" for path in listing.files if path.suffix == ".arrow"}:
+    saved = [path for path in listing.files if path.suffix == ".arrow" or path.name == "dataset_info.json"]
+    for state in {path.parent / "state.json" for path in saved}:
         if state.is_file():
             named = saved_files(state)
             beside = {path for path in listing.files if path.parent == state.parent and path.suffix == ".arrow"}
@@ -413,7 +417,7 @@ def leave_out_held(listing: Listing, held_out: Collection[FileId], pattern: str)
     others = [path for path in listing.files if file_id(path) not in held_out]
     if listing.files and not others:
         raise UserError(
-            f"{pattern}: every file is held out, as data.validation_path names them all; give other files for one of them"
+            f"{pattern}: every file is held out by data.validation_path; give data.path or data.validation_path other files"
         )
     listing.keep(others, "held out as data.validation_path")
 

@@ -36,7 +36,7 @@ def check_data_files(folder: Path, data: DataConfig) -> None:
     changed, doubtful = changes(old, file_records(data))
     if changed:
         raise UserError(
-            f"{folder}: was started otherwise (data: {listed(changed)}); restore the files, set another output_dir, "
+            f"{folder}: was started with different data ({listed(changed)}); restore the files, set another output_dir, "
             "or give force=true to start again"
         )
     if doubtful:

@@ -75,8 +75,8 @@ def missing_tensor(
         )
     if name.startswith("lm_head"):
         return UserError(
-            f"{folder}: tensor {name} is missing and config.json does not tie it to the embedding, as in a reward or "
-            "embedding model; take the language model's checkpoint, or set tie_word_embeddings=true if it is tied"
+            f"{folder}: tensor {name} is missing and config.json does not tie it to the embedding; give a causal "
+            "language model (a reward or embedding model has no output layer), or set tie_word_embeddings=true"
         )
     layer = LAYER.match(name)
     held = {int(found[2]) for found in map(LAYER.match, tensors) if found}

@@ -99,7 +99,7 @@ class Checkpoint:
     def announce(self) -> None:
         """Print what a user should know about this folder; once per command."""
         for note in self.notes:
-            say(f"WARNING: {note}")
+            say(f"warning: {note}")
 
     @functools.cached_property
     def reader(self) -> RowReader:
@@ -146,7 +146,7 @@ def stored_as(name: str, weights: Weights) -> Entry | None:
             says = f"says {named}" if named else "does not name it"
             raise UserError(
                 f"{weights.folder / INDEX}: tensor {entry.name} is in {entry.file.name}, the index {says}; "
-                "readers would differ: write the index anew with save_pretrained, or download the checkpoint again"
+                "readers differ in which they take; write the index again with save_pretrained, or download the checkpoint again"
             )
     return entries[0] if entries else None
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from minitron_train.errors import UserError
 
@@ -37,6 +38,21 @@ def whole_number(environ: Environ, name: str, default: int, *, least: int = 0, m
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and least <= int(text) <= most):
         raise UserError(f"{name}={text[:40]!r}: must be a whole number from {least} to {most}; correct or unset it")
     return int(text)
+
+
+def check_hub_variables(environ: Environ) -> None:
+    """Refuse values that end huggingface_hub's import in a traceback; transformers and datasets import it too.
+
+    Raises:
+        UserError: an address that cannot be parsed, or a timeout that is no whole number.
+    """
+    endpoint = environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint)
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT={endpoint!r}: is no address ({error}); correct or unset it") from error
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        whole_number(environ, name, 0)
 
 
 def rendezvous(environ: Environ) -> tuple[str, int]:

@@ -108,8 +108,8 @@ def gather(card: Card, folder: Path, first: tuple[str, int], size: int) -> list[
                 connection = stack.enter_context(listener.accept())
                 theirs = receive(connection, Card, "another rank", DEADLINE_S)
                 if theirs["rank"] in cards or theirs["rank"] >= size:
-                    who = f"{theirs['host']} calls itself rank {theirs['rank']} of {size}"
-                    raise UserError(f"{who}, which is another one; does a second job use {here}?")
+                    who = f"{theirs['host']} claims rank {theirs['rank']} of {size}"
+                    raise UserError(f"{who}, which is taken or does not exist; does a second job use {here}?")
                 cards[theirs["rank"]], others[theirs["rank"]] = theirs, connection
         ranks = [(cards[rank]["host"], cards[rank]["port"]) for rank in sorted(cards)]
         stack.callback(proof.unlink, missing_ok=True)

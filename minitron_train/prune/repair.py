@@ -23,6 +23,7 @@ from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, Row
 from minitron_train.config import PruneConfig, Refit
 from minitron_train.console import progress
+from minitron_train.errors import UserError
 from minitron_train.parallel.groups import Groups
 from minitron_train.prune.basis import effective_gamma
 from minitron_train.prune.layers import Layers, forward, seeing
@@ -57,9 +58,22 @@ class LeastSquares:
         self.cross += weighted_IN @ y_NO
 
     def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
-        """The best weights, drawn towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal."""
+        """The best weights, drawn towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal.
+
+        Inputs that are zero for every token, as below an embedding of zeros, determine nothing: `start_OI` stays.
+
+        Raises:
+            UserError: on all processes, when inputs or outputs were not finite.
+        """
         for sums in (self.gram, self.cross):
             self.groups.sum(sums)
+        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
+            raise UserError(
+                "prune.refit: the model's activations are NaN or infinite while it is repaired; check the teacher's weights, "
+                "or prune without repair: prune=paper"
+            )
+        if not self.gram.diagonal().any():
+            return start_OI
         missing = self.cross - self.gram @ start_OI.double().t()
         self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
         change_IO = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))

@@ -60,12 +60,12 @@ def mended_rows(path: Path) -> list[Row]:
     try:
         found = read_rows(path)
     except (UserError, FileNotFoundError) as error:  # the latter: a link to nowhere
-        say(f"{error}; kept as {set_aside(path).name}, and the metrics begin anew")
+        say(f"{error}; kept as {set_aside(path).name}, a new file begins")
         return []
     if found.damaged:
         number, why = next(iter(found.damaged.items()))
         where = f"{path}: {len(found.damaged)} damaged lines, the first is line {number} ({why})"
-        say(f"{where}; kept as {set_aside(path).name}, the other lines are taken over")
+        say(f"{where}; kept as {set_aside(path).name}, the other lines are copied")
     return found.values
 
 

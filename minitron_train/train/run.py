@@ -114,7 +114,7 @@ def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
     where = (
         f"saved at step {trainer.state.step} of {trainer.num_steps}" if trainer.state.step else "before the first step"
     )
-    say(f"{stopped}: {where}; {again} to go on")
+    say(f"{stopped}: {where}; {again} to resume")
     raise SystemExit(0)
 
 

@@ -31,7 +31,7 @@ def wandb_mode(mode: WandbMode) -> str:
     if asked in MODES:
         return MODES[asked]
     if asked:
-        say(f"WANDB_MODE={asked}: is none of {', '.join(MODES)}; W&B stays offline")
+        say(f"WANDB_MODE={asked}: must be one of {', '.join(MODES)}; W&B stays offline")
         return "offline"
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 

@@ -229,8 +229,8 @@ CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": 
         (b'\x00\x00\x00\x0c{"rank":"one"', "message from another rank: damaged"),
         (b"\x00\x00\x00\x04null", "message from another rank: damaged"),
         (b"", "another rank has ended"),
-        (CARD % 0, "nowhere calls itself rank 0 of 2, which is another one; does a second job use 127"),
-        (CARD % 7, "nowhere calls itself rank 7 of 2, which is another one; does a second job use 127"),
+        (CARD % 0, "nowhere claims rank 0 of 2, which is taken or does not exist; does a second job use 127"),
+        (CARD % 7, "nowhere claims rank 7 of 2, which is taken or does not exist; does a second job use 127"),
     ],
 )
 def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) -> None:

@@ -197,7 +197,7 @@ def test_a_signal_while_the_run_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("force", "again"), [(False, "start again to go on"), (True, "start again without force=true")]
+    ("force", "again"), [(False, "start again to resume"), (True, "start again without force=true")]
 )
 def test_a_stopped_run_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], force: bool, again: str

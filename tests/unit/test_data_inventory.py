@@ -147,8 +147,10 @@ def test_saved_data_sets(tmp_path):
     pyarrow.feather.write_feather(pyarrow.table({"text": TEXTS}), tmp_path / "a.feather")
     assert read(tmp_path / "a.feather", cache) == TEXTS
     (tmp_path / "one/data-00001-of-00002.arrow").unlink()
-    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow: missing, state\.json names it"):
-        take(str(tmp_path / "one"))
+    for shard in (1, 0):  # the other one, then none at all
+        (tmp_path / f"one/data-0000{shard}-of-00002.arrow").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=rf"data-0000{shard}-of-00002\.arrow: missing, state\.json names it"):
+            take(str(tmp_path / "one"))
 
 
 def test_arrow_files_that_are_broken(tmp_path):
@@ -184,6 +186,12 @@ def test_what_no_format_reads_is_left_out_and_said(tmp_path):
             UserError, match=rf"{name}: no text file matches, {name} \(not a format that is read\); give text"
         ):
             take(str(write(tmp_path / name, b"\0\1\2" if name == "b.zip" else b"<p>text</p>" * 400)))
+
+
+def test_a_pipe_is_no_corpus(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: no text file matches, a\.txt \(not a regular file\)"):
+        take(str(tmp_path / "a.txt"))
 
 
 def test_files_without_suffix(tmp_path):
@@ -247,9 +255,7 @@ def test_validation_files_are_held_out(tmp_path):
         assert sources.files(validation_data(data)) == [path]
         held_out = sources.describe(validation_data(data), "data.validation_path")
         assert held_out == [f"data.validation_path: {path}: 1 file, jsonl, {len(ROWS)} B"]
-    with pytest.raises(
-        UserError, match=r"held\.jsonl: every file is held out, as data\.validation_path names them all"
-    ):
+    with pytest.raises(UserError, match=r"held\.jsonl: every file is held out by data\.validation_path"):
         sources.files(DataConfig(path=str(valid), validation_path=str(link)))
     assert sources.files(DataConfig(path=str(valid), validation_path="nowhere")) == [valid]
 

@@ -7,7 +7,7 @@ import pytest
 
 from minitron_train import slurm, stages
 from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World, own_cores, read_world, rendezvous, share_cores
+from minitron_train.parallel.launch import World, check_hub_variables, own_cores, read_world, rendezvous, share_cores
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,12 @@ def test_threads_of_a_bound_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_NUM_THREADS"] == "14"
 
 
+def test_an_address_that_ends_the_hubs_import_is_refused_before_it() -> None:
+    check_hub_variables({"HF_ENDPOINT": "https://mirror.example"})
+    with pytest.raises(UserError, match=r"HF_ENDPOINT='http://\[': is no address .*; correct or unset it"):
+        check_hub_variables({"HF_ENDPOINT": "http://["})
+
+
 STEP_OF_FOUR = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
 ODD = ("x", "-1", "1e3", "0x10", "²", "١", "9" * 5000, "4.0", "None", "\n", "1 2")
 
@@ -105,6 +111,8 @@ def test_values_that_are_no_numbers_are_one_line(value: str, monkeypatch: pytest
         "SLURM_GPUS_ON_NODE": lambda: list(slurm.gpu_complaints({"SLURM_GPUS_ON_NODE": value}, World())),
         "SLURM_GPUS_PER_TASK": lambda: list(slurm.gpu_complaints({"SLURM_GPUS_PER_TASK": f"h100:{value}"}, World())),
         "MASTER_PORT": lambda: rendezvous({"MASTER_ADDR": "a", "MASTER_PORT": value}),
+        "HF_HUB_ETAG_TIMEOUT": lambda: check_hub_variables({"HF_HUB_ETAG_TIMEOUT": value}),
+        "HF_HUB_DOWNLOAD_TIMEOUT": lambda: check_hub_variables({"HF_HUB_DOWNLOAD_TIMEOUT": value}),
         "OMP_NUM_THREADS": lambda: share_cores(World()),
         "SLURM_RESTART_COUNT": lambda: stages.begun_before_requeue(stage),
     }.items():

@@ -13,6 +13,7 @@ from minitron_train.errors import UserError
 from minitron_train.parallel.launch import World
 from minitron_train.prune import score as scoring
 from minitron_train.prune.cut import cut
+from minitron_train.prune.repair import LeastSquares
 from minitron_train.prune.score import score
 from minitron_train.prune.scores import Scores
 from minitron_train.prune.target import check_request
@@ -190,3 +191,19 @@ def test_layers_stay_in_memory_only_where_the_container_lets_them(
     monkeypatch.setattr(scoring, "memory_here", lambda cuda: int(gib * 2**30))
     monkeypatch.setattr(scoring, "read_world", lambda: World(size=16, local_size=processes))
     assert scoring.fits(shape, groups, torch.float32) == kept
+
+
+def test_least_squares_of_a_dead_input_keep_the_weights(groups) -> None:
+    """A whole layer of neurons may answer nothing but zeros."""
+    start_OI = torch.randn(3, 4)
+    squares = LeastSquares(4, 3, groups)
+    squares.add(torch.zeros(5, 4), torch.randn(5, 3), torch.ones(5))
+    assert torch.equal(squares.solve(start_OI, ridge=0.03), start_OI)
+
+
+def test_least_squares_of_numbers_that_are_none_are_one_line(groups) -> None:
+    for x, y in ((torch.nan, 1.0), (1.0, torch.inf)):
+        squares = LeastSquares(4, 3, groups)
+        squares.add(torch.full((5, 4), x), torch.full((5, 3), y), torch.ones(5))
+        with pytest.raises(UserError, match=r"prune\.refit: the model's activations are NaN or infinite"):
+            squares.solve(torch.randn(3, 4), ridge=0.03)

@@ -34,8 +34,8 @@ KEPT = "finished stages are kept"
     [
         ("minitron_train.cli", [INT], 130, f"interrupted; {KEPT}"),
         ("hydra", [INT, INT], 130, f"interrupted; {KEPT}"),
-        ("minitron_train.cli", [TERM, TERM], 143, f"SIGTERM: ended; {KEPT}, start again to go on"),
-        ("torch", [USR1], 138, f"SIGUSR1: ended; {KEPT}, start again to go on"),
+        ("minitron_train.cli", [TERM, TERM], 143, f"SIGTERM: ended; {KEPT}, start again to continue"),
+        ("torch", [USR1], 138, f"SIGUSR1: ended; {KEPT}, start again to continue"),
         ("torch", [INT, INT], 130, f"interrupted; {KEPT}"),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_changed_file_is_named_at_the_next_start(material, tmp_path):
     check_data_files(folder, DataConfig(path=str(tmp_path / "moved/corpus.txt")))
     corpus.write_text(material.corpus.read_text().replace("argument", "ARGUMENT"))
     with pytest.raises(
-        UserError, match=f"started otherwise .data: {corpus} was rewritten with the same size.; restore"
+        UserError, match=f"started with different data .{corpus} was rewritten with the same size.; restore"
     ):
         check_data_files(folder, DataConfig(path=str(corpus)))
     with pytest.raises(UserError, match="differ from the checkpoint's"):
