@@ -30,7 +30,7 @@ def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
     if checkpoint.unexpected:
         problems.append(f"{len(checkpoint.unexpected)} tensors that no loader knows, like {checkpoint.unexpected[0]}")
     found = sorted({DTYPES.get(dtype, dtype) for dtype in checkpoint.dtypes.values()})
-    wanted = config.get("dtype", config.get("torch_dtype"))
+    wanted = config.get("dtype") or config.get("torch_dtype")
     if len(found) > 1:
         problems.append(f"tensors of several types: {', '.join(found)}")
     elif wanted is not None and [wanted] != found:

@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
 
 from minitron_train.hf.config import portable_tokenizer_config, read_json, shape_from_config, student_config
-from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES, cast
+from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES, cast, named_dtype
 from minitron_train.hf.folder import (
     MAX_SHARD_BYTES,
     copy_tokenizer,
@@ -31,6 +31,7 @@ __all__ = [
     "fingerprint",
     "folder_shape",
     "in_shards",
+    "named_dtype",
     "portable_tokenizer_config",
     "read_header",
     "read_json",

@@ -9,6 +9,7 @@ import torch
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture, Windows
 from minitron_train.errors import UserError
+from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.rope import read_rope, rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
 from minitron_train.records import decode, read_bytes
@@ -184,7 +185,7 @@ def student_config(
     whether a Mistral tokenizer needs a correction.
 
     Args:
-        dtype: of the student's tensors; None: the teacher's.
+        dtype: of the student's tensors; None: that which the teacher's config.json names, where it names one.
         layers: the teacher's layers that the student keeps, ascending; None: the first ones.
     """
     table, where = architecture(shape.architecture), "config.json"
@@ -199,7 +200,7 @@ def student_config(
     changed |= read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where).written(table)
     changed |= written_windows(config, table, teacher.num_layers, kept)
     changed["architectures"] = [table.hf_class]
-    stored = config.get("dtype", config.get("torch_dtype")) if dtype is None else str(dtype).removeprefix("torch.")
+    stored = named_dtype(config) if dtype is None else str(dtype).removeprefix("torch.")
     if stored is not None:
         changed |= {"dtype": stored, "torch_dtype": stored}  # transformers 5 and 4
     return changed

@@ -1,5 +1,8 @@
 """Number types of stored tensors, and conversions that refuse to turn a finite value into infinity."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,21 @@ from minitron_train.errors import UserError
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what is written
+
+SYNONYMS = {"half": "float16", "float": "float32", "double": "float64"}  # torch's own
+
+
+def named_dtype(config: Mapping[str, Any]) -> str | None:
+    """The number type that config.json names, as torch spells it; None where it names none in which a model is stored.
+
+    "auto", an eight-bit type or "torch.float16" fail in transformers, unless the caller of from_pretrained names another.
+    """
+    named = config.get("dtype") or config.get("torch_dtype")
+    if not isinstance(named, str):
+        return None
+    plain = named.removeprefix("torch.")
+    plain = SYNONYMS.get(plain, plain)
+    return plain if plain in (*DTYPES, "float64") else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, where: str, remedy: str) -> Tensor:

@@ -11,7 +11,7 @@ from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
 from minitron_train.console import say
 from minitron_train.errors import UserError
 from minitron_train.hf.config import read_json, shape_from_config
-from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES
+from minitron_train.hf.dtypes import STORED_DTYPES, named_dtype
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
 from minitron_train.hf.reasons import method, missing_tensor, wrong_size, wrong_type
@@ -90,7 +90,7 @@ class Checkpoint:
         if "F64" in self.dtypes.values():
             notes.append("float64 weights are read as float32, and so is the student unless export.dtype is narrower")
         dtype = self.config.get("dtype") or self.config.get("torch_dtype")
-        if dtype not in (None, "float64", *DTYPES):
+        if dtype is not None and named_dtype(self.config) is None:
             notes.append(
                 f"config.json says dtype={shown(str(dtype))}; export writes float32 unless export.dtype names another"
             )

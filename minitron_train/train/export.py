@@ -25,7 +25,7 @@ from minitron_train.arch.convert import export_tensors
 from minitron_train.console import say
 from minitron_train.errors import UserError, first_line
 from minitron_train.files import sha256_file
-from minitron_train.hf import DTYPES, cast, read_json, shape_from_config, student_config, write_folder
+from minitron_train.hf import DTYPES, cast, named_dtype, read_json, shape_from_config, student_config, write_folder
 from minitron_train.records import open_file, read_bytes
 from minitron_train.stages import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
@@ -227,5 +227,5 @@ def export(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[st
 
 def default_dtype(config: Mapping[str, Any]) -> str:
     """The type that config.json names; float32 where it names none, or one that is not written (float64, say)."""
-    named = config.get("dtype") or config.get("torch_dtype")
-    return named if isinstance(named, str) and named in DTYPES else "float32"
+    named = named_dtype(config)
+    return named if named in DTYPES else "float32"

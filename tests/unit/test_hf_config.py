@@ -18,7 +18,8 @@ from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.rotary import llama3_frequencies
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, WINDOW_KEYS
 from minitron_train.errors import UserError
-from minitron_train.hf import portable_tokenizer_config, read_json, shape_from_config, student_config
+from minitron_train.hf import DTYPES, portable_tokenizer_config, read_json, shape_from_config, student_config
+from minitron_train.train.export import default_dtype
 
 SIZES = {
     "num_hidden_layers": 4,
@@ -240,6 +241,7 @@ def test_a_student_says_nothing_untrue_of_itself() -> None:
         "partial_rotary_factor": 0.5,  # Llama's code ignores it, other programs that serve it do not
         "pretraining_tp": 2,
     }
+    untrue |= {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"}
     true = {"bos_token_id": 1, "eos_token_id": [1, 2, 3, 4], "transformers_version": "4.40.0", "anything": [1, 2]}
     config = config_of("llama", **untrue, **true, no_rope_layers=[1, 1, 0, 1], torch_dtype="float16")
     shape = shape_from_config(config, "config.json").smaller(num_layers=3)
@@ -250,6 +252,28 @@ def test_a_student_says_nothing_untrue_of_itself() -> None:
     assert student["architectures"] == ["LlamaForCausalLM"]
     assert student["dtype"] == student["torch_dtype"] == "bfloat16"
     assert student_config(config, shape)["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("named", "written"),
+    [
+        ("auto", None),
+        ("nothing of torch", None),
+        ("float8_e4m3fn", None),
+        ({"": "float16"}, None),
+        (None, None),
+        ("torch.float16", "float16"),
+        ("half", "float16"),
+        ("bfloat16", "bfloat16"),
+        ("float64", "float64"),
+    ],
+)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_students_number_type_is_one_that_transformers_opens(key: str, named: Any, written: str | None) -> None:
+    config = config_of("llama", **{key: named}, **({"torch_dtype": None} if key == "dtype" else {"dtype": None}))
+    student = student_config(config, shape_from_config(config, "config.json"))
+    assert (student.get("dtype"), student.get("torch_dtype")) == (written, written)
+    assert default_dtype(config) == (written if written in DTYPES else "float32")
 
 
 def test_windows_go_with_their_layers() -> None:
