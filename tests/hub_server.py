@@ -45,6 +45,9 @@ class Hub(ThreadingHTTPServer):
         self.lies: dict[str, dict[str, Any]] = {}  # file -> keys of its entry in the listing that are replaced
         self.answer: bytes | None = None  # in place of the listing
         self.headers: dict[str, str] = {}  # of SHARD, in place of the true ones
+        self.redirect = ""  # address that every request for a path with `redirected` in it is sent on to
+        self.redirected = ""
+        self.authorizations: list[str | None] = []  # of every request
         self.extra = b""  # sent after the true content of SHARD
 
     def handle_error(self, request, client_address):
@@ -63,7 +66,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        if path.startswith(f"/api/models/{REPO}/revision/"):
+        self.server.authorizations.append(self.headers.get("Authorization"))
+        if self.server.redirect and self.server.redirected in path:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif path.startswith(f"/api/models/{REPO}/revision/"):
             self.send_listing()
         elif path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
             self.send_content(path.removeprefix(f"/{REPO}/resolve/{COMMIT}/"))

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import threading
 
 import pytest
 
 from minitron_train.config import TeacherConfig
 from minitron_train.errors import UserError
 from minitron_train.fetch.teacher import fetch_teacher
-from tests.hub_server import BLOCK_BYTES, COMMIT, FILES, SHARD, teacher_config
+from tests.hub_server import BLOCK_BYTES, COMMIT, FILES, SHARD, Hub, teacher_config
 
 
 def test_a_digest_is_never_a_path(hub, tmp_path):
@@ -149,3 +150,20 @@ def test_a_repository_name_that_is_none(hub, tmp_path):
     teacher = TeacherConfig(source="hub", repo_id="../../etc", revision="x")
     with pytest.raises(UserError, match=r"write teacher\.repo_id like"):
         fetch_teacher(teacher, tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("redirected", ["/api/", "/resolve/"])
+def test_a_token_stays_with_the_hub(hub, tmp_path, monkeypatch, redirected):
+    """A hub that sends a request on to another host, or to a local file, gives neither of them anything."""
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    hub.redirected = redirected
+    with Hub() as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        for address in (other.url, other.url.replace("127.0.0.1", "localhost"), "file:///etc/passwd", "http://[::1"):
+            hub.redirect = f"{address}/x"
+            with pytest.raises(UserError, match=r"the server refuses|cannot be reached"):
+                fetch_teacher(teacher_config(), tmp_path / "teacher")
+        other.shutdown()
+    assert other.authorizations == [None, None]
+    assert hub.authorizations and all(hub.authorizations), "the hub itself gets it"
+    assert not (tmp_path / "teacher").exists()
