@@ -57,7 +57,7 @@ VARYING = {  # keys whose values differ between two runs of the same work: times
 }
 MANIFEST_HASH = re.compile(r"(step_\d+):[0-9a-f]{64}")  # in a provenance; the manifest holds the hash of .metadata
 UNLIKE = (".html", ".metadata", "plan.json")  # files that are only expected to exist: drawn or computed from speeds
-STAGE_TIME = re.compile(r"(\| [\d.]+ \|$)|(^python -m minitron_train .*$)", flags=re.MULTILINE)  # in README.md
+STAGE_TIME = re.compile(r"(\| [\d.]+ \|$)|(^python -m minitron_train .*\n)", flags=re.MULTILINE)  # in README.md
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def main() -> None:
 
 def answer() -> int:
     """Run one command; a user's mistake is one line and exit code 2, a fault of the machine one line and exit code 1."""
-    from minitron_train.errors import MachineError, UserError, error_line
+    from minitron_train.errors import MachineError, UserError, error_line, too_many_files
     from minitron_train.masking import Output
     from minitron_train.parallel.launch import World, read_world, share_cores
 
@@ -39,7 +39,10 @@ def answer() -> int:
         from minitron_train import cli
 
         cli.run(sys.argv, world)
-    except (UserError, MachineError) as error:
+    except Exception as failure:
+        error = too_many_files(failure) or failure
+        if not isinstance(error, UserError | MachineError):
+            raise
         print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0

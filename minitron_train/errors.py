@@ -1,5 +1,9 @@
 """The exceptions that a user is meant to see, each as one line."""
 
+import errno
+import os
+import resource
+
 from minitron_train.masking import mask_credentials
 
 
@@ -15,6 +19,18 @@ class MachineError(RuntimeError):
 
     The command line prints it without a traceback and exits with code 1: nothing has to change before the next start.
     """
+
+
+def too_many_files(error: Exception) -> MachineError | None:
+    """The line for a process that may not open another file or socket; None for any other error.
+
+    Libraries wrap the system's refusal into errors of their own, which keep its words.
+    """
+    words = os.strerror(errno.EMFILE)
+    if getattr(error, "errno", None) != errno.EMFILE and words not in str(error):
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MachineError(f"ulimit -n is {limit}: too many open files; raise it (ulimit -n 4096) and start again")
 
 
 def first_line(error: Exception) -> str:

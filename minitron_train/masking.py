@@ -5,6 +5,7 @@ the environment, and other libraries put them into messages. So the edges mask: 
 __main__), and every record that a stage writes (see stages.plain).
 """
 
+import errno
 import io
 import os
 import re
@@ -70,7 +71,8 @@ class Output(io.TextIOWrapper):
     """Standard output or error, with credentials masked; a name that is not UTF-8 is written with escapes.
 
     Once the reader of standard output has left (`| head`), it ends this process as SIGPIPE would: silently. By
-    SystemExit, because Hydra prints a line of its own for exceptions. Other pipes that break are errors.
+    SystemExit, because Hydra prints a line of its own for exceptions. Other pipes that break are errors. When the disk of a
+    log file is full, one line says so on the other stream.
     """
 
     def __init__(self, stream: Any, **settings: Any) -> None:
@@ -80,18 +82,22 @@ class Output(io.TextIOWrapper):
         """Write the text masked; the answer is the length of what was given."""
         try:
             super().write(mask_credentials(text))
-        except BrokenPipeError:
-            self.end()
+        except OSError as error:
+            self.end(error)
         return len(text)
 
     def flush(self) -> None:
         """As always."""
         try:
             super().flush()
-        except BrokenPipeError:
-            self.end()
+        except OSError as error:
+            self.end(error)
 
-    def end(self) -> NoReturn:
+    def end(self, error: OSError) -> NoReturn:
         """Redirect this stream to /dev/null, so that Python's flush at exit cannot fail again, and exit."""
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise error
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        if error.errno == errno.EPIPE:
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        raise SystemExit("error: the disk that takes the output is full; free space and start again") from None

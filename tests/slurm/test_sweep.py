@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from minitron_train import cli
+from tests.models import save_tiny
 from tests.slurm.conftest import ROOT, Lab
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'minitron_train[sweep]'")
@@ -37,7 +38,7 @@ def test_the_documented_sweep_composes() -> None:
 def test_the_documented_sweep_runs_as_jobs(lab: Lab) -> None:
     """As far as dry_run goes, with one good combination and one that ends the sweep."""
     for kind in ("teacher", "pruned"):
-        (lab.folder / "outputs" / "tiny" / kind).mkdir(parents=True)
+        save_tiny("nemotron", lab.folder / "outputs" / "tiny" / kind)
     swept = {"$PWD": str(lab.folder), "temperature=1,2": "temperature=1,-1", "lr=5e-4,1e-3": "lr=5e-4"}
     words = documented()
     for old, new in swept.items():

@@ -1,6 +1,7 @@
 """The command line: help, resolved configuration, and one clear line for every mistake."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from minitron_train import cli, commands
 from minitron_train.chain import chain
 from minitron_train.config import Config, StudentConfig
-from minitron_train.errors import UserError
+from minitron_train.errors import UserError, too_many_files
 from minitron_train.parallel.launch import World
 from minitron_train.workspace import Workspace
 
@@ -21,6 +22,15 @@ from minitron_train.workspace import Workspace
 def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minitron_train", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(24, "Too many open files"), RuntimeError("socket.cc:24: Too many open files")]
+)
+def test_too_many_open_files_are_one_line(error: Exception) -> None:
+    """Of the system, and of gloo; the limit is the process's own."""
+    assert re.fullmatch(r"ulimit -n is \d+: too many open files; raise it .*", str(too_many_files(error)))
+    assert too_many_files(OSError(28, "No space left on device")) is None
 
 
 @pytest.mark.parametrize(

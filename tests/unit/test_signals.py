@@ -74,6 +74,22 @@ guard(command)
     assert done.stderr == ("" if "2>&-" in closed else "err\nchild\n")
 
 
+def test_a_log_on_a_full_disk_ends_the_command_in_one_line() -> None:
+    program = """
+import sys
+from minitron_train.masking import Output
+from minitron_train.signals import guard
+sys.stdout = Output(sys.stdout)
+guard(lambda: print("step 1"))
+"""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    line = "error: the disk that takes the output is full; free space and start again"
+    assert (done.returncode, done.stderr.splitlines()) == (1, [line])
+
+
 def test_a_training_notes_the_signal_and_a_second_delivery_changes_nothing() -> None:
     """Slurm and the job script both send it; the process ends with the training's own code."""
     guard = Guard()
