@@ -10,13 +10,15 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.chain import chain, check_early
-from minitron_train.config import Config, DataConfig
+from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.errors import UserError
+from minitron_train.exported import note_export
 from minitron_train.files import sha256_file
 from minitron_train.overrides import MISTAKES
 from minitron_train.parallel.launch import World
-from minitron_train.stages import Stage, note_export, read_provenance
+from minitron_train.stage_inputs import calibration_tokens, data_inputs, load_tokenizer
+from minitron_train.stages import Stage, read_provenance
 from minitron_train.workspace import TO_COME, Workspace, late, shape_of_recipe, subset
 
 
@@ -274,52 +276,6 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
 
 
 # What the stories share
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, which must fit its embedding."""
-    from minitron_train.data import tokenizer
-    from minitron_train.hf import read_json, shape_from_config
-
-    loaded = tokenizer.load(folder)
-    tokenizer.check_tokenizer(loaded, shape_from_config(read_json(folder / "config.json"), str(folder)).vocab_size)
-    return loaded
-
-
-def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
-    """Calibration tokens [batches, sequences, length], from a file or with the teacher's tokenizer.
-
-    Args:
-        new_in: the folder of scores to come, which keeps what the teacher writes; without it, the tokens that were scored.
-    """
-    from minitron_train.data.calibration import calibration_batches, read_tokens
-    from minitron_train.prune import samples
-
-    config, calibration = ws.config, ws.config.calibration
-    if calibration.teacher_share and new_in:
-        tokenizer = load_tokenizer(ws.teacher_folder)
-        return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
-    if calibration.teacher_share:
-        return read_tokens(ws.folder / "scores" / samples.FILE)
-    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
-    return calibration_batches(calibration, config.data, tokenizer, config.seed)
-
-
-def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None = None) -> dict[str, str]:
-    """What the stream, or one of other data, gives: a change of any of it makes a stage stale.
-
-    What its paths stand for is printed, once in each run.
-
-    Args:
-        key: the setting that names the only path of `data`, where it is not data.path.
-    """
-    from minitron_train.data.sources import check_outside, describe, identity
-
-    chosen = data or ws.config.data
-    ws.on_first(lambda: check_outside(chosen, ws.folder))
-    for line in ws.on_first(lambda: describe(chosen, key)):
-        ws.say_once(line)
-    return ws.on_first(lambda: identity(chosen))
 
 
 def cut(ws: Workspace, student: Shape) -> None:

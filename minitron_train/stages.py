@@ -6,22 +6,17 @@ written is never touched.
 """
 
 import contextlib
-import datetime
-import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
 import shlex
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from minitron_train.console import say
 from minitron_train.errors import UserError
@@ -44,26 +39,14 @@ from minitron_train.files import (
 from minitron_train.masking import mask_credentials
 from minitron_train.parallel.launch import whole_number
 from minitron_train.provenance import Provenance, Started, read, read_started
-from minitron_train.records import read_record
+from minitron_train.surroundings import Meter, git_commit, package_versions
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # of a growing stage: inputs and settings that it must go on with
 STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; start again to go on
-EXPORTED = "exported.json"  # in output_dir: {"folder"}, the student's folder where the last export wrote it elsewhere
 DATA = "data "  # begins the labels of inputs that describe the blend (see data.sources.identity)
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 OF_NOTHING = hashlib.sha256().hexdigest()  # the digest of an empty folder's listing
-PACKAGES = (
-    "minitron_train",
-    "torch",
-    "megatron-core",
-    "transformers",
-    "datasets",
-    "hydra-core",
-    "lm_eval",
-    "wandb",
-    "numpy",
-)
 
 State = Literal["missing", "finished", "stale", "damaged"]
 
@@ -387,31 +370,6 @@ def changes_since(record: Started | Provenance, stage: Stage) -> list[str]:
     return inputs + differences(record["settings"], plain(stage.settings), "")
 
 
-def note_export(output_dir: Path, student: Path) -> None:
-    """Remember where the last export wrote the student, for eval, report and the card."""
-    record = output_dir / EXPORTED
-    if student.resolve() == (output_dir / "student").resolve():
-        record.unlink(missing_ok=True)
-    elif exported(output_dir) != student.absolute():
-        atomic_write_json(record, {"folder": str(student.absolute())})
-
-
-def exported(output_dir: Path) -> Path | None:
-    """The folder that the last export wrote outside of `output_dir`/student; None where there is none any more."""
-    try:
-        record = read_record(output_dir / EXPORTED, ExportRecord, "remove it, and give export.path=FOLDER")
-    except FileNotFoundError:
-        return None
-    folder = Path(record["folder"])
-    return folder if (folder / "config.json").is_file() else None
-
-
-class ExportRecord(TypedDict):
-    """exported.json."""
-
-    folder: str
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:
     """What changed between two flat or nested mappings: "student.hidden_size was 504, is 480"."""
     changes = []
@@ -438,57 +396,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, int | float | bool) or value is None:
         return value
     return mask_credentials(value.name if isinstance(value, Enum) else str(value))
-
-
-class Meter:
-    """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start where it allows that."""
-
-    def __init__(self) -> None:
-        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self.start_s = time.perf_counter()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # then the peak is the process's, not the stage's
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.start_s
-
-    @property
-    def peak_bytes(self) -> int:
-        """Peak resident memory (VmHWM: mapped file pages count) of this process."""
-        try:
-            status = Path("/proc/self/status").read_text()
-        except OSError:
-            return 0
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-@functools.cache
-def package_versions() -> dict[str, str]:
-    """Installed versions of what decides results."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, marked when files differ from it; None when installed."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")

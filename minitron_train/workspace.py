@@ -12,9 +12,10 @@ from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.console import say
 from minitron_train.errors import UserError
+from minitron_train.exported import exported
 from minitron_train.files import why_no_folder
 from minitron_train.parallel.launch import World
-from minitron_train.stages import Invocation, Stage, Work, exported, refuse_damaged, run_stage
+from minitron_train.stages import Invocation, Stage, Work, refuse_damaged, run_stage
 
 if TYPE_CHECKING:
     from minitron_train.hf import Checkpoint

@@ -1,7 +1,6 @@
 """What a data path stands for: the files that are read, their formats and bytes, and what is left out and why."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from minitron_train.config import SourceKind
 from minitron_train.data.packed import suffixes
 from minitron_train.data.recognise import kind_by_name, kind_of
+from minitron_train.data.splits import choose_split
 from minitron_train.errors import UserError
 from minitron_train.files import byte_size
 from minitron_train.records import read_record
@@ -38,14 +38,6 @@ MODEL_FILES = (  # in a folder with config.json
     "*.jinja",
     "provenance.json",
 )
-SPLITS = {  # words of the hub's data sets (datasets.data_files.SPLIT_KEYWORDS)
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-ALL_SPLITS = "all"
-SPLIT_TEXT = frozenset({".txt", ".text", ".raw", ".tokens"})  # plain text that data sets come in, by splits
 READ_ALREADY = "read already under another name"
 NAMES_SHOWN = 2  # for each reason
 
@@ -362,46 +354,6 @@ def leave_out_about(listing: Listing, kinds: dict[Path, SourceKind]) -> None:
 def is_about_data(path: Path) -> bool:
     """Whether a file tells about the data beside it, by its name in any case."""
     return any(fnmatch(path.name.lower(), pattern) for pattern in ABOUT_DATA)
-
-
-def split_of(name: str) -> str | None:
-    """The split that a relative path names, as the hub names splits: the file name first, then the nearest folder.
-
-    In a file name it is a word (`test-00000-of-00002.parquet`, `wiki.valid.tokens`), a folder is named for nothing else.
-    """
-    file, *folders = reversed(Path(name.lower()).parts)
-    words = [word for word in re.split(r"[-._ 0-9]+", file) if word]
-    found = [SPLIT_OF[word] for word in words if word in SPLIT_OF]
-    return next(iter(found), None) or next(
-        (SPLIT_OF[word] for folder in folders if (word := folder.strip("-._ 0123456789")) in SPLIT_OF), None
-    )
-
-
-def choose_split(listing: Listing, kinds: dict[Path, SourceKind], split: str, pattern: str) -> None:
-    """Keep one split of a downloaded data set; notes and code with such names are no splits."""
-    splits = {
-        path: split_of(listing.name(path))
-        for path in listing.files
-        if kinds[path] is not SourceKind.text or suffixes(path)[0] in SPLIT_TEXT
-    }
-    wanted = SPLIT_OF.get(split, split)
-    if split == ALL_SPLITS:
-        return
-    if wanted != "train":
-        kept = [path for path in listing.files if splits.get(path) == wanted]
-        if not kept:
-            there = ", ".join(sorted({found or "files without a split" for found in splits.values()})) or "no splits"
-            raise UserError(
-                f"{pattern}: no file of split {split}; it has {there}; choose another split, or {ALL_SPLITS}"
-            )
-        listing.keep(kept, f"not split {wanted}")
-        return
-    if "train" not in splits.values():  # text files may be called anything
-        splits = {path: found for path, found in splits.items() if kinds[path] is not SourceKind.text}
-    if all(splits.get(path) not in (None, "train") for path in listing.files):
-        return
-    for other in ("validation", "test"):
-        listing.keep([path for path in listing.files if splits.get(path) != other], f"split {other}")
 
 
 def held_out_split(pattern: str) -> str:

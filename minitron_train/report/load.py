@@ -15,11 +15,12 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.console import say
 from minitron_train.errors import UserError, first_line
 from minitron_train.evaluation.results import Evaluation, read_evaluation
+from minitron_train.exported import exported
 from minitron_train.files import PARTIAL, REPLACED
 from minitron_train.hf import folder_shape, read_header, weight_bytes
 from minitron_train.provenance import StageRecord
 from minitron_train.records import damaged
-from minitron_train.stages import PROVENANCE, exported
+from minitron_train.stages import PROVENANCE
 from minitron_train.train.metrics import read_rows
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow

@@ -17,7 +17,8 @@ import pytest
 from minitron_train.config import CalibrationConfig, DataConfig, SourceConfig, SourceKind
 from minitron_train.data import sources
 from minitron_train.data.calibration import calibration_data
-from minitron_train.data.inventory import split_of, take
+from minitron_train.data.inventory import take
+from minitron_train.data.splits import split_of
 from minitron_train.data.stream import validation_data
 from minitron_train.data.units import Split
 from minitron_train.errors import UserError

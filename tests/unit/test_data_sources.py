@@ -17,7 +17,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minitron_train.commands import data_inputs
 from minitron_train.config import CalibrationConfig, Config, DataConfig, SourceConfig, SourceKind
 from minitron_train.data import formats, lines
 from minitron_train.data import tokenizer as tokenizers
@@ -29,6 +28,7 @@ from minitron_train.data.workers import Pool
 from minitron_train.errors import UserError
 from minitron_train.files import byte_size
 from minitron_train.parallel.launch import World
+from minitron_train.stage_inputs import data_inputs
 from minitron_train.workspace import Workspace
 
 ALL = Split(held_out=False, fraction=0)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from minitron_train.errors import UserError
+from minitron_train.exported import exported, note_export
 from minitron_train.files import exclusive
-from minitron_train.stages import Invocation, Stage, exported, note_export, read_provenance, run_stage, short
+from minitron_train.stages import Invocation, Stage, read_provenance, run_stage, short
 
 INVOCATION = Invocation(["python", "-m", "minitron_train", "test"], {"seed": 1})
 
