@@ -52,7 +52,7 @@ def call(what: str, *arguments: object) -> None:
 def enter(root: str) -> None:
     """Go on in a child process inside new namespaces; the calling process ends when that child does.
 
-    In there: no network, no process but its own, an empty scratch folder /tmp of bounded size as working directory, and
+    In there: no network, no process but its own, an empty working directory in a scratch folder of bounded size, and
     of the file system only Python's library and the system's, read-only. Its user is nobody, without capabilities. All
     its processes end when it ends, when the calling process is killed, or when that one's parent is.
 
@@ -157,7 +157,10 @@ def build_root(root: str) -> None:
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
-    os.chdir("/tmp")
+    work = Path("/tmp/work")  # empty, also where this Python lies below /tmp
+    work.mkdir()
+    work.chmod(0o777)  # the program runs as nobody
+    os.chdir(work)
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:

@@ -205,5 +205,7 @@ def test_validation_files_are_in_the_ledger(tmp_path):
     write_data_files(tmp_path, data)
     check_data_files(tmp_path, data)
     (tmp_path / "held.jsonl").write_text('{"text": "abd"}\n')
-    with pytest.raises(UserError, match=r"started otherwise .data: \S*held\.jsonl was rewritten with the same size"):
+    with pytest.raises(
+        UserError, match=r"started with different data .\S*held\.jsonl was rewritten with the same size"
+    ):
         check_data_files(tmp_path, data)

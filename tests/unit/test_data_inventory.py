@@ -189,12 +189,6 @@ def test_what_no_format_reads_is_left_out_and_said(tmp_path):
             take(str(write(tmp_path / name, b"\0\1\2" if name == "b.zip" else b"<p>text</p>" * 400)))
 
 
-def test_a_pipe_is_no_corpus(tmp_path):
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match=r"a\.txt: no text file matches, a\.txt \(not a regular file\)"):
-        take(str(tmp_path / "a.txt"))
-
-
 def test_files_without_suffix(tmp_path):
     """Read if nothing else is there, as wikiextractor's; beside others only if their content is unmistakable."""
     for name in ("AA/wiki_00", "AA/wiki_01"):
