@@ -324,7 +324,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
 
     inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
     if config.data.validation_path:
-        held_out = data_inputs(ws, validation_data(config.data))
+        held_out = data_inputs(ws, validation_data(config.data), "data.validation_path")
         inputs |= {f"validation {label}": value for label, value in held_out.items()}
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
