@@ -171,8 +171,6 @@ def process_of(job: str, *, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank} of job {job}")
 
 
-def test_job_without_its_teacher_ends_before_the_work(lab: Lab) -> None:
-    job = lab.submit("distill", *MICRO, "teacher.path=/none")
-    shown = lab.cluster.wait(job, *ENDED)
-    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "2:0")
-    assert "error: teacher.path=/none: no such folder" in lab.log(job)
+def test_job_without_its_teacher_is_not_queued(lab: Lab) -> None:
+    with pytest.raises(AssertionError, match=r"exit code 2: error: teacher\.path=/none: no such folder"):
+        lab.submit("distill", *MICRO, "teacher.path=/none")
