@@ -63,11 +63,6 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def is_name(name: str) -> bool:
-    """Whether `name` is a finished checkpoint's."""
-    return re.fullmatch(r"step_\d{8}", name) is not None
-
-
 def is_file_name(name: Any) -> bool:
     """Whether `name` is the name of a file in the same folder, not a path that leads elsewhere."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name

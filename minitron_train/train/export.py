@@ -26,13 +26,12 @@ from minitron_train.console import say
 from minitron_train.errors import UserError, first_line
 from minitron_train.files import sha256_file
 from minitron_train.hf import DTYPES, cast, named_dtype, read_json, shape_from_config, student_config, write_folder
-from minitron_train.records import open_file, read_bytes
+from minitron_train.records import open_file
 from minitron_train.stages import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.safe_load import REMEDY, read_metadata, read_tensors
 
 MODEL = "model"  # beside the checkpoints: config.json and tokenizer of the student
-MAX_NAME_BYTES = 100  # of a file `latest` or `best`
 RUNS = ("train", "pretrain/train")  # where an output folder has its trainings
 
 
@@ -167,17 +166,6 @@ def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> 
             raise UserError(f"{source}: {wrong}; name another checkpoint in export.checkpoint")
         say(f"checkpoint {path.name} is damaged: {wrong}; falling back to the one before")
     raise UserError(f"{source}: holds no training checkpoint; run distill first, or set export.checkpoint")
-
-
-def named_by(file: Path) -> str:
-    """The name of a checkpoint in a file `latest` or `best`; UserError when it is no such file."""
-    try:
-        name = read_bytes(file, max_bytes=MAX_NAME_BYTES).decode("ascii").strip()
-    except UnicodeDecodeError:
-        name = ""
-    if not files.is_name(name):
-        raise UserError(f"{file}: names no checkpoint; give a checkpoint's folder, or the file latest or best")
-    return name
 
 
 def is_own(path: Path, output_dir: Path) -> bool:
