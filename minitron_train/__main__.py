@@ -7,7 +7,7 @@ this machine, and else does without.
 import sys
 
 try:  # first of all: from `guard` on, a signal ends the process in one line
-    from minitron_train.signals import guard
+    from minitron_train.runtime.signals import guard
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -23,9 +23,9 @@ def main() -> None:
 
 def answer() -> int:
     """Run one command; a user's mistake is one line and exit code 2, a fault of the machine one line and exit code 1."""
-    from minitron_train.errors import MachineError, UserError, error_line, too_many_files
-    from minitron_train.masking import Output
-    from minitron_train.parallel.launch import World, read_world, share_cores
+    from minitron_train.runtime.errors import MachineError, UserError, error_line, too_many_files
+    from minitron_train.runtime.launch import World, read_world, share_cores
+    from minitron_train.runtime.masking import Output
 
     sys.stdout = Output(sys.stdout, line_buffering=bool(sys.stdout.line_buffering))
     sys.stderr = Output(sys.stderr, line_buffering=True)
@@ -36,7 +36,7 @@ def answer() -> int:
     try:
         world = read_world()
         share_cores(world)
-        from minitron_train import cli
+        from minitron_train.commands import cli
 
         cli.run(sys.argv, world)
     except Exception as failure:

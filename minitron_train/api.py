@@ -20,13 +20,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_train import cli, commands
+from minitron_train.commands import cli
+from minitron_train.commands import stories as commands
+from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config
-from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_text
-from minitron_train.parallel.launch import World
-from minitron_train.stages import read_provenance
-from minitron_train.workspace import Workspace
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_write_text
+from minitron_train.runtime.launch import World
+from minitron_train.stages.run import read_provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ class Planned:
     details: dict[str, Any]
 
     def __str__(self) -> str:
-        from minitron_train.plan import format_plan
+        from minitron_train.planning import format_plan
 
         return format_plan(self.details)
 
@@ -219,7 +220,7 @@ def plan(teacher: StrPath | None = None, *, settings: Settings | None = None) ->
     Args:
         teacher: a Hugging Face folder; default: the shape in the `model` section of the settings or of their recipe.
     """
-    from minitron_train.plan import plan as estimate
+    from minitron_train.planning import plan as estimate
 
     with workspace("plan", ".", {"teacher.path": teacher}, settings) as ws:
         return Planned(estimate(ws.config, ws.teacher_shape, ws.student_shape))
@@ -227,7 +228,7 @@ def plan(teacher: StrPath | None = None, *, settings: Settings | None = None) ->
 
 def report(output_dir: StrPath) -> Path:
     """Write one HTML page about everything in an output folder; the page."""
-    from minitron_train.report import write_report
+    from minitron_train.reporting import write_report
 
     return write_report(Path(output_dir))
 
@@ -260,9 +261,9 @@ def distillation_loss(
         A scalar with gradients in the student's two tensors.
     """
     from minitron_train.config import LossKind
-    from minitron_train.distill.loss import LossSpec
-    from minitron_train.distill.loss import distillation_loss as summed
-    from minitron_train.distill.loss_blocks import Chunking
+    from minitron_train.distillation.loss import LossSpec
+    from minitron_train.distillation.loss import distillation_loss as summed
+    from minitron_train.distillation.loss_blocks import Chunking
 
     known = [f.name for f in fields(LossSpec)]
     for name in options:

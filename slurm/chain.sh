@@ -12,7 +12,7 @@ source slurm/site.sh
 read_words RECIPE "$@"
 
 # the first line is the output folder; mistakes in the command line are found here, before anything is queued
-answer=$("${site_python[@]}" -m minitron_train.slurm chain "+recipe=$what" "${overrides[@]}")
+answer=$("${site_python[@]}" -m minitron_train.commands.slurm chain "+recipe=$what" "${overrides[@]}")
 mapfile -t commands <<<"$answer"
 output_dir=${commands[0]}
 unset 'commands[0]'

@@ -150,7 +150,7 @@ run() {
   site_check
 
   answer=$(mktemp)
-  step "${site_python[@]}" -m minitron_train.slurm check "$command" "$@" >"$answer"
+  step "${site_python[@]}" -m minitron_train.commands.slurm check "$command" "$@" >"$answer"
   mapfile -t marks <"$answer" # files that a training leaves which was stopped
   rm -f "$answer"
   if ((rc == 0)); then

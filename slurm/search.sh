@@ -9,7 +9,7 @@ source slurm/site.sh
 
 read_words RECIPE "$@"
 
-answer=$("${site_python[@]}" -m minitron_train.slurm candidates "+recipe=$what" "${overrides[@]}")
+answer=$("${site_python[@]}" -m minitron_train.commands.slurm candidates "+recipe=$what" "${overrides[@]}")
 mapfile -t lines <<<"$answer"
 name=$(basename "${lines[0]}")
 count=${lines[1]}

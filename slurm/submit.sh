@@ -12,5 +12,5 @@ if [[ ! -e slurm/$what.sbatch ]]; then
   exit 2
 fi
 # mistakes in the settings, and data that are not there, are found here
-"${site_python[@]}" -m minitron_train.slurm accept "$what" "${overrides[@]}" >/dev/null
+"${site_python[@]}" -m minitron_train.commands.slurm accept "$what" "${overrides[@]}" >/dev/null
 queue "$what" "${options[@]}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from minitron_train.config import DataConfig
     from minitron_train.parallel.groups import Groups
-    from tests.training import Material
+    from tests.support.training import Material
 
 MARKS = {
     "needs_data": lambda: "MINITRON_DATA" in os.environ and "MINITRON_ORACLES" in os.environ,
@@ -64,7 +64,7 @@ def oracles() -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random Hugging Face folder of each family: grouped heads, head_dim != hidden / heads, gains that are not one."""
-    from tests.models import FAMILIES, save_tiny
+    from tests.support.models import FAMILIES, save_tiny
 
     root = tmp_path_factory.mktemp("models")
     return {name: save_tiny(name, root / name) for name in FAMILIES}
@@ -88,7 +88,7 @@ def groups() -> "Iterator[Groups]":
     """The process groups of this process alone, for all tests of a module."""
     from minitron_train.config import ParallelConfig
     from minitron_train.parallel.groups import start
-    from minitron_train.parallel.launch import World
+    from minitron_train.runtime.launch import World
 
     with start(ParallelConfig(), World(), seed=1) as started:
         yield started
@@ -97,7 +97,7 @@ def groups() -> "Iterator[Groups]":
 @pytest.fixture(scope="session")
 def training(tmp_path_factory: pytest.TempPathFactory) -> "Material":
     """Student, teacher and text for training runs of a second."""
-    from tests.training import make_material
+    from tests.support.training import make_material
 
     return make_material(tmp_path_factory.mktemp("training"))
 
@@ -108,8 +108,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from omegaconf import OmegaConf
 
     from minitron_train.config import TeacherConfig
-    from minitron_train.errors import UserError
     from minitron_train.fetch.teacher import fetch_teacher
+    from minitron_train.runtime.errors import UserError
 
     recipe = OmegaConf.load(Path(__file__).parents[1] / "recipes" / "smollm2.yaml")
     folder = tmp_path_factory.mktemp("smollm2") / "teacher"

@@ -6,7 +6,7 @@ from minitron_train.arch.nemotron import NEMOTRON
 from minitron_train.arch.qwen import QWEN2, QWEN3
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import Architecture, Row
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 ARCHITECTURES = {table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3)}
 

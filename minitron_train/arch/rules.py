@@ -1,7 +1,7 @@
 """What the loaders of an exported folder would refuse, checked before any work is done."""
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 
 def check_rules(shape: Shape, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 SIZES = (
     "num_layers",

@@ -12,15 +12,7 @@ from minitron_train.config.data import DataConfig, SourceConfig, SourceKind
 from minitron_train.config.distill import DistillConfig, HiddenLossKind, LossKind
 from minitron_train.config.evaluation import EvalConfig
 from minitron_train.config.model import ExportConfig, ModelConfig, StudentConfig, TeacherConfig
-from minitron_train.config.prune import (
-    Aggregation,
-    CalibrationConfig,
-    Merge,
-    PruneConfig,
-    Refit,
-    Scope,
-    SearchConfig,
-)
+from minitron_train.config.prune import Aggregation, CalibrationConfig, Merge, PruneConfig, Refit, Scope, SearchConfig
 from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
     CheckpointConfig,

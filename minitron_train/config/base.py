@@ -4,7 +4,7 @@ from dataclasses import field
 from enum import Enum
 from typing import Any
 
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 
 def opt(default: Any, text: str, *, path: bool = False) -> Any:

@@ -48,7 +48,7 @@ def check_loss(values: Any, kind: LossKind, prefix: str = "") -> None:
 
 
 def check_blocks(values: Any, prefix: str = "") -> None:
-    """The rules of how a loss is cut into blocks: for this section, and for distill.loss_blocks.Chunking."""
+    """The rules of how a loss is cut into blocks: for this section, and for distillation.loss_blocks.Chunking."""
     budget = values.memory_budget_u
     require(
         budget is None or budget >= 0, f"{prefix}memory_budget_u", budget, "must not be negative", "0: smallest blocks"

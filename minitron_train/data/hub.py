@@ -12,7 +12,7 @@ from typing import Any
 from minitron_train.config import SourceConfig
 from minitron_train.data.formats import combine
 from minitron_train.data.identity import Watch, records_of
-from minitron_train.errors import UserError, first_line
+from minitron_train.runtime.errors import UserError, first_line
 
 
 class HubSource:

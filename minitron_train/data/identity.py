@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from minitron_train.errors import MachineError, UserError
+from minitron_train.runtime.errors import MachineError, UserError
 
 WHOLE_BYTES = 1 << 28
 SAMPLE_BYTES = 4096

@@ -14,12 +14,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from minitron_train.console import say
 from minitron_train.data import identity
 from minitron_train.data.formats import combine
 from minitron_train.data.packed import unreadable
 from minitron_train.data.units import Split, Unit, permutation
-from minitron_train.errors import UserError
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
 
 BLOCK_TOKENS = 8192
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, number of sequences, number of documents

@@ -13,9 +13,9 @@ from minitron_train.config import SourceKind
 from minitron_train.data.packed import suffixes
 from minitron_train.data.recognise import kind_by_name, kind_of
 from minitron_train.data.splits import choose_split
-from minitron_train.errors import UserError
-from minitron_train.files import byte_size
-from minitron_train.records import read_record
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import byte_size
+from minitron_train.runtime.records import read_record
 
 ABOUT_DATA = (
     "dataset_info*.json",

@@ -4,12 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minitron_train.config import DataConfig
-from minitron_train.console import say
 from minitron_train.data.identity import FileRecord, changes
 from minitron_train.data.sources import file_records
-from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_json
-from minitron_train.records import read_record
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_write_json
+from minitron_train.runtime.records import read_record
 
 DATA_FILES = "data_files.json"
 SHOWN = 3  # files in a message

@@ -23,10 +23,10 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow
 
-from minitron_train.console import progress, say
 from minitron_train.data import packed
-from minitron_train.errors import UserError, first_line
-from minitron_train.files import byte_size, partial_path, sync_path
+from minitron_train.runtime.console import progress, say
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import byte_size, partial_path, sync_path
 
 BLOCK_BYTES = 32768
 PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitron_train.console import say
 from minitron_train.data.units import Unit, permutation
 from minitron_train.data.workers import Pending
-from minitron_train.errors import UserError
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
 
 SAID_PASSES = 4
 Position = dict  # {"epoch", "unit"} of a unit, and "rows" (the state of `datasets`) for a hub source

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
-from minitron_train.errors import UserError, first_line
+from minitron_train.runtime.errors import UserError, first_line
 
 PIECE_BYTES = 1 << 16  # of a compressed file, for each call of a decompressor
 

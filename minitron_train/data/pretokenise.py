@@ -17,14 +17,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
-from minitron_train.console import say
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.feed import Feed
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.units import Split, Unit
-from minitron_train.errors import UserError, error_line
-from minitron_train.files import disk_errors, parent_folders, partial_path, sync_path
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError, error_line
+from minitron_train.runtime.files import disk_errors, parent_folders, partial_path, sync_path
 
 
 def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Path, seed: int = 0) -> dict[str, int]:

@@ -13,8 +13,8 @@ import pyarrow.ipc
 from minitron_train.data import packed
 from minitron_train.data.lines import decompressed_lines
 from minitron_train.data.recognise import BOM
-from minitron_train.errors import UserError
-from minitron_train.records import decode
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.records import decode
 
 DELIMITERS = (",", "\t", ";", "|")  # the first that finds the column in the header
 MAX_FIELD_BYTES = 2**31 - 1  # csv's own limit of 128 kB is less than a long document

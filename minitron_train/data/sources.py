@@ -15,7 +15,7 @@ from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.inventory import FileId, Inventory, file_id, held_out_split, root_of, take
 from minitron_train.data.packed import suffixes
 from minitron_train.data.units import Split
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 FORMATS = {
     SourceKind.jsonl: JsonLines,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_train.config import SourceKind
 from minitron_train.data.packed import suffixes
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from minitron_train.data.inventory import Listing

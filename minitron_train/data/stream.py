@@ -6,7 +6,7 @@ r + dp_size, … of each global batch. Neither the number of workers nor of rank
 
 The state is a few numbers per source. Resuming makes the current unit of each source again: a megabyte of text,
 whatever was seen before. Across ranks: every rank tokenises all text (a row's place is known only once the rows
-before it are tokenised), some 300,000 tokens/s per worker (docs/results.md, benchmarks/stream.py); .bin/.idx sources
+before it are tokenised), some 300,000 tokens/s per worker (docs/results.md, benchmarks/speed/stream.py); .bin/.idx sources
 know their lengths, so each rank reads only its own rows: convert once where hundreds of ranks share a large blend.
 """
 
@@ -29,7 +29,7 @@ from minitron_train.data.feed import Feed
 from minitron_train.data.pack import Packer, Window
 from minitron_train.data.sources import train_split, validation_source
 from minitron_train.data.units import Split, Unit
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minitron_train.console import say
 from minitron_train.data.units import Encoder, check_ids
-from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder
 from minitron_train.hf import read_json
-from minitron_train.records import joined
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_folder
+from minitron_train.runtime.records import joined
 
 BOS, EOS = "<s>", "</s>"
 NUM_ROWS = "num_embedding_rows"  # attribute of an opened tokenizer that has ids beyond its model's rows

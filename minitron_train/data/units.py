@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from minitron_train.data.formats import FileFormat, TextFormat
 from minitron_train.data.identity import Watch, unreadable
 from minitron_train.data.lines import CopiedLines
-from minitron_train.errors import MachineError, UserError
+from minitron_train.runtime.errors import MachineError, UserError
 
 UNIT_BYTES = 1 << 20  # of text; a unit is what a resumed run tokenises again, per source
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from minitron_train.data.units import EncodeJob, ReadJob, Unit, UnitMaker
-from minitron_train.errors import MachineError, UserError
+from minitron_train.runtime.errors import MachineError, UserError
 
 EXIT_S = 2.0  # from the end of its answers to the end of a process
 RESUME = "start again to resume at the last checkpoint"

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from minitron_train.errors import UserError
 from minitron_train.evaluation.judge import PASSED
 from minitron_train.evaluation.namespaces import UNAVAILABLE
+from minitron_train.runtime.errors import UserError
 
 TIME_S = 5
 EXIT_S = 0.5

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from minitron_train.errors import UserError
 from minitron_train.evaluation.results import Item
 from minitron_train.evaluation.task_names import mmlu_subjects
-from minitron_train.records import read_lines
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.records import read_lines
 
 ITEM = msgspec.json.Decoder(Item)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from minitron_train.arch.build import LanguageModel
 from minitron_train.config import EvalConfig
-from minitron_train.console import say
+from minitron_train.evaluation.metrics import headline, is_share, metrics_in, ratio_text
 from minitron_train.evaluation.run import run_tasks
+from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
-from minitron_train.report.summary import headline, is_share, metrics_in, ratio_text
+from minitron_train.runtime.console import say
 from minitron_train.train.hooks import Hook
 from minitron_train.train.metrics import Row
 

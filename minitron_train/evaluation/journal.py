@@ -11,11 +11,11 @@ from typing import Any, TypedDict
 import msgspec
 import torch.distributed as dist
 
-from minitron_train.console import say
-from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_text, disk_errors
 from minitron_train.parallel.groups import Groups
-from minitron_train.records import read_lines, set_aside
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_write_text, disk_errors
+from minitron_train.runtime.records import read_lines, set_aside
 
 Answer = tuple[float, bool] | str  # of a scored continuation: log-likelihood, is greedy; or a generated text
 

@@ -11,15 +11,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from minitron_train.arch.build import LanguageModel
 from minitron_train.data.tokenizer import check_text
-from minitron_train.errors import UserError
-from minitron_train.evaluation.generate import greedy
 from minitron_train.evaluation.journal import Journal, key_of
 from minitron_train.evaluation.packing import Request
 from minitron_train.evaluation.progress import RequestBar
 from minitron_train.evaluation.scoring import Score, score
+from minitron_train.model.build import LanguageModel
+from minitron_train.model.generate import greedy
 from minitron_train.parallel.groups import Groups
+from minitron_train.runtime.errors import UserError
 
 Answer = TypeVar("Answer", Score, str)
 

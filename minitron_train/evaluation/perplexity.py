@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from minitron_train.arch.build import LanguageModel
-from minitron_train.evaluation.forward import hidden_states, inference, target_logprobs
+from minitron_train.model.build import LanguageModel
+from minitron_train.model.forward import hidden_states, inference, target_logprobs
 from minitron_train.parallel.groups import Groups
 
 # B batch, S sequence, H hidden

@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from minitron_train.console import PLAIN_INTERVAL_S, say
+from minitron_train.runtime.console import PLAIN_INTERVAL_S, say
 
 
 class RequestBar:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Required, TypedDict
 
 from msgspec import Meta
 
-from minitron_train.errors import UserError
-from minitron_train.records import Count, Real, read_whole_record
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.records import Count, Real, read_whole_record
 
 
 class Entry(TypedDict, total=False):

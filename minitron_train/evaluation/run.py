@@ -9,19 +9,19 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from minitron_train.arch.build import DTYPES, LanguageModel
 from minitron_train.config import Config, EvalConfig
-from minitron_train.console import say
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.evaluation.task_names import check_keys
-from minitron_train.files import atomic_file
 from minitron_train.hf import Checkpoint
+from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel.groups import Groups
-from minitron_train.records import Count, read_record
-from minitron_train.stages import PROVENANCE
+from minitron_train.runtime.console import say
+from minitron_train.runtime.files import atomic_file
+from minitron_train.runtime.records import Count, read_record
+from minitron_train.stages.run import PROVENANCE
 from minitron_train.train.export import Saved
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_train.arch.build import LanguageModel
-from minitron_train.evaluation.forward import KeyValueCache, hidden_states, inference, target_logprobs
 from minitron_train.evaluation.packing import Request, Row, plan, share
+from minitron_train.model.build import LanguageModel
+from minitron_train.model.forward import KeyValueCache, hidden_states, inference, target_logprobs
 from minitron_train.parallel.groups import Groups
 
 # B batch (rows), S longest row, P cached prefix, N scored positions, H hidden

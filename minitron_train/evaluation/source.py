@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch import Architecture, Shape, architecture
-from minitron_train.arch.build import LanguageModel, build
 from minitron_train.arch.convert import Source, load, shards_to_parts
 from minitron_train.hf import Checkpoint, fingerprint, read_json, shape_from_config
+from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
 from minitron_train.train.export import Saved, SavedTensors, find_checkpoint, saved_name

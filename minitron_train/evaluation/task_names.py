@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minitron_train.config import EvalConfig
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 OWN = Path(__file__).parent / "tasks"
 FOLDERS = ("hellaswag", "mmlu/default", "arc", "winogrande", "gsm8k", "truthfulqa", "wikitext", "piqa", "openbookqa")

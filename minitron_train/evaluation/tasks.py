@@ -21,12 +21,12 @@ from lm_eval.tasks import TaskManager
 
 from minitron_train.config import EvalConfig
 from minitron_train.config.evaluation import UNSAFE
-from minitron_train.errors import UserError, first_line
 from minitron_train.evaluation.code import check_isolation, pass_at_1
 from minitron_train.evaluation.local_data import NO_HUB, check_columns, hub_reachable, local_files
 from minitron_train.evaluation.task_names import FOLDERS, OWN, check_keys, named_by, shipped, unknown
-from minitron_train.files import sha256_file
 from minitron_train.parallel.groups import Groups
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import sha256_file
 
 T = TypeVar("T")
 Files = dict[str, dict[str, Path]]  # leaf task -> split -> file on this disk; no split where there is none

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any, TypedDict
 
-from minitron_train.console import say
-from minitron_train.errors import UserError
-from minitron_train.files import byte_size
-from minitron_train.records import read_record
-from minitron_train.stages import plain
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import byte_size
+from minitron_train.runtime.records import read_record
+from minitron_train.stages.run import plain
 
 SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
 

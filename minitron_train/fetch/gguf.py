@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron_train.errors import UserError, first_line
+from minitron_train.runtime.errors import UserError, first_line
 
 # GGUF stores only the *name* of the pre-tokenizer (tokenizer.ggml.pre), and transformers builds a plain byte-level one
 # for each of them. SmolLM2 saw every digit alone: with the plain one, "x =  10" has two single spaces before the 1

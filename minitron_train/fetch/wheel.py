@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_train.console import say
-from minitron_train.errors import UserError, first_line
-from minitron_train.files import byte_size, sha256_file
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import byte_size, sha256_file
 
 PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")  # not an option, a URL or a range
 # --only-binary: an sdist would run its setup.py; --no-cache-dir: our cache keeps the file, a second copy is waste.

@@ -8,11 +8,11 @@ import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture, Windows
-from minitron_train.errors import UserError
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.rope import read_rope, rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
-from minitron_train.records import decode, read_bytes
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.records import decode, read_bytes
 
 MAX_LAYERS = 10_000  # far above any model; a table of tensors is made of every layer
 READERS: dict[str, Callable[[Any, str, str], Any]] = {  # of Shape fields that are not sizes

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_train.files import disk_errors
 from minitron_train.hf.config import portable_tokenizer_config, read_json
 from minitron_train.hf.locate import INDEX, SINGLE, carried_files, licence_files, removed_files, weight_files
-from minitron_train.records import open_file, read_bytes
+from minitron_train.runtime.files import disk_errors
+from minitron_train.runtime.records import open_file, read_bytes
 
 T = TypeVar("T")
 TOKENIZER_CONFIG = "tokenizer_config.json"

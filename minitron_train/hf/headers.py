@@ -13,8 +13,8 @@ from typing import Annotated, BinaryIO
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from minitron_train.errors import UserError, first_line
-from minitron_train.records import Count, damaged, decode, open_file
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.records import Count, damaged, decode, open_file
 
 ITEM_BITS = {  # of every type that the format knows
     **dict.fromkeys(("F4",), 4),

@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
-from minitron_train.errors import UserError
-from minitron_train.files import why_no_folder
 from minitron_train.hf.config import read_json
 from minitron_train.hf.headers import Entry, read_header, refuse_pointer, shown
-from minitron_train.records import open_file
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import why_no_folder
+from minitron_train.runtime.records import open_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

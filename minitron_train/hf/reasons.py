@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.errors import UserError
 from minitron_train.hf.dtypes import STORED_DTYPES
 from minitron_train.hf.headers import Entry, shown
+from minitron_train.runtime.errors import UserError
 
 QUANTISED = {  # ends of tensor names -> who writes them
     ".qweight": "GPTQ or AWQ",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_train.arch.table import ROPE_KEYS, Architecture
-from minitron_train.errors import UserError
 from minitron_train.hf.values import as_authors_give_it, positive_float, size, spoken
+from minitron_train.runtime.errors import UserError
 
 DEFAULT_THETA = 10000.0
 NEEDED = {  # keys without which transformers does not open the model

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_train.errors import UserError
 from minitron_train.hf.dtypes import STORED_DTYPES, cast
 from minitron_train.hf.headers import ITEM_BITS, Entry
 from minitron_train.hf.locate import removed_files
+from minitron_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from minitron_train.hf.weights import Checkpoint
@@ -26,7 +26,7 @@ COMPARED_VALUES = 2**21  # at once
 
 
 class RowReader:
-    """The tensors of a Hugging Face folder: a RowSource (see prune.layers) that leaves nothing behind in memory."""
+    """The tensors of a Hugging Face folder: a RowSource (see pruning.layers) that leaves nothing behind in memory."""
 
     def __init__(self, checkpoint: "Checkpoint") -> None:
         self.checkpoint = checkpoint

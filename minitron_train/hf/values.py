@@ -4,7 +4,7 @@ import math
 import reprlib
 from typing import Any
 
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 MAX_SIZE = 2**31 - 1
 MAX_FLOAT = 1e30

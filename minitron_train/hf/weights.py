@@ -8,14 +8,14 @@ from torch import Tensor
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
-from minitron_train.console import say
-from minitron_train.errors import UserError
 from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import STORED_DTYPES, named_dtype
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
 from minitron_train.hf.reasons import method, missing_tensor, wrong_size, wrong_type
 from minitron_train.hf.rows import RowReader, have_equal_values
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
 
 PREFIX = "model."  # of everything but the output layer; absent where the base model alone was saved
 HARMLESS = re.compile(

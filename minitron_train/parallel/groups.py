@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.config import ParallelConfig
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World, rendezvous
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World, rendezvous
 
 T = TypeVar("T")
 

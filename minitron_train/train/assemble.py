@@ -10,24 +10,24 @@ from typing import Any
 import torch
 
 from minitron_train.arch import Shape, convert
-from minitron_train.arch.build import DTYPES, LanguageModel, build
 from minitron_train.config import Config
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
-from minitron_train.distill.hidden import HiddenPairs, check_layers
-from minitron_train.distill.loss import real_rows
-from minitron_train.distill.step import Objective, loss_spec
-from minitron_train.errors import UserError
-from minitron_train.files import atomic_folder, atomic_write_json
+from minitron_train.distillation.hidden import HiddenPairs, check_layers
+from minitron_train.distillation.loss import real_rows
+from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
+from minitron_train.model.build import DTYPES, LanguageModel, build
 from minitron_train.parallel.groups import Groups
-from minitron_train.plan.counts import forward_flops_per_token, training_flops_per_token
-from minitron_train.plan.hardware import can_shard_optimizer_here, gemm_flops
-from minitron_train.signals import StopSignals
+from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
+from minitron_train.planning.hardware import can_shard_optimizer_here, gemm_flops
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_folder, atomic_write_json
+from minitron_train.runtime.heartbeat import Heartbeat
+from minitron_train.runtime.signals import StopSignals
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
 from minitron_train.train.export import MODEL
-from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Speedometer
 from minitron_train.train.optim import Optimizer, student_arguments
@@ -135,7 +135,7 @@ def assemble(
         yardstick=yardstick,
         reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
         state=RunState(),
-        heartbeat=stack.enter_context(Heartbeat(groups)),
+        heartbeat=stack.enter_context(Heartbeat(groups.rank, groups.world_size)),
         signals=signals,
     )
 

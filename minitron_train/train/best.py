@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minitron_train.config import Config
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 LOWER_IS_BETTER = ("kl", "loss", "perplexity", "bits_per_byte")  # endings; all others are accuracies and the like
 OWN = ("kl", "loss", "perplexity")  # what the validation gives; the KL with a teacher only

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Required, TypedDict
 from msgspec import Meta
 
 from minitron_train.config import CheckpointConfig
-from minitron_train.errors import UserError
-from minitron_train.files import (
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import (
     PARTIAL,
     REPLACED,
     atomic_write_text,
@@ -31,7 +31,7 @@ from minitron_train.files import (
     sha256_file,
     sync_path,
 )
-from minitron_train.records import Count, damaged, read_bytes, read_record
+from minitron_train.runtime.records import Count, damaged, read_bytes, read_record
 from minitron_train.train.best import Yardstick
 
 MANIFEST = "manifest.json"

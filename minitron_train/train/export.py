@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from minitron_train.arch import Row, architecture
-from minitron_train.arch.build import layer_spec
 from minitron_train.arch.convert import export_tensors
-from minitron_train.console import say
-from minitron_train.errors import UserError, first_line
-from minitron_train.files import sha256_file
 from minitron_train.hf import DTYPES, cast, named_dtype, read_json, shape_from_config, student_config, write_folder
-from minitron_train.records import open_file
-from minitron_train.stages import read_provenance, read_started_record
+from minitron_train.model.build import layer_spec
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import sha256_file
+from minitron_train.runtime.records import open_file
+from minitron_train.stages.run import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.safe_load import REMEDY, read_metadata, read_tensors
 

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from minitron_train.config import Config
-from minitron_train.errors import UserError
-from minitron_train.plugins import import_name
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.plugins import import_name
 from minitron_train.train.metrics import Row
 
 if TYPE_CHECKING:

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from minitron_train.arch.build import LanguageModel
 from minitron_train.config import Config, OnNonFinite
-from minitron_train.console import say
 from minitron_train.data.stream import Batch, TokenStream
-from minitron_train.distill.step import Objective
-from minitron_train.errors import UserError
+from minitron_train.distillation.step import Objective
+from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
-from minitron_train.signals import StopSignals
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.heartbeat import Heartbeat
+from minitron_train.runtime.signals import StopSignals
 from minitron_train.train.batches import micro_batches, to_device
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import Checkpoints
-from minitron_train.train.heartbeat import Heartbeat
 from minitron_train.train.hooks import Hook
 from minitron_train.train.metrics import Row
 from minitron_train.train.optim import Optimizer, learning_rate

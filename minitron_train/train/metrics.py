@@ -12,10 +12,10 @@ from typing import Any, TypedDict
 import msgspec
 import torch
 
-from minitron_train.console import PLAIN_INTERVAL_S, say
-from minitron_train.errors import UserError
-from minitron_train.files import atomic_write_text, disk_errors
-from minitron_train.records import Count, Integer, Lines, read_lines, set_aside
+from minitron_train.runtime.console import PLAIN_INTERVAL_S, say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_write_text, disk_errors
+from minitron_train.runtime.records import Count, Integer, Lines, read_lines, set_aside
 
 Row = dict[str, Any]
 

@@ -10,10 +10,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from minitron_train.arch.build import DTYPES, LanguageModel
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
+from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel import cpu
-from minitron_train.plan.hardware import can_shard_optimizer_here
+from minitron_train.planning.hardware import can_shard_optimizer_here
 
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
     Recompute.none: {},

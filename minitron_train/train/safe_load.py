@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from minitron_train.errors import UserError, first_line
-from minitron_train.records import read_bytes
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.records import read_bytes
 from minitron_train.train.checkpoint_files import is_file_name
 
 METADATA = ".metadata"

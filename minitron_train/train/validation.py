@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from minitron_train.config import LossKind
-from minitron_train.distill.loss import LossSpec
-from minitron_train.distill.step import Objective
+from minitron_train.distillation.loss import LossSpec
+from minitron_train.distillation.step import Objective
 from minitron_train.parallel.groups import Groups
 from minitron_train.train.batches import held_out_batch
 

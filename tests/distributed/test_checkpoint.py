@@ -6,7 +6,7 @@ import torch
 
 from minitron_train.config import CheckpointConfig, ParallelConfig
 from minitron_train.train import checkpoint_files as files
-from tests.helpers import run_ranks
+from tests.support.helpers import run_ranks
 
 IN_THE_WAY = {2: ".metadata.tmp", 3: "metadata.json"}  # by step; a folder of this name is refused as a full disk is
 
@@ -16,7 +16,7 @@ def save_four(rank: int, world_size: int, folder: Path) -> list[bool]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from minitron_train.parallel.groups import start
-    from minitron_train.parallel.launch import read_world
+    from minitron_train.runtime.launch import read_world
     from minitron_train.train.best import Yardstick
     from minitron_train.train.checkpoint import Checkpoints
 

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments and at file operations: the short forms of benchmarks/kill_resume.py and kill_files.py."""
+"""SIGKILL at random moments and at file operations: the short forms of benchmarks/faults/kill_resume.py and kill_files.py."""
 
 import json
 import os

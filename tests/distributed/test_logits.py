@@ -7,17 +7,17 @@ import torch
 
 from minitron_train.config import ParallelConfig
 from minitron_train.hf import Checkpoint
-from minitron_train.parallel.launch import read_world
-from tests.helpers import run_ranks
-from tests.models import exported, hf_logits
+from minitron_train.runtime.launch import read_world
+from tests.support.helpers import run_ranks
+from tests.support.models import exported, hf_logits
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
 
 def split_logits(rank: int, world_size: int, folders: list[Path], sequence_parallel: bool) -> list[torch.Tensor]:
     """Full-vocabulary logits [B, S, V] of each folder at TP = world_size, after the bit-equality of the export."""
-    from minitron_train.arch.build import build
     from minitron_train.arch.convert import load
+    from minitron_train.model.build import build
     from minitron_train.parallel.groups import start
 
     found = []

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from minitron_train.config import LossKind
-from minitron_train.distill.loss import LossSpec, distillation_loss
-from minitron_train.distill.loss_blocks import Chunking
-from minitron_train.errors import UserError
-from tests.helpers import run_ranks
-from tests.loss_reference import Case, make_case, reference, relative_error, specs
+from minitron_train.distillation.loss import LossSpec, distillation_loss
+from minitron_train.distillation.loss_blocks import Chunking
+from minitron_train.runtime.errors import UserError
+from tests.support.helpers import run_ranks
+from tests.support.loss_reference import Case, make_case, reference, relative_error, specs
 
 VOCAB, VOCAB_REAL = 96, 41  # of 4 shards the second has some padding, the last two are nothing else
 TOP_K = 30  # more than a shard of 4 ranks has

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from minitron_train.config import ParallelConfig, Refit
 from minitron_train.parallel.groups import Groups
-from minitron_train.parallel.launch import read_world
-from minitron_train.prune import cut
-from tests.helpers import run_ranks
-from tests.models import hf_logits
-from tests.pruning import configuration, random_tokens, run_cut
+from minitron_train.pruning import prune as cut
+from minitron_train.runtime.launch import read_world
+from tests.support.helpers import run_ranks
+from tests.support.models import hf_logits
+from tests.support.pruning import configuration, random_tokens, run_cut
 
 FAMILY = "nemotron"
 
@@ -107,7 +107,7 @@ def write_on(rank: int, world_size: int, tp: int, teacher: Path) -> list[list[in
     from minitron_train import hf
     from minitron_train.config import CalibrationConfig
     from minitron_train.parallel.groups import start
-    from minitron_train.prune import samples
+    from minitron_train.pruning import samples
 
     samples.MOST_AT_ONCE = 4
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from minitron_train.config import ParallelConfig
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World, read_world
-from minitron_train.stages import Invocation, Stage, run_stage
-from tests.helpers import run_ranks
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World, read_world
+from minitron_train.stages.run import Invocation, Stage, run_stage
+from tests.support.helpers import run_ranks
 
 TIMEOUT_S = 1.0  # of a collective
 

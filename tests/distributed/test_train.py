@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from minitron_train.train import checkpoint_files as files
-from tests.helpers import run_ranks, start_ranks
-from tests.training import Interrupted, Material, before_step, interrupt, rows, run
+from tests.support.helpers import run_ranks, start_ranks
+from tests.support.training import Interrupted, Material, before_step, interrupt, rows, run
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
 HIDDEN = {"distill__hidden_layers": ["embedding/embedding", "1/2"], "distill__ce_weight": 0.5}

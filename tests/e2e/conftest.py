@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from tests.hub_server import BLOCK_BYTES, Hub
+from tests.support.hub_server import BLOCK_BYTES, Hub
 
 
 @pytest.fixture

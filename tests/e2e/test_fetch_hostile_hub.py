@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from minitron_train.config import TeacherConfig
-from minitron_train.errors import UserError
 from minitron_train.fetch.teacher import fetch_teacher
-from tests.hub_server import BLOCK_BYTES, COMMIT, FILES, SHARD, Hub, teacher_config
+from minitron_train.runtime.errors import UserError
+from tests.support.hub_server import BLOCK_BYTES, COMMIT, FILES, SHARD, Hub, teacher_config
 
 
 def test_a_digest_is_never_a_path(hub, tmp_path):

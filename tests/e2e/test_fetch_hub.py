@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from minitron_train.config import TeacherConfig
-from minitron_train.errors import UserError
 from minitron_train.fetch.teacher import fetch_teacher
-from minitron_train.files import exclusive
-from tests.hub_server import BLOCK_BYTES, COMMIT, FILES, REPO, SHARD, teacher_config
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import exclusive
+from tests.support.hub_server import BLOCK_BYTES, COMMIT, FILES, REPO, SHARD, teacher_config
 
 
 def test_only_model_files_arrive_and_a_finished_folder_needs_no_network(hub, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_train.config import EvalConfig
-from minitron_train.errors import UserError
 from minitron_train.evaluation.local_data import local_files
 from minitron_train.fetch.eval_data import fetch_eval_data
+from minitron_train.runtime.errors import UserError
 
 RECIPE = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "smollm2.yaml").read_text(encoding="utf-8"))
 TEXT = """The water cycle describes how water moves on, above and below the surface of the Earth. The sun heats the water

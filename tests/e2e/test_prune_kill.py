@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from minitron_train.files import PARTIAL
-from tests.pruning import random_tokens
+from minitron_train.runtime.files import PARTIAL
+from tests.support.pruning import random_tokens
 
 KILL_AT = """
 import os, signal, sys
-from minitron_train import cli
-from minitron_train.parallel.launch import World
-from minitron_train.prune import slice
+from minitron_train.commands import cli
+from minitron_train.runtime.launch import World
+from minitron_train.pruning import slice
 
 copy, done = slice.copy_block, []
 

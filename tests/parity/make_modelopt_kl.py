@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save_file
 
-from tests.helpers import run_ranks
-from tests.loss_reference import make_case
+from tests.support.helpers import run_ranks
+from tests.support.loss_reference import make_case
 
 GOLDEN = Path(__file__).parent / "golden" / "modelopt_kl.safetensors"
 TOKENS, VOCAB, STUDENT_HIDDEN, TEACHER_HIDDEN = 24, 192, 32, 48

@@ -5,11 +5,11 @@ import torch
 
 from minitron_train import hf
 from minitron_train.arch import convert
-from minitron_train.arch.build import build
 from minitron_train.config import Refit
-from minitron_train.errors import UserError
-from tests.models import COMMON, exported, hf_logits, save_random
-from tests.pruning import configuration, random_tokens, run_cut
+from minitron_train.model.build import build
+from minitron_train.runtime.errors import UserError
+from tests.support.models import COMMON, exported, hf_logits, save_random
+from tests.support.pruning import configuration, random_tokens, run_cut
 
 FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},

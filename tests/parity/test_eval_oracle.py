@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minitron_train.config import EvalConfig, ParallelConfig
-from minitron_train.parallel.launch import read_world
-from tests.eval_data import save_data, save_model
-from tests.helpers import run_ranks
+from minitron_train.runtime.launch import read_world
+from tests.support.eval_data import save_data, save_model
+from tests.support.helpers import run_ranks
 
 TASKS = EvalConfig(
     tasks=["hellaswag", "mmlu_anatomy", "winogrande", "wikitext", "gsm8k", "xlsum_english"],
@@ -36,10 +36,10 @@ def hf_answers(folder: Path, evaluation: EvalConfig, data_dir: Path) -> dict[str
 
 def our_answers(rank: int, world_size: int, tp: int, folder: Path, evaluation: EvalConfig, data_dir: Path) -> Any:
     """Results and rows of the same tasks on GPTModel."""
-    from minitron_train.arch.build import build
     from minitron_train.arch.convert import load
     from minitron_train.evaluation.run import run_tasks
     from minitron_train.hf import Checkpoint
+    from minitron_train.model.build import build
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
@@ -103,10 +103,10 @@ def test_generated_tokens_equal_transformers(tmp_path: Path, tp: int) -> None:
 
 def generate(rank: int, world_size: int, folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of unequal prompts in one batch; one of them ends early and leaves the batch."""
-    from minitron_train.arch.build import build
     from minitron_train.arch.convert import load
-    from minitron_train.evaluation.generate import greedy
     from minitron_train.hf import Checkpoint
+    from minitron_train.model.build import build
+    from minitron_train.model.generate import greedy
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:

@@ -11,13 +11,13 @@ TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
 
 def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
-    from minitron_train.arch.build import build
     from minitron_train.arch.convert import load
     from minitron_train.config import ParallelConfig
     from minitron_train.hf import Checkpoint
+    from minitron_train.model.build import build
     from minitron_train.parallel.groups import start
-    from minitron_train.parallel.launch import World
-    from tests.models import hf_logits
+    from minitron_train.runtime.launch import World
+    from tests.support.models import hf_logits
 
     torch.backends.cuda.matmul.allow_tf32 = False
     with start(ParallelConfig(), World(), seed=1) as groups:
@@ -33,8 +33,8 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
 def test_pruning_in_steps(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     from minitron_train.config import ParallelConfig
     from minitron_train.parallel.groups import start
-    from minitron_train.parallel.launch import World
-    from tests.pruning import configuration, random_tokens, run_cut
+    from minitron_train.runtime.launch import World
+    from tests.support.pruning import configuration, random_tokens, run_cut
 
     with start(ParallelConfig(), World(), seed=1) as groups:
         run_cut(tmp_path, tiny_models["llama"], configuration(iterations=2), random_tokens(), groups, hidden_size=48)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minitron_train.config import LossKind
-from minitron_train.distill.loss import LossSpec, distillation_loss
-from tests.helpers import run_ranks
-from tests.loss_reference import relative_error
+from minitron_train.distillation.loss import LossSpec, distillation_loss
+from tests.support.helpers import run_ranks
+from tests.support.loss_reference import relative_error
 
 GOLDEN = Path(__file__).parent / "golden" / "modelopt_kl.safetensors"  # make_modelopt_kl.py
 

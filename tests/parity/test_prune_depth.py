@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minitron_train.prune import layer_removal
-from tests.models import save_tiny
-from tests.pruning import configuration, random_tokens, run_cut
+from minitron_train.pruning import layer_removal
+from tests.support.models import save_tiny
+from tests.support.pruning import configuration, random_tokens, run_cut
 
 LAYERS, LENGTH = 5, 32
 TOKENS = random_tokens()

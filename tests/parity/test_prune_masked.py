@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM
 from minitron_train import hf
 from minitron_train.arch import convert
 from minitron_train.config import Merge, Precision, Refit
-from minitron_train.prune import repair
-from minitron_train.prune.layers import Layers
-from minitron_train.prune.shards import RowReader
-from minitron_train.prune.slice import Sliced
-from tests.models import FAMILIES, hf_logits
-from tests.pruning import configuration, evidence_of, random_tokens, run_cut
+from minitron_train.pruning import repair
+from minitron_train.pruning.layers import Layers
+from minitron_train.pruning.shards import RowReader
+from minitron_train.pruning.slice import Sliced
+from tests.support.models import FAMILIES, hf_logits
+from tests.support.pruning import configuration, evidence_of, random_tokens, run_cut
 
 TOKENS = random_tokens()
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
@@ -44,8 +44,8 @@ def test_sliced_equals_masked(tmp_path, tiny_models, groups, family, sizes):
 @pytest.mark.parametrize("merge", [Merge.none, Merge.queries, Merge.outputs])
 def test_slicing_commutes_with_conversion(tmp_path, tiny_models, groups, family, merge):
     """The written folder, imported, is the import of the sliced view, bit for bit."""
-    from minitron_train.prune.scores import Scores
-    from minitron_train.prune.select import select
+    from minitron_train.pruning.importance import Scores
+    from minitron_train.pruning.select import select
 
     config = configuration(head_merge=merge)
     folder = run_cut(tmp_path, tiny_models[family], config, TOKENS, groups, **SIZES)

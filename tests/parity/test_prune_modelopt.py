@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
-from minitron_train.prune.cut import cut
-from minitron_train.prune.score import score
-from tests.pruning import configuration
+from minitron_train.pruning.prune import cut
+from minitron_train.pruning.scoring import score
+from tests.support.pruning import configuration
 
 pytestmark = pytest.mark.needs_data
 NUM_LAYERS = 4

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 from minitron_train import hf
 from minitron_train.arch.table import EMBEDDING
 from minitron_train.config import Refit
-from minitron_train.errors import UserError
-from minitron_train.prune.basis import plane_of_mean_zero, principal_basis
-from minitron_train.prune.layers import Layers
-from minitron_train.prune.score import measure
-from minitron_train.prune.select import select
-from minitron_train.prune.shards import RowReader
-from minitron_train.prune.slice import slice_checkpoint
-from minitron_train.prune.target import check_target
-from tests.models import COMMON, FAMILIES, hf_logits, save_random
-from tests.pruning import configuration, evidence_of, random_tokens, run_cut
+from minitron_train.pruning.basis import plane_of_mean_zero, principal_basis
+from minitron_train.pruning.layers import Layers
+from minitron_train.pruning.scoring import measure
+from minitron_train.pruning.select import select
+from minitron_train.pruning.shards import RowReader
+from minitron_train.pruning.slice import slice_checkpoint
+from minitron_train.pruning.target import check_target
+from minitron_train.runtime.errors import UserError
+from tests.support.models import COMMON, FAMILIES, hf_logits, save_random
+from tests.support.pruning import configuration, evidence_of, random_tokens, run_cut
 
 TOKENS = random_tokens(sequences=24)
 MODELS = {

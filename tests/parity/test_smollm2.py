@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.distributed.test_logits import split_logits
-from tests.helpers import run_ranks
-from tests.models import hf_logits
+from tests.support.helpers import run_ranks
+from tests.support.models import hf_logits
 
 
 @pytest.mark.parametrize("tp", [1, 3])

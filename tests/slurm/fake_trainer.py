@@ -92,9 +92,9 @@ def life() -> int:
 
 
 def main() -> None:
-    """Answer as minitron_train.slurm does, or act as a command."""
+    """Answer as minitron_train.commands.slurm does, or act as a command."""
     _, module, command, *words = sys.argv[1:]
-    if module == "minitron_train.slurm":
+    if module == "minitron_train.commands.slurm":
         print("\n".join(map(str, ANSWERS[command])))
         return
     scratch = FOLDER / f"argv.{RANK}.{os.getpid()}"

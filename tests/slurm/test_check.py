@@ -1,4 +1,4 @@
-"""minitron_train.slurm: which jobs a chain has, and what `check` finds before a job's work."""
+"""minitron_train.commands.slurm: which jobs a chain has, and what `check` finds before a job's work."""
 
 import os
 import socket
@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from minitron_train import cli, slurm
-from minitron_train.errors import UserError
-from minitron_train.parallel import meeting
-from minitron_train.parallel.launch import World
-from minitron_train.plan import check as plan_check
-from tests.models import save_tiny
+from minitron_train.commands import cli, slurm
+from minitron_train.planning import check as plan_check
+from minitron_train.runtime import preflight as meeting
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
+from tests.support.models import save_tiny
 
 AFTER = ["distill", "export", "eval", "report"]
 
@@ -68,7 +68,7 @@ def test_data_are_looked_for_before_a_job_is_queued(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "usage: python -m minitron_train.slurm chain|"),
+        ([], "usage: python -m minitron_train.commands.slurm chain|"),
         (["check"], "usage: "),
         (["chian", "+recipe=tiny"], "usage: "),
         (["chain", *NO_DATA], "these parts have no path"),
@@ -106,7 +106,7 @@ def test_marks(command: str, words: list[str], marked: list[str]) -> None:
 
 
 def test_the_mark_is_the_one_that_training_leaves() -> None:
-    from minitron_train.stages import STOPPED
+    from minitron_train.stages.run import STOPPED
 
     assert slurm.STOPPED == STOPPED
 
@@ -171,7 +171,7 @@ def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> lis
             **({"SLURMD_NODENAME": hosts[rank]} if hosts and rank in hosts else {}),
             **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
         }
-        command = [sys.executable, "-m", "minitron_train.slurm", "check", "distill", *words]
+        command = [sys.executable, "-m", "minitron_train.commands.slurm", "check", "distill", *words]
         started.append(
             subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )

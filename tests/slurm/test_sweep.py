@@ -7,9 +7,9 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from minitron_train import cli
-from tests.models import save_tiny
+from minitron_train.commands import cli
 from tests.slurm.conftest import ROOT, Lab
+from tests.support.models import save_tiny
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'minitron_train[sweep]'")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minitron_train import api as mt
-from tests.training import Material
+from tests.support.training import Material
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 FAST = {

@@ -8,12 +8,13 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from minitron_train.arch import ARCHITECTURES, Shape, architecture, build
+from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.convert import pack, read_shard, shards_to_parts
 from minitron_train.arch.init import RandomWeights
 from minitron_train.arch.rules import check_rules
-from minitron_train.errors import UserError
 from minitron_train.hf import Checkpoint
+from minitron_train.model import build
+from minitron_train.runtime.errors import UserError
 
 NEMOTRON_15B = Shape(
     architecture="nemotron",

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from minitron_train.config import Config
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.hooks import Hook
-from tests.training import ROWS, SEQ_LENGTH, Interrupted, Material, before_step, interrupt, make_config, rows
+from tests.support.training import ROWS, SEQ_LENGTH, Interrupted, Material, before_step, interrupt, make_config, rows
 
 EVERY_STEP: dict[str, Any] = {
     "eval__every_tokens": ROWS * SEQ_LENGTH,
@@ -48,7 +48,7 @@ def run(
 ) -> dict[str, Any]:
     """A run with an evaluation after every step."""
     from minitron_train.parallel.groups import start
-    from minitron_train.parallel.launch import World
+    from minitron_train.runtime.launch import World
     from minitron_train.train.run import train
 
     config = make_config(material, **settings)

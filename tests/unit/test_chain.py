@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from minitron_train.chain import check_early
+from minitron_train.commands.chain import check_early
+from minitron_train.commands.search import retraining
 from minitron_train.config import Config, Recompute
-from minitron_train.errors import UserError
-from minitron_train.search import retraining
+from minitron_train.runtime.errors import UserError
 
 
 def config(**changes: Any) -> Config:

@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from minitron_train.config import CheckpointConfig, Config, OnNonFinite
-from minitron_train.errors import UserError
 from minitron_train.evaluation.source import open_origin
-from minitron_train.files import PARTIAL, REPLACED, sha256_file
 from minitron_train.hf import Checkpoint
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import PARTIAL, REPLACED, sha256_file
 from minitron_train.train import assemble
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import Yardstick
 from minitron_train.train.checkpoint import copy_to_host
 from minitron_train.train.export import Saved, SavedTensors, default_dtype, export, find_checkpoint
 from minitron_train.train.run import leave_mark
-from tests.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
+from tests.support.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from minitron_train import cli, commands
-from minitron_train.chain import chain
+from minitron_train.commands import cli
+from minitron_train.commands import stories as commands
+from minitron_train.commands.chain import chain
+from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, StudentConfig
-from minitron_train.errors import UserError, too_many_files
-from minitron_train.parallel.launch import World
-from minitron_train.workspace import Workspace
+from minitron_train.runtime.errors import UserError, too_many_files
+from minitron_train.runtime.launch import World
 
 
 def minitron(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -130,7 +131,7 @@ def test_resolved_configuration(tmp_path: Path, option: str) -> None:
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from minitron_train import cli; from minitron_train.parallel.launch import World\n"
+        "import sys; from minitron_train import cli; from minitron_train.runtime.launch import World\n"
         "for argv in (['m', '--help'], ['m', 'distill', '--help']): cli.run(argv, World())\n"
         "assert 'torch' not in sys.modules"
     )
@@ -181,7 +182,7 @@ def test_a_folder_does_not_pass_for_a_model_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_has_help(name: str) -> None:
-    from minitron_train import commands
+    from minitron_train.commands import stories as commands
 
     assert f"usage: python -m minitron_train {name}" in cli.command_help(name, [])
     assert name in commands.TABLE

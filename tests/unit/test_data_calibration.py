@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from minitron_train.config import CalibrationConfig
 from minitron_train.data.calibration import calibration_batches
 from minitron_train.data.stream import TokenStream, validation_tokens
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 
 def windows(tokens: torch.Tensor) -> set[tuple[int, ...]]:

@@ -20,7 +20,7 @@ from minitron_train.data import lines, packed
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.sources import parts
 from minitron_train.data.units import Split
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 ALL = Split(held_out=False, fraction=0)
 TEXTS = [f"text number {i} of a few" for i in range(3000)]

@@ -21,7 +21,7 @@ from minitron_train.data.sources import identity as inputs
 from minitron_train.data.stream import TokenStream
 from minitron_train.data.units import EncodeJob, Split, UnitMaker
 from minitron_train.data.workers import Pool
-from minitron_train.errors import MachineError, UserError
+from minitron_train.runtime.errors import MachineError, UserError
 from tests.unit.test_data_resume import source
 from tests.unit.test_data_stream import texts, write_source
 
@@ -192,7 +192,7 @@ def test_a_fault_of_the_machine_is_one_line_and_code_1(monkeypatch, capsys):
     def fail(*_args: object) -> None:
         raise MachineError(line)
 
-    monkeypatch.setattr("minitron_train.cli.run", fail)
+    monkeypatch.setattr("minitron_train.commands.cli.run", fail)
     assert __main__.answer() == 1
     assert capsys.readouterr().err == f"error: {line}\n"
 

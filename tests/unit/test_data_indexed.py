@@ -14,7 +14,7 @@ from minitron_train.data.feed import Feed
 from minitron_train.data.indexed import HEADER, IndexedSource
 from minitron_train.data.stream import TokenStream
 from minitron_train.data.units import Split
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 ALL = Split(held_out=False, fraction=0)
 NUM_DOCUMENTS = 40

@@ -21,7 +21,7 @@ from minitron_train.data.inventory import take
 from minitron_train.data.splits import split_of
 from minitron_train.data.stream import validation_data
 from minitron_train.data.units import Split
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 ALL = Split(held_out=False, fraction=0)
 TEXTS = [f'document {i}\nof several lines, «quoted» and "so"' for i in range(7)]

@@ -9,7 +9,7 @@ from minitron_train.config import DataConfig
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.pretokenise import pretokenise
 from minitron_train.data.stream import TokenStream
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from minitron_train.commands.inputs import data_inputs
+from minitron_train.commands.workspace import Workspace
 from minitron_train.config import CalibrationConfig, Config, DataConfig, SourceConfig, SourceKind
 from minitron_train.data import formats, lines
 from minitron_train.data import tokenizer as tokenizers
@@ -25,11 +27,9 @@ from minitron_train.data.sources import copied_bytes, identity, matching_files, 
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.data.units import EncodeJob, Split, UnitMaker
 from minitron_train.data.workers import Pool
-from minitron_train.errors import UserError
-from minitron_train.files import byte_size
-from minitron_train.parallel.launch import World
-from minitron_train.stage_inputs import data_inputs
-from minitron_train.workspace import Workspace
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import byte_size
+from minitron_train.runtime.launch import World
 
 ALL = Split(held_out=False, fraction=0)
 
@@ -222,7 +222,7 @@ def test_copies_are_announced_once(tmp_path, tokenizer, capfd):
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_progress_of_long_copies(name, tmp_path, monkeypatch, capsys):
     """By compressed megabytes or row groups; the documents are the same."""
-    monkeypatch.setattr("minitron_train.console.PLAIN_INTERVAL_S", -1.0)
+    monkeypatch.setattr("minitron_train.runtime.console.PLAIN_INTERVAL_S", -1.0)
     monkeypatch.setattr("minitron_train.data.formats.ROW_GROUP_BYTES", 1000)
     monkeypatch.setattr(lines, "PIECE_BYTES", 50_000)
     texts = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(6000)]

@@ -23,7 +23,7 @@ from minitron_train.data.blend import Blend
 from minitron_train.data.pack import cut, num_windows
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.data.units import Unit
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 SEQ_LENGTH = 64
 

@@ -12,7 +12,7 @@ import pytest
 from minitron_train.data import corpus
 from minitron_train.data import tokenizer as tokenizers
 from minitron_train.data.units import Split, UnitMaker
-from minitron_train.errors import UserError
+from minitron_train.runtime.errors import UserError
 
 
 def texts() -> list[str]:

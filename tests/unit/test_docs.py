@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from minitron_train import cli
-from minitron_train.parallel.launch import World
+from minitron_train.commands import cli
+from minitron_train.runtime.launch import World
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")])
@@ -81,7 +81,7 @@ def test_every_benchmark_takes_its_options(line: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     monkeypatch.setattr(sys, "argv", [script, *words])
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / Path(script).parent)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 

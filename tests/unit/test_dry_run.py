@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from minitron_train import cli, commands
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World
-from minitron_train.stages import STARTED
+from minitron_train.commands import cli
+from minitron_train.commands import stories as commands
+from minitron_train.commands.workspace import TO_COME, Workspace
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
+from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files
 from minitron_train.train.export import Saved
-from minitron_train.workspace import TO_COME, Workspace
-from tests.models import save_tiny
+from tests.support.models import save_tiny
 
 MADE = ["score", "prune", "distill", "export", "eval teacher", "eval pruned", "eval student"]
 FETCHED = ["fetch teacher", "fetch eval data"]

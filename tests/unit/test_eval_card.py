@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_train.evaluation.card import objective, write_card
 from minitron_train.evaluation.serving import serving_problems
-from tests.eval_data import save_model
+from minitron_train.reporting.card import objective, write_card
+from tests.support.eval_data import save_model
 
 RESULTS = {
     "teacher": {"hellaswag": {"acc_norm": 0.4321, "acc_norm_stderr": 0.02, "rows": 612, "num_fewshot": 10}},

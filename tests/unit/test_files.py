@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from minitron_train.errors import UserError
-from minitron_train.files import (
+from minitron_train.hf.locate import check_folder
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import (
     PARTIAL,
     atomic_file,
     atomic_folder,
@@ -23,7 +24,6 @@ from minitron_train.files import (
     remove_scratch_files,
     why_no_folder,
 )
-from minitron_train.hf.locate import check_folder
 
 
 def names(folder: Path) -> set[str]:

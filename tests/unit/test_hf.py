@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from minitron_train.errors import UserError
 from minitron_train.hf import Checkpoint, fingerprint, shape_from_config, student_config, write_folder
-from minitron_train.prune.shards import RowReader
+from minitron_train.pruning.shards import RowReader
+from minitron_train.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbeddi
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.rotary import llama3_frequencies
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, WINDOW_KEYS
-from minitron_train.errors import UserError
 from minitron_train.hf import DTYPES, portable_tokenizer_config, read_json, shape_from_config, student_config
+from minitron_train.runtime.errors import UserError
 from minitron_train.train.export import default_dtype
 
 SIZES = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from minitron_train.errors import UserError
 from minitron_train.hf import SINGLE, read_header
+from minitron_train.runtime.errors import UserError
 
 
 def header(**tensors: Any) -> bytes:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_train.arch import convert
-from minitron_train.arch.build import build
-from minitron_train.errors import UserError
 from minitron_train.hf import Checkpoint, RowReader, cast, copy_tokenizer, fingerprint, folder_shape, locate
-from tests.models import hf_logits
-from tests.pruning import configuration, random_tokens, run_cut
+from minitron_train.model.build import build
+from minitron_train.runtime.errors import UserError
+from tests.support.models import hf_logits
+from tests.support.pruning import configuration, random_tokens, run_cut
 
 TOKENS_BS = random_tokens()[0]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train import slurm, stages
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World, check_hub_variables, own_cores, read_world, rendezvous, share_cores
+from minitron_train.commands import slurm
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World, check_hub_variables, own_cores, read_world, rendezvous, share_cores
+from minitron_train.stages import run as stages
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from minitron_train.config import DistillConfig, LossKind
-from minitron_train.distill import loss_autograd
-from minitron_train.distill.loss import LossSpec, distillation_loss
-from minitron_train.distill.loss_blocks import Chunking, Projection
-from minitron_train.errors import UserError
-from tests.loss_reference import Case, huber, make_case, reference, relative_error, row_losses, spec_name, specs
+from minitron_train.distillation import loss_autograd
+from minitron_train.distillation.loss import LossSpec, distillation_loss
+from minitron_train.distillation.loss_blocks import Chunking, Projection
+from minitron_train.runtime.errors import UserError
+from tests.support.loss_reference import Case, huber, make_case, reference, relative_error, row_losses, spec_name, specs
 
 CE_ONLY = LossSpec(kd_weight=0, ce_weight=1)
 

@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from minitron_train.config import HiddenLossKind
-from minitron_train.distill.intermediate import (
-    HiddenProjection,
-    hidden_loss,
-    intermediate_loss,
-)
-from minitron_train.errors import UserError
+from minitron_train.distillation.intermediate import HiddenProjection, hidden_loss, intermediate_loss
+from minitron_train.runtime.errors import UserError
 from minitron_train.train.loop import ratio
 
 

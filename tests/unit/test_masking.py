@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train.errors import UserError, error_line
 from minitron_train.fetch.common import record_facts
-from minitron_train.masking import mask_credentials
-from minitron_train.stages import plain
+from minitron_train.runtime.errors import UserError, error_line
+from minitron_train.runtime.masking import mask_credentials
+from minitron_train.stages.run import plain
 
 TOKEN = "hf_" + "aB3" * 11
 

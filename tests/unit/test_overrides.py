@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from minitron_train import cli
+from minitron_train.commands import cli
+from minitron_train.commands.overrides import expand_paths, paths, quote_word, quote_words
+from minitron_train.commands.slurm import accept
 from minitron_train.config import Config
-from minitron_train.errors import UserError
-from minitron_train.overrides import expand_paths, paths, quote_word, quote_words
-from minitron_train.slurm import accept
+from minitron_train.runtime.errors import UserError
 
 VALUES = [
     "/a/b c (1)/x=y",

@@ -1,4 +1,4 @@
-"""benchmarks/papers_in_miniature.py: its table of studies fits today's settings, and its figures are taken seed by seed."""
+"""papers_in_miniature.py: its table of studies fits today's settings, and its figures are taken seed by seed."""
 
 import sys
 from dataclasses import replace
@@ -10,13 +10,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from minitron_train import cli, hf
+from minitron_train import hf
 from minitron_train.arch import architecture
-from minitron_train.prune.target import check_target
-from minitron_train.workspace import shape_of_recipe
+from minitron_train.commands import cli
+from minitron_train.commands.workspace import shape_of_recipe
+from minitron_train.pruning.target import check_target
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks" / "quality"))
 
 from miniature import Miniature  # noqa: E402 # pyright: ignore[reportMissingImports]
 from papers_in_miniature import Papers, shuffle, summary  # noqa: E402 # pyright: ignore[reportMissingImports]

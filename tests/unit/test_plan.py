@@ -10,16 +10,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from minitron_train import cli
 from minitron_train.arch import Shape
-from minitron_train.arch.build import build
+from minitron_train.commands import cli
+from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import Config, ParallelConfig, Recompute
+from minitron_train.model.build import build
 from minitron_train.parallel import groups
-from minitron_train.parallel.launch import World
-from minitron_train.plan import counts, format_plan, plan
-from minitron_train.plan.memory import Layout, activation_bytes
+from minitron_train.planning import counts, format_plan, plan
+from minitron_train.planning.memory import Layout, activation_bytes
+from minitron_train.runtime.launch import World
 from minitron_train.train.optim import RECOMPUTE
-from minitron_train.workspace import shape_of_recipe
 
 
 def load(*overrides: str) -> Config:
@@ -82,7 +82,7 @@ def test_a_plan_needs_neither_torch_nor_a_teacher() -> None:
     """The shapes of a 15B model, reckoned in a process that never imports torch."""
     code = (
         "import sys; from minitron_train.arch import Shape; from minitron_train.config import Config, ClusterConfig\n"
-        "from minitron_train.plan import plan\n"
+        "from minitron_train.planning import plan\n"
         "a = dict(architecture='nemotron', num_layers=32, num_query_groups=8, kv_channels=128, vocab_size=256000)\n"
         "big = Shape(**a, hidden_size=6144, ffn_hidden_size=24576, num_attention_heads=48)\n"
         "cluster = ClusterConfig(memory_gib=79, peak_tflops=312, memory_gb_per_s=2039, gpus_per_node=8)\n"
@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_keeps(
     architecture: str, whole_heads: bool, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if whole_heads:  # as on a GPU in fp32
-        monkeypatch.setattr("minitron_train.arch.build.needs_whole_heads", lambda query, mask: True)
+        monkeypatch.setattr("minitron_train.model.build.needs_whole_heads", lambda query, mask: True)
     shape = Shape(
         architecture=architecture,
         num_layers=3,
@@ -238,10 +238,10 @@ def test_repair_holds_two_residual_streams() -> None:
 
 def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
     """plan imports no torch, so it repeats these."""
-    from minitron_train.distill import loss_blocks, step
-    from minitron_train.evaluation import forward
-    from minitron_train.plan import memory
-    from minitron_train.prune import slice as slicing
+    from minitron_train.distillation import loss_blocks, step
+    from minitron_train.model import forward
+    from minitron_train.planning import memory
+    from minitron_train.pruning import slice as slicing
 
     assert loss_blocks.Chunking().memory_budget_u == memory.LOSS_BUDGET_U
     assert memory.SMALL_LOGITS_BYTES == step.SMALL_BYTES

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train import cli
 from minitron_train.arch import Shape
+from minitron_train.commands import cli
 from minitron_train.config import Config, Precision, Recompute, Refit
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World
-from minitron_train.plan import check, check_fits
-from minitron_train.plan.counts import parameters
-from minitron_train.plan.hardware import GIB, control_group_left
+from minitron_train.planning import check, check_fits
+from minitron_train.planning.counts import parameters
+from minitron_train.planning.hardware import GIB, control_group_left
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
 
 TEACHER = Shape(
     architecture="nemotron",

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minitron_train.config import DistillConfig, LossKind
-from minitron_train.distill.loss import LossSpec, distillation_loss
-from minitron_train.distill.loss_blocks import Chunking
-from minitron_train.plan.timing import logit_passes
+from minitron_train.distillation.loss import LossSpec, distillation_loss
+from minitron_train.distillation.loss_blocks import Chunking
+from minitron_train.planning.timing import logit_passes
 
 NOT_PASSES = {"mm", "addmm", "empty", "empty_like", "new_empty", "detach"}  # products are counted in FLOPs
 NUM_TOKENS, VOCAB, WIDTH = 256, 4096, 4

@@ -1,6 +1,6 @@
 """The plan's memory beside what scoring, slicing and distilling recipe `tiny` really take, each in a fresh process.
 
-A short form of benchmarks/plan_check.py; times are not asserted here.
+A short form of benchmarks/plan/plan_check.py; times are not asserted here.
 """
 
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_memory_is_within_a_tenth(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "benchmarks/plan_check.py", "--quick", "--repeats", "0", "--only", "tiny TP 1"]
+    command = [sys.executable, "benchmarks/plan/plan_check.py", "--quick", "--repeats", "0", "--only", "tiny TP 1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--json", str(figures)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minitron_train.plan import format_plan, plan
+from minitron_train.planning import format_plan, plan
 from tests.unit.test_plan import load, shapes
 
 ROOT = Path(__file__).parents[2]

@@ -9,16 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
 from minitron_train.config import Refit
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World
-from minitron_train.prune import score as scoring
-from minitron_train.prune.cut import cut
-from minitron_train.prune.repair import LeastSquares
-from minitron_train.prune.score import score
-from minitron_train.prune.scores import Scores
-from minitron_train.prune.target import check_request
-from tests.models import save_tiny
-from tests.pruning import configuration, random_tokens, run_cut
+from minitron_train.pruning import scoring as scoring
+from minitron_train.pruning.importance import Scores
+from minitron_train.pruning.prune import cut
+from minitron_train.pruning.repair import LeastSquares
+from minitron_train.pruning.scoring import score
+from minitron_train.pruning.target import check_request
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
+from tests.support.models import save_tiny
+from tests.support.pruning import configuration, random_tokens, run_cut
 
 TOKENS = random_tokens()
 

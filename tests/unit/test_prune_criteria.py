@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.config import CalibrationConfig, PruneConfig
-from minitron_train.errors import UserError
-from minitron_train.prune.collect import Statistics
-from minitron_train.prune.criterion import Evidence, depth_criterion, names, outside_criteria, width_criterion
-from minitron_train.prune.layers import Layers
-from minitron_train.prune.score import measure
-from minitron_train.prune.select import select
-from minitron_train.prune.shards import RowReader
-from tests.pruning import configuration, evidence_of, random_tokens, run_cut
+from minitron_train.pruning.collect import Statistics
+from minitron_train.pruning.criterion import Evidence, depth_criterion, names, outside_criteria, width_criterion
+from minitron_train.pruning.layers import Layers
+from minitron_train.pruning.scoring import measure
+from minitron_train.pruning.select import select
+from minitron_train.pruning.shards import RowReader
+from minitron_train.runtime.errors import UserError
+from tests.support.pruning import configuration, evidence_of, random_tokens, run_cut
 
 LAYER, HEAD, NEURON, CHANNEL = "model.layers.1.", 5, 17, 40
 
@@ -121,7 +121,7 @@ WIDTH_FROM_OUTSIDE = '''"""Channels, heads and neurons from the last to the firs
 
 import torch
 
-from minitron_train.prune.criterion import Evidence, Width
+from minitron_train.pruning.criterion import Evidence, Width
 
 
 def width(evidence: Evidence) -> Width:

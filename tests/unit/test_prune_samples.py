@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from minitron_train import hf
 from minitron_train.config import CalibrationConfig, Config, DataConfig
 from minitron_train.data.calibration import calibration_batches, read_tokens
-from minitron_train.errors import UserError
-from minitron_train.prune import samples
-from minitron_train.prune.samples import tokens_with_samples, write
+from minitron_train.pruning import samples
+from minitron_train.pruning.samples import tokens_with_samples, write
+from minitron_train.runtime.errors import UserError
 
 LENGTH = 12
 

@@ -11,8 +11,8 @@ import yaml
 
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config, ParallelConfig, PruneConfig, Refit, SearchConfig
-from minitron_train.errors import UserError
-from minitron_train.prune.candidates import candidates, grid, table, usable
+from minitron_train.pruning.candidates import candidates, grid, table, usable
+from minitron_train.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TABLE_19 = {  # arXiv 2407.14679: layers, heads, MLP, hidden of the 15 candidates for 8B

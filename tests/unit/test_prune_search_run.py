@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from minitron_train.commands import execute
-from minitron_train.parallel.launch import World
-from tests.training import Interrupted, Material, before_step, interrupt, make_config
+from minitron_train.commands.stories import execute
+from minitron_train.runtime.launch import World
+from tests.support.training import Interrupted, Material, before_step, interrupt, make_config
 
 SEQUENCES, LENGTH, STEPS = 8, 32, 4
 

@@ -9,14 +9,14 @@ import torch
 
 from minitron_train.arch.shape import Shape
 from minitron_train.config import Merge, PruneConfig, Scope
-from minitron_train.errors import UserError
-from minitron_train.prune.collect import FINAL_NORM, POINTS, Statistics
-from minitron_train.prune.criterion import Evidence
-from minitron_train.prune.cut import between
-from minitron_train.prune.scores import importance
-from minitron_train.prune.select import ALONE, select
-from minitron_train.prune.statistics import Moments
-from minitron_train.prune.target import check_target
+from minitron_train.pruning.collect import FINAL_NORM, POINTS, Statistics
+from minitron_train.pruning.criterion import Evidence
+from minitron_train.pruning.importance import importance
+from minitron_train.pruning.prune import between
+from minitron_train.pruning.select import ALONE, select
+from minitron_train.pruning.statistics import Moments
+from minitron_train.pruning.target import check_target
+from minitron_train.runtime.errors import UserError
 
 TEACHER = Shape(
     architecture="nemotron",

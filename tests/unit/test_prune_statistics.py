@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron_train.config import Aggregation
-from minitron_train.prune.statistics import Moments, over_sequence
+from minitron_train.pruning.statistics import Moments, over_sequence
 
 S, B, C = 75, 11, 7
 DIRECT = {

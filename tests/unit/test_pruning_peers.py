@@ -1,4 +1,4 @@
-"""benchmarks/pruning_peers.py: methods that the program does not have (layers for a size, rotation), and tables."""
+"""benchmarks/quality/pruning_peers.py: methods that the program does not have (layers for a size, rotation), and tables."""
 
 import math
 import sys
@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
 from minitron_train.config import PruneConfig
-from minitron_train.prune.collect import Statistics
-from minitron_train.prune.criterion import Evidence, width_criterion
-from minitron_train.prune.layers import Layers
-from minitron_train.prune.shards import RowReader
-from minitron_train.prune.slice import slice_checkpoint
-from tests.models import hf_logits, save_tiny
+from minitron_train.pruning.collect import Statistics
+from minitron_train.pruning.criterion import Evidence, width_criterion
+from minitron_train.pruning.layers import Layers
+from minitron_train.pruning.shards import RowReader
+from minitron_train.pruning.slice import slice_checkpoint
+from tests.support.models import hf_logits, save_tiny
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks" / "quality"))
 from pruning_peers_methods import (  # noqa: E402 # pyright: ignore[reportMissingImports]
     as_many_layers,
     keep_best,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train.errors import UserError
-from minitron_train.records import decode, read_bytes, read_record
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.records import decode, read_bytes, read_record
 
 
 @dataclass

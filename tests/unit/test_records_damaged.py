@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from minitron_train import cli, provenance
-from minitron_train.cli import read_recipe
-from minitron_train.errors import UserError
+from minitron_train.commands import cli
+from minitron_train.commands.cli import read_recipe
 from minitron_train.evaluation.compare import read_items
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.results import read_evaluation
 from minitron_train.evaluation.run import end_tokens
-from minitron_train.report.load import read_axes, read_metrics
-from minitron_train.stages import STARTED
+from minitron_train.reporting.load import read_axes, read_metrics
+from minitron_train.runtime.errors import UserError
+from minitron_train.stages import provenance
+from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files
 from minitron_train.train.metrics import MetricsFile
 
@@ -390,7 +391,7 @@ def test_commands_say_it_in_one_line(
     tmp_path: Path, name: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from minitron_train.__main__ import answer
-    from tests.models import save_tiny
+    from tests.support.models import save_tiny
 
     for model in ("teacher", "pruned"):
         save_tiny("nemotron", tmp_path / model)

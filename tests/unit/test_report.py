@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minitron_train.arch import architecture
-from minitron_train.errors import UserError
 from minitron_train.hf import shape_from_config
-from minitron_train.report import summary_table, write_report
-from minitron_train.report.load import load_run
+from minitron_train.reporting import summary_table, write_report
+from minitron_train.reporting.load import load_run
+from minitron_train.runtime.errors import UserError
 
 NUM_LAYERS, HIDDEN, FFN, HEADS = 4, 32, 48, 6
 VOID = {"meta", "path", "br", "img", "link", "input", "hr"}

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from minitron_train.files import byte_size
-from minitron_train.report import charts, numbers
-from minitron_train.report.importance import embedding_chart, held_share, ranked, runs
-from minitron_train.report.load import kept_masks, rotated_axis
+from minitron_train.reporting import charts
+from minitron_train.reporting.importance import embedding_chart, held_share, ranked, runs
+from minitron_train.reporting.load import kept_masks, rotated_axis
+from minitron_train.runtime import numbers
+from minitron_train.runtime.files import byte_size
 
 
 @pytest.mark.parametrize("values", [[0.13, 0.92], [3, 812], [-4.0, 2.0], [0, 0], [5e-6, 2e-4], [7]])

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron_train.report import summary_table
-from minitron_train.report.curves import task_charts
-from minitron_train.report.evaluation import evaluation_rows
-from minitron_train.report.load import load_run
-from minitron_train.report.summary import is_share
+from minitron_train.evaluation.metrics import is_share
+from minitron_train.reporting import summary_table
+from minitron_train.reporting.curves import task_charts
+from minitron_train.reporting.evaluation import evaluation_rows
+from minitron_train.reporting.load import load_run
 
 TRIVIAQA = {"exact_match_stderr,remove_whitespace": 0.01, "rows": 17944, "num_fewshot": 0, "version": 3.0}
 IFEVAL = {"prompt_level_strict_acc": 0.25, "inst_level_strict_acc": 0.5, "rows": 541, "num_fewshot": 0, "version": 4.0}

@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from minitron_train import cli, commands
-from minitron_train.errors import UserError
+from minitron_train.commands import cli
+from minitron_train.commands import stories as commands
 from minitron_train.evaluation.source import is_training, locate, open_origin
-from minitron_train.files import sha256_file
-from minitron_train.parallel.launch import World
-from minitron_train.stages import STARTED
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import sha256_file
+from minitron_train.runtime.launch import World
+from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
 from minitron_train.train.export import Saved, SavedTensors, find_checkpoint
-from tests.models import save_tiny
-from tests.training import Material, make_material, run
+from tests.support.models import save_tiny
+from tests.support.training import Material, make_material, run
 
 
 class Evil:

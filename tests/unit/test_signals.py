@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train.signals import Guard, StopSignals
+from minitron_train.runtime.signals import Guard, StopSignals
 
 AT_IMPORT = """
 import os, signal, sys
@@ -32,9 +32,9 @@ KEPT = "finished stages are kept"
 @pytest.mark.parametrize(
     ("module", "numbers", "code", "line"),
     [
-        ("minitron_train.cli", [INT], 130, f"interrupted; {KEPT}"),
+        ("minitron_train.commands.cli", [INT], 130, f"interrupted; {KEPT}"),
         ("hydra", [INT, INT], 130, f"interrupted; {KEPT}"),
-        ("minitron_train.cli", [TERM, TERM], 143, f"SIGTERM: ended; {KEPT}, start again to continue"),
+        ("minitron_train.commands.cli", [TERM, TERM], 143, f"SIGTERM: ended; {KEPT}, start again to continue"),
         ("torch", [USR1], 138, f"SIGUSR1: ended; {KEPT}, start again to continue"),
         ("torch", [INT, INT], 130, f"interrupted; {KEPT}"),
     ],
@@ -56,7 +56,7 @@ def test_closed_standard_streams_lead_nowhere(tmp_path: Path, closed: str) -> No
     """Else `print` fails, or what it prints lands in the first file that the program opens."""
     program = """
 import os, sys
-from minitron_train.signals import guard
+from minitron_train.runtime.signals import guard
 
 def command():
     with open(sys.argv[1], "w") as file:
@@ -77,8 +77,8 @@ guard(command)
 def test_a_log_on_a_full_disk_ends_the_command_in_one_line() -> None:
     program = """
 import sys
-from minitron_train.masking import Output
-from minitron_train.signals import guard
+from minitron_train.runtime.masking import Output
+from minitron_train.runtime.signals import guard
 sys.stdout = Output(sys.stdout)
 guard(lambda: print("step 1"))
 """

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from minitron_train.errors import UserError
-from minitron_train.exported import exported, note_export
-from minitron_train.files import exclusive
-from minitron_train.stages import Invocation, Stage, read_provenance, run_stage, short
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import exclusive
+from minitron_train.stages.exported import exported, note_export
+from minitron_train.stages.run import Invocation, Stage, read_provenance, run_stage, short
 
 INVOCATION = Invocation(["python", "-m", "minitron_train", "test"], {"seed": 1})
 
@@ -138,7 +138,7 @@ def test_a_second_process_is_refused(stage: Stage, manner: Any) -> None:
 
 def test_a_killed_process_leaves_no_lock(stage: Stage) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from minitron_train.files import exclusive\n"
+        "import sys, time; from pathlib import Path; from minitron_train.runtime.files import exclusive\n"
         "with exclusive(Path(sys.argv[1]), Path(sys.argv[2])): print(flush=True); time.sleep(60)"
     )
     words = [sys.executable, "-c", program, str(stage.lock), str(stage.folder)]

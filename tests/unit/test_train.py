@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_train.commands import execute
+from minitron_train.commands.stories import execute
 from minitron_train.config import (
     LossKind,
     OnNonFinite,
@@ -22,13 +22,13 @@ from minitron_train.config import (
     WandbConfig,
     WandbMode,
 )
-from minitron_train.errors import UserError
-from minitron_train.parallel.launch import World
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
 from minitron_train.train.checkpoint_files import finished
 from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
 from minitron_train.train.optim import learning_rate
 from minitron_train.train.state import RunState
-from tests.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, make_config, rows, run
+from tests.support.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, make_config, rows, run
 
 STEP_TOKENS = ROWS * SEQ_LENGTH
 
@@ -131,7 +131,7 @@ def test_what_the_shapes_tell_is_refused_before_weights_are_read(
 
 
 def test_a_teacher_that_nobody_reads_does_not_run(training: Material, tmp_path: Path) -> None:
-    from minitron_train.arch.build import LanguageModel
+    from minitron_train.model.build import LanguageModel
 
     def forward_passes(name: str, **overrides: Any) -> int:
         passes: list[torch.nn.Module] = []
@@ -212,7 +212,7 @@ def test_an_optimizer_that_could_not_be_resumed(training: Material, tmp_path: Pa
 def test_the_optimizer_is_sharded_where_it_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch, configured: bool | None, fused_adam: bool, sharded: bool
 ) -> None:
-    from minitron_train.plan import hardware
+    from minitron_train.planning import hardware
 
     monkeypatch.setattr(hardware, "cuda_here", lambda: True)
     monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", fused_adam)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train.errors import UserError
-from tests.training import NUM_STEPS, Material, rows, run
+from minitron_train.runtime.errors import UserError
+from tests.support.training import NUM_STEPS, Material, rows, run
 
 LAB = '''
 from minitron_train.train.hooks import Hook

@@ -13,9 +13,9 @@ import pytest
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data.ledger import DATA_FILES, check_data_files
-from minitron_train.errors import MachineError, UserError
-from tests import training
-from tests.training import Material, before_step, interrupt, make_material
+from minitron_train.runtime.errors import MachineError, UserError
+from tests.support import training
+from tests.support.training import Material, before_step, interrupt, make_material
 
 NUM_STEPS = 16
 SMALL_STEP = {"train__global_batch_size": 4, "train__micro_batch_size": 4}

@@ -1,0 +1,47 @@
+"""The models that benchmarks/quality/pruning_peers.py cuts, and the program's commands on them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pruning_quality import CACHE, teacher_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that is cut. Its name is that of the recipe whose training settings its students get."""
+
+    name: str
+    teacher: Callable[[], Path]  # its folder, made if it is not there
+    targets: tuple[str, ...]
+    tokens: int  # of distillation, unless told otherwise
+    local: bool  # whether MINITRON_DATA's corpora count
+    without: tuple[str, ...] = ()  # ways that are for Llama only
+
+    @property
+    def corpora(self) -> str | None:
+        """Where the text is; None for the embedded corpus."""
+        return os.environ.get("MINITRON_DATA") if self.local else None
+
+
+def tiny_folder() -> Path:
+    """Recipe `tiny`'s teacher in this user's cache, pretrained once."""
+    folder = CACHE / "tiny"
+    if not (folder / "teacher").exists():
+        program("tiny", folder, "pretrain")
+    return folder / "teacher"
+
+
+SUBJECTS = (
+    Subject("smollm2", teacher_folder, ("432/1024/6", "504/1024/6"), 50_176, local=True),
+    Subject("tiny", tiny_folder, ("192/640/4",), 98_304, local=False, without=("slicegpt-like", "nvidia-modelopt")),
+)
+
+
+def program(recipe: str, output: Path, command: str, *overrides: str) -> None:
+    """One command of the program; what is finished in `output` is not done again."""
+    words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, f"+recipe={recipe}"]
+    subprocess.run([*words, f"output_dir={output}", "tracking.wandb.mode=disabled", *overrides], check=True)

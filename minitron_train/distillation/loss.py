@@ -1,0 +1,235 @@
+"""The distillation loss, fused with the output layers: hidden states in, loss and gradients out, no full logits beside.
+
+One sweep over blocks of logits gathers each row's sums, a second one forms the gradient p_s - p_t block by block and
+multiplies it into the gradients of hidden states and output weights (docs/method.md). The second sweep runs in the
+backward pass, where the factor that the caller divides by is known: the gradients need no rescaling, and validation
+does not pay for them.
+
+Legend: N tokens, V output rows of this tensor-parallel rank, H student's hidden size, D teacher's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_train.config import LossKind
+from minitron_train.config.distill import check_loss
+from minitron_train.distillation import loss_terms
+from minitron_train.distillation.loss_autograd import TokenLoss, summed_loss
+from minitron_train.distillation.loss_blocks import Chunking
+from minitron_train.distillation.loss_fused import FusedLoss, Problem, WeightedTerm
+from minitron_train.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSpec:
+    """What is summed over the tokens: kd_weight x distillation loss + ce_weight x cross-entropy on the labels.
+
+    Both models' logits are divided by `temperature`. The loss is not multiplied by temperature^2 unless
+    `temperature_squared` says so (ModelOpt's loss for Megatron is not, Hinton's is). `top_k` belongs to top_k_kl,
+    `jsd_beta` (the teacher's share of the mixture) to jsd. The cross-entropy has temperature 1. `function` replaces
+    `kind` by a loss of your own, see `loss_autograd`.
+    """
+
+    kind: LossKind = LossKind.forward_kl
+    temperature: float = 1.0
+    temperature_squared: bool = False
+    top_k: int = 0
+    jsd_beta: float = 0.5
+    function: TokenLoss | None = None  # takes the place of `kind`: (student logits, teacher logits) -> loss per token
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+
+    def validate(self) -> None:
+        """Ranges, and settings that belong to another kind."""
+        check_loss(self, self.kind)
+        if self.function is not None and (self.kind, self.temperature, self.top_k) != (LossKind.forward_kl, 1.0, 0):
+            raise UserError("function: replaces kind, temperature and top_k; leave them out")
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """Sums over the valid tokens, equal on every tensor-parallel rank. Only `total` carries gradients.
+
+    total = kd_weight x kd_sum + ce_weight x ce_sum; temperature^2, where asked for, is in kd_sum.
+    """
+
+    total: Tensor
+    kd_sum: Tensor
+    ce_sum: Tensor
+    num_valid: int
+
+
+def distillation_loss(
+    student_hidden_NH: Tensor,
+    student_weight_VH: Tensor,
+    teacher_hidden_ND: Tensor | None,
+    teacher_weight_VD: Tensor | None,
+    *,
+    loss: LossSpec,
+    mask_N: Tensor | None = None,
+    labels_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunking: Chunking | None = None,
+) -> LossParts:
+    """Distillation loss of a student's hidden states against a teacher's, summed over the valid tokens.
+
+    Args:
+        student_hidden_NH: the input of the student's output layer, the same on all ranks of `group`: before megatron's
+            `copy_to_tensor_model_parallel_region`, and gathered first under sequence parallelism. The backward pass
+            sums its gradient over the group, so it is the full gradient on every rank, and nothing may reduce it
+            again: under sequence parallelism gather with `tensor_parallel_output_grad=False`, whose backward splits.
+        student_weight_VH: this rank's rows of the output weights; rank r of the group holds rows r V to (r+1) V.
+        teacher_hidden_ND, teacher_weight_VD: the teacher's, without gradients; None when `loss.kd_weight` is 0.
+        mask_N: tokens that count (bool, or nonzero); others are dropped before any product.
+        labels_N: token ids for the cross-entropy, needed when `loss.ce_weight` is not 0; masked tokens' are not read.
+        vocab_size: number of real output rows, all ranks together; rows behind them are padding, without probability
+            or gradient. May be left out when both models have the same number of rows and none is padding.
+        group: the tensor-parallel group; None is one rank.
+        chunking: memory budget and block shape; None chooses both.
+
+    Raises:
+        UserError: settings or vocabularies that do not fit.
+    """
+    chunking = chunking or Chunking()
+    loss.validate()
+    chunking.validate()
+    if loss.kd_weight == 0:
+        teacher_hidden_ND = teacher_weight_VD = None
+    elif teacher_hidden_ND is None or teacher_weight_VD is None:
+        raise UserError(f"kd_weight={loss.kd_weight}: needs a teacher; give one, or set kd_weight=0")
+    vocab = _Vocabulary.of(student_weight_VH, teacher_weight_VD, vocab_size, group, loss.top_k)
+    if mask_N is not None and not bool((mask_N != 0).all()):
+        valid = (mask_N != 0).nonzero()[:, 0]
+        student_hidden_NH = student_hidden_NH[valid]
+        teacher_hidden_ND = None if teacher_hidden_ND is None else teacher_hidden_ND[valid]
+        labels_N = None if labels_N is None else labels_N[valid]
+    if loss.ce_weight:
+        _check_labels(labels_N, len(student_hidden_NH), vocab.size)
+    teacher = None
+    if teacher_hidden_ND is not None and teacher_weight_VD is not None:
+        teacher = teacher_hidden_ND.detach(), teacher_weight_VD.detach()
+    if loss.function is not None and teacher is not None:
+        student = student_hidden_NH, student_weight_VH
+        kd_sum = summed_loss(loss.function, student, teacher, vocab_size=vocab.size, group=group)
+        return _with_cross_entropy(loss, kd_sum, student, labels_N, vocab, group, chunking)
+    problem = Problem(
+        make_terms=lambda like_N: _make_terms(loss, vocab, labels_N, like_N),
+        teacher=teacher,
+        vocab=vocab.local_size,
+        group=group,
+        chunking=chunking,
+        wants_grad=torch.is_grad_enabled() and (student_hidden_NH.requires_grad or student_weight_VH.requires_grad),
+    )
+    total, kd_sum, ce_sum = FusedLoss.apply(student_hidden_NH, student_weight_VH, problem)
+    return LossParts(total, kd_sum, ce_sum, len(student_hidden_NH))
+
+
+def _with_cross_entropy(
+    loss: LossSpec,
+    kd_sum: Tensor,
+    student: tuple[Tensor, Tensor],
+    labels_N: Tensor | None,
+    vocab: "_Vocabulary",
+    group: dist.ProcessGroup | None,
+    chunking: Chunking,
+) -> LossParts:
+    """The parts of a loss whose distillation term autograd differentiates."""
+    total, ce_sum = loss.kd_weight * kd_sum, torch.zeros_like(kd_sum)
+    if loss.ce_weight:
+        labels_only = LossSpec(kd_weight=0.0, ce_weight=loss.ce_weight)
+        ce = distillation_loss(
+            *student,
+            None,
+            None,
+            loss=labels_only,
+            labels_N=labels_N,
+            vocab_size=vocab.size,
+            group=group,
+            chunking=chunking,
+        )
+        total, ce_sum = total + ce.total, ce.ce_sum
+    return LossParts(total, kd_sum.detach(), ce_sum, len(student[0]))
+
+
+MAKE_TERM: dict[LossKind, Callable[[LossSpec, "_Vocabulary", Tensor], loss_terms.Term]] = {
+    LossKind.forward_kl: lambda loss, vocab, like_N: loss_terms.ForwardKL(like_N, loss.temperature),
+    LossKind.reverse_kl: lambda loss, vocab, like_N: loss_terms.ReverseKL(like_N, loss.temperature),
+    LossKind.jsd: lambda loss, vocab, like_N: loss_terms.JensenShannon(like_N, loss.temperature, loss.jsd_beta),
+    LossKind.mse: lambda loss, vocab, like_N: loss_terms.MeanSquaredError(like_N, vocab.size),
+    LossKind.cosine: lambda loss, vocab, like_N: loss_terms.Cosine(like_N),
+    LossKind.top_k_kl: lambda loss, vocab, like_N: loss_terms.TopKKL(like_N, loss.temperature, loss.top_k),
+}
+
+
+def _make_terms(
+    loss: LossSpec, vocab: "_Vocabulary", labels_N: Tensor | None, like_N: Tensor
+) -> dict[str, WeightedTerm]:
+    """The terms that count. Temperature^2 is a factor of the loss itself, and so of what is logged."""
+    terms = {}
+    if loss.kd_weight:
+        factor = loss.temperature**2 if loss.temperature_squared else 1.0
+        terms["kd"] = WeightedTerm(MAKE_TERM[loss.kind](loss, vocab, like_N), factor, loss.kd_weight)
+    if loss.ce_weight:
+        assert labels_N is not None
+        terms["ce"] = WeightedTerm(loss_terms.CrossEntropy(like_N, labels_N - vocab.start), 1.0, loss.ce_weight)
+    return terms
+
+
+def _check_labels(labels_N: Tensor | None, num_tokens: int, vocab_size: int) -> None:
+    if labels_N is None:
+        raise UserError("ce_weight: needs labels; give labels or set ce_weight=0")
+    assert labels_N.shape == (num_tokens,), f"labels of shape {tuple(labels_N.shape)} for {num_tokens} tokens"
+    if bool(((labels_N < 0) | (labels_N >= vocab_size)).any()):
+        raise UserError(f"labels: a token id lies outside 0 … {vocab_size - 1}; mask it, or set the right vocab_size")
+
+
+def real_rows(rows: Mapping[str, int], vocab_size: int | None, num_ranks: int, top_k: int) -> int:
+    """How many output rows are no padding, where each model has as many as `rows` says, all ranks together.
+
+    Raises:
+        UserError: rows that cannot be matched, or fewer of them than `top_k`.
+    """
+    named = ", ".join(f"{name} {number}" for name, number in rows.items())
+    if len(set(rows.values())) > 1 and num_ranks > 1:
+        raise UserError(
+            f"output rows ({named}): under tensor parallelism both models need the same number, so that their "
+            "shards meet; pad both to the same size"
+        )
+    if len(set(rows.values())) > 1 and vocab_size is None:
+        raise UserError(f"output rows ({named}): differ, and padding cannot be told; give vocab_size")
+    size = min(rows.values()) if vocab_size is None else vocab_size
+    if not 0 < size <= min(rows.values()):
+        raise UserError(f"vocab_size={size}: must fit the output rows ({named}); give the tokenizer's size")
+    if top_k > size:
+        raise UserError(f"top_k={top_k}: the vocabulary has {size} entries; choose at most as many")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """The real output rows: of all ranks, where this rank's start, and how many of this rank's are not padding."""
+
+    size: int
+    start: int
+    local_size: int
+
+    @classmethod
+    def of(
+        cls,
+        student_VH: Tensor,
+        teacher_VD: Tensor | None,
+        vocab_size: int | None,
+        group: dist.ProcessGroup | None,
+        top_k: int,
+    ) -> "_Vocabulary":
+        """From the weights' shapes; refuses what `real_rows` refuses."""
+        num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+        shard = len(student_VH)
+        rows = {"student": shard * num_ranks} | ({} if teacher_VD is None else {"teacher": len(teacher_VD) * num_ranks})
+        size, start = real_rows(rows, vocab_size, num_ranks, top_k), rank * shard
+        return cls(size, start, min(max(size - start, 0), shard))

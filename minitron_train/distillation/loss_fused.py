@@ -1,0 +1,156 @@
+"""The sweeps over logit blocks as one differentiable function of the student's hidden states and output weights.
+
+Legend: N tokens, V output rows of this tensor-parallel rank, H student's hidden size, R rows and C columns of a block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minitron_train.distillation.loss_blocks import (
+    Block,
+    Chunking,
+    LogitBlocks,
+    Projection,
+    Role,
+    multiply,
+    plan_blocks,
+)
+from minitron_train.distillation.loss_terms import Term, all_reduce
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedTerm:
+    """A term; `factor` belongs to its value, `weight` is its share in the total."""
+
+    term: Term
+    factor: float
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Everything that one call needs besides the student's tensors.
+
+    `make_terms` takes an empty tensor [N] of the dtype that logits have. `vocab` is the number of this rank's output
+    rows that are not padding.
+    """
+
+    make_terms: Callable[[Tensor], dict[str, WeightedTerm]]
+    teacher: tuple[Tensor, Tensor] | None
+    vocab: int
+    group: dist.ProcessGroup | None
+    chunking: Chunking
+    wants_grad: bool
+
+
+class FusedLoss(torch.autograd.Function):
+    """(hidden states [N, H], output weights [V, H], Problem) -> total, kd_sum, ce_sum."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather the sums of every row, in as many sweeps as the terms need."""
+        dtype = _logit_dtype(hidden_NH, problem)
+        terms = problem.make_terms(hidden_NH.new_empty(len(hidden_NH), dtype=dtype))
+        weight_grad_VH = _empty_grad(weight_VH) if problem.wants_grad and weight_VH.requires_grad else None
+        blocks = _make_blocks(hidden_NH, weight_VH, weight_grad_VH, problem, list(terms.values()))
+        for sweep in range(max(weighted.term.num_sweeps for weighted in terms.values())):
+            swept = [weighted.term for weighted in terms.values() if sweep < weighted.term.num_sweeps]
+            for block in blocks:
+                for term in swept:
+                    term.observe(sweep, block)
+            for term in swept:
+                term.reduce(sweep, problem.group)
+        nothing = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+        sums = {name: weighted.factor * weighted.term.loss_N.sum() for name, weighted in terms.items()}
+        total = sum((weighted.weight * sums[name] for name, weighted in terms.items()), nothing)
+        parts = sums.get("kd", nothing).to(dtype), sums.get("ce", nothing).to(dtype)
+        ctx.mark_non_differentiable(*parts)
+        if problem.wants_grad:
+            ctx.save_for_backward(hidden_NH, weight_VH)
+            ctx.problem, ctx.terms, ctx.blocks = problem, list(terms.values()), blocks
+        return total.to(dtype), *parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """One more sweep: the gradient of each block's logits, multiplied into those of hidden states and weights.
+
+        Releases all memory, so that a loss which is kept for the log holds none; with `retain_graph` a second
+        backward pass computes all logits anew.
+        """
+        hidden_NH, weight_VH = ctx.saved_tensors  # raises when they were changed since the forward pass
+        blocks: LogitBlocks = ctx.blocks
+        hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=blocks.dtype) if ctx.needs_input_grad[0] else None
+        if blocks.weight_grad_VH is None and ctx.needs_input_grad[1]:
+            blocks.weight_grad_VH = _empty_grad(weight_VH)
+        _sweep_gradients(blocks, ctx.terms, grads[0], hidden_grad_NH)
+        if hidden_grad_NH is not None:
+            hidden_grad_NH = all_reduce(hidden_grad_NH, ctx.problem.group).to(hidden_NH.dtype)
+        return hidden_grad_NH, blocks.release(), None
+
+
+def _empty_grad(weight_VH: Tensor) -> Tensor:
+    return torch.empty_like(weight_VH, memory_format=torch.contiguous_format)
+
+
+def _logit_dtype(hidden_NH: Tensor, problem: Problem) -> torch.dtype:
+    """fp32, or fp64 when a model is."""
+    teacher = hidden_NH.dtype if problem.teacher is None else problem.teacher[1].dtype
+    return torch.promote_types(torch.promote_types(hidden_NH.dtype, teacher), torch.float32)
+
+
+def _make_blocks(
+    hidden_NH: Tensor, weight_VH: Tensor, weight_grad_VH: Tensor | None, problem: Problem, terms: list[WeightedTerm]
+) -> LogitBlocks:
+    """The grid of logit blocks, which keeps logits if there is a further sweep that reads them."""
+    dtype = _logit_dtype(hidden_NH, problem)
+    projections: dict[Role, Projection] = {"student": Projection(hidden_NH.detach(), weight_VH.detach(), dtype)}
+    if problem.teacher is not None:
+        projections["teacher"] = Projection(*problem.teacher, dtype)
+    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, projections["student"], weight_grad_VH)
+    reread = problem.wants_grad and any(weighted.term.gradient_reads_logits for weighted in terms)
+    keep = reread or any(weighted.term.num_sweeps > 1 for weighted in terms)
+    return LogitBlocks(projections, plan, len(hidden_NH), problem.vocab, dtype, weight_grad_VH, keep)
+
+
+def _sweep_gradients(
+    blocks: LogitBlocks, terms: list[WeightedTerm], grad_total: Tensor, hidden_grad_NH: Tensor | None
+) -> None:
+    """Add to `hidden_grad_NH` and fill `blocks.weight_grad_VH`, tile by tile of the vocabulary.
+
+    A tile's slice of the weight gradient holds its logits until all its token chunks are done. With one chunk and
+    one dtype it can then be written by the product itself, otherwise a buffer of the tile's size sums up the chunks.
+    """
+    student, weight_grad_VH = blocks.projections["student"], blocks.weight_grad_VH
+    for columns, tile in blocks.tiles():
+        slice_CH = grad_CH = None if weight_grad_VH is None else weight_grad_VH[columns]
+        if slice_CH is not None and (len(tile) != 1 or slice_CH.dtype != blocks.dtype):
+            grad_CH = torch.zeros_like(slice_CH, dtype=blocks.dtype)
+        weight_CH = student.weight_tile(columns)
+        for block in tile:
+            grad_RC = _block_gradient(block, terms, grad_total).to(student.hidden_NH.dtype)
+            if grad_CH is not None:
+                multiply(grad_RC.T, student.hidden_NH[block.rows], grad_CH, add=block.chunk > 0)
+            if hidden_grad_NH is not None:
+                multiply(grad_RC, weight_CH, hidden_grad_NH[block.rows], add=True)
+        if slice_CH is not None and grad_CH is not None and grad_CH is not slice_CH:
+            slice_CH.copy_(grad_CH)
+    if weight_grad_VH is not None:
+        weight_grad_VH[blocks.vocab :] = 0
+
+
+def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor) -> Tensor:
+    """d total / d student logits of one block, in its scratch 0."""
+    first, *others = [(weighted.term, grad_total * (weighted.factor * weighted.weight)) for weighted in terms]
+    grad_RC = block.scratch_RC(0)
+    first[0].gradient(block, first[1], grad_RC)
+    for term, weight in others:
+        term.gradient(block, weight, block.scratch_RC(1))
+        grad_RC.add_(block.scratch_RC(1))
+    return grad_RC

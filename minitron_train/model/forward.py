@@ -1,0 +1,152 @@
+"""Forward passes that evaluation needs: positions, masks and a key/value cache of its own choice.
+
+Everything works on the LanguageModel that is trained, at any tensor-parallel size, and leaves no trace on it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from minitron_train.model.build import LanguageModel
+
+# B batch, S tokens of one row, P tokens in the cache, H hidden, N positions, V vocab (local shard)
+# G KV groups held, D channels per head
+
+LOGIT_BYTES = 128 * 2**20  # of the logits that are held at once
+
+
+class KeyValueCache:
+    """Keys and values of every layer for tokens that later tokens attend to.
+
+    They are taken in front of the core attention, where keys are already rotated, so that their order does not matter.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}  # [P, B, G, D] each
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return next(iter(self.layers.values()))[0].shape[0] if self.layers else 0
+
+    @contextlib.contextmanager
+    def attached(self, model: LanguageModel, keep: bool) -> Iterator[None]:
+        """Run a block in which the model's tokens attend to the cached ones too; `keep` adds them to the cache."""
+
+        def extend(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            query, *new, mask = args
+            if module in self.layers:
+                old = (x.expand(-1, query.shape[1], -1, -1) for x in self.layers[module])
+                new = [torch.cat(pair) for pair in zip(old, new, strict=True)]
+            if keep:
+                self.layers[module] = new[0], new[1]
+            return query, *new, mask
+
+        attentions = [module for name, module in model.decoder.named_modules() if name.endswith(".core_attention")]
+        hooks = [attention.register_forward_pre_hook(extend) for attention in attentions]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def keep_tokens(self, num_tokens: int) -> None:
+        """Forget all tokens but the first ones."""
+        self.layers = {module: (key[:num_tokens], value[:num_tokens]) for module, (key, value) in self.layers.items()}
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but some."""
+        self.layers = {module: (key[:, rows], value[:, rows]) for module, (key, value) in self.layers.items()}
+
+
+def hidden_states(
+    model: LanguageModel,
+    tokens_BS: Tensor,
+    positions_BS: Tensor,
+    hidden_mask_BSP: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+    keep: bool = False,
+) -> Tensor:
+    """Final hidden states [B, S, H] of tokens at given positions of their texts.
+
+    Args:
+        positions_BS: of each token; decides its rotary embedding.
+        hidden_mask_BSP: bool, True hides key P (cached ones first) from query S; None is causal.
+        cache: what the tokens attend to besides; one of batch 1 serves any batch.
+        keep: add the tokens to the cache.
+    """
+    cache = KeyValueCache() if cache is None else cache
+    num_tokens = tokens_BS.shape[1]
+    num_keys = cache.num_tokens + num_tokens
+    if model.config.sequence_parallel:  # the sequence is split over the ranks: its length must divide
+        padding = (0, -num_tokens % model.config.tensor_model_parallel_size)
+        tokens_BS, positions_BS = F.pad(tokens_BS, padding), F.pad(positions_BS, padding)
+        if hidden_mask_BSP is not None:  # padding sees everything, since a row that sees nothing would be NaN
+            hidden_mask_BSP = F.pad(F.pad(hidden_mask_BSP, padding, value=True), (0, 0, *padding), value=False)
+    embedded_SBH = model.embedding(input_ids=tokens_BS, position_ids=positions_BS)
+    angles = model.rotary_pos_emb(int(positions_BS.max()) + 1)[:, 0, 0]
+    with cache.attached(model, keep):
+        hidden_SBH = model.decoder(
+            hidden_states=embedded_SBH,
+            attention_mask=None if hidden_mask_BSP is None else hidden_mask_BSP[:, None],
+            rotary_pos_emb=angles[positions_BS.T][:, :, None],
+        )
+    if keep:
+        cache.keep_tokens(num_keys)
+    if model.config.sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+    return hidden_SBH[:num_tokens].transpose(0, 1)
+
+
+def target_logprobs(
+    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of one target per position, and whether it is the most probable token.
+
+    The logits are made in chunks; only three numbers per position cross the vocabulary-parallel group.
+
+    Args:
+        weight_VH: this rank's rows of the output layer.
+        group: the tensor-parallel group; None when there is one rank.
+
+    Returns:
+        fp32 [N] and bool [N], the same on every rank of the group.
+    """
+    first = dist.get_rank(group) * weight_VH.shape[0] if group is not None else 0
+    logprobs, greedy = (
+        torch.empty(len(hidden_NH), device=hidden_NH.device),
+        torch.empty_like(targets_N, dtype=torch.bool),
+    )
+    chunk = max(1, LOGIT_BYTES // (4 * weight_VH.shape[0]))
+    for start in range(0, len(hidden_NH), chunk):
+        part = slice(start, start + chunk)
+        logits = (hidden_NH[part] @ weight_VH.T).float()
+        local = targets_N[part] - first
+        held = (local >= 0) & (local < logits.shape[1])
+        target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].where(held, 0.0)
+        peak = logits.amax(dim=1)
+        if group is not None:
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        sums = torch.stack([logits.sub_(peak[:, None]).exp_().sum(dim=1), target])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        logprobs[part] = sums[1] - peak - sums[0].log()
+        greedy[part] = sums[1] >= peak
+    return logprobs, greedy
+
+
+@contextlib.contextmanager
+def inference(model: LanguageModel) -> Iterator[None]:
+    """A block without gradients and dropout; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,194 @@
+"""The plan as one nested dictionary of plain numbers: what plan.json holds."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from minitron_train.arch import Shape
+from minitron_train.arch.shape import SIZES
+from minitron_train.config import Config, DistillConfig, Precision
+from minitron_train.planning import counts
+from minitron_train.planning.hardware import Hardware, hardware
+from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
+from minitron_train.planning.memory import Layout
+from minitron_train.planning.stages import disk_bytes, scoring, slicing
+from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
+from minitron_train.runtime.files import atomic_write_json
+
+SECONDS_PER_HOUR = 3600
+WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
+
+
+def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
+    """Reckon the cost of a recipe; nothing is run, and torch is imported only to measure a machine.
+
+    Args:
+        target: file that gets the result as JSON (plan.json), written atomically; None writes nothing.
+    """
+    result = reckon(config, teacher, student, hardware(config.cluster, config.train.precision))
+    if target is not None:
+        atomic_write_json(target, result)
+    return result
+
+
+def reckon(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
+    """The plan on a machine whose rates are known."""
+    base = base_layout(config, machine)
+    batch_size = config.train.global_batch_size
+    choices = all_choices(teacher, student, machine, base, batch_size)
+    best = choices[0] if choices and choices[0].fits else None
+    configured = None
+    if shares(batch_size, base.dp, base.micro_batch_size):
+        configured = evaluate(teacher, student, machine, base, batch_size)
+    chosen = best or configured
+    return {
+        "name": config.name,
+        "teacher": describe(teacher),
+        "student": describe(student),
+        "training": training(config),
+        "flops": flops(config, teacher, student),
+        "pretraining": pretraining(config, teacher, machine, chosen and chosen.layout),
+        "family": family(config, teacher, student),
+        "hardware": asdict(machine),
+        "configured": configured and describe_choice(config, teacher, student, machine, configured),
+        "recommended": best and describe_choice(config, teacher, student, machine, best),
+        "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
+        "scoring": scoring(config, teacher, machine),
+        "slicing": slicing(config, teacher, student, machine),
+        "disk": disk_bytes(config, teacher, student),
+    }
+
+
+def base_layout(config: Config, machine: Hardware) -> Layout:
+    """The layout that the configuration asks for on this hardware."""
+    tp = config.parallel.tensor_model_parallel_size
+    return Layout(
+        tp=tp,
+        dp=max(machine.num_gpus // tp, 1),
+        micro_batch_size=config.train.micro_batch_size,
+        seq_length=config.train.seq_length,
+        weight_bytes=WEIGHT_BYTES[config.train.precision],
+        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or config.train.precision],
+        runtime_bytes=machine.reserved_bytes,
+        loss_budget_u=config.distill.memory_budget_u,
+        logit_passes=logit_passes(config.distill),
+        recompute=config.train.recompute.name,
+        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        sharded_optimizer=config.train.shards_optimizer(possible=machine.cuda),
+        cuda=machine.cuda,
+    )
+
+
+def describe(shape: Shape) -> dict[str, Any]:
+    """Sizes and exact counts of one model."""
+    return {
+        key: getattr(shape, key) for key in ("architecture", *SIZES, "kv_channels", "vocab_size")
+    } | counts.parameters(shape)
+
+
+def training(config: Config) -> dict[str, Any]:
+    """Tokens and steps."""
+    train = config.train
+    tokens_per_step = train.step_tokens
+    return {
+        "num_tokens": train.num_tokens,
+        "global_batch_size": train.global_batch_size,
+        "seq_length": train.seq_length,
+        "tokens_per_step": tokens_per_step,
+        "steps": -(-train.num_tokens // tokens_per_step),
+    }
+
+
+def flops(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
+    """Floating-point operations of the distillation; causal attention does half of the products."""
+    seq_length = config.train.seq_length
+    forward = counts.forward_flops_per_token(teacher, seq_length)
+    both = counts.training_flops_per_token(student, seq_length)
+    return {
+        "teacher_forward_per_token": forward,
+        "student_training_per_token": both,
+        "per_token": forward + both,
+        "per_step": (forward + both) * config.train.global_batch_size * seq_length,
+        "total": (forward + both) * config.train.num_tokens,
+    }
+
+
+def pretraining(config: Config, teacher: Shape, machine: Hardware, layout: Layout | None) -> dict[str, Any] | None:
+    """The teacher's training from scratch, in the layout of the distillation; None where the recipe's chain has none."""
+    if not config.teacher.is_pretrained:
+        return None
+    tokens, train = config.pretrain.num_tokens, config.train
+    steps = math.ceil(tokens / train.step_tokens)
+    per_token = counts.training_flops_per_token(teacher, train.seq_length)
+    cost = {"num_tokens": tokens, "steps": steps, "flops": {"per_token": per_token, "total": per_token * tokens}}
+    if layout is None:
+        return cost
+    passes = logit_passes(DistillConfig(kd_weight=0, ce_weight=1))
+    choice = evaluate(None, teacher, machine, replace(layout, logit_passes=passes), train.global_batch_size)
+    return cost | {"fits": choice.fits, "memory_bytes": choice.memory, **spent(choice, steps, machine)}
+
+
+def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | None:
+    """One teacher from scratch and pruned students, against all of them from scratch; None without plan.pretraining_tokens.
+
+    Counted as arXiv 2407.14679 counts (footnote 5: 4.4e17, 2.5e17, 1.2e17 per step of 1152 x 4096 tokens): three forward
+    passes a token, full attention. The teacher's forward passes during distillation, which the paper leaves out, are added.
+    """
+    scratch_tokens = config.plan.pretraining_tokens
+    if scratch_tokens is None:
+        return None
+    members = {name: teacher.smaller(**sizes.sizes()) for name, sizes in config.plan.family.items()} or {
+        config.name: student
+    }
+    seq_length, tokens_per_step = config.train.seq_length, config.train.step_tokens
+    cost = {name: counts.training_flops_per_token(shape, seq_length, causal=False) for name, shape in members.items()}
+    teacher_cost = counts.training_flops_per_token(teacher, seq_length, causal=False)
+    teaching = counts.forward_flops_per_token(teacher, seq_length, causal=False) * len(members)
+    from_scratch = (teacher_cost + sum(cost.values())) * scratch_tokens
+    pruned = teacher_cost * scratch_tokens + (sum(cost.values()) + teaching) * config.train.num_tokens
+    return {
+        "pretraining_tokens": scratch_tokens,
+        "flops_per_step": {"teacher": teacher_cost * tokens_per_step}
+        | {k: v * tokens_per_step for k, v in cost.items()},
+        "flops_from_scratch": from_scratch,
+        "flops_with_pruning": pruned,
+        "saving": from_scratch / pruned,
+    }
+
+
+def describe_choice(
+    config: Config, teacher: Shape, student: Shape, machine: Hardware, choice: Choice
+) -> dict[str, Any]:
+    """One layout as numbers: memory by part, seconds by part, hours, dollars, network."""
+    layout, tokens = choice.layout, config.train.step_tokens
+    with_recompute, without = (
+        evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
+            "activations"
+        ]
+        for on in ("full", "none")
+    )
+    return {
+        "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
+        "fits": choice.fits,
+        "memory_bytes": choice.memory,
+        "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
+        "tokens_per_second": tokens / choice.step.total,
+        **spent(choice, config.train.num_steps, machine),
+        "network_bytes_per_step": {
+            "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
+            "data_parallel": dp_bytes_per_step(student, layout),
+        },
+    }
+
+
+def spent(choice: Choice, steps: int, machine: Hardware) -> dict[str, Any]:
+    """Seconds of a step by part; hours and dollars of all steps."""
+    hours = choice.step.total * steps / SECONDS_PER_HOUR
+    gpu_hours, price = hours * choice.layout.tp * choice.layout.dp, machine.price_per_gpu_hour
+    return {
+        "step_seconds": asdict(choice.step) | {"total": choice.step.total},
+        "hours": hours,
+        "gpu_hours": gpu_hours,
+        "dollars": None if price is None else gpu_hours * price,
+    }

@@ -1,0 +1,83 @@
+"""Layouts that a cluster allows, what each needs and how fast it is, and the one to take."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minitron_train.arch import Shape
+from minitron_train.planning.hardware import Hardware
+from minitron_train.planning.memory import Layout, distill_bytes
+from minitron_train.planning.timing import StepTime, step_time
+
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def candidates(
+    teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
+) -> Iterator[Layout]:
+    """Every tensor-parallel size inside a node that both shapes allow, micro-batch size and recompute choice."""
+    for tp in range(1, machine.gpus_per_node + 1):
+        if machine.gpus_per_node % tp or not all(divides(shape, tp) for shape in (teacher, student)):
+            continue
+        dp = machine.num_gpus // tp
+        for micro in MICRO_BATCH_SIZES:
+            if not shares(global_batch_size, dp, micro):
+                continue
+            for recompute in ("none", "selective", "full"):
+                yield Layout(
+                    tp=tp,
+                    dp=dp,
+                    micro_batch_size=micro,
+                    seq_length=base.seq_length,
+                    weight_bytes=base.weight_bytes,
+                    teacher_weight_bytes=base.teacher_weight_bytes,
+                    runtime_bytes=base.runtime_bytes,
+                    loss_budget_u=base.loss_budget_u,
+                    logit_passes=base.logit_passes,
+                    recompute=recompute,
+                    sequence_parallel=tp > 1 and machine.cuda,
+                    sharded_optimizer=base.sharded_optimizer,
+                    cuda=machine.cuda,
+                )
+
+
+def divides(shape: Shape, tp: int) -> bool:
+    """Whether tensor parallelism of `tp` cuts the shape evenly (the rule of Shape.check_parallel)."""
+    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, shape.vocab_size)
+    return all(size % tp == 0 for size in sizes)
+
+
+def shares(global_batch_size: int, dp: int, micro_batch_size: int) -> bool:
+    """Whether every data-parallel rank gets the same number of whole micro-batches."""
+    return global_batch_size % (dp * micro_batch_size) == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A layout with its memory and its speed."""
+
+    layout: Layout
+    memory: dict[str, int]
+    step: StepTime
+    fits: bool
+
+
+def evaluate(
+    teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int
+) -> Choice:
+    """What a layout needs and how long its step takes, in distilling, or without a teacher in pretraining."""
+    memory = distill_bytes(teacher, student, layout)
+    step = step_time(teacher, student, machine, layout, global_batch_size)
+    return Choice(layout=layout, memory=memory, step=step, fits=memory["total"] <= machine.memory_bytes)
+
+
+def all_choices(
+    teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
+) -> list[Choice]:
+    """Every layout of the cluster, the fitting and fast ones first; the first one is recommended if it fits."""
+    found = [
+        evaluate(teacher, student, machine, layout, global_batch_size)
+        for layout in candidates(teacher, student, machine, base, global_batch_size)
+    ]
+    return sorted(
+        found, key=lambda choice: (not choice.fits, choice.step.total if choice.fits else choice.memory["total"])
+    )

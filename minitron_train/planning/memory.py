@@ -1,0 +1,227 @@
+"""Bytes on one GPU (or in one process), part by part, and the peak over the phases of a step.
+
+What autograd keeps is counted tensor by tensor for the layer that arch.build makes; tests compare it with what autograd
+really saved. Legend: H hidden, A query heads x channels, K key/value heads x channels, F MLP neurons, V vocabulary.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from math import prod
+
+from minitron_train.arch import Shape, architecture
+from minitron_train.config import PruneConfig, Refit
+from minitron_train.planning.counts import layer_parameters, parameters_per_rank
+
+FP32 = 4
+FP64 = 8
+LOSS_BUDGET_U = 0.2  # distillation.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
+SMALL_LOGITS_BYTES = 256 * 2**20  # distillation.step.SMALL_BYTES
+EVAL_LOGIT_BYTES = 128 * 2**20  # evaluation.forward.LOGIT_BYTES
+SLICE_BLOCK_BYTES = 16 * 2**20  # pruning.slice.BLOCK_BYTES
+SHARD_BYTES = 4 * 2**30  # hf.MAX_SHARD_BYTES
+STATISTICS_BYTES = 2 * 3 * 8  # pruning.statistics.Moments: mean and deviations of three values, fp64
+RUNTIME_BYTES = {
+    stage: mib * 2**20
+    for stage, mib in {"score": 490, "slice": 440, "distill": 560, "export": 390, "eval": 560}.items()
+}  # libraries, no CUDA
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a distillation run is spread over processes, and what it keeps in memory."""
+
+    tp: int = 1
+    dp: int = 1
+    micro_batch_size: int
+    seq_length: int
+    weight_bytes: int  # 2 for bf16, 4 for fp32
+    teacher_weight_bytes: int
+    runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0: a process without CUDA
+    loss_budget_u: float | None = None  # distill.memory_budget_u
+    logit_passes: int = 0  # planning.timing.logit_passes; 0 where no loss is timed
+    recompute: str = "none"  # config.Recompute: what the backward pass computes again
+    sequence_parallel: bool = False
+    sharded_optimizer: bool = False  # megatron-core's distributed optimizer
+    cuda: bool = True  # fused RMSNorm keeps no normalised copy
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.micro_batch_size * self.seq_length
+
+
+def saved_per_layer(shape: Shape, layout: Layout) -> int:
+    """Bytes that autograd keeps of one layer for one micro-batch on one rank, without full recomputation."""
+    hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
+    replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
+    attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
+    if key < query and layout.cuda and layout.weight_bytes == FP32:
+        attention = 4 * query  # rotated Q, K and V once for every head (arch.build.needs_whole_heads), context
+    mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
+    elements = replicated + (attention + mlp) / layout.tp
+    small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
+    return int(layout.tokens * (elements * layout.weight_bytes + small * FP32))
+
+
+def sequence_parts(layout: Layout) -> int:
+    """In how many parts the sequence is cut outside of attention and MLP."""
+    return layout.tp if layout.sequence_parallel else 1
+
+
+def kept_by_norm(shape: Shape, layout: Layout) -> float:
+    """Elements per token: a norm's input; torch's RMSNorm on a CPU keeps the normalised values too."""
+    twice = architecture(shape.architecture).transformer["normalization"] == "RMSNorm" and not layout.cuda
+    return (2 if twice else 1) * shape.hidden_size / sequence_parts(layout)
+
+
+def mlp_elements(shape: Shape) -> int:
+    """What the MLP keeps per token. Squared ReLU: 2 F. Gated: both halves, activated gate, second half again, product."""
+    return (5 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
+
+
+def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
+    """Bytes that autograd keeps of a whole forward pass; the final hidden states belong to the loss.
+
+    With recomputation the backward pass fills in what it needs of one layer at a time (`with_working_layer`).
+    """
+    final_norm = layout.tokens * kept_by_norm(shape, layout) * layout.weight_bytes
+    if layout.recompute == "full":
+        width = shape.hidden_size / sequence_parts(layout)
+        layers = shape.num_layers * layout.tokens * width * layout.weight_bytes
+        working = saved_per_layer(shape, replace(layout, recompute="none"))
+    else:
+        layers = shape.num_layers * saved_per_layer(shape, layout)
+        working = (
+            layout.tokens * mlp_elements(shape) / layout.tp * layout.weight_bytes
+            if layout.recompute == "selective"
+            else 0
+        )
+    return int(layers + final_norm + (working if with_working_layer else 0))
+
+
+def working_bytes(shape: Shape, layout: Layout) -> int:
+    """What exists at once inside the widest layer of a forward pass without gradients: residual, norm, MLP or attention."""
+    gated = architecture(shape.architecture).transformer["gated_linear_unit"]
+    mlp = (5 if gated else 3) * shape.ffn_hidden_size
+    attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
+    return int(layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp))
+
+
+def logit_budget(vocab: int, layout: Layout) -> float:
+    """Bytes that the loss may use for blocks of logits and for logits kept between its sweeps; `vocab` rows are this rank's."""
+    logits = layout.tokens * vocab * FP32
+    if layout.loss_budget_u is not None:
+        return layout.loss_budget_u * logits
+    return max(LOSS_BUDGET_U * logits, SMALL_LOGITS_BYTES)
+
+
+def loss_bytes(student: Shape, teacher: Shape | None, layout: Layout) -> int:
+    """The fused loss: blocks of logits, the gradient of the output weights' shard, hidden states and one gradient of them."""
+    vocab, num_models = student.vocab_size // layout.tp, 1 if teacher is None else 2
+    blocks = min(logit_budget(vocab, layout), num_models * layout.tokens * vocab * FP32)
+    weight_grad = vocab * student.hidden_size * layout.weight_bytes
+    widths = 2 * student.hidden_size * layout.weight_bytes
+    if teacher is not None:
+        widths += teacher.hidden_size * layout.teacher_weight_bytes
+    return int(blocks + weight_grad + layout.tokens * widths)
+
+
+def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
+    """AdamW's two moments in fp32, and fp32 master weights where the weights are bf16."""
+    state = 8 + (FP32 if layout.weight_bytes < FP32 else 0)
+    return state * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
+
+
+def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
+    """Memory of one process that distills, or pretrains without a teacher, by part; `total` is the peak over teacher forward
+    and step (AdamW's fused update works in place).
+    """
+    own = parameters_per_rank(student, layout.tp)
+    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
+    fixed = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
+        "student_weights": own * layout.weight_bytes,
+        "teacher_weights": taught * layout.teacher_weight_bytes,
+        "gradients": own * FP32,
+        "optimizer": optimizer_bytes(own, layout),
+    }
+    moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
+    teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
+    teacher_forward = 0 if teacher is None else working_bytes(teacher, teacher_layout)
+    return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
+
+
+def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
+    """Memory of one process that evaluates: weights, one forward pass, a chunk of logits and their exponentials."""
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["eval"],
+        "weights": parameters_per_rank(shape, layout.tp) * layout.weight_bytes,
+        "working": working_bytes(shape, layout),
+        "logits": min(EVAL_LOGIT_BYTES, layout.tokens * shape.vocab_size // layout.tp * FP32),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: bool) -> dict[str, int]:
+    """Memory of one process that scores: no vocabulary is held, `chunk_tokens` tokens wait between two layers.
+
+    Args:
+        layout: tokens of one forward pass.
+        streamed: one layer's weights at a time.
+    """
+    layers = (1 if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
+    channels = (2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size) // layout.tp + 2 * teacher.hidden_size
+    vectors = (
+        min(chunk_tokens, teacher.vocab_size) + chunk_tokens
+    )  # embeddings of the different tokens, and of all of them
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],
+        "weights": layers * layout.weight_bytes,
+        "chunk": vectors * teacher.hidden_size * layout.weight_bytes,
+        "working": working_bytes(teacher, layout),
+        "statistics": teacher.num_layers * channels * STATISTICS_BYTES,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def slice_bytes(teacher: Shape, weight_bytes: int) -> dict[str, int]:
+    """Memory of the process that slices: blocks of rows, read and cut, a pair for each thread; whatever the model's size."""
+    threads = max(2, min(8, len(os.sched_getaffinity(0))))
+    largest = max(prod(size) for size in architecture(teacher.architecture).tensors(teacher).values()) * weight_bytes
+    parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": threads * 2 * min(SLICE_BLOCK_BYTES, largest)}
+    return parts | {"total": sum(parts.values())}
+
+
+def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Layout, *, tokens: int) -> dict[str, int]:
+    """Memory of one process that rotates and repairs alone, in fp32; several share the streams and hold the rest each.
+
+    Args:
+        layout: tokens of one forward pass.
+        tokens: that are fitted on; their residual streams are held, the teacher's and the student's.
+    """
+    layout = replace(layout, tp=1, weight_bytes=FP32)
+    hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
+    gated = architecture(student.architecture).transformer["gated_linear_unit"]
+    linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
+    linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
+    # rotation: a covariance, its part that turns, its vectors, workspace; least squares: two of inputs, three of outputs
+    squares = [4 * teacher.hidden_size**2] if prune.rotate else []
+    if prune.refit is not Refit.none:
+        squares += [2 * inputs**2 + 3 * inputs * outputs for inputs, outputs in linears]
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],
+        "layers": (layer_parameters(teacher) + layer_parameters(student)) * FP32,
+        "streams": tokens * (teacher.hidden_size + hidden) * FP32,
+        "working": working_bytes(teacher, layout),
+        "squares": max(squares, default=0) * FP64,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def export_bytes(student: Shape, weight_bytes: int) -> dict[str, int]:
+    """Memory of the process that exports: one shard of the folder, and one tensor as it was saved, as read and as cast."""
+    table = architecture(student.architecture)
+    whole = sum(table.parameters(student).values()) * weight_bytes
+    largest = max(sum(map(prod, row.sizes(student).values())) for row in table.rows_of(student)) * FP32
+    parts = {"runtime": RUNTIME_BYTES["export"], "shard": min(whole, SHARD_BYTES), "tensor": 3 * largest}
+    return parts | {"total": sum(parts.values())}

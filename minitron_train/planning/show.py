@@ -1,0 +1,198 @@
+"""The plan as text for a terminal."""
+
+from typing import Any
+
+from minitron_train.arch.shape import SIZES
+from minitron_train.planning.timing import DISK_RATE
+
+GIB = 2**30
+MEMORY_ROWS = {
+    "runtime": "CUDA, NCCL, libraries",
+    "student_weights": "student's weights",
+    "teacher_weights": "teacher's weights",
+    "gradients": "gradients, fp32",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "loss": "fused KL: blocks, gradients",
+    "total": "peak",
+}
+PARTS = ("embedding", "attention", "mlp", "norms", "output")
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """Everything on one screen and a half."""
+    sections = [
+        [f"plan {plan['name']}", ""],
+        models(plan),
+        ["", *costs(plan)],
+        chosen_layout(plan),
+        ["", *layout_table(plan)],
+        ["", *stage_lines(plan)],
+    ]
+    return "\n".join(line for section in sections for line in section)
+
+
+def models(plan: dict[str, Any]) -> list[str]:
+    """Teacher beside student."""
+    teacher, student = plan["teacher"], plan["student"]
+    lines = [f"{'':<28}{'teacher':>16}{'student':>16}{'kept':>8}"]
+    pairs = [
+        (name, teacher[name], student[name])
+        for name in (*SIZES, "kv_channels", "vocab_size", "parameters", "non_embedding_parameters")
+    ]
+    pairs += [(f"  {name}", teacher["parameters_by_part"][name], student["parameters_by_part"][name]) for name in PARTS]
+    for name, before, after in pairs:
+        share = f"{after / before:8.1%}" if before and after != before else ""
+        lines.append(f"{name:<28}{before:>16,}{after:>16,}{share}")
+    return lines
+
+
+def costs(plan: dict[str, Any]) -> list[str]:
+    """Tokens, FLOPs, and what a family costs."""
+    training, flops, family = plan["training"], plan["flops"], plan["family"]
+    pretraining = plan["pretraining"]
+    all_flops = f", {flops['total'] + pretraining['flops']['total']:.3g} with pretraining" if pretraining else ""
+    lines = [
+        f"tokens             {training['num_tokens']:,} = {training['steps']:,} steps of {training['tokens_per_step']:,}"
+        f" ({training['global_batch_size']} x {training['seq_length']})",
+        f"FLOPs per token    teacher forward {flops['teacher_forward_per_token']:.3g}, "
+        f"student forward + backward {flops['student_training_per_token']:.3g}",
+        f"FLOPs              {flops['per_step']:.3g} a step, {flops['total']:.3g} in all{all_flops}",
+    ]
+    if family:
+        per_step = ", ".join(f"{name} {value:.1e}" for name, value in family["flops_per_step"].items())
+        lines.append(
+            f"family             {family['saving']:.2f}x less compute than {len(family['flops_per_step'])} trainings on"
+        )
+        lines.append(
+            f"                   {family['pretraining_tokens']:.0e} tokens (FLOPs a step, full attention: {per_step})"
+        )
+    return lines
+
+
+def chosen_layout(plan: dict[str, Any]) -> list[str]:
+    """Memory and speed in the recommended layout, else in the configured one; nothing where that cannot share the batch."""
+    machine, chosen = plan["hardware"], plan["recommended"] or plan["configured"]
+    if not chosen:
+        return []
+    title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
+    heading = f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}"
+    return ["", heading, *memory(chosen, machine), *time_lines(chosen, machine)]
+
+
+def layout_text(layout: dict[str, Any]) -> str:
+    """tensor parallel 2, data parallel 64, …"""
+    shared = {"sequence_parallel": layout["tp"], "sharded_optimizer": layout["dp"]}  # by so many ranks
+    extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
+    if layout["recompute"] != "none":
+        extra.append(f"{layout['recompute']} recompute")
+    text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
+    return ", ".join([text, *extra])
+
+
+def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    """GiB per GPU by part."""
+    parts, activations = choice["memory_bytes"], choice["activations_bytes"]
+    rows = {name: text for name, text in MEMORY_ROWS.items() if parts[name]}
+    lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in rows.items()]
+    lines[-1] += f" of {machine['memory_bytes'] / GIB:.1f}"
+    lines[list(rows).index("activations")] += (
+        f"   (with recompute {activations['with_recompute'] / GIB:.2f}, without {activations['without_recompute'] / GIB:.2f})"
+    )
+    layout = choice["layout"]
+    if layout["sharded_optimizer"] and layout["dp"] > 1:
+        whole = parts["optimizer"] * layout["dp"] / GIB
+        lines[list(rows).index("optimizer")] += (
+            f"   (split by DP: Transformer Engine or Apex; without them {whole:.2f})"
+        )
+    return lines
+
+
+def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    """Speed, hours, money, network."""
+    step, network = choice["step_seconds"], choice["network_bytes_per_step"]
+    origin = "measured here" if machine["measured"] else "data sheet"
+    parts = " + ".join(
+        f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
+    )
+    return [
+        f"  {choice['tokens_per_second']:,.0f} tokens/s, {spent(choice)}",
+        f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
+        f"a step: {step['total']:.2f} s = {parts}",
+        f"  one GPU sends {network['tensor_parallel'] / GIB:.1f} GiB a step for TP, "
+        f"{network['data_parallel'] / GIB:.1f} GiB for DP",
+    ]
+
+
+def spent(cost: dict[str, Any]) -> str:
+    """Hours and money."""
+    dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.0f} dollars"
+    return f"{cost['hours']:,.1f} hours, {cost['gpu_hours']:,.0f} GPU-hours{dollars}"
+
+
+def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
+    """The fastest layouts that fit, and how many do not; why, where there is none at all."""
+    if not plan["layouts"]:
+        batch, gpus = plan["training"]["global_batch_size"], plan["hardware"]["num_gpus"]
+        return [
+            f"train.global_batch_size={batch} cannot be shared by {gpus} GPUs; "
+            f"set a multiple of {gpus}, or lower cluster.num_nodes or cluster.gpus_per_node"
+        ]
+    fitting = [row for row in plan["layouts"] if row["fits"]]
+    lines = [
+        f"{len(fitting)} of {len(plan['layouts'])} layouts fit"
+        + (f"; the fastest {most}:" if len(fitting) > most else ":")
+    ]
+    if not fitting:
+        least = min(plan["layouts"], key=lambda row: row["memory_bytes"]["total"])
+        lines[0] += (
+            f" the least, {layout_text(least['layout'])}, needs {least['memory_bytes']['total'] / GIB:.1f} GiB; "
+            "take more GPUs, a smaller student or a shorter train.seq_length"
+        )
+    for row in fitting[:most]:
+        peak = row["memory_bytes"]["total"] / GIB
+        lines.append(f"  {layout_text(row['layout']):<78}{peak:>7.1f} GiB{row['tokens_per_second']:>12,.0f} tokens/s")
+    return lines
+
+
+def stage_lines(plan: dict[str, Any]) -> list[str]:
+    """Pretraining, scoring, slicing, repair, disk."""
+    scoring, slicing = plan["scoring"], plan["slicing"]
+    where = f"at {DISK_RATE / 1e9:g} GB/s" if plan["hardware"]["cuda"] else "in the page cache"
+    resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
+    lines = [
+        f"scoring            {scoring['tokens']:,} tokens in {scoring['precision']}, {scoring['seconds'] / 60:.1f} min; "
+        f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
+        f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
+        f"{slicing['seconds']:.2g} s {where}; {slicing['memory_bytes']['total'] / GIB:.1f} GiB",
+    ]
+    if repair := slicing["repair_bytes"]:
+        lines.append(
+            f"repair             {slicing['repair_tokens']:,} tokens, {repair['total'] / GIB:.1f} GiB on one process "
+            f"({repair['streams'] / GIB:.1f} of it shared by several)"
+        )
+    return [*pretraining_lines(plan), *lines, disk_line(plan["disk"])]
+
+
+def pretraining_lines(plan: dict[str, Any]) -> list[str]:
+    """The teacher's training in the layout above, where the recipe makes its teacher."""
+    pretraining = plan["pretraining"]
+    if not pretraining:
+        return []
+    line = f"pretraining        {pretraining['num_tokens']:,} tokens = {pretraining['steps']:,} steps, "
+    line += f"{pretraining['flops']['total']:.3g} FLOPs"
+    if "hours" in pretraining:
+        too_much = "" if pretraining["fits"] else ", which do not fit"
+        line += f", {spent(pretraining)}; {pretraining['memory_bytes']['total'] / GIB:.1f} GiB{too_much}"
+    return [line]
+
+
+def disk_line(disk: dict[str, int]) -> str:
+    """What the output folder grows to, by part."""
+    gib = {name: size / GIB for name, size in disk.items()}
+    pretraining = f"pretraining {gib['pretraining']:.1f}, " if disk["pretraining"] else ""
+    cache = f"; copies of compressed text {gib['cache']:.1f} in the cache" if disk["cache"] else ""
+    return (
+        f"disk               {gib['total']:.1f} GiB: {pretraining}teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
+        f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}{cache}"
+    )

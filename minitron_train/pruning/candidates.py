@@ -1,0 +1,142 @@
+"""Student shapes that fit a budget, with their cost (arXiv 2407.14679 §2.3)."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_train.arch.shape import Shape
+from minitron_train.config import Config, SearchConfig
+from minitron_train.planning.counts import forward_flops_per_token, parameters
+from minitron_train.pruning.target import check_request
+from minitron_train.runtime.errors import UserError
+
+INFERENCE_BYTES = 2  # of a weight and of a cached key or value: bf16
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One shape and what it costs."""
+
+    shape: Shape
+    parameters: int
+    non_embedding_parameters: int
+    memory_gib: float  # weights and KV cache in inference
+    flops_per_token: int  # forward
+    zero_shot_loss: float | None = None  # of either: infinite where the perplexity overflowed
+    retrained_loss: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return name_of(self.shape.sizes())
+
+    @property
+    def loss(self) -> float:
+        """What ranks it: after retraining where there was one, else zero-shot."""
+        known = [loss for loss in (self.retrained_loss, self.zero_shot_loss) if loss is not None]
+        return known[0] if known else math.inf
+
+    def row(self) -> dict[str, Any]:
+        """For search.json."""
+        sizes = ("num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
+        finite = {key: None if value == math.inf else value for key, value in values.items()}
+        return {"name": self.name, **{size: getattr(self.shape, size) for size in sizes}, **finite}
+
+
+def name_of(sizes: Mapping[str, int]) -> str:
+    """Layers, heads, MLP and hidden size in a word."""
+    return "l{num_layers}-a{num_attention_heads}-f{ffn_hidden_size}-h{hidden_size}".format(**sizes)
+
+
+def weigh(shape: Shape, search: SearchConfig) -> Candidate:
+    """A shape's cost."""
+    counts = parameters(shape)
+    cache = 2 * shape.num_layers * shape.axis_size("kv") * search.batch_size * search.context
+    return Candidate(
+        shape,
+        counts["parameters"],
+        counts["non_embedding_parameters"],
+        INFERENCE_BYTES * (counts["parameters"] + cache) / 2**30,
+        forward_flops_per_token(shape, search.context),
+    )
+
+
+def grid(search: SearchConfig, teacher: Shape) -> Iterator[dict[str, int]]:
+    """The sizes of every shape of the grid, whether or not the teacher can be cut to them."""
+    axes = [
+        getattr(search, key) or [getattr(teacher, key)] for key in ("num_layers", "num_attention_heads", "hidden_size")
+    ]
+    for layers, heads, hidden, factor in itertools.product(*axes, search.ffn_expansion or [None]):
+        ffn = teacher.ffn_hidden_size if factor is None else round(factor * hidden)
+        yield {"num_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_hidden_size": ffn}
+
+
+def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:
+    """The shapes of the grid that can be cut, repaired, shared by the ranks and opened by loaders, largest first; and why
+    each of the others cannot.
+    """
+    found, refusals = [], []
+    for sizes in grid(config.search, teacher):
+        try:
+            shape = teacher.smaller(**sizes)
+            check_request(teacher, shape, config.prune, config.calibration)
+            shape.check_parallel(config.parallel.tensor_model_parallel_size, "student")
+            found.append(weigh(shape, config.search))
+        except UserError as error:
+            refusals.append(f"{name_of(sizes)}: {error}")
+    return sorted(found, key=lambda candidate: -candidate.parameters), refusals
+
+
+def candidates(config: Config, teacher: Shape) -> list[Candidate]:
+    """The usable shapes of the grid within the budget, largest first; raises what `within_budget` raises."""
+    return within_budget(config.search, *usable(config, teacher))
+
+
+def within_budget(search: SearchConfig, every: list[Candidate], refusals: list[str]) -> list[Candidate]:
+    """Those of `every` that fit; `refusals` is why the grid's other shapes cannot be had.
+
+    Raises:
+        UserError: no target, no usable shape, or none that fits it; the message names what comes nearest.
+    """
+    target = search.target
+    if target is None:
+        raise UserError(f"search.target is not set: a search needs the {search.budget} to aim at; set it, like 4.0e9")
+    if not every:
+        raise UserError(f"search: none of {len(refusals)} shapes can be had, as {refusals[0]}")
+    distance = {candidate.name: abs(getattr(candidate, search.budget) / target - 1) for candidate in every}
+    fitting = [candidate for candidate in every if distance[candidate.name] <= search.tolerance]
+    if not fitting:
+        nearest = min(every, key=lambda candidate: distance[candidate.name])
+        raise UserError(
+            f"search.target={target:g}: none of {len(every)} shapes has {search.budget} within ±{search.tolerance:.1%}; "
+            f"the nearest, {nearest.name}, has {getattr(nearest, search.budget):g}: change target, tolerance or the lists"
+        )
+    return fitting
+
+
+def choose(found: list[Candidate], only: int | None) -> list[Candidate]:
+    """All, or the one that search.only counts to.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if only is not None and only > len(found):
+        raise UserError(f"search.only={only}: there are {len(found)} candidates; give a number from 1 to {len(found)}")
+    return found if only is None else [found[only - 1]]
+
+
+def table(found: list[Candidate]) -> str:
+    """For people."""
+    heads = f"{'candidate':26}{'parameters':>16}{'non-embedding':>16}{'memory GiB':>12}{'GFLOP/token':>13}"
+    lines = [f"{heads}{'loss':>9}{'retrained':>11}"]
+    for c in found:
+        losses = [f"{loss:.4f}" if loss is not None else "-" for loss in (c.zero_shot_loss, c.retrained_loss)]
+        lines.append(
+            f"{c.name:26}{c.parameters:>16,}{c.non_embedding_parameters:>16,}{c.memory_gib:>12.2f}"
+            f"{c.flops_per_token / 1e9:>13.2f}{losses[0]:>9}{losses[1]:>11}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,19 @@
+"""L2 norm of all weights that go with a channel, head or neuron (the group norm of arXiv 2305.11627)."""
+
+from minitron_train.pruning.criterion import Evidence, UnitSquares, Width
+
+
+def width(evidence: Evidence) -> Width:
+    """A channel: its entry of every tensor along the residual stream, in all layers, a tied embedding once.
+
+    A head: its query rows and output columns. A neuron: its rows of gate and up, its column of down.
+    """
+    sums = UnitSquares(evidence.shape)
+    for row in evidence.table.rows_of(evidence.shape):
+        for i in row.layers(evidence.shape):
+            for name, axes in row.hf.items():
+                squares = evidence.source.read(name.format(i=i)).double().square()
+                for dim, axis in enumerate(axes):
+                    others = [k for k in range(len(axes)) if k != dim]
+                    sums.add(axis, i, squares.sum(others) if others else squares)
+    return sums.norms()

@@ -1,0 +1,21 @@
+"""Random numbers, the baseline of arXiv 2408.11796, figure 6; `seed` decides them."""
+
+import torch
+from torch import Tensor
+
+from minitron_train.pruning.criterion import Evidence, Width
+
+
+def width(evidence: Evidence) -> Width:
+    """Uniform noise for every unit."""
+    generator, shape = torch.Generator().manual_seed(evidence.seed), evidence.shape
+
+    def noise(count: int) -> Tensor:
+        return torch.rand(count, generator=generator)
+
+    layers = range(shape.num_layers)
+    return Width(
+        embedding=noise(shape.hidden_size),
+        heads=[noise(shape.num_attention_heads) for _ in layers],
+        ffn=[noise(shape.ffn_hidden_size) for _ in layers],
+    )

@@ -1,0 +1,103 @@
+"""The model without each layer: what it loses, and how its logits change.
+
+"PPL" of arXiv 2407.14679 §2.2; the normalised squared change of the logits of arXiv 2511.16664.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitron_train.pruning.layers import Layers, forward
+from minitron_train.runtime.console import progress
+
+# N sequences, B batch, S sequence, H hidden, L layers, T predicted tokens, V vocabulary (the rank's own)
+
+LOGITS = 2**24  # fp32 logits held at once
+
+
+@dataclass(slots=True)
+class Sums:
+    """Over the tokens of one rank, fp64 [L + 1]: one entry for every model without a layer, then the whole model's."""
+
+    losses: Tensor  # cross-entropies
+    squares: Tensor  # of the logits' differences to the whole model; last, of its logits themselves
+    num_tokens: Tensor  # scalar
+
+
+@torch.no_grad()
+def without_each_layer(
+    layers: Layers, tokens_NS: Tensor, *, micro_batch_size: int, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Run the model without layer i, for every i, and the whole model.
+
+    What comes before a dropped layer is computed once for all, so that L layers take about L²/2 layer passes. Every
+    layer, and every block of the output layer's rows, is read once per chunk; `chunk_tokens` bounds the tokens of all
+    L + 1 models together. All ranks call it with their own sequences; a negative token is padding and never counts.
+
+    Returns:
+        Mean next-token cross-entropies, fp64 [L + 1], nats, the whole model's last; and the change of the logits
+        M of every token that predicts one, Σ (M - M_without)² / Σ M², fp64 [L]. Over the sequences of all ranks.
+    """
+    depth, groups = layers.shape.num_layers, layers.groups
+
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(*size, dtype=torch.float64, device=groups.device)
+
+    sums = Sums(zeros(depth + 1), zeros(depth + 1), zeros(1))
+    chunks = tokens_NS.split(max(1, chunk_tokens // ((depth + 1) * tokens_NS.shape[1])))
+    walk = (i for chunk in chunks for i in add_chunk(layers, chunk.split(micro_batch_size), sums))
+    for _ in progress(walk, "score: without each layer", len(chunks) * depth):
+        pass
+    for total in (sums.losses, sums.squares, sums.num_tokens):
+        groups.sum_over_data(total)
+    return sums.losses / sums.num_tokens, sums.squares[:-1] / sums.squares[-1]
+
+
+def add_chunk(layers: Layers, batches: tuple[Tensor, ...], sums: Sums) -> Iterator[int]:
+    """Add one chunk, [B, S] each; yields after every layer."""
+    rotary = layers.rotary(batches[0].shape[1])
+    whole = [layers.embed(batch) for batch in batches]
+    without: list[list[Tensor]] = []  # without[i]: what the model without layer i makes of the batches
+    for i in range(layers.shape.num_layers):
+        layer = layers[i]
+        without = [[forward(layer, x, rotary) for x in hidden] for hidden in without]
+        without.append(whole)
+        whole = [forward(layer, x, rotary) for x in whole]
+        yield i
+    wanted = [batch[:, 1:].t().to(sums.losses.device) for batch in batches]
+    predicted = [
+        torch.cat([layers.final_norm(x)[:-1][want >= 0] for x, want in zip(hidden, wanted, strict=True)])
+        for hidden in (*without, whole)
+    ]
+    targets_T = torch.cat([want[want >= 0] for want in wanted])
+    add_outputs(layers, predicted, targets_T, sums)
+    sums.num_tokens += len(targets_T)
+
+
+def add_outputs(layers: Layers, hidden: list[Tensor], targets_T: Tensor, sums: Sums) -> None:
+    """Add what the output layer makes of each of `hidden`, [T, H] after the last norm; the whole model's is the last.
+
+    The vocabulary passes in blocks of rows: neither it nor the logits are held.
+    """
+    groups, size = layers.groups, layers.shape.vocab_size // layers.groups.tp_size
+    first = groups.tp_rank * size
+    step = max(1, LOGITS // max(1, len(targets_T)))
+    log_sums = torch.full((len(hidden), len(targets_T)), -torch.inf, dtype=torch.float64, device=targets_T.device)
+    chosen = torch.zeros_like(log_sums)  # the targets' logits, where this rank owns them
+    squares = torch.zeros_like(sums.squares)
+    for start in range(first, first + size, step):
+        rows_VH = layers.output_rows(start, min(start + step, first + size))
+        own = (targets_T >= start) & (targets_T < start + len(rows_VH))
+        whole_TV = (hidden[-1] @ rows_VH.t()).float()
+        for k, x_TH in enumerate(hidden):
+            is_whole = k == len(hidden) - 1
+            logits_TV = whole_TV if is_whole else (x_TH @ rows_VH.t()).float()
+            log_sums[k] = torch.logaddexp(log_sums[k], logits_TV.logsumexp(-1).double())
+            chosen[k, own] = logits_TV[own, targets_T[own] - start].double()
+            change_TV = logits_TV if is_whole else logits_TV - whole_TV
+            squares[k] += change_TV.square().sum(-1).double().sum()
+    log_sums = torch.stack(groups.gather(log_sums)).logsumexp(0)
+    sums.losses += (log_sums - torch.stack(groups.gather(chosen)).sum(0)).sum(1)
+    sums.squares += torch.stack(groups.gather(squares)).sum(0)

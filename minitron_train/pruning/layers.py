@@ -1,0 +1,112 @@
+"""A checkpoint's decoder, one layer at a time: scoring and repair walk through it without holding the model."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minitron_train.arch import convert
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
+from minitron_train.model.build import Norm, build
+from minitron_train.parallel.groups import Groups
+
+# B batch, S sequence, H hidden
+
+
+class RowSource(convert.Source, Protocol):
+    """A source that reads any rows at once: shards.RowReader, or a pruned view of one."""
+
+    def rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Rows `index_N` (ascending) of the tensor `name`."""
+        ...
+
+
+class Layers:
+    """The layers of one model as megatron-core modules, loaded when they are asked for.
+
+    `resident` keeps every layer; otherwise one layer's weights are held at a time, so that a model of any size passes
+    through. Both run the same code on the same weights: their results are bit-equal. Of the token embeddings only those
+    rows are read that a micro-batch asks for.
+
+    Args:
+        source: where tensors come from.
+        dtype: of weights and activations.
+    """
+
+    def __init__(
+        self,
+        table: Architecture,
+        shape: Shape,
+        source: RowSource,
+        groups: Groups,
+        *,
+        resident: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.table, self.shape, self.source, self.groups, self.dtype = table, shape, source, groups, dtype
+        slots = shape.num_layers if resident else 1
+        stub = replace(shape, num_layers=slots, vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
+        self.model = build(stub, tp=groups.tp_size, tp_group=groups.tp_group, dtype=dtype).eval().requires_grad_(False)
+        self.loaded: list[int | None] = [None] * slots
+        self._fill([row for row in table.rows if not row.per_layer and row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
+        ids, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
+        rows = self.source.rows(self.tensor_name(EMBEDDING), ids.cpu())
+        return rows.to(self.groups.device, self.dtype)[places_BS.t().to(self.groups.device)]
+
+    def output_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the output layer's weight [V, H] (tied: of the embedding)."""
+        name = self.table.output_name(self.shape)
+        return self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype)
+
+    def tensor_name(self, mcore: str) -> str:
+        """The Hugging Face tensor of a parameter that is one tensor."""
+        row = next(row for row in self.table.rows if row.mcore == mcore)
+        return next(iter(row.hf))
+
+    def rotary(self, length: int) -> Tensor:
+        """The rotary angles of positions 0 … length - 1."""
+        return self.model.rotary_pos_emb(length)  # type: ignore[operator]
+
+    def __getitem__(self, i: int) -> torch.nn.Module:
+        """Layer `i`, valid until another one is asked for."""
+        slot = i % len(self.loaded)
+        if self.loaded[slot] != i:
+            self._fill([row for row in self.table.rows if row.per_layer], i, slot)
+            self.loaded[slot] = i
+        return self.model.decoder.layers[slot]
+
+    @property
+    def final_norm(self) -> Norm:
+        """The norm after the last layer."""
+        return self.model.get_submodule("decoder.final_layernorm")  # type: ignore[return-value]
+
+    def _fill(self, rows: list[convert.Row], i: int, slot: int) -> None:
+        for row in rows:
+            shard = convert.read_shard(row, i, self.shape, self.source, self.groups.tp_rank, self.groups.tp_size)
+            self.model.get_parameter(row.mcore.format(i=slot)).copy_(shard)
+
+
+def forward(layer: torch.nn.Module, hidden_SBH: Tensor, rotary: Tensor) -> Tensor:
+    """One transformer layer with causal attention."""
+    return layer(hidden_states=hidden_SBH, attention_mask=None, rotary_pos_emb=rotary)[0]
+
+
+@contextlib.contextmanager
+def seeing(module: torch.nn.Module, *, of_input: bool) -> Iterator[list[Tensor]]:
+    """Collect a module's inputs or outputs in the block."""
+    seen: list[Tensor] = []
+    if of_input:
+        handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

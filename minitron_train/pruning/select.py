@@ -1,0 +1,144 @@
+"""Which channels, heads, neurons and layers stay: the highest scores that make a valid student."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron_train.arch.shape import Shape
+from minitron_train.config import Merge
+from minitron_train.pruning.basis import Basis
+from minitron_train.pruning.criterion import Evidence, best, depth_criterion
+from minitron_train.pruning.importance import Importance, importance
+
+FILE = "kept.safetensors"
+ALONE = -1  # a kept head that takes over no dropped one
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Kept indices of the teacher, ascending, int64; `heads`, `groups`, `ffn` and `partners` by teacher layer."""
+
+    teacher: Shape
+    student: Shape
+    embedding: Tensor
+    layers: Tensor
+    heads: dict[int, Tensor]
+    groups: dict[int, Tensor]
+    ffn: dict[int, Tensor]
+    partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
+    merge: Merge = Merge.none
+    basis: Basis | None = None  # the residual stream is rotated, not cut to `embedding`
+    importance: Importance | None = None  # of all of the teacher, by which this was chosen; None after several steps
+
+    def rows(self, axis: str, layer: int) -> Tensor | None:
+        """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""
+        if axis == "embd":
+            if self.basis is not None:
+                return None
+            kept, size = self.embedding, 1
+        elif axis == "ffn":
+            kept, size = self.ffn[layer], 1
+        elif axis == "q":
+            kept, size = self.heads[layer], self.teacher.kv_channels
+        elif axis == "kv":
+            kept, size = self.groups[layer], self.teacher.kv_channels
+        else:
+            return None
+        if len(kept) * size == self.teacher.axis_size(axis):
+            return None
+        return spread(kept, size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in kept.safetensors: `layers.{i}` is the teacher's layer i."""
+        named = {"layers": self.layers}
+        if self.basis is None:
+            named["embedding"] = self.embedding
+        else:
+            named |= {"embedding.basis": self.basis.down_DH, "embedding.variance": self.basis.variance_D}
+        kinds = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
+        if self.merge is not Merge.none:
+            kinds["partners"] = self.partners
+        for kind, kept in kinds.items():
+            named |= {f"layers.{i}.{kind}": index for i, index in kept.items()}
+        chosen_by = self.importance.tensors() if self.importance else {}
+        return named | {f"importance.{name}": value.float().cpu().clone() for name, value in chosen_by.items()}
+
+    def write(self, folder: Path) -> None:
+        """kept.safetensors."""
+        save_file({name: index.contiguous() for name, index in self.tensors().items()}, folder / FILE)
+
+    def then(self, after: "Keep") -> "Keep":
+        """This cut, and `after` on its result, as one cut; neither merges heads nor rotates (see check_target)."""
+        kept = after.layers.tolist()
+        origin = {i: int(self.layers[i]) for i in kept}
+        return Keep(
+            self.teacher,
+            after.student,
+            embedding=self.embedding[after.embedding],
+            layers=self.layers[after.layers],
+            heads={origin[i]: self.heads[origin[i]][after.heads[i]] for i in kept},
+            groups={origin[i]: self.groups[origin[i]][after.groups[i]] for i in kept},
+            ffn={origin[i]: self.ffn[origin[i]][after.ffn[i]] for i in kept},
+            partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
+        )
+
+
+def spread(kept: Tensor, size: int) -> Tensor:
+    """Indices of blocks of `size` rows -> indices of the rows."""
+    return (kept[:, None] * size + torch.arange(size)).flatten()
+
+
+def select(evidence: Evidence, student: Shape) -> Keep:
+    """Rank every axis and keep the best.
+
+    Heads are ranked inside their KV group and every group keeps the same number, so that the student is a valid
+    grouped-query model (arXiv 2407.14679 prunes query heads only). Fewer KV groups than the teacher's, where asked for,
+    are those whose kept heads score highest. Embedding channels are the same in all layers.
+    The target must have passed check_target, or lie between one that has and the teacher.
+    """
+    teacher, scores = evidence.shape, importance(evidence)
+    layers = keep_layers(evidence, student.num_layers)
+    chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
+    return Keep(
+        teacher,
+        student,
+        embedding=best(scores.embedding, student.hidden_size),
+        layers=layers,
+        heads={i: heads for i, (heads, _, _) in chosen.items()},
+        groups={i: groups for i, (_, groups, _) in chosen.items()},
+        ffn={i: best(scores.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
+        partners={i: partners for i, (_, _, partners) in chosen.items()},
+        merge=evidence.prune.head_merge,
+        importance=scores,
+    )
+
+
+def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept query heads (the same number in every kept KV group), kept groups, and the heads' partners.
+
+    Of a group's L heads by rank, K are kept; head i stands in for head 2K - i + 1 where there is one: (K, K + 1),
+    (K - 1, K + 2), … (arXiv 2407.14679 §2.2, whose printed range of i begins one too low).
+    """
+    per_group = student.num_attention_heads // student.num_query_groups
+    grouped = scores.view(teacher.num_query_groups, -1)
+    ranked = grouped.argsort(dim=1, descending=True, stable=True)
+    groups = best(grouped.gather(1, ranked[:, :per_group]).square().sum(1), student.num_query_groups)
+    ranked = ranked[groups] + groups[:, None] * grouped.shape[1]
+    heads, order = ranked[:, :per_group].sort(dim=1)
+    dropped = ranked[:, per_group : 2 * per_group].flip(1)  # the partners of the last kept ranks
+    partners = torch.full_like(heads, ALONE)
+    partners[:, per_group - dropped.shape[1] :] = dropped
+    return heads.flatten(), groups, partners.gather(1, order).flatten()
+
+
+def keep_layers(evidence: Evidence, num_layers: int) -> Tensor:
+    """Kept layers, ascending: all but prune.drop_layers, or those that prune.depth chooses."""
+    have, prune = evidence.shape.num_layers, evidence.prune
+    if prune.drop_layers is not None:
+        return torch.tensor([i for i in range(have) if i not in prune.drop_layers])
+    if num_layers == have:
+        return torch.arange(have)
+    return depth_criterion(prune.depth).depth(evidence, num_layers)

@@ -1,0 +1,262 @@
+"""The slicing stage: the kept rows and columns of every tensor, from one Hugging Face folder into another.
+
+Blocks of rows pass through a few threads, each reading, cutting and writing its own: memory is a few blocks, whatever
+the size of the model, and rows that are not kept are not read.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitron_train import hf
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import EMBEDDING, READ_NORMS, Axes
+from minitron_train.config import Merge
+from minitron_train.pruning.basis import Basis
+from minitron_train.pruning.select import ALONE, Keep, spread
+from minitron_train.pruning.shards import ITEM_BYTES, RowReader, RowWriter
+
+BLOCK_BYTES = 16 * 2**20  # read at once by one thread
+VOCABULARY_ROWS = 4096  # that are rotated at once
+NUM_THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a tensor of the student comes from."""
+
+    name: str  # the teacher's tensor
+    layer: int  # the teacher's layer
+    axes: Axes
+    mcore: str  # the row of arch/'s table
+
+
+def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
+    """Of every tensor of the student, by its name."""
+    found = {}
+    for row in teacher.table.rows_of(keep.student):
+        for i in row.layers(keep.student):
+            layer = int(keep.layers[i])
+            for name, axes in row.hf.items():
+                found[name.format(i=i)] = Origin(name.format(i=layer), layer, axes, row.mcore)
+    return found
+
+
+class Sliced:
+    """The student as a view of its teacher: a RowSource (see pruning.layers) that reads and cuts one tensor at a time."""
+
+    def __init__(self, teacher: hf.Checkpoint, keep: Keep) -> None:
+        self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
+        self.gains: dict[tuple[str, int], Tensor] = {}  # by norm and layer, see _gain
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The student's tensor `name`, or its rows [start, stop) along `dim`."""
+        origin = self.origins[name]
+        if dim == 0 and self._shares_rows(origin):
+            return self._cut(self.source.read(origin.name, 0, start, stop), origin)
+        tensor = self._cut(self.source.read(origin.name), origin)
+        return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
+
+    def rows(self, name: str, index_N: Tensor) -> Tensor:
+        """Rows `index_N` (ascending) of a tensor whose rows are the teacher's, like the embedding."""
+        origin = self.origins[name]
+        assert self._shares_rows(origin), name
+        return self._cut(self.source.rows(origin.name, index_N), origin)
+
+    def _shares_rows(self, origin: Origin) -> bool:
+        """Whether the student's rows are cuts of the teacher's rows in the same places."""
+        mixed = self.is_rotated(origin) and origin.axes[0] == "embd"
+        return self.keep.rows(origin.axes[0], origin.layer) is None and not mixed
+
+    def _cut(self, whole: Tensor, origin: Origin) -> Tensor:
+        """The teacher's tensor, or rows of it that the student shares -> the student's."""
+        kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
+        tensor = whole
+        for axis, index in enumerate(kept):
+            tensor = tensor if index is None else tensor.index_select(axis, index)
+        if self.is_merged(origin):
+            tensor = self._merge(tensor, whole, origin, kept)
+        return self._rotate(tensor.float(), origin) if self.is_rotated(origin) else tensor
+
+    def is_merged(self, origin: Origin) -> bool:
+        """Whether kept heads take over something of dropped ones in this tensor."""
+        if self.keep.merge is Merge.none or "q" not in origin.axes:
+            return False
+        return (origin.axes[0] == "q") == (self.keep.merge is Merge.queries)
+
+    def _merge(self, tensor: Tensor, whole: Tensor, origin: Origin, kept: list[Tensor | None]) -> Tensor:
+        """Head residual merge (arXiv 2407.14679 §2.2): q_i + (q_i - q_j), or o_i + o_j."""
+        axis, partners = origin.axes.index("q"), self.keep.partners[origin.layer]
+        paired = partners != ALONE
+        size = self.keep.teacher.kv_channels
+        taken = whole.index_select(axis, spread(partners[paired], size))
+        for other, index in enumerate(kept):
+            taken = taken if other == axis or index is None else taken.index_select(other, index)
+        places = spread(paired.nonzero().flatten(), size)
+        own = tensor.index_select(axis, places)
+        merged = own + (own - taken) if self.keep.merge is Merge.queries else own + taken
+        return tensor.index_copy(axis, places, merged)
+
+    def is_rotated(self, origin: Origin) -> bool:
+        """Whether this tensor touches a residual stream that is rotated."""
+        return self.keep.basis is not None and "embd" in origin.axes
+
+    def _rotate(self, tensor: Tensor, origin: Origin) -> Tensor:
+        """Into the student's basis (see pruning.basis); a norm's weights go into the linear that reads it."""
+        basis, axes = self.keep.basis, origin.axes
+        assert basis is not None
+        if origin.mcore == EMBEDDING:
+            return tensor @ basis.down_DH
+        if axes == ("embd",):
+            return self._rotate_norm(tensor, origin, basis)
+        if axes[0] == "embd":
+            return basis.down_DH.t() @ tensor
+        return self._folded(tensor, origin) / self._gain(READ_NORMS[origin.mcore], origin.layer)
+
+    def _folded(self, tensor: Tensor, origin: Origin) -> Tensor:
+        """A linear that has taken over the weights of the norm that it reads."""
+        basis = self.keep.basis
+        assert basis is not None
+        return (tensor * self._gamma(READ_NORMS[origin.mcore] + ".weight", origin.layer)) @ basis.up_DH
+
+    def _gain(self, norm: str, layer: int) -> Tensor:
+        """What a norm's weights take back from the linears that read it, so that their columns are of one size again, [H].
+
+        The model is the same with ones. But optimizers change all weights by the same amount, and where a direction is
+        large in the stream, its column in the linears is small: the norm has to make it so, or training diverges.
+        """
+        if "{i}" not in norm:
+            return torch.ones(self.keep.student.hidden_size)
+        if (norm, layer) not in self.gains:
+            squares, own, count = torch.zeros(self.keep.student.hidden_size), 0.0, 0
+            for origin in self.origins.values():
+                if origin.layer == layer and READ_NORMS.get(origin.mcore) == norm:
+                    tensor = self.source.read(origin.name).float()
+                    squares += self._folded(tensor, origin).square().sum(0)
+                    own, count = own + tensor.square().mean(1).sum().item(), count + len(tensor)
+            self.gains[norm, layer] = (squares / count).sqrt().clamp(min=1e-6) / (own / count) ** 0.5
+        return self.gains[norm, layer]
+
+    def _rotate_norm(self, tensor: Tensor, origin: Origin, basis: Basis) -> Tensor:
+        last = "{i}" not in origin.mcore
+        norm = origin.mcore.rsplit(".", 1)[0]
+        gain_H = self._gain(norm, origin.layer)
+        if origin.mcore.endswith(".bias"):
+            gamma = self._gamma(f"{norm}.weight", origin.layer)
+            return torch.where(gamma == 0, 0, tensor / gamma) @ basis.up_DH * gain_H  # see basis.why_not
+        return (basis.final_norm_H if last else basis.norm * gain_H) - self._offset
+
+    @property
+    def _offset(self) -> float:
+        """What a norm adds to its stored weights."""
+        return float(self.source.checkpoint.table.transformer["layernorm_zero_centered_gamma"])
+
+    def _gamma(self, mcore: str, layer: int) -> Tensor:
+        """Effective weights of one of the teacher's norms."""
+        row = next(row for row in self.source.checkpoint.table.rows if row.mcore == mcore)
+        return self.source.read(next(iter(row.hf)).format(i=layer)).float() + self._offset
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of one tensor: the unit of work."""
+
+    name: str
+    origin: Origin
+    first_row: int  # in the student's tensor
+    rows: np.ndarray  # in the teacher's tensor
+    columns: np.ndarray | None
+
+
+def blocks(teacher: hf.Checkpoint, keep: Keep, names: Mapping[str, Origin]) -> Iterator[Block]:
+    """The work of slicing, cut so that each block reads about BLOCK_BYTES."""
+    for name, origin in names.items():
+        size, kept = teacher.sizes[origin.name], [keep.rows(axis, origin.layer) for axis in origin.axes]
+        rows = np.arange(size[0]) if kept[0] is None else kept[0].numpy()
+        columns = kept[1].numpy() if len(kept) > 1 and kept[1] is not None else None
+        step = max(1, BLOCK_BYTES // (prod(size[1:]) * ITEM_BYTES[teacher.dtypes[origin.name]]))
+        for start in range(0, len(rows), step):
+            yield Block(name, origin, start, rows[start : start + step], columns)
+
+
+def copy_block(block: Block, reader: RowReader, writer: RowWriter, dtype: str) -> None:
+    """Read, cut, write."""
+    item = {8: np.uint64, 4: np.uint32, 2: np.uint16}[ITEM_BYTES[dtype]]  # bits are moved, never interpreted
+    raw = np.empty((len(block.rows), reader.row_bytes(block.origin.name)), np.uint8)
+    reader.read_rows(block.origin.name, block.rows, raw)
+    values = raw.view(item)
+    if block.columns is not None:
+        cut = np.empty((len(values), len(block.columns)), item)
+        values = np.take(values, block.columns, axis=1, out=cut, mode="clip")  # clip spares the check of every index
+    writer.write(block.name, block.first_row, values)
+
+
+def slice_checkpoint(
+    teacher: hf.Checkpoint, keep: Keep, student: Shape, folder: Path, replaced: Iterable[tuple[str, Tensor]] = ()
+) -> dict[str, Any]:
+    """Write the student's Hugging Face folder, with kept.safetensors, into the empty `folder`.
+
+    Args:
+        replaced: tensors of the student that are not the teacher's (repaired ones), whole or in pieces, first rows first.
+
+    Returns:
+        Facts for the stage's provenance.
+    """
+    found = origins(teacher, keep)
+    sizes = teacher.table.tensors(student)
+    layout = {name: (teacher.dtypes[origin.name], sizes[name]) for name, origin in found.items()}
+    dtypes = {name: hf.STORED_DTYPES[stored] for name, (stored, _) in layout.items()}
+    reader, view = RowReader(teacher), Sliced(teacher, keep)
+    with RowWriter(folder, layout) as writer:
+        num_replaced: Counter[str] = Counter()
+        for name, rows in replaced:
+            assert rows.shape[1:] == sizes[name][1:], f"{name}: {tuple(rows.shape)} repaired, {sizes[name]} planned"
+            write_tensor(writer, name, num_replaced[name], rows, dtypes[name])
+            num_replaced[name] += len(rows)
+        for name, num_rows in num_replaced.items():
+            assert num_rows == sizes[name][0], f"{name}: {num_rows} rows repaired, {sizes[name]} planned"
+            del found[name]
+        for name in [name for name, origin in found.items() if view.is_merged(origin) or view.is_rotated(origin)]:
+            step = VOCABULARY_ROWS if found.pop(name).axes[0] == "vocab" else sizes[name][0]
+            for start in range(0, sizes[name][0], step):
+                stop = min(start + step, sizes[name][0])
+                write_tensor(writer, name, start, view.read(name, 0, start, stop), dtypes[name])
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            jobs = blocks(teacher, keep, found)
+            for _ in pool.map(lambda block: copy_block(block, reader, writer, layout[block.name][0]), jobs):
+                pass
+    config = hf.student_config(teacher.config, student, layers=keep.layers.tolist())
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    hf.copy_tokenizer(teacher.folder, folder)
+    keep.write(folder)
+    return {"parameters": check_parameters(hf.Checkpoint(folder), student)}
+
+
+def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write rows of one tensor in the checkpoint's dtype.
+
+    Raises:
+        UserError: a value is beyond its range.
+    """
+    remedy = "convert the teacher to bfloat16 or float32 first"
+    stored = hf.cast(tensor.cpu(), dtype, f"tensor {name} of the pruned model", remedy)
+    writer.write(name, first_row, stored.contiguous().view(torch.uint8).numpy())
+
+
+def check_parameters(written: hf.Checkpoint, student: Shape) -> int:
+    """Parameters on disk, which must be the plan's: a student that silently stayed as large as its teacher is no student."""
+    assert not written.unexpected, f"{written.folder}: holds {written.unexpected[0]}, which the student does not have"
+    planned = sum(written.table.parameters(student).values())
+    actual = sum(prod(size) for size in written.sizes.values())
+    assert actual == planned, f"{written.folder}: {actual:,} parameters written, {planned:,} planned"
+    return actual

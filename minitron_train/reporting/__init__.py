@@ -1,0 +1,59 @@
+"""One self-contained HTML page about a run: sizes, importance, training, evaluation, provenance."""
+
+from pathlib import Path
+
+import jinja2
+
+from minitron_train.reporting import charts, evaluation, page
+from minitron_train.reporting.curves import health_charts, loss_charts
+from minitron_train.reporting.importance import importance_charts
+from minitron_train.reporting.load import MODELS, Run, load_run
+from minitron_train.reporting.summary import notes, summary_table
+from minitron_train.runtime.files import atomic_write_text
+
+
+def write_report(output_dir: Path, target: Path | None = None) -> Path:
+    """Write the page about everything that `output_dir` holds; a stage that has not been run is said in one line.
+
+    The page needs no network and no script, follows the reader's light or dark setting, and prints.
+
+    Args:
+        target: the file to write; default OUTPUT_DIR/report.html.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: there is no such folder, a file in it is damaged, or the page cannot be written.
+    """
+    target = target or output_dir / "report.html"
+    atomic_write_text(target, render(load_run(output_dir)))
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    teacher = run.models.get("teacher")
+    loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.jinja").render(
+        run=run,
+        page=page,
+        evaluation=evaluation,
+        score_charts=evaluation.score_charts(run),
+        labels=MODELS,
+        models=run.labels,
+        view=charts.VIEW,
+        importance=importance_charts(run.axes, teacher.shape.num_query_groups if teacher else None),
+        losses={
+            name: loss_charts(columns, run.evals if name == "train" else {}) for name, columns in run.metrics.items()
+        },
+        health={name: health_charts(columns) for name, columns in run.metrics.items()},
+        missing=page.missing(run),
+        notes=notes(run),
+    )
+
+
+__all__ = ["render", "summary_table", "write_report"]

@@ -1,0 +1,283 @@
+"""README.md of a student, in the form of the Hugging Face Hub. Every number comes from a file of the run."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from minitron_train.config import Refit
+from minitron_train.evaluation.metrics import is_share, metric_text
+from minitron_train.evaluation.serving import servable_sizes
+from minitron_train.pruning.describe import REFITTED
+from minitron_train.reporting.load import MODELS, Model, Run, load_run
+from minitron_train.reporting.summary import (
+    facts_of,
+    metric_of,
+    notes,
+    perplexity_of,
+    results_of,
+    score_of,
+    section_of,
+    task_name,
+    tasks_of,
+    teacher_name,
+)
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_write_text
+from minitron_train.runtime.numbers import percent, perplexity
+from minitron_train.runtime.records import damaged, decode_yaml, read_bytes
+
+CARD = "README.md"
+PUBLISHED = Path(__file__).parent / "published.yaml"
+SIZES = {
+    "Layers": "num_layers",
+    "Hidden size": "hidden_size",
+    "MLP neurons": "ffn_hidden_size",
+    "Query heads": "num_attention_heads",
+    "Key/value heads": "num_query_groups",
+    "Channels per head": "kv_channels",
+    "Vocabulary": "vocab_size",
+    "Context, tokens": "max_position_embeddings",
+}
+
+
+def write_card(student_folder: Path, output_dir: Path) -> Path:
+    """Write README.md into the student's folder, from what `output_dir` holds; again after an evaluation, to add it.
+
+    A figure that no stage has recorded is left out, never guessed; the licence is the teacher's, or none.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: the student's folder is not a checkpoint, or a file of the run is damaged.
+    """
+    run = load_run(output_dir, student=student_folder)
+    atomic_write_text(student_folder / CARD, render(run, student_folder))
+    return student_folder / CARD
+
+
+def render(run: Run, student_folder: Path) -> str:
+    """The card as text."""
+    loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    try:
+        return environment.get_template("card.md.jinja").render(facts_for(run, student_folder))
+    except (KeyError, jinja2.UndefinedError) as error:  # of a key that neither provenance.Settings nor Facts requires
+        remedy = "run the stages again with force=true"
+        raise damaged(f"{run.folder}", f"a provenance.json lacks a value of the model card: {error}", remedy) from error
+
+
+def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
+    """What the template shows.
+
+    Raises:
+        UserError: there is no student.
+    """
+    student = run.models.get("student")
+    if student is None:
+        raise UserError(f"{run.folder}: there is no student to describe; run export first")
+    sizes, problems = servable_sizes(student_folder)
+    license_name = teacher_license(run)
+    return {
+        "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
+        "name": run.name,
+        "teacher_name": teacher_name(run)
+        or f"a teacher{' trained from scratch by the same run' if run.stage('pretrain') else ''}",
+        "license": license_name,
+        "student": student,
+        "teacher": run.models.get("teacher"),
+        "share": share_kept(run, student),
+        "architecture": architecture_rows(run),
+        "pruning": stage_settings(run, "prune", "prune"),
+        "repairs": repairs(run),
+        "calibration": calibration(run),
+        "training": training(run),
+        "sources": sources(run),
+        "labels": evaluated(run),
+        "evaluation": evaluation_rows(run),
+        "published": published(run),
+        "notes": [without_folders(line) for line in notes(run)],
+        "sizes": sizes,
+        "problems": problems,
+        "stages": run.stages,
+        "commands": list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
+    }
+
+
+def header(run: Run, license_name: str | None) -> dict[str, Any]:
+    """The YAML metadata that the Hub reads; keys without a known value are left out."""
+    settings = section_of(run, "teacher")
+    found = {
+        "license": license_name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": None if settings.get("path") else settings.get("repo_id"),
+        "tags": ["minitron", "pruning", "knowledge-distillation"],
+        "model-index": model_index(run),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def model_index(run: Run) -> list[dict[str, Any]]:
+    """The student's measured results as the Hub lists them."""
+    results = []
+    for task in results_of(run, "student"):
+        score = score_of(run, "student", task)
+        if score.value is not None:
+            metric = {"type": metric_text(score.metric), "value": round(score.value, 4)}
+            results.append(
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {
+                        "type": task,
+                        "name": f"{task_name(task)} ({score.num_fewshot}-shot, {score.rows} rows)",
+                    },
+                    "metrics": [metric],
+                }
+            )
+    return [{"name": run.name, "results": results}] if results else []
+
+
+def stage_settings(run: Run, stage: str, section: str) -> Mapping[str, Any]:
+    """A section of the configuration of one stage; empty when it was not run."""
+    record = run.stage(stage)
+    return record["config"].get(section) or {} if record else {}
+
+
+def without_folders(text: str) -> str:
+    """Absolute paths shortened to their last name: the folders of a machine are nobody else's business."""
+    return re.sub(r"(?<![^\s=,'\"\[({])[~/][^\s,;'\"\])}]*/", "…/", text)
+
+
+def teacher_license(run: Run) -> str | None:
+    """The licence that the teacher's source states, as the Hub spells it; None when it states none."""
+    facts = facts_of(run, "fetch teacher")
+    if facts.get("license"):
+        return str(facts["license"]).lower()
+    teacher = run.models.get("teacher")
+    if teacher is None:
+        return None
+    file = teacher.folder / CARD
+    try:
+        text = read_bytes(file).decode(errors="replace")
+        metadata = decode_yaml(text.split("---", 2)[1], str(file), "correct it") if text.startswith("---") else None
+    except FileNotFoundError:
+        return None
+    except UserError as error:  # a page for people, and not ours
+        say(f"{error}; the model card names no licence")
+        return None
+    return str(metadata["license"]) if isinstance(metadata, dict) and metadata.get("license") else None
+
+
+def share_kept(run: Run, student: Model) -> str | None:
+    """Parameters of the student as a share of the teacher's."""
+    teacher = run.models.get("teacher")
+    return percent(student.parameters / teacher.parameters) if teacher else None
+
+
+def architecture_rows(run: Run) -> list[tuple[str, list[str]]]:
+    """Sizes of student and teacher, from their config.json files."""
+    models = [run.models[label] for label in ("student", "teacher") if label in run.models]
+    rows = [(name, [f"{getattr(model.shape, key):,}" for model in models]) for name, key in SIZES.items()]
+    rows.append(("Parameters", [f"{model.parameters:,}" for model in models]))
+    inner = [model.parameters - model.parts.get("embedding", 0) - model.parts.get("output", 0) for model in models]
+    rows.append(("… without embeddings", [f"{count:,}" for count in inner]))
+    rows.append(("Weights on disk, bytes", [f"{model.weight_bytes:,}" for model in models]))
+    return rows
+
+
+def calibration(run: Run) -> dict[str, Any]:
+    """What the importance was measured on."""
+    facts = facts_of(run, "score")
+    return {**stage_settings(run, "score", "calibration"), "tokens_used": facts.get("tokens")} if facts else {}
+
+
+def repairs(run: Run) -> list[str]:
+    """What was done to the weights besides cutting, from the prune stage's settings."""
+    settings = stage_settings(run, "prune", "prune")
+    widths = [run.models[label].shape.hidden_size for label in ("student", "teacher") if label in run.models]
+    rotated = settings.get("rotate") and len(set(widths)) == 2
+    refit = Refit.__members__.get(settings.get("refit", ""), Refit.none)
+    found = ["the largest principal directions of the residual stream kept (rotation)"] if rotated else []
+    found += ["norms rescaled by what the cut does to their denominators"] if settings.get("norm_scale") else []
+    return found + ([f"{REFITTED[refit]} fitted anew by least squares"] if refit is not Refit.none else [])
+
+
+def training(run: Run) -> dict[str, Any]:
+    """Length and settings of the distillation, from its provenance."""
+    if run.stage("distill") is None:
+        return {}
+    loss = objective(stage_settings(run, "distill", "distill"))
+    return {**stage_settings(run, "distill", "train"), "objective": loss, **facts_of(run, "distill")}
+
+
+def objective(distill: Mapping[str, Any]) -> str:
+    """The loss in words, with the weights where there are several."""
+    temperature, top_k = distill["temperature"], distill.get("top_k")
+    logits = f"the teacher's {top_k} largest logits" if top_k else "the logits of the full vocabulary"
+    parts = {
+        f"{distill['loss']} on {logits}, temperature {temperature}": distill.get("kd_weight", 1.0),
+        "cross-entropy on the labels": distill.get("ce_weight", 0.0),
+    }
+    found = {text: weight for text, weight in parts.items() if weight}
+    words = [text if len(found) == 1 else f"{weight:g} x {text}" for text, weight in found.items()]
+    if pairs := distill.get("hidden_layers"):
+        words.append(f"{distill['hidden_loss']} between hidden states (student/teacher {', '.join(pairs)})")
+    return "; ".join(words)
+
+
+def sources(run: Run) -> list[tuple[str, str, str]]:
+    """Name, share of the tokens and fingerprint of each part of the training data."""
+    data, stage = stage_settings(run, "distill", "data"), run.stage("distill")
+    hashes = {key.removeprefix("data "): value for key, value in stage["inputs"].items()} if stage else {}
+    if data.get("path"):  # instead of the sources that a preset names
+        return [(Path(data["path"]).name, percent(1.0), str(next(iter(hashes.values()), ""))[:16])]
+    parts = data.get("sources", {})
+    total = sum(source["weight"] for source in parts.values()) or 1.0
+    return [(name, percent(source["weight"] / total), str(hashes.get(name, ""))[:16]) for name, source in parts.items()]
+
+
+def evaluated(run: Run) -> list[str]:
+    """The run's own models that have been evaluated: teacher, pruned, student."""
+    return [label for label in MODELS if label in run.evals]
+
+
+def evaluation_rows(run: Run) -> list[dict[str, Any]]:
+    """Measured values of every evaluated model, rows and shots, and the published value where there is one."""
+    labels = evaluated(run)
+    known = (published(run) or {}).get("results", {})
+    rows = []
+    values = [perplexity_of(run, label) for label in labels]
+    if any(value is not None for value in values):
+        cells = [perplexity(value) for value in values]
+        rows.append({"task": "Perplexity, held-out text", "cells": cells, "rows": "–", "shots": "–", "published": "–"})
+    for task in tasks_of(run):
+        metric = metric_of(run, task)
+        scores = [score_of(run, label, task, metric) for label in labels]
+        measured = next((score for score in scores if score.value is not None), None)
+        if measured is None:
+            continue
+        other = known.get(task)
+        rows.append(
+            {
+                "task": f"{task_name(task)} ({metric_text(metric)})",
+                "cells": [score.text if is_share(metric) or score.value is not None else "–" for score in scores],
+                "rows": f"{measured.rows:,}",
+                "shots": str(measured.num_fewshot),
+                "published": f"{other['value']} % ({other['num_fewshot']}-shot)" if other else "–",
+            }
+        )
+    return rows
+
+
+def published(run: Run) -> dict[str, Any] | None:
+    """The papers' own figures, when the run follows one of their recipes."""
+    entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return next((entry for entry in entries.values() if run.name in entry["recipes"]), None)

@@ -1,0 +1,250 @@
+"""What an output folder holds, read for the report. Whatever a stage has not written yet is simply absent."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from minitron_train.arch import Shape, architecture
+from minitron_train.evaluation.results import Evaluation, read_evaluation
+from minitron_train.hf import folder_shape, read_header, weight_bytes
+from minitron_train.runtime.console import say
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import PARTIAL, REPLACED
+from minitron_train.runtime.records import damaged
+from minitron_train.stages import provenance
+from minitron_train.stages.exported import exported
+from minitron_train.stages.provenance import StageRecord
+from minitron_train.stages.run import PROVENANCE
+from minitron_train.train.metrics import read_rows
+
+MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
+PATH_SETTINGS = {"teacher": "teacher", "pruned": "student", "student": "export"}  # sections whose `path` moves a model
+TRAININGS = {"train": "train", "pretrain": "pretrain/train"}
+CHOSEN_BY = "importance."  # in kept.safetensors, see prune.select.Keep
+BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # there is one for every layer
+
+# L layers, U units of one axis in one layer (heads or neurons), H embedding channels, T logged steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """One Hugging Face folder. `weight_bytes` is the size of the files that hold its weights."""
+
+    folder: Path
+    shape: Shape
+    weight_bytes: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Parameters by part: embedding, output, attention, mlp, norms."""
+        return architecture(self.shape.architecture).parameters(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; tied weights count once."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One axis' importance with what pruning kept. Both lists run over the teacher's layers (one entry: embedding).
+
+    Attributes:
+        scores: per layer, [U] float64.
+        kept: per layer, [U] bool; None before pruning.
+        rotated: whether the units are principal directions and their scores shares of variance (see pruning.basis).
+    """
+
+    scores: list[np.ndarray]
+    kept: list[np.ndarray] | None
+    rotated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that was found under one output folder."""
+
+    folder: Path
+    stages: list[StageRecord]  # oldest first
+    models: dict[str, Model]
+    axes: dict[str, Axis]  # embedding, heads, ffn, block
+    metrics: dict[str, dict[str, np.ndarray]]  # train, pretrain -> column -> [T] float64, NaN where not logged
+    evals: dict[str, Evaluation]  # eval/LABEL.json by label
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        names = [stage["config"].get("name") for stage in reversed(self.stages)]
+        return next((name for name in names if name), self.folder.name)
+
+    @property
+    def labels(self) -> list[str]:
+        """Models that were made or evaluated: teacher, pruned, student, then others by name."""
+        known = {*self.models, *self.evals}
+        return [*(label for label in MODELS if label in known), *sorted(known.difference(MODELS))]
+
+    def stage(self, name: str) -> StageRecord | None:
+        """The provenance of one stage."""
+        return next((stage for stage in self.stages if stage["stage"] == name), None)
+
+
+def load_run(folder: Path, student: Path | None = None) -> Run:
+    """Read an output folder.
+
+    Args:
+        student: its student's folder; default: where the last export wrote it.
+
+    Raises:
+        UserError: there is no such folder, or a file in it is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the output_dir of a run")
+    student = student or exported(folder)
+    found = read_stages(folder, student)
+    stages = sorted(found, key=lambda stage: (stage.get("started_at", ""), stage["wall_seconds"]))
+    return Run(
+        folder=folder,
+        stages=stages,
+        models=dict(read_models(folder, stages, student)),
+        axes=read_axes(folder / "scores" / "scores.safetensors", folder / "pruned" / "kept.safetensors"),
+        metrics={
+            name: columns
+            for name, place in TRAININGS.items()
+            if (columns := read_metrics(folder / place / "metrics.jsonl"))
+        },
+        evals={
+            file.stem: read_evaluation(file)
+            for file in sorted((folder / "eval").glob("*.json"))
+            if not file.name.endswith(PROVENANCE)
+        },
+    )
+
+
+def read_stages(folder: Path, student: Path | None) -> Iterator[StageRecord]:
+    """Provenance of every finished stage, from its own folder or one below, and from a student's folder elsewhere."""
+    if student and not student.resolve().is_relative_to(folder.resolve()) and (student / PROVENANCE).exists():
+        yield {**provenance.read(student / PROVENANCE), "folder": student.name}
+    for pattern in (f"*/*{PROVENANCE}", f"*/*/*{PROVENANCE}"):  # eval/ has one per model: teacher.provenance.json
+        for file in sorted(folder.glob(pattern)):
+            place = file.parent.relative_to(folder)
+            if not any(PARTIAL in part or REPLACED in part for part in place.parts):
+                yield {**provenance.read(file), "folder": str(place)}
+
+
+def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -> Iterator[tuple[str, Model]]:
+    """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
+    for label in MODELS:
+        sections = [stage["config"].get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
+        known = [student] if label == "student" and student else []
+        for place in [*known, *(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
+            if os.path.exists(place / "config.json"):  # noqa: PTH110  # Path.exists raises where a name is too long
+                yield label, Model(folder=place, shape=folder_shape(place), weight_bytes=weight_bytes(place))
+                break
+
+
+def read_axes(scores_file: Path, kept_file: Path) -> dict[str, Axis]:
+    """Importance and kept units by axis; empty before scoring. Raw statistics are not read.
+
+    Importance is that which the kept units were chosen by, where something has been pruned.
+    """
+    kept = read_tensors(kept_file) if kept_file.exists() else None
+    named = (kept or {}).items()
+    chosen_by = {name.removeprefix(CHOSEN_BY): value for name, value in named if name.startswith(CHOSEN_BY)}
+    scores = read_tensors(scores_file) | chosen_by
+    try:
+        return axes_of(scores, kept)
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # of tensors whose shapes or types do not fit
+        files = " and ".join(str(file) for file in (scores_file, kept_file) if file.exists())
+        raise damaged(files, f"their tensors do not fit together: {error}", "run score and prune again") from None
+
+
+def axes_of(scores: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | None) -> dict[str, Axis]:
+    """Importance and kept units by axis, from the tensors of both files."""
+    layers = sorted(int(match[1]) for key in scores if (match := BLOCK_KEY.fullmatch(key)))
+    if layers != list(range(len(layers))):
+        raise KeyError(f"layers {layers}")
+    axes = {}
+    for name in ("embedding", "heads", "ffn", "block"):
+        keys = ["embedding"] if name == "embedding" else [f"layers.{i}.{name}" for i in layers]
+        if not all(key in scores for key in keys) or not keys:
+            continue
+        values = [scores[key].astype(np.float64) for key in keys]
+        if name == "block":  # one number per layer; the kept units are the kept layers
+            values, keys = [np.concatenate(values)], ["layers"]
+        if not all(value.ndim == 1 and value.size and np.isfinite(value).all() for value in values):
+            raise ValueError(f"{name} is not one row of finite numbers per layer")
+        if name == "embedding" and kept is not None and "embedding.variance" in kept:
+            axes[name] = rotated_axis(kept)
+            continue
+        axes[name] = Axis(scores=values, kept=kept_masks(kept, keys, values) if kept is not None else None)
+    return axes
+
+
+def rotated_axis(kept: Mapping[str, np.ndarray]) -> Axis:
+    """The directions of a rotated residual stream by their variance; the kept ones come first."""
+    variance_D = kept["embedding.variance"].astype(np.float64)
+    mask_D = np.arange(len(variance_D)) < kept["embedding.basis"].shape[1]
+    return Axis(scores=[variance_D], kept=[mask_D], rotated=True)
+
+
+def kept_masks(kept: Mapping[str, np.ndarray], keys: list[str], scores: list[np.ndarray]) -> list[np.ndarray]:
+    """Kept indices as masks: an axis that was not cut has no key and keeps all; a dropped layer keeps nothing."""
+    layers = kept.get("layers")
+    masks = []
+    for i, (key, values) in enumerate(zip(keys, scores, strict=True)):
+        dropped = key.startswith("layers.") and layers is not None and i not in layers
+        mask = np.full(len(values), key not in kept and not dropped)
+        if not dropped and key in kept:
+            mask[kept[key]] = True
+        masks.append(mask)
+    return masks
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file that are not raw statistics; empty when there is no file."""
+    if not file.exists():
+        return {}
+    remedy = f"remove {file.parent} and run its stage again"
+    read_header(file, remedy=remedy)
+    try:
+        with safe_open(str(file), framework="np") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys() if not key.startswith("raw.")}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # as of types that numpy lacks
+        raise damaged(str(file), first_line(error), remedy) from None
+
+
+def read_metrics(file: Path) -> dict[str, np.ndarray]:
+    """metrics.jsonl as columns [T], ordered by step.
+
+    A step that was logged twice (a resumed run) is merged, the later line winning. A last line that is still being
+    written is left out; so are damaged ones, with a warning. Empty when there is no file.
+
+    Raises:
+        UserError: something else stands in the place of the file.
+    """
+    try:
+        found = read_rows(file)
+    except FileNotFoundError:
+        return {}
+    if found.damaged:
+        say(f"{file}: {len(found.damaged)} damaged lines are left out, the first is line {min(found.damaged)}")
+    rows: dict[int, dict[str, Any]] = {}
+    for row in found.values:
+        rows.setdefault(row["step"], {}).update(row)
+    ordered = [rows[step] for step in sorted(rows)]
+    names = sorted({name for row in ordered for name, value in row.items() if is_number(value)})
+    return {
+        name: np.array([row[name] if is_number(row.get(name)) else np.nan for row in ordered], dtype=np.float64)
+        for name in names
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

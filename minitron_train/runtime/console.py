@@ -1,0 +1,67 @@
+"""What the user sees: one voice for all ranks, bars on a terminal, plain lines elsewhere.
+
+Everything goes through the logger `minitron_train`, so that a notebook can silence or redirect it:
+logging.getLogger("minitron_train").setLevel("WARNING").
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from minitron_train.runtime.launch import read_world
+
+T = TypeVar("T")
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class Lines(logging.Handler):
+    """Prints each line on standard output at once, without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(self.format(record))
+        else:
+            print(self.format(record), flush=True)
+
+
+def make_logger() -> logging.Logger:
+    """The program's logger; it prints by itself, and does not repeat its lines in the root logger's handlers."""
+    made = logging.getLogger("minitron_train")
+    made.setLevel(logging.INFO)
+    made.propagate = False
+    made.addHandler(Lines())
+    return made
+
+
+LOGGER = make_logger()
+
+
+def say(line: str) -> None:
+    """Log one line, on rank 0 only."""
+    if read_world().is_first:
+        LOGGER.info("%s", line)
+
+
+def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """Go through `items` with a bar on a terminal, or a plain line every ten seconds; only rank 0 shows it."""
+    if not (read_world().is_first and LOGGER.isEnabledFor(logging.INFO)):
+        yield from items
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=label, total=total, leave=False)
+    else:
+        start_s = last_s = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now_s = time.monotonic()
+            if now_s - last_s > PLAIN_INTERVAL_S and done < total:
+                last_s = now_s
+                left_s = (now_s - start_s) / done * (total - done)
+                say(f"{label}: {done}/{total}, about {left_s:.0f} s left")

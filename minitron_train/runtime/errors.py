@@ -1,0 +1,48 @@
+"""The exceptions that a user is meant to see, each as one line."""
+
+import errno
+import os
+import resource
+
+from minitron_train.runtime.masking import mask_credentials
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one line that says what, where, the rule and the remedy.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class MachineError(RuntimeError):
+    """A fault of the machine that ends a run, as a killed process: one line that says what, where and how to resume.
+
+    The command line prints it without a traceback and exits with code 1: nothing has to change before the next start.
+    """
+
+
+def too_many_files(error: Exception) -> MachineError | None:
+    """The line for a process that may not open another file or socket; None for any other error.
+
+    Libraries wrap the system's refusal into errors of their own, which keep its words.
+    """
+    words = os.strerror(errno.EMFILE)
+    if getattr(error, "errno", None) != errno.EMFILE and words not in str(error):
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MachineError(f"ulimit -n is {limit}: too many open files; raise it (ulimit -n 4096) and start again")
+
+
+def first_line(error: Exception) -> str:
+    """Of what another library's exception says, for a line of ours."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def error_line(error: Exception, rank: int | None = None) -> str:
+    """What the command line prints for a user's mistake: one line without credentials, whatever stands in it.
+
+    Args:
+        rank: which process speaks, where there are several.
+    """
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in mask_credentials(str(error)))
+    return f"error: {line}" if rank is None else f"error: {line} (rank {rank})"

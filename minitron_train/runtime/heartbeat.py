@@ -1,0 +1,56 @@
+"""Who is still there: every rank tells the rendezvous store that it lives, so that a broken collective can name its cause."""
+
+import threading
+import time
+from typing import Any
+
+from torch.distributed.distributed_c10d import _get_default_store
+
+INTERVAL_S = 1.0
+
+
+class Heartbeat:
+    """For a block, a thread writes `beats step` for this rank every second. With one rank it does nothing."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.step = rank, world_size, 0
+        self.ended = threading.Event()
+        self.store: Any = _get_default_store() if world_size > 1 else None
+
+    def __enter__(self) -> "Heartbeat":
+        if self.store is not None:
+            threading.Thread(target=self._beat, args=(self.store.clone(),), name="heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+
+    def _beat(self, store: Any) -> None:
+        beats = 0
+        while not self.ended.wait(INTERVAL_S if beats else 0):
+            beats += 1
+            try:
+                store.set(f"heartbeat/{self.rank}", f"{beats} {self.step}")
+            except RuntimeError:  # the store's process is gone; the next collective says so
+                return
+
+    def explain(self) -> str:
+        """After a failed collective: which ranks have fallen silent, and at which step; no collectives, a few seconds."""
+        if self.store is None:
+            return "no other rank takes part"
+        try:
+            before = self._read(self.store)
+            time.sleep(3 * INTERVAL_S)
+            after = self._read(self.store)
+        except RuntimeError:
+            return "the rendezvous store is gone: rank 0, or the launcher that holds it, has ended"
+        silent = [rank for rank in after if before[rank] == after[rank] and rank != self.rank]
+        if not silent:
+            return f"all ranks live; their steps: {', '.join(f'rank {rank} {beat.split()[1]}' for rank, beat in after.items())}"
+        return "; ".join(
+            f"rank {rank} has ended or hangs, last heard of at step {after[rank].split()[1]}" for rank in silent
+        )
+
+    def _read(self, store: Any) -> dict[int, str]:
+        keys = {rank: f"heartbeat/{rank}" for rank in range(self.world_size)}
+        return {rank: store.get(key).decode() if store.check([key]) else "0 0" for rank, key in keys.items()}

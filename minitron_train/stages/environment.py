@@ -1,0 +1,74 @@
+"""What a stage ran in and what it took, for its provenance: time, memory, package versions, the commit of the code."""
+
+import datetime
+import functools
+import importlib.metadata
+import subprocess
+import time
+from pathlib import Path
+
+PACKAGES = (
+    "minitron_train",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "datasets",
+    "hydra-core",
+    "lm_eval",
+    "wandb",
+    "numpy",
+)
+
+
+class Meter:
+    """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start where it allows that."""
+
+    def __init__(self) -> None:
+        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self.start_s = time.perf_counter()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # then the peak is the process's, not the stage's
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.start_s
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak resident memory (VmHWM: mapped file pages count) of this process."""
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return 0
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of what decides results."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, marked when files differ from it; None when installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")

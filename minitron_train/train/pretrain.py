@@ -1,0 +1,97 @@
+"""A teacher from nothing: a tokenizer trained on the corpus and random weights, for the training loop to begin with."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from minitron_train.arch import Shape, architecture
+from minitron_train.arch.init import RandomWeights
+from minitron_train.config import Config, DataConfig
+from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data.hub import HubSource
+from minitron_train.data.indexed import IndexedSource
+from minitron_train.data.sources import parts, train_split
+from minitron_train.data.units import permutation
+from minitron_train.hf import student_config, write_folder
+from minitron_train.runtime.errors import UserError
+
+TOKENIZER_CHARACTERS = 8_000_000  # of text are enough for the merges of a small vocabulary
+
+
+def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, Any]:
+    """A Hugging Face folder with a tokenizer of `shape.vocab_size` entries and random weights in fp32.
+
+    Raises:
+        UserError: the corpus is too small for the vocabulary.
+    """
+    tokenizer = tokenizers.train_bpe(corpus_sample(config.data, config.seed), shape.vocab_size)
+    tokenizers.save(tokenizer, folder, shape.max_position_embeddings)
+    table, weights = architecture(shape.architecture), RandomWeights(shape, config.model.init_std, config.seed)
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for name in table.tensors(shape):
+            yield name, weights.read(name)
+
+    bos, eos = tokenizer.token_to_id(tokenizers.BOS), tokenizer.token_to_id(tokenizers.EOS)
+    write_folder(folder, fresh_config(shape, bos, eos, config.model.init_std), tensors(), tokenizer=None)
+    return {"parameters": sum(table.parameters(shape).values()), "vocab_size": shape.vocab_size}
+
+
+def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
+    """Training documents, about TOKENIZER_CHARACTERS of them, from blocks all over each source, by the sources' weights."""
+    found, split = parts(data), train_split(data)
+    total = sum(part.weights[0] for part in found)
+    for part in found:
+        source = part.open(split)
+        if isinstance(source, IndexedSource | HubSource):
+            raise UserError(
+                f"data source {part.name}: a tokenizer is trained on text files; give text, JSONL or Parquet"
+            )
+        num_wanted = TOKENIZER_CHARACTERS * part.weights[0] / total
+        for block in permutation(source.num_blocks, seed):
+            if num_wanted <= 0:
+                break
+            for passages in source.read(int(block)):
+                for text in split.documents(passages):
+                    num_wanted -= len(text)
+                    yield text
+
+
+def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | None, init_std: float) -> dict[str, Any]:
+    """config.json for a model that has no ancestor, through transformers' own config class.
+
+    Raises:
+        UserError: rotary_percent for a family that transformers rotates whole.
+    """
+    table = architecture(shape.architecture)
+    if shape.rotary_percent != 1.0 and not table.partial_rotary:
+        raise UserError(
+            f"model.rotary_percent={shape.rotary_percent:g}: {shape.architecture} always rotates whole heads in "
+            "transformers; leave it out"
+        )
+    sizes = {key: getattr(shape, field) for field, key in table.config_keys.items()}
+    rope = {"rope_type": "default", "rope_theta": shape.rotary_base, "partial_rotary_factor": shape.rotary_percent}
+    made = AutoConfig.for_model(
+        shape.architecture,
+        **sizes,
+        **{key: supported[0] for key, supported in table.config_facts.items()},
+        rope_parameters=rope,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=None,
+        initializer_range=init_std,
+        dtype="float32",
+        architectures=[table.hf_class],
+    )
+    return student_config(made.to_dict(), shape)  # for transformers 4, too
+
+
+def pretrain_config(config: Config) -> Config:
+    """The training loop's configuration for the teacher: the `pretrain` section's budget and learning rates."""
+    names = ("num_tokens", "lr", "min_lr")
+    train = dataclasses.replace(config.train, **{name: getattr(config.pretrain, name) for name in names})
+    checkpoint = dataclasses.replace(config.checkpoint, best_metric=None)  # the student's; a teacher has no KL
+    return dataclasses.replace(config, train=train, checkpoint=checkpoint)

@@ -1,0 +1,63 @@
+"""What the pruning tests share: configurations, tokens, a teacher that is scored and cut."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from minitron_train import hf
+from minitron_train.config import Aggregation, CalibrationConfig, Config, Merge, PruneConfig, Refit, Scope
+from minitron_train.pruning.collect import Statistics
+from minitron_train.pruning.criterion import Evidence
+
+ENUMS: dict[str, Any] = {
+    "batch_aggregation": Aggregation,
+    "sequence_aggregation": Aggregation,
+    "heads_scope": Scope,
+    "ffn_scope": Scope,
+    "head_merge": Merge,
+    "refit": Refit,
+}
+
+
+def configuration(preset: str | None = None, **prune: Any) -> Config:
+    """The program's configuration with one of conf/prune/*.yaml, small micro-batches, and settings of prune."""
+    settings: dict[str, Any] = {}
+    if preset:
+        file = Path(__file__).parents[2] / "conf" / "prune" / f"{preset}.yaml"
+        settings = {key: ENUMS.get(key, lambda x: x)(value) for key, value in yaml.safe_load(file.read_text()).items()}
+    return Config(prune=PruneConfig(**settings | prune), calibration=CalibrationConfig(micro_batch_size=3))
+
+
+def random_tokens(batches: int = 2, sequences: int = 6, length: int = 32, vocab: int = 128) -> Tensor:
+    """Calibration tokens [batches, sequences, length]."""
+    return torch.randint(0, vocab, (batches, sequences, length), generator=torch.Generator().manual_seed(3))
+
+
+def evidence_of(teacher: hf.Checkpoint, statistics: Statistics, prune: PruneConfig, seed: int = 0) -> Evidence:
+    """What a criterion may look at."""
+    return Evidence(
+        statistics=statistics, source=teacher, table=teacher.table, shape=teacher.shape, prune=prune, seed=seed
+    )
+
+
+def run_cut(folder: Path, teacher_folder: Path, config: Config, tokens: Tensor, groups: Any, **sizes: int) -> Path:
+    """Score and cut a teacher; the pruned folder."""
+    from minitron_train.pruning.prune import cut
+    from minitron_train.pruning.scoring import score
+
+    teacher = hf.Checkpoint(teacher_folder)
+    (folder / "pruned").mkdir(parents=True, exist_ok=True)
+    score(config, groups, teacher=teacher, tokens=tokens, folder=folder)
+    cut(
+        config,
+        groups,
+        teacher=teacher,
+        student=teacher.shape.smaller(**sizes),
+        scores=folder / "scores.safetensors",
+        tokens=lambda: tokens,
+        folder=folder / "pruned",
+    )
+    return folder / "pruned"
