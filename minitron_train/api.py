@@ -220,10 +220,10 @@ def plan(teacher: StrPath | None = None, *, settings: Settings | None = None) ->
     Args:
         teacher: a Hugging Face folder; default: the shape in the `model` section of the settings or of their recipe.
     """
-    from minitron_train.planning import plan as estimate
+    from minitron_train.planning import make_plan
 
     with workspace("plan", ".", {"teacher.path": teacher}, settings) as ws:
-        return Planned(estimate(ws.config, ws.teacher_shape, ws.student_shape))
+        return Planned(make_plan(ws.config, ws.teacher_shape, ws.student_shape))
 
 
 def report(output_dir: StrPath) -> Path:
@@ -261,8 +261,8 @@ def distillation_loss(
         A scalar with gradients in the student's two tensors.
     """
     from minitron_train.config import LossKind
+    from minitron_train.distillation import loss as losses
     from minitron_train.distillation.loss import LossSpec
-    from minitron_train.distillation.loss import distillation_loss as summed
     from minitron_train.distillation.loss_blocks import Chunking
 
     known = [f.name for f in fields(LossSpec)]
@@ -277,7 +277,7 @@ def distillation_loss(
         if given not in kinds:
             raise UserError(f"distillation_loss(kind={given}): choose one of {', '.join(kinds)}")
         options["kind"] = kinds[given]
-    parts = summed(
+    parts = losses.distillation_loss(
         student_hidden.flatten(0, -2),
         student_weight,
         teacher_hidden.flatten(0, -2),

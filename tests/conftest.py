@@ -74,7 +74,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def numbered_words(tmp_path_factory: pytest.TempPathFactory) -> "tuple[DataConfig, PreTrainedTokenizerBase]":
     """A text of numbered words, and a tokenizer of 300 entries made from it."""
     from minitron_train.config import DataConfig
-    from minitron_train.data import tokenizer as tokenizers
+    from minitron_train.data import tokenizers
 
     folder = tmp_path_factory.mktemp("numbered_words")
     lines = [" ".join(f"w{n * 7919 % 100003}" for n in range(20 * i, 20 * i + 20)) for i in range(1500)]

@@ -129,14 +129,14 @@ def measure(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
 
     import minitron_train.commands.stories
     import minitron_train.train.run  # noqa: F401  # the libraries of a command
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.parallel import groups
 
     config, cuda, alone = configuration(case), torch.cuda.is_available(), case.tp == 1
     clock = time.process_time if alone and not cuda else time.perf_counter
     hidden = config.train.micro_batch_size * config.train.seq_length * shapes(config)[0].hidden_size
     with groups.start(config.parallel, read_world(), seed=1) as g, ExitStack() as stack:
-        work = STAGES[case.stage](config, g, Checkpoint(folder / "teacher"), folder, stack)
+        work = STAGES[case.stage](config, g, HFFolder(folder / "teacher"), folder, stack)
 
         def rates() -> list[float]:
             g.barrier()  # the ranks share the machine here as they do at work
@@ -150,12 +150,12 @@ def score_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: E
     """One scoring of random tokens."""
     import torch
 
-    from minitron_train.pruning.scoring import score
+    from minitron_train.pruning.scoring import score_checkpoint
 
     size = (1, config.calibration.num_samples, config.calibration.seq_length)
     tokens = torch.randint(0, teacher.shape.vocab_size, size, generator=torch.Generator().manual_seed(0))
     out = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-    return functools.partial(score, config, g, teacher=teacher, tokens=tokens, folder=out)
+    return functools.partial(score_checkpoint, config, g, teacher=teacher, tokens=tokens, folder=out)
 
 
 def no_tokens() -> Any:
@@ -165,24 +165,26 @@ def no_tokens() -> Any:
 
 def slice_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
     """One cut, thrown away."""
-    from minitron_train.pruning.prune import cut
+    from minitron_train.pruning.prune import prune_checkpoint
 
     student, scores = shapes(config)[1], folder / "scores.safetensors"
 
     def work() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as out:
-            cut(config, g, teacher=teacher, student=student, scores=scores, tokens=no_tokens, folder=Path(out))
+            prune_checkpoint(
+                config, g, teacher=teacher, student=student, scores=scores, tokens=no_tokens, folder=Path(out)
+            )
 
     return work
 
 
 def distill_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
     """One step of the trainer."""
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.train.assemble import assemble
 
     out = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
-    trainer = assemble(config, g, Checkpoint(folder / "student"), teacher, out, stack)
+    trainer = assemble(config, g, HFFolder(folder / "student"), teacher, out, stack)
 
     def work() -> None:
         batch = trainer.stream.next_batch(config.train.global_batch_size)
@@ -198,10 +200,10 @@ def prepare(recipe: str, folder: Path, teacher: Path) -> None:
     """A teacher (given, or with random weights), its scores, and a student, for the cases of one recipe."""
     import torch
 
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.parallel import groups
-    from minitron_train.pruning.prune import cut
-    from minitron_train.pruning.scoring import score
+    from minitron_train.pruning.prune import prune_checkpoint
+    from minitron_train.pruning.scoring import score_checkpoint
     from minitron_train.train.pretrain import write_initial
 
     config = configuration(Case(recipe, "score"))
@@ -210,11 +212,15 @@ def prepare(recipe: str, folder: Path, teacher: Path) -> None:
     else:
         (folder / "teacher").mkdir()
         write_initial(config, shapes(config)[0], folder / "teacher")
-    files, scores, student = Checkpoint(folder / "teacher"), folder / "scores.safetensors", shapes(config)[1]
+    files, scores, student = HFFolder(folder / "teacher"), folder / "scores.safetensors", shapes(config)[1]
     with groups.start(config.parallel, World(), seed=1) as g:
-        score(config, g, teacher=files, tokens=torch.randint(0, files.shape.vocab_size, (1, 2, 64)), folder=folder)
+        score_checkpoint(
+            config, g, teacher=files, tokens=torch.randint(0, files.shape.vocab_size, (1, 2, 64)), folder=folder
+        )
         (folder / "student").mkdir()
-        cut(config, g, teacher=files, student=student, scores=scores, tokens=no_tokens, folder=folder / "student")
+        prune_checkpoint(
+            config, g, teacher=files, student=student, scores=scores, tokens=no_tokens, folder=folder / "student"
+        )
 
 
 # in the process that compares

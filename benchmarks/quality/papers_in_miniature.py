@@ -154,7 +154,7 @@ def loss_of(evaluation: Path) -> float | None:
 
 def write_random(teacher: Path, sizes: Mapping[str, int], seed: int, folder: Path) -> None:
     """A model of some sizes that has learnt nothing, with the teacher's tokenizer."""
-    files = hf.Checkpoint(teacher)
+    files = hf.HFFolder(teacher)
     shape = files.shape.smaller(**sizes)
     weights = RandomWeights(shape, files.config["initializer_range"], seed)
     folder.mkdir()

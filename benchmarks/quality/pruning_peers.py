@@ -157,7 +157,7 @@ def nvidia_modelopt(peers: "Peers", target: Shape, folder: Path) -> dict[str, in
     if done.returncode:
         raise SystemExit(f"nvidia-modelopt failed:\n{done.stdout[-3000:]}")
     _, keep = peers.chosen(target, "modelopt")
-    return {"different": num_different(peers.bench.teacher, hf.Checkpoint(folder), keep)}
+    return {"different": num_different(peers.bench.teacher, hf.HFFolder(folder), keep)}
 
 
 RUNS = (
@@ -189,7 +189,7 @@ class Peers:
         return prepare(self.teacher, self.groups, local=self.subject.local, **amounts)
 
     @cached_property
-    def rotated(self) -> hf.Checkpoint:
+    def rotated(self) -> hf.HFFolder:
         """The teacher on its principal directions, which must still be the teacher."""
         folder, bench = self.folder / "rotated", self.bench
         if not folder.exists():
@@ -204,7 +204,7 @@ class Peers:
                 error = float((expected - found).abs().max())
                 assert error < ROTATION_ERROR, f"the rotated teacher's logits differ by {error}"
                 print(f"rotated teacher, nothing cut: logits differ by {error:.1e} at most", flush=True)
-        return hf.Checkpoint(folder)
+        return hf.HFFolder(folder)
 
     def chosen(self, target: Shape, name: str) -> tuple[Config, Keep]:
         """The configuration of a preset, and what it keeps."""
@@ -220,7 +220,7 @@ class Peers:
 
     def loss(self, folder: Path) -> float:
         """On the held-out tokens."""
-        model = hf.Checkpoint(folder)
+        model = hf.HFFolder(folder)
         return loss_of(model, model.shape, RowReader(model), self.groups, self.bench.validation_NS)
 
     def results(self) -> list[dict[str, Any]]:
@@ -256,7 +256,7 @@ class Peers:
         with atomic_folder(folder) as scratch:
             facts = run.write(self, self.bench.teacher.shape.smaller(**sizes), scratch) or {}
         check_opens(folder, self.bench.validation_NS[:1], self.groups)
-        model = hf.Checkpoint(folder)
+        model = hf.HFFolder(folder)
         facts |= {"parameters": num_parameters(model.shape), "loss": self.loss(folder)}
         return self.add({"run": run.name, "case": run.case, "target": target, "tokens": 0, "loss_after": None, **facts})
 
@@ -317,7 +317,7 @@ def check_opens(folder: Path, tokens_NS: Tensor, groups: Groups) -> None:
     """transformers must see the model that megatron-core sees."""
     found = logits(folder, tokens_NS)[:, :-1].flatten(0, 1)
     theirs = torch.nn.functional.cross_entropy(found, tokens_NS[:, 1:].flatten()).item()
-    model = hf.Checkpoint(folder)
+    model = hf.HFFolder(folder)
     ours = loss_of(model, model.shape, RowReader(model), groups, tokens_NS)
     assert abs(ours - theirs) < LOSS_ERROR * ours, (
         f"{folder}: loss {theirs} with transformers, {ours} with megatron-core"

@@ -83,7 +83,7 @@ def rotated_shape(shape: Shape) -> Shape:
     return replace(shape, tie_embeddings=False)
 
 
-def rotated_tensors(teacher: hf.Checkpoint, directions_HH: Tensor) -> Iterator[tuple[str, Tensor]]:
+def rotated_tensors(teacher: hf.HFFolder, directions_HH: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same function on a rotated residual stream (arXiv 2401.15024 §3.2): names and tensors of a Llama checkpoint.
 
     Every norm's gamma goes into the linears after it; RMSNorm without gamma commutes with rotations.
@@ -100,7 +100,7 @@ def rotated_tensors(teacher: hf.Checkpoint, directions_HH: Tensor) -> Iterator[t
                 yield name, rotate(weight.double(), axes, gamma_before(teacher, name), directions_HH).to(weight.dtype)
 
 
-def gamma_before(teacher: hf.Checkpoint, name: str) -> Tensor | None:
+def gamma_before(teacher: hf.HFFolder, name: str) -> Tensor | None:
     """The weights of the norm that a linear follows, fp64 [H]; None where it follows none."""
     for linear, norm in FOLLOWS.items():
         if name.endswith(f"{linear}.weight"):

@@ -31,7 +31,7 @@ DIVISOR = 8  # of hidden and ffn sizes; ModelOpt's defaults, 256 and 512, leave 
 PREFIX = 64  # entries of a row that tell it from all others
 
 
-def prune(teacher: hf.Checkpoint, tokens: Tensor, sizes: dict[str, int]) -> GPTModel:
+def prune(teacher: hf.HFFolder, tokens: Tensor, sizes: dict[str, int]) -> GPTModel:
     """The teacher as a GPTModel, pruned by modelopt.torch.prune with mode mcore_minitron; tokens [batches, B, S]."""
     import modelopt.torch.prune as mtp  # type: ignore  # installed for this process alone
     from modelopt.torch.nas.plugins.megatron import _DynamicFusedLayerNorm  # type: ignore
@@ -62,7 +62,7 @@ def prune(teacher: hf.Checkpoint, tokens: Tensor, sizes: dict[str, int]) -> GPTM
     return model
 
 
-def gpt_model(teacher: hf.Checkpoint) -> GPTModel:
+def gpt_model(teacher: hf.HFFolder) -> GPTModel:
     """megatron-core's GPTModel as ModelOpt knows it, with the teacher's weights."""
     spec, shape, norm = layer_spec(), teacher.shape, Norm
     spec.submodules.self_attention.submodules.core_attention = DotProductAttention  # type: ignore[union-attr]
@@ -79,7 +79,7 @@ def gpt_model(teacher: hf.Checkpoint) -> GPTModel:
     return model
 
 
-def num_different(teacher: hf.Checkpoint, pruned: hf.Checkpoint, keep: Keep) -> int:
+def num_different(teacher: hf.HFFolder, pruned: hf.HFFolder, keep: Keep) -> int:
     """How many channels, neurons and heads the `pruned` folder keeps that `keep` does not, found by their weights."""
     channels = places(pruned.read("model.embed_tokens.weight").t(), teacher.read("model.embed_tokens.weight").t())
     different = len(set(channels.tolist()) - set(keep.embedding.tolist()))
@@ -105,7 +105,7 @@ def main() -> None:
     """Prune, write."""
     task = json.loads(sys.argv[1])
     sys.path.append(task["peers"])
-    teacher = hf.Checkpoint(Path(task["teacher"]))
+    teacher = hf.HFFolder(Path(task["teacher"]))
     student = teacher.shape.smaller(**task["sizes"])
     with start(ParallelConfig(), World(), 1234):
         model = prune(teacher, load_file(task["tokens"])["tokens"], task["sizes"])

@@ -36,7 +36,7 @@ from minitron_train.parallel.groups import Groups, start
 from minitron_train.pruning.collect import Statistics
 from minitron_train.pruning.layers import Layers, RowSource, forward
 from minitron_train.pruning.prune import choose, repaired_tensors
-from minitron_train.pruning.scoring import measure
+from minitron_train.pruning.scoring import gather_evidence
 from minitron_train.pruning.shards import RowReader
 from minitron_train.pruning.slice import Sliced
 from minitron_train.runtime.launch import World
@@ -122,7 +122,7 @@ class Overlay:
 
 
 @torch.no_grad()
-def loss_of(teacher: hf.Checkpoint, shape: Shape, source: RowSource, groups: Groups, tokens_NS: Tensor) -> float:
+def loss_of(teacher: hf.HFFolder, shape: Shape, source: RowSource, groups: Groups, tokens_NS: Tensor) -> float:
     """Mean next-token cross-entropy, nats."""
     layers = Layers(teacher.table, shape, source, groups, resident=False)
     batches = tokens_NS.split(8)
@@ -148,7 +148,7 @@ def configuration(case: Case, calibration: CalibrationConfig) -> Config:
 class Bench:
     """One teacher, with its statistics when they are first asked for."""
 
-    teacher: hf.Checkpoint
+    teacher: hf.HFFolder
     groups: Groups
     calibration: CalibrationConfig
     tokens: Tensor  # [batches, sequences, length]
@@ -158,7 +158,7 @@ class Bench:
     def statistics(self) -> Statistics:
         """Of the calibration tokens, from a forward pass through all layers."""
         layers = Layers(self.teacher.table, self.teacher.shape, RowReader(self.teacher), self.groups, resident=False)
-        return measure(layers, self.tokens, self.calibration)
+        return gather_evidence(layers, self.tokens, self.calibration)
 
     def run(self, case: Case, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Cut, repair, measure."""
@@ -182,7 +182,7 @@ def embedded_data() -> DataConfig:
 
 def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_validation: int) -> Bench:
     """Calibration and validation tokens of one teacher; `local`: from MINITRON_DATA where that is set."""
-    teacher, tokenizer = hf.Checkpoint(folder), AutoTokenizer.from_pretrained(folder)
+    teacher, tokenizer = hf.HFFolder(folder), AutoTokenizer.from_pretrained(folder)
     calibration = CalibrationConfig(num_samples=num_samples, seq_length=512, micro_batch_size=8)
     data, corpus = embedded_data(), os.environ.get("MINITRON_DATA") if local else None
     data.validation_tokens = 512 * num_validation

@@ -105,7 +105,7 @@ def kept(folder: Path, teacher: Shape, student: Shape) -> Keep:
     return Keep(teacher, student, tensors["embedding"], tensors["layers"], **by_layer, partners={})
 
 
-def plain_copy(teacher: hf.Checkpoint, keep: Keep, target: Path) -> tuple[int, int, float]:
+def plain_copy(teacher: hf.HFFolder, keep: Keep, target: Path) -> tuple[int, int, float]:
     """Bytes read, bytes written and seconds of a plain loop over the same reads and as many written bytes."""
     reader, buffer, num_read, num_written = RowReader(teacher), bytearray(64 * 2**20), 0, 0
     start_s = time.perf_counter()
@@ -131,9 +131,9 @@ def sampled(names: list[str], num_layers: int) -> Iterator[str]:
             yield name
 
 
-def verify(teacher: hf.Checkpoint, keep: Keep, folder: Path) -> int:
+def verify(teacher: hf.HFFolder, keep: Keep, folder: Path) -> int:
     """Compare sampled tensors with direct slicing of the teacher's; the number compared."""
-    written, found = hf.Checkpoint(folder), origins(teacher, keep)
+    written, found = hf.HFFolder(folder), origins(teacher, keep)
     names = list(sampled(list(found), keep.student.num_layers))
     for name in names:
         origin = found[name]
@@ -193,7 +193,7 @@ def measure(root: Path, num_layers: int) -> dict[str, Any]:
     write_speed, read_speed = disk_speed(root)
     make_teacher(source, replace(TEACHER, num_layers=num_layers))
     save_file({"tokens": torch.randint(0, TEACHER.vocab_size, (1, 1, 16))}, tokens)
-    teacher = hf.Checkpoint(source)
+    teacher = hf.HFFolder(source)
     drop_from_cache(source)
     stages = run_command(source, output, tokens, num_layers)
     # the slicing stage alone, cold; the command above has just read the whole teacher for the scores

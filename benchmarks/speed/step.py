@@ -29,7 +29,7 @@ import torch
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import CheckpointConfig, Config, ModelConfig, TrainConfig, WandbMode
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 from minitron_train.parallel.groups import start
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.runtime.launch import read_world
@@ -107,7 +107,7 @@ def measure(folder: Path, num_steps: int) -> None:
     world = read_world()
     config, target = make_config(folder, world.size), folder / f"run{world.size}"
     with start(config.parallel, world, config.seed) as groups, contextlib.ExitStack() as stack:
-        files = (Checkpoint(folder / "student"), Checkpoint(folder / "teacher"))
+        files = (HFFolder(folder / "student"), HFFolder(folder / "teacher"))
         trainer = assemble(config, groups, *files, target, stack)
         if groups.is_first:
             trainer.reporter = open_reporter(config, trainer, target)

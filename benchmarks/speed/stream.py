@@ -29,8 +29,7 @@ import pyarrow.parquet
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from minitron_train.config import DataConfig
-from minitron_train.data import corpus
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import corpus, tokenizers
 from minitron_train.data.stream import TokenStream
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 

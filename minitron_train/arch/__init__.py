@@ -5,7 +5,7 @@ from minitron_train.arch.mistral import MISTRAL
 from minitron_train.arch.nemotron import NEMOTRON
 from minitron_train.arch.qwen import QWEN2, QWEN3
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import Architecture, Row
+from minitron_train.arch.table import Architecture, ParamSpec
 from minitron_train.runtime.errors import UserError
 
 ARCHITECTURES = {table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3)}
@@ -22,4 +22,4 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "Row", "Shape", "architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "ParamSpec", "Shape", "architecture"]

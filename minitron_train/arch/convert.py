@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import FUSED_NORMS, Architecture, Row
+from minitron_train.arch.table import FUSED_NORMS, Architecture, ParamSpec
 
 
 class Source(Protocol):
@@ -18,7 +18,7 @@ class Source(Protocol):
         ...
 
 
-def pack(row: Row, parts: list[Tensor], groups: int) -> Tensor:
+def pack(row: ParamSpec, parts: list[Tensor], groups: int) -> Tensor:
     """Hugging Face parts (whole, or one rank's cut) -> the fused megatron-core tensor. `groups`: KV groups held."""
     if len(parts) == 1:
         return parts[0]
@@ -27,7 +27,7 @@ def pack(row: Row, parts: list[Tensor], groups: int) -> Tensor:
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def unpack(row: Row, fused: Tensor, lengths: list[int], groups: int) -> list[Tensor]:
+def unpack(row: ParamSpec, fused: Tensor, lengths: list[int], groups: int) -> list[Tensor]:
     """Inverse of `pack`; `lengths` are the row counts of the parts."""
     if len(lengths) == 1:
         return [fused]
@@ -37,7 +37,7 @@ def unpack(row: Row, fused: Tensor, lengths: list[int], groups: int) -> list[Ten
     return [part.flatten(0, 1) for part in parts]
 
 
-def read_shard(row: Row, i: int, shape: Shape, source: Source, rank: int, size: int) -> Tensor:
+def read_shard(row: ParamSpec, i: int, shape: Shape, source: Source, rank: int, size: int) -> Tensor:
     """One tensor-parallel rank's megatron-core parameter, reading only the rows that this rank holds."""
     dim = row.parallel_dim()
     parts = []
@@ -50,7 +50,7 @@ def read_shard(row: Row, i: int, shape: Shape, source: Source, rank: int, size: 
     return pack(row, parts, shape.num_query_groups // size)
 
 
-def shards_to_parts(row: Row, shape: Shape, shards: list[Tensor]) -> dict[str, Tensor]:
+def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[str, Tensor]:
     """All ranks' shards of one parameter -> its Hugging Face tensors, with `{i}` left in the names."""
     size, dim, sizes = len(shards), row.parallel_dim(), row.sizes(shape)
     if dim is None:
@@ -85,7 +85,7 @@ def load(
 
 
 def export_tensors(
-    table: Architecture, shape: Shape, shards: Callable[[Row, int], list[Tensor]]
+    table: Architecture, shape: Shape, shards: Callable[[ParamSpec, int], list[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of the Hugging Face checkpoint, one after the other.
 

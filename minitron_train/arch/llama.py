@@ -11,7 +11,7 @@ from minitron_train.arch.table import (
     OUTPUT,
     ROPE_KEYS,
     Architecture,
-    Row,
+    ParamSpec,
 )
 
 SILU = ("silu", "swish")  # one function, two names
@@ -28,17 +28,17 @@ LLAMA = Architecture(
     name="llama",
     hf_class="LlamaForCausalLM",
     rows=(
-        Row(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
-        Row(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
+        ParamSpec(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
+        ParamSpec(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
         *ATTENTION,
-        Row(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
-        Row(
+        ParamSpec(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
+        ParamSpec(
             mcore=LAYER + "mlp.linear_fc1.weight",
             hf={HF + "mlp.gate_proj.weight": ("ffn", "embd"), HF + "mlp.up_proj.weight": ("ffn", "embd")},
         ),
-        Row(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
-        Row(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
-        Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
+        ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+        ParamSpec(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
+        ParamSpec(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
     config_keys={**CONFIG_KEYS, "layernorm_epsilon": "rms_norm_eps"},
     config_facts={"hidden_act": SILU, "attention_bias": (False,), "mlp_bias": (False,)},

@@ -1,22 +1,32 @@
 """Nemotron-4 (arXiv 2402.16819): squared ReLU, LayerNorm with zero-centred gamma, half-rotary, GQA, no biases, untied."""
 
-from minitron_train.arch.table import ATTENTION, CONFIG_KEYS, EMBEDDING, HF, LAYER, OUTPUT, ROPE_KEYS, Architecture, Row
+from minitron_train.arch.table import (
+    ATTENTION,
+    CONFIG_KEYS,
+    EMBEDDING,
+    HF,
+    LAYER,
+    OUTPUT,
+    ROPE_KEYS,
+    Architecture,
+    ParamSpec,
+)
 
 NEMOTRON = Architecture(
     name="nemotron",
     hf_class="NemotronForCausalLM",
     rows=(
-        Row(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
-        Row(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
-        Row(mcore=LAYER + "input_layernorm.bias", hf={HF + "input_layernorm.bias": ("embd",)}),
+        ParamSpec(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
+        ParamSpec(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
+        ParamSpec(mcore=LAYER + "input_layernorm.bias", hf={HF + "input_layernorm.bias": ("embd",)}),
         *ATTENTION,
-        Row(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
-        Row(mcore=LAYER + "pre_mlp_layernorm.bias", hf={HF + "post_attention_layernorm.bias": ("embd",)}),
-        Row(mcore=LAYER + "mlp.linear_fc1.weight", hf={HF + "mlp.up_proj.weight": ("ffn", "embd")}),
-        Row(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
-        Row(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
-        Row(mcore="decoder.final_layernorm.bias", hf={"model.norm.bias": ("embd",)}),
-        Row(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
+        ParamSpec(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
+        ParamSpec(mcore=LAYER + "pre_mlp_layernorm.bias", hf={HF + "post_attention_layernorm.bias": ("embd",)}),
+        ParamSpec(mcore=LAYER + "mlp.linear_fc1.weight", hf={HF + "mlp.up_proj.weight": ("ffn", "embd")}),
+        ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+        ParamSpec(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
+        ParamSpec(mcore="decoder.final_layernorm.bias", hf={"model.norm.bias": ("embd",)}),
+        ParamSpec(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
     partial_rotary=True,
     rotary_percent=0.5,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, SILU
-from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, WINDOW_KEYS, Row, Windows
+from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, WINDOW_KEYS, ParamSpec, Windows
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
@@ -13,7 +13,7 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-QKV_BIAS = Row(
+QKV_BIAS = ParamSpec(
     mcore=LAYER + "self_attention.linear_qkv.bias",
     hf={
         HF + "self_attn.q_proj.bias": ("q",),
@@ -23,7 +23,7 @@ QKV_BIAS = Row(
     per_group=True,
 )
 QK_NORM = tuple(
-    Row(mcore=LAYER + f"self_attention.{x}_layernorm.weight", hf={HF + f"self_attn.{x}_norm.weight": ("head",)})
+    ParamSpec(mcore=LAYER + f"self_attention.{x}_layernorm.weight", hf={HF + f"self_attn.{x}_norm.weight": ("head",)})
     for x in "qk"
 )
 QWEN2 = replace(

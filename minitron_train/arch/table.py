@@ -26,7 +26,7 @@ Rule = Callable[[Shape], str | None]  # what a loader of the Hugging Face folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class ParamSpec:
     """One megatron-core parameter and the Hugging Face tensors that it is fused from.
 
     `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, as megatron-core wants
@@ -79,7 +79,7 @@ class Architecture:
 
     name: str  # Hugging Face model_type
     hf_class: str  # the `architectures` entry of config.json
-    rows: tuple[Row, ...]
+    rows: tuple[ParamSpec, ...]
     config_keys: Mapping[str, str]  # Shape field -> key of config.json
     config_facts: Mapping[str, tuple[Any, ...]]  # key that changes the mathematics -> supported values, the usual first
     config_defaults: Mapping[str, Any]  # what transformers takes for a key that config.json lacks; None: it derives it
@@ -93,7 +93,7 @@ class Architecture:
     )
     rotary_percent: float = 1.0  # share of each head's channels that is rotated where config.json is silent
 
-    def rows_of(self, shape: Shape) -> tuple[Row, ...]:
+    def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model: tied embeddings have no output layer of their own."""
         return tuple(row for row in self.rows if not (shape.tie_embeddings and row.mcore == OUTPUT))
 
@@ -128,7 +128,7 @@ OUTPUT = "output_layer.weight"
 LAYER = "decoder.layers.{i}."
 HF = "model.layers.{i}."
 ATTENTION = (  # q, k, v and o of grouped-query attention
-    Row(
+    ParamSpec(
         mcore=LAYER + "self_attention.linear_qkv.weight",
         hf={
             HF + "self_attn.q_proj.weight": ("q", "embd"),
@@ -137,7 +137,7 @@ ATTENTION = (  # q, k, v and o of grouped-query attention
         },
         per_group=True,
     ),
-    Row(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
+    ParamSpec(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
 )
 CONFIG_KEYS = {  # that most families share
     "num_layers": "num_hidden_layers",

@@ -9,11 +9,11 @@ from minitron_train.config import DataConfig
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, which must fit its embedding."""
-    from minitron_train.data import tokenizer
+    from minitron_train.data import tokenizers
     from minitron_train.hf import read_json, shape_from_config
 
-    loaded = tokenizer.load(folder)
-    tokenizer.check_tokenizer(loaded, shape_from_config(read_json(folder / "config.json"), str(folder)).vocab_size)
+    loaded = tokenizers.load(folder)
+    tokenizers.check_tokenizer(loaded, shape_from_config(read_json(folder / "config.json"), str(folder)).vocab_size)
     return loaded
 
 
@@ -47,7 +47,7 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None =
     from minitron_train.data.sources import check_outside, describe, identity
 
     chosen = data or ws.config.data
-    ws.on_first(lambda: check_outside(chosen, ws.folder))
-    for line in ws.on_first(lambda: describe(chosen, key)):
+    ws.on_rank0(lambda: check_outside(chosen, ws.folder))
+    for line in ws.on_rank0(lambda: describe(chosen, key)):
         ws.say_once(line)
-    return ws.on_first(lambda: identity(chosen))
+    return ws.on_rank0(lambda: identity(chosen))

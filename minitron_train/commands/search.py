@@ -64,7 +64,7 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
     )
     child = ws.beside(config)
     # the scores are the same for all
-    ws.on_first(lambda: copy_folder(ws.folder / "scores", folder / "scores"))
+    ws.on_rank0(lambda: copy_folder(ws.folder / "scores", folder / "scores"))
     commands.cut(child, candidate.shape)
     commands.evaluate_one(child, "pruned", child.pruned_folder)
     candidate.zero_shot_loss = validation_loss(child, "pruned")
@@ -83,5 +83,5 @@ def copy_folder(source: Path, target: Path) -> None:
 
 def validation_loss(ws: Workspace, label: str) -> float:
     """Nats, of one evaluated model; infinite where its perplexity overflowed."""
-    perplexity = ws.on_first(lambda: read_evaluation(ws.eval_folder / f"{label}.json")["perplexity"])
+    perplexity = ws.on_rank0(lambda: read_evaluation(ws.eval_folder / f"{label}.json")["perplexity"])
     return math.inf if perplexity is None else math.log(perplexity)

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from minitron_train.commands import cli
 from minitron_train.commands.chain import chain, check_early
-from minitron_train.commands.workspace import Workspace, late
+from minitron_train.commands.workspace import Workspace, after_rank0
 from minitron_train.config import Config
 from minitron_train.pruning.candidates import Candidate, candidates, choose
 from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.launch import World, read_world, whole_number
-from minitron_train.runtime.preflight import host_name, meet
+from minitron_train.runtime.preflight import host_name, preflight
 from minitron_train.runtime.signals import guard
 from minitron_train.stages.run import STOPPED
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             case _:
                 raise UserError(f"usage: {USAGE}")
     except UserError as error:
-        late(world.rank)
+        after_rank0(world.rank)
         print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         return 2
     return 0
@@ -144,7 +144,7 @@ def check(command: str, config: Config, world: World, environ: Mapping[str, str]
     if world.is_first:
         complaints += folder_complaints(command, config, world)
     if world.size > 1:
-        complaints = meet(complaints, folder, world, environ)
+        complaints = preflight(complaints, folder, world, environ)
     if complaints:
         raise UserError("; ".join(complaints))
 

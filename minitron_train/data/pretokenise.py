@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.feed import Feed
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource

@@ -17,7 +17,7 @@ from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.train.hooks import Hook
-from minitron_train.train.metrics import Row
+from minitron_train.train.metrics import Metrics
 
 if TYPE_CHECKING:
     from minitron_train.train.loop import Trainer
@@ -42,7 +42,7 @@ class TaskHook(Hook):
         self.tokenizer, self.max_length, self.groups, self.data_dir = tokenizer, max_length, groups, data_dir
         self.teacher: dict[str, float] | None = None
 
-    def evaluate(self, training: "Trainer") -> Row:
+    def evaluate(self, training: "Trainer") -> Metrics:
         """`eval.TASK.METRIC` of the student, with `.teacher` of the teacher (measured once) and `.kept`, their ratio.
 
         A metric that is no share, like a perplexity, has no `.kept`.
@@ -52,7 +52,7 @@ class TaskHook(Hook):
                 teacher = training.objective.teacher
                 self.teacher = {} if teacher is None else self.measure(teacher)
             student = self.measure(training.student)
-        found: Row = {}
+        found: Metrics = {}
         for name, value in student.items():
             found[f"eval.{name}"] = value
             reference = self.teacher.get(name)

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from minitron_train.data.tokenizer import check_text
+from minitron_train.data.tokenizers import check_text
 from minitron_train.evaluation.journal import Journal, key_of
 from minitron_train.evaluation.packing import Request
 from minitron_train.evaluation.progress import RequestBar

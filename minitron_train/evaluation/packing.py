@@ -32,7 +32,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Row:
+class PackedRow:
     """Trees of inputs, depth first. A token's parent is the token before it in its text, -1 for the first."""
 
     tokens: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Row:
         """Whether plain causal attention is right."""
         return self.depths[-1] == len(self.depths) - 1
 
-    def join(self, other: "Row") -> None:
+    def join(self, other: "PackedRow") -> None:
         """Put another row's trees behind this one's."""
         start = len(self.tokens)
         self.tokens.extend(other.tokens)
@@ -59,7 +59,7 @@ class Unit:
     """Work for one data-parallel rank: a prefix (maybe empty) and batches of rows that follow it."""
 
     prefix: tuple[int, ...]
-    batches: list[list[Row]]
+    batches: list[list[PackedRow]]
 
     @property
     def num_tokens(self) -> int:
@@ -92,12 +92,12 @@ def cached_length(family: list[Request]) -> int:
     return shared if shared >= MIN_CACHED else 0
 
 
-def grow_trees(requests: list[Request], num_prefix: int) -> list[Row]:
+def grow_trees(requests: list[Request], num_prefix: int) -> list[PackedRow]:
     """Trees of sorted requests; the first `num_prefix` tokens are left out, since they are cached.
 
     A tree has at most MAX_ROW tokens, unless a single request is longer.
     """
-    trees: list[Row] = []
+    trees: list[PackedRow] = []
     path: list[int] = []  # places in the tree of the last request's tokens
     last: tuple[int, ...] = ()
     for request in requests:
@@ -105,7 +105,7 @@ def grow_trees(requests: list[Request], num_prefix: int) -> list[Row]:
         shared = common_length(last, inputs)
         fits = shared == len(inputs) or (trees and len(trees[-1].tokens) + len(inputs) - shared <= MAX_ROW)
         if not trees or shared < min(MIN_SHARED, len(inputs)) or not fits:
-            trees.append(Row())
+            trees.append(PackedRow())
             path, shared = [], 0
         tree = trees[-1]
         del path[shared:]
@@ -121,15 +121,15 @@ def grow_trees(requests: list[Request], num_prefix: int) -> list[Row]:
     return trees
 
 
-def fill_rows(trees: list[Row]) -> list[Row]:
+def fill_rows(trees: list[PackedRow]) -> list[PackedRow]:
     """Trees into rows of at most MAX_ROW tokens: the largest first, each into the row that it fills best."""
-    rows: list[Row] = []
-    by_room: dict[int, list[Row]] = defaultdict(list)
+    rows: list[PackedRow] = []
+    by_room: dict[int, list[PackedRow]] = defaultdict(list)
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
         size = len(tree.tokens)
         room = next((room for room in range(size, MAX_ROW) if by_room[room]), None)
         if room is None:
-            row = Row()
+            row = PackedRow()
             rows.append(row)
         else:
             row = by_room[room].pop()
@@ -138,9 +138,9 @@ def fill_rows(trees: list[Row]) -> list[Row]:
     return rows
 
 
-def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
+def make_batches(rows: list[PackedRow], batch_tokens: int) -> list[list[PackedRow]]:
     """Rows of like length together, the longest first, at most `batch_tokens` with padding (but at least one row)."""
-    batches: list[list[Row]] = []
+    batches: list[list[PackedRow]] = []
     for row in sorted(rows, key=lambda r: -len(r.tokens)):
         longest = len(batches[-1][0].tokens) if batches else 0
         fits = batches and (len(batches[-1]) + 1) * longest <= batch_tokens

@@ -15,7 +15,7 @@ from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect, items, without_infinities
 from minitron_train.evaluation.source import open_origin
 from minitron_train.evaluation.task_names import check_keys
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
@@ -25,7 +25,7 @@ from minitron_train.stages.run import PROVENANCE
 from minitron_train.train.export import Saved
 
 
-def evaluate(
+def evaluate_model(
     config: Config,
     groups: Groups,
     *,
@@ -52,7 +52,7 @@ def evaluate(
     """
     check_keys(config.eval)
     origin = open_origin(model)
-    if isinstance(origin.source, Checkpoint):
+    if isinstance(origin.source, HFFolder):
         origin.source.announce()
     origin.shape.check_parallel(groups.tp_size, label)
     precision = config.eval.precision_on(groups.device.type == "cuda")
@@ -123,7 +123,7 @@ def run_tasks(
     """
     if not evaluation.tasks:
         return {"results": {}, "not_run": {}, "data": {}}, []
-    from minitron_train.data import tokenizer as tokenizers
+    from minitron_train.data import tokenizers
     from minitron_train.evaluation.lm import MegatronLM
     from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
 

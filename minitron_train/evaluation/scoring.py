@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron_train.evaluation.packing import Request, Row, plan, share
+from minitron_train.evaluation.packing import PackedRow, Request, plan, share
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.forward import KeyValueCache, hidden_states, inference, target_logprobs
 from minitron_train.parallel.groups import Groups
@@ -42,7 +42,7 @@ def score(
                 on_scores(score_rows(model, batch, cache, groups))
 
 
-def score_rows(model: LanguageModel, rows: list[Row], cache: KeyValueCache, groups: Groups) -> dict[int, Score]:
+def score_rows(model: LanguageModel, rows: list[PackedRow], cache: KeyValueCache, groups: Groups) -> dict[int, Score]:
     """One forward pass; only scored positions meet the output layer."""
     device = groups.device
     tokens, positions, mask = (None if x is None else x.to(device) for x in to_tensors(rows, cache.num_tokens))
@@ -58,7 +58,7 @@ def score_rows(model: LanguageModel, rows: list[Row], cache: KeyValueCache, grou
     return {index: (math.fsum(x for x, _ in part), all(g for _, g in part)) for index, part in parts.items()}
 
 
-def to_tensors(rows: list[Row], num_prefix: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def to_tensors(rows: list[PackedRow], num_prefix: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens and positions [B, S], right-padded, and the mask [B, S, P + S] (True hides), None where causal is right."""
     longest = max(len(row.tokens) for row in rows)
     tokens, positions = torch.zeros(2, len(rows), longest, dtype=torch.long)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minitron_train.hf import Checkpoint, read_json
+from minitron_train.hf import HFFolder, read_json
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PARALLEL_SIZES = (1, 2, 4, 8)
@@ -17,7 +17,7 @@ def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
     Raises:
         UserError: the folder cannot be opened as a checkpoint at all.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = HFFolder(folder)
     config, shape = checkpoint.config, checkpoint.shape
     problems = []
     if "head_dim" not in config and shape.kv_channels * shape.num_attention_heads != shape.hidden_size:

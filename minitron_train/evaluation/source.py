@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitron_train.arch import Architecture, Shape, architecture
 from minitron_train.arch.convert import Source, load, shards_to_parts
-from minitron_train.hf import Checkpoint, fingerprint, read_json, shape_from_config
+from minitron_train.hf import HFFolder, fingerprint, read_json, shape_from_config
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
@@ -91,7 +91,7 @@ def open_origin(model: Path | Saved) -> Origin:
         UserError: damaged or missing headers.
     """
     if isinstance(model, Path):
-        checkpoint = Checkpoint(model)
+        checkpoint = HFFolder(model)
         return Origin(
             path=model,
             shape=checkpoint.shape,

@@ -70,12 +70,12 @@ def load_tasks(
     Raises:
         UserError: an unknown task; a local file without a needed column; data that only the first rank has.
     """
-    on_first = groups.on_first if groups else alone
+    on_rank0 = groups.on_rank0 if groups else alone
     manager = index_of(evaluation)
-    found = on_first(lambda: survey(manager, evaluation, data_dir, max_length))
+    found = on_rank0(lambda: survey(manager, evaluation, data_dir, max_length))
     chosen = TaskSet(tasks={"tasks": {}, "groups": {}, "group_map": {}})
     with reading_local(manager, found.files) as local:
-        refused = on_first(lambda: load_first(chosen, local, found))
+        refused = on_rank0(lambda: load_first(chosen, local, found))
         names = [name for name in found.files if name not in refused]
         if groups and not groups.is_first:
             load_next(chosen, local, names, found.online)
@@ -85,7 +85,7 @@ def load_tasks(
     for leaf, task in chosen.tasks["tasks"].items():
         configure(chosen, leaf, evaluation, manager)
         if getattr(task, "UNSAFE_CODE", False):
-            task.process_results = only_by(on_first, task.process_results)
+            task.process_results = only_by(on_rank0, task.process_results)
         if pass_at_1.__name__ in task._metric_fn_kwargs:
             task._metric_fn_kwargs[pass_at_1.__name__]["isolated"] = evaluation.allow_code_execution != UNSAFE
     return chosen
@@ -96,9 +96,9 @@ def alone(work: Callable[[], T]) -> T:
     return work()
 
 
-def only_by(on_first: Callable[..., Any], function: Callable[..., T]) -> Callable[..., T]:
+def only_by(on_rank0: Callable[..., Any], function: Callable[..., T]) -> Callable[..., T]:
     """A function that the first rank runs for all: lm-eval has every rank work out the metrics of every row."""
-    return lambda *args: on_first(lambda: function(*args))
+    return lambda *args: on_rank0(lambda: function(*args))
 
 
 def index_of(evaluation: EvalConfig) -> TaskManager:

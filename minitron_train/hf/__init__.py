@@ -14,7 +14,7 @@ from minitron_train.hf.folder import (
 from minitron_train.hf.headers import read_header
 from minitron_train.hf.locate import INDEX, LICENCE_FILES, SINGLE, TOKENIZER_FILES, weight_bytes
 from minitron_train.hf.rows import RowReader, runs
-from minitron_train.hf.weights import Checkpoint, folder_shape
+from minitron_train.hf.weights import HFFolder, folder_shape
 
 __all__ = [
     "DTYPES",
@@ -24,7 +24,7 @@ __all__ = [
     "SINGLE",
     "STORED_DTYPES",
     "TOKENIZER_FILES",
-    "Checkpoint",
+    "HFFolder",
     "RowReader",
     "cast",
     "copy_tokenizer",

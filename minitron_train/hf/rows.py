@@ -20,7 +20,7 @@ from minitron_train.hf.locate import removed_files
 from minitron_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from minitron_train.hf.weights import Checkpoint
+    from minitron_train.hf.weights import HFFolder
 
 COMPARED_VALUES = 2**21  # at once
 
@@ -28,7 +28,7 @@ COMPARED_VALUES = 2**21  # at once
 class RowReader:
     """The tensors of a Hugging Face folder: a RowSource (see pruning.layers) that leaves nothing behind in memory."""
 
-    def __init__(self, checkpoint: "Checkpoint") -> None:
+    def __init__(self, checkpoint: "HFFolder") -> None:
         self.checkpoint = checkpoint
         self.files: dict[Path, int] = {}
         weakref.finalize(self, close_all, self.files)

@@ -23,7 +23,7 @@ HARMLESS = re.compile(
 )  # a buffer that older versions stored; it follows from config.json
 
 
-class Checkpoint:
+class HFFolder:
     """The tensors of a Hugging Face folder, each read when it is asked for.
 
     Every header and every length is checked on opening, so that a truncated download is refused before any work.
@@ -178,5 +178,5 @@ def folder_shape(folder: Path) -> Shape:
     """
     check_folder(folder)
     if has_weights(folder):
-        return Checkpoint(folder).shape
+        return HFFolder(folder).shape
     return shape_from_config(read_json(folder / "config.json"), str(folder / "config.json"))

@@ -93,7 +93,7 @@ class Groups:
         if self.world_size > 1:
             dist.barrier()
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first process, on every process; where it fails, it fails for all.
 
         The others wait at the rendezvous store, not in a collective: `parallel.timeout_minutes` does not end them.

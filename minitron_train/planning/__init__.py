@@ -4,7 +4,7 @@ Everything follows from two shapes, the training settings and a hardware table; 
 """
 
 from minitron_train.planning.check import check_fits
-from minitron_train.planning.estimate import plan
+from minitron_train.planning.estimate import make_plan
 from minitron_train.planning.show import format_plan
 
-__all__ = ["check_fits", "format_plan", "plan"]
+__all__ = ["check_fits", "format_plan", "make_plan"]

@@ -20,7 +20,7 @@ SECONDS_PER_HOUR = 3600
 WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
 
 
-def plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
+def make_plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
     """Reckon the cost of a recipe; nothing is run, and torch is imported only to measure a machine.
 
     Args:

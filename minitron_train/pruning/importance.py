@@ -71,7 +71,7 @@ class Scores:
     metadata: dict[str, str]
 
     @classmethod
-    def read(cls, path: Path, teacher: hf.Checkpoint) -> "Scores":
+    def read(cls, path: Path, teacher: hf.HFFolder) -> "Scores":
         """Read scores for `teacher`.
 
         Raises:

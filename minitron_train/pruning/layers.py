@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minitron_train.arch import convert
+from minitron_train.arch import ParamSpec, convert
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
 from minitron_train.model.build import Norm, build
@@ -87,7 +87,7 @@ class Layers:
         """The norm after the last layer."""
         return self.model.get_submodule("decoder.final_layernorm")  # type: ignore[return-value]
 
-    def _fill(self, rows: list[convert.Row], i: int, slot: int) -> None:
+    def _fill(self, rows: list[ParamSpec], i: int, slot: int) -> None:
         for row in rows:
             shard = convert.read_shard(row, i, self.shape, self.source, self.groups.tp_rank, self.groups.tp_size)
             self.model.get_parameter(row.mcore.format(i=slot)).copy_(shard)

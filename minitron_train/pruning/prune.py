@@ -18,7 +18,7 @@ from minitron_train.pruning.collect import Statistics
 from minitron_train.pruning.criterion import Evidence, depth_criterion
 from minitron_train.pruning.importance import Scores
 from minitron_train.pruning.layers import Layers, RowSource
-from minitron_train.pruning.scoring import check_tokens, measure, scoring_dtype
+from minitron_train.pruning.scoring import check_tokens, gather_evidence, scoring_dtype
 from minitron_train.pruning.select import Keep, select
 from minitron_train.pruning.shards import RowReader
 from minitron_train.pruning.slice import Sliced, slice_checkpoint
@@ -26,11 +26,11 @@ from minitron_train.pruning.target import check_target, num_repair_sequences
 from minitron_train.runtime.console import say
 
 
-def cut(
+def prune_checkpoint(
     config: Config,
     groups: Groups,
     *,
-    teacher: hf.Checkpoint,
+    teacher: hf.HFFolder,
     student: Shape,
     scores: Path,
     tokens: Callable[[], Tensor],
@@ -65,7 +65,7 @@ def cut(
 def choose(
     config: Config,
     groups: Groups,
-    teacher: hf.Checkpoint,
+    teacher: hf.HFFolder,
     student: Shape,
     statistics: Statistics,
     tokens: Callable[[], Tensor],
@@ -95,7 +95,7 @@ def choose(
             dtype = scoring_dtype(config.calibration, groups.device)
             source = Sliced(teacher, keep)
             layers = Layers(teacher.table, shape, source, groups, resident=False, dtype=dtype)
-            statistics = measure(layers, tokens(), config.calibration, without_layers=needs_layer_removal)
+            statistics = gather_evidence(layers, tokens(), config.calibration, without_layers=needs_layer_removal)
     assert keep is not None
     if config.prune.rotate and student.hidden_size < teacher.shape.hidden_size:
         keep = rotated(config, groups, teacher, keep, tokens())
@@ -114,7 +114,7 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
     return replace(teacher, **sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})
 
 
-def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor) -> Keep:
+def rotated(config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, tokens: Tensor) -> Keep:
     """`keep` with principal directions of the residual stream in the place of channels, where that is possible."""
     sequences_NS, whole = tokens.flatten(0, 1), whole_layers(groups)
     used = num_repair_sequences(config.prune, sequences_NS.shape[1])
@@ -127,7 +127,7 @@ def rotated(config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, 
 
 
 def repaired_tensors(
-    config: Config, groups: Groups, teacher: hf.Checkpoint, keep: Keep, tokens: Tensor
+    config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, tokens: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and values of repaired tensors."""
     from minitron_train.pruning.repair import Repair

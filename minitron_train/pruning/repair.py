@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch.convert import pack, shards_to_parts
-from minitron_train.arch.table import OUTPUT, Row
+from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
 from minitron_train.model.build import Norm
 from minitron_train.parallel.groups import Groups
@@ -155,7 +155,7 @@ class Repair:
             yield from self._parts(self.student[i], [row for row in self.student.table.rows if row.per_layer], i)
         yield from self._last()
 
-    def _parts(self, module: torch.nn.Module, rows: list[Row], i: int) -> Iterator[tuple[str, Tensor]]:
+    def _parts(self, module: torch.nn.Module, rows: list[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
         for row in rows:
             name = row.mcore.split("{i}.")[-1] if row.per_layer else row.mcore.removeprefix("decoder.final_layernorm.")
             shards = [module.get_parameter(name).detach()]
@@ -281,7 +281,7 @@ def channel_moments(x_NC: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     return mean, (x_NC - mean[:, None]).square().mean(-1).sqrt()
 
 
-def kept_rows(row: Row, keep: Keep, layer: int) -> Tensor:
+def kept_rows(row: ParamSpec, keep: Keep, layer: int) -> Tensor:
     """For each row of the student's fused parameter, its position in the teacher's (see arch.convert.pack)."""
     parts, start, teacher = [], 0, keep.teacher
     for axes in row.hf.values():

@@ -15,7 +15,7 @@ from minitron_train.arch.convert import load
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config
 from minitron_train.data.calibration import batch_size, calibration_batches
-from minitron_train.data.tokenizer import document_start
+from minitron_train.data.tokenizers import document_start
 from minitron_train.model.build import build
 from minitron_train.model.forward import inference
 from minitron_train.model.generate import sample
@@ -32,7 +32,7 @@ SEED_OFFSET = zlib.crc32(b"samples")
 
 
 def tokens_with_samples(
-    config: Config, groups: Groups, teacher: hf.Checkpoint, tokenizer: PreTrainedTokenizerBase, folder: Path
+    config: Config, groups: Groups, teacher: hf.HFFolder, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> Tensor:
     """Calibration tokens of which the teacher writes a share, int64 [batches, sequences, length].
 
@@ -49,7 +49,7 @@ def tokens_with_samples(
         text = replace(calibration, num_samples=num_read, micro_batch_size=1)
         sequences.append(calibration_batches(text, config.data, tokenizer, seed).flatten(0, 1))
     prompt = document_start(tokenizer, config.data.document_end)
-    sequences.append(write(calibration, groups, teacher, prompt, num_written, seed))
+    sequences.append(generate_samples(calibration, groups, teacher, prompt, num_written, seed))
     if groups.device.type == "cuda":
         torch.cuda.empty_cache()  # scoring looks at what is free before it decides to hold all layers
     tokens_NS = torch.cat(sequences)
@@ -60,8 +60,8 @@ def tokens_with_samples(
     return tokens
 
 
-def write(
-    calibration: CalibrationConfig, groups: Groups, teacher: hf.Checkpoint, prompt: list[int], num: int, seed: int
+def generate_samples(
+    calibration: CalibrationConfig, groups: Groups, teacher: hf.HFFolder, prompt: list[int], num: int, seed: int
 ) -> Tensor:
     """`num` texts by the teacher at temperature 1, int64 [num, length], the same on every rank.
 

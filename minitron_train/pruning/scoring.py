@@ -23,7 +23,9 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import read_world
 
 
-def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Tensor, folder: Path) -> dict[str, Any]:
+def score_checkpoint(
+    config: Config, groups: Groups, *, teacher: hf.HFFolder, tokens: Tensor, folder: Path
+) -> dict[str, Any]:
     """Score `teacher` on `tokens` and write `folder`/scores.safetensors (the first rank does).
 
     Args:
@@ -43,7 +45,7 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     streamed = calibration.streamed if calibration.streamed is not None else not fits(teacher.shape, groups, dtype)
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=not streamed, dtype=dtype)
     criterion = depth_criterion(config.prune.depth)
-    statistics = measure(layers, tokens, calibration, without_layers=criterion.needs_layer_removal)
+    statistics = gather_evidence(layers, tokens, calibration, without_layers=criterion.needs_layer_removal)
     facts = {
         "samples": len(sequences_NS),
         "tokens": statistics.num_tokens,
@@ -65,7 +67,7 @@ def score(config: Config, groups: Groups, *, teacher: hf.Checkpoint, tokens: Ten
     return facts
 
 
-def measure(
+def gather_evidence(
     layers: Layers, tokens: Tensor, calibration: CalibrationConfig, *, without_layers: bool = False
 ) -> Statistics:
     """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank, on the host.
@@ -102,7 +104,7 @@ def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:
     return not groups.any(needed > free / 2)
 
 
-def check_tokens(sequences_NS: Tensor, teacher: hf.Checkpoint, num_parts: int) -> None:
+def check_tokens(sequences_NS: Tensor, teacher: hf.HFFolder, num_parts: int) -> None:
     """Refuse tokens that the teacher cannot read."""
     if len(sequences_NS) < num_parts:
         raise UserError(

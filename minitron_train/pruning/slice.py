@@ -41,7 +41,7 @@ class Origin:
     mcore: str  # the row of arch/'s table
 
 
-def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
+def origins(teacher: hf.HFFolder, keep: Keep) -> dict[str, Origin]:
     """Of every tensor of the student, by its name."""
     found = {}
     for row in teacher.table.rows_of(keep.student):
@@ -55,7 +55,7 @@ def origins(teacher: hf.Checkpoint, keep: Keep) -> dict[str, Origin]:
 class Sliced:
     """The student as a view of its teacher: a RowSource (see pruning.layers) that reads and cuts one tensor at a time."""
 
-    def __init__(self, teacher: hf.Checkpoint, keep: Keep) -> None:
+    def __init__(self, teacher: hf.HFFolder, keep: Keep) -> None:
         self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
         self.gains: dict[tuple[str, int], Tensor] = {}  # by norm and layer, see _gain
 
@@ -178,7 +178,7 @@ class Block:
     columns: np.ndarray | None
 
 
-def blocks(teacher: hf.Checkpoint, keep: Keep, names: Mapping[str, Origin]) -> Iterator[Block]:
+def blocks(teacher: hf.HFFolder, keep: Keep, names: Mapping[str, Origin]) -> Iterator[Block]:
     """The work of slicing, cut so that each block reads about BLOCK_BYTES."""
     for name, origin in names.items():
         size, kept = teacher.sizes[origin.name], [keep.rows(axis, origin.layer) for axis in origin.axes]
@@ -202,7 +202,7 @@ def copy_block(block: Block, reader: RowReader, writer: RowWriter, dtype: str) -
 
 
 def slice_checkpoint(
-    teacher: hf.Checkpoint, keep: Keep, student: Shape, folder: Path, replaced: Iterable[tuple[str, Tensor]] = ()
+    teacher: hf.HFFolder, keep: Keep, student: Shape, folder: Path, replaced: Iterable[tuple[str, Tensor]] = ()
 ) -> dict[str, Any]:
     """Write the student's Hugging Face folder, with kept.safetensors, into the empty `folder`.
 
@@ -239,7 +239,7 @@ def slice_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     hf.copy_tokenizer(teacher.folder, folder)
     keep.write(folder)
-    return {"parameters": check_parameters(hf.Checkpoint(folder), student)}
+    return {"parameters": check_parameters(hf.HFFolder(folder), student)}
 
 
 def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -253,7 +253,7 @@ def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, d
     writer.write(name, first_row, stored.contiguous().view(torch.uint8).numpy())
 
 
-def check_parameters(written: hf.Checkpoint, student: Shape) -> int:
+def check_parameters(written: hf.HFFolder, student: Shape) -> int:
     """Parameters on disk, which must be the plan's: a student that silently stayed as large as its teacher is no student."""
     assert not written.unexpected, f"{written.folder}: holds {written.unexpected[0]}, which the student does not have"
     planned = sum(written.table.parameters(student).values())

@@ -56,7 +56,7 @@ class Notice(TypedDict):
 Complaints = list[str]
 
 
-def meet(complaints: list[str], folder: Path, world: World, environ: Mapping[str, str]) -> list[str]:
+def preflight(complaints: list[str], folder: Path, world: World, environ: Mapping[str, str]) -> list[str]:
     """Bring the complaints of all ranks together, and add those about software, shared folder and network.
 
     Args:

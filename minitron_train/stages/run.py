@@ -112,7 +112,7 @@ Work = Callable[[Path], Mapping[str, Any]]
 OnFirst = Callable[[Callable[[], Any]], Any]  # Workspace.on_first
 
 
-def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, on_first: OnFirst) -> bool:
+def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, on_rank0: OnFirst) -> bool:
     """Do the stage's work unless it is done. All ranks call it; rank 0 writes and renames.
 
     Args:
@@ -125,11 +125,11 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
         UserError: another process is at work in the folder, it holds something else, or a growing stage was started
             otherwise.
     """
-    if force and on_first(lambda: begun_before_requeue(stage)):
+    if force and on_rank0(lambda: begun_before_requeue(stage)):
         say(f"{stage.name}: begun by this job before it was requeued; going on with that")
         force = False
     with ExitStack() as held:  # on rank 0: the lock, then the folder
-        state, why = on_first(lambda: begin(stage, held, force=force))
+        state, why = on_rank0(lambda: begin(stage, held, force=force))
         if state == "finished" and not force:
             say(f"{stage.name}: done before, in {stage.folder} (force=true does it again)")
             return False
@@ -141,14 +141,14 @@ def run_stage(stage: Stage, invocation: Invocation, work: Work, *, force: bool, 
             say(f"{stage.name}: writing {stage.folder}")
         meter = Meter()
         fresh = state == "stale" or force
-        place = on_first(lambda: held.enter_context(open_folder(stage, invocation, fresh=fresh)))
+        place = on_rank0(lambda: held.enter_context(open_folder(stage, invocation, fresh=fresh)))
         facts = work(place)
 
         def finish() -> None:
             write_provenance(stage, invocation, meter, facts, place)
             held.close()  # the folder takes its place
 
-        on_first(finish)
+        on_rank0(finish)
     say(f"{stage.name}: {meter.seconds:.1f} s, peak memory {meter.peak_bytes / 2**30:.2f} GiB")
     return True
 

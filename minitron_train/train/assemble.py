@@ -11,12 +11,12 @@ import torch
 
 from minitron_train.arch import Shape, convert
 from minitron_train.config import Config
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.distillation.hidden import HiddenPairs, check_layers
 from minitron_train.distillation.loss import real_rows
 from minitron_train.distillation.step import Objective, loss_spec
-from minitron_train.hf import Checkpoint, copy_tokenizer, student_config
+from minitron_train.hf import HFFolder, copy_tokenizer, student_config
 from minitron_train.model.build import DTYPES, LanguageModel, build
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
@@ -25,11 +25,11 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
 from minitron_train.runtime.heartbeat import Heartbeat
 from minitron_train.runtime.signals import StopSignals
-from minitron_train.train.best import Yardstick
-from minitron_train.train.checkpoint import Checkpoints
+from minitron_train.train.best import BestMetric
+from minitron_train.train.checkpoint import CheckpointManager
 from minitron_train.train.export import MODEL
 from minitron_train.train.loop import Trainer
-from minitron_train.train.metrics import Speedometer
+from minitron_train.train.metrics import ThroughputMeter
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.settings import check_settings, deciding_settings
@@ -62,14 +62,14 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
 def assemble(
     config: Config,
     groups: Groups,
-    student_files: Checkpoint,
-    teacher_files: Checkpoint | None,
+    student_files: HFFolder,
+    teacher_files: HFFolder | None,
     folder: Path,
     stack: contextlib.ExitStack,
 ) -> Trainer:
     """All parts of a run, in the state of step 0."""
     signals = stack.enter_context(StopSignals())  # first: loading may take minutes
-    train, yardstick = config.train, Yardstick.of(config, distilled=teacher_files is not None)
+    train, yardstick = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
     rows = {
         name: files.shape.vocab_size
@@ -120,7 +120,7 @@ def assemble(
         groups,
     )
     owner = belongs_to(config, student_files, teacher_files)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint, groups, yardstick, owner)
+    checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, groups, yardstick, owner)
     if groups.is_first:
         put_model_files(folder / "checkpoints" / MODEL, student_files)
     return Trainer(
@@ -140,7 +140,7 @@ def assemble(
     )
 
 
-def load_model(files: Checkpoint, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
+def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
     """This rank's part of a Hugging Face folder's model."""
     model = build(
         files.shape,
@@ -153,7 +153,7 @@ def load_model(files: Checkpoint, config: Config, groups: Groups, **arguments: A
     return model
 
 
-def belongs_to(config: Config, student: Checkpoint, teacher: Checkpoint | None) -> dict[str, Any]:
+def belongs_to(config: Config, student: HFFolder, teacher: HFFolder | None) -> dict[str, Any]:
     """The settings that a checkpoint of this run must have been made with, flat."""
     values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
@@ -170,16 +170,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def put_model_files(target: Path, student: Checkpoint) -> None:
+def put_model_files(target: Path, student: HFFolder) -> None:
     """What `export` needs besides weights: config.json and the tokenizer."""
     with atomic_folder(target) as scratch:
         atomic_write_json(scratch / "config.json", student_config(student.config, student.shape))
         copy_tokenizer(student.folder, scratch)
 
 
-def speedometer(config: Config, groups: Groups, student: Checkpoint, teacher: Checkpoint | None) -> Speedometer:
+def speedometer(config: Config, groups: Groups, student: HFFolder, teacher: HFFolder | None) -> ThroughputMeter:
     """Model FLOPs: student forward and backward, teacher forward."""
     length = config.train.seq_length
     flops = training_flops_per_token(student.shape, length)
     flops += forward_flops_per_token(teacher.shape, length) if teacher else 0
-    return Speedometer(flops, gemm_flops(config.train.precision, groups.device.type == "cuda"), groups.world_size)
+    return ThroughputMeter(flops, gemm_flops(config.train.precision, groups.device.type == "cuda"), groups.world_size)

@@ -12,13 +12,13 @@ OWN = ("kl", "loss", "perplexity")  # what the validation gives; the KL with a t
 
 
 @dataclass(frozen=True, slots=True)
-class Yardstick:
+class BestMetric:
     """The metric `name`, as in `validation.kl` or `hellaswag.acc_norm`, by which evaluations are compared."""
 
     name: str
 
     @classmethod
-    def of(cls, config: Config, *, distilled: bool) -> "Yardstick":
+    def of(cls, config: Config, *, distilled: bool) -> "BestMetric":
         """The metric that checkpoint.best_metric names; by default the validation KL, or loss without a teacher.
 
         Raises:

@@ -38,7 +38,7 @@ from minitron_train.runtime.files import PARTIAL
 from minitron_train.stages.run import differences
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
-from minitron_train.train.best import Yardstick
+from minitron_train.train.best import BestMetric
 
 WRITER_NICENESS = 10  # the writer yields its core to the training step
 POLL_S = 0.05  # between looks at the writers that are waited for
@@ -138,7 +138,7 @@ def write_bucket(transforms: list[Any], k: int, bucket: WriteBucket) -> list[Any
     return outcome
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
@@ -152,7 +152,7 @@ class Checkpoints:
         folder: Path,
         settings: CheckpointConfig,
         groups: Groups,
-        yardstick: Yardstick,
+        yardstick: BestMetric,
         belongs_to: Mapping[str, Any],
     ) -> None:
         self.folder, self.settings, self.groups = folder, settings, groups
@@ -217,7 +217,7 @@ class Checkpoints:
         Raises:
             UserError: it belongs to other settings (named), holds a class that is not allowed, or every checkpoint is damaged.
         """
-        paths = self.groups.on_first(lambda: files.finished(self.folder))  # other nodes may see an older listing
+        paths = self.groups.on_rank0(lambda: files.finished(self.folder))  # other nodes may see an older listing
         for path in paths:
             wrong = files.damage(path, self.groups.rank, self.groups.world_size)
             if wrong:
@@ -227,7 +227,7 @@ class Checkpoints:
             self._check_settings(path)
             with cpu.cuda_means_cpu():
                 loaded = safe_load.load(make_template(), path)
-            self.groups.on_first(partial(files.settle, path, self.settings, self.yardstick))
+            self.groups.on_rank0(partial(files.settle, path, self.settings, self.yardstick))
             return loaded
         if paths:
             raise UserError(f"{self.folder}: no checkpoint is whole; remove the folder to begin again")

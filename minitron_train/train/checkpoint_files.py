@@ -32,7 +32,7 @@ from minitron_train.runtime.files import (
     sync_path,
 )
 from minitron_train.runtime.records import Count, damaged, read_bytes, read_record
-from minitron_train.train.best import Yardstick
+from minitron_train.train.best import BestMetric
 
 MANIFEST = "manifest.json"
 SUMS = "sums-{rank}.json"  # what one rank's writer wrote, until the manifest takes it over
@@ -164,7 +164,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def settle(path: Path, settings: CheckpointConfig, yardstick: Yardstick) -> None:
+def settle(path: Path, settings: CheckpointConfig, yardstick: BestMetric) -> None:
     """Make `path`, from which a run resumes, the newest checkpoint, and do what a kill may have left undone after its save.
 
     Everything newer is removed. It is damaged, and would otherwise count as the newest and perhaps as the best.
@@ -196,7 +196,7 @@ def recover(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path, settings: CheckpointConfig, yardstick: Yardstick) -> None:
+def tidy(folder: Path, settings: CheckpointConfig, yardstick: BestMetric) -> None:
     """Keep the newest `checkpoint.keep` and the `checkpoint.keep_best` best evaluated; `best` names the very best."""
     paths = finished(folder)
     ranks = {path: yardstick.rank(evaluation_of(path).get(yardstick.name)) for path in paths}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from minitron_train.arch import Row, architecture
+from minitron_train.arch import ParamSpec, architecture
 from minitron_train.arch.convert import export_tensors
 from minitron_train.hf import DTYPES, cast, named_dtype, read_json, shape_from_config, student_config, write_folder
 from minitron_train.model.build import layer_spec
@@ -178,7 +178,7 @@ def is_own(path: Path, output_dir: Path) -> bool:
     return False
 
 
-def export(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[str, Any]:
+def export_checkpoint(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[str, Any]:
     """Write the student of a checkpoint, its config.json and its tokenizer into the empty folder `target`.
 
     Args:
@@ -196,7 +196,7 @@ def export(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[st
         raise UserError(f"export.dtype={name}: must be one of {', '.join(DTYPES)}; choose one")
     saved = SavedTensors(checkpoint)
 
-    def read(row: Row, i: int) -> list[Tensor]:
+    def read(row: ParamSpec, i: int) -> list[Tensor]:
         return [saved.read(saved_name(row.mcore), i if row.per_layer else None)]
 
     remedy = "set export.dtype=bfloat16 or export.dtype=float32"

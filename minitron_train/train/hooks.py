@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from minitron_train.config import Config
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.plugins import import_name
-from minitron_train.train.metrics import Row
+from minitron_train.train.metrics import Metrics
 
 if TYPE_CHECKING:
     from minitron_train.train.loop import Trainer
@@ -21,15 +21,15 @@ class Hook:
     def before_optimizer(self, training: "Trainer") -> None:
         """Gradients of the global batch are complete and not yet clipped."""
 
-    def after_step(self, training: "Trainer", row: Row) -> Row:
+    def after_step(self, training: "Trainer", row: Metrics) -> Metrics:
         """One optimizer step is done; `row` has its figures (loss, lr, grad_norm, …), and gets those returned."""
         return {}
 
-    def evaluate(self, training: "Trainer") -> Row:
+    def evaluate(self, training: "Trainer") -> Metrics:
         """A further evaluation, after each validation: `eval.TASK.METRIC` values, among which train.best_metric may be."""
         return {}
 
-    def after_evaluation(self, training: "Trainer", found: Row) -> None:
+    def after_evaluation(self, training: "Trainer", found: Metrics) -> None:
         """Validation and all further evaluations are done and judged; `found` has their figures."""
 
 

@@ -17,10 +17,10 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.heartbeat import Heartbeat
 from minitron_train.runtime.signals import StopSignals
 from minitron_train.train.batches import micro_batches, to_device
-from minitron_train.train.best import Yardstick
-from minitron_train.train.checkpoint import Checkpoints
+from minitron_train.train.best import BestMetric
+from minitron_train.train.checkpoint import CheckpointManager
 from minitron_train.train.hooks import Hook
-from minitron_train.train.metrics import Row
+from minitron_train.train.metrics import Metrics
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.state import RunState
@@ -40,8 +40,8 @@ class Trainer:
     optimizer: Optimizer
     stream: TokenStream
     validation: Validation
-    checkpoints: Checkpoints
-    yardstick: Yardstick
+    checkpoints: CheckpointManager
+    yardstick: BestMetric
     reporter: Reporter
     state: RunState
     heartbeat: Heartbeat
@@ -102,7 +102,7 @@ class Trainer:
             )
         return None
 
-    def take_step(self) -> Row:
+    def take_step(self) -> Metrics:
         """One global batch."""
         batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
@@ -113,7 +113,7 @@ class Trainer:
             row |= hook.after_step(self, row)
         return row
 
-    def forward_backward(self, batch: Batch) -> Row:
+    def forward_backward(self, batch: Batch) -> Metrics:
         """Gradients of the loss, summed over the global batch's tokens and divided by the number of valid ones."""
         self.optimizer.zero_grad()
         batch = to_device(batch, self.groups.device)
@@ -128,7 +128,7 @@ class Trainer:
             sums += losses.sums
         loss, kd_loss, ce_loss, hidden_loss = (self.groups.sum_over_data(sums) / num_tokens).tolist()
         spec = self.objective.spec
-        row: Row = {"loss": loss}
+        row: Metrics = {"loss": loss}
         row |= {"kd_loss": kd_loss if spec.kd_weight else None, "ce_loss": ce_loss if spec.ce_weight else None}
         if self.objective.hidden is not None:
             row |= {"hidden_loss": hidden_loss, "hidden_weight": weight}
@@ -153,7 +153,7 @@ class Trainer:
             self.state.hidden_weight = ratio(total, hidden)
         return self.state.hidden_weight
 
-    def update(self, row: Row, batch: Batch) -> Row:
+    def update(self, row: Metrics, batch: Batch) -> Metrics:
         """The optimizer step, unless something is not finite; all ranks decide alike."""
         lr = learning_rate(self.config.train, self.state.tokens)
         norm = self.optimizer.gradient_norm()
@@ -181,7 +181,7 @@ class Trainer:
         self.state.num_skipped += 1
         say(f"{what}: not finite, {where}; this update is skipped")
 
-    def evaluate_if_due(self, row: Row) -> Row:
+    def evaluate_if_due(self, row: Metrics) -> Metrics:
         """Validation and hooks, every eval.every_tokens and at the end.
 
         When they fail, the step is saved with its figures, `row`, and a restart begins with its evaluation. Of several
@@ -199,7 +199,7 @@ class Trainer:
                 self.save(wait=True)
             raise
 
-    def evaluate(self) -> Row:
+    def evaluate(self) -> Metrics:
         """Validation and hooks, judged."""
         state, found = self.state, self.validation()
         for hook in self.hooks:

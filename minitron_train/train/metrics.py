@@ -17,7 +17,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_write_text, disk_errors
 from minitron_train.runtime.records import Count, Integer, Lines, read_lines, set_aside
 
-Row = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 class Step(TypedDict):
@@ -45,7 +45,7 @@ class MetricsFile:
                 atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
             self.handle = path.open("a", encoding="utf-8")
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Metrics) -> None:
         """Append one line; values that are not finite become null."""
         self.handle.write(json.dumps({key: finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
         self.handle.flush()
@@ -55,7 +55,7 @@ class MetricsFile:
         self.handle.close()
 
 
-def mended_rows(path: Path) -> list[Row]:
+def mended_rows(path: Path) -> list[Metrics]:
     """The whole lines of a metrics.jsonl, which is set aside when others are damaged or when it is no file."""
     try:
         found = read_rows(path)
@@ -69,7 +69,7 @@ def mended_rows(path: Path) -> list[Row]:
     return found.values
 
 
-def read_rows(path: Path) -> Lines[Row]:
+def read_rows(path: Path) -> Lines[Metrics]:
     """The lines of a metrics.jsonl; a row has a `step`, and no value but numbers, words and null.
 
     Raises:
@@ -79,7 +79,7 @@ def read_rows(path: Path) -> Lines[Row]:
     return read_lines(path, decode_row)
 
 
-def decode_row(line: bytes) -> Row:
+def decode_row(line: bytes) -> Metrics:
     """One line of metrics.jsonl; raises what msgspec raises."""
     row = FIGURES.decode(line)
     STEP.decode(line)
@@ -91,7 +91,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Speedometer:
+class ThroughputMeter:
     """Tokens per second since the last reading, and the share of the device's matrix rate that the model's FLOPs reach."""
 
     def __init__(self, flops_per_token: float, gemm_flops_per_second: float, num_devices: int) -> None:
@@ -107,7 +107,7 @@ class Speedometer:
         now_s = time.perf_counter()
         self.tokens, self.seconds, self.mark_s = self.tokens + tokens, self.seconds + now_s - self.mark_s, now_s
 
-    def read(self) -> Row:
+    def read(self) -> Metrics:
         """Averages since the last reading; None where no step was taken: a row that an earlier process put off."""
         if not self.tokens:
             return {"tokens_per_second": None, "model_flops_utilisation": None}
@@ -135,7 +135,7 @@ class Console:
 
             self.bar = tqdm(desc=label, initial=step, total=num_steps, unit="step", leave=False)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Metrics) -> None:
         """One step's figures."""
         speed = row["tokens_per_second"]
         figures = f"loss {row['loss']:.4f}" + (f", {speed:,.0f} tokens/s" if speed else "")

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.init import RandomWeights
 from minitron_train.config import Config, DataConfig
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.hub import HubSource
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.sources import parts, train_split

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.parallel.groups import Groups
-from minitron_train.train.metrics import Console, MetricsFile, Row, Speedometer, peak_memory_bytes
+from minitron_train.train.metrics import Console, Metrics, MetricsFile, ThroughputMeter, peak_memory_bytes
 from minitron_train.train.tracking import Tracker
 
 
@@ -15,7 +15,7 @@ class Reporter:
     def __init__(
         self,
         groups: Groups,
-        speed: Speedometer,
+        speed: ThroughputMeter,
         every_steps: int,
         tracker: Tracker | None = None,
         sinks: tuple[MetricsFile | Tracker | Console, ...] = (),
@@ -30,7 +30,7 @@ class Reporter:
         """Note one step's tokens."""
         self.speed.count(tokens)
 
-    def report(self, step: int, row: Row) -> None:
+    def report(self, step: int, row: Metrics) -> None:
         """Write one step's figures where they are due."""
         evaluated = any(key.startswith("eval.") for key in row)
         if step % self.every_steps and not evaluated:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from minitron_train.config import Config
 from minitron_train.data.ledger import write_data_files
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import MachineError
@@ -47,7 +47,7 @@ def train(
     Raises:
         UserError: settings, data or checkpoints that do not fit, or a loss that is not finite.
     """
-    student_files, teacher_files = Checkpoint(student), Checkpoint(teacher) if teacher else None
+    student_files, teacher_files = HFFolder(student), HFFolder(teacher) if teacher else None
     for model in filter(None, (student_files, teacher_files)):
         model.announce()
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)

@@ -9,7 +9,7 @@ from typing import Any
 from minitron_train.config import Config, Recompute
 from minitron_train.runtime.errors import UserError
 from minitron_train.stages.run import plain
-from minitron_train.train.best import Yardstick
+from minitron_train.train.best import BestMetric
 
 NEUTRAL = {  # sections of a run and those of their settings that may change between restarts; the others decide
     "train": {
@@ -68,4 +68,4 @@ def check_settings(config: Config, *, distilled: bool) -> None:
             f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
             f"{tp} with parallel.sequence_parallel; change one of them"
         )
-    Yardstick.of(config, distilled=distilled)
+    BestMetric.of(config, distilled=distilled)

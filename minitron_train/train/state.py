@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from minitron_train.parallel.groups import Groups
-from minitron_train.train.best import Yardstick
-from minitron_train.train.metrics import Row, finite
+from minitron_train.train.best import BestMetric
+from minitron_train.train.metrics import Metrics, finite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,12 +50,12 @@ class RunState:
             self.sources[name] = self.sources.get(name, 0) + drawn
 
     @property
-    def source_shares(self) -> Row:
+    def source_shares(self) -> Metrics:
         """What part of the sequences each source gave, for the metrics."""
         total = max(1, sum(self.sources.values()))
         return {f"source.{name}": drawn / total for name, drawn in sorted(self.sources.items())}
 
-    def judge(self, evaluation: dict[str, float], yardstick: Yardstick) -> None:
+    def judge(self, evaluation: dict[str, float], yardstick: BestMetric) -> None:
         """Note what an evaluation at this step gave, and whether it is the best so far."""
         value = yardstick.value(evaluation)
         if self.best_metric != yardstick.name:  # a restart may choose another one

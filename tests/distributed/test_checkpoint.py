@@ -17,11 +17,11 @@ def save_four(rank: int, world_size: int, folder: Path) -> list[bool]:
 
     from minitron_train.parallel.groups import start
     from minitron_train.runtime.launch import read_world
-    from minitron_train.train.best import Yardstick
-    from minitron_train.train.checkpoint import Checkpoints
+    from minitron_train.train.best import BestMetric
+    from minitron_train.train.checkpoint import CheckpointManager
 
     with start(ParallelConfig(timeout_minutes=0.5), read_world(), seed=1) as groups:
-        checkpoints = Checkpoints(folder, CheckpointConfig(keep=9), groups, Yardstick("validation.kl"), {})
+        checkpoints = CheckpointManager(folder, CheckpointConfig(keep=9), groups, BestMetric("validation.kl"), {})
         weight = ShardedTensor.from_rank_offsets("weight", torch.ones(4), (0, rank, world_size))
         good = []
         for step in range(1, 5):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron_train.config import ParallelConfig
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
 from tests.support.models import exported, hf_logits
@@ -23,7 +23,7 @@ def split_logits(rank: int, world_size: int, folders: list[Path], sequence_paral
     found = []
     with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:
         for folder in folders:
-            checkpoint = Checkpoint(folder)
+            checkpoint = HFFolder(folder)
             model = build(checkpoint.shape, tp=world_size, sequence_parallel=sequence_parallel).eval()
             load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
             with torch.no_grad():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from minitron_train.config import ParallelConfig, Refit
 from minitron_train.parallel.groups import Groups
-from minitron_train.pruning import prune as cut
+from minitron_train.pruning import prune
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
 from tests.support.models import hf_logits
@@ -46,11 +46,11 @@ def alone(tmp_path_factory, tiny_models):
 
 def test_a_rank_makes_no_group_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(cut.dist, "new_group", lambda ranks, **_: made.append(ranks) or "alone")
+    monkeypatch.setattr(prune.dist, "new_group", lambda ranks, **_: made.append(ranks) or "alone")
     group, device = MagicMock(), torch.device("cpu")
     groups = Groups(2, 4, 0, 2, 1, 2, group, group, device)
-    whole = cut.whole_layers(groups)
-    assert cut.whole_layers(groups) is whole
+    whole = prune.whole_layers(groups)
+    assert prune.whole_layers(groups) is whole
     assert (whole.tp_group, whole.tp_size, whole.dp_rank, whole.dp_size) == ("alone", 1, 2, 4)
     assert made == [[2]]
 
@@ -111,7 +111,9 @@ def write_on(rank: int, world_size: int, tp: int, teacher: Path) -> list[list[in
 
     samples.MOST_AT_ONCE = 4
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
-        texts_NS = samples.write(CalibrationConfig(seq_length=16), groups, hf.Checkpoint(teacher), [3, 7], 10, seed=1)
+        texts_NS = samples.generate_samples(
+            CalibrationConfig(seq_length=16), groups, hf.HFFolder(teacher), [3, 7], 10, seed=1
+        )
         return texts_NS.tolist()
 
 

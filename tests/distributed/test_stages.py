@@ -33,12 +33,12 @@ def stages_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
                 (target / "result").write_text("whole")
                 return {"rank": rank}
 
-            return groups.on_first(write)
+            return groups.on_rank0(write)
 
         def attempt(name: str, work: Callable[[Path], Mapping[str, Any]], **changes: Any) -> None:
             stage = Stage(**{"name": name, "folder": folder / name, "inputs": {}, "settings": {}, **changes})
             try:
-                met[name] = run_stage(stage, Invocation([], {}), work, force=False, on_first=groups.on_first)
+                met[name] = run_stage(stage, Invocation([], {}), work, force=False, on_rank0=groups.on_rank0)
             except (UserError, RuntimeError) as error:
                 met[name] = f"{type(error).__name__}: {error}"
 
@@ -49,14 +49,14 @@ def stages_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             raise KeyError("a bug")
 
         attempt("slow", slow)
-        attempt("refused", lambda _: groups.on_first(refuse))
+        attempt("refused", lambda _: groups.on_rank0(refuse))
         attempt("grown", lambda _: {}, manner="grows", folder=folder / "file" / "below")
-        met["share"] = groups.on_first(lambda: {"path": folder / str(rank)})
+        met["share"] = groups.on_rank0(lambda: {"path": folder / str(rank)})
         if rank:
-            attempt("broken", lambda _: groups.on_first(fail))
+            attempt("broken", lambda _: groups.on_rank0(fail))
         else:
             with pytest.raises(KeyError):
-                attempt("broken", lambda _: groups.on_first(fail))
+                attempt("broken", lambda _: groups.on_rank0(fail))
     return met
 
 

@@ -27,7 +27,7 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_export(models, groups, family):
-    checkpoint = hf.Checkpoint(models[family])
+    checkpoint = hf.HFFolder(models[family])
     model = build(checkpoint.shape).eval()
     convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
     with torch.no_grad():
@@ -91,7 +91,7 @@ ACCEPTED = {  # config.json, and the lengths at which it must compute what trans
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_is_accepted_computes_what_transformers_computes(tmp_path, groups, name):
     config, lengths = ACCEPTED[name]
-    checkpoint = hf.Checkpoint(save_random({**COMMON, **config}, tmp_path))
+    checkpoint = hf.HFFolder(save_random({**COMMON, **config}, tmp_path))
     model = build(checkpoint.shape).eval()
     convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
     for length in lengths:
@@ -105,7 +105,7 @@ def test_what_is_accepted_computes_what_transformers_computes(tmp_path, groups, 
 
 def test_one_token_beyond_the_window_would_be_wrong(tmp_path, groups):
     """So the length is refused: the limit is neither too low nor too high by one."""
-    checkpoint = hf.Checkpoint(save_random({**COMMON, **ACCEPTED["window"][0]}, tmp_path))
+    checkpoint = hf.HFFolder(save_random({**COMMON, **ACCEPTED["window"][0]}, tmp_path))
     model = build(checkpoint.shape).eval()
     convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
     tokens = TOKENS[0][:, :21]

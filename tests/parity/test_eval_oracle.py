@@ -38,12 +38,12 @@ def our_answers(rank: int, world_size: int, tp: int, folder: Path, evaluation: E
     """Results and rows of the same tasks on GPTModel."""
     from minitron_train.arch.convert import load
     from minitron_train.evaluation.run import run_tasks
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.model.build import build
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
-        checkpoint = Checkpoint(folder)
+        checkpoint = HFFolder(folder)
         model = build(checkpoint.shape, tp=tp)
         load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, tp)
         length = checkpoint.shape.max_position_embeddings
@@ -104,13 +104,13 @@ def test_generated_tokens_equal_transformers(tmp_path: Path, tp: int) -> None:
 def generate(rank: int, world_size: int, folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of unequal prompts in one batch; one of them ends early and leaves the batch."""
     from minitron_train.arch.convert import load
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.model.build import build
     from minitron_train.model.generate import greedy
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:
-        checkpoint = Checkpoint(folder)
+        checkpoint = HFFolder(folder)
         model = build(checkpoint.shape, tp=world_size, sequence_parallel=True)
         load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, world_size)
         ends = [lambda text: False, lambda text: len(text) == 5, lambda text: False]

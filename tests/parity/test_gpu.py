@@ -13,7 +13,7 @@ TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
     from minitron_train.arch.convert import load
     from minitron_train.config import ParallelConfig
-    from minitron_train.hf import Checkpoint
+    from minitron_train.hf import HFFolder
     from minitron_train.model.build import build
     from minitron_train.parallel.groups import start
     from minitron_train.runtime.launch import World
@@ -22,7 +22,7 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     with start(ParallelConfig(), World(), seed=1) as groups:
         for folder in tiny_models.values():
-            checkpoint = Checkpoint(folder)
+            checkpoint = HFFolder(folder)
             model = build(checkpoint.shape).eval()
             load(model, checkpoint.table, checkpoint.shape, checkpoint)
             with torch.no_grad():

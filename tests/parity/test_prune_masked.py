@@ -49,7 +49,7 @@ def test_slicing_commutes_with_conversion(tmp_path, tiny_models, groups, family,
 
     config = configuration(head_merge=merge)
     folder = run_cut(tmp_path, tiny_models[family], config, TOKENS, groups, **SIZES)
-    teacher, student = hf.Checkpoint(tiny_models[family]), hf.Checkpoint(folder)
+    teacher, student = hf.HFFolder(tiny_models[family]), hf.HFFolder(folder)
     statistics = Scores.read(tmp_path / "scores.safetensors", teacher).statistics
     view = Sliced(teacher, select(evidence_of(teacher, statistics, config.prune), student.shape))
     for row in student.table.rows_of(student.shape):
@@ -64,7 +64,7 @@ def test_steps_cut_kv_groups_too(tmp_path, tiny_models, groups, family):
     sizes = SIZES | {"num_attention_heads": 2, "num_query_groups": 1}
     folder = run_cut(tmp_path, tiny_models[family], configuration(iterations=2), TOKENS, groups, **sizes)
     kept = load_file(folder / "kept.safetensors")
-    assert hf.Checkpoint(folder).shape.sizes() == sizes
+    assert hf.HFFolder(folder).shape.sizes() == sizes
     for i in kept["layers"].tolist():
         assert kept[f"layers.{i}.heads"].tolist() == [2 * kept[f"layers.{i}.groups"].item() + k for k in (0, 1)]
 
@@ -89,7 +89,7 @@ def test_streamed_scores_are_bit_equal(tmp_path, tiny_models, groups, family):
 
 def test_rows_are_read_together(tiny_models, groups, monkeypatch):
     """Of the vocabulary's rows those that a batch asks for, in one call: a product with a basis would cost the same each time."""
-    teacher, asked = hf.Checkpoint(tiny_models["llama"]), []
+    teacher, asked = hf.HFFolder(tiny_models["llama"]), []
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     monkeypatch.setattr(layers.source, "read_rows", lambda _, rows, out: asked.append(rows.tolist()) or out.fill(0))
     layers.embed(torch.tensor([[7, 3, 7, -1]]))
@@ -98,7 +98,7 @@ def test_rows_are_read_together(tiny_models, groups, monkeypatch):
 
 def test_scoring_sees_the_model_that_transformers_sees(tiny_models, groups):
     """The walk through the layers ends in transformers' logits."""
-    teacher = hf.Checkpoint(tiny_models["llama"])
+    teacher = hf.HFFolder(tiny_models["llama"])
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     with torch.no_grad():
         hidden = layers.embed(TOKENS[0])
@@ -132,7 +132,7 @@ def test_norms_alone_are_scaled_by_what_is_kept(tmp_path, tiny_models, groups, f
     wanted = (whole.model.layers[2].input_layernorm.weight[kept] + offset) * (
         spread(stream[:, kept]) / spread(stream)
     ).mean()
-    found = hf.Checkpoint(folder).read("model.layers.2.input_layernorm.weight") + offset
+    found = hf.HFFolder(folder).read("model.layers.2.input_layernorm.weight") + offset
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
 
 

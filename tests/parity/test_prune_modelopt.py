@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
-from minitron_train.pruning.prune import cut
-from minitron_train.pruning.scoring import score
+from minitron_train.pruning.prune import prune_checkpoint
+from minitron_train.pruning.scoring import score_checkpoint
 from tests.support.pruning import configuration
 
 pytestmark = pytest.mark.needs_data
@@ -23,13 +23,15 @@ def oracle(oracles):
 def outcome(oracle, groups, tmp_path_factory):
     """Our scores, kept indices and pruned folder for ModelOpt's target."""
     folder, config = tmp_path_factory.mktemp("modelopt"), configuration("modelopt")
-    teacher = hf.Checkpoint(oracle / "teacher")
+    teacher = hf.HFFolder(oracle / "teacher")
     tokens = load_file(oracle / "calibration_tokens.safetensors")["tokens"]
     scores, pruned = folder / "scores.safetensors", folder / "pruned"
     pruned.mkdir()
     student = teacher.shape.smaller(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4)
-    score(config, groups, teacher=teacher, tokens=tokens, folder=folder)
-    cut(config, groups, teacher=teacher, student=student, scores=scores, tokens=lambda: tokens, folder=pruned)
+    score_checkpoint(config, groups, teacher=teacher, tokens=tokens, folder=folder)
+    prune_checkpoint(
+        config, groups, teacher=teacher, student=student, scores=scores, tokens=lambda: tokens, folder=pruned
+    )
     return load_file(scores), load_file(pruned / "kept.safetensors"), pruned, tokens
 
 

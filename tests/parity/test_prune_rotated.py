@@ -12,7 +12,7 @@ from minitron_train.arch.table import EMBEDDING
 from minitron_train.config import Refit
 from minitron_train.pruning.basis import plane_of_mean_zero, principal_basis
 from minitron_train.pruning.layers import Layers
-from minitron_train.pruning.scoring import measure
+from minitron_train.pruning.scoring import gather_evidence
 from minitron_train.pruning.select import select
 from minitron_train.pruning.shards import RowReader
 from minitron_train.pruning.slice import slice_checkpoint
@@ -43,10 +43,10 @@ def models(tmp_path_factory):
 
 def write_rotated(folder, teacher_folder, groups, hidden_size):
     """Nothing cut but the stream."""
-    teacher, config = hf.Checkpoint(teacher_folder), configuration()
+    teacher, config = hf.HFFolder(teacher_folder), configuration()
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     student = teacher.shape.smaller(hidden_size=hidden_size)
-    statistics = measure(layers, TOKENS, config.calibration)
+    statistics = gather_evidence(layers, TOKENS, config.calibration)
     keep = select(evidence_of(teacher, statistics, config.prune), student)
     basis = principal_basis(layers, TOKENS.flatten(0, 1), hidden_size, micro_batch_size=4)
     folder.mkdir()
@@ -75,7 +75,7 @@ def test_a_rotation_alone_changes_nothing(tmp_path, models, groups, family):
     wanted = hf_logits(models[family], TOKENS[0])
     # tied: two channels stay as they are, and the ratio of the stream's two lengths is nearly, not quite, constant
     torch.testing.assert_close(hf_logits(folder, TOKENS[0]), wanted, rtol=0, atol=2e-3)
-    assert not torch.equal(hf.Checkpoint(folder).read("model.embed_tokens.weight"), basis.down_DH)
+    assert not torch.equal(hf.HFFolder(folder).read("model.embed_tokens.weight"), basis.down_DH)
     assert basis.variance_D.sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_a_rotation_alone_changes_nothing(tmp_path, models, groups, family):
 def test_the_columns_behind_a_norm_are_of_one_size(tmp_path, models, groups, family):
     """Else AdamW, which moves all weights alike, moves the model most where its stream is largest."""
     folder, _ = write_rotated(tmp_path / "cut", models[family], groups, 48)
-    checkpoint = hf.Checkpoint(folder)
+    checkpoint = hf.HFFolder(folder)
     sizes = [checkpoint.read(f"model.layers.1.self_attn.{x}_proj.weight").square() for x in "qkv"]
     columns = torch.cat(sizes).mean(0).sqrt()
     torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-4, atol=0)
@@ -91,7 +91,7 @@ def test_the_columns_behind_a_norm_are_of_one_size(tmp_path, models, groups, fam
 
 def squeeze(folder):
     """Give a random model what trained ones have: a residual stream that is small in most directions, none a channel."""
-    checkpoint, file = hf.Checkpoint(folder), folder / "model.safetensors"
+    checkpoint, file = hf.HFFolder(folder), folder / "model.safetensors"
     tensors = load_file(file)
     axes = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(5))).Q
     shrink = axes * torch.logspace(0, -2, 64) @ axes.t()
@@ -145,6 +145,6 @@ def test_what_cannot_be_rotated_keeps_its_channels(tmp_path, groups, capsys):
 
 
 def test_directions_are_not_cut_in_steps(models):
-    shape = hf.Checkpoint(models["llama"]).shape
+    shape = hf.HFFolder(models["llama"]).shape
     with pytest.raises(UserError, match=r"prune\.iterations=2: .* prune\.rotate=false"):
         check_target(shape, shape.smaller(hidden_size=48), configuration(rotate=True, iterations=2).prune)

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from tests.support.models import save_tiny
 
 WORDS = """

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_train.arch.convert import export_tensors, parameters_by_row
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -64,7 +64,7 @@ def save_random(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
 
 def exported(
     model: torch.nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: HFFolder,
     gather: Callable[[torch.Tensor], list[torch.Tensor]] = lambda shard: [shard],
 ) -> dict[str, torch.Tensor]:
     """A model's tensors under their Hugging Face names; `gather` gives all tensor-parallel ranks' shards."""

@@ -36,7 +36,7 @@ def random_tokens(batches: int = 2, sequences: int = 6, length: int = 32, vocab:
     return torch.randint(0, vocab, (batches, sequences, length), generator=torch.Generator().manual_seed(3))
 
 
-def evidence_of(teacher: hf.Checkpoint, statistics: Statistics, prune: PruneConfig, seed: int = 0) -> Evidence:
+def evidence_of(teacher: hf.HFFolder, statistics: Statistics, prune: PruneConfig, seed: int = 0) -> Evidence:
     """What a criterion may look at."""
     return Evidence(
         statistics=statistics, source=teacher, table=teacher.table, shape=teacher.shape, prune=prune, seed=seed
@@ -45,13 +45,13 @@ def evidence_of(teacher: hf.Checkpoint, statistics: Statistics, prune: PruneConf
 
 def run_cut(folder: Path, teacher_folder: Path, config: Config, tokens: Tensor, groups: Any, **sizes: int) -> Path:
     """Score and cut a teacher; the pruned folder."""
-    from minitron_train.pruning.prune import cut
-    from minitron_train.pruning.scoring import score
+    from minitron_train.pruning.prune import prune_checkpoint
+    from minitron_train.pruning.scoring import score_checkpoint
 
-    teacher = hf.Checkpoint(teacher_folder)
+    teacher = hf.HFFolder(teacher_folder)
     (folder / "pruned").mkdir(parents=True, exist_ok=True)
-    score(config, groups, teacher=teacher, tokens=tokens, folder=folder)
-    cut(
+    score_checkpoint(config, groups, teacher=teacher, tokens=tokens, folder=folder)
+    prune_checkpoint(
         config,
         groups,
         teacher=teacher,

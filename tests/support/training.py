@@ -29,7 +29,7 @@ def make_material(root: Path, family: str = "nemotron") -> Material:
     import argparse
     import textwrap
 
-    from minitron_train.data import tokenizer as tokenizers
+    from minitron_train.data import tokenizers
 
     corpus = root / "corpus.txt"
     corpus.write_text("\n\n".join(Path(module.__file__).read_text() for module in (argparse, textwrap, json)))

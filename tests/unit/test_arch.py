@@ -12,7 +12,7 @@ from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.convert import pack, read_shard, shards_to_parts
 from minitron_train.arch.init import RandomWeights
 from minitron_train.arch.rules import check_rules
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 from minitron_train.model import build
 from minitron_train.runtime.errors import UserError
 
@@ -97,7 +97,7 @@ def test_non_embedding_count_of_the_4b() -> None:
 
 def test_tables_cover_the_checkpoints_exactly(tiny_models: dict[str, Path]) -> None:
     for folder in tiny_models.values():
-        checkpoint = Checkpoint(folder)
+        checkpoint = HFFolder(folder)
         assert checkpoint.table.tensors(checkpoint.shape) == checkpoint.sizes
 
 
@@ -111,7 +111,7 @@ def test_qkv_is_interleaved_per_group() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards_give_back_the_parts(tiny_models: dict[str, Path], size: int) -> None:
-    checkpoint = Checkpoint(tiny_models["llama"])
+    checkpoint = HFFolder(tiny_models["llama"])
     for row in checkpoint.table.rows_of(checkpoint.shape):
         shards = [read_shard(row, 0, checkpoint.shape, checkpoint, rank, size) for rank in range(size)]
         for name, part in shards_to_parts(row, checkpoint.shape, shards).items():

@@ -13,7 +13,7 @@ import torch
 from minitron_train.config import Config
 from minitron_train.runtime.errors import UserError
 from minitron_train.train import checkpoint_files as files
-from minitron_train.train.best import Yardstick
+from minitron_train.train.best import BestMetric
 from minitron_train.train.hooks import Hook
 from tests.support.training import ROWS, SEQ_LENGTH, Interrupted, Material, before_step, interrupt, make_config, rows
 
@@ -59,20 +59,20 @@ def run(
 
 
 def test_directions() -> None:
-    assert Yardstick("validation.kl").rank(0.1) < Yardstick("validation.kl").rank(0.2)
-    assert Yardstick("wikitext.word_perplexity").rank(10.0) < Yardstick("wikitext.word_perplexity").rank(11.0)
-    assert Yardstick("hellaswag.acc_norm").rank(0.4) < Yardstick("hellaswag.acc_norm").rank(0.3)
+    assert BestMetric("validation.kl").rank(0.1) < BestMetric("validation.kl").rank(0.2)
+    assert BestMetric("wikitext.word_perplexity").rank(10.0) < BestMetric("wikitext.word_perplexity").rank(11.0)
+    assert BestMetric("hellaswag.acc_norm").rank(0.4) < BestMetric("hellaswag.acc_norm").rank(0.3)
     for nothing in (None, math.nan, math.inf, -math.inf):
-        assert Yardstick("hellaswag.acc").rank(0.0) < Yardstick("hellaswag.acc").rank(nothing) == math.inf
+        assert BestMetric("hellaswag.acc").rank(0.0) < BestMetric("hellaswag.acc").rank(nothing) == math.inf
 
 
 def test_metrics_that_no_evaluation_gives(training: Material, tmp_path: Path) -> None:
     config = Config()
-    assert Yardstick.of(config, distilled=True).name == "validation.kl"
-    assert Yardstick.of(config, distilled=False).name == "validation.loss"
+    assert BestMetric.of(config, distilled=True).name == "validation.kl"
+    assert BestMetric.of(config, distilled=False).name == "validation.loss"
     config.eval.training_tasks, config.checkpoint.best_metric = ["hellaswag"], "mmlu.acc"
     with pytest.raises(UserError, match=r"best_metric=mmlu.acc: must be one of validation.kl, .*, hellaswag.METRIC;"):
-        Yardstick.of(config, distilled=True)
+        BestMetric.of(config, distilled=True)
     given = r"best_metric=quiz.f1: the evaluation gave validation.kl, validation.loss, validation.perplexity, quiz.acc;"
     with pytest.raises(UserError, match=given):
         run(training, tmp_path, EVERY_STEP | {"checkpoint__best_metric": "quiz.f1"})

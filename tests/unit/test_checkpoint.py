@@ -16,14 +16,14 @@ import torch
 
 from minitron_train.config import CheckpointConfig, Config, OnNonFinite
 from minitron_train.evaluation.source import open_origin
-from minitron_train.hf import Checkpoint
+from minitron_train.hf import HFFolder
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import PARTIAL, REPLACED, sha256_file
 from minitron_train.train import assemble
 from minitron_train.train import checkpoint_files as files
-from minitron_train.train.best import Yardstick
+from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import copy_to_host
-from minitron_train.train.export import Saved, SavedTensors, default_dtype, export, find_checkpoint
+from minitron_train.train.export import Saved, SavedTensors, default_dtype, export_checkpoint, find_checkpoint
 from minitron_train.train.run import leave_mark
 from tests.support.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
@@ -48,8 +48,8 @@ def broken_off(training: Material, tmp_path: Path) -> Path:
 def student_of(folder: Path, target: Path) -> dict[str, torch.Tensor]:
     """The exported weights."""
     target.mkdir()
-    export(find_checkpoint(folder, folder, trust_external=True), target)
-    opened = Checkpoint(target)
+    export_checkpoint(find_checkpoint(folder, folder, trust_external=True), target)
+    opened = HFFolder(target)
     return {name: opened.read(name) for name in opened.sizes}
 
 
@@ -105,7 +105,7 @@ def manifest(step: int, evaluation: dict[str, float | None] | None = None) -> di
 
 
 def test_fall_back_removes_what_is_newer_and_names_the_best(tmp_path: Path) -> None:
-    yardstick, settings = Yardstick("validation.kl"), CheckpointConfig(keep=9, keep_best=1)
+    yardstick, settings = BestMetric("validation.kl"), CheckpointConfig(keep=9, keep_best=1)
     for step, kl in ((1, None), (2, 0.2), (3, 0.1)):
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
@@ -126,7 +126,7 @@ def test_a_kill_between_the_last_save_and_its_tidying(tmp_path: Path) -> None:
         files.publish(scratch, files.checkpoint_path(tmp_path, step), manifest(step, {"validation.kl": 1 / step}))
     (tmp_path / "latest").write_text("step_00000001\n")
     settings = CheckpointConfig(keep=1, keep_best=1)
-    files.settle(files.checkpoint_path(tmp_path, 2), settings, Yardstick("validation.kl"))
+    files.settle(files.checkpoint_path(tmp_path, 2), settings, BestMetric("validation.kl"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step_00000002"]
     assert (tmp_path / "latest").read_text() == (tmp_path / "best").read_text() == "step_00000002\n"
 
@@ -355,7 +355,7 @@ def test_no_room_is_seen_before_writing(
     [("validation.kl", [0.3, 0.1, None, 0.2, None]), ("hellaswag.acc_norm", [0.3, 0.5, None, 0.4, None])],
 )
 def test_newest_and_best_are_kept(tmp_path: Path, metric: str, values: list[float | None]) -> None:
-    yardstick = Yardstick(metric)
+    yardstick = BestMetric(metric)
     for step, value in enumerate(values, 1):
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
@@ -376,7 +376,7 @@ def test_newest_and_best_are_kept(tmp_path: Path, metric: str, values: list[floa
 def test_export_of_an_untrained_student_is_the_student(tmp_path: Path, family: str) -> None:
     material = make_material(tmp_path, family)
     run(material, tmp_path / "train", train__lr=0.0, train__min_lr=0.0)
-    found, wanted = student_of(tmp_path / "train", tmp_path / "out"), Checkpoint(material.student)
+    found, wanted = student_of(tmp_path / "train", tmp_path / "out"), HFFolder(material.student)
     assert set(found) == set(wanted.sizes)
     for name, tensor in found.items():
         assert torch.equal(tensor, wanted.read(name)), name
@@ -387,7 +387,7 @@ def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="holds no training checkpoint"):
         find_checkpoint(tmp_path, tmp_path, trust_external=False)
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
-        export(Saved(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")
+        export_checkpoint(Saved(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")
 
 
 def test_export_names_a_weight_beyond_the_range_of_its_type(
@@ -398,8 +398,8 @@ def test_export_names_a_weight_beyond_the_range_of_its_type(
     with pytest.raises(
         UserError, match=r"float16: tensor model\..*\.weight: holds .* but float16 ends at 6.55e\+04; set"
     ):
-        export(saved, tmp_path, "float16")
-    export(saved, tmp_path, "bfloat16")
+        export_checkpoint(saved, tmp_path, "float16")
+    export_checkpoint(saved, tmp_path, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -425,4 +425,4 @@ def test_a_checkpoint_is_found_and_read_through_once(
     monkeypatch.delattr(files, "damage")  # what reads every byte
     saved = Saved(files.checkpoint_path(checkpoints, 8))
     assert open_origin(saved).identity == f"{saved.path.name}:{sha256_file(saved.path / files.MANIFEST)}"
-    export(saved, tmp_path)
+    export_checkpoint(saved, tmp_path)

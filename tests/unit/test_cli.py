@@ -112,7 +112,7 @@ def test_a_reader_that_leaves_ends_it_silently(tmp_path: Path, words: list[str],
 
 def test_other_pipes_that_break_are_errors(tmp_path: Path) -> None:
     code = (
-        "from minitron_train import __main__, cli\n"
+        "from minitron_train import __main__\nfrom minitron_train.commands import cli\n"
         "def run(*_): raise BrokenPipeError(32, 'of a worker')\n"
         "cli.run = run; __main__.main()"
     )
@@ -131,7 +131,7 @@ def test_resolved_configuration(tmp_path: Path, option: str) -> None:
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from minitron_train import cli; from minitron_train.runtime.launch import World\n"
+        "import sys; from minitron_train.commands import cli; from minitron_train.runtime.launch import World\n"
         "for argv in (['m', '--help'], ['m', 'distill', '--help']): cli.run(argv, World())\n"
         "assert 'torch' not in sys.modules"
     )

@@ -13,8 +13,7 @@ import pytest
 
 from minitron_train import __main__
 from minitron_train.config import DataConfig
-from minitron_train.data import identity
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import identity, tokenizers
 from minitron_train.data.identity import Watch, changes, records_of
 from minitron_train.data.ledger import check_data_files, write_data_files
 from minitron_train.data.sources import identity as inputs

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from minitron_train.config import DataConfig
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.feed import Feed
 from minitron_train.data.indexed import HEADER, IndexedSource
 from minitron_train.data.stream import TokenStream

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minitron_train.config import DataConfig
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.pretokenise import pretokenise
 from minitron_train.data.stream import TokenStream
 from minitron_train.runtime.errors import UserError

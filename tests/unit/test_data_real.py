@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron_train.config import DataConfig, SourceConfig
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
 
 pytestmark = pytest.mark.needs_data

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.stream import Batch, TokenStream
 from minitron_train.runtime.errors import UserError
 from tests.unit.test_data_stream import texts, write_source

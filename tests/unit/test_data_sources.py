@@ -20,8 +20,7 @@ import pytest
 from minitron_train.commands.inputs import data_inputs
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import CalibrationConfig, Config, DataConfig, SourceConfig, SourceKind
-from minitron_train.data import formats, lines
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import formats, lines, tokenizers
 from minitron_train.data.calibration import calibration_data
 from minitron_train.data.sources import copied_bytes, identity, matching_files, parts
 from minitron_train.data.stream import TokenStream, validation_tokens
@@ -241,7 +240,7 @@ def test_missing_parts_are_named_together(tmp_path):
     sources = {
         "web": SourceConfig(suggestion="hub some/web"),
         "code": SourceConfig(path="???"),
-        "late": SourceConfig(weight=0, late_weight=1),
+        "after_rank0": SourceConfig(weight=0, late_weight=1),
         "unused": SourceConfig(weight=0),
         "own": SourceConfig(path=str(tmp_path)),
     }
@@ -366,10 +365,13 @@ def test_other_mistakes(tmp_path, tokenizer):
     embedded = {"a": SourceConfig(kind=SourceKind.embedded, path="poems")}
     assert "prose and code" in message(DataConfig(sources=embedded))
     assert "every weight is 0" in message(DataConfig(sources={"a": SourceConfig(weight=0, late_weight=0)}))
-    late = {"a": SourceConfig(path=str(tmp_path / "b.txt"), late_weight=0), "b": SourceConfig(weight=0, late_weight=0)}
+    after_rank0 = {
+        "a": SourceConfig(path=str(tmp_path / "b.txt"), late_weight=0),
+        "b": SourceConfig(weight=0, late_weight=0),
+    }
     with pytest.raises(UserError, match=r"^data\.late_fraction=0\.1: every late_weight is 0; give .* a late_weight$"):
-        parts(DataConfig(sources=late, late_fraction=0.1))
-    assert parts(DataConfig(sources=late))
+        parts(DataConfig(sources=after_rank0, late_fraction=0.1))
+    assert parts(DataConfig(sources=after_rank0))
     hub = {"a": SourceConfig(kind=SourceKind.hub, path=str(tmp_path / "nowhere"))}
     assert "cannot be opened on the hub" in message(DataConfig(sources=hub))
     write(tmp_path, "cache", b"a file, not a folder")

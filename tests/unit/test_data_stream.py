@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.data.blend import Blend
 from minitron_train.data.pack import cut, num_windows
 from minitron_train.data.stream import TokenStream, validation_tokens
@@ -110,10 +110,10 @@ def test_workers_end_with_a_killed_process(tmp_path, tokenizer):
     """After kill -9 of the training process no tokenising process is left behind."""
     data = write_source(tmp_path, "jsonl", texts(600), tokenizer)
     code = (
-        "import sys, time; from minitron_train.config import DataConfig; from minitron_train.data import tokenizer;"
+        "import sys, time; from minitron_train.config import DataConfig; from minitron_train.data import tokenizers;"
         "from minitron_train.data.stream import TokenStream;"
         "data = DataConfig(path=sys.argv[1], num_workers=2);"
-        "stream = TokenStream(data, tokenizer.load(sys.argv[2]), seq_length=64, seed=1); stream.next_batch(4);"
+        "stream = TokenStream(data, tokenizers.load(sys.argv[2]), seq_length=64, seed=1); stream.next_batch(4);"
         "print(*[worker.process.pid for worker in stream.feed.pool.workers], flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(data.path), tokenizer.name_or_path]

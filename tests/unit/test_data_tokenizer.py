@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from minitron_train.data import corpus
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import corpus, tokenizers
 from minitron_train.data.units import Split, UnitMaker
 from minitron_train.runtime.errors import UserError
 

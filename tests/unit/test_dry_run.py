@@ -10,7 +10,7 @@ import pytest
 
 from minitron_train.commands import cli
 from minitron_train.commands import stories as commands
-from minitron_train.commands.workspace import TO_COME, Workspace
+from minitron_train.commands.workspace import PENDING, Workspace
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.stages.run import STARTED
@@ -55,7 +55,7 @@ def test_a_chain_in_a_new_folder(said: Said, recipe: str, first: list[str]) -> N
 
 def test_what_is_to_come_is_said_so(said: Said) -> None:
     lines = said("run", "+recipe=tiny", "dry_run=true")
-    assert f"  reads   checkpoint {TO_COME}" in lines and f"  reads   scores {TO_COME}" in lines
+    assert f"  reads   checkpoint {PENDING}" in lines and f"  reads   scores {PENDING}" in lines
     assert "  keeps   3,937,152 of 7,019,008 parameters" in lines, "the recipe tells the shapes"
 
 
@@ -94,7 +94,7 @@ def test_an_export_that_was_done_is_finished(said: Said, monkeypatch: pytest.Mon
     save_tiny("nemotron", said.folder / "train" / "checkpoints" / "model")
     (said.folder / "train" / STARTED).write_text('{"inputs": {}, "settings": {}}')
     save(40)
-    monkeypatch.setattr("minitron_train.train.export.export", write)
+    monkeypatch.setattr("minitron_train.train.export.export_checkpoint", write)
     assert said.states("export") == {"export": "missing"}
     said("export", "plan.check=false")
     assert said.states("export") == {"export": "finished"}
@@ -111,6 +111,6 @@ def test_what_follows_a_stage_that_would_be_done_again(tmp_path: Path) -> None:
         (tmp_path / "pruned").mkdir()
         assert ws.is_there(ws.pruned_folder) and not ws.is_there(ws.student_folder)
         assert ws.identity(ws.pruned_folder, lambda: "of now") == "of now"
-        ws.promise(tmp_path / "pruned")
-        assert ws.identity(ws.pruned_folder / "config.json", lambda: "of now") == TO_COME
+        ws.mark_pending(tmp_path / "pruned")
+        assert ws.identity(ws.pruned_folder / "config.json", lambda: "of now") == PENDING
         assert list(ws.models_to_evaluate()) == ["pruned"]

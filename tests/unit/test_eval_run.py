@@ -20,15 +20,15 @@ from minitron_train.arch.convert import load
 from minitron_train.commands.stories import evaluate_one
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
-from minitron_train.data import tokenizer as tokenizers
+from minitron_train.data import tokenizers
 from minitron_train.evaluation import lm as lm_module
 from minitron_train.evaluation.hooks import TaskHook, main_metrics
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.local_data import NO_HUB
 from minitron_train.evaluation.perplexity import perplexity
 from minitron_train.evaluation.results import collect
-from minitron_train.evaluation.run import evaluate, line, publish, run_tasks
-from minitron_train.hf import Checkpoint
+from minitron_train.evaluation.run import evaluate_model, line, publish, run_tasks
+from minitron_train.hf import HFFolder
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.runtime.errors import UserError
@@ -53,7 +53,7 @@ def config_of(**evaluation: Any) -> Config:
 
 def run(config: Config, model: Path, folder: Path, data_dir: Path | None, tokens: torch.Tensor | None = None) -> Any:
     with start(ParallelConfig(), World(), seed=1) as groups:
-        return evaluate(
+        return evaluate_model(
             config, groups, model=model, label="m", folder=folder, data_dir=data_dir, validation_tokens=tokens
         )
 
@@ -146,7 +146,7 @@ def test_broken_weights_name_the_row(folders: SimpleNamespace, tmp_path: Path) -
 
 
 def live(folder: Path, groups: Groups, max_length: int, evaluation: EvalConfig, data_dir: Path) -> Any:
-    checkpoint = Checkpoint(folder)
+    checkpoint = HFFolder(folder)
     model = build(checkpoint.shape)
     load(model, checkpoint.table, checkpoint.shape, checkpoint)
     return run_tasks(model, folder, max_length, evaluation, groups, data_dir)
@@ -256,7 +256,7 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
         with start(ParallelConfig(), World(), seed=1) as groups:
             random.seed(1)
             np.random.seed(1)
-            checkpoint = Checkpoint(folders.model)
+            checkpoint = HFFolder(folders.model)
             student, teacher = build(checkpoint.shape), build(checkpoint.shape)
             for model in (student, teacher):
                 load(model, checkpoint.table, checkpoint.shape, checkpoint)
@@ -320,7 +320,7 @@ def test_more_ranks_than_held_out_sequences(folders: SimpleNamespace) -> None:
     with start(ParallelConfig(), World(), seed=1) as groups:
         values: dict[str, Any] = {field.name: getattr(groups, field.name) for field in fields(Groups)}
         last = LastOfMany(**{**values, "dp_rank": 7, "dp_size": 8})
-        checkpoint = Checkpoint(folders.model)
+        checkpoint = HFFolder(folders.model)
         model = build(checkpoint.shape)
         assert perplexity(model, tokens, last, 2) == pytest.approx(math.exp(-1))
         objective: Any = SimpleNamespace(student=model, teacher=None, logit_loss=None)
@@ -370,7 +370,7 @@ def stage_of(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> t
     monkeypatch.setattr(Workspace, "run", lambda self, stage, work, *, force: asked.append((stage, force)))
     config.output_dir = str(folder)
     ws = Workspace(config, [], World(), ExitStack())
-    ws.promise(folder / "model")  # as a dry run does: it need not be there
+    ws.mark_pending(folder / "model")  # as a dry run does: it need not be there
     evaluate_one(ws, "teacher", folder / "model")
     return asked[0]
 

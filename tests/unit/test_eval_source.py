@@ -9,12 +9,12 @@ import torch
 from minitron_train.arch.convert import read_shard
 from minitron_train.config import Config, EvalConfig
 from minitron_train.evaluation.hooks import TaskHook
-from minitron_train.evaluation.run import evaluate
+from minitron_train.evaluation.run import evaluate_model
 from minitron_train.evaluation.source import locate, open_origin
 from minitron_train.parallel.groups import start
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.train.export import export
+from minitron_train.train.export import export_checkpoint
 from minitron_train.train.run import train
 from tests.support.eval_data import save_data
 from tests.support.training import Material, make_config, make_material, rows
@@ -54,7 +54,7 @@ def test_tasks_on_the_live_student_leave_training_as_it_was(material: Material, 
 def test_checkpoint_gives_the_exports_tensors_and_figures(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
     checkpoint = locate(trained, trained, trust_external=True)
-    export(checkpoint, tmp_path / "student")
+    export_checkpoint(checkpoint, tmp_path / "student")
     saved, exported = open_origin(checkpoint), open_origin(tmp_path / "student")
     for row in saved.table.rows_of(saved.shape):
         for i in row.layers(saved.shape):
@@ -69,7 +69,7 @@ def test_checkpoint_gives_the_exports_tensors_and_figures(trained: Path, tmp_pat
     reports = []
     for model in (checkpoint, tmp_path / "student"):
         with start(config.parallel, World(), seed=1) as groups:
-            report = evaluate(
+            report = evaluate_model(
                 config, groups, model=model, label="m", folder=tmp_path, data_dir=data_dir, validation_tokens=tokens
             )
         reports.append({key: report[key] for key in ("results", "perplexity", "parameters")})

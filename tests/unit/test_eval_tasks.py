@@ -237,7 +237,7 @@ class TwoRanks:
     def __init__(self) -> None:
         self.is_first, self.sent = True, list[bytes]()
 
-    def on_first(self, work: Callable[[], Any]) -> Any:
+    def on_rank0(self, work: Callable[[], Any]) -> Any:
         if self.is_first:
             self.sent.append(pickle.dumps(work()))
             return pickle.loads(self.sent[-1])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from minitron_train.hf import Checkpoint, fingerprint, shape_from_config, student_config, write_folder
+from minitron_train.hf import HFFolder, fingerprint, shape_from_config, student_config, write_folder
 from minitron_train.pruning.shards import RowReader
 from minitron_train.runtime.errors import UserError
 
@@ -117,7 +117,7 @@ def missing_shard(folder: Path) -> None:
 def test_damaged_folders_are_refused_in_one_line(folder: Path, damage, message: str) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
-        Checkpoint(folder)
+        HFFolder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -133,7 +133,7 @@ def test_legacy_keys_are_understood(folder: Path) -> None:
 def test_written_folders_open_in_transformers(
     tiny_models: dict[str, Path], tmp_path: Path, max_shard_bytes: int
 ) -> None:
-    source = Checkpoint(tiny_models["llama"])
+    source = HFFolder(tiny_models["llama"])
     tensors = ((name, source.read(name)) for name in source.sizes)
     write_folder(tmp_path, student_config(source.config, source.shape), tensors, None, max_shard_bytes)
     sharded = (tmp_path / "model.safetensors.index.json").exists()
@@ -141,17 +141,17 @@ def test_written_folders_open_in_transformers(
     opened = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name in source.sizes:
         assert torch.equal(opened[name], source.read(name)), name
-    assert Checkpoint(tmp_path).sizes == source.sizes
+    assert HFFolder(tmp_path).sizes == source.sizes
 
 
 def test_tensors_beside_the_models_may_be_of_any_type(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"steps": torch.tensor([1])}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(RowReader(Checkpoint(folder)).read("model.norm.weight"), tensors["model.norm.weight"])
+    assert torch.equal(RowReader(HFFolder(folder)).read("model.norm.weight"), tensors["model.norm.weight"])
 
 
 def test_reading_rows_and_columns(tiny_models: dict[str, Path]) -> None:
-    source = Checkpoint(tiny_models["nemotron"])
+    source = HFFolder(tiny_models["nemotron"])
     name = "model.layers.1.mlp.up_proj.weight"
     whole = source.read(name)
     assert torch.equal(source.read(name, 0, 8, 24), whole[8:24])
@@ -161,7 +161,7 @@ def test_reading_rows_and_columns(tiny_models: dict[str, Path]) -> None:
 def test_fingerprint_sees_a_changed_weight(folder: Path) -> None:
     before = fingerprint(folder)
     assert fingerprint(folder) == before
-    source = Checkpoint(folder)
+    source = HFFolder(folder)
     tensors = {name: source.read(name).clone() for name in source.sizes}
     tensors["model.layers.2.mlp.down_proj.weight"][0, 0] += 1e-3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -181,7 +181,7 @@ def test_fingerprint_sees_new_rows_and_another_end_of_documents(folder: Path) ->
 
 
 def test_student_config_keeps_what_it_does_not_change(tiny_models: dict[str, Path]) -> None:
-    source = Checkpoint(tiny_models["llama"])
+    source = HFFolder(tiny_models["llama"])
     config = student_config(source.config, source.shape.smaller(hidden_size=32), torch.bfloat16)
     assert config["hidden_size"] == 32
     assert config["head_dim"] == 12
@@ -191,7 +191,7 @@ def test_student_config_keeps_what_it_does_not_change(tiny_models: dict[str, Pat
 
 
 def test_write_folder_copies_the_tokenizer(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    source = Checkpoint(tiny_models["llama"])
+    source = HFFolder(tiny_models["llama"])
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "tokenizer.json").write_text("{}")
     (tmp_path / "to").mkdir()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_train.arch import convert
-from minitron_train.hf import Checkpoint, RowReader, cast, copy_tokenizer, fingerprint, folder_shape, locate
+from minitron_train.hf import HFFolder, RowReader, cast, copy_tokenizer, fingerprint, folder_shape, locate
 from minitron_train.model.build import build
 from minitron_train.runtime.errors import UserError
 from tests.support.models import hf_logits
@@ -74,7 +74,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def logits_of(checkpoint: Checkpoint) -> Tensor:
+def logits_of(checkpoint: HFFolder) -> Tensor:
     """Our logits [B, S, V]."""
     model = build(checkpoint.shape).eval()
     convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
@@ -158,7 +158,7 @@ def test_an_accepted_folder_computes_what_transformers_computes(groups, make, ki
     model, change, tied, note = ACCEPTED[kind]
     folder = make(model)
     change(folder)
-    opened = Checkpoint(folder)
+    opened = HFFolder(folder)
     torch.testing.assert_close(logits_of(opened), hf_logits(folder, TOKENS_BS), rtol=0, atol=1e-4)
     assert opened.shape.tie_embeddings == folder_shape(folder).tie_embeddings == tied
     assert set(opened.sizes) == set(opened.table.tensors(opened.shape))
@@ -341,7 +341,7 @@ def test_a_refused_folder_says_why_in_one_line(make, kind: str) -> None:
     folder = make("llama_untied")
     change(folder)
     with pytest.raises(UserError, match=message) as caught:
-        Checkpoint(folder)
+        HFFolder(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -372,7 +372,7 @@ def test_what_is_no_file_is_refused_at_once(make, name: str, put: Callable[[Path
     folder = make("llama")
     (folder / name).unlink(missing_ok=True)
     put(folder / name)
-    for opens in (Checkpoint, folder_shape, fingerprint):
+    for opens in (HFFolder, folder_shape, fingerprint):
         with pytest.raises(UserError, match=name) as caught:
             opens(folder)
         assert "\n" not in str(caught.value)
@@ -461,17 +461,17 @@ def test_a_float64_value_beyond_float32_is_refused_when_it_is_read(make) -> None
     folder = make("llama")
     rewrite(lambda tensors: tensors | {DOWN: tensors[DOWN].double() * 1e300})(folder)
     with pytest.raises(UserError, match=f"tensor {DOWN}: holds .*float32 ends at"):
-        Checkpoint(folder).read(DOWN)
+        HFFolder(folder).read(DOWN)
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_named(make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = make("llama")
-    opened = Checkpoint(folder)
+    opened = HFFolder(folder)
     (folder / SINGLE).rename(tmp_path / "aside")
     with pytest.raises(UserError, match=f"{SINGLE}: was removed or replaced while it was read"):
         RowReader(opened)
     (tmp_path / "aside").rename(folder / SINGLE)
-    for opens in (Checkpoint, fingerprint, folder_shape):
+    for opens in (HFFolder, fingerprint, folder_shape):
         with monkeypatch.context() as patched:
             patched.setattr(locate, "read_header", lambda file: locate.open_file(file.with_name("gone")).__enter__())
             with pytest.raises(UserError, match="gone: was removed or replaced while it was read"):
@@ -480,7 +480,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_named(make, monkeypatch: pytes
 
 def test_a_file_that_is_cut_off_while_it_is_read_is_named(make) -> None:
     folder = make("llama")
-    opened = Checkpoint(folder)
+    opened = HFFolder(folder)
     with (folder / SINGLE).open("r+b") as handle:
         handle.truncate(5000)
     with pytest.raises(UserError, match=r"ends inside tensor .*; it was changed while it was read"):

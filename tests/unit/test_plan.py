@@ -16,7 +16,7 @@ from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import Config, ParallelConfig, Recompute
 from minitron_train.model.build import build
 from minitron_train.parallel import groups
-from minitron_train.planning import counts, format_plan, plan
+from minitron_train.planning import counts, format_plan, make_plan
 from minitron_train.planning.memory import Layout, activation_bytes
 from minitron_train.runtime.launch import World
 from minitron_train.train.optim import RECOMPUTE
@@ -64,7 +64,7 @@ def test_teachers_have_their_published_size() -> None:
 def test_facts_of_the_papers(tmp_path: Path) -> None:
     """arXiv 2407.14679: tokens of 400 steps, steps of 94 B tokens, FLOPs per step, 1.8x for the family."""
     config = load("+recipe=4b")
-    result = plan(config, *shapes(config), target=tmp_path / "plan.json")
+    result = make_plan(config, *shapes(config), target=tmp_path / "plan.json")
     training = result["training"]
     assert 400 * training["tokens_per_step"] == 1_887_436_800
     assert training["steps"] == 19_922
@@ -82,11 +82,11 @@ def test_a_plan_needs_neither_torch_nor_a_teacher() -> None:
     """The shapes of a 15B model, reckoned in a process that never imports torch."""
     code = (
         "import sys; from minitron_train.arch import Shape; from minitron_train.config import Config, ClusterConfig\n"
-        "from minitron_train.planning import plan\n"
+        "from minitron_train.planning import make_plan\n"
         "a = dict(architecture='nemotron', num_layers=32, num_query_groups=8, kv_channels=128, vocab_size=256000)\n"
         "big = Shape(**a, hidden_size=6144, ffn_hidden_size=24576, num_attention_heads=48)\n"
         "cluster = ClusterConfig(memory_gib=79, peak_tflops=312, memory_gb_per_s=2039, gpus_per_node=8)\n"
-        "plan(Config(cluster=cluster), big, big.smaller(hidden_size=3072))\n"
+        "make_plan(Config(cluster=cluster), big, big.smaller(hidden_size=3072))\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -146,14 +146,14 @@ def test_activations_are_what_autograd_keeps(
 def test_layouts_have_the_optimizer_that_is_configured() -> None:
     for given, sharded in (({}, True), ({"train.distributed_optimizer": "false"}, False)):
         config = load("+recipe=4b", "cluster=h200", *(f"{key}={value}" for key, value in given.items()))
-        found = plan(config, *shapes(config))["layouts"]
+        found = make_plan(config, *shapes(config))["layouts"]
         assert found and all(choice["layout"]["sharded_optimizer"] is sharded for choice in found)
 
 
 def test_recomputation_costs_time() -> None:
     """Selective repeats the MLP, full the whole layer: of matrices, memory traffic, and all-reduces (four before)."""
     config = load("+recipe=4b", "cluster=h200", "cluster.num_nodes=1")
-    found = plan(config, *shapes(config))["layouts"]
+    found = make_plan(config, *shapes(config))["layouts"]
     same = [row for row in found if row["layout"]["tp"] == 2 and row["layout"]["micro_batch_size"] == 1]
     seconds = {row["layout"]["recompute"]: row["step_seconds"] for row in same}
     assert set(seconds) == {"none", "selective", "full"}
@@ -165,7 +165,7 @@ def test_recomputation_costs_time() -> None:
 def reckoned(*overrides: str) -> dict[str, Any]:
     """The plan of one node, or of what `overrides` say."""
     config = load("cluster=h100", "cluster.num_nodes=1", "cluster.gpus_per_node=8", *overrides)
-    return plan(config, *shapes(config))
+    return make_plan(config, *shapes(config))
 
 
 def test_pretraining_is_reckoned_where_a_recipe_has_it() -> None:
@@ -224,16 +224,16 @@ def test_a_batch_that_the_gpus_cannot_share_has_no_speed() -> None:
 
 def test_slicing_reads_the_rows_that_are_kept() -> None:
     """prune_full_size.py counted 18.0 GB of the 15B's 31.3, and 8.4 GB written."""
-    slicing = plan(load("+recipe=4b"), *shapes(load("+recipe=4b")))["slicing"]
+    slicing = make_plan(load("+recipe=4b"), *shapes(load("+recipe=4b")))["slicing"]
     assert (slicing["read_bytes"], slicing["written_bytes"]) == (17_969_197_056, 8_381_018_112)
 
 
 def test_repair_holds_two_residual_streams() -> None:
     """131,072 tokens of 6144 and 3072 channels, whatever bounds the memory of scoring."""
     config = load("+recipe=4b", "prune=default", "calibration.chunk_tokens=1000")
-    found = plan(config, *shapes(config))["slicing"]
+    found = make_plan(config, *shapes(config))["slicing"]
     assert found["repair_tokens"] == 131072 and found["repair_bytes"]["streams"] == 131072 * (6144 + 3072) * 4
-    assert plan(load("+recipe=4b", "prune=modelopt"), *shapes(config))["slicing"]["repair_bytes"] is None
+    assert make_plan(load("+recipe=4b", "prune=modelopt"), *shapes(config))["slicing"]["repair_bytes"] is None
 
 
 def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minitron_train.planning import format_plan, plan
+from minitron_train.planning import format_plan, make_plan
 from tests.unit.test_plan import load, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ SENTENCES = (
 def planned(recipe: str, *overrides: str) -> dict[str, Any]:
     """What `plan` reckons."""
     config = load(f"+recipe={recipe}", *overrides)
-    return plan(config, *shapes(config))
+    return make_plan(config, *shapes(config))
 
 
 def test_readme_shows_the_plan() -> None:

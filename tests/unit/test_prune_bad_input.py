@@ -11,9 +11,9 @@ from minitron_train import hf
 from minitron_train.config import Refit
 from minitron_train.pruning import scoring as scoring
 from minitron_train.pruning.importance import Scores
-from minitron_train.pruning.prune import cut
+from minitron_train.pruning.prune import prune_checkpoint
 from minitron_train.pruning.repair import LeastSquares
-from minitron_train.pruning.scoring import score
+from minitron_train.pruning.scoring import score_checkpoint
 from minitron_train.pruning.target import check_request
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -27,14 +27,16 @@ TOKENS = random_tokens()
 def scores(tiny_models, groups, tmp_path_factory):
     """Of the tiny Nemotron."""
     folder = tmp_path_factory.mktemp("scores")
-    score(configuration(), groups, teacher=hf.Checkpoint(tiny_models["nemotron"]), tokens=TOKENS, folder=folder)
+    score_checkpoint(
+        configuration(), groups, teacher=hf.HFFolder(tiny_models["nemotron"]), tokens=TOKENS, folder=folder
+    )
     return folder / "scores.safetensors"
 
 
-def cut_with(scores, teacher: hf.Checkpoint, groups, folder) -> None:
+def cut_with(scores, teacher: hf.HFFolder, groups, folder) -> None:
     folder.mkdir()
     student = teacher.shape.smaller(ffn_hidden_size=56)
-    cut(
+    prune_checkpoint(
         configuration(),
         groups,
         teacher=teacher,
@@ -47,7 +49,7 @@ def cut_with(scores, teacher: hf.Checkpoint, groups, folder) -> None:
 
 def test_scores_of_another_teacher(scores, groups, tmp_path):
     """The same shape with other weights."""
-    other = hf.Checkpoint(save_tiny("nemotron", tmp_path / "other", seed=1))
+    other = hf.HFFolder(save_tiny("nemotron", tmp_path / "other", seed=1))
     with pytest.raises(
         UserError, match=r"scores\.safetensors: scores of another teacher than .*other; run `score` again"
     ):
@@ -65,14 +67,14 @@ def test_scores_of_another_teacher(scores, groups, tmp_path):
     ],
 )
 def test_scores_of_another_shape(scores, groups, tmp_path, change, message):
-    other = hf.Checkpoint(save_tiny("nemotron", tmp_path / "other", **change))
+    other = hf.HFFolder(save_tiny("nemotron", tmp_path / "other", **change))
     with pytest.raises(UserError, match=message):
         cut_with(scores, other, groups, tmp_path / "pruned")
     assert not list((tmp_path / "pruned").iterdir())
 
 
 def test_no_scores_and_damaged_scores(scores, tiny_models, tmp_path):
-    teacher = hf.Checkpoint(tiny_models["nemotron"])
+    teacher = hf.HFFolder(tiny_models["nemotron"])
     with pytest.raises(UserError, match="no such file; run `score` first"):
         Scores.read(tmp_path / "scores.safetensors", teacher)
     (tmp_path / "short.safetensors").write_bytes(scores.read_bytes()[:1000])
@@ -86,16 +88,16 @@ def test_scores_without_statistics(scores, tiny_models, tmp_path):
     tensors = {name: value for name, value in load_file(scores).items() if not name.startswith("raw.")}
     save_file(tensors, tmp_path / "scores.safetensors", metadata=metadata)
     with pytest.raises(UserError, match=r"raw statistics are not whole: .samples.\); remove it and run `score` again"):
-        Scores.read(tmp_path / "scores.safetensors", hf.Checkpoint(tiny_models["nemotron"]))
+        Scores.read(tmp_path / "scores.safetensors", hf.HFFolder(tiny_models["nemotron"]))
 
 
 def test_what_is_kept_comes_with_its_importance(scores, tiny_models, groups, tmp_path):
     """That of the preset that cut, not of the one that scored."""
-    teacher = hf.Checkpoint(tiny_models["nemotron"])
+    teacher = hf.HFFolder(tiny_models["nemotron"])
     config = configuration("paper")
     (tmp_path / "pruned").mkdir()
     student = teacher.shape.smaller(ffn_hidden_size=56)
-    cut(
+    prune_checkpoint(
         config,
         groups,
         teacher=teacher,
@@ -129,16 +131,18 @@ def test_activations_that_are_not_finite(tiny_models, groups, tmp_path, streamed
     config = configuration()
     config.calibration.streamed = streamed
     with pytest.raises(UserError, match=f"NaN or infinity, first seen at {named};"):
-        score(config, groups, teacher=hf.Checkpoint(folder), tokens=TOKENS, folder=tmp_path)
+        score_checkpoint(config, groups, teacher=hf.HFFolder(folder), tokens=TOKENS, folder=tmp_path)
     assert not (tmp_path / "scores.safetensors").exists()
 
 
 def test_padding_does_not_hide_a_nan_nor_make_one(tiny_models, groups, tmp_path):
     tokens = TOKENS.clone()
     tokens[:, :, 20:] = -1
-    score(configuration(), groups, teacher=hf.Checkpoint(tiny_models["nemotron"]), tokens=tokens, folder=tmp_path)
+    score_checkpoint(
+        configuration(), groups, teacher=hf.HFFolder(tiny_models["nemotron"]), tokens=tokens, folder=tmp_path
+    )
     assert (
-        int(Scores.read(tmp_path / "scores.safetensors", hf.Checkpoint(tiny_models["nemotron"])).metadata["tokens"])
+        int(Scores.read(tmp_path / "scores.safetensors", hf.HFFolder(tiny_models["nemotron"])).metadata["tokens"])
         == 240
     )
 
@@ -164,17 +168,17 @@ def test_too_few_tokens_for_a_fit(tiny_models, groups, tmp_path):
 def test_refusals_come_before_scoring(tiny_models, calibration, prune, message):
     config = configuration(**prune)
     config.calibration = dataclasses.replace(config.calibration, **calibration)
-    teacher = hf.Checkpoint(tiny_models["nemotron"]).shape
+    teacher = hf.HFFolder(tiny_models["nemotron"]).shape
     with pytest.raises(UserError, match=message):
         check_request(teacher, teacher.smaller(hidden_size=48), config.prune, config.calibration)
 
 
 def test_tokens_outside_the_vocabulary(tiny_models, groups, tmp_path):
     with pytest.raises(UserError, match="token 128 is outside the vocabulary of 128 entries"):
-        score(
+        score_checkpoint(
             configuration(),
             groups,
-            teacher=hf.Checkpoint(tiny_models["nemotron"]),
+            teacher=hf.HFFolder(tiny_models["nemotron"]),
             tokens=torch.full((1, 2, 8), 128),
             folder=tmp_path,
         )
@@ -186,7 +190,7 @@ def test_layers_stay_in_memory_only_where_the_container_lets_them(
 ):
     """A quarter of the machine's free memory is not a quarter of the container's, which its processes share."""
     shape = dataclasses.replace(
-        hf.Checkpoint(tiny_models["llama"]).shape, hidden_size=4096, ffn_hidden_size=8192, num_layers=4
+        hf.HFFolder(tiny_models["llama"]).shape, hidden_size=4096, ffn_hidden_size=8192, num_layers=4
     )
     monkeypatch.setattr(scoring, "memory_here", lambda cuda: int(gib * 2**30))
     monkeypatch.setattr(scoring, "read_world", lambda: World(size=16, local_size=processes))

@@ -14,7 +14,7 @@ from minitron_train.config import CalibrationConfig, PruneConfig
 from minitron_train.pruning.collect import Statistics
 from minitron_train.pruning.criterion import Evidence, depth_criterion, names, outside_criteria, width_criterion
 from minitron_train.pruning.layers import Layers
-from minitron_train.pruning.scoring import measure
+from minitron_train.pruning.scoring import gather_evidence
 from minitron_train.pruning.select import select
 from minitron_train.pruning.shards import RowReader
 from minitron_train.runtime.errors import UserError
@@ -24,7 +24,7 @@ LAYER, HEAD, NEURON, CHANNEL = "model.layers.1.", 5, 17, 40
 
 
 def unmeasured(folder: Path, seed: int = 0, **prune: str) -> Evidence:
-    teacher = hf.Checkpoint(folder)
+    teacher = hf.HFFolder(folder)
     return evidence_of(teacher, Statistics(teacher.shape.num_layers), PruneConfig(**prune), seed)  # type: ignore[arg-type]
 
 
@@ -58,9 +58,9 @@ def test_magnitude_is_the_norm_of_all_that_goes_with_a_channel_head_or_neuron(ti
 def test_wanda_is_weight_times_input_norm_as_transformers_computes_it(
     tiny_models: dict[str, Path], groups, include_final_norm: bool
 ) -> None:
-    tokens, teacher = random_tokens(), hf.Checkpoint(tiny_models["llama"])
+    tokens, teacher = random_tokens(), hf.HFFolder(tiny_models["llama"])
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=True)
-    statistics = measure(layers, tokens, CalibrationConfig(micro_batch_size=3))
+    statistics = gather_evidence(layers, tokens, CalibrationConfig(micro_batch_size=3))
     evidence = evidence_of(teacher, statistics, PruneConfig(include_final_norm=include_final_norm))
     scores = width_criterion("wanda").width(evidence)
 

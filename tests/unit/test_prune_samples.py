@@ -12,7 +12,7 @@ from minitron_train import hf
 from minitron_train.config import CalibrationConfig, Config, DataConfig
 from minitron_train.data.calibration import calibration_batches, read_tokens
 from minitron_train.pruning import samples
-from minitron_train.pruning.samples import tokens_with_samples, write
+from minitron_train.pruning.samples import generate_samples, tokens_with_samples
 from minitron_train.runtime.errors import UserError
 
 LENGTH = 12
@@ -34,7 +34,7 @@ def test_draws_follow_the_model(outspoken, groups):
     """The log-probability that transformers gives to the drawn tokens is what it expects of its own distribution."""
     prompt, num = [3, 7], 600
     calibration = CalibrationConfig(seq_length=LENGTH)
-    texts_NS = write(calibration, groups, hf.Checkpoint(outspoken), prompt, num, seed=1)
+    texts_NS = generate_samples(calibration, groups, hf.HFFolder(outspoken), prompt, num, seed=1)
     assert texts_NS.shape == (num, LENGTH) and texts_NS.dtype == torch.int64
     model = AutoModelForCausalLM.from_pretrained(outspoken, dtype=torch.float32).eval()
     whole = torch.cat([torch.tensor([prompt] * num), texts_NS], dim=1)
@@ -50,11 +50,11 @@ def test_draws_follow_the_model(outspoken, groups):
 
 
 def test_batches_are_drawn_apart(outspoken, groups, monkeypatch):
-    calibration, teacher = CalibrationConfig(seq_length=LENGTH), hf.Checkpoint(outspoken)
+    calibration, teacher = CalibrationConfig(seq_length=LENGTH), hf.HFFolder(outspoken)
     monkeypatch.setattr(samples, "MOST_AT_ONCE", 8)
-    texts = write(calibration, groups, teacher, [3], 20, seed=1)
-    assert torch.equal(texts, write(calibration, groups, teacher, [3], 20, seed=1))
-    assert not torch.equal(texts, write(calibration, groups, teacher, [3], 20, seed=2))
+    texts = generate_samples(calibration, groups, teacher, [3], 20, seed=1)
+    assert torch.equal(texts, generate_samples(calibration, groups, teacher, [3], 20, seed=1))
+    assert not torch.equal(texts, generate_samples(calibration, groups, teacher, [3], 20, seed=2))
     assert not torch.equal(texts[:8], texts[8:16])
     assert not (texts == 0).all(dim=1).any()
 
@@ -69,8 +69,8 @@ def test_a_share_in_the_place_of_text(numbered_words, outspoken, groups, tmp_pat
         prompts.append(prompt)
         return torch.arange(num * LENGTH).view(num, LENGTH) + 1000
 
-    monkeypatch.setattr(samples, "write", written)
-    tokens = tokens_with_samples(config, groups, hf.Checkpoint(outspoken), tokenizer, tmp_path)
+    monkeypatch.setattr(samples, "generate_samples", written)
+    tokens = tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
     assert prompts == [[tokenizer.eos_token_id]]  # what ends a document; this tokenizer begins none with BOS
     assert tokens.shape == (6, 4, LENGTH) and torch.equal(read_tokens(tmp_path / samples.FILE), tokens)
     by_teacher_N = (tokens >= 1000).all(-1).flatten()
@@ -86,7 +86,7 @@ def test_all_of_it(numbered_words, outspoken, groups, tmp_path):
     """No text is opened."""
     calibration = CalibrationConfig(num_samples=8, seq_length=LENGTH, micro_batch_size=4, teacher_share=1.0)
     config = Config(calibration=calibration, data=DataConfig(path="nowhere.txt"))
-    tokens = tokens_with_samples(config, groups, hf.Checkpoint(outspoken), numbered_words[1], tmp_path)
+    tokens = tokens_with_samples(config, groups, hf.HFFolder(outspoken), numbered_words[1], tmp_path)
     assert tokens.shape == (2, 4, LENGTH)
 
 
@@ -96,13 +96,13 @@ def test_mistakes(numbered_words, outspoken, groups, tmp_path):
         data=data, calibration=CalibrationConfig(teacher_share=0.5, streamed=True, num_samples=8, seq_length=16)
     )
     with pytest.raises(UserError, match=r"calibration\.teacher_share=0\.5: .* streamed"):
-        tokens_with_samples(config, groups, hf.Checkpoint(outspoken), tokenizer, tmp_path)
+        tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
     config.calibration = CalibrationConfig(teacher_share=0.5, num_samples=9)
     with pytest.raises(UserError, match=r"multiple of calibration\.micro_batch_size"):
-        tokens_with_samples(config, groups, hf.Checkpoint(outspoken), tokenizer, tmp_path)
+        tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
     config.calibration = CalibrationConfig(teacher_share=0.5, num_samples=8, seq_length=100_000)
     with pytest.raises(UserError, match=r"calibration\.seq_length"):
-        tokens_with_samples(config, groups, hf.Checkpoint(outspoken), tokenizer, tmp_path)
+        tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
     for share, tokens in ((1.5, None), (-0.1, None), (0.5, "tokens.safetensors")):
         with pytest.raises(UserError, match=r"calibration\.teacher_share"):
             CalibrationConfig(teacher_share=share, tokens=tokens).validate()

@@ -36,23 +36,23 @@ TOKENS_BS = torch.arange(64).view(2, 32) % 97
 
 
 @pytest.fixture
-def teacher(tiny_models: dict[str, Path]) -> hf.Checkpoint:
-    return hf.Checkpoint(tiny_models["llama"])
+def teacher(tiny_models: dict[str, Path]) -> hf.HFFolder:
+    return hf.HFFolder(tiny_models["llama"])
 
 
-def rotated(teacher: hf.Checkpoint, directions_HH: torch.Tensor, folder: Path) -> hf.Checkpoint:
+def rotated(teacher: hf.HFFolder, directions_HH: torch.Tensor, folder: Path) -> hf.HFFolder:
     folder.mkdir()
     config = hf.student_config(teacher.config, rotated_shape(teacher.shape))
     hf.write_folder(folder, config, rotated_tensors(teacher, directions_HH), None)
-    return hf.Checkpoint(folder)
+    return hf.HFFolder(folder)
 
 
-def test_layers_for_a_size(teacher: hf.Checkpoint) -> None:
+def test_layers_for_a_size(teacher: hf.HFFolder) -> None:
     two = num_parameters(teacher.shape.smaller(num_layers=2))
     assert [as_many_layers(teacher.shape, two + extra).num_layers for extra in (-1000, 0, 1000, 10**9)] == [2, 2, 2, 3]
 
 
-def test_a_rotated_model_is_the_model(teacher: hf.Checkpoint, tmp_path: Path) -> None:
+def test_a_rotated_model_is_the_model(teacher: hf.HFFolder, tmp_path: Path) -> None:
     torch.manual_seed(0)
     directions_HH = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
     model = rotated(teacher, directions_HH, tmp_path / "rotated")
@@ -72,7 +72,7 @@ def test_directions_without_variance_can_go(tmp_path: Path, groups) -> None:
             tensors[name] = inside_HH @ tensor
     tensors["model.embed_tokens.weight"] @= inside_HH
     save_file(tensors, path, metadata={"format": "pt"})
-    teacher = hf.Checkpoint(path.parent)
+    teacher = hf.HFFolder(path.parent)
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=False)
     model = rotated(teacher, principal_directions(layers, TOKENS_BS, 1), tmp_path / "rotated")
     student, gamma = rms_restored(model.shape, model.shape.smaller(hidden_size=48))

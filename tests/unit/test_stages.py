@@ -27,7 +27,7 @@ def run(stage: Stage, text: str = "done", force: bool = False, fail: bool = Fals
             raise RuntimeError
         return {"answer": 42}
 
-    return run_stage(stage, INVOCATION, work, force=force, on_first=lambda begun: begun())
+    return run_stage(stage, INVOCATION, work, force=force, on_rank0=lambda begun: begun())
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def refused(stage: Stage, *, force: bool = False, files: tuple[str, ...] = ()) -
         raise UserError("train.global_batch_size=7: must be a multiple")
 
     with pytest.raises(UserError, match="global_batch_size"):
-        run_stage(stage, INVOCATION, work, force=force, on_first=lambda begun: begun())
+        run_stage(stage, INVOCATION, work, force=force, on_rank0=lambda begun: begun())
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -297,7 +297,7 @@ def test_a_forced_training_that_fails_before_its_first_checkpoint_costs_nothing(
         raise error("no data")
 
     with pytest.raises(error):
-        run_stage(trained, INVOCATION, work, force=True, on_first=lambda begun: begun())
+        run_stage(trained, INVOCATION, work, force=True, on_rank0=lambda begun: begun())
     assert [path.name for path in trained.folder.parent.iterdir()] == ["out"]
     assert not run(trained, "again") and (trained.folder / "checkpoints" / "latest").read_text() == "old"
 
@@ -327,7 +327,7 @@ def test_a_forced_training_that_was_stopped_before_its_first_checkpoint_begins_a
         raise SystemExit(0)
 
     with pytest.raises(SystemExit):
-        run_stage(trained, INVOCATION, stop, force=True, on_first=lambda begun: begun())
+        run_stage(trained, INVOCATION, stop, force=True, on_rank0=lambda begun: begun())
     assert (trained.folder / "stopped.json").exists()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run(trained, "new", force=True)

@@ -25,7 +25,7 @@ from minitron_train.config import (
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.train.checkpoint_files import finished
-from minitron_train.train.metrics import MetricsFile, Speedometer, read_rows
+from minitron_train.train.metrics import MetricsFile, ThroughputMeter, read_rows
 from minitron_train.train.optim import learning_rate
 from minitron_train.train.state import RunState
 from tests.support.training import NUM_STEPS, ROWS, SEQ_LENGTH, Material, before_step, make_config, rows, run
@@ -237,7 +237,7 @@ def test_metrics_file_holds_each_step_once(tmp_path: Path) -> None:
 def test_speed_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 10.0, 12.0])
     monkeypatch.setattr("minitron_train.train.metrics.time.perf_counter", lambda: next(clock))
-    speed = Speedometer(flops_per_token=10.0, gemm_flops_per_second=100.0, num_devices=2)
+    speed = ThroughputMeter(flops_per_token=10.0, gemm_flops_per_second=100.0, num_devices=2)
     speed.count(8)
     speed.resume()  # validation took from 2 to 10
     speed.count(8)
