@@ -202,18 +202,8 @@ def test_nothing_is_decoded_by_hand() -> None:
 
 
 OURS = (
-    "runtime",
-    "stages",
-    "commands",
-    "model",
-    "train",
-    "evaluation",
-    "reporting",
-    "pruning",
-    "parallel",
-    "planning",
-    "config",
-    "distillation",
+    *("runtime", "stages", "commands", "model", "train", "evaluation"),
+    *("reporting", "pruning", "parallel", "planning", "config", "distillation"),
 )
 
 
