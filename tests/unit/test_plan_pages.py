@@ -18,7 +18,7 @@ SENTENCES = (
     "{small.memory.optimizer:.1f} GiB per GPU for `4b`",
     "gradients are another {small.memory.gradients:.1f} GiB",
     "activations of {usual.kept.without_recompute:.2f} GiB become {usual.kept.with_recompute:.2f}",
-    "Of the {usual.step.total:.1f} s of a `4b` step on A100s, matrix products are {usual.step.matrices:.1f} s, the fused "
+    "A `4b` step on A100s takes {usual.step.total:.1f} s: matrix products {usual.step.matrices:.1f} s, the fused "
     "loss {usual.step.loss:.1f} s, passes over memory {usual.step.elementwise:.1f} s",
     "forward pass: {usual.flops.teacher_forward_per_token:.2e} per token against "
     "{usual.flops.student_training_per_token:.2e} for the student's",
