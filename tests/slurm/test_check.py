@@ -13,9 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from minitron_train.arch import Shape
 from minitron_train.commands import configuration, slurm
+from minitron_train.commands.registry import COMMANDS
+from minitron_train.config import Config
 from minitron_train.planning import check as plan_check
-from minitron_train.runtime import preflight as meeting
+from minitron_train.planning.stages import disk_bytes
+from minitron_train.runtime import preflight
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from tests.support.models import save_tiny
@@ -62,7 +66,7 @@ def test_data_are_looked_for_before_a_job_is_queued(
     (tmp_path / "text.txt").write_text("words")
     config = configuration.compose([*NO_DATA, *(word.format(text=tmp_path / "text.txt") for word in more)])
     with pytest.raises(UserError, match=r"no path|no text file matches") if is_read else nullcontext():
-        slurm.accept([command], config)
+        slurm.accept([COMMANDS[command]], config)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,
 )
 def test_marks(command: str, words: list[str], marked: list[str]) -> None:
     config = configuration.compose(["+recipe=micro", "output_dir=out", *words])
-    assert slurm.marks(command, config, World()) == [Path("out", folder, "stopped.json") for folder in marked]
+    assert slurm.marks(COMMANDS[command], config, World()) == [Path("out", folder, "stopped.json") for folder in marked]
 
 
 def test_the_mark_is_the_one_that_training_leaves() -> None:
@@ -129,16 +133,16 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_teacher_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["+recipe=4b_from_8b", f"output_dir={tmp_path}/out"]
     with pytest.raises(UserError, match=r"no teacher in .*; run `python -m minitron_train fetch"):
-        slurm.check("distill", configuration.compose(words), World(), {})
+        slurm.check(COMMANDS["distill"], configuration.compose(words), World(), {})
     (tmp_path / "out" / "teacher").mkdir(parents=True)
     monkeypatch.setattr(plan_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match=r"distill: needs 273 GiB of disk .* 1 GiB are free"):
-        slurm.check("distill", configuration.compose(words), World(), {})
-    slurm.check("distill", configuration.compose([*words, "plan.check=false"]), World(), {})
+        slurm.check(COMMANDS["distill"], configuration.compose(words), World(), {})
+    slurm.check(COMMANDS["distill"], configuration.compose([*words, "plan.check=false"]), World(), {})
     (tmp_path / "out" / "train").mkdir()
     with (tmp_path / "out" / "train" / "checkpoint").open("wb") as file:
         file.truncate(300 * 2**30)  # sparse: a requeued job writes over its own checkpoints
-    slurm.check("distill", configuration.compose(words), World(), {})
+    slurm.check(COMMANDS["distill"], configuration.compose(words), World(), {})
 
 
 def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,15 +150,19 @@ def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pyt
     words = [f"teacher.path={save_tiny('llama', tmp_path / 'teacher')}", f"output_dir={tmp_path}/out"]
     student = save_tiny("llama", tmp_path / "student", hidden_size=16)
     weighed = []
-    monkeypatch.setattr(plan_check, "refuse_disk", lambda command, needed, folder: weighed.append(needed))
+
+    def weigh(config: Config, name: str, needs: plan_check.Needs, teacher: Shape, student: Shape, folder: Path) -> None:
+        weighed.append(disk_bytes(config, teacher, student)[str(needs.disk)])
+
+    monkeypatch.setattr(plan_check, "refuse_disk", weigh)
     for command, more in (("distill", [f"student.path={student}"]), ("distill", []), ("prune", [])):
-        slurm.check(command, configuration.compose([*words, *more]), World(), {})
+        slurm.check(COMMANDS[command], configuration.compose([*words, *more]), World(), {})
     assert weighed[0] < weighed[1] and len(weighed) == 3
 
 
 @pytest.mark.parametrize("command", ["export", "eval", "report"])
 def test_commands_without_a_teacher_need_none(tmp_path: Path, command: str) -> None:
-    slurm.check(command, configuration.compose([f"output_dir={tmp_path}/out"]), World(), {})
+    slurm.check(COMMANDS[command], configuration.compose([f"output_dir={tmp_path}/out"]), World(), {})
 
 
 def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> list[tuple[int, str, str]]:
@@ -206,7 +214,7 @@ def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) 
 
 def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a firewall that drops packets; here the queue of connections is full."""
-    monkeypatch.setattr(meeting, "CALL_S", 0.2)
+    monkeypatch.setattr(preflight, "CALL_S", 0.2)
     with ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         there = full.getsockname()
@@ -214,7 +222,7 @@ def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) ->
             caller = stack.enter_context(socket.socket())
             caller.setblocking(False)
             caller.connect_ex(there)
-        complaints = meeting.call_neighbour([("n0", 0), there], 0)
+        complaints = preflight.call_neighbour([("n0", 0), there], 0)
     assert complaints == ["rank 0 on n0 cannot reach rank 1 on 127.0.0.1: timed out; is a firewall between?"]
 
 
@@ -234,43 +242,43 @@ CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": 
     ],
 )
 def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) -> None:
-    with meeting.listen(0) as probe:
+    with preflight.listen(0) as probe:
         first = ("127.0.0.1", int(probe.address[1]))
 
     def foreign() -> None:
-        connection = meeting.call(first)
+        connection = preflight.call(first)
         os.write(connection.fileno(), message)
         connection.close()
 
     thread = threading.Thread(target=foreign, daemon=True)
     thread.start()
-    card = meeting.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
+    card = preflight.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
     with pytest.raises(UserError, match=line) as caught:
-        meeting.gather(card, tmp_path, first, 2)
+        preflight.gather(card, tmp_path, first, 2)
     assert "\n" not in str(caught.value)
     thread.join(timeout=10)
 
 
 def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
+    monkeypatch.setattr(preflight, "ANSWER_S", 1.0)
     told = {}
 
     def other(rank: int, answer: Callable[[Connection], object]) -> None:
-        with meeting.listen(0) as own, meeting.call(first) as connection:
-            meeting.send(connection, {**card, "rank": rank, "host": "127.0.0.1", "port": own.address[1]})
-            meeting.receive(connection, meeting.Notice, "rank 0", 10)
+        with preflight.listen(0) as own, preflight.call(first) as connection:
+            preflight.send(connection, {**card, "rank": rank, "host": "127.0.0.1", "port": own.address[1]})
+            preflight.receive(connection, preflight.Notice, "rank 0", 10)
             answer(connection)
             if not connection.closed:
-                told[rank] = meeting.receive(connection, meeting.Complaints, "rank 0", 10)
+                told[rank] = preflight.receive(connection, preflight.Complaints, "rank 0", 10)
 
-    with meeting.listen(0) as probe:
+    with preflight.listen(0) as probe:
         first = ("127.0.0.1", int(probe.address[1]))
-    card = meeting.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
-    behaviours = (lambda _: None, Connection.close, lambda connection: meeting.send(connection, ["rank 3: no way"]))
+    card = preflight.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
+    behaviours = (lambda _: None, Connection.close, lambda connection: preflight.send(connection, ["rank 3: no way"]))
     others = [threading.Thread(target=other, args=pair, daemon=True) for pair in enumerate(behaviours, 1)]
     for thread in others:
         thread.start()
-    complaints = meeting.gather(card, tmp_path, first, 4)
+    complaints = preflight.gather(card, tmp_path, first, 4)
     for thread in others:
         thread.join(timeout=10)
     silent = "rank 1 on 127.0.0.1 does not answer; does its node still run?"
@@ -279,18 +287,18 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
 
 
 def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "DEADLINE_S", 1)
-    with meeting.listen(0) as probe:
+    monkeypatch.setattr(preflight, "DEADLINE_S", 1)
+    with preflight.listen(0) as probe:
         environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.address[1])}
     with pytest.raises(UserError, match="1 s: ranks 1, 2 did not reach localhost"):
-        meeting.meet([], tmp_path, World(0, 3), environ)
+        preflight.preflight([], tmp_path, World(0, 3), environ)
 
 
 def test_different_software_is_named() -> None:
     versions = ({"python": "3.11.9", "torch": "2.9.1"}, {"python": "3.11.9", "torch": "2.8.0"})
     cards = {
-        rank: meeting.Card(rank=rank, host=f"n{rank + 1}", port=9, versions=found, complaints=[])
+        rank: preflight.Card(rank=rank, host=f"n{rank + 1}", port=9, versions=found, complaints=[])
         for rank, found in enumerate(versions)
     }
-    assert meeting.version_complaints(cards) == ["rank 1 on n2: torch is 2.8.0, on rank 0 it is 2.9.1"]
-    assert meeting.absent([0, 2], 12) == "1, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert preflight.version_complaints(cards) == ["rank 1 on n2: torch is 2.8.0, on rank 0 it is 2.9.1"]
+    assert preflight.absent([0, 2], 12) == "1, 3, 4, 5, 6, 7, 8, 9 and 2 more"

@@ -62,7 +62,7 @@ def test_what_is_to_come_is_said_so(said: Said) -> None:
 
 def test_a_teacher_whose_shape_nobody_knows_yet(said: Said) -> None:
     states = said.states("run", "+recipe=smollm2", "model=none")
-    assert states["score, prune"].startswith("would run; shapes are known when ")
+    assert states["score, prune"].startswith("would run; the shapes are known once ")
     assert states["distill"] == "missing" and "report" in states
 
 

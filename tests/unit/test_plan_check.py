@@ -7,8 +7,9 @@ import pytest
 
 from minitron_train.arch import Shape
 from minitron_train.commands import cli
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.config import Config, Precision, Recompute, Refit
-from minitron_train.planning import check, check_fits
+from minitron_train.planning import check
 from minitron_train.planning.counts import parameters
 from minitron_train.planning.hardware import GIB, control_group_left
 from minitron_train.runtime.errors import UserError
@@ -44,9 +45,21 @@ def config() -> Config:
     return made
 
 
+def needs_of(name: str) -> check.Needs:
+    """What a command needs; each of these commands has something to check."""
+    needs = COMMANDS[name].needs
+    assert needs is not None
+    return needs
+
+
+def check_fits(made: Config, name: str, teacher: Shape, student: Shape, world: World, folder: Path) -> None:
+    """The check of one command."""
+    check.check_fits(made, name, needs_of(name), teacher, student, world, folder)
+
+
 def option_settings(stage: str, made: Config, world: World, settings: tuple[str, ...]) -> float:
     """GiB of the option with these settings."""
-    found = check.OPTIONS[stage](made, TEACHER, STUDENT, world, False)
+    found = needs_of(stage).options(made, TEACHER, STUDENT, world, False)
     return next(option.needed_bytes / GIB for option in found if option.settings == settings)
 
 
