@@ -22,7 +22,7 @@ NEEDS = Needs(options=distill_options, remedy=MORE_GPUS, disk="checkpoints", rep
 COMMAND = Command(
     name="distill",
     summary="train the student on the teacher's logits",
-    reads="the teacher, pruned/, training text",
+    reads="teacher/, pruned/, text",
     writes="train/",
     run=distill,
     sections=("teacher", "student", "distill", "data", *TRAINING),

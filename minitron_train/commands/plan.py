@@ -18,7 +18,7 @@ def plan(ws: Workspace) -> None:
 COMMAND = Command(
     name="plan",
     summary="parameters, memory, FLOPs and hours; nothing is run",
-    reads="a recipe, or a teacher's config.json",
+    reads="the configuration",
     writes="plan.json",
     run=plan,
     sections=("model", "teacher", "student", "cluster", *SCORING, "distill", "train", "checkpoint"),

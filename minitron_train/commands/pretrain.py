@@ -37,8 +37,8 @@ NEEDS = Needs(options=pretrain_options, remedy=MORE_GPUS, disk="checkpoints", re
 COMMAND = Command(
     name="pretrain",
     summary="train a teacher from scratch, with its tokenizer",
-    reads="training text",
-    writes="teacher/, pretrain/",
+    reads="text",
+    writes="pretrain/, teacher/",
     run=pretrain,
     sections=("model", "pretrain", "data", *TRAINING),
     in_chain=lambda config: config.teacher.is_pretrained,

@@ -94,7 +94,7 @@ NEEDS = Needs(options=options, remedy="run it alone, on a machine with more memo
 COMMAND = Command(
     name="prune",
     summary="cut the teacher to the student's shape (scores first)",
-    reads="the teacher, scores/, calibration text",
+    reads="teacher/, scores/, calibration text",
     writes="pruned/",
     run=prune,
     sections=("teacher", "student", *SCORING),

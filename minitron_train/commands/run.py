@@ -23,8 +23,8 @@ def run(ws: Workspace) -> None:
 COMMAND = Command(
     name="run",
     summary="the whole chain of a recipe",
-    reads="what its commands read",
-    writes="all of the above",
+    reads="a recipe",
+    writes="all of the above that the recipe needs",
     run=run,
     sections=("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export"),
     job=Job(gpus=True, resumable=True),

@@ -102,7 +102,7 @@ NEEDS = Needs(options=options, remedy=MORE_GPUS)
 COMMAND = Command(
     name="score",
     summary="measure the importance of channels, heads, neurons, layers",
-    reads="the teacher, calibration text",
+    reads="teacher/, calibration text",
     writes="scores/",
     run=score,
     sections=("teacher", *SCORING),

@@ -103,8 +103,8 @@ def validation_loss(ws: Workspace, label: str) -> float:
 COMMAND = Command(
     name="search",
     summary="list the shapes that fit a budget",
-    reads="the teacher, calibration and training text",
-    writes="search/, search.json",
+    reads="model or teacher/",
+    writes="search.json, search/",
     run=search,
     sections=("model", "teacher", "search", *SCORING, "distill", *TRAINING),
     check=check,

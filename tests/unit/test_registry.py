@@ -31,6 +31,17 @@ def test_a_script_for_slurm_asks_for_what_the_registry_says() -> None:
         assert job and re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE) == job.directives(name), name
 
 
+def test_the_table_of_the_readme_says_the_same() -> None:
+    text = (ROOT / "README.md").read_text().replace("`", "")
+    rows = {
+        name: [reads, writes]
+        for name, reads, writes in re.findall(r"^\| (\w+) \| (.+?) \| (.+?) \|", text, re.MULTILINE)
+    }
+    assert {name: found for name, found in rows.items() if name in COMMANDS} == {
+        name: [command.reads, command.writes] for name, command in COMMANDS.items()
+    }
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_sections_exist(name: str) -> None:
     assert {*COMMANDS[name].sections} <= {field.name for field in dataclasses.fields(Config)}
