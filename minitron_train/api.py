@@ -268,7 +268,7 @@ def distillation_loss(
     for name in options:
         if name not in known:
             raise UserError(
-                f"distillation_loss({name}=…): no such option{did_you_mean(name, known)}; there are: {known}"
+                f"distillation_loss({name}=…): no such option{did_you_mean(name, known)}; choose one of: {' '.join(known)}"
             )
     if "kind" in options:
         kinds = {kind.value: kind for kind in LossKind}

@@ -89,11 +89,11 @@ def check_override(argument: str) -> None:
 
 
 def refuse_unknown(value: str, known: Iterable[str], what: str) -> None:
-    """One line with all that would be valid (several options of a sweep are looked at one by one)."""
+    """Refuse a value that is not known, and list the known ones. The values of a sweep are checked one by one."""
     for option in value.split(","):
         if option not in known:
             raise UserError(
-                f"unknown {what} {option!r}{did_you_mean(option, known)}; there are: {' '.join(sorted(known))}"
+                f"unknown {what} {option!r}{did_you_mean(option, known)}; choose one of: {' '.join(sorted(known))}"
             )
 
 
@@ -104,7 +104,7 @@ def check_key(key: str) -> None:
     for part in key.split("."):
         if not dataclasses.is_dataclass(section):
             if typing.get_origin(section) in (dict, list):
-                return  # entries that the user names, as in data.sources
+                return  # the user names the entries, as in data.sources
             raise UserError(f"key {key}: {'.'.join(path)} is a value, not a section; set it as {'.'.join(path)}=…")
         known = {f.name: f.type for f in dataclasses.fields(section)}
         if part not in known:

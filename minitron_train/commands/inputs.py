@@ -23,7 +23,7 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
     """Calibration tokens [batches, sequences, length], from a file or with the teacher's tokenizer.
 
     Args:
-        new_in: the folder of scores to come, which keeps what the teacher writes; without it, the tokens that were scored.
+        new_in: the folder of new scores, which stores the text that the teacher writes; None: read the tokens that were scored.
     """
     from minitron_train.data.calibration import calibration_batches, read_tokens
     from minitron_train.pruning import samples

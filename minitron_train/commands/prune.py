@@ -1,4 +1,4 @@
-"""prune: cut the teacher to the student's shape. Scores first where there are no scores yet."""
+"""prune: cut the teacher to the student's shape. Runs `score` first when its scores are missing."""
 
 import dataclasses
 import functools

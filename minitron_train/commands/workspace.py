@@ -36,12 +36,12 @@ class Workspace:
         self.folder = Path(config.output_dir)
         self._groups: Groups | None = None
         self._pending: set[Path] = set()  # folders that the stages of this dry run would make
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def sibling(self, config: Config) -> "Workspace":
         """A workspace with its own configuration and output folder, in the same processes."""
         other = Workspace(config, self.invocation.command, self.world, self._stack)
-        other._groups, other._said = self.groups, self._said
+        other._groups, other._printed = self.groups, self._printed
         return other
 
     # paths
@@ -89,7 +89,7 @@ class Workspace:
         """Label of the result -> folder: what eval.model names, or every stage's model that is there.
 
         Raises:
-            UserError: there is none; or a folder's result would pass for that of one of this run's own models.
+            UserError: no model was made yet; or the result would get the name of one of this run's own models.
         """
         stages = self.model_folders
         named = stages | {"checkpoint": self.folder / layout.TRAINING}
@@ -124,8 +124,8 @@ class Workspace:
 
     def say_once(self, line: str) -> None:
         """Print a line unless this run has printed it: several stages read the same data."""
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._printed:
+            self._printed.add(line)
             say(line)
 
     def on_rank0(self, work: Callable[[], T]) -> T:
@@ -187,13 +187,13 @@ class Workspace:
         return HFFolder(self.teacher_folder)
 
     def check_teacher(self) -> None:
-        """Refuse a command that needs a teacher when there is none, or a damaged one."""
+        """Refuse when the teacher is missing or damaged."""
         self.check_teacher_is_there()
         if not self.is_pending(self.teacher_folder):
             self.open_teacher().announce()
 
     def check_teacher_is_there(self) -> None:
-        """Refuse a command that needs a teacher when there is none, and say how to get it."""
+        """Refuse when the teacher is missing, and say how to get it."""
         teacher = self.config.teacher
         if self.is_pending(self.teacher_folder) or self.teacher_folder.is_dir():
             return
@@ -217,7 +217,7 @@ class Workspace:
 
     @functools.cached_property
     def teacher_shape(self) -> Shape:
-        """From the teacher's config.json where there is one, else from the recipe's `model` section.
+        """The shape in the teacher's config.json, or in the recipe's `model` section where the file does not exist yet.
 
         Raises:
             UserError: neither tells.

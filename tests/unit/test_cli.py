@@ -39,7 +39,7 @@ def test_too_many_open_files_are_one_line(error: Exception) -> None:
     ("arguments", "message"),
     [
         (["prun"], "unknown command 'prun' (did you mean 'prune'?); commands: fetch pretrain"),
-        (["prune", "+recipe=tinny"], "unknown recipe 'tinny' (did you mean 'tiny'?); there are: "),
+        (["prune", "+recipe=tinny"], "unknown recipe 'tinny' (did you mean 'tiny'?); choose one of: "),
         (["prune", "recipe=tiny"], "a recipe is added with a plus: +recipe=tiny"),
         (["prune", "student.hiden_size=4"], "unknown key 'student.hiden_size' (did you mean 'hidden_size'?)"),
         (["prune", "sed=4"], "unknown key 'sed' (did you mean 'seed'?)"),
