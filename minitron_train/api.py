@@ -20,11 +20,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_train.commands import cli
-from minitron_train.commands import stories as commands
+from minitron_train.commands import configuration, recipes, registry
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config
-from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.errors import UserError, did_you_mean
 from minitron_train.runtime.files import atomic_write_text
 from minitron_train.runtime.launch import World
 from minitron_train.stages.run import read_provenance
@@ -269,7 +268,7 @@ def distillation_loss(
     for name in options:
         if name not in known:
             raise UserError(
-                f"distillation_loss({name}=…): no such option{cli.did_you_mean(name, known)}; there are: {known}"
+                f"distillation_loss({name}=…): no such option{did_you_mean(name, known)}; there are: {known}"
             )
     if "kind" in options:
         kinds = {kind.value: kind for kind in LossKind}
@@ -298,7 +297,7 @@ def distillation_loss(
 def run(command: str, output_dir: StrPath, values: Mapping[str, Any], settings: Settings | None) -> Workspace:
     """Run one command of the program in this process; its paths are read off the workspace."""
     with workspace(command, output_dir, values, settings) as ws:
-        commands.TABLE[command](ws)
+        registry.COMMANDS[command].run(ws)
         return ws
 
 
@@ -341,23 +340,25 @@ def configure(values: Mapping[str, Any]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    is_group = {key: isinstance(value, str) and (cli.home() / "conf" / key).is_dir() for key, value in values.items()}
+    is_group = {
+        key: isinstance(value, str) and (recipes.home() / "conf" / key).is_dir() for key, value in values.items()
+    }
     chosen = [f"{key}={values[key]}" for key in values if is_group[key]]
     chosen += [f"+recipe={values['recipe']}"] if "recipe" in values else []
     keys = {key: value for key, value in values.items() if not is_group[key] and key != "recipe"}
-    cli.register_recipes()
+    recipes.register_recipes()
     for choice in chosen:
-        cli.check_override(choice)
+        configuration.check_override(choice)
     for key in keys:
-        cli.check_key(key)
+        configuration.check_key(key)
     try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(recipes.home() / "conf")):
             composed = hydra.compose("config", overrides=chosen)
         for key, value in keys.items():
             OmegaConf.update(composed, key, str(value) if isinstance(value, Path) else value, force_add=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(cli.one_line(error)) from error
-    return cli.to_config(composed)
+        raise UserError(configuration.one_line(error)) from error
+    return configuration.to_config(composed)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 
 from minitron_train.arch import Shape
-from minitron_train.commands import cli
+from minitron_train.commands import recipes
+from minitron_train.commands.configuration import to_config
 from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import ClusterConfig, Config, Precision
 from minitron_train.planning.estimate import reckon
@@ -69,11 +70,11 @@ CASES = [
 
 def configuration(case: Case) -> Config:
     """The recipe with plain slicing, shortened to what is repeated."""
-    cli.register_recipes()
+    recipes.register_recipes()
     overrides = [f"+recipe={case.recipe}", f"parallel.tensor_model_parallel_size={case.tp}", "prune=modelopt"]
     overrides += ["calibration.num_samples=16", "data.validation_tokens=2048", "tracking.wandb.mode=disabled"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
-        return cli.to_config(compose("config", overrides=overrides))
+    with initialize_config_dir(version_base="1.3", config_dir=str(recipes.home() / "conf")):
+        return to_config(compose("config", overrides=overrides))
 
 
 def shapes(config: Config) -> tuple[Shape, Shape]:
@@ -128,7 +129,7 @@ def measure(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
     """Run one case in this process."""
     import torch
 
-    import minitron_train.commands.stories
+    import minitron_train.commands.registry
     import minitron_train.train.run  # noqa: F401  # the libraries of a command
     from minitron_train.hf import HFFolder
     from minitron_train.parallel import groups

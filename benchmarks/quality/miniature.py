@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from minitron_train.commands.cli import compose
+from minitron_train.commands.configuration import compose
 from minitron_train.stages.run import plain
 
 ROOT = Path(__file__).parents[2]

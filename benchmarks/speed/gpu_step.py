@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.commands.cli import home
+from minitron_train.commands.recipes import home
 from minitron_train.config import DistillConfig, ModelConfig, ParallelConfig, Precision, TrainConfig
 from minitron_train.data.stream import Batch
 from minitron_train.distillation.step import Objective, loss_spec

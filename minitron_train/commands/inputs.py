@@ -1,10 +1,12 @@
-"""What several stages read: a model's tokenizer, the calibration tokens, the identity of the data."""
+"""What several commands read: a model's tokenizer, the calibration tokens, the identity of the data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron_train.commands.workspace import Workspace
-from minitron_train.config import DataConfig
+from minitron_train.config import DataConfig, EvalConfig
+from minitron_train.stages.layout import SCORES
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -31,7 +33,7 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
         tokenizer = load_tokenizer(ws.teacher_folder)
         return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
     if calibration.teacher_share:
-        return read_tokens(ws.folder / "scores" / samples.FILE)
+        return read_tokens(ws.folder / SCORES / samples.FILE)
     tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
     return calibration_batches(calibration, config.data, tokenizer, config.seed)
 
@@ -51,3 +53,16 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None =
     for line in ws.on_rank0(lambda: describe(chosen, key)):
         ws.say_once(line)
     return ws.on_rank0(lambda: identity(chosen))
+
+
+def check_isolated(evaluation: EvalConfig, tasks: Sequence[str]) -> None:
+    """Refuse tasks that run generated programs where this system cannot isolate them.
+
+    Raises:
+        UserError: the kernel grants no namespaces, and eval.allow_code_execution=true asks for them.
+    """
+    from minitron_train.evaluation.code import check_isolation
+    from minitron_train.evaluation.task_names import run_programs
+
+    if evaluation.allow_code_execution is True and run_programs(tasks):
+        check_isolation()

@@ -10,7 +10,6 @@ Which keys these are is read off the dataclasses of minitron_train/config: text 
 
 import contextlib
 import dataclasses
-import errno
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from minitron_train.config import Config
-from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.errors import PATH_MISTAKES, UserError
 
 HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 SWEEPING = ("-m", "--multirun", "hydra.mode=MULTIRUN")
@@ -31,10 +30,6 @@ PART = re.compile(rf"(?:{QUOTED})(?=,|$)|[^,]+", re.DOTALL)  # of a sweep
 FUNCTION = re.compile(r"(?:choice|glob|range|interval|shuffle|sort|tag)\(.*\)", re.DOTALL)  # Hydra's, over a sweep
 ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # Hydra's own escapes, which earlier command lines had to use
 PLAIN = re.compile(r"(?!(?i:true|false|nan|inf)$)(?:\.{0,2}/)?[A-Za-z_][\w./-]*", re.ASCII)  # needs no quotes
-MISTAKES = {
-    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
-    errno.ELOOP: "its links lead in a circle; remove them, or give the path that is meant",
-}
 
 
 def quote_words(words: Sequence[str]) -> list[str]:
@@ -116,8 +111,8 @@ def expand_paths(config: Config) -> None:
         try:
             Path(path).stat()
         except OSError as error:  # a path that is not there, or not yet, is the commands' matter
-            if error.errno in MISTAKES:
+            if error.errno in PATH_MISTAKES:
                 shown = path if len(path) <= 200 else f"{path[:200]}…"
-                raise UserError(f"{key}={shown}: {MISTAKES[error.errno]}") from error
+                raise UserError(f"{key}={shown}: {PATH_MISTAKES[error.errno]}") from error
         except ValueError as error:
             raise UserError(f"{key}={path!r}: is not a path ({error}); check its characters") from error

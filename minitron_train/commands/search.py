@@ -1,36 +1,37 @@
-"""The search: shapes within a budget are cut, measured and retrained a little, and ranked (arXiv 2407.14679 §2.3)."""
+"""search: shapes within a budget are listed, cut, measured, retrained a little, and ranked (arXiv 2407.14679 §2.3)."""
 
 import dataclasses
 import math
 import shutil
 from pathlib import Path
 
-from minitron_train.commands import stories as commands
-from minitron_train.commands.chain import check_early
+from minitron_train.commands import distill, evaluate, export, prune, score
+from minitron_train.commands.command import SCORING, TRAINING, Command, Job
+from minitron_train.commands.training import check_settings, held_out_text
 from minitron_train.commands.workspace import Workspace
-from minitron_train.config import Config
+from minitron_train.config import Config, DataConfig
 from minitron_train.evaluation.results import read_evaluation
 from minitron_train.pruning.candidates import Candidate, choose, table, usable, within_budget
 from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
+from minitron_train.stages.layout import SCORES, SEARCH
 
 
 def search(ws: Workspace) -> None:
     """List the candidates; cut, measure and retrain them where search.evaluate and search.retrain_tokens ask for it.
 
-    Each candidate is a run of its own in OUTPUT_DIR/search/NAME, which a second search goes on with: the tasks of a job
-    array can try one each (search.only), and a search after them finds all done and ranks them.
+    Each candidate is a run of its own in OUTPUT_DIR/search/NAME, and a second search resumes it. The tasks of a job array
+    can try one candidate each (search.only); a search after them finds all of them finished and ranks them.
     """
     settings = ws.config.search
-    if settings.retrain_tokens:
-        check_early(["distill"], retraining(ws.config))
+    check(ws.config)
     every, refusals = usable(ws.config, ws.teacher_shape)
     found = within_budget(settings, every, refusals)
     if refusals and ws.world.is_first:
-        say(f"search: {len(refusals)} shapes of the grid are left out, as {refusals[0]}")
+        say(f"search: {len(refusals)} shapes of the grid were rejected; first reason: {refusals[0]}")
     chosen = choose(found, settings.only)
     if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
-        commands.score(ws)
+        score.score(ws)
         for candidate in chosen:
             if ws.world.is_first:
                 say(f"search: {candidate.name} ({found.index(candidate) + 1} of {len(found)})")
@@ -40,6 +41,18 @@ def search(ws: Workspace) -> None:
         say(table(chosen if settings.only else found))
         if not ws.config.dry_run and settings.only is None:
             atomic_write_json(ws.folder / "search.json", {"candidates": [candidate.row() for candidate in found]})
+
+
+def check(config: Config) -> None:
+    """Refuse settings under which a candidate could not be retrained."""
+    if config.search.retrain_tokens:
+        check_settings(retraining(config))
+
+
+def text(config: Config) -> list[DataConfig]:
+    """The text of calibration and of validation, and of the stream where candidates are retrained."""
+    trained = [config.data] if config.search.retrain_tokens else []
+    return [*trained, held_out_text(config), *score.calibration_text(config)]
 
 
 def retraining(config: Config) -> Config:
@@ -54,7 +67,7 @@ def retraining(config: Config) -> Config:
 
 def try_out(ws: Workspace, candidate: Candidate) -> None:
     """Cut one candidate, measure its loss, retrain it a little: stages in its own folder, finished ones are kept."""
-    folder = ws.folder / "search" / candidate.name
+    folder = ws.folder / SEARCH / candidate.name
     sizes = {f.name: getattr(candidate.shape, f.name, None) for f in dataclasses.fields(ws.config.student)}
     config = dataclasses.replace(
         retraining(ws.config),
@@ -62,16 +75,16 @@ def try_out(ws: Workspace, candidate: Candidate) -> None:
         student=dataclasses.replace(ws.config.student, **sizes | {"path": None}),
         teacher=dataclasses.replace(ws.config.teacher, path=str(ws.teacher_folder)),
     )
-    child = ws.beside(config)
+    child = ws.sibling(config)
     # the scores are the same for all
-    ws.on_rank0(lambda: copy_folder(ws.folder / "scores", folder / "scores"))
-    commands.cut(child, candidate.shape)
-    commands.evaluate_one(child, "pruned", child.pruned_folder)
+    ws.on_rank0(lambda: copy_folder(ws.folder / SCORES, folder / SCORES))
+    prune.cut(child, candidate.shape)
+    evaluate.evaluate_one(child, "pruned", child.pruned_folder)
     candidate.zero_shot_loss = validation_loss(child, "pruned")
     if ws.config.search.retrain_tokens:
-        commands.distill(child)
-        commands.export(child)
-        commands.evaluate_one(child, "student", child.student_folder)
+        distill.distill(child)
+        export.export(child)
+        evaluate.evaluate_one(child, "student", child.student_folder)
         candidate.retrained_loss = validation_loss(child, "student")
 
 
@@ -85,3 +98,17 @@ def validation_loss(ws: Workspace, label: str) -> float:
     """Nats, of one evaluated model; infinite where its perplexity overflowed."""
     perplexity = ws.on_rank0(lambda: read_evaluation(ws.eval_folder / f"{label}.json")["perplexity"])
     return math.inf if perplexity is None else math.log(perplexity)
+
+
+COMMAND = Command(
+    name="search",
+    summary="list the shapes that fit a budget",
+    reads="the teacher, calibration and training text",
+    writes="search/, search.json",
+    run=search,
+    sections=("model", "teacher", "search", *SCORING, "distill", *TRAINING),
+    check=check,
+    text=text,
+    needs_teacher=True,
+    job=Job(gpus=True, resumable=True),
+)

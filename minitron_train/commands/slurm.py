@@ -1,35 +1,36 @@
 """What the scripts of slurm/ ask Python for: the jobs of a recipe's chain, and whether the ranks of a job can begin.
 
-    python -m minitron_train.commands.slurm chain +recipe=tiny …          output folder, then one command of the chain a line
-    python -m minitron_train.commands.slurm candidates +recipe=4b …       output folder, then how many candidates
-    python -m minitron_train.commands.slurm accept distill +recipe=tiny …  nothing, where a job may be queued
-    python -m minitron_train.commands.slurm check distill +recipe=tiny …  on every rank of a job step; prints the files that mark
-                                                                 a training that was stopped and is to be started again
+    python -m minitron_train.commands.slurm chain +recipe=tiny …           prints the output folder, then a command per line
+    python -m minitron_train.commands.slurm candidates +recipe=4b …        prints the output folder, then their number
+    python -m minitron_train.commands.slurm accept distill +recipe=tiny …  prints nothing when the job may be queued
+    python -m minitron_train.commands.slurm check distill +recipe=tiny …   runs on every rank of a job step; prints the files
+                                                                           that mark a training to be started again
 
-They answer within a second or two; torch is loaded on rank 0 alone, and only to read a model's sizes from its folder.
+Each answers within two seconds. Only rank 0 loads torch, and only to read a model's sizes from its folder.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
-from minitron_train.commands import cli
-from minitron_train.commands.chain import chain, check_early
+from minitron_train.commands.chain import chain, check_early, expanded
+from minitron_train.commands.command import Command
+from minitron_train.commands.configuration import compose
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.workspace import Workspace, after_rank0
-from minitron_train.config import Config
+from minitron_train.config import Config, DataConfig
 from minitron_train.pruning.candidates import Candidate, candidates, choose
-from minitron_train.runtime.errors import UserError, error_line
+from minitron_train.runtime.errors import UserError, did_you_mean, error_line
 from minitron_train.runtime.launch import World, read_world, whole_number
 from minitron_train.runtime.preflight import host_name, preflight
 from minitron_train.runtime.signals import guard
+from minitron_train.stages.layout import SEARCH, TRAINING
 from minitron_train.stages.run import STOPPED
 
 USAGE = "python -m minitron_train.commands.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
-NEEDS_TEACHER = ("score", "prune", "distill", "search")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,18 +40,18 @@ def main(argv: Sequence[str]) -> int:
         world = read_world()
         match argv[1:]:
             case ["chain", *arguments]:
-                config = cli.compose(arguments)
+                config = compose(arguments)
                 commands = chain(config)
                 accept(commands, config)
-                print("\n".join([config.output_dir, *commands]))
+                print("\n".join([config.output_dir, *(command.name for command in commands)]))
             case ["candidates", *arguments]:
-                config = cli.compose(arguments)
-                accept(["score", "search"], config)
+                config = compose(arguments)
+                accept([COMMANDS["score"], COMMANDS["search"]], config)
                 print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
-            case ["accept", command, *arguments]:
-                accept([command], cli.compose(arguments))
-            case ["check", command, *arguments]:
-                config = cli.compose(arguments)
+            case ["accept", name, *arguments]:
+                accept([find(name)], compose(arguments))
+            case ["check", name, *arguments]:
+                command, config = find(name), compose(arguments)
                 check(command, config, world, os.environ)
                 for mark in marks(command, config, world) if world.is_first else ():
                     print(mark)
@@ -63,45 +64,53 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def accept(commands: Sequence[str], config: Config) -> None:
-    """Refuse mistakes in the settings, and data that are not there, before anything waits in the queue.
+def find(name: str) -> Command:
+    """The command of this name.
 
     Raises:
-        UserError: what `chain.check_early` refuses; no teacher, and none to come; a part of the data without a path, or a
-            path without files.
+        UserError: there is none.
+    """
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
+    return COMMANDS[name]
+
+
+def accept(commands: Sequence[Command], config: Config) -> None:
+    """Refuse mistakes in the settings, and missing data, before anything waits in the queue.
+
+    Raises:
+        UserError: what `chain.check_early` refuses; a teacher that is missing and that no command brings; a part of the data
+            without a path, or a path without files.
     """
     from minitron_train.data.sources import files
 
     if not config.output_dir.isprintable():  # the shell reads it as one line
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
-    check_early(chain(config) if list(commands) == ["run"] else commands, config)
-    refuse_without_teacher(commands, config)
-    data, calibration = config.data, config.calibration
-    held_out = replace(data, path=data.validation_path or data.path, validation_path=None)
-    trained = ["search"] if config.search.retrain_tokens else []
-    read = [
-        (data, ("pretrain", "distill", "run", *trained)),
-        (held_out, ("pretrain", "distill", "run", "search", "eval")),
-        (
-            replace(data, path=calibration.path or data.path),
-            () if calibration.tokens else ("score", "prune", "search", "run"),
-        ),
-    ]
-    for section, readers in read:
-        if not set(commands).isdisjoint(readers):
-            files(section)
+    parts = expanded(commands, config)
+    check_early(parts, config)
+    refuse_without_teacher(parts, config)
+    for section in unique(section for command in parts for section in command.text(config)):
+        files(section)
 
 
-def refuse_without_teacher(commands: Sequence[str], config: Config) -> None:
+def unique(sections: Iterable[DataConfig]) -> list[DataConfig]:
+    """The sections without repetitions, in their order."""
+    found: list[DataConfig] = []
+    for section in sections:
+        if section not in found:
+            found.append(section)
+    return found
+
+
+def refuse_without_teacher(commands: Sequence[Command], config: Config) -> None:
     """Refuse commands that need a teacher, unless it is there or a command before them brings it.
 
     Raises:
         UserError: as the first of them would say.
     """
-    whole = chain(config) if list(commands) == ["run"] else commands
     if config.teacher.path is None and config.teacher.source in ("pretrain", "hub", "wheel"):
-        return  # by fetch or pretrain, which a chain has, or which an earlier job may be at
-    if not set(whole).isdisjoint(NEEDS_TEACHER):
+        return  # fetch or pretrain brings it, in this chain or in an earlier job
+    if any(command.needs_teacher for command in commands):
         with ExitStack() as stack:
             Workspace(config, [], World(), stack).check_teacher_is_there()
 
@@ -120,17 +129,17 @@ def search_candidates(config: Config, world: World) -> list[Candidate]:
         return candidates(config, Workspace(config, [], world, stack).teacher_shape)
 
 
-def marks(command: str, config: Config, world: World) -> list[Path]:
+def marks(command: Command, config: Config, world: World) -> list[Path]:
     """The files that a command's trainings leave when a signal has stopped them."""
     folder = Path(config.output_dir)
-    runs = {"pretrain": ["pretrain/train"], "distill": ["train"], "run": ["pretrain/train", "train"]}.get(command, [])
-    if command == "search" and config.search.retrain_tokens:
+    runs = [run for part in expanded([command], config) for run in part.trainings]
+    if command.name == "search" and config.search.retrain_tokens:
         chosen = choose(search_candidates(config, world), config.search.only)
-        runs = [f"search/{candidate.name}/train" for candidate in chosen]
+        runs = [f"{SEARCH}/{candidate.name}/{TRAINING}" for candidate in chosen]
     return [folder / run / STOPPED for run in runs]
 
 
-def check(command: str, config: Config, world: World, environ: Mapping[str, str]) -> None:
+def check(command: Command, config: Config, world: World, environ: Mapping[str, str]) -> None:
     """What must hold before a job's work begins: teacher, disk, GPUs, the same software, a shared folder, the network.
 
     Args:
@@ -173,15 +182,15 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU") for line in listed.stdout.splitlines())
 
 
-def folder_complaints(command: str, config: Config, world: World) -> list[str]:
-    """The teacher is there, and what the command writes fits on the disk; a command says more of it by itself."""
+def folder_complaints(command: Command, config: Config, world: World) -> list[str]:
+    """The teacher is missing, or what the command writes does not fit on the disk. The command itself checks more."""
     with ExitStack() as stack:
         workspace = Workspace(config, [], world, stack)
         try:
-            if command in NEEDS_TEACHER:
+            if command.needs_teacher:
                 workspace.check_teacher_is_there()
             workspace.folder.mkdir(parents=True, exist_ok=True)
-            if config.plan.check and command in ("prune", "distill"):
+            if config.plan.check and command.needs_teacher and command.needs and command.needs.disk:
                 refuse_full_disk(command, workspace)
         except UserError as error:
             return [str(error)]
@@ -190,16 +199,15 @@ def folder_complaints(command: str, config: Config, world: World) -> list[str]:
     return []
 
 
-def refuse_full_disk(command: str, workspace: Workspace) -> None:
-    """As the command itself will, before its ranks load torch."""
-    from minitron_train.planning.check import DISK_PARTS, refuse_disk
-    from minitron_train.planning.stages import disk_bytes
+def refuse_full_disk(command: Command, workspace: Workspace) -> None:
+    """Refuse as the command itself will, before its ranks load torch."""
+    from minitron_train.planning.check import refuse_disk
 
+    assert command.needs is not None
     pruned = workspace.pruned_folder
-    there = command == "distill" and (pruned / "config.json").exists()
+    there = command.name == "distill" and (pruned / "config.json").exists()
     student = workspace.shape_of(pruned) if there else workspace.student_shape
-    sizes = disk_bytes(workspace.config, workspace.teacher_shape, student)
-    refuse_disk(command, sizes[DISK_PARTS[command]], workspace.folder)
+    refuse_disk(workspace.config, command.name, command.needs, workspace.teacher_shape, student, workspace.folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One invocation's folders, shapes and processes: what every command in commands.py asks for."""
+"""One invocation: its folders, shapes and processes. Every command gets one."""
 
 import contextlib
 import dataclasses
@@ -14,15 +14,17 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import why_no_folder
 from minitron_train.runtime.launch import World
+from minitron_train.stages import layout
 from minitron_train.stages.exported import exported
 from minitron_train.stages.run import Invocation, Stage, Work, refuse_damaged, run_stage
 
 if TYPE_CHECKING:
     from minitron_train.hf import HFFolder
     from minitron_train.parallel.groups import Groups
+    from minitron_train.planning.check import Needs
 
 T = TypeVar("T")
-PENDING = "not made yet"  # in place of the fingerprint of what an earlier stage of the same dry run would make
+PENDING = "not made yet"  # replaces the fingerprint of a folder that an earlier stage of this dry run would make
 
 
 class Workspace:
@@ -33,11 +35,11 @@ class Workspace:
         self.invocation = Invocation(typed, dataclasses.asdict(config))
         self.folder = Path(config.output_dir)
         self._groups: Groups | None = None
-        self._to_come: set[Path] = set()  # folders that the stages of this dry run would make
+        self._pending: set[Path] = set()  # folders that the stages of this dry run would make
         self._said: set[str] = set()
 
-    def beside(self, config: Config) -> "Workspace":
-        """Another output folder, with its own configuration, worked on by the same processes."""
+    def sibling(self, config: Config) -> "Workspace":
+        """A workspace with its own configuration and output folder, in the same processes."""
         other = Workspace(config, self.invocation.command, self.world, self._stack)
         other._groups, other._said = self.groups, self._said
         return other
@@ -46,17 +48,17 @@ class Workspace:
     @property
     def teacher_folder(self) -> Path:
         """teacher.path, or what fetch and pretrain make."""
-        return Path(self.config.teacher.path) if self.config.teacher.path else self.folder / "teacher"
+        return Path(self.config.teacher.path) if self.config.teacher.path else self.folder / layout.TEACHER
 
     @property
     def pruned_folder(self) -> Path:
         """student.path, or what prune makes."""
-        return Path(self.config.student.path) if self.config.student.path else self.folder / "pruned"
+        return Path(self.config.student.path) if self.config.student.path else self.folder / layout.PRUNED
 
     @property
     def export_folder(self) -> Path:
         """Where export writes: export.path, or OUTPUT_DIR/student."""
-        return Path(self.config.export.path) if self.config.export.path else self.folder / "student"
+        return Path(self.config.export.path) if self.config.export.path else self.folder / layout.STUDENT
 
     @property
     def student_folder(self) -> Path:
@@ -66,7 +68,7 @@ class Workspace:
     @property
     def eval_data_folder(self) -> Path:
         """eval.data_dir, or what fetch makes."""
-        return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.folder / "eval_data"
+        return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.folder / layout.EVAL_DATA
 
     @property
     def local_eval_data(self) -> Path | None:
@@ -76,7 +78,7 @@ class Workspace:
     @property
     def eval_folder(self) -> Path:
         """Results, a file per model."""
-        return self.folder / "eval"
+        return self.folder / layout.EVALUATION
 
     @property
     def model_folders(self) -> dict[str, Path]:
@@ -90,7 +92,7 @@ class Workspace:
             UserError: there is none; or a folder's result would pass for that of one of this run's own models.
         """
         stages = self.model_folders
-        named = stages | {"checkpoint": self.folder / "train"}
+        named = stages | {"checkpoint": self.folder / layout.TRAINING}
         asked, label = self.config.eval.model, self.config.eval.label
         if not asked:
             models = {label: folder for label, folder in stages.items() if self.is_there(folder)}
@@ -121,7 +123,7 @@ class Workspace:
         return self._groups
 
     def say_once(self, line: str) -> None:
-        """Print a line unless this run has printed it already: stages share their data."""
+        """Print a line unless this run has printed it: several stages read the same data."""
         if line not in self._said:
             self._said.add(line)
             say(line)
@@ -131,10 +133,10 @@ class Workspace:
         return work() if self.world.size == 1 else self.groups.on_rank0(work)
 
     def run(self, stage: Stage, work: Work, *, force: bool = False) -> bool:
-        """stages.run_stage, or its description under dry_run. Returns whether the work was done now.
+        """Run a stage, or describe it under dry_run. Returns whether the work was done now.
 
         Args:
-            force: do it again (as config.force).
+            force: do it again, as config.force does.
         """
         force = force or self.config.force
         if self.config.dry_run:
@@ -144,7 +146,7 @@ class Workspace:
 
     # dry_run
     def describe(self, stage: Stage, *, force: bool) -> None:
-        """Say what a stage would do; what it would make is to come for the stages after it."""
+        """Print what a stage would do, and note the folder that it would make."""
         found = stage.state()
         if not force:
             refuse_damaged(stage, *found)
@@ -157,19 +159,19 @@ class Workspace:
             self.mark_pending(stage.folder)
 
     def mark_pending(self, folder: Path) -> None:
-        """Note that a dry run would make `folder`: the stages after it take it as to come."""
-        self._to_come.add(folder.resolve())
+        """Note that this dry run would make `folder`, so that later stages do not miss it."""
+        self._pending.add(folder.resolve())
 
     def is_pending(self, path: Path) -> bool:
         """Whether a stage of this dry run would make `path`, or the folder around it."""
-        return any(path.resolve().is_relative_to(folder) for folder in self._to_come)
+        return any(path.resolve().is_relative_to(folder) for folder in self._pending)
 
     def is_there(self, path: Path) -> bool:
-        """Whether `path` exists, or would by now."""
+        """Whether `path` exists, or this dry run would have made it."""
         return path.exists() or self.is_pending(path)
 
     def identity(self, path: Path, find: Callable[[], str]) -> str:
-        """What `find` says of `path` on rank 0, on every rank; not asked where `path` is to come."""
+        """The result of `find` on rank 0, given to every rank; PENDING where this dry run would make `path`."""
         return PENDING if self.is_pending(path) else self.on_rank0(find)
 
     # models
@@ -209,7 +211,7 @@ class Workspace:
 
     @property
     def shapes_are_pending(self) -> bool:
-        """Whether nothing but a teacher that is to come will tell the shapes."""
+        """Whether only a teacher that this dry run would make can tell the shapes."""
         known = self.config.model.architecture or (self.teacher_folder / "config.json").exists()
         return self.is_pending(self.teacher_folder) and not known
 
@@ -249,13 +251,20 @@ class Workspace:
         return folder_shape(folder)
 
     def check_fits(
-        self, stage: str, student: Shape, *, teacher: Shape | None = None, folder: Path | None = None
+        self,
+        name: str,
+        needs: "Needs",
+        student: Shape,
+        *,
+        teacher: Shape | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """Refuse a stage that by its plan fits neither memory nor disk; all ranks follow rank 0 (see planning.check_fits)."""
+        """Refuse a command that does not fit into memory or on the disk; rank 0 decides for all (planning.check_fits)."""
         from minitron_train.planning import check_fits
 
         where = folder or self.folder
-        self.on_rank0(lambda: check_fits(self.config, stage, teacher or self.teacher_shape, student, self.world, where))
+        teacher = teacher or self.teacher_shape
+        self.on_rank0(lambda: check_fits(self.config, name, needs, teacher, student, self.world, where))
 
     def fingerprint(self, folder: Path) -> str:
         """Of a Hugging Face folder."""
@@ -288,6 +297,6 @@ def subset(section: Any, *names: str) -> Mapping[str, Any]:
 
 
 def after_rank0(rank: int) -> None:
-    """Let rank 0 speak first about an error that all ranks meet."""
+    """Wait on ranks above 0, so that rank 0 prints first an error that all ranks find."""
     if rank:
         time.sleep(2.0)

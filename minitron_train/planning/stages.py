@@ -5,7 +5,6 @@ from typing import Any
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Config, Precision
-from minitron_train.data.sources import copied_bytes
 from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import FP32, Layout, repair_bytes, score_bytes, slice_bytes
@@ -93,6 +92,8 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
 
     A pretrained teacher and its first weights are fp32. Beside it (`cache`), copies of compressed text in data.cache_dir.
     """
+    from minitron_train.data.sources import copied_bytes  # loads pyarrow, which --help can do without
+
     weight_bytes, pretrained = file_weight_bytes(config), config.teacher.is_pretrained
     own, taught = parameters(student)["parameters"], parameters(teacher)["parameters"]
     made = config.teacher.source and config.teacher.path is None

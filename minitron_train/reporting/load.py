@@ -19,13 +19,11 @@ from minitron_train.runtime.files import PARTIAL, REPLACED
 from minitron_train.runtime.records import damaged
 from minitron_train.stages import provenance
 from minitron_train.stages.exported import exported
+from minitron_train.stages.layout import EVALUATION, MODELS, PRUNED, SCORES, TRAININGS
 from minitron_train.stages.provenance import StageRecord
 from minitron_train.stages.run import PROVENANCE
 from minitron_train.train.metrics import read_rows
 
-MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow
-PATH_SETTINGS = {"teacher": "teacher", "pruned": "student", "student": "export"}  # sections whose `path` moves a model
-TRAININGS = {"train": "train", "pretrain": "pretrain/train"}
 CHOSEN_BY = "importance."  # in kept.safetensors, see prune.select.Keep
 BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # there is one for every layer
 
@@ -112,7 +110,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
         folder=folder,
         stages=stages,
         models=dict(read_models(folder, stages, student)),
-        axes=read_axes(folder / "scores" / "scores.safetensors", folder / "pruned" / "kept.safetensors"),
+        axes=read_axes(folder / SCORES / "scores.safetensors", folder / PRUNED / "kept.safetensors"),
         metrics={
             name: columns
             for name, place in TRAININGS.items()
@@ -120,7 +118,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
         },
         evals={
             file.stem: read_evaluation(file)
-            for file in sorted((folder / "eval").glob("*.json"))
+            for file in sorted((folder / EVALUATION).glob("*.json"))
             if not file.name.endswith(PROVENANCE)
         },
     )
@@ -140,7 +138,7 @@ def read_stages(folder: Path, student: Path | None) -> Iterator[StageRecord]:
 def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -> Iterator[tuple[str, Model]]:
     """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
     for label in MODELS:
-        sections = [stage["config"].get(PATH_SETTINGS[label]) or {} for stage in reversed(stages)]
+        sections = [stage["config"].get(MODELS[label]) or {} for stage in reversed(stages)]
         known = [student] if label == "student" and student else []
         for place in [*known, *(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
             if os.path.exists(place / "config.json"):  # noqa: PTH110  # Path.exists raises where a name is too long

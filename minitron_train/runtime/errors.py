@@ -1,10 +1,17 @@
 """The exceptions that a user is meant to see, each as one line."""
 
+import difflib
 import errno
 import os
 import resource
+from collections.abc import Iterable
 
 from minitron_train.runtime.masking import mask_credentials
+
+PATH_MISTAKES = {  # errno -> the rule and the remedy, for paths that the user gave
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
+    errno.ELOOP: "its links form a circle; remove them, or give the path that is meant",
+}
 
 
 class UserError(ValueError):
@@ -46,3 +53,9 @@ def error_line(error: Exception, rank: int | None = None) -> str:
     """
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in mask_credentials(str(error)))
     return f"error: {line}" if rank is None else f"error: {line} (rank {rank})"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The text " (did you mean 'x'?)" when a known word is close, otherwise nothing."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minitron_train.commands import cli, slurm
+from minitron_train.commands import configuration, slurm
 from minitron_train.planning import check as plan_check
 from minitron_train.runtime import preflight as meeting
 from minitron_train.runtime.errors import UserError
@@ -35,7 +35,7 @@ AFTER = ["distill", "export", "eval", "report"]
     ],
 )
 def test_chain(words: list[str], commands: list[str]) -> None:
-    assert slurm.chain(cli.compose(words)) == commands
+    assert [command.name for command in slurm.chain(configuration.compose(words))] == commands
 
 
 NO_DATA = ["+recipe=4b_from_8b", "calibration.num_samples=8"]  # data=nemotron4_blend, whose parts are the user's
@@ -60,7 +60,7 @@ def test_data_are_looked_for_before_a_job_is_queued(
 ) -> None:
     """Where a command reads them, and only there."""
     (tmp_path / "text.txt").write_text("words")
-    config = cli.compose([*NO_DATA, *(word.format(text=tmp_path / "text.txt") for word in more)])
+    config = configuration.compose([*NO_DATA, *(word.format(text=tmp_path / "text.txt") for word in more)])
     with pytest.raises(UserError, match=r"no path|no text file matches") if is_read else nullcontext():
         slurm.accept([command], config)
 
@@ -101,7 +101,7 @@ GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64,
     ],
 )
 def test_marks(command: str, words: list[str], marked: list[str]) -> None:
-    config = cli.compose(["+recipe=micro", "output_dir=out", *words])
+    config = configuration.compose(["+recipe=micro", "output_dir=out", *words])
     assert slurm.marks(command, config, World()) == [Path("out", folder, "stopped.json") for folder in marked]
 
 
@@ -129,16 +129,16 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_teacher_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["+recipe=4b_from_8b", f"output_dir={tmp_path}/out"]
     with pytest.raises(UserError, match=r"no teacher in .*; run `python -m minitron_train fetch"):
-        slurm.check("distill", cli.compose(words), World(), {})
+        slurm.check("distill", configuration.compose(words), World(), {})
     (tmp_path / "out" / "teacher").mkdir(parents=True)
     monkeypatch.setattr(plan_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match=r"distill: needs 273 GiB of disk .* 1 GiB are free"):
-        slurm.check("distill", cli.compose(words), World(), {})
-    slurm.check("distill", cli.compose([*words, "plan.check=false"]), World(), {})
+        slurm.check("distill", configuration.compose(words), World(), {})
+    slurm.check("distill", configuration.compose([*words, "plan.check=false"]), World(), {})
     (tmp_path / "out" / "train").mkdir()
     with (tmp_path / "out" / "train" / "checkpoint").open("wb") as file:
         file.truncate(300 * 2**30)  # sparse: a requeued job writes over its own checkpoints
-    slurm.check("distill", cli.compose(words), World(), {})
+    slurm.check("distill", configuration.compose(words), World(), {})
 
 
 def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,13 +148,13 @@ def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pyt
     weighed = []
     monkeypatch.setattr(plan_check, "refuse_disk", lambda command, needed, folder: weighed.append(needed))
     for command, more in (("distill", [f"student.path={student}"]), ("distill", []), ("prune", [])):
-        slurm.check(command, cli.compose([*words, *more]), World(), {})
+        slurm.check(command, configuration.compose([*words, *more]), World(), {})
     assert weighed[0] < weighed[1] and len(weighed) == 3
 
 
 @pytest.mark.parametrize("command", ["export", "eval", "report"])
 def test_commands_without_a_teacher_need_none(tmp_path: Path, command: str) -> None:
-    slurm.check(command, cli.compose([f"output_dir={tmp_path}/out"]), World(), {})
+    slurm.check(command, configuration.compose([f"output_dir={tmp_path}/out"]), World(), {})
 
 
 def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> list[tuple[int, str, str]]:
@@ -283,7 +283,7 @@ def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with meeting.listen(0) as probe:
         environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.address[1])}
     with pytest.raises(UserError, match="1 s: ranks 1, 2 did not reach localhost"):
-        meeting.meet([], tmp_path, World(0, 3), environ)
+        meeting.preflight([], tmp_path, World(0, 3), environ)
 
 
 def test_different_software_is_named() -> None:

@@ -31,7 +31,7 @@ def test_shellcheck() -> None:
 
 
 def test_every_command_has_a_script() -> None:
-    from minitron_train.commands.cli import COMMANDS
+    from minitron_train.commands.registry import COMMANDS
 
     assert {Path(name).stem for name in JOBS} == set(COMMANDS) - {"plan"}  # plan answers at once, on the login node
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from minitron_train.commands import cli
+from minitron_train.commands import configuration, recipes, registry
 from tests.slurm.conftest import ROOT, Lab
 from tests.support.models import save_tiny
 
@@ -23,12 +23,12 @@ def documented() -> list[str]:
 
 def test_the_documented_sweep_composes() -> None:
     command, *words, multirun = documented()
-    assert command in cli.COMMANDS and multirun == "-m"
+    assert command in registry.COMMANDS and multirun == "-m"
     first = [word.split(",")[0] for word in words]
     assert first != words  # something is swept
-    config = cli.compose([word for word in first if not word.startswith("hydra")])
+    config = configuration.compose([word for word in first if not word.startswith("hydra")])
     assert config.output_dir == "outputs/sweep/t1.0-lr0.0005"
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
+    with initialize_config_dir(version_base="1.3", config_dir=str(recipes.home() / "conf")):
         hydra = compose("config", overrides=first, return_hydra_config=True).hydra
     assert hydra.launcher._target_.endswith("SlurmLauncher") and hydra.sweep.dir == "outputs/sweep"
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from minitron_train.commands.chain import check_early
+from minitron_train.commands import chain
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.search import retraining
 from minitron_train.config import Config, Recompute
 from minitron_train.runtime.errors import UserError
@@ -17,6 +18,11 @@ def config(**changes: Any) -> Config:
         section, key = name.split("__")
         setattr(getattr(made, section), key, value)
     return made
+
+
+def check_early(names: list[str], config: Config) -> None:
+    """The early checks of some commands."""
+    chain.check_early([COMMANDS[name] for name in names], config)
 
 
 @pytest.mark.parametrize(

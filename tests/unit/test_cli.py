@@ -1,5 +1,6 @@
 """The command line: help, resolved configuration, and one clear line for every mistake."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -11,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from minitron_train.commands import cli
-from minitron_train.commands import stories as commands
+from minitron_train.commands import cli, configuration, help, recipes, registry
 from minitron_train.commands.chain import chain
+from minitron_train.commands.command import execute
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, StudentConfig
 from minitron_train.runtime.errors import UserError, too_many_files
@@ -74,9 +75,9 @@ def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -
     def read(_: object) -> None:
         raise PermissionError(13, "Permission denied", "/teacher/model.safetensors")
 
-    monkeypatch.setitem(commands.TABLE, "score", read)
+    command = dataclasses.replace(registry.COMMANDS["score"], run=read)
     with pytest.raises(UserError, match=r"/teacher/model\.safetensors: permission denied"):
-        commands.execute("score", Config(), [], World())
+        execute(command, Config(), [], World())
 
 
 def test_a_sweep_names_the_mistakes_of_all_its_jobs(tmp_path: Path) -> None:
@@ -180,19 +181,21 @@ def test_a_folder_does_not_pass_for_a_model_of_the_run(tmp_path: Path) -> None:
             models(model)
 
 
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
-def test_every_command_has_help(name: str) -> None:
-    from minitron_train.commands import stories as commands
+def help_of(name: str, *words: str) -> str:
+    """What `NAME … --help` prints."""
+    return help.command_help(name, configuration.compose(list(words)))
 
-    assert f"usage: python -m minitron_train {name}" in cli.command_help(name, [])
-    assert name in commands.TABLE
+
+@pytest.mark.parametrize("name", list(registry.COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    assert f"usage: python -m minitron_train {name}" in help_of(name)
 
 
 def test_help_shows_the_values_that_a_run_would_have() -> None:
     """The defaults are those of conf/, not of the dataclasses; a recipe and the command line win over them."""
-    assert "  prune.rotate=True " in cli.command_help("prune", [])
-    assert "  data.sources={prose, code} " in cli.command_help("distill", ["+recipe=tiny"])
-    shown = cli.command_help("prune", ["+recipe=4b", "prune.ridge=0.5"])
+    assert "  prune.rotate=True " in help_of("prune")
+    assert "  data.sources={prose, code} " in help_of("distill", "+recipe=tiny")
+    shown = help_of("prune", "+recipe=4b", "prune.ridge=0.5")
     assert "  prune.rotate=False " in shown and "  student.hidden_size=3072 " in shown and "  prune.ridge=0.5 " in shown
 
 
@@ -206,29 +209,30 @@ def test_recipes_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "recipes" / "mine.yaml").write_text("# Mine\nstudent: {hidden_size: 77}\n")
     assert "unknown recipe 'mine'" in minitron("plan", "+recipe=mine", cwd=tmp_path / "recipes").stderr
     monkeypatch.chdir(tmp_path)
-    config = cli.compose(["+recipe=mine"])
+    config = configuration.compose(["+recipe=mine"])
     assert (config.name, config.student.hidden_size, config.output_dir) == ("mine", 77, "outputs/mine")
 
 
 def test_a_student_of_ones_own_is_not_made() -> None:
-    own = cli.compose(["+recipe=tiny", "student.path=x"])
-    assert chain(own) == ["pretrain", "distill", "export", "eval", "report"]
-    assert chain(cli.compose(["+recipe=tiny"]))[1:3] == ["score", "prune"]
+    own = configuration.compose(["+recipe=tiny", "student.path=x"])
+    assert [command.name for command in chain(own)] == ["pretrain", "distill", "export", "eval", "report"]
+    whole = [command.name for command in chain(configuration.compose(["+recipe=tiny"]))]
+    assert whole[1:3] == ["score", "prune"]
 
 
-@pytest.mark.parametrize("name", list(cli.recipes()))
+@pytest.mark.parametrize("name", list(recipes.recipes()))
 def test_every_recipe_composes(name: str) -> None:
     from hydra import compose, initialize_config_dir
 
-    cli.register_recipes()
-    with initialize_config_dir(str(cli.home() / "conf"), version_base="1.3"):
-        config = cli.to_config(compose("config", [f"+recipe={name}"]))
+    recipes.register_recipes()
+    with initialize_config_dir(str(recipes.home() / "conf"), version_base="1.3"):
+        config = configuration.to_config(compose("config", [f"+recipe={name}"]))
     assert config.name == name
     assert config.output_dir == f"outputs/{name}"
 
 
 def test_keys_that_users_name_themselves_pass() -> None:
-    cli.check_override("data.sources.mine.path=x")
-    cli.check_override("+recipe=tiny,smollm2")
+    configuration.check_override("data.sources.mine.path=x")
+    configuration.check_override("+recipe=tiny,smollm2")
     with pytest.raises(UserError):
-        cli.check_override("data.sorces.mine.path=x")
+        configuration.check_override("data.sorces.mine.path=x")

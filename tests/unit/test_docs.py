@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from minitron_train.commands import cli
+from minitron_train.commands import cli, recipes, registry
 from minitron_train.runtime.launch import World
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ FORMS = (  # how the pages call the program -> its own words
     (r"slurm/search\.sh (\w+)(.*)", r"search +recipe=\1\2"),
     (r"slurm/submit\.sh (\S.*)", r"\1"),
     (r"sbatch slurm/(\w+)\.sbatch(.*)", r"\1\2"),
-    (rf"…? ?((?:{'|'.join(cli.COMMANDS)}) .*=.*)", r"\1"),
+    (rf"…? ?((?:{'|'.join(registry.COMMANDS)}) .*=.*)", r"\1"),
     (r"… ([\w.]+=.*)", r"run \1"),
 )
 
@@ -142,7 +142,7 @@ def test_the_page_of_the_tree_is_the_tree() -> None:
 
 def test_the_catalogue_has_every_recipe() -> None:
     text = (ROOT / "recipes" / "README.md").read_text()
-    assert not [name for name in cli.recipes() if f"| `{name}` |" not in text]
+    assert not [name for name in recipes.recipes() if f"| `{name}` |" not in text]
 
 
 def test_links_lead_somewhere() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from minitron_train.commands import cli
-from minitron_train.commands import stories as commands
+from minitron_train.commands import configuration
+from minitron_train.commands.command import execute
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.workspace import PENDING, Workspace
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -30,8 +31,8 @@ class Said:
         self.capsys, self.folder = capsys, folder
 
     def __call__(self, command: str, *words: str) -> list[str]:
-        config = cli.compose([*words, f"output_dir={self.folder}"])
-        commands.execute(command, config, [], World())
+        config = configuration.compose([*words, f"output_dir={self.folder}"])
+        execute(COMMANDS[command], config, [], World())
         return self.capsys.readouterr().out.splitlines()
 
     def states(self, command: str, *words: str) -> dict[str, str]:
@@ -107,7 +108,7 @@ def test_an_export_that_was_done_is_finished(said: Said, monkeypatch: pytest.Mon
 
 def test_what_follows_a_stage_that_would_be_done_again(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        ws = Workspace(cli.compose([f"output_dir={tmp_path}", "dry_run=true"]), [], World(), stack)
+        ws = Workspace(configuration.compose([f"output_dir={tmp_path}", "dry_run=true"]), [], World(), stack)
         (tmp_path / "pruned").mkdir()
         assert ws.is_there(ws.pruned_folder) and not ws.is_there(ws.student_folder)
         assert ws.identity(ws.pruned_folder, lambda: "of now") == "of now"

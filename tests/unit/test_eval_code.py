@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from minitron_train.commands import chain, cli
+from minitron_train.commands import chain, configuration, evaluate
 from minitron_train.config import EvalConfig
 from minitron_train.evaluation import code, syscalls
 from minitron_train.evaluation.code import pass_at_1, passes
@@ -374,7 +374,7 @@ def test_without_namespaces_programs_are_refused() -> None:
 
 def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for word, value in (("true", True), ("false", False), ("unsafe", "unsafe")):
-        config = cli.compose(["+recipe=micro", f"eval.allow_code_execution={word}"])
+        config = configuration.compose(["+recipe=micro", f"eval.allow_code_execution={word}"])
         assert config.eval.allow_code_execution == value and type(config.eval.allow_code_execution) is type(value)
     with pytest.raises(UserError, match=r"eval.allow_code_execution=yes please: must be false, true or unsafe"):
         EvalConfig(allow_code_execution="yes please").validate()
@@ -382,7 +382,7 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise code.no_namespaces("unshare: no")
 
-    monkeypatch.setattr(chain, "check_isolation", refuse)
+    monkeypatch.setattr(code, "check_isolation", refuse)
     for tasks, word, refused in (
         (["humaneval"], "true", True),
         (["mbpp"], "unsafe", False),
@@ -391,9 +391,9 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         config.eval = EvalConfig(tasks=tasks, allow_code_execution=word == "true" or word)
         if refused:
             with pytest.raises(UserError, match="grants no namespaces"):
-                chain.check_early(["eval"], config)
+                chain.check_early([evaluate.COMMAND], config)
         else:
-            chain.check_early(["eval"], config)
+            chain.check_early([evaluate.COMMAND], config)
 
 
 def test_tasks_with_another_judge_are_not_isolated() -> None:

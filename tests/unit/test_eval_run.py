@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
 from minitron_train.arch.convert import load
-from minitron_train.commands.stories import evaluate_one
+from minitron_train.commands.evaluate import evaluate_one
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
 from minitron_train.data import tokenizers

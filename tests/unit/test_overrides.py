@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from minitron_train.commands import cli
+from minitron_train.commands import configuration
 from minitron_train.commands.overrides import expand_paths, paths, quote_word, quote_words
 from minitron_train.commands.slurm import accept
 from minitron_train.config import Config
@@ -110,7 +110,7 @@ def test_sweeps_stay_sweeps() -> None:
 
 
 def test_the_keys_that_take_a_path() -> None:
-    config = cli.compose(["+recipe=tiny", "+data.sources={a: {path: x}}"])
+    config = configuration.compose(["+recipe=tiny", "+data.sources={a: {path: x}}"])
     for section, name, _ in list(paths(config)):
         assert isinstance(getattr(section, name), str)
     marked = {f"{name}.{f}" for name in Config.__dataclass_fields__ for f in path_fields(getattr(config, name))}
@@ -128,19 +128,21 @@ def path_fields(section: object) -> list[str]:
 
 def test_home_and_interpolations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = cli.compose(["output_dir=~/my runs/${name}/x=1", "name=a b", "teacher.path='~/t'", "data.path=x~/~"])
+    config = configuration.compose(
+        ["output_dir=~/my runs/${name}/x=1", "name=a b", "teacher.path='~/t'", "data.path=x~/~"]
+    )
     assert config.output_dir == f"{tmp_path}/my runs/a b/x=1"
     assert config.teacher.path == f"{tmp_path}/t" and config.data.path == "x~/~"
-    assert cli.compose(["teacher.path=/\\${name}"]).teacher.path == "/${name}"
+    assert configuration.compose(["teacher.path=/\\${name}"]).teacher.path == "/${name}"
     for value in ("/${name", "/${nothing}", "/${}"):
         with pytest.raises(UserError) as caught:
-            cli.compose([f"teacher.path={value}"])
+            configuration.compose([f"teacher.path={value}"])
         assert "\n" not in str(caught.value)
 
 
 def test_sources_by_their_own_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = cli.compose(["+recipe=tiny", "data.sources.prose.path=~/a (1)"])
+    config = configuration.compose(["+recipe=tiny", "data.sources.prose.path=~/a (1)"])
     assert config.data.sources["prose"].path == f"{tmp_path}/a (1)"
 
 
@@ -164,7 +166,7 @@ def test_paths_that_no_file_can_have(tmp_path: Path) -> None:
 def test_undecodable_bytes() -> None:
     word = "teacher.path=" + os.fsdecode(b"/a/\xff")
     with pytest.raises(UserError, match=r"argument 'teacher\.path=/a/\\udcff': is not UTF-8"):
-        cli.compose([word])
+        configuration.compose([word])
 
 
 def test_a_recorded_command_can_be_given_again() -> None:

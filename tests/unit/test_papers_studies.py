@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
 from minitron_train.arch import architecture
-from minitron_train.commands import cli
+from minitron_train.commands import configuration, recipes
 from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.pruning.target import check_target
 
@@ -27,7 +27,7 @@ from papers_studies import STUDIES, Study, Variant  # noqa: E402 # pyright: igno
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_every_row_can_be_run(study: Study) -> None:
     """Its overrides are settings, its student can be cut out of the teacher, it is evaluated after whole steps."""
-    cli.register_recipes()
+    recipes.register_recipes()
     labels = [variant.label for variant in study.variants]
     assert study.reference in labels and len(set(labels)) == len(labels)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -41,7 +41,7 @@ def test_every_row_can_be_run(study: Study) -> None:
                 *variant.train,
                 *sizes,
             ]
-            config = cli.to_config(compose("config", overrides=words))
+            config = configuration.to_config(compose("config", overrides=words))
             teacher = shape_of_recipe(config)
             assert teacher is not None
             check_target(teacher, teacher.smaller(**variant.sizes), config.prune)
@@ -51,9 +51,9 @@ def test_every_row_can_be_run(study: Study) -> None:
 
 def test_axes_have_equal_sizes() -> None:
     """Within one percent, so that only the axes differ."""
-    cli.register_recipes()
+    recipes.register_recipes()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        teacher = shape_of_recipe(cli.to_config(compose("config", overrides=["+recipe=miniature"])))
+        teacher = shape_of_recipe(configuration.to_config(compose("config", overrides=["+recipe=miniature"])))
     assert teacher is not None
     (axes,) = [study for study in STUDIES if study.name == "axes"]
     shapes = [teacher.smaller(**variant.sizes) for variant in axes.variants]

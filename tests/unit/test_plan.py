@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from minitron_train.arch import Shape
-from minitron_train.commands import cli
+from minitron_train.commands import configuration, recipes
 from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import Config, ParallelConfig, Recompute
 from minitron_train.model.build import build
@@ -24,9 +24,9 @@ from minitron_train.train.optim import RECOMPUTE
 
 def load(*overrides: str) -> Config:
     """The configuration that the command line would get."""
-    cli.register_recipes()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.home() / "conf")):
-        return cli.to_config(compose("config", overrides=list(overrides)))
+    recipes.register_recipes()
+    with initialize_config_dir(version_base="1.3", config_dir=str(recipes.home() / "conf")):
+        return configuration.to_config(compose("config", overrides=list(overrides)))
 
 
 def shapes(config: Config) -> tuple[Shape, Shape]:

@@ -1,4 +1,4 @@
-"""README.md and docs/scale.md print the plan's figures: they must be those that the program prints today."""
+"""docs/scale.md prints the plan's figures: they must be those that the program prints today."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ SENTENCES = (
     "{small.memory.optimizer:.1f} GiB per GPU for `4b`",
     "gradients are another {small.memory.gradients:.1f} GiB",
     "activations of {usual.kept.without_recompute:.2f} GiB become {usual.kept.with_recompute:.2f}",
-    "Of the {usual.step.total:.1f} s of a `4b` step on A100s, matrix products are {usual.step.matrices:.1f} s, the fused "
+    "A `4b` step on A100s takes {usual.step.total:.1f} s: matrix products {usual.step.matrices:.1f} s, the fused "
     "loss {usual.step.loss:.1f} s, passes over memory {usual.step.elementwise:.1f} s",
     "forward pass: {usual.flops.teacher_forward_per_token:.2e} per token against "
     "{usual.flops.student_training_per_token:.2e} for the student's",
@@ -39,8 +39,8 @@ def planned(recipe: str, *overrides: str) -> dict[str, Any]:
     return make_plan(config, *shapes(config))
 
 
-def test_readme_shows_the_plan() -> None:
-    shown = re.search(r"^plan 4b$.*?(?=^```)", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+def test_the_page_shows_the_plan() -> None:
+    shown = re.search(r"^plan 4b$.*?(?=^```)", SCALE, flags=re.MULTILINE | re.DOTALL)
     assert shown and format_plan(planned("4b")).startswith(shown[0].rstrip())
 
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from minitron_train.commands.stories import execute
+from minitron_train.commands.command import execute
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.runtime.launch import World
 from tests.support.training import Interrupted, Material, before_step, interrupt, make_config
 
@@ -35,7 +36,7 @@ def search_config(material: Material, folder, **search):
 
 
 def search(material: Material, folder, **settings) -> None:
-    execute("search", search_config(material, folder, **settings), ["search"], World())
+    execute(COMMANDS["search"], search_config(material, folder, **settings), ["search"], World())
 
 
 def ranked(folder) -> list[dict]:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from minitron_train.commands import cli
-from minitron_train.commands.cli import read_recipe
+from minitron_train.commands import configuration, recipes
+from minitron_train.commands.recipes import read_recipe
 from minitron_train.evaluation.compare import read_items
 from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.results import read_evaluation
@@ -202,18 +202,8 @@ def test_nothing_is_decoded_by_hand() -> None:
 
 
 OURS = (
-    "runtime",
-    "stages",
-    "commands",
-    "model",
-    "train",
-    "evaluation",
-    "reporting",
-    "pruning",
-    "parallel",
-    "planning",
-    "config",
-    "distillation",
+    *("runtime", "stages", "commands", "model", "train", "evaluation"),
+    *("reporting", "pruning", "parallel", "planning", "config", "distillation"),
 )
 
 
@@ -348,11 +338,11 @@ def test_other_programs_recipes_are_in_nobodys_way(tmp_path: Path, monkeypatch: 
     for what in ("folder", "pipe", "loop"):
         in_place_of(tmp_path / "recipes" / f"{what}.yaml", what)
     monkeypatch.chdir(tmp_path)
-    assert cli.compose(["+recipe=micro"]).name == "micro"
-    listed = "\n".join(cli.recipe_lines())
+    assert configuration.compose(["+recipe=micro"]).name == "micro"
+    listed = "\n".join(recipes.recipe_lines())
     assert all(f"  {name} " in listed for name in ("broken", "folder", "pipe", "loop", "micro"))
     with pytest.raises(UserError, match=r"broken.yaml: damaged"):
-        cli.compose(["+recipe=broken"])
+        configuration.compose(["+recipe=broken"])
 
 
 SCORES = {"embedding": np.ones(8, np.float32)} | {

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from minitron_train.commands import cli
-from minitron_train.commands import stories as commands
+from minitron_train.commands import configuration
+from minitron_train.commands.command import execute
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.evaluation.source import is_training, locate, open_origin
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import sha256_file
@@ -213,13 +214,13 @@ def test_a_model_folder_is_never_a_training(tmp_path: Path, word: str) -> None:
     add_checkpoint(model, tmp_path / "mark")
     (model / files.MANIFEST).write_text('{"step": 1, "files": {}, "belongs_to": {}}')
     assert not is_training(model) and locate(model, tmp_path, trust_external=False) == model
-    config = cli.compose([*word.format(model).split(), f"output_dir={tmp_path / 'out'}", "dry_run=true"])
-    commands.execute("eval", config, [], World())
+    config = configuration.compose([*word.format(model).split(), f"output_dir={tmp_path / 'out'}", "dry_run=true"])
+    execute(COMMANDS["eval"], config, [], World())
     assert not (tmp_path / "mark").exists()
     (model / "config.json").unlink()
     message = "is no training of output_dir" if word == "eval.model={}" else "config.json: no such file"
     with pytest.raises(UserError, match=message):
-        commands.execute("eval", config, [], World())
+        execute(COMMANDS["eval"], config, [], World())
     assert not (tmp_path / "mark").exists()
 
 

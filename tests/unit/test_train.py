@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_train.commands.stories import execute
+from minitron_train.commands.command import execute
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.config import (
     LossKind,
     OnNonFinite,
@@ -397,5 +398,5 @@ def test_a_mistake_with_force_costs_no_earlier_training(training: Material, tmp_
     config = make_config(training, teacher__path=str(training.teacher), student__path=str(training.student))
     config.output_dir, config.force, config.train.micro_batch_size = str(tmp_path), True, ROWS - 1
     with pytest.raises(UserError, match=r"^train\.global_batch_size=.*: must be a multiple of train\.micro_batch_size"):
-        execute("distill", config, ["distill"], World())
+        execute(COMMANDS["distill"], config, ["distill"], World())
     assert (tmp_path / "train" / "checkpoints" / "step_00000004").is_dir()

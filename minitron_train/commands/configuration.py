@@ -1,0 +1,114 @@
+"""From words to a validated configuration, through Hydra. Mistakes are found before Hydra, to name what is valid."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minitron_train.commands.overrides import expand_paths, quote_words
+from minitron_train.commands.recipes import home, recipes, register_recipes
+from minitron_train.config import Config
+from minitron_train.runtime.errors import UserError, did_you_mean
+
+VALUED_OPTIONS = (  # Hydra's, with a word after them: --cfg job
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--experimental-rerun"),
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+)
+HYDRA_OPTIONS = (
+    *VALUED_OPTIONS,
+    *("--resolve", "--multirun", "-m", "--run", "-r", "--hydra-help", "--version", "--shell-completion", "-sc"),
+)
+
+
+def compose(arguments: list[str]) -> Config:
+    """The validated configuration of a command line, without running it.
+
+    Raises:
+        UserError: an unknown recipe, key, option or value.
+    """
+    arguments = quote_words(arguments)
+    register_recipes(arguments)
+    for argument in arguments:
+        check_override(argument)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(home() / "conf")):
+            return to_config(hydra.compose("config", overrides=arguments))
+    except HydraException as error:
+        raise UserError(one_line(error)) from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Typed and validated configuration."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    assert isinstance(config, Config)
+    expand_paths(config)
+    config.validate()
+    return config
+
+
+def one_line(error: BaseException) -> str:
+    """The gist of Hydra's and OmegaConf's many-line messages, with the key that they are about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    gist = lines[0] if lines else type(error).__name__
+    cause = str(error.__cause__).splitlines()[0] if error.__cause__ and str(error.__cause__) else ""
+    details = [f"({key})" if key and key not in gist else "", f"- {cause}" if cause and cause not in gist else ""]
+    return " ".join([gist, *filter(None, details)])
+
+
+def check_override(argument: str) -> None:
+    """Refuse an override whose key, group option or recipe does not exist, naming those that do."""
+    if argument.startswith("-"):
+        refuse_unknown(argument.split("=")[0], HYDRA_OPTIONS, "option")
+        return
+    if argument.startswith("~"):
+        return
+    if "=" not in argument:
+        raise UserError(f"argument {argument!r}: settings look like key=value; see --help for the keys")
+    key, value = argument.split("=", 1)
+    key, prefixed = key.lstrip("+"), argument.startswith("+")
+    if key == "recipe":
+        if not prefixed:
+            raise UserError(f"argument {argument!r}: a recipe is added with a plus: +recipe={value}")
+        refuse_unknown(value, recipes(), "recipe")
+    elif key.startswith(("hydra.", "hydra/")) or re.search(r"[\[@]", key):
+        return
+    elif (home() / "conf" / key).is_dir() and not value.startswith("{"):
+        refuse_unknown(value, {path.stem for path in (home() / "conf" / key).glob("*.yaml")}, f"option of {key}")
+    else:
+        check_key(key)
+
+
+def refuse_unknown(value: str, known: Iterable[str], what: str) -> None:
+    """One line with all that would be valid (several options of a sweep are looked at one by one)."""
+    for option in value.split(","):
+        if option not in known:
+            raise UserError(
+                f"unknown {what} {option!r}{did_you_mean(option, known)}; there are: {' '.join(sorted(known))}"
+            )
+
+
+def check_key(key: str) -> None:
+    """Walk the dataclasses along a dotted key."""
+    section: Any = Config
+    path: list[str] = []
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(section):
+            if typing.get_origin(section) in (dict, list):
+                return  # entries that the user names, as in data.sources
+            raise UserError(f"key {key}: {'.'.join(path)} is a value, not a section; set it as {'.'.join(path)}=…")
+        known = {f.name: f.type for f in dataclasses.fields(section)}
+        if part not in known:
+            where = ".".join(path) or "the configuration"
+            raise UserError(f"unknown key {key!r}{did_you_mean(part, known)}; {where} has: {' '.join(known)}")
+        section = known[part]
+        path.append(part)

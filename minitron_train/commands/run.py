@@ -1,0 +1,31 @@
+"""run: the whole chain of a recipe."""
+
+from minitron_train.commands import score
+from minitron_train.commands.chain import chain, check_early
+from minitron_train.commands.command import SCORING, TRAINING, Command, Job
+from minitron_train.commands.workspace import Workspace
+from minitron_train.runtime.console import say
+
+
+def run(ws: Workspace) -> None:
+    """Every command of the chain that is not finished, then the table of the result."""
+    from minitron_train.reporting import summary_table
+
+    commands = chain(ws.config)
+    check_early(commands, ws.config)
+    for command in commands:
+        if command is not score.COMMAND:  # prune runs it
+            command.run(ws)
+    if ws.world.is_first and not ws.config.dry_run:
+        say(summary_table(ws.folder))
+
+
+COMMAND = Command(
+    name="run",
+    summary="the whole chain of a recipe",
+    reads="what its commands read",
+    writes="all of the above",
+    run=run,
+    sections=("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export"),
+    job=Job(gpus=True, resumable=True),
+)

@@ -1,0 +1,140 @@
+"""What pretrain and distill share: the training loop as a stage, its early checks, and the memory that it needs."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minitron_train.arch import Shape
+from minitron_train.commands.inputs import check_isolated, data_inputs, load_tokenizer
+from minitron_train.commands.workspace import Workspace
+from minitron_train.config import Config, DataConfig
+from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
+from minitron_train.planning.estimate import WEIGHT_BYTES
+from minitron_train.planning.hardware import can_shard_optimizer_here
+from minitron_train.planning.memory import Layout, distill_bytes
+from minitron_train.runtime.launch import World
+from minitron_train.stages.run import Stage
+
+
+def train_stage(
+    ws: Workspace, config: Config, name: str, needs: Needs, *, folder: Path, student: Path, teacher: Path | None
+) -> None:
+    """The training loop in a folder that it resumes in."""
+    from minitron_train.data.ledger import check_data_files
+    from minitron_train.data.tokenizers import check_same
+    from minitron_train.train import assemble
+    from minitron_train.train.run import train
+
+    check_settings(config)
+    stage = training_stage(ws, config, name, folder=folder, student=student, teacher=teacher)
+
+    def check_fits() -> None:
+        shape = ws.shape_of(student)
+        ws.check_fits(name, needs, shape, teacher=None if teacher else shape)
+
+    def work(target: Path) -> Mapping[str, Any]:
+        check_fits()
+        hooks = [task_hook(ws, student)] if config.eval.training_tasks else []
+        return train(config, ws.groups, student=student, teacher=teacher, folder=target, hooks=hooks)
+
+    if config.force and not config.dry_run:  # refuse this run before it replaces an earlier one
+        check_fits()
+        assemble.check(config, ws.groups, ws.shape_of(student), ws.shape_of(teacher) if teacher else None)
+        if teacher is not None:
+            check_same(load_tokenizer(student), teacher)
+    if not (config.force or config.dry_run):
+        ws.on_rank0(lambda: check_data_files(folder, config.data))
+    ws.run(stage, work)
+
+
+def training_stage(
+    ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None
+) -> Stage:
+    """What a training reads, and which settings decide what it learns."""
+    from minitron_train.data.stream import validation_data
+    from minitron_train.runtime.plugins import code_hash, import_name
+    from minitron_train.train.settings import deciding_settings
+
+    inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
+    if config.data.validation_path:
+        held_out = data_inputs(ws, validation_data(config.data), "data.validation_path")
+        inputs |= {f"validation {label}": value for label, value in held_out.items()}
+    if teacher is not None:
+        inputs["teacher"] = ws.fingerprint(teacher)
+        if config.distill.loss_function:
+            inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
+    settings = deciding_settings(config, distilled=teacher is not None)
+    return Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
+
+
+def task_hook(ws: Workspace, student: Path) -> Any:
+    """lm-eval's tasks on the live student, as eval.training_tasks asks."""
+    from minitron_train.evaluation.hooks import TaskHook
+
+    length = ws.shape_of(student).max_length
+    return TaskHook(ws.config.eval, student, length, ws.groups, ws.local_eval_data)
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings of a training that contradict each other, and tasks that do not exist or cannot be isolated.
+
+    Raises:
+        UserError: the first contradiction.
+    """
+    from minitron_train.evaluation.task_names import check_names
+    from minitron_train.train import settings
+
+    check_isolated(config.eval, config.eval.training_tasks)
+    settings.check_settings(config, distilled=True)
+    check_names(config.eval.training_tasks)
+
+
+def held_out_text(config: Config) -> DataConfig:
+    """The text that validation reads."""
+    return replace(config.data, path=config.data.validation_path or config.data.path, validation_path=None)
+
+
+def training_text(config: Config) -> list[DataConfig]:
+    """The text of the stream and of validation."""
+    return [config.data, held_out_text(config)]
+
+
+def pretrain_options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
+    """The same as for distill, without a teacher."""
+    return distill_options(config, None, student, world, cuda)
+
+
+def distill_options(
+    config: Config, teacher: Shape | None, student: Shape, world: World, cuda: bool
+) -> Iterator[Option]:
+    """The configured layout first, then the others that the same processes can take."""
+    train, tp = config.train, config.parallel.tensor_model_parallel_size
+    now = Layout(
+        tp=tp,
+        dp=max(world.size // tp, 1),
+        micro_batch_size=train.micro_batch_size,
+        seq_length=train.seq_length,
+        weight_bytes=WEIGHT_BYTES[train.precision],
+        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
+        runtime_bytes=reserved_bytes(config, cuda),
+        loss_budget_u=config.distill.memory_budget_u,
+        recompute=train.recompute.name,
+        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        sharded_optimizer=train.shards_optimizer(possible=cuda and can_shard_optimizer_here()),
+        cuda=cuda,
+    )
+    yield Option((), distill_bytes(teacher, student, now)["total"])
+    for size in tp_sizes(world, *filter(None, (teacher, student))):
+        for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
+            for recompute in ("none", "selective", "full"):
+                other = dataclasses.replace(
+                    now, tp=size, dp=world.size // size, micro_batch_size=micro, recompute=recompute
+                )
+                names = {
+                    "parallel.tensor_model_parallel_size": (tp, size),
+                    "train.micro_batch_size": (train.micro_batch_size, micro),
+                    "train.recompute": (train.recompute.name, recompute),
+                }
+                yield Option(changed(names), distill_bytes(teacher, student, other)["total"])

@@ -1,0 +1,25 @@
+"""The output folder of a run: which stage writes where. Whoever reads a run asks here."""
+
+TEACHER = "teacher"  # fetch or pretrain
+EVAL_DATA = "eval_data"  # fetch
+INITIAL = "pretrain/init"  # pretrain: the tokenizer and random weights
+PRETRAINING = "pretrain/train"  # pretrain: checkpoints and metrics.jsonl
+SCORES = "scores"
+PRUNED = "pruned"
+TRAINING = "train"  # distill: checkpoints and metrics.jsonl
+STUDENT = "student"  # export
+EVALUATION = "eval"
+SEARCH = "search"  # one output folder for each candidate
+
+STAGE_FOLDERS = (
+    TEACHER,
+    EVAL_DATA,
+    "pretrain",
+    SCORES,
+    PRUNED,
+    TRAINING,
+    EVALUATION,
+    SEARCH,
+)  # export.path avoids these
+MODELS = {TEACHER: "teacher", PRUNED: "student", STUDENT: "export"}  # folder -> the section whose `path` replaces it
+TRAININGS = {"train": TRAINING, "pretrain": PRETRAINING}  # label in the report -> folder
