@@ -1,4 +1,4 @@
-# make quickstart: a smaller language model and a report, from nothing. make test: the tests. Both make .venv first.
+# make quickstart prunes and distils a small language model and writes a report. make test runs the tests. Both make .venv first.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin

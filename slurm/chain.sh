@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Submit a recipe's whole chain: each job starts when the one before has succeeded; a failure cancels the rest.
+# Submit a recipe's whole chain. Each job starts after the previous job succeeded; a failure cancels the rest.
 #   slurm/chain.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]      (the options apply to every job)
 #   slurm/chain.sh tiny --partition=debug train.lr=5e-4
-# Run it again to go on with a half-done chain: finished stages say so and end at once, training resumes from its
-# checkpoint. A job waits for one's own jobs of the same name (singleton): the last part of the output folder, and the
-# command. Whatever else is at work on the same stage, the command itself refuses to run beside.
+# Submit it again to resume an interrupted chain: finished stages end at once, training resumes from its checkpoint.
+# A job waits for the user's jobs of the same name (singleton): the last part of the output folder, and the command.
+# If another process works on the same stage, the command itself refuses to run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.sh
 
 read_words RECIPE "$@"
 
-# the first line is the output folder; mistakes in the command line are found here, before anything is queued
+# the first line of the answer is the output folder; this call reports mistakes before anything is queued
 answer=$("${site_python[@]}" -m minitron_train.commands.slurm chain "+recipe=$what" "${overrides[@]}")
 mapfile -t commands <<<"$answer"
 output_dir=${commands[0]}
@@ -19,7 +19,7 @@ unset 'commands[0]'
 
 overrides=("+recipe=$what" "${overrides[@]}")
 ids=()
-trap '((${#ids[@]} == 0)) || echo "not complete; cancel what was submitted: scancel ${ids[*]}" >&2' ERR
+trap '((${#ids[@]} == 0)) || echo "the chain is incomplete; cancel the submitted jobs: scancel ${ids[*]}" >&2' ERR
 echo "$what -> $output_dir"
 for command in "${commands[@]}"; do
   dependency=singleton

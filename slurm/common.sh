@@ -1,28 +1,28 @@
 # shellcheck shell=bash
-# What all job scripts share; sourced by slurm/*.sbatch, which say `run COMMAND "$@"`.
+# The functions of all job scripts. slurm/*.sbatch source this file and call `run COMMAND "$@"`.
 #
-# A job: site settings -> environment on the log -> check (a short step on all ranks) -> the command (a step on all
-# ranks) -> the job ends with the step's exit code, or goes back into the queue: when it was asked to stop, or when a
-# training failed after it had saved a checkpoint.
+# A job reads the site's settings, logs the environment, runs the checks (a short step on all ranks) and then the command
+# (a step on all ranks). It ends with the step's exit code, or requeues itself: after a request to stop, and after a
+# training that saved a checkpoint and then failed.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with slurm/submit.sh or slurm/chain.sh}"
 source slurm/site.sh
 
-GAVE_UP=75           # exit code of a job that has been requeued too often
-stop_asked=""        # the signal that this script was sent
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a torchrun that this was submitted from
+GAVE_UP=75           # exit code of a job that was requeued too often
+stop_asked=""        # the signal that this script received
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # a torchrun in the submitting shell would have set these
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # below the ports that Linux gives to outgoing connections
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # below Linux's range for outgoing connections
 export MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
-  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from sbatch
+  export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not inherit it from sbatch
 fi
 
 log() { printf '%(%F %T)T %s: %s\n' -1 "${SLURM_JOB_NAME:-job}" "$*" >&2; }
 
-# Whether a text holds an address with a password, or with a query, which may be a signature.
+# Whether a text contains an address with a password, or with a query, which may be a signature.
 has_credentials() { [[ $1 == *://*@* || $1 == *://*\?*=* ]]; }
 
 print_arguments() {
@@ -33,7 +33,7 @@ print_arguments() {
   done
 }
 
-# Variables whose names look like credentials, and addresses with a password, are printed without their values.
+# Print the relevant variables. Hide the values of credentials (by the variable's name) and of addresses with a password.
 print_environment() {
   local name
   for name in $(compgen -e | LC_ALL=C sort); do
@@ -51,30 +51,31 @@ print_environment() {
   done
 }
 
-# A signal to this script reaches the ranks. They save at the same step, leave stopped.json and exit with 0.
+# Pass a signal on to all ranks. They save at the same step, write stopped.json and exit with 0.
 on_stop() {
   stop_asked=$1
   log "SIG$1: passed on to all ranks"
-  scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null || true # refused when Slurm is ending the job: it tells them itself
+  scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null || true # refused while Slurm ends the job and signals the ranks itself
 }
 
-# Run a job step and set rc. It runs in the background, for bash runs traps only between commands and in `wait`.
-# A failing rank ends the step at once; should that be missed, the others get a minute after the first has left.
+# Run a job step and set rc. The step runs in the background, because bash runs traps only between commands and in `wait`.
+# A failing rank ends the step at once (--kill-on-bad-exit). --wait ends it a minute after the first rank exits in any case.
 step() {
   local pid log_size
   log_size=$(stat --dereference --format=%s /dev/stderr)
   srun --kill-on-bad-exit=1 --wait=60 "${site_srun[@]}" "$@" </dev/null &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do
-    wait "$pid" || true # a signal interrupts it
+    wait "$pid" || true # a signal interrupts `wait`
   done
   rc=0
   wait "$pid" || rc=$?
   ((rc == 0)) || rc=$(first_failure "$log_size")
 }
 
-# srun's exit code is the largest of all ranks: 143 of those that it ended itself would hide the 2 of the one that failed.
-# The log tells what came first: "srun: error: n2: task 1: Exited with exit code 2", or "... task 1: Killed".
+# Print the exit code of the first rank that failed. srun's own exit code is the largest of all ranks: the 143 of ranks that
+# srun ended would hide the 2 of the rank that failed. The log has the first failure:
+# "srun: error: n2: task 1: Exited with exit code 2", or "... task 1: Killed".
 first_failure() {
   local first
   first=$(tail --bytes="+$(($1 + 1))" /dev/stderr | sed -nE '/^srun: error: [^ ]+: tasks? [^ ]+: /{s///p;q}')
@@ -87,7 +88,7 @@ first_failure() {
 
 show_job() { scontrol --oneliner show job "$SLURM_JOB_ID"; }
 
-# The newest checkpoint of every training of this job, a line each; an empty line where there is none.
+# Print the newest checkpoint of every training of this job, one line each; an empty line if a training has none.
 newest_checkpoints() {
   local mark
   for mark in "${marks[@]}"; do
@@ -95,8 +96,8 @@ newest_checkpoints() {
   done
 }
 
-# Whether a training of this job has saved a checkpoint since the start of the step. A failure that every start repeats
-# before the next checkpoint is thus not retried for ever.
+# Whether a training of this job has saved a checkpoint since the start of the step. This limits retries: a failure that
+# recurs before the next checkpoint is not retried.
 has_saved() {
   local now i
   mapfile -t now < <(newest_checkpoints)
@@ -106,31 +107,31 @@ has_saved() {
   return 1
 }
 
-# Whether the step ended with work left that another start can do. rc is the step's exit code.
-can_go_on() {
+# Whether another start of the job can continue the work. rc is the step's exit code.
+can_continue() {
   local shown mark
   shown=$(show_job)
   case $shown in
-    *" JobState=RUNNING "* | *" JobState=SIGNALING "*) ;;                  # warned before its limit, or being preempted
-    *" JobState=COMPLETING Reason=TimeLimit "*) ((rc == 0)) || return 1 ;; # at its limit: only if it could save
-    *) return 1 ;;                                                         # cancelled; or requeued by Slurm itself
+    *" JobState=RUNNING "* | *" JobState=SIGNALING "*) ;;                  # warned before its limit, or preempted
+    *" JobState=COMPLETING Reason=TimeLimit "*) ((rc == 0)) || return 1 ;; # at its limit: continue only if it saved
+    *) return 1 ;;                                                         # cancelled, or requeued by Slurm itself
   esac
   if ((rc == 0)); then
     for mark in "${marks[@]}"; do [[ ! -e $mark ]] || return 0; done
     return 1
   fi
-  if ((rc != 2)) && has_saved; then # 2 is a mistake of the user's: another start would repeat it
-    log "failed with exit code $rc, after a checkpoint: starting again from there"
+  if ((rc != 2)) && has_saved; then # 2 is a user's mistake, which another start would repeat
+    log "failed with exit code $rc, after a checkpoint: resuming from it"
     return 0
   fi
-  # ended by a signal before it could save (still loading, or a command without checkpoints): begin again
+  # a signal ended the step before it could save (still loading, or a command without checkpoints): restart it
   ((rc >= 128)) && [[ -n $stop_asked || $shown != *" PreemptTime=None "* ]]
 }
 
 requeue() {
   local count=${SLURM_RESTART_COUNT:-0}
   if ((count >= max_requeues)); then
-    log "has work left, and has been requeued $count times already (max_requeues=$max_requeues): giving up"
+    log "unfinished, but already requeued $count times (max_requeues=$max_requeues): giving up"
     exit "$GAVE_UP"
   fi
   log "requeued (restart $((count + 1)) of at most $max_requeues)"
@@ -138,7 +139,7 @@ requeue() {
   exit 0
 }
 
-# run COMMAND [OVERRIDE...]: the words reach Python as they are; no shell reads them again.
+# run COMMAND [OVERRIDE…]: check and run the command. The overrides reach Python unchanged; no shell parses them again.
 run() {
   local command=$1 answer rc marks=() saved_before=()
   shift
@@ -151,14 +152,14 @@ run() {
 
   answer=$(mktemp)
   step "${site_python[@]}" -m minitron_train.commands.slurm check "$command" "$@" >"$answer"
-  mapfile -t marks <"$answer" # files that a training leaves which was stopped
+  mapfile -t marks <"$answer" # paths of stopped.json, which a stopped training writes
   rm -f "$answer"
   if ((rc == 0)); then
     rm -f "${marks[@]}"
     mapfile -t saved_before < <(newest_checkpoints)
     step "${site_python[@]}" -m minitron_train "$command" "$@"
   fi
-  if can_go_on; then
+  if can_continue; then
     requeue
   fi
   log "$command ended with exit code $rc"

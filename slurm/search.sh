@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Submit a search: scores first, then a job array with a task for every candidate, then a job that ranks them.
+# Submit a search: the scores, then a job array with one task per candidate, then a job that ranks the candidates.
 #   slurm/search.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]      (the options apply to every job)
 #   slurm/search.sh 4b teacher.path=/models/nemotron-15b search.retrain_tokens=1_800_000_000
-# Run it again to go on: finished candidates end at once. The ranking follows when all tasks have succeeded.
+# Submit it again to resume: finished candidates end at once. The ranking follows after all tasks succeeded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/site.sh
@@ -16,7 +16,7 @@ count=${lines[1]}
 
 overrides=("+recipe=$what" "${overrides[@]}")
 
-# submit_one LABEL COMMAND DEPENDENCY [SBATCH-OPTION]: the job's id goes to `id`
+# submit_one LABEL COMMAND DEPENDENCY [SBATCH-OPTION]: sets `id` to the job's id
 submit_one() {
   id=$(queue "$2" --job-name="$name-$1" --dependency="$3" --kill-on-invalid-dep=yes "${@:4}" "${options[@]}")
   printf '  %-8s job %s\n' "$1" "$id"

@@ -11,6 +11,6 @@ if [[ ! -e slurm/$what.sbatch ]]; then
   echo "unknown command '$what'; commands: $(basename --suffix=.sbatch --multiple slurm/*.sbatch | paste --serial --delimiters=' ')" >&2
   exit 2
 fi
-# mistakes in the settings, and data that are not there, are found here
+# this call reports mistakes in the settings, and missing data
 "${site_python[@]}" -m minitron_train.commands.slurm accept "$what" "${overrides[@]}" >/dev/null
 queue "$what" "${options[@]}"

@@ -1,11 +1,11 @@
-"""Kill every stage at its file operations, run it again, and compare the output folder with an untouched run's.
+"""Kill every stage at its file operations, rerun it, and compare the output folder with an uninterrupted run's.
 
     python benchmarks/faults/kill_files.py [--every N | --sample N] [--stages NAME …] [--seed N] [--json FILE]
 
 A file operation is an open for writing, a rename, link, deletion, fsync or new folder within the output folder. A stage
-runs on recipe `micro` in a process that is forked from one that has imported everything; an audit hook kills it with
-SIGKILL right before its n-th operation. Then the same command runs again without a kill. `equal` counts the kills after
-which the folder has the same names as the untouched run's, and the same bytes apart from times and durations.
+runs on recipe `micro`, in a process that is forked from one that has imported everything. An audit hook sends SIGKILL
+right before the stage's n-th operation. Then the same command runs again without a kill. `equal` counts the kills after
+which the folder has the same names and bytes as the uninterrupted run's, except for times and durations.
 """
 
 import os
@@ -44,7 +44,7 @@ MICRO = (
 GRID = ("search.target=260000", "search.tolerance=0.5", "search.hidden_size=[64]", "search.ffn_expansion=[2]")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")  # audit events
-VARYING = {  # keys whose values differ between two runs of the same work: times, and the words of the command
+VARYING = {  # keys whose values differ between two runs of the same work: times, and the command line
     *(
         "started_at",
         "wall_seconds",
@@ -53,23 +53,23 @@ VARYING = {  # keys whose values differ between two runs of the same work: times
         "model_flops_utilisation",
         "peak_memory_bytes",
     ),
-    *("command", "force", "resumed_at_step", ".metadata"),  # the last one: megatron-core writes a random id into it
+    *("command", "force", "resumed_at_step", ".metadata"),  # megatron-core writes a random id into .metadata
 }
-MANIFEST_HASH = re.compile(r"(step_\d+):[0-9a-f]{64}")  # in a provenance; the manifest holds the hash of .metadata
-UNLIKE = (".html", ".metadata", "plan.json")  # files that are only expected to exist: drawn or computed from speeds
+MANIFEST_HASH = re.compile(r"(step_\d+):[0-9a-f]{64}")  # in provenance.json; the manifest holds the hash of .metadata
+UNLIKE = (".html", ".metadata", "plan.json")  # compared by existence only: drawn, or computed from measured speeds
 STAGE_TIME = re.compile(r"(\| [\d.]+ \|$)|(^python -m minitron_train .*\n)", flags=re.MULTILINE)  # in README.md
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the chain, and the words of the run after the kill where they differ."""
+    """One command of the chain, and the arguments of the rerun where they differ."""
 
     words: tuple[str, ...]
     again: tuple[str, ...] = ()
 
     @property
     def rerun(self) -> tuple[str, ...]:
-        """The command after the kill."""
+        """The command line after the kill."""
         return self.again or self.words
 
 
@@ -90,7 +90,7 @@ STAGES = {
 
 @dataclass
 class Outcome:
-    """What the kills of one stage led to."""
+    """Result of all kills of one stage."""
 
     operations: int = 0
     killed: int = 0
@@ -99,12 +99,11 @@ class Outcome:
 
 
 def main() -> None:
-    """Run the chain once; kill each stage of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="kill at every N-th operation of each stage")
-    parser.add_argument("--sample", type=int, help="instead, kill each stage at N operations drawn at random")
+    parser.add_argument("--sample", type=int, help="kill each stage at N random operations instead")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of --sample")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chooser = random.Random(arguments.seed)
@@ -127,7 +126,7 @@ def main() -> None:
 
 
 def sweep(folder: Path, names: Sequence[str], choose: Callable[[int], Sequence[int]]) -> dict[str, Outcome]:
-    """Go down the chain; `choose` gets the number of a stage's operations and gives those to kill it at."""
+    """Run all stages in order. `choose` maps the number of a stage's operations to those before which it is killed."""
     out, before, outcomes = folder / "out", folder / "before", {}
     last = max(list(STAGES).index(name) for name in names)
     for name, stage in list(STAGES.items())[: last + 1]:
@@ -140,7 +139,7 @@ def sweep(folder: Path, names: Sequence[str], choose: Callable[[int], Sequence[i
 
 
 def kill(stage: Stage, folder: Path, num_operations: int, places: Sequence[int]) -> Outcome:
-    """Kill one stage at the given operations. `folder`/out holds its untouched result, before/ what it began with."""
+    """Kill one stage before the given operations. `folder`/out holds its uninterrupted result, before/ its input."""
     out, outcome = folder / "out", Outcome(operations=num_operations)
     replace(folder / "untouched", out)
     wanted = contents(out)
@@ -163,7 +162,7 @@ def kill(stage: Stage, folder: Path, num_operations: int, places: Sequence[int])
 
 
 def replace(target: Path, source: Path) -> None:
-    """Make `target` a copy of `source`, or absent where that is absent."""
+    """Make `target` a copy of `source`; remove it if `source` does not exist."""
     shutil.rmtree(target, ignore_errors=True)
     if source.exists():
         shutil.copytree(source, target, symlinks=True)
@@ -189,7 +188,7 @@ def run(words: Sequence[str], out: Path, kill_at: int = 0) -> tuple[bool, int]:
 
 
 def run_here(words: Sequence[str], out: Path, kill_at: int, pipe: int) -> None:
-    """The forked process: run a command, write a byte into `pipe` for every operation, never return."""
+    """In the forked process: run a command, write one byte into `pipe` per operation, never return."""
     log = os.open(out.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -228,12 +227,12 @@ def run_here(words: Sequence[str], out: Path, kill_at: int, pipe: int) -> None:
 
 
 def inside(path: str, folder: Path) -> bool:
-    """Whether a path is the folder, in it, or a scratch file or lock beside it."""
+    """Whether a path is the folder, lies in it, or is its scratch file or lock."""
     return str(Path(path).absolute()).startswith((str(folder), str(folder.parent / f".{folder.name}")))
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Relative path -> digest of what is not a time; folders are listed too."""
+    """Relative path -> digest without times; folders are included."""
     return {
         str(path.relative_to(folder)): digest(path) if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
@@ -241,7 +240,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """Of one file's content, without what differs between two runs of the same work."""
+    """Digest of one file's content without what differs between two runs of the same work."""
     if path.name.endswith(UNLIKE):
         return "exists"
     data = path.read_bytes()

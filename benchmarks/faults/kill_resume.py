@@ -1,11 +1,11 @@
-"""Kill a training run with SIGKILL at random moments, resume it, and compare with a run that nobody touched.
+"""Kill a training run with SIGKILL at random moments, resume it, and compare it with an uninterrupted run.
 
     python benchmarks/faults/kill_resume.py [--kills N] [--quick] [--json FILE]
 
-Student and teacher have the shapes of recipe `tiny`; a checkpoint is written every fourth step, so that many kills fall
-into a save. A process that has imported everything forks one trainer per attempt: an attempt costs no import.
-`resumed` counts the kills after which a run went on from the newest finished checkpoint, `bit_equal` those after which every
-logged loss and gradient norm equals the untouched run's, bit for bit.
+Student and teacher have the shapes of recipe `tiny`. A checkpoint is written every fourth step, so that many kills hit a
+save. A process that has imported everything forks one trainer per attempt, so an attempt needs no imports. `resumed`
+counts the kills after which a run resumed from the newest finished checkpoint. `bit_equal` counts those after which every
+logged loss and gradient norm equals the uninterrupted run's, bit for bit.
 """
 
 import os
@@ -37,17 +37,16 @@ from minitron_train.train.run import train
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, INTERVAL_STEPS = 40, 4
-LATEST_KILL = 0.6  # of the seconds of a whole run
+LATEST_KILL = 0.6  # as a fraction of an uninterrupted run's seconds
 COMPARED = ("step", "tokens", "loss", "kd_loss", "grad_norm", "lr", "eval.validation.kl", "eval.validation.perplexity")
 RESUMED = re.compile(r"resumed at step (\d+) of")
 
 
 def main() -> None:
-    """Make the material, run once untouched, then kill and resume."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="10 kills, within a minute")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill_resume-") as folder:
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def tiny_config(folder: Path) -> tuple[Config, Shape, Shape]:
-    """Recipe tiny's shapes, with short steps; the corpus is the standard library's json package."""
+    """Recipe tiny's shapes, with short steps. The corpus is the standard library's json package."""
     from omegaconf import OmegaConf
 
     model: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / "tiny_nemotron.yaml"))
@@ -89,20 +88,20 @@ def tiny_config(folder: Path) -> tuple[Config, Shape, Shape]:
 
 @dataclass
 class Attempt:
-    """One forked trainer: how it ended, and what it did."""
+    """One forked trainer: how it ended and what it did."""
 
     killed: bool
     seconds: float
     during_save: bool  # it left an unfinished checkpoint
     newest_before: int  # step of the newest finished checkpoint when it started, 0 without one
-    resumed_at: int | None  # None: it was killed before it got so far
+    resumed_at: int | None  # None: it was killed before it resumed
     new_rows: int  # lines that it added to metrics.jsonl
-    equal: bool  # all lines equal the untouched run's
+    equal: bool  # all lines equal the uninterrupted run's
     log: str = field(default="", repr=False)
 
 
 def measure(folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
-    """All attempts until `num_kills` of them were killed and the last run is whole again."""
+    """Run attempts until `num_kills` of them were killed and the last run is complete."""
     config, teacher, student = tiny_config(folder)
     fork_and_wait(
         lambda: [write_initial(config, shape, made(folder / name)) for name, shape in (("t", teacher), ("s", student))]
@@ -122,17 +121,17 @@ def measure(folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
     assert wanted is not None and len(wanted) == NUM_STEPS
     moments, run, attempts = random.Random(seed), folder / "run", []
     latest_s = LATEST_KILL * whole_s
-    print(f"untouched run: {whole_s:.1f} s; killing at random moments of up to {latest_s:.1f} s", flush=True)
+    print(f"uninterrupted run: {whole_s:.1f} s; killing at random moments up to {latest_s:.1f} s", flush=True)
     while sum(attempt.killed for attempt in attempts) < num_kills or attempts[-1].killed:
         enough = sum(attempt.killed for attempt in attempts) >= num_kills
         attempts.append(attempt_once(trainer, run, wanted, None if enough else moments.uniform(0.05, latest_s)))
-        if not attempts[-1].killed:  # this run is whole: the next attempt begins another one
+        if not attempts[-1].killed:  # this run is complete: the next attempt begins a new one
             shutil.rmtree(run)
     return summarise(attempts)
 
 
 def attempt_once(trainer: Callable[[Path], None], run: Path, wanted: list[Any], delay_s: float | None) -> Attempt:
-    """Fork a trainer, kill it after `delay_s` (None: let it finish), and look at what it left."""
+    """Fork a trainer, kill it after `delay_s` (None: let it finish), and read what it left behind."""
     newest = newest_step(run)
     log = run.with_suffix(".log")
     begin_s = time.monotonic()
@@ -160,7 +159,7 @@ def attempt_once(trainer: Callable[[Path], None], run: Path, wanted: list[Any], 
 
 
 def summarise(attempts: list[Attempt]) -> dict[str, Any]:
-    """A kill is answered by the first later attempt that trains at least one step."""
+    """Count a kill as resumed by the first later attempt that trains at least one step."""
     waiting = resumed = bit_equal = 0
     for attempt in attempts:
         if attempt.new_rows > 0 or not attempt.killed:
@@ -182,24 +181,24 @@ def summarise(attempts: list[Attempt]) -> dict[str, Any]:
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest finished checkpoint, 0 without one."""
+    """Step of the newest finished checkpoint; 0 if none exists."""
     found = files.finished(run / "checkpoints")
     return int(found[0].name.removeprefix("step_")) if found else 0
 
 
 def compared(run: Path) -> list[Any]:
-    """What must be equal, of each line."""
+    """The fields of each line that must be equal."""
     return [[row.get(key) for key in COMPARED] for row in read_rows(run / "metrics.jsonl").values]
 
 
 def made(folder: Path) -> Path:
-    """The folder, made."""
+    """Make the folder and return it."""
     folder.mkdir(parents=True)
     return folder
 
 
 def fork(work: Callable[[], Any], log: Path | None = None) -> int:
-    """Run `work` in a forked process, its output in `log`."""
+    """Run `work` in a forked process; its output goes to `log`."""
     pid = os.fork()
     if pid:
         return pid
@@ -225,7 +224,7 @@ def fork_and_wait(work: Callable[[], Any]) -> None:
 
 
 def ended_within(pid: int, delay_s: float) -> bool:
-    """Whether the process ends by itself, well, before `delay_s` is over."""
+    """Whether the process exits successfully before `delay_s` passes."""
     end_s = time.monotonic() + delay_s
     while time.monotonic() < end_s:
         if os.waitpid(pid, os.WNOHANG)[0]:

@@ -1,14 +1,15 @@
-"""The plan beside what was measured on this machine: peak memory and time of scoring, slicing and distilling.
+"""The plan compared with measurements on this machine: peak memory and time of scoring, slicing and distilling.
 
     python benchmarks/plan/plan_check.py [--quick] [--json FILE] [--teacher FOLDER] [--only TEXT] [--repeats N]
 
-Each case runs in fresh processes, so that the peak (VmHWM) is its own: of the libraries and the first two times. Then come
-five repeats of at least a second, and between them the rates of a matrix product, of a copy and of an all-reduce, by as
-many processes at once as the work uses: each repeat is predicted from the rates around it, and the error is that of the
-median of planned / measured. Where one process works alone, its CPU seconds count: time that other programs take from the
-machine is nobody's error. Two ranks wait for each other: theirs is the clock (the table's last column, for all).
-FOLDER is SmolLM2-135M-Instruct as the quickstart leaves it (outputs/smollm2/teacher); `--quick` is `tiny` alone with two
-repeats, `--repeats 0` memory alone. JSON keys: worst_memory_error, worst_time_error.
+Each case runs in fresh processes. Its peak (VmHWM) covers the libraries and the first two runs. Five timed repeats of at
+least a second follow. Between them, as many processes as the work uses measure the rates of a matrix product, of a copy
+and of an all-reduce. Each repeat is predicted from the rates around it; the error is that of the median of planned /
+measured. A process that works alone is timed in CPU seconds, so that time taken by other programs is not an error. Two
+ranks wait for each other and are timed by the clock (the table's last column, for all cases).
+
+FOLDER is SmolLM2-135M-Instruct from the quickstart (outputs/smollm2/teacher). `--quick` runs `tiny` alone with two
+repeats, `--repeats 0` measures memory alone. JSON keys: worst_memory_error, worst_time_error.
 """
 
 import argparse
@@ -41,9 +42,9 @@ from minitron_train.runtime.launch import World, read_world
 if TYPE_CHECKING:
     from minitron_train.parallel.groups import Groups
 
-REPEAT_S = 1.0  # a process alone runs short work again until a repeat has lasted so long
+REPEAT_S = 1.0  # a single process repeats short work until a repeat lasts this long
 TIMES = ("seconds", "wall_seconds")
-RATES = ("peak_flops", "memory_rate", "intra_node_rate")  # of plan.hardware.Hardware, as they are measured
+RATES = ("peak_flops", "memory_rate", "intra_node_rate")  # measured fields of planning.hardware.Hardware
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For the table."""
+        """Label in the table."""
         return f"{self.stage} {self.recipe} TP {self.tp}"
 
 
@@ -68,7 +69,7 @@ CASES = [
 
 
 def configuration(case: Case) -> Config:
-    """The recipe, shortened to what is repeated; plain slicing."""
+    """The recipe with plain slicing, shortened to what is repeated."""
     recipes.register_recipes()
     overrides = [f"+recipe={case.recipe}", f"parallel.tensor_model_parallel_size={case.tp}", "prune=modelopt"]
     overrides += ["calibration.num_samples=16", "data.validation_tokens=2048", "tracking.wandb.mode=disabled"]
@@ -77,13 +78,13 @@ def configuration(case: Case) -> Config:
 
 
 def shapes(config: Config) -> tuple[Shape, Shape]:
-    """Teacher's and student's, from the recipe."""
+    """Shapes of teacher and student, from the recipe."""
     teacher = shape_of_recipe(config)
     assert teacher is not None
     return teacher, teacher.smaller(**config.student.sizes())
 
 
-# in the measuring processes
+# ---- in the measuring processes
 
 
 def peak_bytes() -> int:
@@ -95,13 +96,13 @@ def peak_bytes() -> int:
 def repeated(
     work: Callable[[], None], rates: Callable[[], list[float]], clock: Callable[[], float], repeats: int, alone: bool
 ) -> dict[str, Any]:
-    """The peak of two times, which warm up caches and allocators; then seconds of each repeat beside the rates around it."""
+    """The peak of two runs, which warm up caches and allocators; then seconds of each repeat and the rates around it."""
     for _ in range(2):
         start_s = time.perf_counter()
         work()
     times = max(1, round(REPEAT_S / (time.perf_counter() - start_s))) if alone else 1
     found: dict[str, Any] = {"peak_bytes": peak_bytes(), "seconds": [], "wall_seconds": [], "rates": []}
-    before = rates() if repeats else []  # takes memory too, hence after the peak
+    before = rates() if repeats else []  # measured after the peak, because it takes memory too
     for _ in range(repeats):
         start_s, start = time.perf_counter(), clock()
         for _ in range(times):
@@ -115,7 +116,7 @@ def repeated(
 
 
 def all_reduce_rate(g: "Groups", num_elements: int) -> float:
-    """Bytes a second that each rank sends while sums of this size go round (a ring: 2 (tp - 1) / tp of the data)."""
+    """Bytes per second that each rank sends in all-reduces of this size (a ring: 2 (tp - 1) / tp of the data)."""
     import torch
     import torch.distributed as dist
 
@@ -140,15 +141,15 @@ def measure(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
         work = STAGES[case.stage](config, g, HFFolder(folder / "teacher"), folder, stack)
 
         def rates() -> list[float]:
-            g.barrier()  # the ranks share the machine here as they do at work
-            link = 1.0 if alone else all_reduce_rate(g, hidden)  # a process alone sends nothing
+            g.barrier()  # the ranks share the machine, as in the timed work
+            link = 1.0 if alone else all_reduce_rate(g, hidden)  # a single process sends nothing
             return [gemm_flops(config.train.precision, cuda, clock=clock), copy_rate(cuda, clock=clock), link]
 
         return repeated(work, rates, clock, repeats, alone)
 
 
 def score_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
-    """One scoring of random tokens."""
+    """Score random tokens once."""
     import torch
 
     from minitron_train.pruning.scoring import score_checkpoint
@@ -160,12 +161,12 @@ def score_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: E
 
 
 def no_tokens() -> Any:
-    """Calibration tokens, which only repairs ask for."""
+    """Calibration tokens, which only repairs need."""
     raise AssertionError("nothing is repaired here")
 
 
 def slice_work(config: Config, g: "Groups", teacher: Any, folder: Path, stack: ExitStack) -> Callable[[], Any]:
-    """One cut, thrown away."""
+    """Slice once and delete the result."""
     from minitron_train.pruning.prune import prune_checkpoint
 
     student, scores = shapes(config)[1], folder / "scores.safetensors"
@@ -198,7 +199,7 @@ STAGES = {"score": score_work, "slice": slice_work, "distill": distill_work}
 
 
 def prepare(recipe: str, folder: Path, teacher: Path) -> None:
-    """A teacher (given, or with random weights), its scores, and a student, for the cases of one recipe."""
+    """A teacher (given, or with random weights), its scores, and a student for the cases of one recipe."""
     import torch
 
     from minitron_train.hf import HFFolder
@@ -224,11 +225,11 @@ def prepare(recipe: str, folder: Path, teacher: Path) -> None:
         )
 
 
-# in the process that compares
+# ---- in the process that compares
 
 
 def run(job: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
-    """A job in fresh processes that share the cores; one result per rank."""
+    """Run a job in fresh processes that share the cores; one result per rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -247,12 +248,12 @@ def run(job: dict[str, Any], num_ranks: int) -> list[dict[str, Any]]:
 
 @functools.cache
 def this_machine() -> Hardware:
-    """What the plan knows of this machine, whatever its rates are at the moment."""
+    """The plan's description of this machine, independent of the current rates."""
     return hardware(ClusterConfig(), Precision.fp32)
 
 
 def predict(case: Case, rates: list[float]) -> tuple[dict[str, int], float]:
-    """Memory by part and seconds of one repeat, as the plan reckons them with these rates."""
+    """Memory by part and seconds of one repeat, as the plan estimates them with these rates."""
     config = configuration(case)
     measured = dict(zip(RATES, rates, strict=True)) | {"fp32_flops": rates[0]}
     machine = replace(this_machine(), num_gpus=case.tp, gpus_per_node=case.tp, **measured)
@@ -264,7 +265,7 @@ def predict(case: Case, rates: list[float]) -> tuple[dict[str, int], float]:
 
 
 def compare(case: Case, folder: Path, repeats: int) -> dict[str, Any]:
-    """One row of the table: the larger peak of the ranks, which go at the pace of the slower one."""
+    """One row of the table: the larger peak of the ranks, and the time of the slower rank."""
     ranks = run({"case": asdict(case), "folder": str(folder), "repeats": repeats}, case.tp)
     peak, parts = max(rank["peak_bytes"] for rank in ranks), predict(case, [1.0, 1.0, 1.0])[0]
     row = {
@@ -303,9 +304,8 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny alone, two repeats")
+    parser.add_argument("--quick", action="store_true", help="only tiny, two repeats")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--teacher", type=Path, default=Path("outputs/smollm2/teacher"))
     parser.add_argument("--only", default="", help="cases whose name contains this")

@@ -1,11 +1,11 @@
-"""The plan beside distillation steps on one GPU: the 8B teacher's and the 4B student's widths, as many layers as fit.
+"""The plan compared with distillation steps on one GPU: the 8B teacher's and the 4B student's widths, as many layers as fit.
 
     python benchmarks/plan/plan_gpu.py [--quick] [--json FILE]
 
-Random weights, bf16, 4096 tokens a sequence; every layer, the vocabulary and the loss have their true size, so that
-bytes and FLOPs per layer are those of a whole run. Each case is a process of its own. Keys: `worst_memory_error`,
-`utilisation` (of the measured rate of a matrix product, largest case), `layer_utilisation` (of what the added layers cost
-between two depths), `gemm_tflops`. Without CUDA, or with --quick, a toy shape shows that it runs.
+Random weights, bf16, 4096 tokens per sequence. Every layer, the vocabulary and the loss have their true size, so bytes and
+FLOPs per layer equal those of a full run. Each case runs in its own process. Keys: `worst_memory_error`,
+`utilisation` (of the measured rate of a matrix product, largest case), `layer_utilisation` (the same for the layers added
+between two depths), `gemm_tflops`. Without CUDA, or with --quick, a toy shape shows that the benchmark runs.
 """
 
 import argparse
@@ -49,7 +49,7 @@ CASES = [(4, 1, "none"), (12, 1, "none"), (4, 2, "none"), (12, 2, "none"), (12, 
 
 
 def fill(model: LanguageModel) -> LanguageModel:
-    """Random weights."""
+    """Fill the model with random weights."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
@@ -86,7 +86,7 @@ def measure(teacher: Shape, student: Shape, config: Config, repeats: int) -> dic
 
 
 def compare(layers: int, sequences: int, recompute: str, toy: bool) -> dict[str, Any]:
-    """One row: planned and measured."""
+    """One row: planned and measured figures."""
     teacher = replace(TEACHER, num_layers=layers, **(TOY if toy else {}))
     student = teacher.smaller(**({"hidden_size": 96, "ffn_hidden_size": 256} if toy else SMALLER))
     config, length, width = Config(), 128 if toy else 4096, 2 if CUDA else 4
@@ -117,7 +117,7 @@ def compare(layers: int, sequences: int, recompute: str, toy: bool) -> dict[str,
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as text."""
     rate = row["flops"] / row["seconds"]
     return (
         f"{row['layers']:>2} layers, {row['sequences']} sequences, recompute {row['recompute']:<9}: "
@@ -145,7 +145,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure each case in a fresh process, print, write."""
+    """Measure each case in a fresh process; print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)

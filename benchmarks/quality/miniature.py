@@ -1,9 +1,9 @@
-"""What the benchmarks on recipe `miniature` share: the real commands, run into kept folders, and what a run's metrics say.
+"""Shared by the benchmarks on recipe `miniature`: runs the real commands in cached folders and reads a run's metrics.
 
-A Nemotron teacher of 5.4 M parameters is trained, then cut to 28 % of them. Text: MINITRON_DATA's corpora where that is
-set, else the embedded corpus. The folder is the user's, $XDG_CACHE_HOME (or ~/.cache) /minitron_train/token_efficiency,
-unless --folder names another one. In it all settings of the recipe, amount of pretraining and place of the text have a folder
-of their own, so that the teacher there serves all of them and never stands for another one.
+A Nemotron teacher of 5.4 M parameters is trained, then cut to 28 % of them. The text is MINITRON_DATA's corpora if that is
+set, otherwise the embedded corpus. --folder defaults to minitron_train/token_efficiency in $XDG_CACHE_HOME (or ~/.cache).
+In it, each combination of recipe settings, pretraining tokens and text has its own folder, so that a cached teacher is
+never used for different settings.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PRETRAIN_TOKENS, QUICK_TOKENS = RECIPE["pretrain"]["num_tokens"], 40_960
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run's evaluation said: its tokens, the held-out cross-entropy, and the KL from its teacher, both in nats."""
+    """One evaluation during training: tokens, held-out cross-entropy, and KL from the teacher, both in nats."""
 
     name: str
     tokens: int
@@ -38,14 +38,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Miniature:
-    """The recipe's commands in one folder; `quick` makes everything small."""
+    """Runs the recipe's commands in one folder; `quick` makes everything small."""
 
     folder: Path
     quick: bool
     pretrain_tokens: int = PRETRAIN_TOKENS
 
     def command(self, command: str, name: str, *overrides: str, quiet: bool = False) -> Path:
-        """Run one command of the recipe in folder/NAME; the command itself knows what is finished there."""
+        """Run one command of the recipe in folder/NAME; the command itself skips finished work."""
         target = self.folder / name
         words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, "+recipe=miniature"]
         words += [f"output_dir={target}", "tracking.wandb.mode=disabled", *self.data(), *overrides]
@@ -53,7 +53,7 @@ class Miniature:
         return target
 
     def data(self) -> list[str]:
-        """Overrides that name the text, and the quick amounts."""
+        """Overrides that select the text, and the amounts of --quick."""
         corpus = os.environ.get("MINITRON_DATA")
         found = [f"data.path='{corpus}/corpus/[!v]*.jsonl.gz'"] if corpus else []  # all but valid_wikitext2
         if self.quick:
@@ -61,7 +61,7 @@ class Miniature:
         return found
 
     def pretrained(self, name: str, *overrides: str) -> Path:
-        """folder/NAME after `pretrain`, the model in its `teacher`; one that is finished is taken as it is."""
+        """folder/NAME after `pretrain`, with the model in its `teacher`; a finished folder is reused."""
         target = self.folder / name
         if (target / "teacher").exists():
             return target
@@ -69,11 +69,11 @@ class Miniature:
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:
-    """The options that the benchmarks have in common; `text` is the benchmark's docstring."""
+    """The common options of the benchmarks; `text` is the benchmark's docstring."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: not the figures of the docs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
-    amount = f"tokens that teacher and scratch are trained on, without --quick; default: {PRETRAIN_TOKENS:,}"
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything; the docs have other figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
+    amount = f"training tokens of the teacher and of the small model from scratch, without --quick; default: {PRETRAIN_TOKENS:,}"
     parser.add_argument("--pretrain-tokens", type=int, metavar="N", default=PRETRAIN_TOKENS, help=amount)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     parser.add_argument("--folder", type=Path, metavar="DIR", default=cache / "minitron_train" / "token_efficiency")
@@ -81,7 +81,7 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
 
 
 def open_recipe(asked: argparse.Namespace) -> Miniature:
-    """The recipe in the folder that was asked for, in a folder inside that belongs to its settings and the place of its text."""
+    """The recipe in the requested folder, in a subfolder for its settings and its text."""
     tokens = QUICK_TOKENS if asked.quick else asked.pretrain_tokens
     settings = plain(asdict(compose(["+recipe=miniature"])))
     content = short_hash([settings, tokens, os.environ.get("MINITRON_DATA")])
@@ -89,12 +89,12 @@ def open_recipe(asked: argparse.Namespace) -> Miniature:
 
 
 def short_hash(value: Any) -> str:
-    """Of a JSON-able value; for file names."""
+    """Hash of a JSON-able value, for file names."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluations(folder: Path, name: str) -> list[Run]:
-    """What a training run's metrics say about held-out text, by rising tokens."""
+    """The evaluations on held-out text in a training run's metrics, by increasing tokens."""
     rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
     key = "eval.validation."
     return [

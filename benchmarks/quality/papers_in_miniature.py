@@ -1,15 +1,15 @@
-"""What the Minitron papers claim (arXiv 2407.14679, 2408.11796), tried on recipe `miniature`: a table per claim.
+"""The claims of the Minitron papers (arXiv 2407.14679, 2408.11796), tested on recipe `miniature`: one table per claim.
 
     python benchmarks/quality/papers_in_miniature.py [--list] [--only NAME …] [--seeds N …] [--quick] [--json FILE] [--folder DIR]
         [--pretrain-tokens N]
 
-The studies are the table in papers_studies.py. A run is a row of one, for one seed (of the calibration, the order of the
-data, and the choice of held-out text): the teacher is scored once a seed, then cut, trained for some 100,000 tokens and
-looked at on held-out text, all by the real commands. Losses are nats, ± is the standard deviation over the seeds, and the
-last difference is taken seed by seed, on the same held-out text. The rows of the papers stand beside, as published.
+papers_studies.py has the table of studies. A run is one row of a study with one seed, which sets the calibration, the order
+of the data and the choice of held-out text. The real commands score the teacher once per seed, cut it, train the result
+for about 100,000 tokens and evaluate it on held-out text. Losses are in nats, ± is the standard deviation over the
+seeds. The last difference is computed per seed, on the same held-out text. The papers' published rows are shown too.
 
-The teacher is token_efficiency.py's, trained if it is not there (about an hour). Every finished run is a line of
-papers/NAME.jsonl beside it, in DIR, and is not done again; its folder goes.
+The teacher is token_efficiency.py's; it is trained if it does not exist (about an hour). Every finished run is a line of
+papers/NAME.jsonl in DIR and is not repeated. Its folder is deleted.
 """
 
 import json
@@ -42,29 +42,29 @@ Row = dict[str, Any]  # a line of NAME.jsonl
 class Papers:
     """The runs of one study with one seed."""
 
-    recipe: Miniature  # in `papers` beside the teacher
+    recipe: Miniature  # in folder `papers`, next to the teacher
     teacher: Path
     study: Study
     seed: int
 
     def key(self, variant: Variant) -> str:
-        """Of everything that decides a run."""
+        """Hash of everything that decides a run."""
         named = asdict(replace(variant, label="", published=""))
         files = [RECIPE, (ROOT / "conf" / "prune" / f"{variant.preset}.yaml").read_text()]
         settings = [self.study.tokens, self.study.evaluations, *self.recipe.data(), *self.everywhere()]
         return short_hash([hf.fingerprint(self.teacher), named, *files, *settings])
 
     def everywhere(self) -> list[str]:
-        """Overrides of every command, besides those of the recipe."""
+        """Overrides of every command, in addition to those of the recipe."""
         amount = [] if self.recipe.quick else [f"data.validation_tokens={VALIDATION_TOKENS}"]
         return [f"seed={self.seed}", "checkpoint.keep=1", "checkpoint.keep_best=0", *amount, *self.study.data]
 
     def command(self, command: str, name: str, *overrides: str) -> Path:
-        """One command in papers/NAME."""
+        """Run one command in papers/NAME."""
         return self.recipe.command(command, name, *self.everywhere(), *overrides, quiet=True)
 
     def scored(self, model: Path) -> Path:
-        """A folder with `scores` and `eval` of a model that is to be cut, made once."""
+        """A folder with `scores` and `eval` of a model that is to be cut; made once."""
         name = f"scored/{short_hash([hf.fingerprint(model), *self.recipe.data(), *self.everywhere()])}"
         folder = self.recipe.folder / name
         if not (folder / "eval" / "teacher.provenance.json").exists():
@@ -73,7 +73,7 @@ class Papers:
         return folder
 
     def student(self, variant: Variant | None) -> Path:
-        """The model that a variant's run ends with; the teacher for None."""
+        """The model that a variant's run produces; the teacher for None."""
         if variant is None:
             return self.teacher
         folder = self.recipe.folder / "runs" / self.key(variant)
@@ -83,7 +83,7 @@ class Papers:
         return folder / "student"
 
     def train(self, variant: Variant) -> Path:
-        """The finished run of a variant; a stopped one goes on."""
+        """The finished run of a variant; an interrupted one is resumed."""
         parent, taught_by = self.student(variant.parent), self.student(variant.taught_by)
         name = f"runs/{self.key(variant)}"
         folder = self.recipe.folder / name
@@ -105,7 +105,7 @@ class Papers:
         return self.command("distill", name, f"teacher.path={taught_by}", *learn)
 
     def prepare(self, variant: Variant, parent: Path, folder: Path) -> None:
-        """The run's folder, whole or not at all: with the scores that the cut will find, or with random weights."""
+        """Make the run's folder atomically, with the scores that the cut reads, or with random weights."""
         with atomic_folder(folder) as scratch:
             if variant.start == "random":
                 write_random(parent, variant.sizes, self.seed, scratch / "random")
@@ -115,7 +115,7 @@ class Papers:
                 shuffle(scratch / "scores" / "scores.safetensors", self.seed)
 
     def row(self, variant: Variant) -> Row:
-        """Run a variant and read what it measured."""
+        """Run a variant and return its figures."""
         folder, key = self.train(variant), self.key(variant)
         before = folder / "eval" / "pruned.json"
         found = evaluations(folder, variant.label)
@@ -127,7 +127,7 @@ class Papers:
         return row | {"parameters": sum(architecture(shape.architecture).parameters(shape).values())}
 
     def record(self, variant: Variant) -> Row:
-        """The row of an earlier invocation, or a new one, which is kept at once."""
+        """The row of an earlier invocation, or a new one, which is saved at once."""
         file, key = self.recipe.folder / f"{self.study.name}.jsonl", self.key(variant)
         known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         for row in known:
@@ -147,13 +147,13 @@ class Papers:
 
 
 def loss_of(evaluation: Path) -> float | None:
-    """Nats per token, of a file that `eval` wrote; None where they overflowed."""
+    """Nats per token from a file that `eval` wrote; None if they overflowed."""
     perplexity = json.loads(evaluation.read_text())["perplexity"]
     return None if perplexity is None else math.log(perplexity)
 
 
 def write_random(teacher: Path, sizes: Mapping[str, int], seed: int, folder: Path) -> None:
-    """A model of some sizes that has learnt nothing, with the teacher's tokenizer."""
+    """Write an untrained model of the given sizes with the teacher's tokenizer."""
     files = hf.HFFolder(teacher)
     shape = files.shape.smaller(**sizes)
     weights = RandomWeights(shape, files.config["initializer_range"], seed)
@@ -163,7 +163,7 @@ def write_random(teacher: Path, sizes: Mapping[str, int], seed: int, folder: Pat
 
 
 def shuffle(scores: Path, seed: int) -> None:
-    """Give every channel, head and neuron the statistics of another one, so that the ranking is random."""
+    """Permute the statistics of channels, heads and neurons, so that the ranking is random."""
     generator = torch.Generator().manual_seed(seed)
     with safe_open(str(scores), framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
@@ -174,7 +174,7 @@ def shuffle(scores: Path, seed: int) -> None:
 
 
 def summary(study: Study, rows: Iterable[Row]) -> dict[str, Any]:
-    """The figures of a study: for every variant that has been run, its losses over the seeds."""
+    """The figures of a study: the losses over the seeds for every variant that has been run."""
     by_variant: dict[str, dict[int, Row]] = {variant.label: {} for variant in study.variants}
     for row in rows:
         by_variant[row["variant"]][row["seed"]] = row
@@ -202,12 +202,12 @@ def summary(study: Study, rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard deviation (one value has none)."""
+    """Mean and standard deviation; a single value has no deviation."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def text(value: Mapping[str, float | None] | None, sign: str = "") -> str:
-    """2.345 ± 0.012."""
+    """Format as 2.345 ± 0.012."""
     if value is None:
         return ""
     std = value["std"]
@@ -215,7 +215,7 @@ def text(value: Mapping[str, float | None] | None, sign: str = "") -> str:
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """The table of a study."""
+    """Print the table of a study."""
     cases = found["cases"]
     counts = sorted({key for case in cases for key in case["losses"] if key != "cut"}, key=int)
     titles = ["", "parameters", "after the cut", *(f"{int(count):,} tokens" for count in counts)]
@@ -236,14 +236,13 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the studies one after the other, print each, write after each."""
     parser = arguments(__doc__)
     names = [study.name for study in STUDIES]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, default=names, help=", ".join(names))
     parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="which; default: from 1 to each study's own number"
+        "--seeds", nargs="+", type=int, metavar="N", help="seeds to run; default: 1 to each study's own number"
     )
-    parser.add_argument("--list", action="store_true", help="show the studies; nothing is run")
+    parser.add_argument("--list", action="store_true", help="print the studies and exit")
     asked = parser.parse_args()
     chosen = [study for study in STUDIES if study.name in asked.only]
     if asked.list:

@@ -1,7 +1,7 @@
-"""The table of studies of papers_in_miniature.py: what each varies, and the papers' rows as they published them.
+"""The table of studies of papers_in_miniature.py: what each varies, and the papers' published rows.
 
 P1 is arXiv 2407.14679, P2 arXiv 2408.11796. Student sizes are near the recipe's 28 % of the parameters, or near the 60 %
-that half of the layers are.
+that half of the layers have.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,18 +14,18 @@ Start = Literal["cut", "shuffled", "random", "itself"]
 
 
 def shape(num_layers: int, hidden_size: int, ffn_hidden_size: int, num_attention_heads: int) -> dict[str, int]:
-    """Sizes as the `student` section has them."""
+    """Sizes with the names of the `student` section."""
     sizes = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_attention_heads": num_attention_heads}
     return {"num_layers": num_layers, **sizes}
 
 
 TEACHER = shape(6, 256, 1024, 8)
 SMALL = RECIPE["student"] | {"num_layers": 6}  # 28 %
-DEPTH = shape(3, 256, 1024, 8)  # 3.2 M parameters, 60 %, and so have the next three
+DEPTH = shape(3, 256, 1024, 8)  # 3.2 M parameters, 60 %, as the next three
 WIDTH = shape(6, 192, 800, 4)
 WIDTH_DEPTH = shape(5, 208, 880, 4)
 HEADS_FFN = shape(6, 256, 448, 4)
-MIDDLE = shape(6, 192, 704, 8)  # 61 %, on the way to SMALL
+MIDDLE = shape(6, 192, 704, 8)  # 61 %, between TEACHER and SMALL
 CHANNELS = shape(6, 168, 1024, 8)  # about two thirds of the channels, as 6144 -> 4096
 
 
@@ -35,12 +35,12 @@ class Variant:
 
     Attributes:
         published: the paper's row.
-        preset: of conf/prune.
+        preset: preset of conf/prune.
         prune, train: overrides of the cut and of the training.
-        start: where the student comes from: cut by importance, or by shuffled importance (random pruning); random weights
-            of its sizes; the parent itself.
+        start: origin of the student: cut by importance, cut by shuffled importance (random pruning), random weights of its
+            sizes, or the parent itself.
         parent, taught_by: the trained variants that are cut and that teach; None is the teacher.
-        share: of the study's tokens.
+        share: fraction of the study's tokens.
     """
 
     label: str
@@ -60,11 +60,11 @@ class Study:
     """One table.
 
     Attributes:
-        published: what the papers' rows are.
+        published: unit of the papers' rows.
         reference: label of the row that the others are compared with, seed by seed.
-        tokens: of a run; a multiple of `evaluations` steps.
-        evaluations: how often held-out text is looked at, at equal distances, the end included.
-        data: overrides for everything in this study but the teacher's own training.
+        tokens: training tokens of a run; a multiple of `evaluations` steps.
+        evaluations: number of equidistant evaluations on held-out text, including the end.
+        data: overrides for everything in this study except the teacher's own training.
     """
 
     name: str
@@ -102,7 +102,7 @@ def aggregations() -> Iterable[Variant]:
 
 
 def axes() -> Iterable[Variant]:
-    """P1 tables 1 and 10, at about equal parameter counts."""
+    """P1 tables 1 and 10, with about equal parameter counts."""
     yield Variant(label="width", published="7.74 B, 6.33 -> 0.37, 2.049", sizes=WIDTH)
     yield Variant(label="width, channels kept", published="5.07 -> 0.42, 2.101", sizes=HEADS_FFN)
     yield Variant(label="width and depth", published="7.91 B, 5.35 -> 0.38, 2.062", sizes=WIDTH_DEPTH)
@@ -118,7 +118,7 @@ def axes() -> Iterable[Variant]:
 
 
 def losses() -> Iterable[Variant]:
-    """P1 tables 15 and 16, its four temperatures but 0.1, and its top-k."""
+    """P1 tables 15 and 16: its four temperatures except 0.1, and its top-k."""
     with_labels, reverse = "distill.ce_weight=1", "distill.loss=reverse_kl"
     rows = {
         "KL": ("2.107, 8.720; table 16: 2.155", ()),
@@ -145,7 +145,7 @@ def random_pruning() -> Iterable[Variant]:
 
 
 def repairs() -> Iterable[Variant]:
-    """Does what a repair gains survive training? The papers have the merge alone, without figures."""
+    """Does the gain of a repair survive training? The papers have the merge alone, without figures."""
     rows = {
         "plain cut": (),
         "norms rescaled": ("prune.norm_scale=true",),
@@ -167,7 +167,7 @@ def iterations() -> Iterable[Variant]:
 
 
 def hidden_losses() -> Iterable[Variant]:
-    """P1 table 17, whose pairs are TEACHER:STUDENT of 32 and 16 layers; here STUDENT/TEACHER of 3 and 6."""
+    """P1 table 17. Its pairs are TEACHER:STUDENT of 32 and 16 layers; ours are STUDENT/TEACHER of 3 and 6."""
     rows = {
         "logits": ("2.155", []),
         "0/3": ("29:13, 2.145", ["0/3"]),
@@ -183,7 +183,7 @@ def hidden_losses() -> Iterable[Variant]:
 
 
 def two_steps() -> Iterable[Variant]:
-    """P1 table 11's last rows: the small model out of the teacher, or out of a middle one."""
+    """P1 table 11's last rows: the small model cut from the teacher, or from a middle one."""
     middle = Variant(label="the middle model", sizes=MIDDLE, share=0.5)
     second = Variant(label="two steps, taught by the teacher", sizes=SMALL, parent=middle, share=0.5)
     yield Variant(label="one shot", published="-", sizes=SMALL)
@@ -195,7 +195,7 @@ def two_steps() -> Iterable[Variant]:
 
 
 def correction() -> Iterable[Variant]:
-    """P2 §2: the teacher is trained on the students' corpus first, with cross-entropy and a fifth of the learning rate."""
+    """P2 §2: first train the teacher on the students' corpus, with cross-entropy and a fifth of the learning rate."""
     train = ("distill.kd_weight=0", "distill.ce_weight=1", "train.lr=4e-4", "train.min_lr=2e-5")
     corrected = Variant(label="the teacher, corrected", train=train, sizes=TEACHER, start="itself")
     yield Variant(label="uncorrected", published="-", sizes=SMALL)
@@ -242,7 +242,7 @@ STUDIES = (
     ),
     Study(
         name="repair",
-        question="Does what a repair gains survive training?",
+        question="Does the gain of a repair survive training?",
         published="P1 §2.2 on the merge of heads",
         variants=tuple(repairs()),
         reference="plain cut",
@@ -264,14 +264,14 @@ STUDIES = (
     ),
     Study(
         name="two_steps",
-        question="Is a middle size on the way worth its tokens?",
+        question="Is an intermediate size worth its tokens?",
         published="P1 table 11, 100 B tokens in the last step: HellaSwag, MMLU",
         variants=tuple(two_steps()),
         reference="one shot",
     ),
     Study(
         name="correction",
-        question="Does a teacher teach better that has been trained on the students' corpus (the embedded one) first?",
+        question="Does a teacher teach better if it is first trained on the students' corpus (the embedded one)?",
         published="P2 §2, figure 5: loss",
         variants=tuple(correction()),
         reference="uncorrected",

@@ -1,32 +1,33 @@
-"""Ways of making a model smaller, side by side: loss right after the cut, and after equal tokens of distillation.
+"""Pruning methods compared: loss right after the cut, and after equal tokens of distillation.
 
     python benchmarks/quality/pruning_peers.py [--model NAME] [--target H/F/N …] [--only NAME …] [--distill TOKENS]
         [--tasks PRESET] [--quick] [--json FILE]
 
-Models are SmolLM2-135M and `tiny`, the Nemotron teacher of 7 M parameters that recipe `tiny` pretrains; targets are
-channels/neurons/heads: 432/1024/6 and the gentler 504/1024/6 of SmolLM2's 576/1536/9, 192/640/4 of tiny's 256/1024/8. The ways:
+The models are SmolLM2-135M and `tiny`, the Nemotron teacher of 7 M parameters that recipe `tiny` pretrains. Targets are
+channels/neurons/heads: 432/1024/6 and the gentler 504/1024/6 of SmolLM2's 576/1536/9, 192/640/4 of tiny's 256/1024/8. Methods:
 
     random           channels, neurons and heads drawn at random; the mean of two seeds
-    magnitude        those with the largest weights, by the L2 norm of all weights that go with each
-    shortgpt         arXiv 2403.03853: the layers of lowest block importance go, as many as bring the parameters closest
-                     to the target's; no width is cut
-    slicegpt-like    arXiv 2401.15024 with one rotation for the whole residual stream, so that a plain Llama is left: its
-                     lowest principal directions go; heads and neurons by ModelOpt's ranking. The rotation needs an
-                     output layer of its own: vocabulary x channels more parameters than the target has. SmolLM2 only
+    magnitude        keeps the largest weights, by the L2 norm of all weights that belong to each unit
+    shortgpt         arXiv 2403.03853: removes the layers of lowest block importance until the parameters are closest to the
+                     target's; keeps the width
+    slicegpt-like    arXiv 2401.15024 with one rotation for the whole residual stream, so that the result is a plain Llama:
+                     removes the lowest principal directions; heads and neurons by ModelOpt's ranking. The rotation needs
+                     its own output layer: vocabulary x channels more parameters than the target has. SmolLM2 only
     modelopt         conf/prune/modelopt.yaml, NVIDIA's ranking and plain slicing
-    ours             conf/prune/default.yaml, what the program does unless told otherwise
-    ours-mixed       ours by the real `prune` with calibration.teacher_share=0.5: the teacher writes half of the text
+    ours             conf/prune/default.yaml, the program's default
+    ours-mixed       ours by the real `prune` with calibration.teacher_share=0.5: the teacher generates half of the text
     nvidia-modelopt  a check: nvidia-modelopt 0.43.0 itself on the same tokens; `different` counts the channels, neurons
                      and heads that it keeps and `modelopt` does not. Not distilled: it is the same model. SmolLM2 only
 
-Each is a Hugging Face folder that transformers opens. `--distill` then runs the real `distill` and `export` of the model's
-recipe on each: the same teacher, text, seed and settings. Both losses are next-token cross-entropy by the same function
-on the same held-out tokens. With MINITRON_DATA SmolLM2's text is its corpora and validation is WikiText-2; else, and for
-tiny, both are the embedded corpus (validation is its held-out part). `own loss` and `KL` are the training's last look at the
-held-out part of the text that it was trained on, which WikiText-2 is not. `--tasks` runs the real `eval` on the teacher, every
-cut and every student: the tasks of a preset of conf/eval, and the loss on that same held-out part. Every result is a line
-of results.jsonl in the folder: a stopped benchmark goes on where it was. The folder holds a model per row and target, 0.4 GB
-each for SmolLM2, and twice that if distilled.
+Each result is a Hugging Face folder that transformers opens. `--distill` then runs the real `distill` and `export` of the
+model's recipe on each, with the same teacher, text, seed and settings. One function computes both losses as next-token
+cross-entropy on the same held-out tokens. With MINITRON_DATA, SmolLM2's text is its corpora and validation is WikiText-2.
+Otherwise, and for tiny, both are the embedded corpus (validation is its held-out part).
+
+`own loss` and `KL` come from the training's last evaluation, on the held-out part of its own text; WikiText-2 is not part of
+it. `--tasks` runs the real `eval` on the teacher, every cut and every student: the tasks of a preset of conf/eval, and the loss
+on the same held-out part. Every result is a line of results.jsonl in the folder, so an interrupted benchmark resumes. The
+folder holds a model per row and target, 0.4 GB each for SmolLM2, and twice that with distillation.
 """
 
 import argparse
@@ -79,8 +80,8 @@ from minitron_train.runtime.launch import World
 ROOT = Path(__file__).parents[2]
 AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
 MODELOPT_PACKAGES = ("nvidia-modelopt==0.43.0", "pulp==2.9.0")
-ROTATION_ERROR = 1e-3  # of the rotated teacher's logits
-LOSS_ERROR = 1e-3  # between transformers and megatron-core
+ROTATION_ERROR = 1e-3  # tolerance of the rotated teacher's logits
+LOSS_ERROR = 1e-3  # tolerance between transformers and megatron-core
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +90,20 @@ class Run:
 
     name: str
     case: str  # several runs of one case are averaged
-    write: Callable[["Peers", Shape, Path], Any]  # the cut for a target, into an empty folder; facts for the result
+    write: Callable[
+        ["Peers", Shape, Path], Any
+    ]  # writes the cut for a target into an empty folder; returns facts for the result
     distilled: bool = True
 
 
 def by_criterion(peers: "Peers", target: Shape, folder: Path, *, width: str, seed: int = 0) -> None:
-    """One of the program's width criteria, without repair."""
+    """Prune by one of the program's width criteria, without repair."""
     evidence = peers.evidence(PruneConfig(width=width), seed)
     slice_checkpoint(peers.bench.teacher, select(evidence, target), target, folder)
 
 
 def shortgpt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
-    """Layers go."""
+    """Remove layers."""
     teacher = peers.bench.teacher
     student = as_many_layers(teacher.shape, num_parameters(target))
     slice_checkpoint(teacher, select(peers.evidence(PruneConfig()), student), student, folder)
@@ -108,7 +111,7 @@ def shortgpt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
 
 
 def slicegpt_like(peers: "Peers", target: Shape, folder: Path) -> None:
-    """The rotated teacher's first channels, ModelOpt's heads and neurons; norms as if the dropped channels were zero."""
+    """Keep the rotated teacher's first channels, ModelOpt's heads and neurons; norms as if the dropped channels were zero."""
     rotated = peers.rotated
     student, gamma = rms_restored(rotated.shape, rotated_shape(target))
     prune = configuration(Case("modelopt", "modelopt"), peers.bench.calibration).prune
@@ -119,7 +122,7 @@ def slicegpt_like(peers: "Peers", target: Shape, folder: Path) -> None:
 
 
 def preset(peers: "Peers", target: Shape, folder: Path, *, name: str) -> None:
-    """What the program does under one of conf/prune/*.yaml."""
+    """Prune with one of conf/prune/*.yaml."""
     bench, (config, keep) = peers.bench, peers.chosen(target, name)
     changed: Iterable[tuple[str, Tensor]] = ()
     if config.prune.repairs:
@@ -128,7 +131,7 @@ def preset(peers: "Peers", target: Shape, folder: Path, *, name: str) -> None:
 
 
 def ours_mixed(peers: "Peers", target: Shape, folder: Path) -> None:
-    """The real command on as many calibration tokens as the others have, half of them the teacher's own."""
+    """Run the real command on as many calibration tokens as the others, half of them generated by the teacher."""
     output, amounts = folder.parent / "stages", peers.bench.calibration
     sizes = [f"student.{axis}={size}" for axis, size in sizes_of(target).items()]
     numbers = [
@@ -140,7 +143,7 @@ def ours_mixed(peers: "Peers", target: Shape, folder: Path) -> None:
 
 
 def nvidia_modelopt(peers: "Peers", target: Shape, folder: Path) -> dict[str, int]:
-    """ModelOpt itself, in a process of its own, where nothing of it reaches this one."""
+    """Run ModelOpt itself in a separate process, so that nothing of it affects this one."""
     packages = CACHE / "peers-modelopt-0.43.0"
     if not packages.exists():
         with atomic_folder(packages) as scratch:
@@ -175,7 +178,7 @@ QUICK = ("magnitude", "slicegpt-like")
 
 
 class Peers:
-    """The comparison in one folder; what is expensive is made when it is first asked for."""
+    """The comparison in one folder; expensive results are made at first use."""
 
     def __init__(self, subject: Subject, folder: Path, teacher: Path, groups: Groups, *, quick: bool) -> None:
         self.subject, self.folder, self.teacher, self.groups, self.quick = subject, folder, teacher, groups, quick
@@ -190,7 +193,7 @@ class Peers:
 
     @cached_property
     def rotated(self) -> hf.HFFolder:
-        """The teacher on its principal directions, which must still be the teacher."""
+        """The teacher on its principal directions; it must compute the same logits."""
         folder, bench = self.folder / "rotated", self.bench
         if not folder.exists():
             teacher = bench.teacher
@@ -203,51 +206,51 @@ class Peers:
                 expected, found = (logits(path, bench.validation_NS[:2, :128]) for path in (self.teacher, scratch))
                 error = float((expected - found).abs().max())
                 assert error < ROTATION_ERROR, f"the rotated teacher's logits differ by {error}"
-                print(f"rotated teacher, nothing cut: logits differ by {error:.1e} at most", flush=True)
+                print(f"rotated teacher before the cut: logits differ by {error:.1e} at most", flush=True)
         return hf.HFFolder(folder)
 
     def chosen(self, target: Shape, name: str) -> tuple[Config, Keep]:
-        """The configuration of a preset, and what it keeps."""
+        """The configuration of a preset, and its kept indices."""
         bench, config = self.bench, configuration(Case(name, name), self.bench.calibration)
         return config, choose(config, self.groups, bench.teacher, target, bench.statistics, lambda: bench.tokens)
 
     def evidence(self, prune: PruneConfig, seed: int = 0) -> Evidence:
-        """What a criterion may look at: the teacher and its statistics."""
+        """The input of a criterion: the teacher and its statistics."""
         teacher, statistics = self.bench.teacher, self.bench.statistics
         return Evidence(
             statistics=statistics, source=teacher, table=teacher.table, shape=teacher.shape, prune=prune, seed=seed
         )
 
     def loss(self, folder: Path) -> float:
-        """On the held-out tokens."""
+        """Cross-entropy on the held-out tokens."""
         model = hf.HFFolder(folder)
         return loss_of(model, model.shape, RowReader(model), self.groups, self.bench.validation_NS)
 
     def results(self) -> list[dict[str, Any]]:
-        """Every finished line."""
+        """All finished lines."""
         return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
 
     def finished(self, run: str, target: str, tokens: int) -> dict[str, Any] | None:
-        """The line of one model after so many tokens of distillation (0: the cut)."""
+        """The line of one model after this many tokens of distillation (0: the cut)."""
         wanted = {"run": run, "target": target, "tokens": tokens}
         return next((line for line in self.results() if wanted.items() <= line.items()), None)
 
     def add(self, line: dict[str, Any]) -> dict[str, Any]:
-        """One more line, on disk when this returns."""
+        """Append one line; it is on disk when this returns."""
         with self.journal.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
         return line
 
     def teacher_loss(self) -> float:
-        """Measured once."""
+        """The teacher's loss, measured once."""
         line = self.finished("teacher", "", 0)
         return (line or self.add({"run": "teacher", "target": "", "tokens": 0, "loss": self.loss(self.teacher)}))[
             "loss"
         ]
 
     def cut(self, run: Run, target: str) -> dict[str, Any]:
-        """Write the folder, see that it opens, measure its loss."""
+        """Write the folder, check that it opens, measure its loss."""
         line = self.finished(run.name, target, 0)
         if line:
             return line
@@ -261,7 +264,7 @@ class Peers:
         return self.add({"run": run.name, "case": run.case, "target": target, "tokens": 0, "loss_after": None, **facts})
 
     def distilled(self, run: Run, target: str, tokens: int) -> dict[str, Any]:
-        """Continue the cut with the real commands and measure its loss again."""
+        """Distil the cut with the real commands and measure its loss again."""
         line = self.finished(run.name, target, tokens)
         if line:
             return line
@@ -273,11 +276,11 @@ class Peers:
         own = evaluations(output, run.name)[-1]
         facts = {"loss_after": self.loss(output / "student"), "own_loss_after": own.loss, "own_kl_after": own.kl}
         line = self.add(self.cut(run, target) | {"tokens": tokens, **facts})
-        shutil.rmtree(output / "train" / "checkpoints")  # gigabytes; metrics and student stay
+        shutil.rmtree(output / "train" / "checkpoints")  # gigabytes; metrics and student are kept
         return line
 
     def evaluated(self, label: str, model: Path, preset: str) -> dict[str, Any]:
-        """One model's figures by the real commands, all models' in one folder, where `eval.compare` finds their rows."""
+        """Evaluate one model with the real commands, all in one folder, where `eval.compare` finds their rows."""
         output, corpora = self.folder / f"tasks-{preset}", os.environ.get("MINITRON_DATA")
         local = [f"eval.data_dir={corpora}/eval"] if corpora else []
         if not local:
@@ -286,13 +289,13 @@ class Peers:
         return {"model": label, **task_figures(hf.read_json(output / "eval" / f"{label}.json"))}
 
     def program(self, output: Path, command: str, *overrides: str) -> None:
-        """One command of the subject's recipe, with its teacher and text."""
+        """Run one command of the subject's recipe with its teacher and text."""
         corpora = self.subject.corpora
         text = [f"data.path='{corpora}/corpus/[!v]*.jsonl.gz'"] if corpora else []  # all but valid_wikitext2
         program(self.subject.name, output, command, f"teacher.path={self.teacher}", *text, *overrides)
 
     def models(self, targets: Iterable[str], runs: Iterable[Run], tokens: int) -> Iterator[tuple[str, Path]]:
-        """Label and folder of the teacher, and of every cut with its student."""
+        """Label and folder of the teacher, and of every cut and its student."""
         yield "teacher", self.teacher
         for target, run in product(targets, runs):
             name = target.replace("/", "-")
@@ -303,18 +306,18 @@ class Peers:
 
 
 def sizes_of(shape: Shape) -> dict[str, int]:
-    """What a target cuts."""
+    """The `student` sizes of a target."""
     return {axis: getattr(shape, axis) for axis in AXES}
 
 
 @torch.no_grad()
 def logits(folder: Path, tokens_NS: Tensor) -> Tensor:
-    """transformers' own."""
+    """Logits of transformers' model."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens_NS).logits
 
 
 def check_opens(folder: Path, tokens_NS: Tensor, groups: Groups) -> None:
-    """transformers must see the model that megatron-core sees."""
+    """Check that transformers and megatron-core compute the same loss."""
     found = logits(folder, tokens_NS)[:, :-1].flatten(0, 1)
     theirs = torch.nn.functional.cross_entropy(found, tokens_NS[:, 1:].flatten()).item()
     model = hf.HFFolder(folder)
@@ -325,17 +328,21 @@ def check_opens(folder: Path, tokens_NS: Tensor, groups: Groups) -> None:
 
 
 def main() -> None:
-    """Cut everything, distil everything; print and write after every result."""
+    """Cut all, distil all; print and write every result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = list(dict.fromkeys(run.case for run in RUNS))
     amounts = ", ".join(f"{subject.tokens} for {subject.name}" for subject in SUBJECTS)
     parser.add_argument("--model", choices=[subject.name for subject in SUBJECTS], default=SUBJECTS[0].name)
-    parser.add_argument("--target", nargs="+", help="of the model's; default: all; with --quick the first")
+    parser.add_argument("--target", nargs="+", help="targets of the model; default: all; with --quick the first")
     parser.add_argument("--only", nargs="+", choices=cases, metavar="NAME", help=", ".join(cases))
-    parser.add_argument("--distill", type=int, metavar="TOKENS", help=f"default: {amounts}; with --quick 0")
-    parser.add_argument("--tasks", metavar="PRESET", help="of conf/eval, such as quick: minutes a model; default: none")
     parser.add_argument(
-        "--quick", action="store_true", help=f"few tokens, {' and '.join(QUICK)}: not the docs' figures"
+        "--distill", type=int, metavar="TOKENS", help=f"tokens of distillation; default: {amounts}; with --quick 0"
+    )
+    parser.add_argument(
+        "--tasks", metavar="PRESET", help="preset of conf/eval, such as quick (minutes per model); default: none"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"few tokens, {' and '.join(QUICK)}; the docs have other figures"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--teacher", type=Path, help="the model's folder; default: made in the user's cache")

@@ -1,4 +1,4 @@
-"""What pruning_peers.py compares with and the program does not do itself: small functions, each with its source."""
+"""The methods of pruning_peers.py that the program does not have: small functions, each with its source."""
 
 # H hidden, N sequences or tokens
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ FOLLOWS = {  # Llama's linears that read the residual stream, and the norm befor
 
 
 def keep_best(scores: Width, teacher: Shape, student: Shape) -> Keep:
-    """All layers, and of every other axis the highest scores, the same number of heads in each KV group."""
+    """Keep all layers, and the highest scores of every other axis, with the same number of heads in each KV group."""
     chosen = [best_heads(heads, teacher, student) for heads in scores.heads]
     return Keep(
         teacher,
@@ -40,12 +40,12 @@ def keep_best(scores: Width, teacher: Shape, student: Shape) -> Keep:
 
 
 def num_parameters(shape: Shape) -> int:
-    """Of a whole model, tied weights once."""
+    """Parameters of a whole model; tied weights count once."""
     return sum(architecture(shape.architecture).parameters(shape).values())
 
 
 def as_many_layers(teacher: Shape, parameters: int) -> Shape:
-    """The teacher's shape with as many layers as bring it closest to `parameters`."""
+    """The teacher's shape with the number of layers that is closest to `parameters`."""
     shapes = [teacher.smaller(num_layers=count) for count in range(1, teacher.num_layers + 1)]
     return min(shapes, key=lambda shape: abs(num_parameters(shape) - parameters))
 
@@ -54,8 +54,8 @@ def as_many_layers(teacher: Shape, parameters: int) -> Shape:
 def principal_directions(layers: Layers, tokens_NS: Tensor, micro_batch_size: int) -> Tensor:
     """The residual stream's principal directions, most variance first, as columns [H, H], fp64 (arXiv 2401.15024 §3.3).
 
-    Of the second moments of what the norms give out before their gamma. SliceGPT has a rotation per block and keeps the
-    products of neighbouring rotations as new matrices in the residual connections; one rotation for the whole stream,
+    They come from the second moments of the norms' outputs before gamma. SliceGPT has a rotation per block and keeps the
+    products of neighbouring rotations as new matrices in the residual connections. One rotation for the whole stream,
     from the sum over all norms, leaves a plain Llama.
     """
     shape, batches = layers.shape, tokens_NS.split(micro_batch_size)
@@ -79,14 +79,14 @@ def principal_directions(layers: Layers, tokens_NS: Tensor, micro_batch_size: in
 
 
 def rotated_shape(shape: Shape) -> Shape:
-    """Of a rotated model: the last norm's gamma is in the output layer, which can no longer be the embedding."""
+    """Shape of a rotated model. Its output layer contains the last norm's gamma, so it is not tied to the embedding."""
     return replace(shape, tie_embeddings=False)
 
 
 def rotated_tensors(teacher: hf.HFFolder, directions_HH: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same function on a rotated residual stream (arXiv 2401.15024 §3.2): names and tensors of a Llama checkpoint.
 
-    Every norm's gamma goes into the linears after it; RMSNorm without gamma commutes with rotations.
+    Every norm's gamma is multiplied into the linears after it; RMSNorm without gamma commutes with rotations.
     """
     shape, table = rotated_shape(teacher.shape), teacher.table
     tied = {OUTPUT: EMBEDDING} if teacher.shape.tie_embeddings else {}
@@ -101,7 +101,7 @@ def rotated_tensors(teacher: hf.HFFolder, directions_HH: Tensor) -> Iterator[tup
 
 
 def gamma_before(teacher: hf.HFFolder, name: str) -> Tensor | None:
-    """The weights of the norm that a linear follows, fp64 [H]; None where it follows none."""
+    """The weights of the norm before a linear, fp64 [H]; None if it follows no norm."""
     for linear, norm in FOLLOWS.items():
         if name.endswith(f"{linear}.weight"):
             return teacher.read(name.replace(linear, norm)).double()
@@ -118,16 +118,16 @@ def rotate(weight: Tensor, axes: tuple[str, ...], gamma_H: Tensor | None, direct
 
 
 def rms_restored(teacher: Shape, student: Shape) -> tuple[Shape, float]:
-    """The student's shape and the gamma of all its norms, with which a norm divides by the RMS over the teacher's channels.
+    """The student's shape, and the gamma with which its norms divide by the RMS over the teacher's channels.
 
-    As SliceGPT's own norm does: the lowest directions are taken for zero, not for absent.
+    SliceGPT's own norm does the same: it treats the lowest directions as zero, not as absent.
     """
     ratio = teacher.hidden_size / student.hidden_size
     return replace(student, layernorm_epsilon=student.layernorm_epsilon * ratio), ratio**0.5
 
 
 def norm_tensors(shape: Shape, gamma: float) -> Iterator[tuple[str, Tensor]]:
-    """All norms' weights, each `gamma`."""
+    """Weights of all norms, each equal to `gamma`."""
     for name, size in architecture(shape.architecture).tensors(shape).items():
         if size == (shape.hidden_size,):
             yield name, torch.full(size, gamma)

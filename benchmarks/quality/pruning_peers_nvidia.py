@@ -1,10 +1,10 @@
-"""One cut by NVIDIA's own ModelOpt, for benchmarks/quality/pruning_peers.py: its scores, its choice, its slicing, on a CPU.
+"""Pruning by NVIDIA's own ModelOpt, for benchmarks/quality/pruning_peers.py: its scores, its selection, its slicing, on a CPU.
 
     python benchmarks/quality/pruning_peers_nvidia.py TASK    (JSON: teacher, tokens, sizes, peers, folder)
 
-ModelOpt wants a megatron-core GPTModel, without Transformer Engine with megatron-core's own attention; the RMSNorm that
-Llama needs is registered with it here. The result is written as a Hugging Face folder: channels, neurons and heads stand
-in ModelOpt's order, best first, so that it is compared by what is kept and by its loss.
+ModelOpt needs a megatron-core GPTModel; without Transformer Engine it needs megatron-core's own attention. Llama's RMSNorm
+is registered with it here. The result is a Hugging Face folder. Its channels, neurons and heads are in ModelOpt's order,
+best first, so it is compared by the kept units and by its loss.
 """
 
 import json
@@ -27,13 +27,13 @@ from minitron_train.parallel.groups import start
 from minitron_train.pruning.select import Keep
 from minitron_train.runtime.launch import World
 
-DIVISOR = 8  # of hidden and ffn sizes; ModelOpt's defaults, 256 and 512, leave SmolLM2 little choice
-PREFIX = 64  # entries of a row that tell it from all others
+DIVISOR = 8  # divides hidden and ffn sizes; ModelOpt's defaults, 256 and 512, leave SmolLM2 little choice
+PREFIX = 64  # entries of a row that identify it
 
 
 def prune(teacher: hf.HFFolder, tokens: Tensor, sizes: dict[str, int]) -> GPTModel:
-    """The teacher as a GPTModel, pruned by modelopt.torch.prune with mode mcore_minitron; tokens [batches, B, S]."""
-    import modelopt.torch.prune as mtp  # type: ignore  # installed for this process alone
+    """Prune the teacher as a GPTModel by modelopt.torch.prune with mode mcore_minitron; tokens [batches, B, S]."""
+    import modelopt.torch.prune as mtp  # type: ignore  # installed for this process only
     from modelopt.torch.nas.plugins.megatron import _DynamicFusedLayerNorm  # type: ignore
     from modelopt.torch.nas.registry import DMRegistry  # type: ignore
     from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config  # type: ignore
@@ -63,7 +63,7 @@ def prune(teacher: hf.HFFolder, tokens: Tensor, sizes: dict[str, int]) -> GPTMod
 
 
 def gpt_model(teacher: hf.HFFolder) -> GPTModel:
-    """megatron-core's GPTModel as ModelOpt knows it, with the teacher's weights."""
+    """megatron-core's GPTModel in ModelOpt's form, with the teacher's weights."""
     spec, shape, norm = layer_spec(), teacher.shape, Norm
     spec.submodules.self_attention.submodules.core_attention = DotProductAttention  # type: ignore[union-attr]
     model = GPTModel(
@@ -80,7 +80,7 @@ def gpt_model(teacher: hf.HFFolder) -> GPTModel:
 
 
 def num_different(teacher: hf.HFFolder, pruned: hf.HFFolder, keep: Keep) -> int:
-    """How many channels, neurons and heads the `pruned` folder keeps that `keep` does not, found by their weights."""
+    """Count the channels, neurons and heads that `pruned` keeps and `keep` does not, found by their weights."""
     channels = places(pruned.read("model.embed_tokens.weight").t(), teacher.read("model.embed_tokens.weight").t())
     different = len(set(channels.tolist()) - set(keep.embedding.tolist()))
     for i in range(teacher.shape.num_layers):
@@ -95,14 +95,13 @@ def num_different(teacher: hf.HFFolder, pruned: hf.HFFolder, keep: Keep) -> int:
 
 
 def places(rows: Tensor, among: Tensor) -> Tensor:
-    """Where each of `rows` stands in `among`, by the equality of its first entries."""
+    """Index in `among` of each of `rows`, found by equal first entries."""
     equal = (rows[:, None, :PREFIX] == among[None, :, :PREFIX]).all(-1)
     assert bool((equal.sum(1) == 1).all()), "rows that are not among the teacher's, or there twice"
     return equal.int().argmax(1)
 
 
 def main() -> None:
-    """Prune, write."""
     task = json.loads(sys.argv[1])
     sys.path.append(task["peers"])
     teacher = hf.HFFolder(Path(task["teacher"]))

@@ -1,4 +1,4 @@
-"""The models that benchmarks/quality/pruning_peers.py cuts, and the program's commands on them."""
+"""The models that benchmarks/quality/pruning_peers.py cuts, and how it calls the program's commands on them."""
 
 import os
 import subprocess
@@ -12,14 +12,14 @@ from pruning_quality import CACHE, teacher_folder
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model that is cut. Its name is that of the recipe whose training settings its students get."""
+    """A model that is cut. Its name is that of the recipe that sets the training of its students."""
 
     name: str
-    teacher: Callable[[], Path]  # its folder, made if it is not there
+    teacher: Callable[[], Path]  # returns its folder; makes it if missing
     targets: tuple[str, ...]
-    tokens: int  # of distillation, unless told otherwise
-    local: bool  # whether MINITRON_DATA's corpora count
-    without: tuple[str, ...] = ()  # ways that are for Llama only
+    tokens: int  # default tokens of distillation
+    local: bool  # whether MINITRON_DATA's corpora are used
+    without: tuple[str, ...] = ()  # methods for Llama only
 
     @property
     def corpora(self) -> str | None:
@@ -42,6 +42,6 @@ SUBJECTS = (
 
 
 def program(recipe: str, output: Path, command: str, *overrides: str) -> None:
-    """One command of the program; what is finished in `output` is not done again."""
+    """Run one command of the program; finished stages in `output` are skipped."""
     words = [sys.executable, "-W", "ignore", "-m", "minitron_train", command, f"+recipe={recipe}"]
     subprocess.run([*words, f"output_dir={output}", "tracking.wandb.mode=disabled", *overrides], check=True)

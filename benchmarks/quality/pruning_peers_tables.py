@@ -1,4 +1,4 @@
-"""The tables of benchmarks/quality/pruning_peers.py, out of its finished lines and of what `eval` wrote."""
+"""The tables of benchmarks/quality/pruning_peers.py, from its finished lines and from the results of `eval`."""
 
 import json
 import math
@@ -11,13 +11,13 @@ from typing import Any
 from minitron_train.evaluation.hooks import main_metrics
 from minitron_train.evaluation.metrics import Score, read_score
 
-AFTER = ("loss_after", "own_loss_after", "own_kl_after")  # of a line that was distilled
+AFTER = ("loss_after", "own_loss_after", "own_kl_after")  # fields of a distilled line
 
-Line = dict[str, Any]  # of results.jsonl
+Line = dict[str, Any]  # one line of results.jsonl
 
 
 def table(lines: list[Line], cases: Iterable[str], tokens: int) -> list[Line]:
-    """A row per case and target from the finished lines: runs of a case averaged, distilled for `tokens` or not at all."""
+    """One row per case and target: runs of a case averaged, distilled for `tokens` or not at all."""
     rows = []
     for target, case in product(dict.fromkeys(line["target"] for line in lines), cases):
         own = [line for line in lines if line.get("case") == case and line["target"] == target]
@@ -33,7 +33,6 @@ def table(lines: list[Line], cases: Iterable[str], tokens: int) -> list[Line]:
 
 
 def show(teacher_loss: float, rows: list[Line]) -> None:
-    """The table."""
     print(f"{'':18}{'target':12}{'parameters':>12}{'loss':>9}{'tokens':>9}{'loss':>9}{'own loss':>9}{'KL':>9}")
     print(f"{'teacher':18}{'':24}{teacher_loss:9.4f}")
     for row in rows:
@@ -44,7 +43,7 @@ def show(teacher_loss: float, rows: list[Line]) -> None:
 
 
 def show_tasks(rows: list[Line]) -> None:
-    """The table of --tasks; ± is one standard error."""
+    """Print the table of --tasks; ± is one standard error."""
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("model", "own_loss")))
     widths = [max(22, len(name) + 2) for name in names]
     print("".join([f"{'':36}{'own loss':>9}", *map(str.rjust, names, widths)]))
@@ -55,14 +54,14 @@ def show_tasks(rows: list[Line]) -> None:
 
 
 def task_cell(name: str, value: float | None, stderr: float | None) -> str:
-    """One figure of `TASK.METRIC` as the report writes it."""
+    """One figure of `TASK.METRIC` in the report's format."""
     return Score(metric=name.rpartition(".")[2], value=value, stderr=stderr).text
 
 
 def task_figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a file that `eval` wrote: nats on held-out text, and [value, standard error] of each task's headline metric.
+    """Nats on held-out text, and [value, standard error] of each task's headline metric, from a file that `eval` wrote.
 
-    What was not measured is None: a perplexity that is no number, a standard error that a task does not have.
+    A missing figure is None: a perplexity that is not a number, or a standard error that a task does not have.
     """
     perplexity = report["perplexity"]
     figures: dict[str, Any] = {"own_loss": None if perplexity is None else math.log(perplexity)}
@@ -74,6 +73,6 @@ def task_figures(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(file: Path | None, report: Mapping[str, Any]) -> None:
-    """What is known so far."""
+    """Write all figures so far."""
     if file:
         file.write_text(json.dumps(report, indent=1) + "\n")

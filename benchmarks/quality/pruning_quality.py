@@ -1,13 +1,12 @@
-"""What each way of ranking and each repair is worth: loss right after the cut, no training.
+"""Effect of each ranking and each repair: loss right after the cut, without training.
 
     python benchmarks/quality/pruning_quality.py [--quick] [--only TEXT] [--json FILE] [--teacher FOLDER] [--tiny FOLDER]
 
 SmolLM2-135M-Instruct (fetched into the user's cache, unless --teacher gives a folder) is cut to 432 channels,
-1024 neurons and 6 heads of 576, 1536 and 9. With MINITRON_DATA calibration is its corpora and validation is WikiText-2;
-without, both come from the embedded corpus (validation from its held-out part). --tiny adds the same comparison for a
-Nemotron teacher that `pretrain +recipe=tiny` made, calibrated and validated on the embedded corpus. The two cases that the
-headline figures come from are the first. FILE is written after every case, and what is in it is not measured again; --only
-runs the cases whose name has TEXT.
+1024 neurons and 6 heads of 576, 1536 and 9. With MINITRON_DATA, calibration uses its corpora and validation WikiText-2.
+Without it, both use the embedded corpus (validation its held-out part). --tiny adds the same comparison for a Nemotron
+teacher from `pretrain +recipe=tiny`, calibrated and validated on the embedded corpus. The first two cases give the headline
+figures. FILE is written after every case, and its cases are not measured again. --only runs the cases whose name contains TEXT.
 """
 
 import argparse
@@ -51,7 +50,7 @@ AGGREGATIONS = ("mean", "l2", "var")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """One line of the comparison: a preset, what differs from it, and which sizes are cut."""
+    """One line of the comparison: a preset, the changes to it, and the sizes that are cut."""
 
     name: str
     preset: str
@@ -60,7 +59,7 @@ class Case:
 
 
 def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
-    """The comparison, for one target."""
+    """The cases for one target."""
     found = [Case("modelopt", "modelopt"), Case("default", "default")]
     if quick:
         return found
@@ -101,7 +100,7 @@ def cases(sizes: Mapping[str, int], *, quick: bool) -> list[Case]:
 
 
 class Overlay:
-    """A source whose tensors are partly replaced, by whole ones or by pieces of them, first rows first."""
+    """A source in which some tensors are replaced, whole or in pieces, first rows first."""
 
     def __init__(self, below: RowSource, replaced: Iterable[tuple[str, Tensor]]) -> None:
         self.below, pieces = below, collections.defaultdict[str, list[Tensor]](list)
@@ -110,14 +109,14 @@ class Overlay:
         self.replaced = {name: torch.cat(rows) for name, rows in pieces.items()}
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """The replaced tensor where there is one."""
+        """The tensor, replaced if the overlay has it."""
         if name not in self.replaced:
             return self.below.read(name, dim, start, stop)
         tensor = self.replaced[name]
         return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
 
     def rows(self, name: str, index_N: Tensor) -> Tensor:
-        """Rows `index_N` of the replaced tensor where there is one."""
+        """Rows `index_N` of the tensor, replaced if the overlay has it."""
         return self.replaced[name][index_N] if name in self.replaced else self.below.rows(name, index_N)
 
 
@@ -146,7 +145,7 @@ def configuration(case: Case, calibration: CalibrationConfig) -> Config:
 
 @dataclasses.dataclass
 class Bench:
-    """One teacher, with its statistics when they are first asked for."""
+    """One teacher; its statistics are computed at first use."""
 
     teacher: hf.HFFolder
     groups: Groups
@@ -156,7 +155,7 @@ class Bench:
 
     @functools.cached_property
     def statistics(self) -> Statistics:
-        """Of the calibration tokens, from a forward pass through all layers."""
+        """Statistics of the calibration tokens, from a forward pass through all layers."""
         layers = Layers(self.teacher.table, self.teacher.shape, RowReader(self.teacher), self.groups, resident=False)
         return gather_evidence(layers, self.tokens, self.calibration)
 
@@ -175,13 +174,13 @@ class Bench:
 
 
 def embedded_data() -> DataConfig:
-    """The corpus that every machine has."""
+    """Configuration of the embedded corpus."""
     merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(ROOT / "conf" / "data" / "embedded.yaml"))
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
 def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_validation: int) -> Bench:
-    """Calibration and validation tokens of one teacher; `local`: from MINITRON_DATA where that is set."""
+    """Calibration and validation tokens of one teacher; `local`: from MINITRON_DATA if that is set."""
     teacher, tokenizer = hf.HFFolder(folder), AutoTokenizer.from_pretrained(folder)
     calibration = CalibrationConfig(num_samples=num_samples, seq_length=512, micro_batch_size=8)
     data, corpus = embedded_data(), os.environ.get("MINITRON_DATA") if local else None
@@ -203,7 +202,7 @@ def teacher_folder() -> Path:
 
 
 def teacher_loss(bench: Bench) -> float:
-    """Of the whole model."""
+    """Loss of the whole model."""
     loss = loss_of(bench.teacher, bench.teacher.shape, RowReader(bench.teacher), bench.groups, bench.validation_NS)
     print(f"{'teacher':45}{loss:9.4f}", flush=True)
     return loss
@@ -211,19 +210,19 @@ def teacher_loss(bench: Bench) -> float:
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """What is known so far, on disk after every case."""
+    """All figures so far, written to disk after every case."""
 
     path: Path | None
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Take what an earlier run measured."""
+        """Read the measurements of an earlier run."""
         if self.path and self.path.exists():
             self.rows = json.loads(self.path.read_text())["cases"]
 
     def about(self, facts: Mapping[str, Any]) -> None:
-        """What all rows have in common; a file with rows of another teacher or other amounts is not gone on with."""
+        """Set the facts common to all rows. A file with another teacher or other amounts is not continued."""
         known = json.loads(self.path.read_text()) if self.path and self.rows else {}
         if other := [key for key, value in facts.items() if known.get(key, value) != value]:
             raise SystemExit(
@@ -236,7 +235,6 @@ class Report:
         return any(row["case"] == name for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """One case."""
         self.rows.append(row)
         losses = {row["case"]: row["loss"] for row in self.rows}
         headline = {"modelopt_loss": losses.get("modelopt"), "ours_loss": losses.get("default")}
@@ -245,10 +243,9 @@ class Report:
 
 
 def main() -> None:
-    """Compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two cases on few tokens: not the figures of the docs")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
+    parser.add_argument("--quick", action="store_true", help="two cases on few tokens; the docs have other figures")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run the cases whose name contains it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into the user's cache")
     parser.add_argument("--tiny", type=Path, help="folder of a tiny Nemotron teacher")

@@ -1,15 +1,15 @@
-"""How many tokens pruning and distillation save against training the small model from scratch (arXiv 2407.14679, table 11).
+"""Tokens that pruning and distillation save, compared with training the small model from scratch (arXiv 2407.14679, table 11).
 
     python benchmarks/quality/token_efficiency.py [--quick] [--json FILE] [--folder DIR] [--pretrain-tokens N]
 
-Recipe `miniature`: a Nemotron teacher of 5.4 M parameters is trained, then cut to 28 % of them. The same small shape is
+Recipe `miniature` trains a Nemotron teacher of 5.4 M parameters and cuts it to 28 % of them. The same small shape is
 trained from scratch on at least as many tokens as the teacher saw. The pruned model is trained with the KL, and with
-cross-entropy alone, on several budgets of tokens, each with a learning-rate schedule of its own length; `token_ratio`
-says how many times fewer tokens the KL needs until the held-out loss of scratch's end is reached (interpolated over
-the logarithm of tokens). Text: MINITRON_DATA's corpora where that is set, else the embedded corpus.
+cross-entropy alone, on several budgets of tokens, each with its own learning-rate schedule. `token_ratio` is how many
+times fewer tokens the KL needs to reach the final held-out loss from scratch (interpolated over the logarithm of tokens).
+The text is MINITRON_DATA's corpora if that is set, otherwise the embedded corpus.
 
-Every run is the real command and is kept in DIR (by default below ~/.cache/minitron_train, see miniature.py): the teacher
-and scratch are trained once (about an hour on two cores), and a stopped benchmark goes on where it was.
+Every run is the real command and is kept in DIR (default: below ~/.cache/minitron_train, see miniature.py). The teacher
+and the model from scratch are trained once (about an hour on two cores). An interrupted benchmark resumes.
 """
 
 import itertools
@@ -23,13 +23,13 @@ from miniature import RECIPE, Miniature, Run, arguments, evaluations, open_recip
 
 BUDGETS = (10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)  # tokens
 QUICK_BUDGETS = (8_192, 16_384)
-LARGEST_SHARE = 1 / 6  # of the pretraining's tokens, that a budget has
+LARGEST_SHARE = 1 / 6  # largest budget as a fraction of the pretraining's tokens
 LOSSES = {"kl": [], "ce": ["distill.kd_weight=0", "distill.ce_weight=1"]}
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The commands of one comparison."""
+    """The commands of the comparison."""
 
     recipe: Miniature
 
@@ -38,7 +38,7 @@ class Bench:
         return self.recipe.folder / "teacher" / "teacher"
 
     def from_scratch(self) -> tuple[Run, list[Run]]:
-        """The teacher's end, and the small shape's whole way."""
+        """The teacher's last evaluation, and all evaluations of the small shape from scratch."""
         teacher = self.recipe.pretrained("teacher")
         scratch = self.recipe.pretrained(
             "scratch", *(f"model.{key}={value}" for key, value in RECIPE["student"].items())
@@ -46,7 +46,7 @@ class Bench:
         return evaluations(teacher / "pretrain", "teacher")[-1], evaluations(scratch / "pretrain", "scratch")
 
     def pruned(self) -> tuple[Path, float]:
-        """The cut teacher, and the share of parameters that it has."""
+        """The cut teacher, and its fraction of the parameters."""
         target = self.recipe.command("prune", "cut", f"teacher.path={self.teacher}")
         plan = self.recipe.command("plan", "plan") / "plan.json"
         sizes = {name: json.loads(plan.read_text())[name]["parameters"] for name in ("teacher", "student")}
@@ -61,14 +61,14 @@ class Bench:
 
 
 def warmup_steps(tokens: int) -> int:
-    """The recipe's, but at most a tenth of a short run."""
+    """The recipe's value, but at most a tenth of a short run."""
     train = RECIPE["train"]
     steps = tokens // (train["global_batch_size"] * train["seq_length"])
     return min(train["warmup_steps"], max(1, steps // 10))
 
 
 def tokens_until(loss: float, runs: list[Run]) -> tuple[float | None, bool]:
-    """Tokens at which `runs`, by rising tokens, reach a loss (None: never), and whether the first one already had."""
+    """Tokens at which `runs`, by increasing tokens, reach a loss (None: never), and whether the first run already did."""
     if runs[0].loss <= loss:
         return runs[0].tokens, True
     for before, after in itertools.pairwise(runs):
@@ -79,7 +79,7 @@ def tokens_until(loss: float, runs: list[Run]) -> tuple[float | None, bool]:
 
 
 def main() -> None:
-    """Train, compare, print, write after every run."""
+    """Train and compare; print and write after every run."""
     asked = arguments(__doc__).parse_args()
     bench = Bench(open_recipe(asked))
     teacher, scratch = bench.from_scratch()
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def figures(teacher: Run, scratch: list[Run], runs: dict[str, list[Run]], size_ratio: float) -> dict[str, Any]:
-    """What is known so far."""
+    """All figures so far."""
     goal = scratch[-1]
     found: dict[str, Any] = {"scratch_tokens": goal.tokens, "scratch_loss": goal.loss, "teacher_loss": teacher.loss}
     found["size_ratio"] = size_ratio
@@ -105,19 +105,18 @@ def figures(teacher: Run, scratch: list[Run], runs: dict[str, list[Run]], size_r
 
 
 def write(path: Path | None, found: dict[str, Any]) -> None:
-    """The figures, as far as they go."""
+    """Write the figures so far."""
     if path:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def show(found: dict[str, Any]) -> None:
-    """The table."""
     print(f"{'':10}{'tokens':>12}{'held-out loss':>16}")
     for row in found["cases"]:
         print(f"{row['name']:10}{row['tokens']:12,}{row['loss']:16.4f}")
     for key in ("size_ratio", "token_ratio", "token_ratio_ce"):
         value = found[key]
-        print(f"{key} = " + ("scratch's loss is not reached" if value is None else f"{value:.3g}"))
+        print(f"{key} = " + ("the loss from scratch is not reached" if value is None else f"{value:.3g}"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Evaluation against lm-eval's own `hf` model: the same rows, the same answers, and how much sooner.
+"""Evaluation speed compared with lm-eval's own `hf` model on the same rows, with the same answers.
 
     python benchmarks/speed/evaluation.py [--quick] [--json FILE] [--model FOLDER] [--data-dir FOLDER]
 
-Both models score the same requests on this machine in fp32, in rounds, one right after the other, so that other load
-meets both. Time is the scoring alone, from the first request to the last answer, tokenisation included; loading models
-and data is not counted. The log-likelihoods are compared with those of the `hf` model whose softmax is in fp64: its
-fp32 softmax over 49,152 tokens is off by about 3e-6 of the value (max_loglik_diff_fp32_softmax).
+Both models score the same requests on this machine in fp32, in alternating rounds, so that other load affects both. The
+time covers scoring alone, from the first request to the last answer, with tokenisation and without loading models and
+data. The log-likelihoods are compared with those of an `hf` model whose softmax is in fp64: the fp32 softmax over 49,152
+tokens has an error of about 3e-6 of the value (max_loglik_diff_fp32_softmax).
 """
 
 import argparse
@@ -39,7 +39,7 @@ SUBJECTS = (
     ("nutrition", "philosophy", "prehistory", "sociology", "virology"),
 )
 HF_BATCH = 8  # sequences; lm-eval's default is 1, which is slower
-ROUNDS = {  # the rows of each round; those of the first one are compared with the fp64 softmax too
+ROUNDS = {  # rows of each round; those of the first round are also compared with the fp64 softmax
     "hellaswag": [EvalConfig(tasks=["hellaswag"], limit=30, num_fewshot=0, seed=seed) for seed in range(4)],
     "mmlu": [EvalConfig(tasks=[f"mmlu_{name}" for name in names], limit=5, num_fewshot=5) for names in SUBJECTS],
 }
@@ -51,7 +51,7 @@ QUICK = {
 
 @dataclass(slots=True)
 class Tally:
-    """One model on one task, over all rounds."""
+    """Results of one model on one task over all rounds."""
 
     rows: int = 0
     correct: float = 0.0
@@ -69,7 +69,7 @@ class Tally:
 
 
 class Clock:
-    """An lm-eval model whose `loglikelihood` is timed."""
+    """An lm-eval model with a timed `loglikelihood`."""
 
     def __init__(self, lm: Any) -> None:
         self.lm, self.wall_s, self.cpu_s = lm, 0.0, 0.0
@@ -87,12 +87,15 @@ class Clock:
 
 
 def main() -> None:
-    """Measure each task with both models and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rows, within a minute")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--model", type=Path, default=Path("outputs/smollm2/teacher"), help="Hugging Face folder")
-    parser.add_argument("--data-dir", type=Path, default=Path("outputs/smollm2/eval_data"), help="evaluation data")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument(
+        "--model", type=Path, default=Path("outputs/smollm2/teacher"), help="Hugging Face folder of the model"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("outputs/smollm2/eval_data"), help="folder of the evaluation data"
+    )
     arguments = parser.parse_args()
     if not (arguments.model.exists() and arguments.data_dir.exists()):
         subprocess.run([sys.executable, "-m", "minitron_train", "fetch", "+recipe=smollm2"], check=True)
@@ -123,7 +126,7 @@ def load_ours(folder: Path, group: groups.Groups) -> MegatronLM:
 
 
 def measure(task: str, rounds: list[EvalConfig], models: dict[str, Any], data_dir: Path) -> dict[str, Tally]:
-    """All rounds of a task with each model, and the first round with the oracle."""
+    """Run all rounds of a task with each model, and the first round with the fp64 softmax."""
     tallies: dict[str, Tally] = defaultdict(Tally)
     for number, evaluation in enumerate(rounds):
         order = list(models.items())
@@ -139,7 +142,7 @@ def measure(task: str, rounds: list[EvalConfig], models: dict[str, Any], data_di
 
 
 def one_round(tally: Tally, lm: Any, evaluation: EvalConfig, data_dir: Path) -> None:
-    """The rows of one round with one model."""
+    """Score the rows of one round with one model."""
     chosen = load_tasks(evaluation, data_dir)
     assert not chosen.not_run, chosen.not_run
     clock = Clock(lm)
@@ -148,7 +151,7 @@ def one_round(tally: Tally, lm: Any, evaluation: EvalConfig, data_dir: Path) -> 
 
 
 def summarise(tallies: dict[str, dict[str, Tally]]) -> dict[str, Any]:
-    """The flat figures, and a case per task and model."""
+    """The flat figures, and one case per task and model."""
     figures: dict[str, Any] = {"rows": 0, "max_loglik_diff": 0.0, "max_loglik_diff_fp32_softmax": 0.0}
     figures |= {"different_greedy": 0, "same_accuracies": True}
     cases = []
@@ -174,7 +177,7 @@ def summarise(tallies: dict[str, dict[str, Tally]]) -> dict[str, Any]:
 
 
 def answer_pairs(ours: Tally, reference: Tally) -> list[tuple[tuple[float, bool], tuple[float, bool]]]:
-    """Answers to the same requests; the reference may have fewer rounds."""
+    """Pairs of answers to the same requests; the reference may have fewer rounds."""
     rounds = zip(ours.answers, reference.answers, strict=False)
     return [pair for mine, theirs in rounds for pair in zip(mine, theirs, strict=True)]
 

@@ -1,9 +1,9 @@
-"""One GPU: tokens per second, memory and utilisation of a full-size distillation step, beside what `plan` predicts.
+"""Tokens per second, memory and utilisation of a full-size distillation step on one GPU, compared with `plan`.
 
     python benchmarks/speed/gpu_step.py [--quick] [--json FILE] [--teacher nemotron4_15b] [--micro-batch-size 1] [--accumulate 8]
 
 Teacher and student have random weights and tokens: neither time nor memory depends on their values. The step is the
-trainer's own (distillation.step.Objective, train.optim.Optimizer); data, checkpoints and logging are not in it.
+trainer's own (distillation.step.Objective, train.optim.Optimizer) without data, checkpoints and logging.
 JSON keys: tokens_per_second, utilisation (model FLOPs over wall time x measured bf16 GEMM rate), peak_gib, loss_gib, loss_peak_u.
 """
 
@@ -46,7 +46,7 @@ def teacher_shape(name: str, quick: bool) -> Shape:
 
 @torch.no_grad()
 def random_model(shape: Shape, **arguments) -> LanguageModel:
-    """Weights drawn on the device."""
+    """A model with random weights, drawn on the device."""
     model = build(shape, **arguments)
     for parameter in model.parameters():
         parameter.normal_(0.0, 0.01)
@@ -67,7 +67,7 @@ def random_batch(shape: Shape, train: TrainConfig, groups: Groups) -> Batch:
 
 
 def now_s() -> float:
-    """The clock, when the GPU has caught up."""
+    """The clock, after the GPU has finished its queue."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
 
 
 def loss_memory(objective: Objective, batch: Batch) -> dict:
-    """Memory of the fused loss alone beyond hidden states, weights and their gradients, beside one [N, V] fp32 tensor."""
+    """Memory of the fused loss beyond hidden states, weights and their gradients, and the size of one [N, V] fp32 tensor."""
     from minitron_train.distillation.loss import distillation_loss
 
     student: Any = objective.student.module
@@ -150,7 +150,7 @@ def loss_memory(objective: Objective, batch: Batch) -> dict:
         student_NH, teacher_NH = student(batch.tokens_BS).flatten(0, 1), teacher(batch.tokens_BS).flatten(0, 1)
     student_NH.requires_grad_(True)
     weight = student.output_weight.detach().requires_grad_(True)
-    for _ in range(3):  # the last one counts
+    for _ in range(3):  # the last repeat counts
         student_NH.grad = weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,14 +1,18 @@
-"""The distillation loss beside its peers: memory, time and exactness of one forward and backward pass on this machine.
+"""Memory, time and exactness of one forward and backward pass of the distillation loss, compared with other libraries.
 
     python benchmarks/speed/kd_loss.py [--quick] [--json FILE] [--peers DIR]
 
 Every implementation starts from hidden states and output weights, so each peer's `linear` is included. One U is a
-[tokens, vocabulary] tensor in fp32. Peak: the process's resident memory at its highest (VmHWM, reset through
-/proc/self/clear_refs) during the first pass, less what it was before and less the gradients of hidden states and output
-weights. Seconds: median over the later passes of several fresh processes, the implementations taking turns; the ratio of
-the best passes is printed beside the ratio of medians, for machines that others use. Error: relative Frobenius norm
-against float64 gradients, the worse of hidden states and output weights; logits have a standard deviation of 3. Peers
-are installed once into DIR, without their dependencies (torch is shared).
+[tokens, vocabulary] tensor in fp32.
+
+    peak      highest resident memory of the process during the first pass (VmHWM, reset through /proc/self/clear_refs),
+              minus the memory before it and the gradients of hidden states and output weights
+    seconds   median over the later passes of several fresh processes, with the implementations alternating. The ratio of
+              the best passes is printed too, for machines with other load
+    error     relative Frobenius norm against float64 gradients, the larger of hidden states and output weights; logits have
+              a standard deviation of 3
+
+The peers are installed once into DIR, without their dependencies (torch is shared).
 """
 
 import argparse
@@ -37,7 +41,7 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """One problem."""
+    """Sizes of one problem."""
 
     tokens: int
     vocab: int
@@ -46,7 +50,7 @@ class Sizes:
 
     @property
     def bytes_needed(self) -> int:
-        """Of the naive implementation, in fp32: inputs, gradients, six logit tensors."""
+        """Memory of the naive implementation in fp32: inputs, gradients, six logit tensors."""
         weights = self.vocab * (2 * self.student_hidden + self.teacher_hidden)
         return 4 * (weights + 7 * self.tokens * self.vocab)
 
@@ -57,7 +61,7 @@ WIDE = [Sizes(512, 64_000, 3072, 6144), Sizes(2048, 64_000, 3072, 6144)]  # a sh
 
 @dataclass(slots=True)
 class Row:
-    """One line of the table; `seconds` are all timed passes."""
+    """One line of the table; `seconds` holds all timed passes."""
 
     name: str
     tokens: int
@@ -72,7 +76,6 @@ class Row:
 
     @property
     def median_s(self) -> float:
-        """Of all timed passes."""
         return median(self.seconds) if self.seconds else math.nan
 
 
@@ -83,7 +86,7 @@ class Bench:
     peers: Path
 
     def run(self, row: Row, repeats: int, reference: Path | None = None, implementation: str | None = None) -> None:
-        """One fresh process per rank; adds what they measured to the row."""
+        """Start one fresh process per rank and add its measurements to the row."""
         task = {
             "implementation": implementation or row.name,
             "tokens": row.tokens,
@@ -107,7 +110,7 @@ class Bench:
             row.grad_error = math.sqrt(max(hidden, weight))
 
     def launch(self, task: dict[str, Any], tp: int) -> list[dict[str, Any]]:
-        """The ranks' answers. One rank has all cores, several share them."""
+        """Return the ranks' answers. One rank uses all cores; several ranks share them."""
         worker = Path(__file__).with_name("kd_loss_worker.py")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -131,7 +134,7 @@ class Bench:
 
 
 def install_peers(folder: Path) -> None:
-    """Install the peers' own code, pinned; the marker tells a finished installation."""
+    """Install the pinned code of the peers. A marker file shows a finished installation."""
     marker = folder / "installed.txt"
     wanted = "\n".join(PEER_PACKAGES)
     if marker.exists() and marker.read_text() == wanted:
@@ -143,7 +146,7 @@ def install_peers(folder: Path) -> None:
 
 
 def compare(bench: Bench, sizes: Sizes, rounds: int, reference: Path, peers_split: list[int]) -> list[Row]:
-    """Ours and every peer in turns, then split over ranks: ours at TP 2 and 4, ModelOpt's at `peers_split`."""
+    """Measure ours and every peer in turns, then split over ranks: ours at TP 2 and 4, ModelOpt's at `peers_split`."""
     rows = [Row(name, **asdict(sizes)) for name in ["ours", *PEERS]]
     bench.run(Row("reference", **asdict(sizes)), 0, reference, "reference")
     for turn in range(rounds):
@@ -158,14 +161,14 @@ def compare(bench: Bench, sizes: Sizes, rounds: int, reference: Path, peers_spli
 
 
 def curves(bench: Bench) -> list[Row]:
-    """Ours over memory budgets and block shapes, and at the width of the paper's models."""
+    """Measure ours over memory budgets and block shapes, and at the width of the paper's models."""
     rows = [Row("ours", **asdict(FULL), chunking={"memory_budget_u": budget}) for budget in BUDGETS_U]
     rows += [Row("ours", **asdict(FULL), chunking=block) for block in BLOCKS]
     for row in rows:
         bench.run(row, 2)
     for sizes in WIDE:
         if psutil.virtual_memory().available < sizes.bytes_needed:
-            print(f"  left out, too little memory: {sizes}", file=sys.stderr)
+            print(f"  skipped, not enough memory: {sizes}", file=sys.stderr)
             continue
         wide = [Row("ours", **asdict(sizes), chunking={"memory_budget_u": budget}) for budget in (0.0, 0.2, 0.8)]
         wide.append(Row("naive", **asdict(sizes)))
@@ -176,7 +179,7 @@ def curves(bench: Bench) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """The figures by name: ours at the default budget against the best peer in each."""
+    """The figures by name: ours at the default budget against the best peer of each."""
     ours, *peers = [row for row in rows if row.tp == 1][: 1 + len(PEERS)]
     fastest = min(peers, key=lambda row: row.median_s)
     naive = next(row for row in peers if row.name == "naive")
@@ -195,7 +198,6 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 def show(rows: list[Row]) -> None:
-    """The table."""
     print(
         f"{'':10} {'tokens':>6} {'vocab':>7} {'hidden':>11} {'tp':>3} {'peak U':>7} {'seconds':>8} {'error':>8}  blocks"
     )
@@ -210,11 +212,10 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Measure, print the table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small problem, one turn, no curves: within a minute")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--peers", type=Path, default=Path.home() / ".cache/minitron_train/peers", help="their code")
+    parser.add_argument("--quick", action="store_true", help="a small problem, one turn, no curves, within a minute")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--peers", type=Path, default=Path.home() / ".cache/minitron_train/peers", help="peers' code")
     args = parser.parse_args()
     install_peers(args.peers)
     bench, sizes = Bench(args.peers), QUICK if args.quick else FULL

@@ -1,4 +1,4 @@
-"""One process of benchmarks/speed/kd_loss.py: makes the inputs, runs one implementation on them, prints one line of JSON.
+"""One process of benchmarks/speed/kd_loss.py: makes the inputs, runs one implementation, prints one line of JSON.
 
 Legend: N tokens, V output rows of this rank, H student's hidden size, D teacher's.
 """
@@ -24,12 +24,12 @@ from minitron_train.distillation.loss import LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking
 
 LOGIT_STD = 3.0
-PIECES = 64  # parts in which the inputs are drawn, so that a rank can make its shard without making the whole
+PIECES = 64  # the inputs are drawn in parts, so that a rank can make its shard alone
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the parent asks for, as JSON in the first argument."""
+    """The parent's request, as JSON in the first argument."""
 
     implementation: str
     tokens: int
@@ -58,7 +58,7 @@ class Inputs:
 
 
 def make_inputs(task: Task, rank: int = 0, world_size: int = 1) -> Inputs:
-    """The same numbers whatever the number of ranks."""
+    """Random inputs, equal for every number of ranks."""
 
     def rows(seed: int, first: int, last: int, total: int, width: int, scale: float) -> Tensor:
         out = torch.empty(last - first, width)
@@ -95,7 +95,7 @@ def make_ours(task: Task) -> Loss:
 
 
 def both_logits(x: Inputs) -> tuple[Tensor, Tensor]:
-    """What everybody but the fused losses needs first."""
+    """Logits of both models; every implementation except the fused losses needs them."""
     with torch.no_grad():
         teacher_NV = F.linear(x.teacher_ND, x.teacher_VD)
     return F.linear(x.student_NH, x.student_VH), teacher_NV
@@ -113,7 +113,7 @@ def make_naive(task: Task) -> Loss:
 
 
 def make_modelopt(task: Task) -> Loss:
-    """nvidia-modelopt's loss for Megatron; under tensor parallelism after megatron's copy into the parallel region."""
+    """nvidia-modelopt's loss for Megatron; with tensor parallelism after megatron's copy into the parallel region."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss  # type: ignore[import-not-found]
@@ -133,7 +133,7 @@ def make_modelopt(task: Task) -> Loss:
 
 
 def make_torchtune(task: Task) -> Loss:
-    """torchtune's chunked loss, loaded from its file (importing torchtune needs torchao); the linear in chunks too.
+    """torchtune's chunked loss, loaded from its file because importing torchtune needs torchao; the linear is chunked too.
 
     Its value is a cross-entropy, its gradient that of the KL divergence.
     """
@@ -154,7 +154,7 @@ def make_torchtune(task: Task) -> Loss:
 
 
 def make_liger(task: Task) -> Loss:
-    """Liger's fused linear JSD with beta 0, which is the forward KL, in chunks of 128 tokens and without torch.compile."""
+    """Liger's fused linear JSD with beta 0 (the forward KL), in chunks of 128 tokens, without torch.compile."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
     fused = LigerFusedLinearJSDLoss(
@@ -184,7 +184,7 @@ def memory_bytes(field: str) -> int:
 
 
 def measure(task: Task, loss: Loss, x: Inputs, group: ProcessGroup | None) -> dict[str, Any]:
-    """Peak resident memory of one forward and backward pass beyond inputs and gradients, and seconds of further ones."""
+    """Peak resident memory of one forward and backward pass beyond inputs and gradients, and seconds of later passes."""
     little = make_inputs(Task(task.implementation, task.tokens, 1024 * (group.size() if group else 1), 64, 64))
     if group is not None:
         student_VH = little.student_VH[:1024].detach().requires_grad_()
@@ -207,7 +207,7 @@ def measure(task: Task, loss: Loss, x: Inputs, group: ProcessGroup | None) -> di
 
 
 def squares(task: Task, x: Inputs, rank: int, world_size: int) -> dict[str, float]:
-    """Squared Frobenius norms of the gradients' errors and of the reference, for the parent to add over the ranks."""
+    """Squared Frobenius norms of the gradients' errors and of the reference. The parent adds them over the ranks."""
     exact = torch.load(task.reference, mmap=True)
     low, high = rank * task.vocab // world_size, (rank + 1) * task.vocab // world_size
     result = {"hidden": 0.0, "hidden_exact": 0.0, "weight": 0.0, "weight_exact": 0.0}
@@ -239,7 +239,6 @@ def write_reference(task: Task) -> None:
 
 
 def main() -> None:
-    """Run the task on this rank."""
     task = Task(**json.loads(sys.argv[1]))
     if task.peers:
         sys.path.append(task.peers)

@@ -1,12 +1,12 @@
-"""Scoring and slicing at true size: Nemotron-4 15B to Minitron-4B, 31.3 GB to 8.4 GB in bf16, beside a plain copy.
+"""Scoring and slicing at full size: Nemotron-4 15B to Minitron-4B, 31.3 GB to 8.4 GB in bf16, compared with a plain copy.
 
     python benchmarks/speed/prune_full_size.py [--quick] [--layers N] [--folder DIR] [--json FILE]
 
-Makes a synthetic checkpoint of the 15B shape (about 45 GB of disk with the result; --layers for less, --quick is
---layers 1), runs the real command `prune +recipe=4b` on it with 16 calibration tokens, and takes each stage's seconds
-and peak memory (VmHWM, mapped pages included) from its provenance. Sampled tensors are compared with direct slicing.
-The peer is a plain program, one loop, that reads the very bytes that slicing reads and writes as many as it writes,
-with the files dropped from the page cache before each side. Both sides end with fsync.
+Makes a synthetic checkpoint of the 15B shape (about 45 GB of disk with the result; --layers reduces it, --quick is
+--layers 1) and runs the real command `prune +recipe=4b` on it with 16 calibration tokens. Each stage's seconds and peak
+memory (VmHWM, with mapped pages) come from its provenance. Sampled tensors are compared with direct slicing.
+The peer is a plain loop that reads the same bytes as slicing and writes as many. The files are dropped from the page
+cache before each side. Both sides end with fsync.
 """
 
 import argparse
@@ -46,12 +46,12 @@ TEACHER = Shape(
     rotary_percent=0.5,
 )
 STUDENT = {"hidden_size": 3072, "ffn_hidden_size": 9216, "num_attention_heads": 24}
-PERIOD = 2**25 + 1  # values after which the weights repeat: odd, so that no two rows of a tensor are equal
+PERIOD = 2**25 + 1  # the weights repeat after this many values; odd, so that no two rows of a tensor are equal
 SAMPLE = ("model.embed_tokens.weight", "q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "input_layernorm.weight")
 
 
 def make_teacher(folder: Path, shape: Shape) -> None:
-    """A checkpoint of `shape` in shards, filled with a long row of random bf16 numbers over and over."""
+    """A checkpoint of `shape` in shards, filled by repeating a long row of random bf16 numbers."""
     table = architecture("nemotron")
     tensors = {name: ("BF16", size) for name, size in table.tensors(shape).items()}
     numbers = (torch.randn(PERIOD) * 0.02).bfloat16().view(torch.int16).numpy()
@@ -77,7 +77,7 @@ def make_teacher(folder: Path, shape: Shape) -> None:
 
 
 def drop_from_cache(*folders: Path) -> None:
-    """Make the next read of these folders' files come from the disk."""
+    """Drop the files of these folders from the page cache, so that the next read comes from the disk."""
     for file in (file for folder in folders for file in folder.rglob("*.safetensors")):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -86,7 +86,7 @@ def drop_from_cache(*folders: Path) -> None:
 
 
 def run_command(teacher: Path, output: Path, tokens: Path, layers: int) -> dict[str, dict[str, Any]]:
-    """The real command; provenance of both stages."""
+    """Run the real command; return the provenance of both stages."""
     command = [sys.executable, "-W", "ignore", "-m", "minitron_train", "prune", "+recipe=4b", f"teacher.path={teacher}"]
     command += ["calibration.num_samples=1", "calibration.seq_length=16", f"calibration.tokens={tokens}"]
     command += [f"output_dir={output}", f"model.num_layers={layers}"]
@@ -96,7 +96,7 @@ def run_command(teacher: Path, output: Path, tokens: Path, layers: int) -> dict[
 
 
 def kept(folder: Path, teacher: Shape, student: Shape) -> Keep:
-    """What the command kept."""
+    """Read the kept indices that the command wrote."""
     tensors = load_file(folder / "kept.safetensors")
     layers = tensors["layers"].tolist()
     by_layer: dict[str, Any] = {
@@ -124,7 +124,7 @@ def plain_copy(teacher: hf.HFFolder, keep: Keep, target: Path) -> tuple[int, int
 
 
 def sampled(names: list[str], num_layers: int) -> Iterator[str]:
-    """Names of tensors that are compared: every kind, in the first and the last layer."""
+    """Names of the tensors to compare: every kind, in the first and the last layer."""
     for name in names:
         layers = [int(part) for part in name.split(".") if part.isdigit()]
         if any(kind in name for kind in SAMPLE) and set(layers) <= {0, num_layers - 1}:
@@ -132,7 +132,7 @@ def sampled(names: list[str], num_layers: int) -> Iterator[str]:
 
 
 def verify(teacher: hf.HFFolder, keep: Keep, folder: Path) -> int:
-    """Compare sampled tensors with direct slicing of the teacher's; the number compared."""
+    """Compare sampled tensors with direct slicing of the teacher's; return how many were compared."""
     written, found = hf.HFFolder(folder), origins(teacher, keep)
     names = list(sampled(list(found), keep.student.num_layers))
     for name in names:
@@ -147,7 +147,7 @@ def verify(teacher: hf.HFFolder, keep: Keep, folder: Path) -> int:
 
 
 def disk_speed(folder: Path) -> tuple[float, float]:
-    """Sequential write and read of 2 GiB, GB/s, from and to the disk."""
+    """GB/s of a sequential write and read of 2 GiB, to and from the disk."""
     file, block = folder / "speed.safetensors", os.urandom(2**24)
     start_s = time.perf_counter()
     with file.open("wb", buffering=0) as out:
@@ -166,11 +166,10 @@ def disk_speed(folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Make, run, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one layer")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--folder", type=Path, help="where the disk space is; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder with enough disk space; default: a temporary folder")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     num_layers = 1 if arguments.quick else arguments.layers
@@ -187,7 +186,7 @@ def main() -> None:
 
 
 def measure(root: Path, num_layers: int) -> dict[str, Any]:
-    """All figures, in a scratch folder."""
+    """Measure all figures in a scratch folder."""
     source, output, tokens = root / "teacher", root / "out", root / "tokens.safetensors"
     source.mkdir()
     write_speed, read_speed = disk_speed(root)
@@ -196,7 +195,7 @@ def measure(root: Path, num_layers: int) -> dict[str, Any]:
     teacher = hf.HFFolder(source)
     drop_from_cache(source)
     stages = run_command(source, output, tokens, num_layers)
-    # the slicing stage alone, cold; the command above has just read the whole teacher for the scores
+    # slicing alone, with a cold cache: the command above has just read the whole teacher for the scores
     drop_from_cache(source)
     shutil.rmtree(output / "pruned")
     stages["prune"] = run_command(source, output, tokens, num_layers)["prune"]

@@ -1,10 +1,10 @@
-"""Scoring: peak memory of a 15B teacher that is streamed, and what the hooks cost.
+"""Peak memory of scoring a streamed 15B teacher, and the cost of the hooks.
 
     python benchmarks/speed/scoring.py [--quick] [--json FILE] [--layers N] [--tokens N] [--folder DIR]
 
-Memory: the real command `score` on a synthetic checkpoint of Nemotron-4 15B's shape (31 GB of disk; --layers for less,
---quick is 1 layer and 64 tokens), peak VmHWM from its provenance. Hooks: layers of SmolLM2's shape with random weights,
-forward with and without statistics, in turns on the same activations; the ratio of the shortest times.
+Memory: the peak VmHWM from the provenance of the real command `score`, on a synthetic checkpoint of Nemotron-4 15B's shape
+(31 GB of disk; --layers reduces it, --quick is 1 layer and 64 tokens). Hooks: layers of SmolLM2's shape with random weights
+run forward with and without statistics, alternating on the same activations; the figure is the ratio of the shortest times.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SMOLLM2 = Shape(
 
 
 class RandomSource:
-    """Random weights of a shape."""
+    """A weight source that draws random tensors of a shape."""
 
     def __init__(self, shape: Shape) -> None:
         self.sizes = architecture(shape.architecture).tensors(shape)
@@ -61,7 +61,7 @@ class RandomSource:
 
 @torch.no_grad()
 def hook_overhead(rounds: int) -> dict[str, float]:
-    """Seconds of the plain and of the watched forward, and their ratio minus one."""
+    """Seconds of the plain and of the watched forward pass, and their ratio minus one."""
     shortest = {"plain": float("inf"), "watched": float("inf")}
     with start(ParallelConfig(), World(), 1) as groups:
         layers = Layers(architecture("llama"), SMOLLM2, RandomSource(SMOLLM2), groups, resident=True)
@@ -93,13 +93,12 @@ def peak_memory(root: Path, num_layers: int, num_tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure both, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--folder", type=Path, help="where the disk space is; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder with enough disk space; default: a temporary folder")
     arguments = parser.parse_args()
     num_layers, num_tokens = (1, 64) if arguments.quick else (arguments.layers, arguments.tokens)
     hooks = hook_overhead(rounds=3 if arguments.quick else 15)

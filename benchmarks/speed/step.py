@@ -1,11 +1,11 @@
-"""How much of the machine's matrix rate a distillation step reaches, and where the rest goes.
+"""Fraction of the machine's matrix rate that a distillation step reaches, and the time of its parts.
 
     python benchmarks/speed/step.py [--quick] [--json FILE]
 
 A 57 M teacher and a 28 M student of the Nemotron architecture, vocabulary 8192, sequences of 256 tokens. Utilisation is
 the model's FLOPs (teacher forward, student forward and backward; causal attention counted at half) over wall seconds times
-the rate of matrix products, measured in this process in the same minute. Data, loss, optimizer and logging are
-inside. `checkpoint_stall` is what one asynchronous save costs the loop, over the default interval between saves.
+the rate of matrix products, which this process measures in the same minute. Data, loss, optimizer and logging are
+included. `checkpoint_stall` is the loop's time for one asynchronous save over the default interval between saves.
 """
 
 import os
@@ -57,11 +57,11 @@ Seconds = dict[str, float]
 
 
 def main() -> None:
-    """Measure one process with all cores, then the same cores as two tensor-parallel ranks."""
+    """Measure one process with all cores, then two tensor-parallel ranks on the same cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, within a minute")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # one of the two ranks, in this folder
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # run as one of the two ranks, in this folder
     arguments = parser.parse_args()
     num_steps = 4 if arguments.quick else 12
     if arguments.measure:
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def make_config(folder: Path, tp: int) -> Config:
-    """The run that is measured."""
+    """Configuration of the measured run."""
     config = Config(name="step", output_dir=str(folder), model=ModelConfig(init_std=0.02))
     config.train = TrainConfig(
         num_tokens=1000 * BATCH * SEQ_LENGTH, global_batch_size=BATCH, micro_batch_size=BATCH, seq_length=SEQ_LENGTH
@@ -103,7 +103,7 @@ def make_config(folder: Path, tp: int) -> Config:
 
 
 def measure(folder: Path, num_steps: int) -> None:
-    """Some steps of the trainer, every part timed; rank 0 writes tpN.json."""
+    """Time the parts of some steps of the trainer; rank 0 writes tpN.json."""
     world = read_world()
     config, target = make_config(folder, world.size), folder / f"run{world.size}"
     with start(config.parallel, world, config.seed) as groups, contextlib.ExitStack() as stack:
@@ -138,7 +138,7 @@ def measure(folder: Path, num_steps: int) -> None:
 
 
 def timed_step(trainer: Trainer, seconds: Seconds, *, save: bool) -> Seconds:
-    """One step as the loop does it, and the seconds of its parts."""
+    """Run one step as the loop does; return the seconds of its parts."""
     seconds.clear()
     begin_s = time.perf_counter()
     batch = trainer.stream.next_batch(BATCH)
@@ -166,7 +166,7 @@ def timed_step(trainer: Trainer, seconds: Seconds, *, save: bool) -> Seconds:
 
 
 def save_stall(trainer: Trainer, seconds: Seconds, step_s: float) -> float:
-    """Seconds that one save costs: its own step, and what the steps are slower during which it is written."""
+    """Seconds that one save costs: in its own step, and in the slower steps while it is written."""
     lost_s = timed_step(trainer, seconds, save=True)["total"] - step_s
     while trainer.groups.any(trainer.checkpoints.writing is not None):
         lost_s += timed_step(trainer, seconds, save=False)["total"] - step_s
@@ -175,7 +175,7 @@ def save_stall(trainer: Trainer, seconds: Seconds, step_s: float) -> float:
 
 @contextlib.contextmanager
 def watched(trainer: Trainer) -> Iterator[Seconds]:
-    """For a block, both models note the seconds of their forward passes."""
+    """Within this block both models record the seconds of their forward passes."""
     seconds: Seconds = defaultdict(float)
     begin: Seconds = {}
     handles = []
@@ -203,7 +203,6 @@ def gemm_gflops() -> float:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table."""
     whole, split = result["cases"]
     print(f"{'':20}{'one process':>14}{'two ranks, TP 2':>18}")
     for part in PARTS[:-1]:

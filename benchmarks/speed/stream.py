@@ -1,15 +1,15 @@
-"""The training stream: how fast it is beside what a trainer can consume, and what resuming costs, beside `datasets`.
+"""Speed of the training stream compared with a trainer's consumption, and the cost of resuming compared with `datasets`.
 
     python benchmarks/speed/stream.py [--quick] [--json FILE]
 
-Throughput: packed tokens per second of each kind of source, from the second batch on, by number of tokenising processes;
-`datasets` streams the same JSONL.gz and tokenises it in batches, without packing. The trainer is the most demanding one
-that can exist on this machine: it does nothing but the matrix products of a 28 M student's forward and backward and a 57 M
-teacher's forward pass at the rate of the fastest large GEMM on all cores (benchmarks/speed/step.py shows how close the real one
-comes). Resume: seconds from a saved state to the next batch, after a share of one large JSONL.gz.
+Throughput: packed tokens per second of each kind of source, from the second batch on, by number of tokenising processes.
+`datasets` streams the same JSONL.gz and tokenises it in batches, without packing. The trainer is the fastest possible one
+on this machine: it computes only the matrix products of a 28 M student's forward and backward pass and a 57 M teacher's
+forward pass, at the rate of the fastest large GEMM on all cores (benchmarks/speed/step.py measures the real one).
+Resume: seconds from a saved state to the next batch, after a fraction of one large JSONL.gz.
 """
 
-from step import SEQ_LENGTH, STUDENT, TEACHER, VOCAB, gemm_gflops  # isort: skip  # first: it sets the number of threads
+from step import SEQ_LENGTH, STUDENT, TEACHER, VOCAB, gemm_gflops  # isort: skip  # imported first, because it sets the number of threads
 
 import argparse
 import gzip
@@ -34,7 +34,7 @@ from minitron_train.data.stream import TokenStream
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 
 BATCH = 32
-SHARES = (0.01, 0.5, 0.9)  # of the file, after which a run is resumed
+SHARES = (0.01, 0.5, 0.9)  # fractions of the file after which a run is resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,9 @@ class Row:
 
 
 def main() -> None:
-    """Measure, print the tables, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small files, within a minute")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def trainer_tokens_per_second() -> float:
-    """Tokens per second that the matrix products of benchmarks/speed/step.py alone allow on all cores, at their best of ten."""
+    """Tokens per second if only the matrix products of benchmarks/speed/step.py took time, on all cores, best of ten."""
     flops = training_flops_per_token(STUDENT, SEQ_LENGTH) + forward_flops_per_token(TEACHER, SEQ_LENGTH)
     return max(gemm_gflops() for _ in range(10)) * 1e9 / flops
 
@@ -99,7 +98,7 @@ def rate(counts: Iterator[int], budget_s: float) -> float:
 
 
 def datasets_tokens(path: Path, tokenizer: Any) -> Iterator[int]:
-    """Tokens of each batch of documents, tokenised in this process, without end."""
+    """Tokens of each batch of documents, tokenised in this process, endlessly."""
     while True:
         for batch in open_datasets(path).iter(batch_size=32):
             yield sum(len(ids) for ids in tokenizer(batch["text"])["input_ids"])
@@ -153,7 +152,7 @@ WRITERS: dict[str, Callable[[Path, list[str], Any], Path]] = {
 
 
 def resume_seconds(folder: Path, documents: list[str], tokenizer: Any) -> dict[str, Any]:
-    """Seconds from a state to the next batch, after each share of one JSONL.gz; ours, and `datasets` by its own state."""
+    """Seconds from a state to the next batch, after each fraction of one JSONL.gz: ours, and `datasets` with its own state."""
     path = write_gzip(folder, documents, tokenizer)
     data = DataConfig(path=str(path), num_workers=0, cache_dir=str(folder / "cache"))
     start_s = time.perf_counter()
@@ -172,24 +171,24 @@ def resume_seconds(folder: Path, documents: list[str], tokenizer: Any) -> dict[s
         packer.position = {"epoch": 0, "unit": int(share * units)}
         state = stream.state_dict()
         found["state_bytes"] = len(json.dumps(state))
-        found["ours_s"].append(seconds(lambda s=state: go_on(data, tokenizer, s)))
+        found["ours_s"].append(seconds(lambda s=state: resume_ours(data, tokenizer, s)))
         rows = open_datasets(path)
         for _ in islice(rows, int(share * num_documents)):
             pass
         peer_state = rows.state_dict()
-        found["datasets_s"].append(seconds(lambda s=peer_state: go_on_datasets(path, s)))
+        found["datasets_s"].append(seconds(lambda s=peer_state: resume_datasets(path, s)))
     return found
 
 
-def go_on(data: DataConfig, tokenizer: Any, state: dict) -> None:
-    """A new stream, the state, the next batch."""
+def resume_ours(data: DataConfig, tokenizer: Any, state: dict) -> None:
+    """Open a new stream, load the state, read the next batch."""
     stream = TokenStream(data, tokenizer, seq_length=SEQ_LENGTH, seed=1)
     stream.load_state_dict(state)
     stream.next_batch(1)
 
 
-def go_on_datasets(path: Path, state: dict) -> None:
-    """A new stream of `datasets`, the state, the next document."""
+def resume_datasets(path: Path, state: dict) -> None:
+    """Open a new stream of `datasets`, load the state, read the next document."""
     rows = open_datasets(path)
     rows.load_state_dict(state)
     next(iter(rows))
@@ -206,7 +205,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def summarise(rows: list[Row], resume: dict[str, Any], trainer: float) -> dict[str, Any]:
-    """The flat figures and the rows they come from."""
+    """The flat figures and their rows."""
     slowest = min(row.tokens_per_second for row in rows if row.num_workers == 1)
     return {
         "consumption_ratio": slowest / trainer,
@@ -220,7 +219,6 @@ def summarise(rows: list[Row], resume: dict[str, Any], trainer: float) -> dict[s
 
 
 def show(figures: dict[str, Any]) -> None:
-    """The tables."""
     *rows, resume = figures["cases"]
     print(f"\n{'source':20} {'workers':>8} {'tokens/s':>12}")
     for row in rows:

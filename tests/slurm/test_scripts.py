@@ -69,7 +69,10 @@ def test_slurm_refuses_what_the_cluster_has_not(cluster: Cluster) -> None:
         (["micro", "train.lrr=1"], "unknown key 'train.lrr' (did you mean 'lr'?)"),
         (["micro", "train.lr=-1"], "train.lr=-1.0: must be greater than 0"),
         (["4b_from_8b"], "these parts have no path: web"),
-        (["micro", "train.lr=1e-3", "--nodes=2"], "--nodes=2: sbatch's options look like --nodes=2 and stand before"),
+        (
+            ["micro", "train.lr=1e-3", "--nodes=2"],
+            "--nodes=2: put sbatch's options before the settings, in the form --nodes=2",
+        ),
         ([], "usage: slurm/chain.sh RECIPE"),
     ],
 )
@@ -84,8 +87,8 @@ def test_mistakes_are_found_before_anything_is_queued(
     ("words", "message"),
     [
         (["+recipe=micrp"], "unknown recipe 'micrp' (did you mean 'micro'?)"),
-        (["+recipe=micro", "--nodes=2"], "--nodes=2: sbatch's options look like --nodes=2 and stand before"),
-        (["+recipe=micro", "-N2"], "-N2: sbatch's options look like"),
+        (["+recipe=micro", "--nodes=2"], "--nodes=2: put sbatch's options before the settings, in the form --nodes=2"),
+        (["+recipe=micro", "-N2"], "-N2: put sbatch's options before"),
         (["+recipe=4b_from_8b"], "these parts have no path: web"),
     ],
 )
