@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minitron_train.config import Config, OnNonFinite
 from minitron_train.data.stream import Batch, TokenStream
-from minitron_train.distillation.step import Objective
+from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
@@ -114,43 +115,49 @@ class Trainer:
         return row
 
     def forward_backward(self, batch: Batch) -> Metrics:
-        """Gradients of the loss, summed over the global batch's tokens and divided by the number of valid ones."""
+        """Compute the gradients of the mean loss over the global batch's valid tokens. Returns the mean of each loss part."""
         self.optimizer.zero_grad()
         batch = to_device(batch, self.groups.device)
         num_tokens = self.groups.sum_over_data(batch.mask_BS.count_nonzero().double()).clamp(min=1)
         parts = micro_batches(batch, self.config.train.micro_batch_size)
         weight = self.hidden_weight(parts)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
+        sums: LossSums = {}
         for k, part in enumerate(parts):
             with self.optimizer.no_sync() if k < len(parts) - 1 else contextlib.nullcontext():
                 losses = self.objective(part, weight)
                 (losses.total / num_tokens.to(losses.total.dtype)).backward()
-            sums += losses.sums
-        loss, kd_loss, ce_loss, hidden_loss = (self.groups.sum_over_data(sums) / num_tokens).tolist()
-        spec = self.objective.spec
-        row: Metrics = {"loss": loss}
-        row |= {"kd_loss": kd_loss if spec.kd_weight else None, "ce_loss": ce_loss if spec.ce_weight else None}
+            sums = add(sums, losses.sums)
+        means = self.total_over_data(sums, num_tokens)
+        row: Metrics = means | dict.fromkeys(self.objective.unused)
         if self.objective.hidden is not None:
-            row |= {"hidden_loss": hidden_loss, "hidden_weight": weight}
-            if math.isfinite(loss):
-                self.state.hidden_weight = ratio(loss - weight * hidden_loss, hidden_loss)
+            row["hidden_weight"] = weight
+            if math.isfinite(means["loss"]):
+                self.state.hidden_weight = ratio(means["loss"] - weight * means["hidden_loss"], means["hidden_loss"])
         return row
 
-    def hidden_weight(self, parts: list[Batch]) -> float:
-        """Weight of the hidden-state loss: the configured one, or L_logits / L_is of the step before (arXiv 2407.14679 §3).
+    def total_over_data(self, sums: LossSums, num_tokens: Tensor | float = 1.0) -> dict[str, float]:
+        """Sum each loss part over the data-parallel ranks and divide it by `num_tokens`; collective."""
+        return dict(
+            zip(sums, (self.groups.sum_over_data(torch.stack([*sums.values()])) / num_tokens).tolist(), strict=True)
+        )
 
-        Of the step before, and over the global batch, so that it depends neither on micro batches nor on ranks. The
-        first step measures it on its own batch.
+    def hidden_weight(self, parts: list[Batch]) -> float:
+        """Return the weight of the hidden-state loss: the configured one, or L_logits / L_is (arXiv 2407.14679 §3).
+
+        The ratio is taken over the previous step's global batch, so that it depends neither on the micro-batch size nor on
+        the number of ranks. The first step measures it on its own batch.
         """
         if self.objective.hidden is None:
             return 0.0
         if self.config.distill.hidden_weight is not None:
             return self.config.distill.hidden_weight
         if self.state.hidden_weight is None:
+            sums: LossSums = {}
             with torch.no_grad():
-                sums = torch.stack([self.objective(part).sums for part in parts]).sum(0)
-            total, _, _, hidden = self.groups.sum_over_data(sums).tolist()
-            self.state.hidden_weight = ratio(total, hidden)
+                for part in parts:
+                    sums = add(sums, self.objective(part).sums)
+            totals = self.total_over_data(sums)
+            self.state.hidden_weight = ratio(totals["loss"], totals["hidden_loss"])
         return self.state.hidden_weight
 
     def update(self, row: Metrics, batch: Batch) -> Metrics:
