@@ -24,7 +24,7 @@ from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import copy_to_host
 from minitron_train.train.export import Saved, SavedTensors, default_dtype, export_checkpoint, find_checkpoint
-from minitron_train.train.run import leave_mark
+from minitron_train.train.run import exit_to_resume
 from tests.support.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
 
@@ -142,7 +142,7 @@ def test_what_lies_beside_a_gpu_is_copied_once(monkeypatch: pytest.MonkeyPatch) 
 def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -> None:
     for path in files.finished(broken_off / "checkpoints"):
         flip(path / "__0_0.distcp")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="all checkpoints are damaged"):
         run(training, broken_off)
 
 
@@ -205,7 +205,7 @@ def test_a_stopped_run_says_how_to_go_on(
     trainer: Any = MagicMock(num_steps=9, config=Config(force=force))
     trainer.state.step = 5
     with pytest.raises(SystemExit):
-        leave_mark(trainer, "SIGTERM", tmp_path)
+        exit_to_resume(trainer, "SIGTERM", tmp_path)
     assert f"SIGTERM: saved at step 5 of 9; {again}" in capsys.readouterr().out
 
 
@@ -345,7 +345,7 @@ def test_no_room_is_seen_before_writing(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("minitron_train.train.checkpoint.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="free space and run again"):
+    with pytest.raises(UserError, match="free disk space and run again"):
         run(training, tmp_path)
     assert "has 1,000 bytes free" in capsys.readouterr().out
 
@@ -384,7 +384,7 @@ def test_export_of_an_untrained_student_is_the_student(tmp_path: Path, family: s
 
 
 def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no training checkpoint"):
+    with pytest.raises(UserError, match="contains no training checkpoint"):
         find_checkpoint(tmp_path, tmp_path, trust_external=False)
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
         export_checkpoint(Saved(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")

@@ -66,7 +66,7 @@ def test_a_teacher_whose_shape_nobody_knows_yet(said: Said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "message"), [("prune", "no teacher in .*; run .* fetch"), ("export", "holds no training checkpoint")]
+    ("command", "message"), [("prune", "no teacher in .*; run .* fetch"), ("export", "contains no training checkpoint")]
 )
 def test_a_stage_without_its_input_is_refused_as_ever(said: Said, command: str, message: str) -> None:
     """No stage of this dry run makes the input."""
