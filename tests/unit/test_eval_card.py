@@ -163,10 +163,10 @@ def test_snippet_runs(run: Path) -> None:
 def test_serving_rules(run: Path) -> None:
     folder = run / "student"
     assert serving_problems(folder) == [] == serving_problems(folder, 4)
-    assert any("not divisible by tensor parallelism 3" in problem for problem in serving_problems(folder, 3))
+    assert any("not divisible by the tensor-parallel size 3" in problem for problem in serving_problems(folder, 3))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    assert serving_problems(folder) == ["config.json says dtype bfloat16, the tensors are float32"]
+    assert serving_problems(folder) == ["config.json has dtype bfloat16, but the tensors are float32"]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").unlink()
     assert serving_problems(folder) == ["tokenizer.json is missing"]

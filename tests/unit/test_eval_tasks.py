@@ -65,8 +65,8 @@ def test_tasks_that_the_model_cannot_answer_are_reported_with_the_reason(data_di
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"do_sample": True, "temperature": 0.2}, "asks for sampling"),
-        ({"temperature": 0.7}, "asks for sampling"),
+        ({"do_sample": True, "temperature": 0.2}, "requires sampling"),
+        ({"temperature": 0.7}, "requires sampling"),
         ({"do_sample": False, "temperature": 1}, None),  # greedy, says lm-eval
         ({"max_new_tokens": 512}, "generates 512 tokens, the model's context has 512"),
         ({"max_tokens": 511}, None),
@@ -220,7 +220,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"rows\.jsonl\.gz: damaged"):
             read_splits(files={"test": str(packed)})
     lines.write_text("")
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="has no rows"):
         read_splits(files={"test": str(lines)})
 
 
@@ -271,7 +271,7 @@ def test_the_first_rank_decides_loads_and_runs_programs_for_all(
         found.append((sorted(chosen.tasks["tasks"]), chosen.leaves, chosen.data, chosen.not_run, metrics))
         groups.is_first = False
     assert found[0] == found[1] and found[0][0] == ["arc_challenge", "humaneval"]
-    assert found[0][3] == {"mbpp": "the hub gave no data: no such set"}
+    assert found[0][3] == {"mbpp": "the hub returned no data: no such set"}
     assert asked == [True] and (offline[0], offline[-1]) == (False, True)
     assert metrics == {"pass_at_1": 1.0} and runs.read_text() == "x"
 
