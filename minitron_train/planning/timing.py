@@ -18,7 +18,7 @@ PASSES = {
     "squared_relu": 4,
     "silu": 7,
 }  # tensors of a given width that one layer's forward pass reads or writes
-LOGIT_PASSES = {  # fp32 elements read or written per logit, forward and backward: (at temperature 1, extra at others)
+LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward, extra at a temperature other than 1)
     "forward_kl": (32, 8),
     "reverse_kl": (33, 6),
     "jsd": (72, 4),
