@@ -403,6 +403,8 @@ def test_tasks_with_another_judge_are_not_isolated() -> None:
     other: Any = SimpleNamespace(cfg={"unsafe_code": True}, yaml_path=Path("/lm_eval/humaneval_plus.yaml"))
     ours: Any = SimpleNamespace(cfg={"unsafe_code": True}, yaml_path=OWN / "humaneval.yaml")
     reason = why_not(other, EvalConfig(allow_code_execution=True), 4096)
-    assert reason is not None and reason.endswith("which does not isolate them; allow it with eval.allow_code_execution=unsafe")
+    assert reason is not None and reason.endswith(
+        "which does not isolate them; allow it with eval.allow_code_execution=unsafe"
+    )
     assert why_not(ours, EvalConfig(allow_code_execution=True), 4096) is None
     assert why_not(other, EvalConfig(allow_code_execution="unsafe"), 4096) is None
