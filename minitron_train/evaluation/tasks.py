@@ -209,7 +209,7 @@ def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None, 
         source = "local" if not missing[name] else "hub" if found.online else "cache"
         found.data[name] = {"source": source, "sha256": hash_files(files)} | splits_of(manager, files)
         if source == "cache":
-            where = data_dir or "eval.data_dir (not given)"
+            where = data_dir or "eval.data_dir (not set)"
             some = f" for {missing[name][0]} and {len(missing[name]) - 1} more" if len(missing[name]) > 1 else ""
             found.lacking[name] = f"no data in {where}{some}, and {NO_HUB}"
     return found

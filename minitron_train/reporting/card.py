@@ -89,7 +89,7 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
         "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
         "name": run.name,
         "teacher_name": teacher_name(run)
-        or f"a teacher{' that the same run trained from scratch' if run.stage('pretrain') else ''}",
+        or f"a teacher{' that was pretrained in the same run' if run.stage('pretrain') else ''}",
         "license": license_name,
         "student": student,
         "teacher": run.models.get("teacher"),

@@ -69,10 +69,10 @@ def perplexity_of(run: Run, label: str) -> float | None:
 
 
 def not_run(run: Run) -> list[str]:
-    """Return lines such as "MMLU: not run: no data …", once for all models with the same reason."""
+    """Return lines such as "MMLU was not run: no data …", once for all models with the same reason."""
     scores = {task: [score_of(run, label, task) for label in run.labels] for task in tasks_of(run)}
     lines = (
-        f"{task_name(task)}: not run: {score.reason}"
+        f"{task_name(task)} was not run: {score.reason}"
         for task, found in scores.items()
         for score in found
         if score.value is None and score.reason

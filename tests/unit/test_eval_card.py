@@ -81,7 +81,7 @@ def test_every_figure_is_that_of_a_file(run: Path) -> None:
     for figure in ("1,023 sequences of 511", "522,753 tokens", "75.0 %", "25.0 %", "neurons per network", "l2"):
         assert figure in text, figure
     assert "| HellaSwag (acc_norm) | 43.2 ± 2.0 % | 34.6 ± 3.0 % | 612 | 10 | 75.0 % (10-shot) |" in text
-    assert "GSM8K: not run: no data here." in text
+    assert "GSM8K was not run: no data here." in text
     sizes = json.loads((run / "student" / "config.json").read_text())
     assert f"| MLP neurons | {sizes['intermediate_size']} | 160 |" in text
 

@@ -212,7 +212,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         check_columns("hellaswag", local_files("hellaswag", tmp_path))
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not a JSON object"):
         read_splits(files={"test": str(lines)})
     packed = tmp_path / "rows.jsonl.gz"
     for damaged in (b"no gzip", gzip.compress(b'{"a": 1}\n' * 99)[:-9], gzip.compress(b"\xff\n")):
@@ -285,7 +285,7 @@ def test_data_that_only_the_first_rank_has_are_named(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
     manager: Any = SimpleNamespace(load=refuse)
-    with pytest.raises(UserError, match=r"data of arc_easy, this one does not \(no such set\); put eval.data_dir and"):
+    with pytest.raises(UserError, match=r"data of arc_easy, this rank does not \(no such set\); put eval.data_dir and"):
         module.load_next(module.TaskSet(), manager, ["arc_easy"], online=True)
     assert offline == [True, False]  # the cache before the hub
 

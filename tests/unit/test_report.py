@@ -198,7 +198,7 @@ def test_page_holds_the_measured_numbers(output_dir: Path) -> None:
         "43.0 ± 4.9 % 28.0 ± 4.9 % 36.0 ± 4.9 % 83.7 % 100 0",
         "26.0 ± 3.0 %",
         "mmlu stem 21.0 ± 2.0 %",
-        "ARC-C: not run: no data in <eval_data>",
+        "ARC-C was not run: no data in <eval_data>",
         "24 of 32 channels were kept",
         "12 of 24 heads were kept",
         "96 of 192 neurons were kept",
@@ -372,7 +372,7 @@ def test_summary_table(output_dir: Path) -> None:
     assert rows["student"] == ["student", student, "1.5 MB", "26.90", "36.0 ± 4.9 %", "26.0 ± 3.0 %", "not run"]
     assert lines[0].split() == ["HellaSwag", "MMLU", "ARC-C"] and lines[1].split() == ["acc_norm", "acc"]
     assert "100 rows" in lines[2] and "285 rows" in lines[2]
-    assert lines[-1] == "ARC-C: not run: no data in <eval_data>"
+    assert lines[-1] == "ARC-C was not run: no data in <eval_data>"
 
 
 def test_models_elsewhere_are_found(tmp_path: Path) -> None:
