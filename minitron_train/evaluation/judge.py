@@ -108,29 +108,29 @@ class Program:
 class Remote:
     """A proxy in the tests for an object of the program. It compares equal only to itself."""
 
-    __slots__ = ("_asks", "_number")
+    __slots__ = ("_ask", "_number")
 
-    def __init__(self, asks: "Asks", number: int) -> None:
-        object.__setattr__(self, "_asks", asks)
+    def __init__(self, ask: "Requester", number: int) -> None:
+        object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._asks("call", self, arguments, named)
+        return self._ask("call", self, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        return self._asks("get", self, name)
+        return self._ask("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._asks("set", self, name, value)
+        self._ask("set", self, name, value)
 
     def __iter__(self) -> Any:
-        return iter(self._asks("list", self))
+        return iter(self._ask("list", self))
 
     def __getitem__(self, key: Any) -> Any:
-        return self._asks("item", self, key)
+        return self._ask("item", self, key)
 
     def __len__(self) -> int:
-        return self._asks("len", self)
+        return self._ask("len", self)
 
     def __bool__(self) -> bool:
         return True
@@ -142,7 +142,7 @@ class Remote:
         return hash(self._number)
 
 
-class Asks:
+class Requester:
     """Sends requests of the tests to the program."""
 
     def __init__(self, end: socket.socket) -> None:
@@ -179,17 +179,17 @@ class Asks:
 def judge(end: socket.socket, text: str) -> bool:
     """Whether the program runs to its end and then passes the tests."""
     try:
-        asks = Asks(end)
-        if asks.link.receive() != "ready":
+        ask = Requester(end)
+        if ask.link.receive() != "ready":
             return False
-        exec(text, imported(asks, text))
-        asks("find", [])  # a test that expects any error also passes if the program has died, so check that it lives
+        exec(text, imported(ask, text))
+        ask("find", [])  # a test that expects any error also passes if the program has died, so check that it lives
     except BaseException:
         return False
     return True
 
 
-def imported(asks: Asks, text: str) -> dict[str, Any]:
+def imported(ask: Requester, text: str) -> dict[str, Any]:
     """Return the program's globals that the tests name.
 
     Modules are replaced by the real ones. A built-in name is taken from the program only if the program defines no other
@@ -203,13 +203,13 @@ def imported(asks: Asks, text: str) -> dict[str, Any]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
     built_in = {name for name in names if hasattr(builtins, name)}
-    space = found(asks, names - built_in) or found(asks, built_in)
+    space = found(ask, names - built_in) or found(ask, built_in)
     for name in owners & set(space) & sys.stdlib_module_names:
         space[name] = importlib.import_module(name)
     return space
 
 
-def found(asks: Asks, names: set[str]) -> dict[str, Any]:
+def found(ask: Requester, names: set[str]) -> dict[str, Any]:
     """Return the named globals of the program, without any others that it adds to its answer (`abs`, `__builtins__`)."""
-    answer = asks("find", sorted(names))
+    answer = ask("find", sorted(names))
     return {name: answer[name] for name in names if name in answer}

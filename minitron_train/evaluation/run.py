@@ -22,14 +22,14 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
 from minitron_train.runtime.records import Count, read_record
 from minitron_train.stages.run import PROVENANCE
-from minitron_train.train.export import Saved
+from minitron_train.train.export import VerifiedCheckpoint
 
 
 def evaluate_model(
     config: Config,
     groups: Groups,
     *,
-    model: Path | Saved,
+    model: Path | VerifiedCheckpoint,
     label: str,
     folder: Path,
     data_dir: Path | None,
@@ -151,7 +151,7 @@ def run_tasks(
     return report, list(items(raw))
 
 
-class Ends(TypedDict, total=False):
+class EndTokens(TypedDict, total=False):
     """The one field that is read from generation_config.json or config.json."""
 
     eos_token_id: Count | list[Count] | None
@@ -165,7 +165,7 @@ def end_tokens(folder: Path) -> frozenset[int]:
     """
     for name in ("generation_config.json", "config.json"):
         try:
-            found = read_record(folder / name, Ends, "copy the file again").get("eos_token_id")
+            found = read_record(folder / name, EndTokens, "copy the file again").get("eos_token_id")
         except FileNotFoundError:
             continue
         if found is not None:

@@ -12,7 +12,7 @@ from minitron_train.hf import HFFolder, fingerprint, read_json, shape_from_confi
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
-from minitron_train.train.export import Saved, SavedTensors, find_checkpoint, saved_name
+from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint, saved_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Origin:
 class SavedSource:
     """Reads Hugging Face tensors from a training checkpoint, one at a time."""
 
-    def __init__(self, checkpoint: Saved, table: Architecture, shape: Shape) -> None:
+    def __init__(self, checkpoint: VerifiedCheckpoint, table: Architecture, shape: Shape) -> None:
         self.saved, self.shape = SavedTensors(checkpoint), shape
         self.rows = {
             name.format(i=i): (row, i) for row in table.rows_of(shape) for i in row.layers(shape) for name in row.hf
@@ -73,7 +73,7 @@ def is_training(path: Path) -> bool:
     return (path / checkpoint_files.MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
-def locate(path: Path, output_dir: Path, *, trust_external: bool) -> Path | Saved:
+def locate(path: Path, output_dir: Path, *, trust_external: bool) -> Path | VerifiedCheckpoint:
     """Resolve `eval.model`: a Hugging Face folder, a checkpoint, or a run, whose newest undamaged checkpoint is used.
 
     Never call it for a folder that must be a model, such as teacher.path, because it may return a checkpoint.
@@ -84,7 +84,7 @@ def locate(path: Path, output_dir: Path, *, trust_external: bool) -> Path | Save
     return find_checkpoint(path, output_dir, trust_external=trust_external) if is_training(path) else path
 
 
-def open_origin(model: Path | Saved) -> Origin:
+def open_origin(model: Path | VerifiedCheckpoint) -> Origin:
     """Open a Hugging Face folder or a checkpoint from `locate`. Only headers are read.
 
     Raises:

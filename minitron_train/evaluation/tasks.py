@@ -70,7 +70,7 @@ def load_tasks(
     Raises:
         UserError: an unknown task, a local file without a required column, or data that only rank 0 has.
     """
-    on_rank0 = groups.on_rank0 if groups else alone
+    on_rank0 = groups.on_rank0 if groups else run_here
     manager = index_of(evaluation)
     found = on_rank0(lambda: survey(manager, evaluation, data_dir, max_length))
     chosen = TaskSet(tasks={"tasks": {}, "groups": {}, "group_map": {}})
@@ -91,7 +91,7 @@ def load_tasks(
     return chosen
 
 
-def alone(work: Callable[[], T]) -> T:
+def run_here(work: Callable[[], T]) -> T:
     """Replaces Groups.on_rank0 in a single process."""
     return work()
 

@@ -43,7 +43,7 @@ BASES: tuple[Any, ...] = (
 )  # a subclass is sent as its base
 
 
-class Lost(BaseException):
+class ConnectionLost(BaseException):
     """The other process has ended or sent an invalid message. It is not an Exception, so that no test can expect it."""
 
 
@@ -63,7 +63,7 @@ class Link:
 
         Raises:
             ValueError: the message exceeds MAX_BYTES.
-            Lost: the other process has ended.
+            ConnectionLost: the other process has ended.
         """
         data = json.dumps(self.encode(message)).encode("ascii")
         if len(data) > MAX_BYTES:
@@ -71,17 +71,17 @@ class Link:
         try:
             self.end.sendall(struct.pack(">Q", len(data)) + data)
         except OSError:
-            raise Lost from None
+            raise ConnectionLost from None
 
     def receive(self) -> Any:
-        """Return the next message. Raises Lost if the other process has ended or the message is invalid."""
+        """Return the next message. Raises ConnectionLost if the other process has ended or the message is invalid."""
         (size,) = struct.unpack(">Q", self._read(8))
         if size > MAX_BYTES:
-            raise Lost
+            raise ConnectionLost
         try:
             return self.decode(json.loads(self._read(size)))
         except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-            raise Lost from None
+            raise ConnectionLost from None
 
     def _read(self, size: int) -> bytes:
         data = bytearray()
@@ -89,9 +89,9 @@ class Link:
             try:
                 part = self.end.recv(min(size - len(data), 1 << 20))
             except OSError:
-                raise Lost from None
+                raise ConnectionLost from None
             if not part:
-                raise Lost
+                raise ConnectionLost
             data += part
         return bytes(data)
 

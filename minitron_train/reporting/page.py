@@ -50,7 +50,7 @@ def lede(run: Run) -> str:
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher is None:
         return "This output folder has no teacher yet."
-    name = teacher_name(run) or ("A teacher trained here" if "pretrain" in run.metrics else "The teacher")
+    name = teacher_name(run) or ("A teacher pretrained in this run" if "pretrain" in run.metrics else "The teacher")
     text = f"{name} ({teacher.shape.architecture}, {numbers.short(teacher.parameters)} parameters)"
     if student is None:
         return f"{text} has not been pruned yet."

@@ -219,7 +219,7 @@ class CheckpointManager:
         """
         paths = self.groups.on_rank0(lambda: files.finished(self.folder))  # other nodes may have a stale listing
         for path in paths:
-            wrong = files.damage(path, self.groups.rank, self.groups.world_size)
+            wrong = files.find_damage(path, self.groups.rank, self.groups.world_size)
             if wrong:
                 print(f"checkpoint {path.name} is damaged: {wrong}; falling back to the previous one", flush=True)
             if self.groups.any(wrong is not None):
@@ -227,7 +227,7 @@ class CheckpointManager:
             self._check_settings(path)
             with cpu.cuda_means_cpu():
                 loaded = safe_load.load(make_template(), path)
-            self.groups.on_rank0(partial(files.settle, path, self.settings, self.best_metric))
+            self.groups.on_rank0(partial(files.make_newest, path, self.settings, self.best_metric))
             return loaded
         if paths:
             raise UserError(f"{self.folder}: all checkpoints are damaged; remove the folder to train from the start")
@@ -279,7 +279,7 @@ class CheckpointManager:
             try:
                 path = files.checkpoint_path(self.folder, writing.manifest["step"])
                 files.publish(writing.folder, path, writing.manifest)
-                files.tidy(self.folder, self.settings, self.best_metric)
+                files.remove_old(self.folder, self.settings, self.best_metric)
             except (OSError, UserError) as caught:  # UserError: from atomic_write_text
                 error = caught
         if self.groups.any(error is not None):

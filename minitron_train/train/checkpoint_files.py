@@ -128,11 +128,11 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     scratch.rename(path)
     sync_path(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    point(path.parent / "latest", path)
+    write_pointer(path.parent / "latest", path)
     drop_replaced(path.parents[1])
 
 
-def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+def find_damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """Describe the damage of a checkpoint, or return None. Rank `share` of `shares` ranks reads every `shares`-th file."""
     try:
         files = read_manifest(path)["files"]
@@ -162,7 +162,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def settle(path: Path, settings: CheckpointConfig, best_metric: BestMetric) -> None:
+def make_newest(path: Path, settings: CheckpointConfig, best_metric: BestMetric) -> None:
     """Make the resumed checkpoint `path` the newest one, and complete the cleanup that a kill may have interrupted.
 
     Newer checkpoints are damaged. They are removed, so that they count neither as the newest nor as the best.
@@ -170,11 +170,11 @@ def settle(path: Path, settings: CheckpointConfig, best_metric: BestMetric) -> N
     for newer in finished(path.parent):
         if newer > path:
             remove(newer)
-    point(path.parent / "latest", path)
-    tidy(path.parent, settings, best_metric)
+    write_pointer(path.parent / "latest", path)
+    remove_old(path.parent, settings, best_metric)
 
 
-def point(name: Path, path: Path) -> None:
+def write_pointer(name: Path, path: Path) -> None:
     """Write the name of the checkpoint `path` into the text file `name` (latest or best)."""
     text = path.name + "\n"
     if not name.is_file() or name.read_bytes() != text.encode():
@@ -194,13 +194,13 @@ def recover(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path, settings: CheckpointConfig, best_metric: BestMetric) -> None:
+def remove_old(folder: Path, settings: CheckpointConfig, best_metric: BestMetric) -> None:
     """Keep the `checkpoint.keep` newest and the `checkpoint.keep_best` best checkpoints, and let `best` name the best one."""
     paths = finished(folder)
     ranks = {path: best_metric.rank(evaluation_of(path).get(best_metric.name)) for path in paths}
     best = sorted((path for path in paths if math.isfinite(ranks[path])), key=lambda path: (ranks[path], path.name))
     if best and settings.keep_best:
-        point(folder / "best", best[0])
+        write_pointer(folder / "best", best[0])
     else:
         with disk_errors(folder / "best"):
             (folder / "best").unlink(missing_ok=True)

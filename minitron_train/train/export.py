@@ -36,7 +36,7 @@ RUNS = ("train", "pretrain/train")  # training folders of an output folder
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class VerifiedCheckpoint:
     """A checkpoint that is safe to load. Only `find_checkpoint` creates one.
 
     Its files match their hashes. It belongs to a training of this output folder, or checkpoint.trust_external is set.
@@ -58,7 +58,7 @@ class Saved:
 class SavedTensors:
     """The tensors of one checkpoint, read on demand."""
 
-    def __init__(self, checkpoint: Saved) -> None:
+    def __init__(self, checkpoint: VerifiedCheckpoint) -> None:
         self.path = checkpoint.path
         metadata = read_metadata(self.path)
         self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data or {}
@@ -138,7 +138,7 @@ def saved_name(mcore: str) -> str:
     return mcore.replace(".{i}", "")
 
 
-def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> Saved:
+def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> VerifiedCheckpoint:
     """Find and verify a checkpoint. The function reads all of its bytes, so call it once, on one rank.
 
     Args:
@@ -160,9 +160,9 @@ def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> 
             "that training's folder, or set checkpoint.trust_external=true if you trust its author"
         )
     for path in found:
-        wrong = files.damage(path)
+        wrong = files.find_damage(path)
         if wrong is None:
-            return Saved(path)
+            return VerifiedCheckpoint(path)
         if is_one:
             raise UserError(f"{source}: {wrong}; name another checkpoint in export.checkpoint")
         say(f"checkpoint {path.name} is damaged: {wrong}; falling back to the previous one")
@@ -179,7 +179,7 @@ def is_own(path: Path, output_dir: Path) -> bool:
     return False
 
 
-def export_checkpoint(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[str, Any]:
+def export_checkpoint(checkpoint: VerifiedCheckpoint, target: Path, dtype: str | None = None) -> dict[str, Any]:
     """Write the student's weights, config.json and tokenizer into the empty folder `target`.
 
     Args:

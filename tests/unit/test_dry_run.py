@@ -15,7 +15,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files
-from minitron_train.train.export import Saved
+from minitron_train.train.export import VerifiedCheckpoint
 from tests.support.models import save_tiny
 
 MADE = ["score", "prune", "distill", "export", "eval teacher", "eval pruned", "eval student"]
@@ -88,7 +88,7 @@ def test_an_export_that_was_done_is_finished(said: Said, monkeypatch: pytest.Mon
         path.mkdir(parents=True)
         (path / checkpoint_files.MANIFEST).write_text(f'{{"step": {step}, "files": {{}}, "belongs_to": {{}}}}')
 
-    def write(checkpoint: Saved, folder: Path, dtype: str | None) -> Mapping[str, Any]:
+    def write(checkpoint: VerifiedCheckpoint, folder: Path, dtype: str | None) -> Mapping[str, Any]:
         return {"checkpoint": checkpoint.path.name}
 
     save_tiny("nemotron", said.folder / "train" / "checkpoints" / "model")

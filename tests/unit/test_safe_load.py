@@ -21,7 +21,7 @@ from minitron_train.runtime.launch import World
 from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
-from minitron_train.train.export import Saved, SavedTensors, find_checkpoint
+from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint
 from tests.support.models import save_tiny
 from tests.support.training import Material, make_material, run
 
@@ -129,7 +129,7 @@ def test_export_and_eval_refuse_metadata(tmp_path: Path, what: str, monkeypatch:
     content, said = METADATA[what]
     (tmp_path / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     with pytest.raises(UserError, match=said) as refusal:
-        SavedTensors(Saved(tmp_path))
+        SavedTensors(VerifiedCheckpoint(tmp_path))
     assert ".metadata: " in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "mark").exists()
 
@@ -194,7 +194,7 @@ def test_pieces_that_are_not_the_tensor_are_refused(trained: tuple[Material, Pat
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     os.mkfifo(path / "pipe")
     with pytest.raises(UserError, match=said) as refusal:
-        SavedTensors(Saved(path)).read(EMBEDDING)
+        SavedTensors(VerifiedCheckpoint(path)).read(EMBEDDING)
     assert "\n" not in str(refusal.value)
 
 
@@ -204,7 +204,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path) -> No
     path.mkdir()
     noted = {"bytes": 1, "sha256": sha256_file(tmp_path / "secret")}
     (path / files.MANIFEST).write_text(json.dumps({"step": 1, "belongs_to": {}, "files": {"../secret": noted}}))
-    assert "is unreadable" in str(files.damage(path)) and "`key` in `$.files`" in str(files.damage(path))
+    assert "is unreadable" in str(files.find_damage(path)) and "`key` in `$.files`" in str(files.find_damage(path))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_only_the_output_folders_own_trainings_are_loaded(tmp_path: Path) -> Non
         open_origin(find_checkpoint_with_model(paths["teacher"], out))
 
 
-def find_checkpoint_with_model(path: Path, out: Path) -> Saved:
+def find_checkpoint_with_model(path: Path, out: Path) -> VerifiedCheckpoint:
     """The checkpoint, vouched for by the user, with a model's config.json beside."""
     save_tiny("nemotron", path.parent / "model")
     return find_checkpoint(path, out, trust_external=True)
