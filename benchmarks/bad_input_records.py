@@ -95,19 +95,19 @@ SINGLE = [
     Case(
         "manifest that is a list",
         EXPORT,
-        "holds no training checkpoint|manifest",
+        "contains no training checkpoint|manifest",
         (*TRAINED, write(f"{STEP}/manifest.json", "[1]")),
     ),
     Case(
         "manifest that names a file elsewhere",
         EXPORT,
-        "holds no training checkpoint|manifest",
+        "contains no training checkpoint|manifest",
         (*TRAINED, edit(f"{STEP}/manifest.json", files={"../secret": {"bytes": 1, "sha256": "c"}})),
     ),
     Case(
         "metadata of a checkpoint that would run code",
         EXPORT,
-        r"names posix\.system, which no checkpoint of this program holds",
+        r"uses posix\.system, which no checkpoint of this program contains",
         (*TRAINED, write(f"{STEP}/.metadata", pickle.dumps(Hostile())), sign(STEP)),
     ),
     Case(
@@ -119,31 +119,31 @@ SINGLE = [
     Case(
         "metadata of another thing",
         EXPORT,
-        "holds no checkpoint metadata",
+        "contains no checkpoint metadata",
         (*TRAINED, write(f"{STEP}/.metadata", pickle.dumps({"a": 1})), sign(STEP)),
     ),
     Case(
         "hostile checkpoint resumed",
         f"distill {MICRO} train.num_tokens=4096",
-        r"names posix\.system",
+        r"uses posix\.system",
         (*UNFINISHED, write(f"{STEP}/.metadata", pickle.dumps(Hostile())), sign(STEP)),
     ),
     Case(
         "checkpoint of another output folder",
         f"{EXPORT} output_dir=other export.checkpoint=out/train",
-        "is no training of output_dir=.*checkpoint.trust_external=true",
+        "does not belong to a training in output_dir=.*checkpoint.trust_external=true",
         TRAINED,
     ),
     Case(
         "training of another output folder evaluated",
         f"eval {MICRO} output_dir=other eval.model=out/train",
-        "is no training of output_dir=.*checkpoint.trust_external=true",
+        "does not belong to a training in output_dir=.*checkpoint.trust_external=true",
         TRAINED,
     ),
     Case(
         "checkpoints in a model's folder",
         f"{EXPORT} export.checkpoint=out/teacher/checkpoints/step_00000008",
-        "is no training of output_dir=",
+        "does not belong to a training in output_dir=",
         (*TRAINED, copy_folder("out/train/checkpoints", "out/teacher/checkpoints")),
     ),
     Case(

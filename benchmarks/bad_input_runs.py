@@ -23,13 +23,13 @@ RESULTS = [
     Case(
         "checkpoint cut off",
         f"export {MICRO}",
-        "holds no training checkpoint",
+        "contains no training checkpoint",
         (*TRAINED, cut_off("out/train/checkpoints/step_*/*.distcp")),
     ),
     Case(
         "checkpoint changed",
         f"distill {MICRO} train.num_tokens=4096 checkpoint.interval_steps=5",
-        "no checkpoint is whole",
+        "all checkpoints are damaged",
         (*TRAINED, remove("out/train/provenance.json"), flip("out/train/checkpoints/step_*/*.distcp", 64)),
     ),
     Case(
@@ -96,7 +96,7 @@ DISKS = [
     Case(
         "disk too small for a checkpoint",
         f"distill {MICRO} output_dir=d teacher.path={TEACHER} student.path=out/pruned plan.check=false",
-        "could not be written; free space",
+        "could not be written; free disk space",
         (*PRUNED, mount("d", LITTLE)),
         keeps=("d/train",),
         needs_root=True,

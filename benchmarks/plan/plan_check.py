@@ -35,7 +35,7 @@ from minitron_train.commands import recipes
 from minitron_train.commands.configuration import to_config
 from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import ClusterConfig, Config, Precision
-from minitron_train.planning.estimate import reckon
+from minitron_train.planning.estimate import plan_on
 from minitron_train.planning.hardware import Hardware, copy_rate, gemm_flops, hardware, median_seconds
 from minitron_train.runtime.launch import World, read_world
 
@@ -257,7 +257,7 @@ def predict(case: Case, rates: list[float]) -> tuple[dict[str, int], float]:
     config = configuration(case)
     measured = dict(zip(RATES, rates, strict=True)) | {"fp32_flops": rates[0]}
     machine = replace(this_machine(), num_gpus=case.tp, gpus_per_node=case.tp, **measured)
-    result = reckon(config, *shapes(config), machine)
+    result = plan_on(machine, config, *shapes(config))
     if case.stage == "distill":
         return result["configured"]["memory_bytes"], result["configured"]["step_seconds"]["total"]
     stage = result["scoring" if case.stage == "score" else "slicing"]

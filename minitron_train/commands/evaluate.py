@@ -22,7 +22,7 @@ from minitron_train.runtime.launch import World
 from minitron_train.stages.run import Stage, read_provenance
 
 if TYPE_CHECKING:
-    from minitron_train.train.export import Saved
+    from minitron_train.train.export import VerifiedCheckpoint
 
 DECIDING = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
 
@@ -48,7 +48,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     from minitron_train.evaluation.source import locate, open_origin
 
     config = ws.config
-    weights: Path | Saved = model
+    weights: Path | VerifiedCheckpoint = model
     if model not in ws.model_folders.values() and not ws.is_pending(model):  # those are never trainings
         trust = config.checkpoint.trust_external
         weights = ws.on_rank0(lambda: locate(model, ws.folder, trust_external=trust))
@@ -74,7 +74,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     ws.run(stage, work, force=again)
 
 
-def evaluation_stage(ws: Workspace, label: str, model: Path, weights: "Path | Saved") -> Stage:
+def evaluation_stage(ws: Workspace, label: str, model: Path, weights: "Path | VerifiedCheckpoint") -> Stage:
     """What an evaluation reads, and which settings decide its result.
 
     Args:

@@ -55,12 +55,20 @@ def attention_mask(documents_BS: Tensor | None) -> Tensor | None:
     return (other_BSS | future_SS)[:, None]
 
 
+LossSums = dict[str, Tensor]  # loss part -> its fp64 sum over tokens; the keys are the names in metrics.jsonl
+
+
+def add(one: LossSums, other: LossSums) -> LossSums:
+    """Add two dicts of sums, part by part; `one` may be empty."""
+    return {name: one[name] + value if name in one else value for name, value in other.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class StepLosses:
-    """Sums over the valid tokens of one micro batch; `total` carries the gradients, `sums` is [total, kd, ce, hidden]."""
+    """Losses of one micro batch, summed over its valid tokens."""
 
-    total: Tensor
-    sums: Tensor
+    total: Tensor  # with gradients
+    sums: LossSums  # detached: `loss` (the total) and its parts, unweighted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +86,17 @@ class Objective:
     def __call__(self, batch: Batch, hidden_weight: float = 0.0) -> StepLosses:
         """The configured loss of a batch: logits, and the hidden states times `hidden_weight` where layers are paired."""
         logits = self.logit_loss(batch, self.spec)
-        total, hidden = logits.total, torch.zeros_like(logits.kd_sum)
+        total, parts = logits.total, {"kd_loss": logits.kd_sum, "ce_loss": logits.ce_sum}
         if self.hidden is not None:
-            hidden = self.hidden.loss(batch.mask_BS.T.flatten(), self._gather)
-            total = total + hidden_weight * hidden
-        sums = torch.stack([value.detach().double() for value in (total, logits.kd_sum, logits.ce_sum, hidden)])
-        return StepLosses(total, sums)
+            parts["hidden_loss"] = self.hidden.loss(batch.mask_BS.T.flatten(), self._gather)
+            total = total + hidden_weight * parts["hidden_loss"]
+        return StepLosses(total, {name: value.detach().double() for name, value in ({"loss": total} | parts).items()})
+
+    @property
+    def unused(self) -> list[str]:
+        """Loss parts that the configured loss does not compute."""
+        weights = {"kd_loss": self.spec.kd_weight, "ce_loss": self.spec.ce_weight}
+        return [name for name, weight in weights.items() if not weight]
 
     @property
     def model(self) -> LanguageModel:

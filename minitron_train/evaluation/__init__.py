@@ -1,1 +1,1 @@
-"""Evaluation: lm-eval's tasks and perplexity on the tensor-parallel model, after training and inside it."""
+"""Evaluation: lm-eval's tasks and perplexity on the tensor-parallel model, after and during training."""

@@ -1,7 +1,7 @@
-"""pass@1 of generated programs: each runs in namespaces of its own, and its tests run in another process that it cannot reach.
+"""pass@1 of generated programs. Each program runs in its own namespaces; its tests run in another, isolated process.
 
-See `namespaces` for what a program can see and do, `judge` for what a verdict means. eval.allow_code_execution=unsafe
-does without the namespaces: the limits on time, memory and files keep an accident small, they are no jail.
+`namespaces` documents what a program can see and do, `judge` what a verdict means. eval.allow_code_execution=unsafe uses no
+namespaces. Limits on time, memory and files then contain accidents, but not attacks.
 """
 
 import ast
@@ -24,26 +24,26 @@ from minitron_train.runtime.errors import UserError
 
 TIME_S = 5
 EXIT_S = 0.5
-WAIT_S = 10  # by the clock, where TIME_S is of the CPU
-PACKAGES = Path(__file__).parents[2]  # where this package is
+WAIT_S = 10  # wall-clock time; TIME_S is CPU time
+PACKAGES = Path(__file__).parents[2]  # folder of this package
 START = "import sys; sys.path.insert(0, sys.argv[1]); from minitron_train.evaluation.judge import main; main()"
 
 
 def passes(
     program: str, tests: str = "", *, isolated: bool = True, time_s: int = TIME_S, wait_s: float = WAIT_S
 ) -> bool:
-    """Whether a Python program comes to its end without an error within the limits, and then passes the tests.
+    """Whether a Python program runs to its end without an error within the limits, and then passes the tests.
 
-    It runs as Hugging Face's `code_eval` runs it, not as `__main__`, with an empty environment and no input. The program
-    never sees `tests`. Without tests the verdict is what the program's process says of itself, which a hostile one can forge.
+    It runs as in Hugging Face's `code_eval`: not as `__main__`, with an empty environment and no input. The program never
+    sees `tests`. Without tests the program's own process reports the verdict, and a hostile program can forge it.
 
     Args:
-        isolated: in namespaces; without them only the limits hold.
-        time_s: of the CPU, for each of the two processes.
-        wait_s: by the clock, for both.
+        isolated: use namespaces; without them only the limits apply.
+        time_s: CPU time of each of the two processes.
+        wait_s: wall-clock time of both.
 
     Raises:
-        UserError: the kernel grants no namespaces.
+        UserError: the kernel does not allow namespaces.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
         link = [stack.enter_context(end) for end in socket.socketpair()]
@@ -64,7 +64,7 @@ def passes(
         said = read_until(verdict, time.monotonic() + wait_s)
         for one, complaint in running if not said else ():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                one.wait(EXIT_S)  # its end of the pipe closes a moment before the process has ended
+                one.wait(EXIT_S)  # its end of the pipe closes shortly before the process exits
             if one.returncode == UNAVAILABLE:
                 complaint.seek(0)
                 raise no_namespaces(complaint.read().decode(errors="replace").strip())
@@ -75,7 +75,11 @@ def passes(
 def process(
     role: str, text: str, descriptors: tuple[int, ...], *, folder: str, isolated: bool, time_s: int
 ) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
-    """One of the two processes and what it says when it cannot begin; killed at the end of the block with what it has forked."""
+    """Start one of the two processes, and kill it with its children at the end of the block.
+
+    Yields:
+        The process, and a file that holds its error message if it cannot start.
+    """
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as complaint:
         source.write(text.encode(errors="replace"))
         source.seek(0)
@@ -94,13 +98,13 @@ def process(
         try:
             yield running, complaint
         finally:
-            with contextlib.suppress(ProcessLookupError):  # of its session none is left
+            with contextlib.suppress(ProcessLookupError):  # no process of its session is left
                 os.killpg(running.pid, signal.SIGKILL)
             running.wait()
 
 
 def read_until(file: IO[bytes], deadline_s: float) -> bytes:
-    """What comes through a pipe until its other end is closed, or the time is over: then nothing."""
+    """Read a pipe until its other end is closed. Return nothing if the deadline passes first."""
     data = b""
     while (left_s := deadline_s - time.monotonic()) > 0 and select.select([file], [], [], left_s)[0]:
         part = file.read(64)
@@ -111,32 +115,32 @@ def read_until(file: IO[bytes], deadline_s: float) -> bytes:
 
 
 def check_isolation() -> None:
-    """Refuse now what the first generated program would meet; UserError when the kernel grants no namespaces."""
+    """Check before an evaluation that the kernel allows namespaces; raises UserError otherwise."""
     passes("", wait_s=60)
 
 
 def no_namespaces(reason: str) -> UserError:
-    """The refusal to run generated programs without a jail."""
+    """Return the error for a system that cannot isolate generated programs."""
     return UserError(
-        f"eval.allow_code_execution=true: this system grants no namespaces ({reason}) to isolate generated programs in; "
-        "allow user namespaces, leave the tasks out, or accept the risk with eval.allow_code_execution=unsafe"
+        f"eval.allow_code_execution=true: this system does not allow the namespaces that isolate generated programs ({reason}); "
+        "allow user namespaces, remove the tasks, or accept the risk with eval.allow_code_execution=unsafe"
     )
 
 
 def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]], isolated: bool = True) -> float:
-    """lm-eval's metric of HumanEval and MBPP: share of problems whose first program passes its tests."""
+    """Return the fraction of problems whose first program passes its tests; lm-eval's metric of HumanEval and MBPP."""
     first = [programs if isinstance(programs, str) else programs[0] for programs in predictions]
     outcomes = [passes(program, tests, isolated=isolated) for program, tests in zip(first, references, strict=True)]
     return sum(outcomes) / len(outcomes)
 
 
 def prepend_prompt(resps: list[list[str]], docs: list[dict[str, str]]) -> list[list[str]]:
-    """HumanEval's filter: the completion goes behind its prompt."""
+    """Prepend each prompt to its completions; the filter of HumanEval."""
     return [[doc["prompt"] + text for text in texts] for texts, doc in zip(resps, docs, strict=True)]
 
 
 def mbpp_examples() -> list[dict[str, Any]]:
-    """MBPP's three prompt rows, read off lm-eval's source: importing that module would download its metric."""
+    """Return MBPP's three few-shot examples, parsed from lm-eval's source. Importing that module would download its metric."""
     import lm_eval.tasks
 
     source = Path(lm_eval.tasks.__file__).parent / "mbpp" / "utils.py"

@@ -1,4 +1,4 @@
-"""Two or more evaluated models, row by row: differences, their standard errors, and a paired test."""
+"""Compare evaluated models row by row: differences, their standard errors, and a paired test."""
 
 import math
 from dataclasses import dataclass
@@ -16,35 +16,36 @@ ITEM = msgspec.json.Decoder(Item)
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One metric of one task, of two models on the same rows."""
+    """One metric of one task for two models, on the same rows."""
 
     task: str
     metric: str
     rows: int
     first: float
     second: float
-    stderr: float  # of the difference second - first, over the paired rows
-    p_value: float  # that a difference this large arises by chance
+    stderr: float  # standard error of second - first over the paired rows
+    p_value: float  # probability of a difference at least this large by chance
 
     @property
     def difference(self) -> float:
-        """Of the means."""
         return self.second - self.first
 
 
 def read_items(folder: Path, label: str) -> dict[tuple[str, str, int, str], dict[str, float]]:
-    """Metrics of each row of folder/LABEL.items.jsonl, by task, filter, row and hash of the prompt.
+    """Return the metrics of each row of folder/LABEL.items.jsonl, by task, filter, row and hash of the prompt.
 
     Raises:
-        UserError: there is no such file, or a line of it is damaged.
+        UserError: the file does not exist, or one of its lines is damaged.
     """
     path = folder / f"{label}.items.jsonl"
     try:
         lines = read_lines(path, ITEM.decode)
     except FileNotFoundError:
-        there = sorted(file.name.removesuffix(".items.jsonl") for file in folder.glob("*.items.jsonl"))
-        found = ", ".join(there) or "nothing"
-        raise UserError(f"eval.compare: {path} does not exist; evaluated so far: {found}") from None
+        labels = sorted(file.name.removesuffix(".items.jsonl") for file in folder.glob("*.items.jsonl"))
+        found = ", ".join(labels) or "none"
+        raise UserError(
+            f"eval.compare: {path} does not exist (evaluated labels: {found}); choose another label, or evaluate this one"
+        ) from None
     wrong = lines.damaged | ({len(lines.values) + 1: "cut off"} if lines.cut_off else {})
     for number, why in wrong.items():
         raise UserError(
@@ -56,12 +57,12 @@ def read_items(folder: Path, label: str) -> dict[tuple[str, str, int, str], dict
 
 
 def numbers_of(item: Item) -> dict[str, float]:
-    """The metrics of a row that are numbers; a right or wrong answer is 1 or 0."""
+    """Return the numeric metrics of a row; a boolean becomes 1 or 0."""
     return {name: float(value) for name, value in item["metrics"].items() if isinstance(value, int | float)}
 
 
 def compare(folder: Path, first: str, second: str) -> list[Comparison]:
-    """Every task that both labels were evaluated on, on the rows and prompts that they share; MMLU's subjects as one."""
+    """Compare two labels on each task that both have, using the rows and prompts they share. MMLU's subjects are pooled."""
     ours, theirs = read_items(folder, first), read_items(folder, second)
     subjects = mmlu_subjects()
     pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -74,19 +75,22 @@ def compare(folder: Path, first: str, second: str) -> list[Comparison]:
             pairs.setdefault((name, full), []).append((ours[key][metric], theirs[key][metric]))
     if not shared:
         raise UserError(
-            f"eval.compare: {first} and {second} share no evaluated row; evaluate them with the same eval.*"
+            f"eval.compare: {first} and {second} share no evaluated row; evaluate both with the same eval.* settings"
         )
     if not pairs:
         tasks = ", ".join(sorted({task for task, *_ in shared}))
         raise UserError(
-            f"eval.compare: {first} and {second} share rows of {tasks} only, where no metric is a number for each row; "
+            f"eval.compare: {first} and {second} share only rows of {tasks}, which have no numeric metric per row; "
             f"compare {first}.json and {second}.json in {folder}, or evaluate another task"
         )
     return [paired(task, metric, values) for (task, metric), values in sorted(pairs.items())]
 
 
 def paired(task: str, metric: str, values: list[tuple[float, float]]) -> Comparison:
-    """Mean difference with its standard error; exact McNemar test for right/wrong, else a paired z-test."""
+    """Compute the mean difference, its standard error, and a p-value.
+
+    The p-value is from the exact McNemar test if all values are 0 or 1, otherwise from a paired z-test.
+    """
     differences = [b - a for a, b in values]
     count = len(values)
     mean = math.fsum(differences) / count
@@ -96,21 +100,21 @@ def paired(task: str, metric: str, values: list[tuple[float, float]]) -> Compari
         p_value = mcnemar(sum(d > 0 for d in differences), sum(d < 0 for d in differences))
     elif stderr:
         p_value = math.erfc(abs(mean) / stderr / math.sqrt(2))
-    else:  # the same difference in every row; a single row has no spread to compare with
+    else:  # the difference is the same in every row; a single row has no variance
         p_value = 0.0 if mean and count > 1 else 1.0
     first, second = (math.fsum(column) / count for column in zip(*values, strict=True))
     return Comparison(task, metric, count, first, second, stderr, p_value)
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value: under no difference, each changed row is a fair coin."""
+    """Return the exact two-sided p-value. Under the null hypothesis a changed row is equally often gained and lost."""
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**changed)
 
 
 def compare_table(folder: Path, labels: list[str]) -> str:
-    """The first label against each other one, a line per task and metric."""
+    """Compare the first label with each other one: a table with a line per task and metric."""
     head = f"{'task':24} {'metric':18} {'rows':>6} {'first':>8} {'second':>8} {'diff':>8} {'±':>7} {'p':>7}"
     lines = []
     for label in labels[1:]:
@@ -120,7 +124,6 @@ def compare_table(folder: Path, labels: list[str]) -> str:
 
 
 def format_row(row: Comparison) -> str:
-    """One line of the table."""
     return (
         f"{row.task:24} {row.metric:18} {row.rows:6} {row.first:8.4f} {row.second:8.4f} "
         f"{row.difference:+8.4f} {row.stderr:7.4f} {row.p_value:7.4f}"

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on the live student while it is trained, beside the teacher's figures."""
+"""lm-eval's tasks on the student during training, compared with the teacher."""
 
 import contextlib
 import random
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class TaskHook(Hook):
-    """A hook of the training loop: evaluates eval.training_tasks without an export; collective.
+    """A hook of the training loop that evaluates eval.training_tasks without an export; collective.
 
-    Training goes on as if it had not been called: random states and the models' modes are put back.
+    It restores random states and the models' modes, so it does not affect training.
 
     Args:
-        tokenizer: Hugging Face folder that has the student's tokenizer.
+        tokenizer: Hugging Face folder with the student's tokenizer.
         max_length: tokens of the longest context.
         data_dir: local evaluation data.
     """
@@ -43,9 +43,9 @@ class TaskHook(Hook):
         self.teacher: dict[str, float] | None = None
 
     def evaluate(self, training: "Trainer") -> Metrics:
-        """`eval.TASK.METRIC` of the student, with `.teacher` of the teacher (measured once) and `.kept`, their ratio.
+        """Return `eval.TASK.METRIC` of the student, `….teacher` of the teacher (measured once), and `….kept`, their ratio.
 
-        A metric that is no share, like a perplexity, has no `.kept`.
+        Only a metric that is a fraction has `.kept`; a perplexity has none.
         """
         with same_random_states():
             if self.teacher is None:
@@ -68,20 +68,20 @@ class TaskHook(Hook):
         return found
 
     def measure(self, model: LanguageModel) -> dict[str, float]:
-        """`TASK.METRIC` -> value, one metric for each task that has data."""
+        """Return `TASK.METRIC` -> value, the headline metric of each task that has data."""
         report, _ = run_tasks(model, self.tokenizer, self.max_length, self.evaluation, self.groups, self.data_dir)
         return main_metrics(report["results"])
 
 
 def main_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The metric that stands for each task, as `TASK.METRIC`."""
+    """Return the headline metric of each task, as `TASK.METRIC` -> value."""
     names = {task: headline(metrics_in(record)) for task, record in results.items()}
     return {f"{task}.{metric}": results[task][metric] for task, metric in names.items() if metric}
 
 
 @contextlib.contextmanager
 def same_random_states() -> Iterator[None]:
-    """Put Python's, NumPy's and torch's random states back after a block."""
+    """Restore the random states of Python, NumPy and torch after the block."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:

@@ -1,12 +1,11 @@
-"""The two processes behind `code.passes`: one runs a generated program, the other its tests, and they exchange plain data.
+"""The two processes of `code.passes`: one runs a generated program, the other its tests. They exchange plain data.
 
-The tests call the program's functions across a socket. So the program's interpreter holds neither the tests nor what
-they expect, and nothing in it decides the verdict: a program can only answer, with values of `wire.TAGS`. Each process
-is in namespaces of its own (`namespaces.enter`), where it sees and reaches nothing of the other.
+The tests call the program's functions through a socket. The program's interpreter therefore contains neither the tests nor
+the expected values, and it does not decide the verdict. A program can only answer with values of `wire.TAGS`. Each process
+is isolated from the other in its own namespaces (`namespaces.enter`).
 
-What this does not show: that helpers which the tests take from the program (HumanEval/32 calls the prompt's `poly`) are
-still the prompt's. Arguments that a function changes in place are changed in the program's copy alone, and functions
-that the tests define cannot be handed to the program.
+Limits: a program may replace helper functions of the prompt that the tests call (HumanEval/32 calls `poly`). If a function
+modifies its arguments in place, only the program's copy changes. Functions of the tests cannot be passed to the program.
 """
 
 import ast
@@ -23,15 +22,18 @@ from minitron_train.evaluation.wire import Link
 
 PASSED = b"passed"
 NUM_PROCESSES = 16
-NUM_OPEN_FILES = 256  # a file in memory may have FILE_BYTES
+NUM_OPEN_FILES = 256  # bounds the memory of in-memory files, FILE_BYTES each
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
 MAX_ITEMS = 10**6
-ENDS_LOOPS = (StopIteration, StopAsyncIteration)  # raised by a function, they would end the tests' loops over map(f, …)
+ENDS_LOOPS = (StopIteration, StopAsyncIteration)  # raised by a function f, they would end a test's loop over map(f, …)
 
 
 def main() -> None:
-    """One of the two: ROLE SOCKET VERDICT ROOT CPU_SECONDS, the text on stdin. ROOT is empty: no namespaces."""
+    """Run one of the two processes. Arguments: ROLE SOCKET VERDICT ROOT CPU_SECONDS; an empty ROOT means no namespaces.
+
+    The program or the tests are read from stdin.
+    """
     role, link, verdict, root, time_s = sys.argv[2:]
     text = sys.stdin.buffer.read().decode()
     if root:
@@ -41,7 +43,7 @@ def main() -> None:
         os.dup2(null, standard)
     limits = {resource.RLIMIT_CPU: int(time_s), resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_FSIZE: FILE_BYTES}
     limits |= {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: NUM_OPEN_FILES}
-    if root:  # elsewhere it would count all of the user's
+    if root:  # outside namespaces this limit would count all processes of the user
         limits[resource.RLIMIT_NPROC] = NUM_PROCESSES
     limit(limits)
     end = socket.socket(fileno=int(link))
@@ -53,15 +55,15 @@ def main() -> None:
 
 
 class Program:
-    """The generated program, and its answers. Everything in here is at its mercy."""
+    """Runs the generated program and answers requests. The program can tamper with everything in this process."""
 
     def __init__(self, end: socket.socket) -> None:
         self.space: dict[str, Any] = {}
-        self.kept: list[Any] = []  # what the tests have numbers of; kept alive
+        self.kept: list[Any] = []  # objects that the tests refer to by number
         self.link = Link(end, self.keep, lambda number: self.kept[number])
 
     def keep(self, value: Any) -> int:
-        """The number of an object that is not plain."""
+        """Return the number of an object that cannot be sent as plain data."""
         for number, known in enumerate(self.kept):
             if known is value:
                 return number
@@ -69,7 +71,7 @@ class Program:
         return len(self.kept) - 1
 
     def run(self, text: str) -> None:
-        """Execute the text as `code_eval` does, not as `__main__`; then answer until the tests are over."""
+        """Execute the text as `code_eval` does, not as `__main__`, then answer requests until the tests end."""
         exec(text, self.space)
         self.link.send("ready")
         while True:
@@ -80,60 +82,55 @@ class Program:
                 self.link.send(["error", type(error).__name__, [str(part) for part in error.args]])
 
     def do_find(self, names: list[str]) -> dict[str, Any]:
-        """Which of these globals there are."""
+        """Return those of the named globals that exist."""
         return {name: self.space[name] for name in names if name in self.space}
 
     def do_call(self, target: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """What a call gives."""
         return target(*arguments, **named)
 
     def do_get(self, target: Any, name: str) -> Any:
-        """An attribute."""
         return getattr(target, name)
 
     def do_set(self, target: Any, name: str, value: Any) -> None:
-        """Set an attribute."""
         setattr(target, name, value)
 
     def do_list(self, target: Any) -> list[Any]:
-        """What iterating gives."""
+        """Return at most MAX_ITEMS items of an iterable."""
         return [item for _, item in zip(range(MAX_ITEMS), target, strict=False)]
 
     def do_item(self, target: Any, key: Any) -> Any:
-        """target[key]."""
         return target[key]
 
     def do_len(self, target: Any) -> int:
-        """len(target)."""
         return len(target)
 
 
 class Remote:
-    """An object of the program, as the tests see it: it compares equal to itself alone."""
+    """A proxy in the tests for an object of the program. It compares equal only to itself."""
 
-    __slots__ = ("_asks", "_number")
+    __slots__ = ("_ask", "_number")
 
-    def __init__(self, asks: "Asks", number: int) -> None:
-        object.__setattr__(self, "_asks", asks)
+    def __init__(self, ask: "Requester", number: int) -> None:
+        object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_number", number)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._asks("call", self, arguments, named)
+        return self._ask("call", self, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        return self._asks("get", self, name)
+        return self._ask("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._asks("set", self, name, value)
+        self._ask("set", self, name, value)
 
     def __iter__(self) -> Any:
-        return iter(self._asks("list", self))
+        return iter(self._ask("list", self))
 
     def __getitem__(self, key: Any) -> Any:
-        return self._asks("item", self, key)
+        return self._ask("item", self, key)
 
     def __len__(self) -> int:
-        return self._asks("len", self)
+        return self._ask("len", self)
 
     def __bool__(self) -> bool:
         return True
@@ -145,21 +142,25 @@ class Remote:
         return hash(self._number)
 
 
-class Asks:
-    """Requests of the tests to the program."""
+class Requester:
+    """Sends requests of the tests to the program."""
 
     def __init__(self, end: socket.socket) -> None:
         self.link = Link(end, self.number, lambda number: Remote(self, number))
 
     @staticmethod
     def number(value: Any) -> int:
-        """Of a stand-in; the tests' own objects stay with them."""
+        """Return the number of a proxy. The tests' own objects cannot be sent.
+
+        Raises:
+            TypeError: `value` is not a proxy.
+        """
         if type(value) is not Remote:
-            raise TypeError(f"{type(value).__name__} cannot be handed to a program that is tested")
+            raise TypeError(f"{type(value).__name__} cannot be passed to the tested program")
         return value._number
 
     def __call__(self, *request: Any) -> Any:
-        """The answer, or the error that the program met, as a built-in exception of the same name."""
+        """Return the answer, or raise the program's error as the built-in exception of the same name."""
         self.link.send(list(request))
         kind, *answer = self.link.receive()
         if kind == "value":
@@ -170,29 +171,30 @@ class Asks:
             raise RuntimeError(f"{name}: {arguments}")
         try:
             error = known(*arguments)
-        except TypeError:  # such as UnicodeDecodeError, which takes five
+        except TypeError:  # other arguments are needed, for example five by UnicodeDecodeError
             error = RuntimeError(f"{name}: {arguments}")
         raise error
 
 
 def judge(end: socket.socket, text: str) -> bool:
-    """Whether the program comes to its end and then passes the tests."""
+    """Whether the program runs to its end and then passes the tests."""
     try:
-        asks = Asks(end)
-        if asks.link.receive() != "ready":
+        ask = Requester(end)
+        if ask.link.receive() != "ready":
             return False
-        exec(text, imported(asks, text))
-        asks("find", [])  # still there: a test that expects any error may have met the loss of it
+        exec(text, imported(ask, text))
+        ask("find", [])  # a test that expects any error also passes if the program has died, so check that it lives
     except BaseException:
         return False
     return True
 
 
-def imported(asks: Asks, text: str) -> dict[str, Any]:
-    """The program's globals that the tests name.
+def imported(ask: Requester, text: str) -> dict[str, Any]:
+    """Return the program's globals that the tests name.
 
-    Its modules are replaced by true ones. A built-in name is the program's only where it defines no other name of the
-    tests, for then it is what is tested (MBPP has a `sum`): `abs = lambda x: 0` must not reach `assert abs(f(1) - 2) < 1e-6`.
+    Modules are replaced by the real ones. A built-in name is taken from the program only if the program defines no other
+    name of the tests, because then it is the tested function (MBPP has a `sum`). Otherwise a program with
+    `abs = lambda x: 0` would pass `assert abs(f(1) - 2) < 1e-6`.
     """
     names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     owners = {
@@ -201,13 +203,13 @@ def imported(asks: Asks, text: str) -> dict[str, Any]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
     built_in = {name for name in names if hasattr(builtins, name)}
-    space = found(asks, names - built_in) or found(asks, built_in)
+    space = found(ask, names - built_in) or found(ask, built_in)
     for name in owners & set(space) & sys.stdlib_module_names:
         space[name] = importlib.import_module(name)
     return space
 
 
-def found(asks: Asks, names: set[str]) -> dict[str, Any]:
-    """Which of these globals the program has; others that it adds to its answer (`abs`, `__builtins__`) are left out."""
-    answer = asks("find", sorted(names))
+def found(ask: Requester, names: set[str]) -> dict[str, Any]:
+    """Return the named globals of the program, without any others that it adds to its answer (`abs`, `__builtins__`)."""
+    answer = ask("find", sorted(names))
     return {name: answer[name] for name in names if name in answer}

@@ -1,4 +1,4 @@
-"""The trained model as lm-eval sees it. Importing this module imports lm-eval."""
+"""lm-eval's model interface for a megatron-core model. Importing this module imports lm-eval."""
 
 import math
 from collections import Counter
@@ -25,15 +25,15 @@ Answer = TypeVar("Answer", Score, str)
 
 
 class MegatronLM(TemplateLM):
-    """lm-eval's model interface over a LanguageModel at any tensor- and data-parallel size.
+    """lm-eval's model interface for a LanguageModel at any tensor- and data-parallel size.
 
-    Every rank is given every request and returns every answer; in between, each data-parallel rank does its share.
+    Every rank receives all requests and returns all answers. Each data-parallel rank computes its share.
 
     Args:
-        max_length: tokens of the longest context; longer requests lose their beginning and are counted.
+        max_length: tokens of the longest context; longer requests are truncated on the left and counted.
         batch_tokens: tokens of one forward pass, padding included.
-        journal: keeps answers on disk as they come; None keeps nothing.
-        end_tokens: tokens that end a generated text, besides the tokenizer's EOS.
+        journal: saves answers on disk as they are computed; None saves nothing.
+        end_tokens: tokens that end a generated text, in addition to the tokenizer's EOS.
     """
 
     def __init__(
@@ -50,18 +50,17 @@ class MegatronLM(TemplateLM):
         self.model, self.tokenizer, self.groups, self.journal = model, tokenizer, groups, journal
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.end_tokens = end_tokens | {tokenizer.eos_token_id}
-        self.owners: list[str] = []  # task of each request under way
+        self.owners: list[str] = []  # task of each current request
         self.num_truncated: Counter[str] = Counter()  # by task
         self.bar = RequestBar(groups.is_first)
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, else EOS (lm-eval's rule)."""
+        """The token before a text without context: BOS, else EOS (lm-eval's rule)."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
@@ -71,7 +70,7 @@ class MegatronLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; special tokens as the tokenizer adds them, but no second BOS."""
+        """Return token ids with the tokenizer's special tokens, but without a second BOS."""
         bos = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (bos and string.startswith(bos))
@@ -80,12 +79,12 @@ class MegatronLM(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
-        """Log-likelihood and greediness of each (context, continuation)."""
+        """Return log-likelihood and is-greedy of each (context, continuation)."""
         self.owners = [request.task_name or "" for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
-        """Score token lists."""
+        """Return log-likelihood and is-greedy of each (context, continuation) in token ids."""
         cut = []
         for index, (_, context, continuation) in enumerate(requests):
             tokens = tuple(context + continuation)[-(self.max_length + 1) :]
@@ -111,15 +110,15 @@ class MegatronLM(TemplateLM):
         compute: Callable[[list[int], Callable[[dict[int, Answer]], None]], None],
         kind: type[Answer],
     ) -> list[Answer]:
-        """Answers to all requests: from the journal, else computed by this rank or by another one.
+        """Return the answers to all requests, from the journal or computed by this or another rank; collective.
 
         Args:
-            keys: one per request, for the journal.
-            compute: given the requests that are left, reports this rank's share of the answers bit by bit.
-            kind: of an answer, tuple or str.
+            keys: journal key of each request.
+            compute: takes the indices of unanswered requests and passes this rank's answers to a callback, batch by batch.
+            kind: type of an answer, tuple or str.
 
         Raises:
-            UserError: some rank's, on every rank, when all have done their share.
+            UserError: on every rank, if any rank raised it. All ranks finish their share first.
         """
         known = self.journal.known(kind) if self.journal else {}
         left = [index for index, key in enumerate(keys) if key not in known]
@@ -136,7 +135,7 @@ class MegatronLM(TemplateLM):
         refusal = None
         try:
             compute(left, on_answers)
-        except UserError as error:  # the others come to the gathering, and so must this rank
+        except UserError as error:  # this rank must still join the gather below
             refusal = error
         everyone: list[Any] = [(mine, refusal)]
         if self.groups.dp_size > 1:
@@ -148,7 +147,7 @@ class MegatronLM(TemplateLM):
         return [computed[index] if index in computed else known[key] for index, key in enumerate(keys)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context length with one token of overlap."""
+        """Return the log-likelihood of each whole text, in windows of the context length that overlap by one token."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -163,7 +162,7 @@ class MegatronLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuation of each text, up to the task's stop strings or the end of the text."""
+        """Return the greedy continuation of each text, up to a stop string of the task or an end token."""
         prompts, limits, stops = [], [], []
         for request in requests:
             context, settings = cast("tuple[str, dict[str, Any]]", request.args)
@@ -172,7 +171,7 @@ class MegatronLM(TemplateLM):
             stops.append(wanted["until"])
             tokens = self.tok_encode(context)
             room = self.max_length - limits[-1]
-            assert room > 0 and not wanted["do_sample"], "load_tasks leaves such tasks out"
+            assert room > 0 and not wanted["do_sample"], "load_tasks skips such tasks"
             self.num_truncated[request.task_name or ""] += len(tokens) > room
             prompts.append(tokens[-room:] or [self.prefix_token_id])
 
@@ -195,7 +194,7 @@ class MegatronLM(TemplateLM):
         return self.answer(keys, compute, str)
 
     def generation_batches(self, left: list[int], prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """This rank's requests, those of like prompt length and equal limit together."""
+        """Batch this rank's requests by equal limit and similar prompt length."""
         batches: list[list[int]] = []
         for index in sorted(left, key=lambda k: (limits[k], -len(prompts[k]))):
             first = batches[-1][0] if batches else index
@@ -208,28 +207,28 @@ class MegatronLM(TemplateLM):
 
 
 def not_finite(task: str, text: Any) -> UserError:
-    """The end of an evaluation whose model gives NaN."""
+    """Return the error for a model whose logits are not finite."""
     return UserError(
-        f"{task}: logits are not finite at {str(text)[:80]!r}; the weights are broken, evaluate another checkpoint"
+        f"{task}: logits are not finite at {str(text)[:80]!r}; the weights are damaged, evaluate another checkpoint"
     )
 
 
 class Stop:
-    """Whether a growing text has reached its end: a token that ends texts, or one of the stop strings."""
+    """Decides whether a generated text has ended: with an end token or a stop string."""
 
     def __init__(self, tokenizer: Any, strings: list[str], end_tokens: frozenset[int]) -> None:
         self.tokenizer, self.strings, self.end_tokens = tokenizer, strings, end_tokens
         self.window = max((len(tokenizer.encode(string)) for string in strings), default=0) + 2
 
     def __call__(self, tokens: list[int]) -> bool:
-        """Looks at the last few tokens only."""
+        """Check only the last few tokens."""
         if tokens[-1] in self.end_tokens:
             return True
         tail = self.tokenizer.decode(tokens[-self.window :])
         return any(string in tail for string in self.strings)
 
     def text(self, tokens: list[int]) -> str:
-        """The text before the first stop string, as lm-eval cuts it."""
+        """Return the text before the first stop string, cut as lm-eval does it."""
         eos = [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return postprocess_generated_text(text, stop=[*self.strings, *eos], think_end_token=None)

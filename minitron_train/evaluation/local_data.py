@@ -1,8 +1,8 @@
-"""Evaluation data on this disk: which file serves which lm-eval task, the check of its columns, what is still missing.
+"""Local evaluation data: the files of each lm-eval task, and the check of their columns.
 
     DATA_DIR/FOLDER/SPLIT.parquet | .jsonl | .jsonl.gz
 
-FOLDER is the task's name, or what TASKS says; SPLIT is train, dev, validation or test.
+FOLDER is the task's name or the folder in TASKS; SPLIT is train, dev, validation or test.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from minitron_train.evaluation.task_names import mmlu_subjects
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.stages.provenance import Provenance
 
-NO_HUB = "no Hugging Face hub in reach"  # ends the reason of a task that was not run for want of data
+NO_HUB = "no Hugging Face hub in reach"  # suffix of the reason why a task without local data was not run
 HUB_TIMEOUT_S = 3.0
 SPLITS = ("train", "dev", "validation", "test")
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
@@ -29,7 +29,7 @@ ROW = msgspec.json.Decoder(dict[str, Any])
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """Where a task's files lie, and the columns that its prompts read (jinja would take a missing one for empty)."""
+    """Folder and columns of a task's files. The columns are checked because jinja renders a missing one as empty text."""
 
     columns: dict[str, Any]  # name -> type
     folder: str | None = None
@@ -55,7 +55,7 @@ TASKS = {
 
 
 def local_files(task: str, data_dir: Path) -> dict[str, Path]:
-    """Split -> file of one lm-eval task; empty when there is none. MMLU's subjects lie in mmlu/SUBJECT."""
+    """Return split -> file of one lm-eval task; empty if it has no local file. MMLU's subjects are in mmlu/SUBJECT."""
     subject = task.removeprefix("mmlu_") if task in mmlu_subjects() else task
     named = TASKS[task].folder if task in TASKS else None
     folder = data_dir / (named or (task if subject == task else f"mmlu/{subject}"))
@@ -68,19 +68,19 @@ def local_files(task: str, data_dir: Path) -> dict[str, Path]:
 
 
 def spec_of(task: str) -> Local | None:
-    """What is known of a task's rows; None of a task that the user names."""
+    """Return the expected columns of a task's rows; None for a task that is not in TASKS."""
     return TASKS.get("mmlu" if task in mmlu_subjects() else task)
 
 
 def listing(data_dir: Path) -> str:
-    """A hash of the names and sizes of all files: changes when data come or go."""
+    """Return a hash of the names and sizes of all files. It changes when a file is added, removed or resized."""
     files = sorted(path for path in data_dir.rglob("*") if path.is_file())
     lines = [f"{path.relative_to(data_dir)} {path.stat().st_size}" for path in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def can_be_completed(record: Provenance | None) -> bool:
-    """Whether an evaluation (its record) had to leave out tasks for want of a hub that is in reach now."""
+    """Whether an evaluation (its record) skipped tasks because no hub was reachable, and one is reachable now."""
     reasons = record.get("facts", {}).get("not_run", {}) if record else {}
     lacking = any(reason.endswith(NO_HUB) for reason in reasons.values())
     return lacking and hub_reachable()
@@ -102,7 +102,7 @@ def hub_reachable() -> bool:
 
 
 def check_columns(task: str, files: dict[str, Path]) -> None:
-    """Refuse a file without a column that the task's prompts read."""
+    """Reject a file that lacks a column which the task's prompts read."""
     spec = spec_of(task)
     for path in files.values():
         columns = read_columns(path)
@@ -110,12 +110,12 @@ def check_columns(task: str, files: dict[str, Path]) -> None:
         if missing:
             raise UserError(
                 f"{path}: column {missing[0]!r} is missing, which lm-eval's task {task} reads; "
-                f"rename one of {', '.join(sorted(columns))}, or take the file out"
+                f"rename one of {', '.join(sorted(columns))}, or remove the file"
             )
 
 
 def read_columns(path: Path) -> set[str]:
-    """Column names of a file, without reading its rows."""
+    """Return the column names of a file without reading all rows."""
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -125,7 +125,7 @@ def read_columns(path: Path) -> set[str]:
 
 
 def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects of a JSON-lines file, gzipped or not."""
+    """Yield the objects of a JSON-lines file, gzipped or not."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
@@ -133,7 +133,7 @@ def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
                 try:
                     yield ROW.decode(line)
                 except (msgspec.MsgspecError, RecursionError) as error:
-                    reason = f"line {number} is not JSON, or no object ({first_line(error)})"
+                    reason = f"line {number} is not a JSON object ({first_line(error)})"
                     raise UserError(f"{path}: {reason}; copy the file again") from error
     except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}); copy the file again") from error
@@ -141,7 +141,7 @@ def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
 
 @contextlib.contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
-    """Turn pyarrow's refusal to read a file into a UserError."""
+    """Turn pyarrow's read errors into a UserError."""
     import pyarrow as pa
 
     try:
@@ -153,10 +153,10 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 
 def read_splits(*, files: dict[str, str], task: str = "", **_: Any) -> dict[str, Any]:
-    """What lm-eval calls in place of the hub (custom_dataset of a task): split -> datasets.Dataset in memory.
+    """Return split -> datasets.Dataset in memory. lm-eval calls this as a task's custom_dataset instead of the hub.
 
     Raises:
-        UserError: a file is damaged or empty, or a row's column is of another type than the task's.
+        UserError: a file is damaged or empty, or a column has a type that the task does not expect.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -169,15 +169,15 @@ def read_splits(*, files: dict[str, str], task: str = "", **_: Any) -> dict[str,
             found[split] = Dataset.from_list(rows)
         except (pa.ArrowException, TypeError) as error:
             reason = f"a column has values of several types ({first_line(error)})"
-            raise UserError(f"{path}: {reason}; make them one type, or leave the column out") from error
+            raise UserError(f"{path}: {reason}; convert them to one type, or remove the column") from error
     return found
 
 
 def read_rows(path: Path, task: str) -> list[dict[str, Any]]:
-    """All rows of one file.
+    """Read all rows of one file.
 
     Raises:
-        UserError: there are none, or one does not fit the task.
+        UserError: the file has no rows, or a row does not match the task.
     """
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
@@ -187,12 +187,14 @@ def read_rows(path: Path, task: str) -> list[dict[str, Any]]:
     else:
         rows = list(read_jsonl(path))
     if not rows:
-        raise UserError(f"{path}: holds no rows; copy the file again")
+        raise UserError(f"{path}: has no rows; copy the file again")
     spec = spec_of(task)
     kind = msgspec.defstruct("Row", spec.columns.items() if spec else ())
     for number, row in enumerate(rows, start=1):
         try:
             msgspec.convert(row, kind)
         except msgspec.ValidationError as error:
-            raise UserError(f"{path}: row {number} does not fit {task} ({error}); correct the file") from None
+            raise UserError(
+                f"{path}: row {number} does not match the columns of {task} ({error}); correct the file"
+            ) from None
     return rows

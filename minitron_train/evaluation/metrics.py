@@ -1,4 +1,4 @@
-"""Metrics of one task: which one is the headline, whether it is a share, and how it is printed."""
+"""Metrics of one task: the headline metric, whether it is a fraction between 0 and 1, and its text form."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron_train.runtime import numbers
 
-PREFERRED = (  # a task's headline metric is the first of these that it has, else its own first; filters follow the comma
+PREFERRED = (  # the first of these that a task has is its headline, else its own first metric; METRIC,FILTER
     "acc_norm",
     "acc",
     "exact_match",
@@ -19,13 +19,21 @@ PREFERRED = (  # a task's headline metric is the first of these that it has, els
     "rougeL",
     "word_perplexity",
 )
-UNBOUNDED = {"perplexity", "loss", "bits", "likelihood", "bleu", "chrf", "ter"}  # words of metrics that are no share
-NO_METRICS = ("rows", "num_fewshot", "version")  # the other numbers of a record
+UNBOUNDED = {
+    "perplexity",
+    "loss",
+    "bits",
+    "likelihood",
+    "bleu",
+    "chrf",
+    "ter",
+}  # words in names of metrics that are not fractions
+NO_METRICS = ("rows", "num_fewshot", "version")  # numbers of a record that are not metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """One model on one task; `value` is None when it was not run, and `reason` says why."""
+    """The score of one model on one task. `value` is None if the task was not run; `reason` says why."""
 
     metric: str
     value: float | None = None
@@ -47,51 +55,51 @@ class Score:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric lies between 0 and 1 and is printed as percent."""
+    """Whether a metric is a fraction between 0 and 1, printed as a percentage."""
     return UNBOUNDED.isdisjoint(metric_text(metric).split("_"))
 
 
 def value_text(metric: str, value: float) -> str:
-    """ "43.0 %", or "42.100" where the metric is no share."""
+    """ "43.0 %" for a fraction, "42.100" for another metric."""
     return numbers.percent(value) if is_share(metric) else f"{value:.3f}"
 
 
 def ratio_text(metric: str, value: float | None, reference: float | None) -> str:
-    """What is kept of a reference: "83.7 %", or "× 1.48" where the metric is no share; "–" where one is missing."""
+    """The ratio to a reference: "83.7 %" for a fraction, "× 1.48" for another metric, "–" if a value is missing."""
     if value is None or not reference:
         return "–"
     return numbers.percent(value / reference) if is_share(metric) else f"× {value / reference:.2f}"
 
 
 def metric_text(metric: str) -> str:
-    """Without the name of lm-eval's filter."""
+    """Return the metric's name without lm-eval's filter."""
     return metric.partition(",")[0]
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None for any other value."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # a whole number of 400 digits
+    except OverflowError:  # an integer beyond the range of a float
         return None
 
 
 def metrics_in(entry: Mapping[str, Any]) -> list[str]:
-    """Names of what one record of `results` measured, in lm-eval's order, without the standard errors."""
+    """Return the metric names of one record of `results`, in lm-eval's order, without standard errors."""
     numeric = [name for name, value in entry.items() if number(value) is not None and name not in NO_METRICS]
     return [name for name in numeric if not metric_text(name).endswith("_stderr")]
 
 
 def headline(metrics: Iterable[str]) -> str:
-    """Which metric of a task stands for it; empty when there is none."""
+    """Return a task's headline metric; an empty string if it has no metric."""
     found = list(metrics)
     return next((metric for metric in (*PREFERRED, *found) if metric in found), "")
 
 
 def read_score(entry: Mapping[str, Any], metric: str, reason: str = "") -> Score:
-    """The headline numbers of one record of `results` or of its `parts`."""
+    """Read one metric from a record of `results` or of its `parts`."""
     name, comma, filter_name = metric.partition(",")
     rows, shots = number(entry.get("rows")), number(entry.get("num_fewshot"))
     return Score(

@@ -1,7 +1,7 @@
-"""Linux namespaces in which a generated program sees and reaches next to nothing, and which end with it.
+"""Linux namespaces that isolate a generated program and end with it.
 
-Stdlib and ctypes only, for the process that calls `enter` runs a stranger's program next. No rights are needed beyond
-user namespaces (user_namespaces(7)); root becomes nobody.
+The module uses only the standard library and ctypes, because the process that calls `enter` then runs untrusted code. It
+needs no privileges besides user namespaces (user_namespaces(7)). Root becomes nobody.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import NoReturn
 from minitron_train.evaluation.syscalls import refuse_calls
 
 NOBODY = 65534
-UNAVAILABLE = 97  # exit status when the kernel refuses; the reason is on stderr
+UNAVAILABLE = 97  # exit status if the kernel denies the namespaces; the reason is on stderr
 SCRATCH_BYTES = 64 * 2**20
 SCRATCH_FILES = 2048
 ROOT_OPTIONS = "size=1m,nr_inodes=2k,mode=755"
@@ -43,21 +43,21 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(what: str, *arguments: object) -> None:
-    """A function of libc that returns 0; OSError that names it otherwise."""
+    """Call a function of libc that returns 0 on success; raises an OSError that names it otherwise."""
     if getattr(libc, what)(*arguments) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), what)
 
 
 def enter(root: str) -> None:
-    """Go on in a child process inside new namespaces; the calling process ends when that child does.
+    """Continue in a child process inside new namespaces. The calling process exits when that child exits.
 
-    In there: no network, no process but its own, an empty working directory in a scratch folder of bounded size, and
-    of the file system only Python's library and the system's, read-only. Its user is nobody, without capabilities. All
-    its processes end when it ends, when the calling process is killed, or when that one's parent is.
+    The child has no network, sees only its own processes, and runs as nobody without capabilities. It can write to a
+    scratch folder of limited size, which holds its empty working directory. Only the libraries of Python and of the system
+    are visible, read-only. Its processes are killed when it exits, or when the calling process or that one's parent ends.
 
     Args:
-        root: an empty folder to mount the new root on; outside the namespaces it stays empty.
+        root: an empty folder on which to mount the new root; outside the namespaces it stays empty.
     """
     try:
         own_uid, own_gid = os.geteuid(), os.getegid()
@@ -66,12 +66,12 @@ def enter(root: str) -> None:
         child = os.fork()
         if child:
             end_as(child)
-        build_root(root)  # the first process of the pid namespace from here on
+        build_root(root)  # this is the first process of the pid namespace
         become_nobody()
     except OSError as error:
         print(f"{error.filename or 'namespaces'}: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(UNAVAILABLE)
-    os.setsid()  # its process group has members outside
+    os.setsid()  # its process group has members outside the namespaces
     end_with_parent()
     child = os.fork()
     if child:
@@ -79,7 +79,7 @@ def enter(root: str) -> None:
 
 
 def end_as(child: int) -> NoReturn:
-    """Wait for one child, collecting others, and end as it did; a pid namespace's other processes end with this one."""
+    """Wait for `child`, reap other children, and exit with its status. This also ends all processes of a pid namespace."""
     while True:
         pid, status = os.wait()
         if pid == child:
@@ -87,16 +87,16 @@ def end_as(child: int) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends. To be called after every change of user."""
+    """Ask the kernel to kill this process when its parent ends. A change of user resets this, so call it again then."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def unshare_as(uid: int, gid: int) -> None:
-    """New namespaces. Root keeps root for the mounts and gains nobody; another user is nobody at once."""
+    """Create the namespaces. Root keeps root for the mounts and also maps nobody; another user is mapped to nobody."""
     waiting, go = os.pipe()
     helper = map_from_outside(waiting, go, os.getpid()) if uid == 0 else None
     if helper:
-        with contextlib.suppress(OSError):  # in a container that may not; then only its own group counts
+        with contextlib.suppress(OSError):  # some containers forbid it; the process then keeps its groups
             os.setgroups([])
     flags = 0
     for flag in CLONE_NEW.values():
@@ -113,7 +113,7 @@ def unshare_as(uid: int, gid: int) -> None:
 
 
 def map_from_outside(waiting: int, go: int, pid: int) -> int:
-    """A process that maps root and nobody into the user namespace of `pid`, once `go` is closed there.
+    """Fork a process that maps root and nobody into the user namespace of `pid`, after `go` is closed there.
 
     Only a process outside the namespace may map more than its own user.
     """
@@ -131,7 +131,7 @@ def map_from_outside(waiting: int, go: int, pid: int) -> int:
 
 
 def visible() -> list[Path]:
-    """What of the file system stays to be read: Python's own library, installed packages, shared libraries."""
+    """Return the folders and files that stay readable: Python's library, installed packages, shared libraries."""
     packages = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages")]
     wanted = {*map(Path, LIBRARIES), Path(os.__file__).parent, Path(sys.base_prefix, "lib"), *packages}
     chosen: list[Path] = []
@@ -142,13 +142,13 @@ def visible() -> list[Path]:
 
 
 def build_root(root: str) -> None:
-    """Make `root` the file system's root: libraries to read, a scratch folder to write, five devices."""
+    """Make `root` the root of the file system, with read-only libraries, a writable scratch folder and five devices."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, ROOT_OPTIONS)
     Path(root, "tmp").mkdir()
     options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=1777"
     mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
-    for path in visible():  # after the scratch folder: this Python may lie below /tmp
+    for path in visible():  # mounted after the scratch folder, because this Python may be below /tmp
         bind(path, root)
     for name in DEVICES:
         bind(Path("/dev", name), root, read_only=False)
@@ -157,7 +157,7 @@ def build_root(root: str) -> None:
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
-    work = Path("/tmp/work")  # empty, also where this Python lies below /tmp
+    work = Path("/tmp/work")  # empty even if this Python is below /tmp
     work.mkdir()
     work.chmod(0o777)  # the program runs as nobody
     os.chdir(work)
@@ -173,7 +173,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def bind(path: Path, root: str, *, read_only: bool = True) -> None:
-    """Show `path` under `root` too; a link in / is copied as such (/lib on many systems)."""
+    """Bind-mount `path` under `root`. A symbolic link in / is copied as a link (/lib on many systems)."""
     target = Path(f"{root}{path}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.is_symlink() and path.parent == Path("/"):
@@ -189,7 +189,7 @@ def bind(path: Path, root: str, *, read_only: bool = True) -> None:
 
 
 def protect(target: str) -> None:
-    """Make a mount and those below it read-only; before Linux 5.12 only itself."""
+    """Make a mount and the mounts below it read-only; before Linux 5.12 only the mount itself."""
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     where = (ctypes.c_int(AT_FDCWD), target.encode(), ctypes.c_uint(AT_RECURSIVE))
@@ -201,7 +201,7 @@ def protect(target: str) -> None:
 
 
 def become_nobody() -> None:
-    """Give up root, where this is root in here, every capability, and the calls of `syscalls`; nothing gives them back."""
+    """Permanently drop root (if this is root inside the namespace), all capabilities, and the calls denied by `syscalls`."""
     if os.geteuid() != NOBODY:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -212,6 +212,6 @@ def become_nobody() -> None:
 
 
 def limit(values: dict[int, int]) -> None:
-    """Resource limits by their number in `resource`, hard ones; root outside namespaces could raise them again."""
+    """Set hard resource limits, by their number in `resource`. Root outside the namespaces could raise them again."""
     for number, value in values.items():
         resource.setrlimit(number, (value, value))

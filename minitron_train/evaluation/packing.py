@@ -1,9 +1,9 @@
-"""Requests that share beginnings, laid out so that every shared token is computed once. Pure Python, no model.
+"""Pack requests that share a prefix so that each shared token is computed once. Pure Python, no model.
 
-Two means, chosen from the token lists alone:
-- a tree in one row. HellaSwag: context, ending 1, … ending 4; each ending sees the context and itself. Trees that have
-  nothing in common fill a row together, so that there is hardly any padding.
-- a group of rows with one cached prefix. MMLU: the few-shot examples of a subject, then its questions.
+The token lists alone decide between two layouts:
+- A tree in one row. HellaSwag: context, ending 1, … ending 4; each ending attends to the context and itself. Unrelated
+  trees share a row, so that little padding is needed.
+- Several rows after one cached prefix. MMLU: the few-shot examples of a subject, then its questions.
 Requests with the same input (MMLU's answers A, B, C, D) are one path of a tree with four targets.
 """
 
@@ -11,15 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-MIN_SHARED = 8  # tokens in common that bring two requests into one tree
-MIN_CACHED = 128  # tokens in common that are worth a cached prefix
-MIN_FILLED = 7 / 8  # of the longest row of a batch; the rest is padding
-MAX_ROW = 384  # tokens of a row that holds several requests: attention costs more in longer rows
+MIN_SHARED = 8  # common tokens from which two requests share a tree
+MIN_CACHED = 128  # common tokens from which a prefix is cached
+MIN_FILLED = 7 / 8  # minimum length of a row, as a fraction of its batch's longest row; the rest is padding
+MAX_ROW = 384  # maximum tokens of a row with several requests: attention costs more in longer rows
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One continuation to score: `tokens` without the last are the input, the last `num_targets` are scored."""
+    """One continuation to score. The input is `tokens` without the last one; the last `num_targets` tokens are scored."""
 
     index: int
     tokens: tuple[int, ...]
@@ -27,13 +27,12 @@ class Request:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model reads."""
         return self.tokens[:-1]
 
 
 @dataclass(slots=True)
 class PackedRow:
-    """Trees of inputs, depth first. A token's parent is the token before it in its text, -1 for the first."""
+    """Trees of inputs in depth-first order. A token's parent is the previous token of its text, or -1 for the first."""
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
@@ -42,11 +41,11 @@ class PackedRow:
 
     @property
     def is_chain(self) -> bool:
-        """Whether plain causal attention is right."""
+        """Whether the row is a single sequence, so that plain causal attention is correct."""
         return self.depths[-1] == len(self.depths) - 1
 
     def join(self, other: "PackedRow") -> None:
-        """Put another row's trees behind this one's."""
+        """Append another row's trees."""
         start = len(self.tokens)
         self.tokens.extend(other.tokens)
         self.depths.extend(other.depths)
@@ -56,24 +55,24 @@ class PackedRow:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Work for one data-parallel rank: a prefix (maybe empty) and batches of rows that follow it."""
+    """Work for one data-parallel rank: a prefix, which may be empty, and the batches of rows that follow it."""
 
     prefix: tuple[int, ...]
     batches: list[list[PackedRow]]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model, padding included."""
+        """Number of tokens that the model processes, including padding."""
         return len(self.prefix) + sum(len(batch) * len(batch[0].tokens) for batch in self.batches)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def families(requests: Iterable[Request]) -> list[list[Request]]:
-    """Neighbours in sorted order that share at least MIN_CACHED input tokens."""
+    """Group requests whose neighbours in sorted order share at least MIN_CACHED input tokens."""
     groups: list[list[Request]] = []
     for request in sorted(requests, key=lambda r: r.tokens):
         if groups and common_length(groups[-1][-1].inputs, request.inputs) >= MIN_CACHED:
@@ -84,21 +83,21 @@ def families(requests: Iterable[Request]) -> list[list[Request]]:
 
 
 def cached_length(family: list[Request]) -> int:
-    """Tokens of a sorted family that are worth a cached prefix: 0 when one row holds it all, or when it shares few."""
+    """Return how many tokens of a sorted family to cache: 0 if one row holds the whole family, or if it shares few tokens."""
     if len(grow_trees(family, 0)) == 1:
         return 0
-    shared = common_length(family[0].inputs, family[-1].inputs)  # sorted: the first and the last differ earliest
-    shared = min(shared, *(len(r.inputs) - r.num_targets for r in family))  # no target is read off the prefix
+    shared = common_length(family[0].inputs, family[-1].inputs)  # the first and last of a sorted family share the least
+    shared = min(shared, *(len(r.inputs) - r.num_targets for r in family))  # the prefix predicts no target
     return shared if shared >= MIN_CACHED else 0
 
 
 def grow_trees(requests: list[Request], num_prefix: int) -> list[PackedRow]:
-    """Trees of sorted requests; the first `num_prefix` tokens are left out, since they are cached.
+    """Build trees from sorted requests, without the first `num_prefix` tokens, which are cached.
 
     A tree has at most MAX_ROW tokens, unless a single request is longer.
     """
     trees: list[PackedRow] = []
-    path: list[int] = []  # places in the tree of the last request's tokens
+    path: list[int] = []  # positions in the tree of the last request's tokens
     last: tuple[int, ...] = ()
     for request in requests:
         inputs = request.inputs[num_prefix:]
@@ -122,7 +121,7 @@ def grow_trees(requests: list[Request], num_prefix: int) -> list[PackedRow]:
 
 
 def fill_rows(trees: list[PackedRow]) -> list[PackedRow]:
-    """Trees into rows of at most MAX_ROW tokens: the largest first, each into the row that it fills best."""
+    """Pack trees into rows of at most MAX_ROW tokens (best fit decreasing)."""
     rows: list[PackedRow] = []
     by_room: dict[int, list[PackedRow]] = defaultdict(list)
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
@@ -139,7 +138,7 @@ def fill_rows(trees: list[PackedRow]) -> list[PackedRow]:
 
 
 def make_batches(rows: list[PackedRow], batch_tokens: int) -> list[list[PackedRow]]:
-    """Rows of like length together, the longest first, at most `batch_tokens` with padding (but at least one row)."""
+    """Batch rows of similar length, longest first. A batch has at most `batch_tokens` tokens with padding, or one row."""
     batches: list[list[PackedRow]] = []
     for row in sorted(rows, key=lambda r: -len(r.tokens)):
         longest = len(batches[-1][0].tokens) if batches else 0
@@ -152,7 +151,7 @@ def make_batches(rows: list[PackedRow], batch_tokens: int) -> list[list[PackedRo
 
 
 def plan(requests: Iterable[Request], batch_tokens: int) -> list[Unit]:
-    """All the work, largest pieces first."""
+    """Return all units of work, largest first."""
     units: list[Unit] = []
     loose: list[Request] = []
     for family in families(requests):
@@ -167,7 +166,7 @@ def plan(requests: Iterable[Request], batch_tokens: int) -> list[Unit]:
 
 
 def share(units: list[Unit], rank: int, size: int) -> list[Unit]:
-    """This rank's part: each unit goes to the rank with the least work so far."""
+    """Return this rank's units. Each unit goes to the rank with the least work so far."""
     loads = [0] * size
     mine = []
     for unit in units:

@@ -1,4 +1,4 @@
-"""Perplexity on a fixed set of token sequences."""
+"""Perplexity of a model on fixed token sequences."""
 
 import math
 
@@ -13,14 +13,14 @@ from minitron_train.parallel.groups import Groups
 
 
 def perplexity(model: LanguageModel, tokens: Tensor, groups: Groups, batch_size: int) -> float:
-    """exp of the mean negative log-likelihood of the next token, natural logarithm.
+    """Return exp of the mean negative log-likelihood (natural logarithm) of the next token; collective.
 
     Args:
         tokens: int64 [sequences, S + 1]; each sequence's first S tokens predict its last S.
         batch_size: sequences per forward pass.
 
     Returns:
-        The same number on every rank; infinity when it overflows.
+        The same number on every rank; infinity if it overflows, NaN without tokens.
     """
     if tokens.shape[0] == 0 or tokens.shape[1] < 2:
         return math.nan
@@ -36,6 +36,6 @@ def perplexity(model: LanguageModel, tokens: Tensor, groups: Groups, batch_size:
 
 
 def causal_hidden(model: LanguageModel, tokens_BS: Tensor) -> Tensor:
-    """Final hidden states [B * S, H] of whole sequences."""
+    """Return the final hidden states [B * S, H] of sequences with causal attention."""
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     return hidden_states(model, tokens_BS, positions).flatten(0, 1)

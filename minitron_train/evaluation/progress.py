@@ -1,4 +1,4 @@
-"""One bar for a whole evaluation, whose length becomes known bit by bit."""
+"""A progress bar for a whole evaluation. Its total grows as lm-eval sends more requests."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from minitron_train.runtime.console import PLAIN_INTERVAL_S, say
 
 
 class RequestBar:
-    """A bar on a terminal, a plain line every ten seconds elsewhere, nothing on other ranks than the first."""
+    """Shows progress on rank 0: a bar on a terminal, otherwise at most one line every PLAIN_INTERVAL_S seconds."""
 
     def __init__(self, is_first: bool) -> None:
         self.plain = is_first and not sys.stderr.isatty()
@@ -18,13 +18,13 @@ class RequestBar:
         self.start_s = self.last_s = time.monotonic()
 
     def expect(self, count: int) -> None:
-        """So many more requests are coming."""
+        """Add `count` requests to the total."""
         self.total += count
         self.bar.total = self.total
         self.bar.refresh()
 
     def advance(self, count: int) -> None:
-        """So many more requests are answered."""
+        """Count `count` more answered requests."""
         count = min(count, self.total - self.done)
         self.done += count
         self.bar.update(count)
@@ -34,5 +34,4 @@ class RequestBar:
             say(f"evaluate: {self.done} of {self.total} requests, {now_s - self.start_s:.0f} s")
 
     def close(self) -> None:
-        """Take the bar away."""
         self.bar.close()

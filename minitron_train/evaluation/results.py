@@ -1,4 +1,4 @@
-"""lm-eval's nested result object -> the flat records that are written to eval/LABEL.json."""
+"""The records of eval/LABEL.json and LABEL.items.jsonl, made from lm-eval's nested results."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from minitron_train.runtime.records import Count, Real, read_whole_record
 
 
 class Entry(TypedDict, total=False):
-    """The record of one task or group; its metrics stand beside these keys, under their own names."""
+    """The record of one task or group. Its metrics are further keys under their own names."""
 
     rows: Count
     num_fewshot: Count | None
@@ -21,21 +21,21 @@ class Entry(TypedDict, total=False):
 
 
 class Splits(TypedDict, total=False):
-    """The splits that a task takes its rows and its examples from."""
+    """The splits of a task's rows and few-shot examples."""
 
     rows: str
     examples: str
 
 
 class TaskData(TypedDict, total=False):
-    """Where the data of a task came from."""
+    """The source of a task's data."""
 
     splits: Splits
     lm_eval_splits: Splits
 
 
 class Evaluation(TypedDict, total=False):
-    """eval/LABEL.json, the keys that are read back."""
+    """The keys of eval/LABEL.json that the program reads."""
 
     perplexity: Required[Annotated[float, Meta(gt=0)] | None]
     results: Required[dict[str, Entry]]
@@ -46,7 +46,7 @@ class Evaluation(TypedDict, total=False):
 
 
 class Item(TypedDict):
-    """One line of eval/LABEL.items.jsonl, the keys that are read back. A metric of a row may be of any kind."""
+    """The keys of a line of eval/LABEL.items.jsonl that the program reads. A row's metric may have any type."""
 
     task: str
     filter: str
@@ -56,20 +56,20 @@ class Item(TypedDict):
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """One eval/LABEL.json.
+    """Read one eval/LABEL.json.
 
     Raises:
-        UserError: it is not there, damaged, or another program's file.
+        UserError: the file is missing, damaged, or from another program.
     """
     again = f"evaluate {file.stem} again with force=true"
     try:
-        return read_whole_record(file, Evaluation, f"{again}, or take the file out of {file.parent}")
+        return read_whole_record(file, Evaluation, f"{again}, or remove the file from {file.parent}")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {again}") from None
 
 
 def collect(raw: Mapping[str, Any], leaves: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """One record per requested task; a group's record has its members under `parts`, a tag stands for its tasks.
+    """Return one record per requested task. A group's record has its members under `parts`; a tag is replaced by its tasks.
 
     Args:
         leaves: requested task, group or tag -> its leaf tasks.
@@ -80,9 +80,9 @@ def collect(raw: Mapping[str, Any], leaves: Mapping[str, list[str]]) -> dict[str
 
 
 def record(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Metrics with their standard errors, rows, shots and task version, of one task or group.
+    """Return metrics, standard errors, rows, shots and task version of one task or group.
 
-    A metric that is not a number (an overflown perplexity, the error of one row) is under `not_finite`, as text.
+    `not_finite` holds metrics that are not finite, as text: an overflowed perplexity, the standard error of one row.
     """
     metrics: dict[str, Any] = {}
     not_finite: dict[str, str] = {}
@@ -103,7 +103,7 @@ def record(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def without_infinities(value: Any) -> Any:
-    """A nested value for JSON, which has neither NaN nor infinity: null instead."""
+    """Replace NaN and infinity, which JSON cannot hold, by None in a nested value."""
     if isinstance(value, Mapping):
         return {key: without_infinities(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -112,7 +112,7 @@ def without_infinities(value: Any) -> Any:
 
 
 def items(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One object per evaluated row: what identifies it, what the model answered, and its metrics."""
+    """Yield one object per evaluated row: its identity, the model's answers, and its metrics."""
     for task, samples in sorted(raw["samples"].items()):
         for sample in samples:
             yield {

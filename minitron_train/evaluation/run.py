@@ -1,4 +1,4 @@
-"""One model, all its numbers: perplexity and lm-eval's tasks, written to one JSON file and one line per row."""
+"""Evaluate one model: perplexity and lm-eval's tasks, written to LABEL.json and, per row, to LABEL.items.jsonl."""
 
 import json
 import math
@@ -22,14 +22,14 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
 from minitron_train.runtime.records import Count, read_record
 from minitron_train.stages.run import PROVENANCE
-from minitron_train.train.export import Saved
+from minitron_train.train.export import VerifiedCheckpoint
 
 
 def evaluate_model(
     config: Config,
     groups: Groups,
     *,
-    model: Path | Saved,
+    model: Path | VerifiedCheckpoint,
     label: str,
     folder: Path,
     data_dir: Path | None,
@@ -37,18 +37,18 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate a Hugging Face folder or a training checkpoint; write folder/LABEL.json and folder/LABEL.items.jsonl.
 
-    An interrupted evaluation goes on from folder/LABEL.partial.
+    An interrupted evaluation resumes from folder/LABEL.partial.
 
     Args:
-        model: Hugging Face folder or training checkpoint, as evaluation.source.locate gives it.
-        data_dir: local evaluation data (see evaluation.local_data); what is not there comes from the hub, if any.
-        validation_tokens: int64 [sequences, length + 1] for the perplexity; None leaves it out.
+        model: Hugging Face folder or training checkpoint, as returned by evaluation.source.locate.
+        data_dir: local evaluation data (see evaluation.local_data); data of other tasks come from the hub.
+        validation_tokens: int64 [sequences, length + 1] for the perplexity; None skips it.
 
     Returns:
-        What was written: perplexity, results per task, tasks not run with the reason, sizes, versions, data hashes.
+        The contents of LABEL.json: perplexity, results, tasks that were not run with the reason, sizes, versions, data hashes.
 
     Raises:
-        UserError: an unknown task, broken data or weights, a model that the tensor-parallel size does not divide.
+        UserError: an unknown task, damaged data or weights, or a shape that the tensor-parallel size does not divide.
     """
     check_keys(config.eval)
     origin = open_origin(model)
@@ -70,7 +70,7 @@ def evaluate_model(
         report["perplexity"] = value if math.isfinite(value) else None
         if not math.isfinite(value):
             report["perplexity_reason"] = f"{value}: the model's log-likelihoods overflow or are not numbers"
-            say(f"{label}: perplexity is {report['perplexity_reason']}; the rest is measured")
+            say(f"{label}: perplexity is {report['perplexity_reason']}; continuing with the tasks")
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
     answered_by = f"{origin.identity} {precision.name} lm_eval {version('lm_eval')}"
     journal = Journal(folder / f"{label}.partial", answered_by, groups)
@@ -87,8 +87,8 @@ def evaluate_model(
 def publish(folder: Path, label: str, report: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Replace LABEL.json and LABEL.items.jsonl together.
 
-    The record of an earlier evaluation goes once the new files are written: after a kill between the two renames it
-    would vouch for figures of other settings.
+    The provenance of an earlier evaluation is deleted before the renames. After a kill between them it would otherwise
+    describe results of other settings.
     """
     with (
         atomic_file(folder / f"{label}.items.jsonl") as items_file,
@@ -100,7 +100,7 @@ def publish(folder: Path, label: str, report: dict[str, Any], rows: list[dict[st
 
 
 def line(item: dict[str, Any]) -> str:
-    """One row as a line of JSON."""
+    """Format one row as a line of JSON."""
     return json.dumps(without_infinities(item), allow_nan=False) + "\n"
 
 
@@ -113,13 +113,13 @@ def run_tasks(
     data_dir: Path | None,
     journal: Journal | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """lm-eval's tasks on a live model, the same on every rank.
+    """Run lm-eval's tasks on a model in memory. Every rank returns the same result.
 
     Args:
-        tokenizer: Hugging Face folder that has one.
+        tokenizer: Hugging Face folder with the tokenizer.
 
     Returns:
-        `results`, `not_run`, `data` and what else eval/LABEL.json says of the tasks; and one object per evaluated row.
+        The fields of eval/LABEL.json about tasks (`results`, `not_run`, `data`, …), and one object per evaluated row.
     """
     if not evaluation.tasks:
         return {"results": {}, "not_run": {}, "data": {}}, []
@@ -151,21 +151,21 @@ def run_tasks(
     return report, list(items(raw))
 
 
-class Ends(TypedDict, total=False):
-    """generation_config.json or config.json, as far as it is read here."""
+class EndTokens(TypedDict, total=False):
+    """The one field that is read from generation_config.json or config.json."""
 
     eos_token_id: Count | list[Count] | None
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
-    """Tokens that end a text, as generation_config.json or config.json lists them; chat models have several.
+    """Return the end-of-text tokens in generation_config.json or config.json. Chat models have several.
 
     Raises:
         UserError: one of the files is damaged.
     """
     for name in ("generation_config.json", "config.json"):
         try:
-            found = read_record(folder / name, Ends, "copy the file again").get("eos_token_id")
+            found = read_record(folder / name, EndTokens, "copy the file again").get("eos_token_id")
         except FileNotFoundError:
             continue
         if found is not None:
@@ -174,10 +174,10 @@ def end_tokens(folder: Path) -> frozenset[int]:
 
 
 def find_batch_tokens(model: LanguageModel, groups: Groups) -> int:
-    """Tokens of one forward pass: 1024 on a CPU, whose caches more would miss; on GPUs what fits into free memory.
+    """Return the tokens of one forward pass: 1024 on a CPU, because of its caches; on a GPU what half the free memory holds.
 
-    A layer without gradients holds about eight hidden states and three MLP states per token, and attention a mask byte
-    per key; half of what is free is used, and all ranks use the same.
+    Per token, a layer without gradients needs about eight hidden states, three MLP states and one mask byte per key. All
+    ranks use the smallest value of any rank.
     """
     if groups.device.type == "cpu":
         return 1024

@@ -1,4 +1,4 @@
-"""Log-likelihoods of token continuations on the model: packed rows in, one number per request out."""
+"""Log-likelihoods of token continuations, computed from packed rows."""
 
 import math
 from collections import defaultdict
@@ -15,7 +15,7 @@ from minitron_train.parallel.groups import Groups
 
 # B batch (rows), S longest row, P cached prefix, N scored positions, H hidden
 
-Score = tuple[float, bool]  # natural log-likelihood, and whether greedy decoding would give the continuation
+Score = tuple[float, bool]  # natural log-likelihood, and whether greedy decoding would generate the continuation
 
 
 def score(
@@ -43,7 +43,7 @@ def score(
 
 
 def score_rows(model: LanguageModel, rows: list[PackedRow], cache: KeyValueCache, groups: Groups) -> dict[int, Score]:
-    """One forward pass; only scored positions meet the output layer."""
+    """Score a batch in one forward pass. The output layer is applied only to scored positions."""
     device = groups.device
     tokens, positions, mask = (None if x is None else x.to(device) for x in to_tensors(rows, cache.num_tokens))
     assert tokens is not None and positions is not None
@@ -59,7 +59,7 @@ def score_rows(model: LanguageModel, rows: list[PackedRow], cache: KeyValueCache
 
 
 def to_tensors(rows: list[PackedRow], num_prefix: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens and positions [B, S], right-padded, and the mask [B, S, P + S] (True hides), None where causal is right."""
+    """Return tokens and positions [B, S], right-padded, and the mask [B, S, P + S]: True hides, None means causal."""
     longest = max(len(row.tokens) for row in rows)
     tokens, positions = torch.zeros(2, len(rows), longest, dtype=torch.long)
     for b, row in enumerate(rows):

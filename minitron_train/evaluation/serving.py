@@ -1,4 +1,4 @@
-"""Whether the programs that serve Hugging Face folders (vLLM, TensorRT-LLM) can take an exported one."""
+"""Whether inference servers for Hugging Face folders (vLLM, TensorRT-LLM) can load an exported one."""
 
 from pathlib import Path
 
@@ -9,32 +9,34 @@ PARALLEL_SIZES = (1, 2, 4, 8)
 
 
 def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
-    """Rules of the Hugging Face layout that a folder breaks, one sentence each; empty when it can be served.
+    """Return one sentence per violated rule of the Hugging Face layout; an empty list if the folder can be served.
 
-    Checked: head_dim is explicit where it is not hidden_size / heads; query heads, KV heads, MLP and vocabulary divide
-    by the tensor-parallel size; every tensor is there, under its name, and none else; one dtype, the config's.
+    The rules: head_dim is explicit unless it is hidden_size / heads. Query heads, KV heads, MLP and vocabulary are
+    divisible by the tensor-parallel size. All tensors exist under their names, without others, in the config's dtype.
 
     Raises:
-        UserError: the folder cannot be opened as a checkpoint at all.
+        UserError: the folder cannot be opened as a checkpoint.
     """
     checkpoint = HFFolder(folder)
     config, shape = checkpoint.config, checkpoint.shape
     problems = []
     if "head_dim" not in config and shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
-        problems.append("config.json has no head_dim, and hidden_size / num_attention_heads is not it")
+        problems.append("config.json has no head_dim, and hidden_size / num_attention_heads gives a wrong value")
     for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         if getattr(shape, key) % tensor_parallel_size:
             problems.append(
-                f"{key}={getattr(shape, key)} is not divisible by tensor parallelism {tensor_parallel_size}"
+                f"{key}={getattr(shape, key)} is not divisible by the tensor-parallel size {tensor_parallel_size}"
             )
     if checkpoint.unexpected:
-        problems.append(f"{len(checkpoint.unexpected)} tensors that no loader knows, like {checkpoint.unexpected[0]}")
+        problems.append(
+            f"{len(checkpoint.unexpected)} tensors are unknown to loaders, such as {checkpoint.unexpected[0]}"
+        )
     found = sorted({DTYPES.get(dtype, dtype) for dtype in checkpoint.dtypes.values()})
     wanted = config.get("dtype") or config.get("torch_dtype")
     if len(found) > 1:
-        problems.append(f"tensors of several types: {', '.join(found)}")
+        problems.append(f"the tensors have several dtypes: {', '.join(found)}")
     elif wanted is not None and [wanted] != found:
-        problems.append(f"config.json says dtype {wanted}, the tensors are {found[0]}")
+        problems.append(f"config.json has dtype {wanted}, but the tensors are {found[0]}")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).exists():
             problems.append(f"{name} is missing")
@@ -44,5 +46,5 @@ def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
 
 
 def servable_sizes(folder: Path) -> tuple[list[int], list[str]]:
-    """Tensor-parallel sizes (of 1, 2, 4, 8) at which all rules hold, and what fails at 1."""
+    """Return the tensor-parallel sizes among 1, 2, 4, 8 that satisfy all rules, and the problems at size 1."""
     return [size for size in PARALLEL_SIZES if not serving_problems(folder, size)], serving_problems(folder)

@@ -1,4 +1,4 @@
-"""Where an evaluated model comes from: a Hugging Face folder, or a training checkpoint, which need not be exported."""
+"""The source of an evaluated model: a Hugging Face folder, or a training checkpoint, which is read without an export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +12,18 @@ from minitron_train.hf import HFFolder, fingerprint, read_json, shape_from_confi
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
-from minitron_train.train.export import Saved, SavedTensors, find_checkpoint, saved_name
+from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint, saved_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """A model that can be built, and what it is known by.
+    """A model that can be built, with its identity and size.
 
     Attributes:
         path: the model's folder, or the checkpoint's.
         tokenizer: folder with the tokenizer and generation_config.json.
         identity: changes when the weights change.
-        num_bytes: of the weights, as Hugging Face folders hold them.
+        num_bytes: size of the weights in a Hugging Face folder.
     """
 
     path: Path
@@ -36,27 +36,27 @@ class Origin:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters; tied weights count once."""
+        """Number of parameters; tied weights count once."""
         return sum(self.table.parameters(self.shape).values())
 
     def build(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
-        """The model at the tensor-parallel size of `groups`; each rank reads its own part."""
+        """Build the model at the tensor-parallel size of `groups`. Each rank reads its own shard."""
         model = build(self.shape, tp=groups.tp_size, dtype=dtype)
         load(model, self.table, self.shape, self.source, groups.tp_rank, groups.tp_size)
         return model
 
 
 class SavedSource:
-    """Hugging Face tensors out of a training checkpoint, one at a time."""
+    """Reads Hugging Face tensors from a training checkpoint, one at a time."""
 
-    def __init__(self, checkpoint: Saved, table: Architecture, shape: Shape) -> None:
+    def __init__(self, checkpoint: VerifiedCheckpoint, table: Architecture, shape: Shape) -> None:
         self.saved, self.shape = SavedTensors(checkpoint), shape
         self.rows = {
             name.format(i=i): (row, i) for row in table.rows_of(shape) for i in row.layers(shape) for name in row.hf
         }
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """The tensor `name`, or its rows [start, stop) along `dim`."""
+        """Read the tensor `name`, or its slice [start, stop) along `dim`."""
         row, i = self.rows[name]
         fused = self.saved.read(saved_name(row.mcore), i if row.per_layer else None)
         parts = shards_to_parts(row, self.shape, [fused])
@@ -67,28 +67,28 @@ class SavedSource:
 
 
 def is_training(path: Path) -> bool:
-    """Whether a path is a training checkpoint, or the folder of a run that has some; a folder with a config.json is a model."""
+    """Whether a path is a training checkpoint or a run with checkpoints. A folder with a config.json is a model."""
     if (path / "config.json").exists():
         return False
     return (path / checkpoint_files.MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
-def locate(path: Path, output_dir: Path, *, trust_external: bool) -> Path | Saved:
-    """The weights of the folder that `eval.model` names: a Hugging Face folder, or of a run its newest whole checkpoint.
+def locate(path: Path, output_dir: Path, *, trust_external: bool) -> Path | VerifiedCheckpoint:
+    """Resolve `eval.model`: a Hugging Face folder, a checkpoint, or a run, whose newest undamaged checkpoint is used.
 
-    Never call it for a folder that must be a model, such as teacher.path: only here can a folder become a checkpoint.
+    Never call it for a folder that must be a model, such as teacher.path, because it may return a checkpoint.
 
     Raises:
-        UserError: a checkpoint that is damaged or may not be loaded (see `find_checkpoint`).
+        UserError: the checkpoint is damaged or not trusted (see `find_checkpoint`).
     """
     return find_checkpoint(path, output_dir, trust_external=trust_external) if is_training(path) else path
 
 
-def open_origin(model: Path | Saved) -> Origin:
-    """Open a Hugging Face folder, or a checkpoint that `locate` has found; nothing but headers is read.
+def open_origin(model: Path | VerifiedCheckpoint) -> Origin:
+    """Open a Hugging Face folder or a checkpoint from `locate`. Only headers are read.
 
     Raises:
-        UserError: damaged or missing headers.
+        UserError: a header is damaged or missing.
     """
     if isinstance(model, Path):
         checkpoint = HFFolder(model)

@@ -1,8 +1,8 @@
-"""System calls that a generated program is refused, as a seccomp filter: what namespaces do not separate.
+"""A seccomp filter that denies generated programs the system calls which namespaces do not isolate.
 
-The kernel's keyrings come along into a namespace (Kerberos tickets lie there), sockets to a virtual machine's host
-(AF_VSOCK) belong to no network namespace, and shared memory of System V outlives the limit on a process's memory. Stdlib and
-ctypes only, like `namespaces`. Format of the filter: seccomp(2), linux/filter.h.
+Namespaces share the kernel's keyrings, which may hold Kerberos tickets. Sockets to a virtual machine's host (AF_VSOCK)
+belong to no network namespace. System V shared memory is not covered by a process's memory limit. The module uses only
+the standard library and ctypes, like `namespaces`. Format of the filter: seccomp(2), linux/filter.h.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ import struct
 PR_SET_SECCOMP, FILTER_MODE = 22, 2
 ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER_AT, MACHINE_AT, FIRST_ARGUMENT_AT = 0, 4, 16  # in seccomp_data, on little-endian machines
-OTHER_ABI = 0x40000000  # from here on x86-64 has the x32 calls
+NUMBER_AT, MACHINE_AT, FIRST_ARGUMENT_AT = 0, 4, 16  # offsets in seccomp_data on little-endian machines
+OTHER_ABI = 0x40000000  # x86-64 numbers its x32 calls from here
 NEW_NAMESPACES = 0x7E020000  # flags of clone(2)
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 
@@ -51,14 +51,14 @@ REFUSED = {
 
 
 def refuse_calls() -> None:
-    """Have the kernel refuse these calls to this process and all that it starts, for good. Needs no_new_privs.
+    """Deny these calls to this process and its descendants, permanently. Requires no_new_privs.
 
     Raises:
-        OSError: the kernel has no such filters, or the numbers of this machine's calls are not known here.
+        OSError: the kernel does not support seccomp filters, or MACHINES lacks this machine's call numbers.
     """
     machine = os.uname().machine
     if machine not in MACHINES:
-        raise OSError(errno.ENOSYS, f"the system calls of {machine} are not known", "seccomp")
+        raise OSError(errno.ENOSYS, f"the system call numbers of {machine} are unknown", "seccomp")
     code = b"".join(struct.pack("HBBI", *line) for line in build_filter(*MACHINES[machine]))
     kept = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HP", len(code) // 8, ctypes.addressof(kept))
@@ -68,16 +68,21 @@ def refuse_calls() -> None:
 
 
 def build_filter(machine: int, column: int) -> list[tuple[int, int, int, int]]:
-    """The filter's instructions: operation, lines to skip if true, lines to skip if false, operand."""
+    """Return the filter's instructions: operation, jump if true, jump if false, operand."""
     lines = [
         (LOAD, 0, 0, MACHINE_AT),
         (JUMP_EQUAL, 1, 0, machine),
-        (RETURN, 0, 0, KILL),  # calls of another ABI (int 0x80) have other numbers
+        (RETURN, 0, 0, KILL),  # calls of another ABI (int 0x80) use different numbers
         (LOAD, 0, 0, NUMBER_AT),
         (JUMP_AT_LEAST, 0, 1, OTHER_ABI),
         (RETURN, 0, 0, KILL),
         (JUMP_EQUAL, 0, 1, CLONE3[column]),
-        (RETURN, 0, 0, ERRNO | errno.ENOSYS),  # its flags are behind a pointer; libc falls back to clone
+        (
+            RETURN,
+            0,
+            0,
+            ERRNO | errno.ENOSYS,
+        ),  # a filter cannot read its flags behind a pointer; libc falls back to clone
     ]
     for call in REFUSED.values():
         lines += [(JUMP_EQUAL, 0, 1, call[column]), (RETURN, 0, 0, ERRNO | errno.EPERM)]

@@ -1,4 +1,4 @@
-"""Whether lm-eval knows a task, read off its task files: importing lm-eval and indexing them takes many times as long."""
+"""Whether lm-eval knows a task, found by scanning its task files, which is much faster than importing lm-eval."""
 
 import difflib
 import functools
@@ -18,21 +18,21 @@ NAMES = re.compile(
 
 
 def shipped() -> Path:
-    """lm-eval's folder of task files; the package is not imported."""
+    """Return lm-eval's folder of task files without importing the package."""
     spec = find_spec("lm_eval")
     assert spec is not None and spec.origin is not None, "lm_eval is a dependency"
     return Path(spec.origin).parent / "tasks"
 
 
 def run_programs(names: Iterable[str]) -> list[str]:
-    """Those of the tasks that run what the model writes, in `evaluation.code`."""
+    """Return the tasks that run model-generated programs in `evaluation.code`."""
     return [
         name for name in names if (file := OWN / f"{name}.yaml").exists() and "unsafe_code: true" in file.read_text()
     ]
 
 
 def names_in(folders: Iterable[Path]) -> Iterator[str]:
-    """Names of tasks, groups and tags in the task files below some folders, and in the files that those include."""
+    """Yield the names of tasks, groups and tags in the task files below `folders`, and in the files that these include."""
     for folder in folders:
         for file in folder.rglob("*yaml"):
             for found in NAMES.findall(file.read_text(encoding="utf-8", errors="ignore")):
@@ -41,31 +41,32 @@ def names_in(folders: Iterable[Path]) -> Iterator[str]:
 
 @functools.cache
 def mmlu_subjects() -> set[str]:
-    """mmlu_abstract_algebra … mmlu_world_religions: the 57 parts of lm-eval's mmlu; mmlu_pro is none of them."""
+    """Return the 57 subjects of lm-eval's mmlu, mmlu_abstract_algebra to mmlu_world_religions. mmlu_pro is not included."""
     return {file.stem for file in (shipped() / "mmlu" / "default").glob("mmlu_*.yaml")}
 
 
 def named_by(evaluation: EvalConfig) -> dict[str, list[str]]:
-    """Every setting that names tasks, with the names."""
+    """Return setting -> task names, for each setting that names tasks."""
     return {"eval.tasks": evaluation.tasks, "eval.shots": [*evaluation.shots], "eval.limits": [*evaluation.limits]}
 
 
 def check_keys(evaluation: EvalConfig) -> None:
-    """Refuse tasks, and tasks in shots and limits, that lm-eval does not have.
+    """Reject names in eval.tasks, eval.shots and eval.limits that lm-eval does not have.
 
-    Shots and limits of tasks that are not chosen are fine: presets have some, and the tasks are often fewer.
+    eval.shots and eval.limits may name tasks that are not in eval.tasks: presets set them for many tasks.
     """
     for key, names in named_by(evaluation).items():
         check_names(names, key)
 
 
 def check_names(names: Iterable[str], key: str = "eval.tasks") -> None:
-    """Refuse tasks that lm-eval does not have, in a second or two.
+    """Reject tasks that lm-eval does not have. The scan takes a second or two.
 
-    A few names are made in ways that only lm-eval's own index sees; what some task file mentions is left to it.
+    A few names exist only in lm-eval's own index. This check therefore accepts a name that any task file mentions, and
+    lm-eval checks it later.
 
     Raises:
-        UserError: says the closest names.
+        UserError: suggests the closest names.
     """
     root = shipped()
     missing = set(names) - set(names_in([OWN, *(root / folder for folder in FOLDERS)]))
@@ -76,6 +77,6 @@ def check_names(names: Iterable[str], key: str = "eval.tasks") -> None:
 
 
 def unknown(name: str, known: Iterable[str], key: str) -> UserError:
-    """The error for a task that there is not; `key` is the setting that names it."""
+    """Return the error for an unknown task; `key` is the setting that names it."""
     close = difflib.get_close_matches(name, sorted(known), n=3) or ["hellaswag", "mmlu"]
     return UserError(f"{key}: no task {name!r} in lm-eval; did you mean {', '.join(close)}?")

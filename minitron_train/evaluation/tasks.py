@@ -1,4 +1,4 @@
-"""lm-eval's own tasks, with their data from this disk where there is any. Importing this module imports lm-eval."""
+"""Load lm-eval's tasks, with local data where available. Importing this module imports lm-eval."""
 
 import contextlib
 import hashlib
@@ -29,48 +29,48 @@ from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import sha256_file
 
 T = TypeVar("T")
-Files = dict[str, dict[str, Path]]  # leaf task -> split -> file on this disk; no split where there is none
+Files = dict[str, dict[str, Path]]  # leaf task -> split -> local file; empty for a task without local data
 
-BOOTSTRAP_ITERATIONS = 1000  # of standard errors that have no formula
+BOOTSTRAP_ITERATIONS = 1000  # for standard errors without a formula
 
 
 @dataclass(slots=True)
 class TaskSet:
-    """Tasks ready to run, and those that cannot be."""
+    """Tasks that are ready to run, and tasks that cannot run."""
 
-    tasks: Any = None  # as lm_eval.evaluator.evaluate takes it: lm_eval.tasks.manager.TaskDict
-    rows: dict[str, list[int]] = field(default_factory=dict)  # leaf task -> rows to evaluate; all when absent
+    tasks: Any = None  # lm_eval.tasks.manager.TaskDict, the argument of lm_eval.evaluator.evaluate
+    rows: dict[str, list[int]] = field(default_factory=dict)  # leaf task -> rows to evaluate; all rows if absent
     leaves: dict[str, list[str]] = field(default_factory=dict)  # requested task -> its leaf tasks
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # requested task -> where its data come from
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # requested task -> source of its data
     not_run: dict[str, str] = field(default_factory=dict)  # requested task -> reason
 
 
 @dataclass(slots=True)
 class Survey:
-    """What the first rank has found out about the requested tasks, for all ranks."""
+    """What rank 0 has found out about the requested tasks, for all ranks."""
 
-    files: dict[str, Files] = field(default_factory=dict)  # requested task that may run -> its files
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same -> where its data come from
-    lacking: dict[str, str] = field(default_factory=dict)  # what to say where the hub's cache has nothing either
-    not_run: dict[str, str] = field(default_factory=dict)  # any other requested task -> reason
-    online: bool = True  # whether the hub may be asked
+    files: dict[str, Files] = field(default_factory=dict)  # requested task that may run -> its local files
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # requested task that may run -> source of its data
+    lacking: dict[str, str] = field(default_factory=dict)  # requested task -> message if the hub's cache lacks it too
+    not_run: dict[str, str] = field(default_factory=dict)  # requested task that cannot run -> reason
+    online: bool = True  # whether the hub is reachable
 
 
 def load_tasks(
     evaluation: EvalConfig, data_dir: Path | None, groups: Groups | None = None, max_length: float = math.inf
 ) -> TaskSet:
-    """Tasks with data, shots and rows set as the configuration says, the same on every rank; collective.
+    """Load tasks with their data, shots and rows as configured, the same on every rank; collective.
 
-    The first rank decides what can run and loads it, then the others load the same, by then from the hub's cache.
+    Rank 0 decides which tasks can run and loads them. The other ranks then load the same tasks from the hub's cache.
 
     Args:
-        groups: all ranks; None is one process.
-        max_length: tokens of the longest context, which must hold a prompt and what a task generates.
+        groups: all ranks; None means one process.
+        max_length: tokens of the longest context, which must hold a prompt and the text that a task generates.
 
     Raises:
-        UserError: an unknown task; a local file without a needed column; data that only the first rank has.
+        UserError: an unknown task, a local file without a required column, or data that only rank 0 has.
     """
-    on_rank0 = groups.on_rank0 if groups else alone
+    on_rank0 = groups.on_rank0 if groups else run_here
     manager = index_of(evaluation)
     found = on_rank0(lambda: survey(manager, evaluation, data_dir, max_length))
     chosen = TaskSet(tasks={"tasks": {}, "groups": {}, "group_map": {}})
@@ -91,21 +91,21 @@ def load_tasks(
     return chosen
 
 
-def alone(work: Callable[[], T]) -> T:
-    """Groups.on_first of a single process."""
+def run_here(work: Callable[[], T]) -> T:
+    """Replaces Groups.on_rank0 in a single process."""
     return work()
 
 
 def only_by(on_rank0: Callable[..., Any], function: Callable[..., T]) -> Callable[..., T]:
-    """A function that the first rank runs for all: lm-eval has every rank work out the metrics of every row."""
+    """Wrap a function so that only rank 0 runs it. lm-eval would compute the metrics of every row on every rank."""
     return lambda *args: on_rank0(lambda: function(*args))
 
 
 def index_of(evaluation: EvalConfig) -> TaskManager:
-    """The smallest index of tasks that knows all names: reading all of lm-eval's takes seven seconds.
+    """Return a small index of tasks if it has all names, otherwise lm-eval's full index, which takes seven seconds.
 
     Raises:
-        UserError: a name that lm-eval does not know; says the closest ones.
+        UserError: a name that lm-eval does not know; the message suggests the closest names.
     """
     check_keys(evaluation)
     names = [(key, name) for key, found in named_by(evaluation).items() for name in found]
@@ -120,7 +120,7 @@ def index_of(evaluation: EvalConfig) -> TaskManager:
 
 
 def leaves(manager: TaskManager, name: str) -> list[str]:
-    """The tasks behind a task, group or tag."""
+    """Return the leaf tasks of a task, group or tag."""
     entry = manager.task_index[name]
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
@@ -132,7 +132,7 @@ def leaves(manager: TaskManager, name: str) -> list[str]:
 
 
 def without_missing(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
-    """Settings of a task file with the splits taken out for which there is no file; empty: all are there."""
+    """Return the changes to a task file that remove the splits without a file; empty if every split has one."""
     changed: dict[str, Any] = {}
     for key in ("training_split", "validation_split", "test_split"):
         if config.get(key) not in files:
@@ -140,12 +140,12 @@ def without_missing(config: Mapping[str, Any], files: Mapping[str, Path]) -> dic
     if config.get("fewshot_split") is not None and config["fewshot_split"] not in files:
         changed["fewshot_split"] = changed.get(
             "test_split", config.get("test_split")
-        )  # lm-eval then leaves the asked row out
+        )  # lm-eval then excludes the evaluated row from the examples
     return changed
 
 
 def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> str:
-    """A task file that includes lm-eval's and reads its data from `files`."""
+    """Return the text of a task file that includes lm-eval's own and reads its data from `files`."""
     config = manager.task_index[task].cfg or {}
     changed: dict[str, Any] = {"include": str(manager.task_index[task].yaml_path), "task": task}
     changed["dataset_kwargs"] = {"files": {split: str(path) for split, path in files.items()}, "task": task}
@@ -154,7 +154,7 @@ def local_override(manager: TaskManager, task: str, files: dict[str, Path]) -> s
 
 
 def splits(configs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Which split lm-eval asks the rows of some leaf tasks from, and which it takes examples from (its own rules)."""
+    """Return the splits from which lm-eval takes the rows and the few-shot examples of some leaf tasks (its own rules)."""
     rows, examples = set(), set()
     for config in configs:
         rows.add(config.get("test_split") or config.get("validation_split"))
@@ -167,7 +167,7 @@ def splits(configs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def hub_or_cache(online: bool) -> Iterator[None]:
-    """A block in which `datasets` asks the hub only when it is in reach, else its cache at once."""
+    """Within the block, `datasets` uses the hub only if `online`, otherwise directly its cache."""
     from datasets import config
 
     with mock.patch.object(config, "HF_HUB_OFFLINE", config.HF_HUB_OFFLINE or not online):
@@ -176,7 +176,7 @@ def hub_or_cache(online: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A block without lm-eval's and datasets' own progress bars and notices."""
+    """Within the block, silence the progress bars and notices of lm-eval and datasets."""
     import datasets
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -186,10 +186,10 @@ def quiet() -> Iterator[None]:
 
 
 def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None, max_length: float) -> Survey:
-    """Which tasks may run, with data from where; asks for the hub only where a file is missing.
+    """Find out which tasks can run, and the source of their data. The hub is contacted only if a local file is missing.
 
     Raises:
-        UserError: a local file without a needed column.
+        UserError: a local file lacks a required column.
     """
     found = Survey()
     for name in evaluation.tasks:
@@ -209,22 +209,22 @@ def survey(manager: TaskManager, evaluation: EvalConfig, data_dir: Path | None, 
         source = "local" if not missing[name] else "hub" if found.online else "cache"
         found.data[name] = {"source": source, "sha256": hash_files(files)} | splits_of(manager, files)
         if source == "cache":
-            where = data_dir or "eval.data_dir (not given)"
+            where = data_dir or "eval.data_dir (not set)"
             some = f" for {missing[name][0]} and {len(missing[name]) - 1} more" if len(missing[name]) > 1 else ""
             found.lacking[name] = f"no data in {where}{some}, and {NO_HUB}"
     return found
 
 
 def why_not(entry: Any, evaluation: EvalConfig, max_length: float) -> str | None:
-    """Why a leaf task cannot be run whatever its data, by its entry in lm-eval's index; None: it can.
+    """Return why a leaf task cannot run whatever its data, from its entry in lm-eval's index; None if it can.
 
     Raises:
-        UserError: it runs generated programs, and they cannot be isolated here.
+        UserError: it runs generated programs, and this system cannot isolate them.
     """
     settings: Mapping[str, Any] = entry.cfg or {}
     if settings.get("unsafe_code") and evaluation.allow_code_execution != UNSAFE:
         if entry.yaml_path is None or entry.yaml_path.parent != OWN:
-            own = "runs generated programs by lm-eval's own means, not isolated"
+            own = "runs generated programs with lm-eval's own code, which does not isolate them"
             return f"{own}; allow it with eval.allow_code_execution={UNSAFE}"
         if not evaluation.allow_code_execution:
             return "runs generated programs; allow it with eval.allow_code_execution=true"
@@ -233,14 +233,14 @@ def why_not(entry: Any, evaluation: EvalConfig, max_length: float) -> str | None
         return None
     wanted = cast("dict[str, Any]", normalize_gen_kwargs(settings.get("generation_kwargs") or {}))
     if wanted["do_sample"]:
-        return "asks for sampling; only greedy generation is supported"
+        return "requires sampling; only greedy generation is supported"
     if wanted["max_gen_toks"] >= max_length:
         return f"generates {wanted['max_gen_toks']} tokens, the model's context has {max_length}"
     return None
 
 
 def splits_of(manager: TaskManager, files: Files) -> dict[str, dict[str, str]]:
-    """The splits that a task is evaluated on, and those that lm-eval has for it."""
+    """Return the splits that a task uses here, and the splits that lm-eval would use."""
     usual = {leaf: manager.task_index[leaf].cfg or {} for leaf in files}
     used = [{**usual[leaf], **(without_missing(usual[leaf], found) if found else {})} for leaf, found in files.items()]
     return {"splits": splits(used), "lm_eval_splits": splits(usual.values())}
@@ -248,7 +248,7 @@ def splits_of(manager: TaskManager, files: Files) -> dict[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def reading_local(manager: TaskManager, files: Mapping[str, Files]) -> Iterator[TaskManager]:
-    """The same index for a block, with tasks that read their local files where there are some."""
+    """Yield the same index, in which tasks with local files read these."""
     with tempfile.TemporaryDirectory() as folder:
         for leaf, found in (pair for parts in files.values() for pair in parts.items()):
             if found:
@@ -258,7 +258,7 @@ def reading_local(manager: TaskManager, files: Mapping[str, Files]) -> Iterator[
 
 
 def load(chosen: TaskSet, manager: TaskManager, name: str, online: bool) -> Exception | None:
-    """Add one requested task; returns what `datasets` raises when the hub refuses or has no such set."""
+    """Add one requested task to `chosen`. Returns the error of `datasets` if the hub refuses or lacks the data set."""
     try:
         with hub_or_cache(online):
             loaded = manager.load([name])
@@ -270,36 +270,36 @@ def load(chosen: TaskSet, manager: TaskManager, name: str, online: bool) -> Exce
 
 
 def load_first(chosen: TaskSet, manager: TaskManager, found: Survey) -> dict[str, str]:
-    """The first rank's tasks; returns requested task -> why there are no data for it."""
+    """Load the tasks on rank 0. Returns requested task -> reason, for tasks whose data are not available."""
     refused: dict[str, str] = {}
     for name in found.files:
         error = load(chosen, manager, name, found.online)
         if error and (found.data[name]["source"] == "local" or isinstance(error, UserError)):
             raise error
         if error:
-            refused[name] = found.lacking.get(name) or f"the hub gave no data: {first_line(error)}"
+            refused[name] = found.lacking.get(name) or f"the hub returned no data: {first_line(error)}"
     return refused
 
 
 def load_next(chosen: TaskSet, manager: TaskManager, names: list[str], online: bool) -> None:
-    """Another rank's tasks, after the first one's: from the cache, or where nodes do not share it from the hub."""
+    """Load the tasks on another rank after rank 0: from the hub's cache, or from the hub if nodes do not share the cache."""
     for name in names:
         error = load(chosen, manager, name, online=False) and load(chosen, manager, name, online)
         if error:
             raise UserError(
-                f"eval.tasks: the first process has the data of {name}, this one does not ({first_line(error)}); "
-                "put eval.data_dir and the hub's cache (HF_HOME) where every node sees them"
+                f"eval.tasks: rank 0 has the data of {name}, this rank does not ({first_line(error)}); "
+                "put eval.data_dir and the hub's cache (HF_HOME) on a file system that all nodes share"
             ) from error
 
 
 def hash_files(files: dict[str, dict[str, Path]]) -> str | None:
-    """One sha256 over the files of a task, in order; None when there are none."""
+    """Return one sha256 over the local files of a task, in order; None if it has none."""
     hashes = [sha256_file(path) for leaf in files.values() for path in leaf.values()]
     return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes else None
 
 
 def configure(chosen: TaskSet, leaf: str, evaluation: EvalConfig, manager: TaskManager) -> None:
-    """Shots and rows of one leaf task. A task that lm-eval defines as 0-shot stays so (its own rule)."""
+    """Set shots and rows of one leaf task. A task that lm-eval defines as 0-shot stays 0-shot (lm-eval's rule)."""
     task = chosen.tasks["tasks"][leaf]
     shots, limit = evaluation.num_fewshot, evaluation.limit
     if shots is None:
@@ -315,9 +315,9 @@ def configure(chosen: TaskSet, leaf: str, evaluation: EvalConfig, manager: TaskM
 
 
 def narrowest(values: Mapping[str, int], leaf: str, manager: TaskManager) -> int | None:
-    """The value given for a leaf task, else for the smallest group or tag that has it.
+    """Return the value for a leaf task, else for the smallest group or tag that contains it.
 
-    {"mmlu": 5, "mmlu_stem": 3, "mmlu_anatomy": 0}: anatomy has 0, the rest of STEM 3, other subjects 5.
+    With {"mmlu": 5, "mmlu_stem": 3, "mmlu_anatomy": 0}, anatomy gets 0, the other STEM subjects 3, all others 5.
     """
     sizes = {key: len(members) for key in values if leaf in (members := leaves(manager, key))}
     key = leaf if leaf in values else min(sizes, key=sizes.__getitem__, default=None)
@@ -325,7 +325,7 @@ def narrowest(values: Mapping[str, int], leaf: str, manager: TaskManager) -> int
 
 
 def run_lm_eval(lm: Any, chosen: TaskSet, evaluation: EvalConfig) -> dict[str, Any]:
-    """lm-eval's evaluation of tasks that were loaded before; running it again gives the same prompts."""
+    """Run lm-eval on loaded tasks. A second run produces the same prompts."""
     for task in chosen.tasks["tasks"].values():
         task.set_fewshot_seed(seed=evaluation.seed)
     raw = evaluate(

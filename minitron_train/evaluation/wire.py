@@ -1,8 +1,7 @@
-"""Plain data between two Python processes that do not trust each other: JSON with tags, nothing that could run.
+"""Plain data between two Python processes that do not trust each other: tagged JSON, which cannot run code.
 
-What arrives becomes exactly the types of `TAGS` and JSON's own, never a subclass: a value that compares equal to
-everything cannot be sent. Any other object stays where it is and travels as a number, which the receiver turns into a
-stand-in of its own.
+The receiver creates only JSON's types and the types of `TAGS`, never a subclass. A value that compares equal to everything
+can therefore not be sent. Any other object stays in its process and is sent as a number; the receiver makes a proxy for it.
 """
 
 import json
@@ -13,10 +12,10 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-MAX_BYTES = 32 * 2**20  # of one message
-PLAIN_INT = 2**63  # json's digits of longer integers are limited
+MAX_BYTES = 32 * 2**20  # size of one message
+PLAIN_INT = 2**63  # larger integers are sent in hex, because Python limits the digits of decimal ones
 
-TAGS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {  # type, to JSON, back
+TAGS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {  # type, to JSON, from JSON
     "tuple": (tuple, list, tuple),
     "dict": (dict, lambda value: [list(item) for item in value.items()], dict),
     "set": (set, list, set),
@@ -44,40 +43,45 @@ BASES: tuple[Any, ...] = (
 )  # a subclass is sent as its base
 
 
-class Lost(BaseException):
-    """The other side has ended, or sends what is no message; not an Exception, so that no test can expect it."""
+class ConnectionLost(BaseException):
+    """The other process has ended or sent an invalid message. It is not an Exception, so that no test can expect it."""
 
 
 class Link:
-    """Messages over a socket, in turn.
+    """Sends and receives messages over a socket.
 
     Args:
-        keep: number of an object that is not plain.
-        find: what a number stands for on this side.
+        keep: returns the number of an object that cannot be sent as plain data.
+        find: returns the object for a received number.
     """
 
     def __init__(self, end: socket.socket, keep: Callable[[Any], int], find: Callable[[int], Any]) -> None:
         self.end, self.keep, self.find = end, keep, find
 
     def send(self, message: Any) -> None:
-        """One message of plain data and objects that `keep` numbers."""
+        """Send one message of plain data and of objects that `keep` numbers.
+
+        Raises:
+            ValueError: the message exceeds MAX_BYTES.
+            ConnectionLost: the other process has ended.
+        """
         data = json.dumps(self.encode(message)).encode("ascii")
         if len(data) > MAX_BYTES:
-            raise ValueError("too long a message")
+            raise ValueError("the message is too long")
         try:
             self.end.sendall(struct.pack(">Q", len(data)) + data)
         except OSError:
-            raise Lost from None
+            raise ConnectionLost from None
 
     def receive(self) -> Any:
-        """The next message; Lost when there is none."""
+        """Return the next message. Raises ConnectionLost if the other process has ended or the message is invalid."""
         (size,) = struct.unpack(">Q", self._read(8))
         if size > MAX_BYTES:
-            raise Lost
+            raise ConnectionLost
         try:
             return self.decode(json.loads(self._read(size)))
         except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-            raise Lost from None
+            raise ConnectionLost from None
 
     def _read(self, size: int) -> bytes:
         data = bytearray()
@@ -85,14 +89,14 @@ class Link:
             try:
                 part = self.end.recv(min(size - len(data), 1 << 20))
             except OSError:
-                raise Lost from None
+                raise ConnectionLost from None
             if not part:
-                raise Lost
+                raise ConnectionLost
             data += part
         return bytes(data)
 
     def encode(self, value: Any) -> Any:
-        """A value as JSON."""
+        """Convert a value to JSON types."""
         value = as_base(value)
         kind = type(value)
         if value is None or kind in (bool, float, str) or (kind is int and abs(value) < PLAIN_INT):
@@ -116,7 +120,7 @@ class Link:
 
 
 def as_base(value: Any) -> Any:
-    """An instance of a subclass of a plain type (Counter, namedtuple, IntEnum, numpy's scalars) as that type."""
+    """Convert an instance of a plain type's subclass (Counter, namedtuple, IntEnum, NumPy scalar) to that plain type."""
     kind = type(value)
     if kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return value.item()

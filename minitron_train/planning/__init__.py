@@ -1,6 +1,6 @@
-"""What a recipe costs before anyone pays for it: parameters, FLOPs, memory, time, network, disk, dollars. Nothing is run.
+"""Estimate the cost of a recipe without running it: parameters, FLOPs, memory, time, network, disk, dollars.
 
-Everything follows from two shapes, the training settings and a hardware table; no teacher, network or GPU is needed.
+The inputs are two shapes, the training settings and a hardware table. The plan needs no teacher, network or GPU.
 """
 
 from minitron_train.planning.check import check_fits

@@ -1,15 +1,15 @@
-"""Parameters and floating-point operations, exact from the shapes."""
+"""Exact counts of parameters and floating-point operations, from the shapes."""
 
 from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
 
-MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is only looked up
+MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
 
 
 def parameters(shape: Shape) -> dict[str, Any]:
-    """Exact counts: all, all but embedding and output layer, and by part (tied weights count once)."""
+    """Count all parameters, those without embedding and output layer, and by part. Tied weights count once."""
     parts = architecture(shape.architecture).parameters(shape)
     total = sum(parts.values())
     return {
@@ -20,7 +20,7 @@ def parameters(shape: Shape) -> dict[str, Any]:
 
 
 def parameters_per_rank(shape: Shape, tp: int) -> int:
-    """Parameters that one tensor-parallel rank holds: cut matrices in `tp` parts, norms whole."""
+    """Count the parameters of one tensor-parallel rank: its shard of split matrices, and replicated norms."""
     total = 0
     for row in architecture(shape.architecture).rows_of(shape):
         size = sum(prod(size) for size in row.sizes(shape).values())
@@ -29,25 +29,27 @@ def parameters_per_rank(shape: Shape, tp: int) -> int:
 
 
 def layer_parameters(shape: Shape, tp: int = 1) -> int:
-    """Parameters of one layer on one rank."""
+    """Count the parameters of one layer on one tensor-parallel rank."""
     rows = [row for row in architecture(shape.architecture).rows_of(shape) if row.per_layer]
     sizes = [(sum(prod(size) for size in row.sizes(shape).values()), row.parallel_dim()) for row in rows]
     return sum(size if dim is None else size // tp for size, dim in sizes)
 
 
 def forward_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:
-    """Multiply-adds count two. Matrices: 2 per parameter. Attention: Q K^T and P V against `seq_length` keys, half of them
-    where the causal mask is made use of (the papers' own figures count all of them).
+    """Count the FLOPs of a forward pass per token; a multiply-add counts as two.
+
+    Matrices cost 2 FLOPs per parameter. Attention costs Q K^T and P V with `seq_length` keys, or half as many if `causal`
+    (the papers' figures count all keys).
     """
     parts = architecture(shape.architecture).parameters(shape)
     matrices = sum(parts[name] for name in MATRIX_PARTS)
     if shape.tie_embeddings:
-        matrices += parts["embedding"]  # the output layer multiplies with it
+        matrices += parts["embedding"]  # the output layer uses the same matrix
     keys = seq_length / 2 if causal else seq_length
     attention = 4 * shape.num_layers * shape.axis_size("q") * keys
     return int(2 * matrices + attention)
 
 
 def training_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:
-    """Forward and backward: the backward pass costs two forwards."""
+    """Count the FLOPs of forward and backward pass per token; the backward pass costs two forward passes."""
     return 3 * forward_flops_per_token(shape, seq_length, causal=causal)

@@ -1,4 +1,4 @@
-"""The plan as one nested dictionary of plain numbers: what plan.json holds."""
+"""The plan as one nested dictionary of plain numbers, the contents of plan.json."""
 
 import math
 from dataclasses import asdict, replace
@@ -21,19 +21,19 @@ WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
 
 
 def make_plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
-    """Reckon the cost of a recipe; nothing is run, and torch is imported only to measure a machine.
+    """Estimate the cost of a recipe without running it. torch is imported only to measure this machine.
 
     Args:
-        target: file that gets the result as JSON (plan.json), written atomically; None writes nothing.
+        target: file for the result as JSON (plan.json), written atomically; None writes nothing.
     """
-    result = reckon(config, teacher, student, hardware(config.cluster, config.train.precision))
+    result = plan_on(hardware(config.cluster, config.train.precision), config, teacher, student)
     if target is not None:
         atomic_write_json(target, result)
     return result
 
 
-def reckon(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
-    """The plan on a machine whose rates are known."""
+def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -> dict[str, Any]:
+    """Estimate the cost of a recipe on given hardware."""
     base = base_layout(config, machine)
     batch_size = config.train.global_batch_size
     choices = all_choices(teacher, student, machine, base, batch_size)
@@ -61,7 +61,7 @@ def reckon(config: Config, teacher: Shape, student: Shape, machine: Hardware) ->
 
 
 def base_layout(config: Config, machine: Hardware) -> Layout:
-    """The layout that the configuration asks for on this hardware."""
+    """Return the configured layout on this hardware."""
     tp = config.parallel.tensor_model_parallel_size
     return Layout(
         tp=tp,
@@ -81,14 +81,14 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
 
 
 def describe(shape: Shape) -> dict[str, Any]:
-    """Sizes and exact counts of one model."""
+    """Return sizes and exact parameter counts of one model."""
     return {
         key: getattr(shape, key) for key in ("architecture", *SIZES, "kv_channels", "vocab_size")
     } | counts.parameters(shape)
 
 
 def training(config: Config) -> dict[str, Any]:
-    """Tokens and steps."""
+    """Return the length of the distillation in tokens and steps."""
     train = config.train
     tokens_per_step = train.step_tokens
     return {
@@ -101,7 +101,7 @@ def training(config: Config) -> dict[str, Any]:
 
 
 def flops(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
-    """Floating-point operations of the distillation; causal attention does half of the products."""
+    """Return the FLOPs of the distillation. Causal attention counts half of the attention products."""
     seq_length = config.train.seq_length
     forward = counts.forward_flops_per_token(teacher, seq_length)
     both = counts.training_flops_per_token(student, seq_length)
@@ -115,7 +115,7 @@ def flops(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
 
 
 def pretraining(config: Config, teacher: Shape, machine: Hardware, layout: Layout | None) -> dict[str, Any] | None:
-    """The teacher's training from scratch, in the layout of the distillation; None where the recipe's chain has none."""
+    """Estimate the teacher's pretraining in the layout of the distillation; None if the recipe does not pretrain it."""
     if not config.teacher.is_pretrained:
         return None
     tokens, train = config.pretrain.num_tokens, config.train
@@ -126,14 +126,17 @@ def pretraining(config: Config, teacher: Shape, machine: Hardware, layout: Layou
         return cost
     passes = logit_passes(DistillConfig(kd_weight=0, ce_weight=1))
     choice = evaluate(None, teacher, machine, replace(layout, logit_passes=passes), train.global_batch_size)
-    return cost | {"fits": choice.fits, "memory_bytes": choice.memory, **spent(choice, steps, machine)}
+    return cost | {"fits": choice.fits, "memory_bytes": choice.memory, **duration_and_price(choice, steps, machine)}
 
 
 def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | None:
-    """One teacher from scratch and pruned students, against all of them from scratch; None without plan.pretraining_tokens.
+    """Compare training one teacher and distilling pruned students with training all models from scratch.
 
-    Counted as arXiv 2407.14679 counts (footnote 5: 4.4e17, 2.5e17, 1.2e17 per step of 1152 x 4096 tokens): three forward
-    passes a token, full attention. The teacher's forward passes during distillation, which the paper leaves out, are added.
+    FLOPs are counted as in arXiv 2407.14679 (footnote 5: 4.4e17, 2.5e17, 1.2e17 per step of 1152 x 4096 tokens): three
+    forward passes per token, full attention. Unlike the paper, the teacher's forward passes in distillation are included.
+
+    Returns:
+        None without plan.pretraining_tokens.
     """
     scratch_tokens = config.plan.pretraining_tokens
     if scratch_tokens is None:
@@ -160,7 +163,7 @@ def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | N
 def describe_choice(
     config: Config, teacher: Shape, student: Shape, machine: Hardware, choice: Choice
 ) -> dict[str, Any]:
-    """One layout as numbers: memory by part, seconds by part, hours, dollars, network."""
+    """Return one layout as numbers: memory by part, seconds by part, hours, dollars, network."""
     layout, tokens = choice.layout, config.train.step_tokens
     with_recompute, without = (
         evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
@@ -174,7 +177,7 @@ def describe_choice(
         "memory_bytes": choice.memory,
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "tokens_per_second": tokens / choice.step.total,
-        **spent(choice, config.train.num_steps, machine),
+        **duration_and_price(choice, config.train.num_steps, machine),
         "network_bytes_per_step": {
             "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
             "data_parallel": dp_bytes_per_step(student, layout),
@@ -182,8 +185,8 @@ def describe_choice(
     }
 
 
-def spent(choice: Choice, steps: int, machine: Hardware) -> dict[str, Any]:
-    """Seconds of a step by part; hours and dollars of all steps."""
+def duration_and_price(choice: Choice, steps: int, machine: Hardware) -> dict[str, Any]:
+    """Return the seconds of a step by part, and the hours and dollars of all steps."""
     hours = choice.step.total * steps / SECONDS_PER_HOUR
     gpu_hours, price = hours * choice.layout.tp * choice.layout.dp, machine.price_per_gpu_hour
     return {

@@ -1,4 +1,4 @@
-"""Rates and sizes of the machines: from the hardware table in conf/cluster, or measured here (only then is torch imported)."""
+"""Rates and sizes of a machine, from the table in conf/cluster or measured here. Only a measurement imports torch."""
 
 import os
 import time
@@ -16,15 +16,13 @@ GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """One GPU (or process), its links, and how many there are. Rates are per second, sizes in bytes."""
+    """One GPU (or process), its links, and the number of GPUs. Rates are per second, sizes in bytes."""
 
     name: str
     num_gpus: int
     gpus_per_node: int
     memory_bytes: int
-    reserved_bytes: (
-        int  # of a GPU: CUDA context, NCCL, fragmentation; 0 without CUDA, where memory.py knows the libraries
-    )
+    reserved_bytes: int  # CUDA context, NCCL, fragmentation; 0 without CUDA (planning.memory.RUNTIME_BYTES instead)
     peak_flops: float
     fp32_flops: float
     utilisation: float
@@ -37,16 +35,16 @@ class Hardware:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations a second that a step is expected to reach."""
+        """Expected FLOP/s of matrix products in a step."""
         return self.peak_flops * self.utilisation
 
     def link_rate(self, num_ranks: int) -> float:
-        """Bytes a second between one GPU and the others of a group of neighbours."""
+        """Return the bytes per second between a GPU and the others of its group of `num_ranks` neighbouring GPUs."""
         return self.intra_node_rate if num_ranks <= self.gpus_per_node else self.inter_node_rate
 
 
 def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
-    """The table's figures; what it leaves open is measured on this machine, whose processes share cores and memory."""
+    """Return the table's values. Missing ones are measured on this machine; without CUDA its processes share them."""
     given = (cluster.peak_tflops, cluster.memory_gib, cluster.memory_gb_per_s)
     measured = None in given
     cuda = cuda_here() if measured else True
@@ -81,10 +79,10 @@ def cuda_here() -> bool:
 
 
 def can_shard_optimizer_here() -> bool:
-    """Whether a run with megatron-core's distributed optimizer could be resumed on this machine.
+    """Whether a run with megatron-core's distributed optimizer can be resumed on this machine.
 
-    Without the FusedAdam of Transformer Engine or Apex it asserts a state that a new process does not have yet
-    (megatron-core 0.16, DistributedOptimizer.state_dict).
+    Without FusedAdam of Transformer Engine or Apex, megatron-core 0.16 (DistributedOptimizer.state_dict) asserts state that
+    a new process does not have yet.
     """
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
@@ -94,7 +92,7 @@ def can_shard_optimizer_here() -> bool:
 def gemm_flops(
     precision: Precision, cuda: bool, repeats: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Measured rate of a square matrix product, median of `repeats`; a fraction of a second."""
+    """Measure the FLOP/s of a square matrix product, as a median of `repeats`. Takes a fraction of a second."""
     import torch
 
     device = "cuda" if cuda else "cpu"
@@ -105,7 +103,7 @@ def gemm_flops(
 
 
 def copy_rate(cuda: bool, repeats: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Measured bytes a second, read and written, of copying arrays that no cache holds."""
+    """Measure the bytes per second, read plus written, of copying arrays larger than any cache."""
     import torch
 
     device = "cuda" if cuda else "cpu"
@@ -115,7 +113,7 @@ def copy_rate(cuda: bool, repeats: int = 3, clock: Callable[[], float] = time.pe
 
 
 def median_seconds(work: Callable[[], object], cuda: bool, repeats: int, clock: Callable[[], float]) -> float:
-    """Of one run of `work`, after one that is not counted."""
+    """Return the median seconds of one call of `work`, after one warm-up call."""
     import torch
 
     seconds = []
@@ -129,7 +127,7 @@ def median_seconds(work: Callable[[], object], cuda: bool, repeats: int, clock: 
 
 
 def memory_here(cuda: bool) -> int:
-    """Bytes of one GPU, or what this machine and its control group still have."""
+    """Return the memory of one GPU, or the available memory of this machine within its control group, in bytes."""
     if cuda:
         import torch
 
@@ -144,7 +142,7 @@ def memory_here(cuda: bool) -> int:
 
 
 def control_group_left(limit_file: str) -> int | None:
-    """Bytes that the container may still take, or None without a limit. Cached file pages count as free."""
+    """Return the bytes that the control group can still allocate; None without a limit. Cached file pages count as free."""
     path = Path(limit_file)
     usage = path.with_name("memory.current" if path.name == "memory.max" else "memory.usage_in_bytes")
     try:

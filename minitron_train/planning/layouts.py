@@ -1,4 +1,4 @@
-"""Layouts that a cluster allows, what each needs and how fast it is, and the one to take."""
+"""Parallel layouts of a cluster: memory and speed of each, sorted so that the recommended one is first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 def candidates(
     teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
 ) -> Iterator[Layout]:
-    """Every tensor-parallel size inside a node that both shapes allow, micro-batch size and recompute choice."""
+    """Yield every valid combination of tensor-parallel size (within a node), micro-batch size and recompute setting."""
     for tp in range(1, machine.gpus_per_node + 1):
         if machine.gpus_per_node % tp or not all(divides(shape, tp) for shape in (teacher, student)):
             continue
@@ -41,13 +41,13 @@ def candidates(
 
 
 def divides(shape: Shape, tp: int) -> bool:
-    """Whether tensor parallelism of `tp` cuts the shape evenly (the rule of Shape.check_parallel)."""
+    """Whether the tensor-parallel size `tp` divides the shape evenly (the rule of Shape.check_parallel)."""
     sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, shape.vocab_size)
     return all(size % tp == 0 for size in sizes)
 
 
 def shares(global_batch_size: int, dp: int, micro_batch_size: int) -> bool:
-    """Whether every data-parallel rank gets the same number of whole micro-batches."""
+    """Whether all data-parallel ranks get the same whole number of micro-batches."""
     return global_batch_size % (dp * micro_batch_size) == 0
 
 
@@ -64,7 +64,7 @@ class Choice:
 def evaluate(
     teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int
 ) -> Choice:
-    """What a layout needs and how long its step takes, in distilling, or without a teacher in pretraining."""
+    """Estimate memory and step time of a layout, for distillation, or for pretraining if `teacher` is None."""
     memory = distill_bytes(teacher, student, layout)
     step = step_time(teacher, student, machine, layout, global_batch_size)
     return Choice(layout=layout, memory=memory, step=step, fits=memory["total"] <= machine.memory_bytes)
@@ -73,7 +73,7 @@ def evaluate(
 def all_choices(
     teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
 ) -> list[Choice]:
-    """Every layout of the cluster, the fitting and fast ones first; the first one is recommended if it fits."""
+    """Return all layouts of the cluster: first those that fit, fastest first, then the others by memory."""
     found = [
         evaluate(teacher, student, machine, layout, global_batch_size)
         for layout in candidates(teacher, student, machine, base, global_batch_size)

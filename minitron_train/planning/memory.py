@@ -1,7 +1,7 @@
-"""Bytes on one GPU (or in one process), part by part, and the peak over the phases of a step.
+"""Memory of one GPU (or process) in bytes: by part, and the peak over the phases of a step.
 
-What autograd keeps is counted tensor by tensor for the layer that arch.build makes; tests compare it with what autograd
-really saved. Legend: H hidden, A query heads x channels, K key/value heads x channels, F MLP neurons, V vocabulary.
+The tensors that autograd saves are counted one by one for a layer of model.build; tests compare the sum with what autograd
+really saved. Legend: N tokens of a micro-batch, V vocabulary, F MLP neurons.
 """
 
 import os
@@ -14,21 +14,21 @@ from minitron_train.planning.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
 FP64 = 8
-LOSS_BUDGET_U = 0.2  # distillation.loss_blocks.Chunking.memory_budget_u: share of one [N, V] fp32 logit tensor
+LOSS_BUDGET_U = 0.2  # distillation.loss_blocks.Chunking.memory_budget_u, in units of one [N, V] fp32 logit tensor
 SMALL_LOGITS_BYTES = 256 * 2**20  # distillation.step.SMALL_BYTES
-EVAL_LOGIT_BYTES = 128 * 2**20  # evaluation.forward.LOGIT_BYTES
+EVAL_LOGIT_BYTES = 128 * 2**20  # model.forward.LOGIT_BYTES
 SLICE_BLOCK_BYTES = 16 * 2**20  # pruning.slice.BLOCK_BYTES
 SHARD_BYTES = 4 * 2**30  # hf.MAX_SHARD_BYTES
 STATISTICS_BYTES = 2 * 3 * 8  # pruning.statistics.Moments: mean and deviations of three values, fp64
 RUNTIME_BYTES = {
     stage: mib * 2**20
     for stage, mib in {"score": 490, "slice": 440, "distill": 560, "export": 390, "eval": 560}.items()
-}  # libraries, no CUDA
+}  # resident memory of the libraries without CUDA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How a distillation run is spread over processes, and what it keeps in memory."""
+    """The parallel layout of a run, and the settings that determine its memory."""
 
     tp: int = 1
     dp: int = 1
@@ -36,27 +36,27 @@ class Layout:
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
     teacher_weight_bytes: int
-    runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0: a process without CUDA
+    runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0 without CUDA
     loss_budget_u: float | None = None  # distill.memory_budget_u
-    logit_passes: int = 0  # planning.timing.logit_passes; 0 where no loss is timed
-    recompute: str = "none"  # config.Recompute: what the backward pass computes again
+    logit_passes: int = 0  # planning.timing.logit_passes; 0 if the time of the loss is not estimated
+    recompute: str = "none"  # config.Recompute: the activations that the backward pass recomputes
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
     cuda: bool = True  # fused RMSNorm keeps no normalised copy
 
     @property
     def tokens(self) -> int:
-        """Tokens of one micro-batch."""
+        """Number of tokens of one micro-batch."""
         return self.micro_batch_size * self.seq_length
 
 
 def saved_per_layer(shape: Shape, layout: Layout) -> int:
-    """Bytes that autograd keeps of one layer for one micro-batch on one rank, without full recomputation."""
+    """Return the bytes that autograd saves for one layer, per micro-batch and rank, without full recomputation."""
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
     replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
-        attention = 4 * query  # rotated Q, K and V once for every head (arch.build.needs_whole_heads), context
+        attention = 4 * query  # rotated Q; K and V repeated for every head (model.build.needs_whole_heads); context
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
@@ -64,25 +64,28 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
 
 
 def sequence_parts(layout: Layout) -> int:
-    """In how many parts the sequence is cut outside of attention and MLP."""
+    """Return the number of ranks among which the sequence is divided outside of attention and MLP."""
     return layout.tp if layout.sequence_parallel else 1
 
 
 def kept_by_norm(shape: Shape, layout: Layout) -> float:
-    """Elements per token: a norm's input; torch's RMSNorm on a CPU keeps the normalised values too."""
+    """Return the elements per token that a norm saves: its input, and on a CPU also RMSNorm's normalised values."""
     twice = architecture(shape.architecture).transformer["normalization"] == "RMSNorm" and not layout.cuda
     return (2 if twice else 1) * shape.hidden_size / sequence_parts(layout)
 
 
 def mlp_elements(shape: Shape) -> int:
-    """What the MLP keeps per token. Squared ReLU: 2 F. Gated: both halves, activated gate, second half again, product."""
+    """Return the elements per token that the MLP saves.
+
+    Squared ReLU saves 2 F. A gated MLP saves 5 F: both halves, the activated gate, the second half again, and the product.
+    """
     return (5 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
 
 
 def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
-    """Bytes that autograd keeps of a whole forward pass; the final hidden states belong to the loss.
+    """Return the bytes that autograd saves in a forward pass, without the final hidden states, which belong to the loss.
 
-    With recomputation the backward pass fills in what it needs of one layer at a time (`with_working_layer`).
+    With recomputation, the backward pass also holds the recomputed activations of one layer (`with_working_layer`).
     """
     final_norm = layout.tokens * kept_by_norm(shape, layout) * layout.weight_bytes
     if layout.recompute == "full":
@@ -100,7 +103,7 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
-    """What exists at once inside the widest layer of a forward pass without gradients: residual, norm, MLP or attention."""
+    """Return the peak bytes inside a layer of a forward pass without gradients: residual, norm, and MLP or attention."""
     gated = architecture(shape.architecture).transformer["gated_linear_unit"]
     mlp = (5 if gated else 3) * shape.ffn_hidden_size
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
@@ -108,7 +111,11 @@ def working_bytes(shape: Shape, layout: Layout) -> int:
 
 
 def logit_budget(vocab: int, layout: Layout) -> float:
-    """Bytes that the loss may use for blocks of logits and for logits kept between its sweeps; `vocab` rows are this rank's."""
+    """Return the bytes that the loss may use for blocks of logits and for logits kept between its sweeps.
+
+    Args:
+        vocab: vocabulary rows of this rank.
+    """
     logits = layout.tokens * vocab * FP32
     if layout.loss_budget_u is not None:
         return layout.loss_budget_u * logits
@@ -116,7 +123,7 @@ def logit_budget(vocab: int, layout: Layout) -> float:
 
 
 def loss_bytes(student: Shape, teacher: Shape | None, layout: Layout) -> int:
-    """The fused loss: blocks of logits, the gradient of the output weights' shard, hidden states and one gradient of them."""
+    """Return the bytes of the fused loss: logit blocks, output weight gradient (this shard), hidden states, their gradient."""
     vocab, num_models = student.vocab_size // layout.tp, 1 if teacher is None else 2
     blocks = min(logit_budget(vocab, layout), num_models * layout.tokens * vocab * FP32)
     weight_grad = vocab * student.hidden_size * layout.weight_bytes
@@ -127,14 +134,15 @@ def loss_bytes(student: Shape, teacher: Shape | None, layout: Layout) -> int:
 
 
 def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
-    """AdamW's two moments in fp32, and fp32 master weights where the weights are bf16."""
+    """Return the bytes of AdamW's two fp32 moments, and of fp32 master weights if the weights are bf16."""
     state = 8 + (FP32 if layout.weight_bytes < FP32 else 0)
     return state * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
 
 
 def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
-    """Memory of one process that distills, or pretrains without a teacher, by part; `total` is the peak over teacher forward
-    and step (AdamW's fused update works in place).
+    """Return the memory of one distillation process by part, or of pretraining if `teacher` is None.
+
+    `total` is the peak over the teacher's forward pass and the step. AdamW's fused update works in place.
     """
     own = parameters_per_rank(student, layout.tp)
     taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
@@ -152,7 +160,7 @@ def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict
 
 
 def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
-    """Memory of one process that evaluates: weights, one forward pass, a chunk of logits and their exponentials."""
+    """Return the memory of one evaluation process by part: libraries, weights, one forward pass, a chunk of logits."""
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["eval"],
         "weights": parameters_per_rank(shape, layout.tp) * layout.weight_bytes,
@@ -163,17 +171,16 @@ def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:
 
 
 def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: bool) -> dict[str, int]:
-    """Memory of one process that scores: no vocabulary is held, `chunk_tokens` tokens wait between two layers.
+    """Return the memory of one scoring process by part. Scoring holds neither embedding nor output layer.
 
     Args:
-        layout: tokens of one forward pass.
-        streamed: one layer's weights at a time.
+        layout: gives the tokens of one forward pass.
+        chunk_tokens: tokens whose hidden states are held between two layers.
+        streamed: hold only one layer's weights at a time.
     """
     layers = (1 if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
     channels = (2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size) // layout.tp + 2 * teacher.hidden_size
-    vectors = (
-        min(chunk_tokens, teacher.vocab_size) + chunk_tokens
-    )  # embeddings of the different tokens, and of all of them
+    vectors = min(chunk_tokens, teacher.vocab_size) + chunk_tokens  # embeddings of distinct tokens, and of all tokens
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],
         "weights": layers * layout.weight_bytes,
@@ -185,7 +192,7 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
 
 
 def slice_bytes(teacher: Shape, weight_bytes: int) -> dict[str, int]:
-    """Memory of the process that slices: blocks of rows, read and cut, a pair for each thread; whatever the model's size."""
+    """Return the memory of the slicing process: one block read and one sliced per thread, whatever the model's size."""
     threads = max(2, min(8, len(os.sched_getaffinity(0))))
     largest = max(prod(size) for size in architecture(teacher.architecture).tensors(teacher).values()) * weight_bytes
     parts = {"runtime": RUNTIME_BYTES["slice"], "blocks": threads * 2 * min(SLICE_BLOCK_BYTES, largest)}
@@ -193,18 +200,18 @@ def slice_bytes(teacher: Shape, weight_bytes: int) -> dict[str, int]:
 
 
 def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Layout, *, tokens: int) -> dict[str, int]:
-    """Memory of one process that rotates and repairs alone, in fp32; several share the streams and hold the rest each.
+    """Return the memory of rotation and repair in one process, in fp32. Several processes divide only the `streams`.
 
     Args:
-        layout: tokens of one forward pass.
-        tokens: that are fitted on; their residual streams are held, the teacher's and the student's.
+        layout: gives the tokens of one forward pass.
+        tokens: tokens of the fit; the teacher's and the student's residual streams of all of them are held.
     """
     layout = replace(layout, tp=1, weight_bytes=FP32)
     hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
     gated = architecture(student.architecture).transformer["gated_linear_unit"]
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
-    # rotation: a covariance, its part that turns, its vectors, workspace; least squares: two of inputs, three of outputs
+    # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
     squares = [4 * teacher.hidden_size**2] if prune.rotate else []
     if prune.refit is not Refit.none:
         squares += [2 * inputs**2 + 3 * inputs * outputs for inputs, outputs in linears]
@@ -219,7 +226,7 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
 
 
 def export_bytes(student: Shape, weight_bytes: int) -> dict[str, int]:
-    """Memory of the process that exports: one shard of the folder, and one tensor as it was saved, as read and as cast."""
+    """Return the memory of the export process: one shard of the folder, and one tensor as saved, as read and as cast."""
     table = architecture(student.architecture)
     whole = sum(table.parameters(student).values()) * weight_bytes
     largest = max(sum(map(prod, row.sizes(student).values())) for row in table.rows_of(student)) * FP32

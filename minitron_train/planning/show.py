@@ -1,4 +1,4 @@
-"""The plan as text for a terminal."""
+"""Format the plan as text for a terminal."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ PARTS = ("embedding", "attention", "mlp", "norms", "output")
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """Everything on one screen and a half."""
+    """Format the whole plan, about 60 lines."""
     sections = [
         [f"plan {plan['name']}", ""],
         models(plan),
@@ -33,7 +33,7 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 
 def models(plan: dict[str, Any]) -> list[str]:
-    """Teacher beside student."""
+    """Format the sizes of teacher and student."""
     teacher, student = plan["teacher"], plan["student"]
     lines = [f"{'':<28}{'teacher':>16}{'student':>16}{'kept':>8}"]
     pairs = [
@@ -48,7 +48,7 @@ def models(plan: dict[str, Any]) -> list[str]:
 
 
 def costs(plan: dict[str, Any]) -> list[str]:
-    """Tokens, FLOPs, and what a family costs."""
+    """Format tokens, FLOPs, and the savings of a model family."""
     training, flops, family = plan["training"], plan["flops"], plan["family"]
     pretraining = plan["pretraining"]
     all_flops = f", {flops['total'] + pretraining['flops']['total']:.3g} with pretraining" if pretraining else ""
@@ -57,7 +57,7 @@ def costs(plan: dict[str, Any]) -> list[str]:
         f" ({training['global_batch_size']} x {training['seq_length']})",
         f"FLOPs per token    teacher forward {flops['teacher_forward_per_token']:.3g}, "
         f"student forward + backward {flops['student_training_per_token']:.3g}",
-        f"FLOPs              {flops['per_step']:.3g} a step, {flops['total']:.3g} in all{all_flops}",
+        f"FLOPs              {flops['per_step']:.3g} per step, {flops['total']:.3g} in total{all_flops}",
     ]
     if family:
         per_step = ", ".join(f"{name} {value:.1e}" for name, value in family["flops_per_step"].items())
@@ -65,13 +65,13 @@ def costs(plan: dict[str, Any]) -> list[str]:
             f"family             {family['saving']:.2f}x less compute than {len(family['flops_per_step'])} trainings on"
         )
         lines.append(
-            f"                   {family['pretraining_tokens']:.0e} tokens (FLOPs a step, full attention: {per_step})"
+            f"                   {family['pretraining_tokens']:.0e} tokens (FLOPs per step, full attention: {per_step})"
         )
     return lines
 
 
 def chosen_layout(plan: dict[str, Any]) -> list[str]:
-    """Memory and speed in the recommended layout, else in the configured one; nothing where that cannot share the batch."""
+    """Format memory and speed of the recommended layout, else of the configured one; nothing if it does not divide the batch."""
     machine, chosen = plan["hardware"], plan["recommended"] or plan["configured"]
     if not chosen:
         return []
@@ -81,8 +81,8 @@ def chosen_layout(plan: dict[str, Any]) -> list[str]:
 
 
 def layout_text(layout: dict[str, Any]) -> str:
-    """tensor parallel 2, data parallel 64, …"""
-    shared = {"sequence_parallel": layout["tp"], "sharded_optimizer": layout["dp"]}  # by so many ranks
+    """Format a layout: "TP 2, DP 64, micro-batch 1, …"."""
+    shared = {"sequence_parallel": layout["tp"], "sharded_optimizer": layout["dp"]}  # option -> number of ranks it uses
     extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
@@ -91,7 +91,7 @@ def layout_text(layout: dict[str, Any]) -> str:
 
 
 def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
-    """GiB per GPU by part."""
+    """Format the GiB per GPU by part."""
     parts, activations = choice["memory_bytes"], choice["activations_bytes"]
     rows = {name: text for name, text in MEMORY_ROWS.items() if parts[name]}
     lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in rows.items()]
@@ -103,39 +103,39 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     if layout["sharded_optimizer"] and layout["dp"] > 1:
         whole = parts["optimizer"] * layout["dp"] / GIB
         lines[list(rows).index("optimizer")] += (
-            f"   (split by DP: Transformer Engine or Apex; without them {whole:.2f})"
+            f"   (sharded over DP with Transformer Engine or Apex; otherwise {whole:.2f})"
         )
     return lines
 
 
 def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
-    """Speed, hours, money, network."""
+    """Format speed, hours, price and network traffic."""
     step, network = choice["step_seconds"], choice["network_bytes_per_step"]
     origin = "measured here" if machine["measured"] else "data sheet"
     parts = " + ".join(
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
     )
     return [
-        f"  {choice['tokens_per_second']:,.0f} tokens/s, {spent(choice)}",
+        f"  {choice['tokens_per_second']:,.0f} tokens/s, {cost_text(choice)}",
         f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
-        f"a step: {step['total']:.2f} s = {parts}",
-        f"  one GPU sends {network['tensor_parallel'] / GIB:.1f} GiB a step for TP, "
+        f"one step: {step['total']:.2f} s = {parts}",
+        f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
         f"{network['data_parallel'] / GIB:.1f} GiB for DP",
     ]
 
 
-def spent(cost: dict[str, Any]) -> str:
-    """Hours and money."""
+def cost_text(cost: dict[str, Any]) -> str:
+    """Format hours, GPU-hours and dollars."""
     dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.0f} dollars"
     return f"{cost['hours']:,.1f} hours, {cost['gpu_hours']:,.0f} GPU-hours{dollars}"
 
 
 def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
-    """The fastest layouts that fit, and how many do not; why, where there is none at all."""
+    """Format the fastest layouts that fit and their number, or the reason why no layout is valid or fits."""
     if not plan["layouts"]:
         batch, gpus = plan["training"]["global_batch_size"], plan["hardware"]["num_gpus"]
         return [
-            f"train.global_batch_size={batch} cannot be shared by {gpus} GPUs; "
+            f"train.global_batch_size={batch} cannot be divided among {gpus} GPUs; "
             f"set a multiple of {gpus}, or lower cluster.num_nodes or cluster.gpus_per_node"
         ]
     fitting = [row for row in plan["layouts"] if row["fits"]]
@@ -146,17 +146,19 @@ def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
     if not fitting:
         least = min(plan["layouts"], key=lambda row: row["memory_bytes"]["total"])
         lines[0] += (
-            f" the least, {layout_text(least['layout'])}, needs {least['memory_bytes']['total'] / GIB:.1f} GiB; "
-            "take more GPUs, a smaller student or a shorter train.seq_length"
+            f" the smallest, {layout_text(least['layout'])}, needs {least['memory_bytes']['total'] / GIB:.1f} GiB; "
+            "use more GPUs, a smaller student or a shorter train.seq_length"
         )
-    for row in fitting[:most]:
+    texts = [layout_text(row["layout"]) for row in fitting[:most]]
+    width = max(map(len, texts), default=0)
+    for text, row in zip(texts, fitting, strict=False):
         peak = row["memory_bytes"]["total"] / GIB
-        lines.append(f"  {layout_text(row['layout']):<78}{peak:>7.1f} GiB{row['tokens_per_second']:>12,.0f} tokens/s")
+        lines.append(f"  {text:<{width}}{peak:>9.1f} GiB{row['tokens_per_second']:>12,.0f} tokens/s")
     return lines
 
 
 def stage_lines(plan: dict[str, Any]) -> list[str]:
-    """Pretraining, scoring, slicing, repair, disk."""
+    """Format the other stages: pretraining, scoring, slicing, repair, and the disk space."""
     scoring, slicing = plan["scoring"], plan["slicing"]
     where = f"at {DISK_RATE / 1e9:g} GB/s" if plan["hardware"]["cuda"] else "in the page cache"
     resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
@@ -169,29 +171,29 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
     if repair := slicing["repair_bytes"]:
         lines.append(
             f"repair             {slicing['repair_tokens']:,} tokens, {repair['total'] / GIB:.1f} GiB on one process "
-            f"({repair['streams'] / GIB:.1f} of it shared by several)"
+            f"({repair['streams'] / GIB:.1f} of it divided among several)"
         )
     return [*pretraining_lines(plan), *lines, disk_line(plan["disk"])]
 
 
 def pretraining_lines(plan: dict[str, Any]) -> list[str]:
-    """The teacher's training in the layout above, where the recipe makes its teacher."""
+    """Format the teacher's pretraining in the layout above, if the recipe pretrains its teacher."""
     pretraining = plan["pretraining"]
     if not pretraining:
         return []
     line = f"pretraining        {pretraining['num_tokens']:,} tokens = {pretraining['steps']:,} steps, "
     line += f"{pretraining['flops']['total']:.3g} FLOPs"
     if "hours" in pretraining:
-        too_much = "" if pretraining["fits"] else ", which do not fit"
-        line += f", {spent(pretraining)}; {pretraining['memory_bytes']['total'] / GIB:.1f} GiB{too_much}"
+        too_much = "" if pretraining["fits"] else ", which does not fit"
+        line += f", {cost_text(pretraining)}; {pretraining['memory_bytes']['total'] / GIB:.1f} GiB{too_much}"
     return [line]
 
 
 def disk_line(disk: dict[str, int]) -> str:
-    """What the output folder grows to, by part."""
+    """Format the size of the output folder by part."""
     gib = {name: size / GIB for name, size in disk.items()}
     pretraining = f"pretraining {gib['pretraining']:.1f}, " if disk["pretraining"] else ""
-    cache = f"; copies of compressed text {gib['cache']:.1f} in the cache" if disk["cache"] else ""
+    cache = f"; copies of compressed text in the cache {gib['cache']:.1f}" if disk["cache"] else ""
     return (
         f"disk               {gib['total']:.1f} GiB: {pretraining}teacher {gib['teacher']:.1f}, pruned {gib['pruned']:.1f}, "
         f"checkpoints {gib['checkpoints']:.1f} ({gib['checkpoint']:.1f} each), student {gib['student']:.1f}{cache}"

@@ -1,4 +1,4 @@
-"""Scoring, slicing and disk."""
+"""Cost of scoring and slicing, and the disk space of an output folder."""
 
 from math import prod
 from typing import Any
@@ -11,13 +11,11 @@ from minitron_train.planning.memory import FP32, Layout, repair_bytes, score_byt
 from minitron_train.planning.timing import score_seconds, slice_seconds
 
 BF16 = 2
-TOKENS_PER_INPUT = (
-    4  # of a repair's least squares; fewer fit noise: on SmolLM2 the result is then worse than the plain cut
-)
+TOKENS_PER_INPUT = 4  # for a repair's least squares; with fewer tokens SmolLM2 gets worse than without the repair
 
 
 def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]:
-    """Memory and seconds of one process that scores, with all layers in memory and layer by layer."""
+    """Estimate memory and seconds of scoring per process, with all layers in memory and streamed layer by layer."""
     calibration = config.calibration
     layout = scoring_layout(config, cuda=machine.cuda, runtime_bytes=machine.reserved_bytes)
     tokens = calibration.num_samples * calibration.seq_length
@@ -40,7 +38,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
 
 
 def scoring_layout(config: Config, *, cuda: bool, runtime_bytes: int) -> Layout:
-    """One forward pass of scoring."""
+    """Return the layout of one forward pass of scoring."""
     weight_bytes = BF16 if config.calibration.precision_on(cuda) is Precision.bf16 else FP32
     return Layout(
         tp=config.parallel.tensor_model_parallel_size,
@@ -54,17 +52,17 @@ def scoring_layout(config: Config, *, cuda: bool, runtime_bytes: int) -> Layout:
 
 
 def repair_tokens(config: Config) -> int:
-    """Tokens that rotation and repair are fitted on: no more than there are for calibration."""
+    """Return the number of tokens for rotation and repair, at most the calibration set's."""
     return min(config.prune.repair_tokens, config.calibration.num_samples * config.calibration.seq_length)
 
 
 def least_tokens(student: Shape) -> int:
-    """Tokens that the least squares of a repair need, by the inputs of the student's widest linear."""
+    """Return the tokens that a repair's least squares need, from the input width of the student's widest linear layer."""
     return TOKENS_PER_INPUT * max(student.axis_size("q"), student.ffn_hidden_size, student.hidden_size)
 
 
 def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:
-    """Memory and seconds of the process that slices, the bytes that it reads and writes, and memory of a repair."""
+    """Estimate memory and seconds of slicing, the bytes that it reads and writes, and the memory of a repair."""
     prune, tokens = config.prune, repair_tokens(config)
     layout = scoring_layout(config, cuda=machine.cuda, runtime_bytes=machine.reserved_bytes)
     repairs = prune.rotate or prune.repairs
@@ -81,16 +79,17 @@ def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -
 
 
 def rows_read(teacher: Shape, student: Shape) -> int:
-    """Elements that slicing reads: the rows that the student keeps, as wide as the teacher's."""
+    """Return the number of elements that slicing reads: the rows that the student keeps, at the teacher's width."""
     table = architecture(student.architecture)
     wide = table.tensors(teacher)
     return sum(size[0] * prod(wide[name][1:]) for name, size in table.tensors(student).items())
 
 
 def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]:
-    """What the output folder grows to; a checkpoint more than `keep` exists while the oldest is being replaced.
+    """Return the bytes of the output folder by part, with one checkpoint more than are kept (the one being written).
 
-    A pretrained teacher and its first weights are fp32. Beside it (`cache`), copies of compressed text in data.cache_dir.
+    A pretrained teacher and its initial weights are fp32. `cache` is outside the folder: copies of compressed text in
+    data.cache_dir.
     """
     from minitron_train.data.sources import copied_bytes  # loads pyarrow, which --help can do without
 
@@ -110,18 +109,18 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of one parameter in a training checkpoint: the weight, AdamW's moments, the fp32 weight beside a bf16 one."""
+    """Return the bytes per parameter of a training checkpoint: weight, AdamW's moments, and fp32 master weight for bf16."""
     weight_bytes = file_weight_bytes(config)
     return weight_bytes + 2 * FP32 + (FP32 if weight_bytes == BF16 else 0)
 
 
 def export_weight_bytes(config: Config) -> int:
-    """Bytes of one weight in the exported folder."""
+    """Return the bytes per weight of the exported folder."""
     if config.export.dtype is None:
         return file_weight_bytes(config)
     return FP32 if config.export.dtype == "float32" else BF16
 
 
 def file_weight_bytes(config: Config) -> int:
-    """Bytes of one weight in Hugging Face folders and checkpoints."""
+    """Return the bytes per weight in Hugging Face folders and checkpoints."""
     return BF16 if config.train.precision is Precision.bf16 else FP32

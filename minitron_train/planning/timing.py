@@ -1,7 +1,7 @@
-"""Seconds of steps and of scoring: matrix products at a share of the peak rate, everything else at the rate of memory.
+"""Seconds of steps, scoring and slicing. Matrix products run at a fraction of the peak rate, all else at memory speed.
 
-arch.build's layer gives the passes over memory. tests/unit/test_plan_loss.py counts those of distill.loss.
-benchmarks/plan/plan_check.py (CPU) and benchmarks/plan/plan_gpu.py compare the result with measurements.
+The passes over memory follow from the layer of model.build. tests/unit/test_plan_loss.py counts those of the loss.
+benchmarks/plan/plan_check.py (CPU) and benchmarks/plan/plan_gpu.py compare the estimates with measurements.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ PASSES = {
     "attention": 12,
     "squared_relu": 4,
     "silu": 7,
-}  # tensors read or written by one layer, per width
-LOGIT_PASSES = {  # fp32 elements read or written per logit, forward and backward: at temperature 1, more at another
+}  # tensors of a given width that one layer's forward pass reads or writes
+LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward, extra at a temperature other than 1)
     "forward_kl": (32, 8),
     "reverse_kl": (33, 6),
     "jsd": (72, 4),
@@ -27,19 +27,19 @@ LOGIT_PASSES = {  # fp32 elements read or written per logit, forward and backwar
     "top_k_kl": (8, 0),
     "cross_entropy": (15, 0),
 }
-SUM_PASSES = 3  # the gradients of two losses added
-WATCH_PASSES = 6  # over each watched activation: pruning.statistics reduces it three times
-READ_PASSES = 4  # over a byte that slicing reads
-WRITE_PASSES = 9  # over one that is cut, written and put into a page of the cache
-SCORE_START_S, SLICE_START_S = 0.03, 0.02  # files opened, modules built, results written
-DISK_RATE = 2e9  # bytes a second of a cluster's file system: assumed, hardware tables do not tell
-ATTENTION_SHARE = {False: 0.3, True: 0.6}  # of the matrix products' rate, without and with CUDA
+SUM_PASSES = 3  # adds the gradients of two losses
+WATCH_PASSES = 6  # over each activation that is scored: pruning.statistics reduces it three times
+READ_PASSES = 4  # over each byte that slicing reads
+WRITE_PASSES = 9  # over each byte that slicing copies and writes to the page cache
+SCORE_START_S, SLICE_START_S = 0.03, 0.02  # open files, build modules, write results
+DISK_RATE = 2e9  # bytes per second of a cluster's file system (an assumption; hardware tables do not include it)
+ATTENTION_SHARE = {False: 0.3, True: 0.6}  # attention's rate relative to other matrix products, without and with CUDA
 UPDATE_PASSES = 20  # gradient norm, clipping, AdamW, zeroing: over fp32 weights, gradients and moments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of one optimizer step by what they are spent on; nothing is assumed to overlap."""
+    """Seconds of one optimizer step by part. No overlap of computation and communication is assumed."""
 
     matrices: float
     elementwise: float
@@ -50,50 +50,50 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
+        """Seconds of the whole step."""
         return self.matrices + self.elementwise + self.loss + self.optimizer + self.tp_network + self.dp_network
 
 
 def layer_passes(shape: Shape, layout: Layout) -> float:
-    """Elements that one layer's forward pass reads or writes outside of matrix products, per token and rank."""
+    """Return the elements that one layer's forward pass reads or writes outside of matrix products, per token and rank."""
     attention = PASSES["attention"] * (shape.axis_size("q") + shape.axis_size("kv"))
     replicated = PASSES["hidden"] * shape.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     return replicated + (attention + mlp_passes(shape)) / layout.tp
 
 
 def mlp_passes(shape: Shape) -> float:
-    """Those of the MLP's activation, on all ranks together."""
+    """Return the elements that the MLP's activation function reads or writes per token, summed over tensor-parallel ranks."""
     return PASSES[architecture(shape.architecture).transformer["activation"]] * shape.ffn_hidden_size
 
 
-def again(layout: Layout, layer: float, mlp: float) -> float:
-    """What recomputation adds to a step: nothing, the MLP's forward (selective), or the layer's."""
+def recomputed(layout: Layout, layer: float, mlp: float) -> float:
+    """Return the cost that recomputation adds: none, the MLP's forward pass (selective), or the whole layer's (full)."""
     return {"none": 0.0, "selective": mlp, "full": layer}[layout.recompute]
 
 
 def elementwise_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
-    """Memory traffic of the layers: teacher forward, student forward and backward (two forwards), recomputation."""
+    """Return the memory traffic of all layers: teacher forward, student forward and backward (2 forwards), recomputation."""
     taught = 0 if teacher is None else teacher.num_layers * layer_passes(teacher, layout) * layout.teacher_weight_bytes
     passes = layer_passes(student, layout)
-    passes = 3 * passes + again(layout, passes, mlp_passes(student) / layout.tp)
+    passes = 3 * passes + recomputed(layout, passes, mlp_passes(student) / layout.tp)
     return taught + passes * student.num_layers * layout.weight_bytes
 
 
 def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
-    """Output layers of the models, the student's gradients, and the logits that are made a second time.
+    """Return the FLOPs of the models' output layers, the student's gradients, and the logits that are computed twice.
 
-    Logits stay between the two sweeps as far as the weight gradient's storage and the loss's budget hold them; a budget
-    that is a share of the logits is half used by working blocks.
+    Logits are kept between the two sweeps in the weight gradient's storage and in half of the loss's budget. The other
+    half holds working blocks.
     """
     vocab = student.vocab_size // layout.tp
     rows_kept = student.hidden_size * layout.weight_bytes / FP32 + 0.5 * logit_budget(vocab, layout) / (vocab * FP32)
-    again = max(0.0, 1 - rows_kept / (num_models(teacher) * layout.tokens))
+    repeated = max(0.0, 1 - rows_kept / (num_models(teacher) * layout.tokens))
     forward = 2 * (student.hidden_size + (0 if teacher is None else teacher.hidden_size))
-    return student.vocab_size * ((1 + again) * forward + 4 * student.hidden_size)
+    return student.vocab_size * ((1 + repeated) * forward + 4 * student.hidden_size)
 
 
 def logit_passes(distill: DistillConfig) -> int:
-    """Elements that the loss reads or writes outside of matrix products, per token and vocabulary entry."""
+    """Return the elements that the loss reads or writes outside of matrix products, per token and vocabulary entry."""
     passes, more = LOGIT_PASSES[distill.loss.value]
     taught = passes + (more if distill.temperature != 1 else 0) if distill.kd_weight else 0
     labels = LOGIT_PASSES["cross_entropy"][0] if distill.ce_weight else 0
@@ -101,29 +101,34 @@ def logit_passes(distill: DistillConfig) -> int:
 
 
 def num_models(teacher: Shape | None) -> int:
-    """Whose logits the loss reads: pretraining has no teacher."""
+    """Return the number of models whose logits the loss reads; pretraining has no teacher."""
     return 1 if teacher is None else 2
 
 
 def layer_cost(shape: Shape, seq_length: int, machine: Hardware) -> float:
-    """Forward FLOPs per token of all layers, those of attention weighed by its lower rate."""
+    """Return the forward FLOPs per token of all layers, with attention weighted by its lower rate."""
     attention = 2 * shape.num_layers * shape.axis_size("q") * seq_length
     matrices = forward_flops_per_token(shape, seq_length) - attention - 2 * shape.vocab_size * shape.hidden_size
     return matrices + attention / ATTENTION_SHARE[machine.cuda]
 
 
 def tp_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
-    """Bytes that one rank sends per token: an all-reduce (a ring: 2 (tp - 1) / tp of the data) after attention and MLP,
-    in the teacher's forward pass, the student's forward and backward, and the forward that recompute repeats.
+    """Return the bytes that one rank sends per token for tensor parallelism.
+
+    Attention and MLP each end with a ring all-reduce, which sends 2 (tp - 1) / tp of the data. It runs in the teacher's
+    forward pass, the student's forward and backward pass, and the recomputed forward pass.
     """
     ring = 2 * (layout.tp - 1) / layout.tp
-    student_passes = 2 + again(layout, 1, 0.5)
+    student_passes = 2 + recomputed(layout, 1, 0.5)
     taught = 0 if teacher is None else teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
     return ring * 2 * (taught + student_passes * student.num_layers * student.hidden_size * layout.weight_bytes)
 
 
 def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
-    """Bytes that one rank sends per step: fp32 gradients are summed; with a sharded optimizer the weights come back."""
+    """Return the bytes that one rank sends per step for data parallelism.
+
+    An all-reduce sums the fp32 gradients. A sharded optimizer uses a reduce-scatter instead, and all-gathers the weights.
+    """
     own, ring = parameters_per_rank(student, layout.tp), (layout.dp - 1) / layout.dp
     if layout.sharded_optimizer:
         return ring * own * (FP32 + layout.weight_bytes)
@@ -133,14 +138,14 @@ def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
 def step_time(
     teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int
 ) -> StepTime:
-    """Seconds of one optimizer step of one rank; without a teacher, of pretraining."""
+    """Estimate the seconds of one optimizer step, of distillation or, without a teacher, of pretraining."""
     tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
     learnt, mlp = (
         layer_cost(student, length, machine),
         2 * architecture(student.architecture).parameters(student)["mlp"],
     )
     taught = 0 if teacher is None else layer_cost(teacher, length, machine)
-    flops = taught + 3 * learnt + again(layout, learnt, mlp)
+    flops = taught + 3 * learnt + recomputed(layout, learnt, mlp)
     logits = student.vocab_size * layout.logit_passes * FP32
     updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node
@@ -158,12 +163,12 @@ def step_time(
 
 
 def score_network_bytes(teacher: Shape, layout: Layout) -> float:
-    """Bytes that one rank sends per token: an all-reduce after attention and MLP."""
+    """Return the bytes that one rank sends per token in scoring: an all-reduce after attention and MLP."""
     return 2 * (layout.tp - 1) / layout.tp * 2 * teacher.num_layers * teacher.hidden_size * FP32
 
 
 def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int) -> float:
-    """Seconds of scoring `tokens` tokens: no output layer, every watched activation reduced, weights read once."""
+    """Estimate the seconds of scoring `tokens` tokens: no output layer, statistics of each scored activation, weights once."""
     flops = layer_cost(teacher, layout.seq_length, machine)
     parallel = 2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size
     watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
@@ -176,8 +181,9 @@ def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int
 
 
 def slice_seconds(read_bytes: int, written_bytes: int, machine: Hardware) -> float:
-    """Seconds of slicing: at the pace of a cluster's file system; on this machine from and to its page cache, without which
-    a disk takes longer.
+    """Estimate the seconds of slicing: at DISK_RATE on a cluster, from and to the page cache on this machine.
+
+    Files outside the page cache take longer.
     """
     if machine.cuda:
         return (read_bytes + written_bytes) / DISK_RATE

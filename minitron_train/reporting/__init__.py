@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: sizes, importance, training, evaluation, provenance."""
+"""The report: a self-contained HTML page about a run, with sizes, importance, training, evaluation, provenance."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ from minitron_train.runtime.files import atomic_write_text
 
 
 def write_report(output_dir: Path, target: Path | None = None) -> Path:
-    """Write the page about everything that `output_dir` holds; a stage that has not been run is said in one line.
+    """Write the report page about an output folder. One line stands for each stage that has not run.
 
-    The page needs no network and no script, follows the reader's light or dark setting, and prints.
+    The page needs no network and no scripts. It follows the reader's light or dark setting and can be printed.
 
     Args:
         target: the file to write; default OUTPUT_DIR/report.html.
 
     Returns:
-        The file that was written.
+        The written file.
 
     Raises:
-        UserError: there is no such folder, a file in it is damaged, or the page cannot be written.
+        UserError: the folder does not exist, a file in it is damaged, or the page cannot be written.
     """
     target = target or output_dir / "report.html"
     atomic_write_text(target, render(load_run(output_dir)))
@@ -32,7 +32,7 @@ def write_report(output_dir: Path, target: Path | None = None) -> Path:
 
 
 def render(run: Run) -> str:
-    """The page as text."""
+    """Return the page as HTML text."""
     teacher = run.models.get("teacher")
     loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
     environment = jinja2.Environment(

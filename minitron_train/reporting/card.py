@@ -1,4 +1,4 @@
-"""README.md of a student, in the form of the Hugging Face Hub. Every number comes from a file of the run."""
+"""The model card: README.md of a student for the Hugging Face Hub. Every number comes from a file of the run."""
 
 import re
 from collections.abc import Mapping
@@ -46,12 +46,12 @@ SIZES = {
 
 
 def write_card(student_folder: Path, output_dir: Path) -> Path:
-    """Write README.md into the student's folder, from what `output_dir` holds; again after an evaluation, to add it.
+    """Write README.md into the student's folder, from the data in `output_dir`. An evaluation writes it again.
 
-    A figure that no stage has recorded is left out, never guessed; the licence is the teacher's, or none.
+    A value that no stage has recorded is omitted. The licence is the teacher's, or none.
 
     Returns:
-        The file that was written.
+        The written file.
 
     Raises:
         UserError: the student's folder is not a checkpoint, or a file of the run is damaged.
@@ -62,34 +62,34 @@ def write_card(student_folder: Path, output_dir: Path) -> Path:
 
 
 def render(run: Run, student_folder: Path) -> str:
-    """The card as text."""
+    """Return the card as Markdown text."""
     loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     try:
         return environment.get_template("card.md.jinja").render(facts_for(run, student_folder))
-    except (KeyError, jinja2.UndefinedError) as error:  # of a key that neither provenance.Settings nor Facts requires
+    except (KeyError, jinja2.UndefinedError) as error:  # a key that provenance.Settings and Facts do not require
         remedy = "run the stages again with force=true"
         raise damaged(f"{run.folder}", f"a provenance.json lacks a value of the model card: {error}", remedy) from error
 
 
 def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
-    """What the template shows.
+    """Return the values of the template.
 
     Raises:
-        UserError: there is no student.
+        UserError: the run has no student.
     """
     student = run.models.get("student")
     if student is None:
-        raise UserError(f"{run.folder}: there is no student to describe; run export first")
+        raise UserError(f"{run.folder}: no student found; run export first")
     sizes, problems = servable_sizes(student_folder)
     license_name = teacher_license(run)
     return {
         "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
         "name": run.name,
         "teacher_name": teacher_name(run)
-        or f"a teacher{' trained from scratch by the same run' if run.stage('pretrain') else ''}",
+        or f"a teacher{' that was pretrained in the same run' if run.stage('pretrain') else ''}",
         "license": license_name,
         "student": student,
         "teacher": run.models.get("teacher"),
@@ -112,7 +112,7 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
 
 
 def header(run: Run, license_name: str | None) -> dict[str, Any]:
-    """The YAML metadata that the Hub reads; keys without a known value are left out."""
+    """Return the YAML metadata for the Hub, without keys whose value is unknown."""
     settings = section_of(run, "teacher")
     found = {
         "license": license_name,
@@ -126,7 +126,7 @@ def header(run: Run, license_name: str | None) -> dict[str, Any]:
 
 
 def model_index(run: Run) -> list[dict[str, Any]]:
-    """The student's measured results as the Hub lists them."""
+    """Return the student's measured results in the Hub's format."""
     results = []
     for task in results_of(run, "student"):
         score = score_of(run, "student", task)
@@ -146,18 +146,18 @@ def model_index(run: Run) -> list[dict[str, Any]]:
 
 
 def stage_settings(run: Run, stage: str, section: str) -> Mapping[str, Any]:
-    """A section of the configuration of one stage; empty when it was not run."""
+    """Return a section of one stage's configuration; empty if the stage has not run."""
     record = run.stage(stage)
     return record["config"].get(section) or {} if record else {}
 
 
 def without_folders(text: str) -> str:
-    """Absolute paths shortened to their last name: the folders of a machine are nobody else's business."""
+    """Shorten absolute paths to their last component, because a published card must not reveal a machine's folders."""
     return re.sub(r"(?<![^\s=,'\"\[({])[~/][^\s,;'\"\])}]*/", "…/", text)
 
 
 def teacher_license(run: Run) -> str | None:
-    """The licence that the teacher's source states, as the Hub spells it; None when it states none."""
+    """Return the licence that the teacher's source states, as an identifier of the Hub; None if it states none."""
     facts = facts_of(run, "fetch teacher")
     if facts.get("license"):
         return str(facts["license"]).lower()
@@ -170,48 +170,48 @@ def teacher_license(run: Run) -> str | None:
         metadata = decode_yaml(text.split("---", 2)[1], str(file), "correct it") if text.startswith("---") else None
     except FileNotFoundError:
         return None
-    except UserError as error:  # a page for people, and not ours
+    except UserError as error:  # a damaged README of the teacher does not stop an export
         say(f"{error}; the model card names no licence")
         return None
     return str(metadata["license"]) if isinstance(metadata, dict) and metadata.get("license") else None
 
 
 def share_kept(run: Run, student: Model) -> str | None:
-    """Parameters of the student as a share of the teacher's."""
+    """Return the student's parameters as a percentage of the teacher's; None without a teacher."""
     teacher = run.models.get("teacher")
     return percent(student.parameters / teacher.parameters) if teacher else None
 
 
 def architecture_rows(run: Run) -> list[tuple[str, list[str]]]:
-    """Sizes of student and teacher, from their config.json files."""
+    """Return the sizes of student and teacher, from their config.json files."""
     models = [run.models[label] for label in ("student", "teacher") if label in run.models]
     rows = [(name, [f"{getattr(model.shape, key):,}" for model in models]) for name, key in SIZES.items()]
     rows.append(("Parameters", [f"{model.parameters:,}" for model in models]))
     inner = [model.parameters - model.parts.get("embedding", 0) - model.parts.get("output", 0) for model in models]
-    rows.append(("… without embeddings", [f"{count:,}" for count in inner]))
+    rows.append(("Parameters without embedding and output layer", [f"{count:,}" for count in inner]))
     rows.append(("Weights on disk, bytes", [f"{model.weight_bytes:,}" for model in models]))
     return rows
 
 
 def calibration(run: Run) -> dict[str, Any]:
-    """What the importance was measured on."""
+    """Return the settings of the calibration set and its tokens; empty if `score` has not run."""
     facts = facts_of(run, "score")
     return {**stage_settings(run, "score", "calibration"), "tokens_used": facts.get("tokens")} if facts else {}
 
 
 def repairs(run: Run) -> list[str]:
-    """What was done to the weights besides cutting, from the prune stage's settings."""
+    """Describe the repairs of the pruned weights, from the settings of the stage `prune`."""
     settings = stage_settings(run, "prune", "prune")
     widths = [run.models[label].shape.hidden_size for label in ("student", "teacher") if label in run.models]
     rotated = settings.get("rotate") and len(set(widths)) == 2
     refit = Refit.__members__.get(settings.get("refit", ""), Refit.none)
-    found = ["the largest principal directions of the residual stream kept (rotation)"] if rotated else []
-    found += ["norms rescaled by what the cut does to their denominators"] if settings.get("norm_scale") else []
-    return found + ([f"{REFITTED[refit]} fitted anew by least squares"] if refit is not Refit.none else [])
+    found = ["the residual stream is reduced to its largest principal directions (rotation)"] if rotated else []
+    found += ["norm weights are rescaled for the changed denominators"] if settings.get("norm_scale") else []
+    return found + ([f"refit by least squares: {REFITTED[refit]}"] if refit is not Refit.none else [])
 
 
 def training(run: Run) -> dict[str, Any]:
-    """Length and settings of the distillation, from its provenance."""
+    """Return length and settings of the distillation, from its provenance; empty if `distill` has not run."""
     if run.stage("distill") is None:
         return {}
     loss = objective(stage_settings(run, "distill", "distill"))
@@ -219,7 +219,7 @@ def training(run: Run) -> dict[str, Any]:
 
 
 def objective(distill: Mapping[str, Any]) -> str:
-    """The loss in words, with the weights where there are several."""
+    """Describe the loss, with the weight of each part if it has several."""
     temperature, top_k = distill["temperature"], distill.get("top_k")
     logits = f"the teacher's {top_k} largest logits" if top_k else "the logits of the full vocabulary"
     parts = {
@@ -234,10 +234,10 @@ def objective(distill: Mapping[str, Any]) -> str:
 
 
 def sources(run: Run) -> list[tuple[str, str, str]]:
-    """Name, share of the tokens and fingerprint of each part of the training data."""
+    """Return (name, share of the tokens, fingerprint) of each source of the training data."""
     data, stage = stage_settings(run, "distill", "data"), run.stage("distill")
     hashes = {key.removeprefix("data "): value for key, value in stage["inputs"].items()} if stage else {}
-    if data.get("path"):  # instead of the sources that a preset names
+    if data.get("path"):  # replaces the preset's sources
         return [(Path(data["path"]).name, percent(1.0), str(next(iter(hashes.values()), ""))[:16])]
     parts = data.get("sources", {})
     total = sum(source["weight"] for source in parts.values()) or 1.0
@@ -245,12 +245,12 @@ def sources(run: Run) -> list[tuple[str, str, str]]:
 
 
 def evaluated(run: Run) -> list[str]:
-    """The run's own models that have been evaluated: teacher, pruned, student."""
+    """Return the labels among teacher, pruned, student that have been evaluated."""
     return [label for label in MODELS if label in run.evals]
 
 
 def evaluation_rows(run: Run) -> list[dict[str, Any]]:
-    """Measured values of every evaluated model, rows and shots, and the published value where there is one."""
+    """Return one row per task: measured values of the evaluated models, rows, shots, and a published value if known."""
     labels = evaluated(run)
     known = (published(run) or {}).get("results", {})
     rows = []
@@ -278,6 +278,6 @@ def evaluation_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def published(run: Run) -> dict[str, Any] | None:
-    """The papers' own figures, when the run follows one of their recipes."""
+    """Return the papers' own results if the run follows one of their recipes, else None."""
     entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     return next((entry for entry in entries.values() if run.name in entry["recipes"]), None)

@@ -1,4 +1,4 @@
-"""Figures of training: losses, validation, learning rate, gradient norm and speed over the tokens seen."""
+"""Figures of training: losses, validation, learning rate, gradient norm and throughput over training tokens."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -21,24 +21,29 @@ Evals = Mapping[str, Mapping[str, Any]]
 
 
 def loss_charts(columns: Columns, evals: Evals) -> list[Chart]:
-    """Loss and validation: the figures that say whether training worked."""
+    """Draw the losses and the validation metrics."""
     made = [loss_chart(columns), perplexity_chart(columns, evals), *task_charts(columns, evals)]
     return [chart for chart in made if chart is not None]
 
 
 def health_charts(columns: Columns) -> list[Chart]:
-    """Learning rate, gradient norm and speed: small figures that say whether the run was sound."""
+    """Draw small figures of learning rate, gradient norm and throughput."""
     rows = (
         ("lr", "Learning rate", "Peak {largest}, at the end {last}.", tiny),
         ("grad_norm", "Gradient norm", "Global norm before clipping: median {median}, largest {largest}.", short),
-        ("tokens_per_second", "Tokens per second", "Training tokens, all ranks together: median {median}.", short),
+        (
+            "tokens_per_second",
+            "Tokens per second",
+            "Training tokens per second over all ranks: median {median}.",
+            short,
+        ),
     )
     made = [plain_chart(columns, *row) for row in rows]
     return [chart for chart in made if chart is not None]
 
 
 def finite_points(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens and values [T] where both are finite; None when there are none."""
+    """Return tokens and values [T] where both are finite; None if there are no such points."""
     if name not in columns or "tokens" not in columns:
         return None
     tokens, values = columns["tokens"], columns[name]
@@ -47,14 +52,14 @@ def finite_points(columns: Columns, name: str) -> tuple[np.ndarray, np.ndarray] 
 
 
 def tokens_scale(columns: Columns) -> charts.Scale:
-    """From no token to the last."""
+    """Return a scale from 0 to the last logged token."""
     last = float(np.nanmax(columns["tokens"]))
     scale = charts.linear([0, last], num_ticks=4)
     return charts.Scale(low=0, high=last, ticks=[tick for tick in scale.ticks if tick[0] <= last * 1.001])
 
 
 def loss_chart(columns: Columns) -> Chart | None:
-    """Training loss, raw and smoothed, with the validation's dots."""
+    """Draw the training loss, raw and smoothed, and the validation loss as dots."""
     series = finite_points(columns, "loss")
     if series is None:
         return None
@@ -62,7 +67,7 @@ def loss_chart(columns: Columns) -> Chart | None:
     parts = {name: finite_points(columns, name) for name in ("kd_loss", "ce_loss")}
     distilled = parts["kd_loss"] is not None
     drawn = {"loss": series}
-    if distilled and not same(columns["loss"], columns["kd_loss"]):  # a blend of losses
+    if distilled and not same(columns["loss"], columns["kd_loss"]):  # the loss has several parts
         drawn |= {name: points for name, points in parts.items() if points is not None}
     validation = finite_points(columns, "eval.validation.kl" if distilled else "eval.validation.loss")
     everything = [value for _, values in (*drawn.values(), *([validation] if validation else [])) for value in values]
@@ -80,16 +85,16 @@ def loss_chart(columns: Columns) -> Chart | None:
         keys.append(Key(kind="dots", role="ink", text="validation"))
         first, last = validation[1][0], validation[1][-1]
         text = (
-            f" Validation went from {first:.3g} to {last:.3g}."
+            f" Validation changed from {first:.3g} to {last:.3g}."
             if len(validation[1]) > 1
             else f" Validation: {last:.3g}."
         )
     lost = int(np.sum(~np.isfinite(columns["loss"]) & np.isfinite(columns.get("lr", columns["loss"]))))
-    text += f" Steps without a finite loss, left out: {lost}." if lost else ""
+    text += f" Omitted steps without a finite loss: {lost}." if lost else ""
     kind = "distillation loss" if distilled else "cross-entropy"
     return Chart(
         title="Loss",
-        caption=f"{kind.capitalize()} per token (nats) of every step, pale, and its moving mean.{text}",
+        caption=f"{kind.capitalize()} per token (nats) of each step (pale), and its moving mean.{text}",
         x=x,
         y=y,
         marks=marks,
@@ -99,13 +104,13 @@ def loss_chart(columns: Columns) -> Chart | None:
 
 
 def same(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two columns [T] agree wherever both were logged."""
+    """Whether two columns [T] agree where both were logged."""
     both = np.isfinite(first) & np.isfinite(second)
     return np.allclose(first[both], second[both])
 
 
 def perplexity_chart(columns: Columns, evals: Evals) -> Chart | None:
-    """Validation perplexity, with the levels of the finished evaluations."""
+    """Draw the validation perplexity, with dashed levels of the other models' evaluations."""
     series = finite_points(columns, "eval.validation.perplexity")
     if series is None:
         return None
@@ -113,7 +118,7 @@ def perplexity_chart(columns: Columns, evals: Evals) -> Chart | None:
     levels = {label: value for label, value in noted.items() if value is not None}
     values = [*series[1], *levels.values()]
     spread = max((max(values) / min(values)) ** 0.2, 1.01)
-    room = [min(values) / spread, max(values) * spread] if levels else []  # for the levels' names
+    room = [min(values) / spread, max(values) * spread] if levels else []  # space for the names of the levels
     x, y = tokens_scale(columns), charts.auto([*values, *room], ratio=4, zero=False)
     tokens, values = charts.buckets(*series)
     marks = [
@@ -124,27 +129,27 @@ def perplexity_chart(columns: Columns, evals: Evals) -> Chart | None:
     for label, value in levels.items():
         marks.append(Mark(kind="dashed", role=label, path=charts.level(x, y, value)))
         notes.append(level_note(y, value, f"{label} {perplexity(value)}", label, above=label != "teacher"))
-    said = " Dashed: the finished evaluation of the other models." if levels else ""
+    dashed = " Dashed: evaluations of the other models." if levels else ""
     return Chart(
         title="Validation perplexity",
-        caption=f"Of the model in training, on held-out text; at the end {perplexity(float(series[1][-1]))}.{said}",
+        caption=f"Perplexity of the trained model on held-out text; at the end {perplexity(float(series[1][-1]))}.{dashed}",
         x=x,
         y=y,
         marks=marks,
         notes=notes,
-        keys=[Key(kind="line", role="student", text="model in training")],
+        keys=[Key(kind="line", role="student", text="trained model")],
         x_label="tokens",
     )
 
 
 def level_note(y: charts.Scale, value: float, text: str, role: str, *, above: bool) -> Note:
-    """A text at the right end of a level."""
+    """Return a text at the right end of a horizontal level."""
     top = 1 - y.at(value)
     return Note(left=1.0, top=top - 0.08 if above else top + 0.015, text=text, role=role, align="right")
 
 
 def task_charts(columns: Columns, evals: Evals) -> list[Chart]:
-    """One figure per task that was evaluated during training."""
+    """Draw one figure per task that was evaluated during training."""
     logged = [name.split(".")[1:] for name in columns if name.startswith("eval.") and name.count(".") == 2]
     made = []
     for task in sorted({task for task, _ in logged}):
@@ -165,14 +170,14 @@ def task_charts(columns: Columns, evals: Evals) -> list[Chart]:
         if goal:
             marks.append(Mark(kind="dashed", role="teacher", path=charts.level(x, y, goal)))
             notes.append(level_note(y, goal, f"teacher {value_text(metric, goal)}", "teacher", above=True))
-        caption = f"{metric} of the model in training, at the end {value_text(metric, float(series[1][-1]))}."
+        caption = f"{metric} of the student; at the end {value_text(metric, float(series[1][-1]))}."
         title = f"{task_name(task)} during training"
         made.append(Chart(title=title, caption=caption, x=x, y=y, marks=marks, notes=notes, x_label="tokens"))
     return made
 
 
 def plain_chart(columns: Columns, name: str, title: str, caption: str, label: charts.Label) -> Chart | None:
-    """One column over the tokens."""
+    """Draw one column over the tokens. `caption` may use {largest}, {last} and {median}."""
     series = finite_points(columns, name)
     if series is None:
         return None

@@ -1,4 +1,4 @@
-"""The evaluation's tables and figures."""
+"""Tables and figures of the report's evaluation section."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,12 +10,18 @@ from minitron_train.reporting.load import MODELS, Run
 from minitron_train.reporting.summary import entry_of, metric_of, perplexity_of, score_of, task_name, tasks_of
 from minitron_train.runtime.numbers import percent, perplexity
 
-CHANCE = {"hellaswag": 0.25, "mmlu": 0.25, "arc_challenge": 0.25, "arc_easy": 0.25, "winogrande": 0.5}  # of guessing
-ROW_PX = 34  # of one model in a figure
+CHANCE = {
+    "hellaswag": 0.25,
+    "mmlu": 0.25,
+    "arc_challenge": 0.25,
+    "arc_easy": 0.25,
+    "winogrande": 0.5,
+}  # accuracy of guessing
+ROW_PX = 34  # height of one model's row in a figure
 
 
 def evaluation_rows(run: Run) -> list[dict[str, Any]]:
-    """One row per task (perplexity first): every model's score, rows, shots, and the share of the teacher kept."""
+    """Return one row per task, perplexity first: each model's score, rows, shots, and the ratio to the teacher."""
     tasks = [task_row(run, task) for task in tasks_of(run)]
     values = {label: perplexity_of(run, label) for label in run.labels}
     if all(value is None for value in values.values()):
@@ -33,7 +39,7 @@ def evaluation_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def task_row(run: Run, task: str) -> dict[str, Any]:
-    """One task in the table."""
+    """Return the table row of one task."""
     metric = metric_of(run, task)
     scores = {label: score_of(run, label, task, metric) for label in run.labels}
     teacher, student = (scores[label].value if label in scores else None for label in ("teacher", "student"))
@@ -50,12 +56,12 @@ def task_row(run: Run, task: str) -> dict[str, Any]:
 
 
 def counts(values: Iterable[int | None]) -> str:
-    """The different numbers among `values`: one when the models were treated alike."""
+    """Format the distinct numbers among `values`; a single one if all models had the same."""
     return ", ".join(f"{value:,}" for value in sorted({value for value in values if value is not None})) or "–"
 
 
 def part_tables(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Groups of tasks, like MMLU's categories and subjects: one row per part, with its depth in the group."""
+    """Return the rows of each task group, such as MMLU's categories and subjects: one per part, with its depth."""
     tables = {
         task_name(task): part_rows({label: entry_of(run, label, task) for label in run.labels}, metric_of(run, task))
         for task in tasks_of(run)
@@ -64,7 +70,7 @@ def part_tables(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def part_rows(entries: Mapping[str, Mapping[str, Any]], metric: str, depth: int = 0) -> list[dict[str, Any]]:
-    """Rows of one group, its parts' parts below each; empty for a plain task."""
+    """Return the rows of one group, each followed by those of its own parts; empty for a single task."""
     rows = []
     for name in dict.fromkeys(name for entry in entries.values() for name in entry.get("parts", {})):
         below = {label: entry.get("parts", {}).get(name, {}) for label, entry in entries.items()}
@@ -75,7 +81,7 @@ def part_rows(entries: Mapping[str, Mapping[str, Any]], metric: str, depth: int 
 
 
 def score_charts(run: Run) -> list[Chart]:
-    """A figure for every task whose metric is a share."""
+    """Draw a figure for each task whose metric is a fraction."""
     made = []
     for task in tasks_of(run):
         metric = metric_of(run, task)
@@ -89,7 +95,11 @@ def score_charts(run: Run) -> list[Chart]:
 
 
 def score_chart(task: str, metric: str, measured: Mapping[str, tuple[float, float]]) -> Chart:
-    """Every model's score (value, standard error) with one standard error to both sides, and the level of guessing."""
+    """Draw each model's score with a bar of ± one standard error, and the level of guessing.
+
+    Args:
+        measured: label -> (value, standard error).
+    """
     chance = [CHANCE[task]] if task in CHANCE else []
     bounds = [value + sign * error for value, error in measured.values() for sign in (-1, 1)]
     x = charts.linear([*bounds, *chance], label=lambda share: percent(share, 0), zero=False)
@@ -105,7 +115,7 @@ def score_chart(task: str, metric: str, measured: Mapping[str, tuple[float, floa
     guessing = "; dashed: guessing." if chance else "."
     return Chart(
         title=task_name(task),
-        caption=f"Dots: {metric_text(metric)}; bars: one standard error to both sides{guessing}",
+        caption=f"Dots: {metric_text(metric)}; bars: ± one standard error{guessing}",
         x=x,
         y=y,
         marks=marks,

@@ -1,4 +1,4 @@
-"""Figures of importance: what every axis scored, and what pruning kept of it."""
+"""Figures of importance: the scores of every axis, and the units that pruning kept."""
 
 import functools
 import itertools
@@ -14,16 +14,16 @@ from minitron_train.runtime.numbers import count, percent
 
 # L layers, U units of one axis in one layer (heads or neurons), H embedding channels, R rank buckets
 
-NUM_RANKS = 64  # buckets of the ranked neurons of a layer: 48 layers x 24,576 neurons stay a small figure
+NUM_RANKS = 64  # buckets of a layer's ranked neurons, so that 48 layers x 24,576 neurons give a small figure
 NUM_CHANNELS = 300  # buckets of the ranked embedding channels
 NUM_SHADES = 10
-DECADES = 2  # of the neurons' shades
+DECADES = 2  # range of the neurons' logarithmic shades
 MAX_ROW_PX, MAP_PX = 18, 420
 KEYS = [Key(kind="fill", role="kept", text="kept"), Key(kind="fill", role="cut", text="cut")]
 
 
 def importance_charts(axes: dict[str, Axis], num_query_groups: int | None = None) -> list[Chart]:
-    """One figure for each axis that was scored, in reading order. The teacher's KV groups are marked when known."""
+    """Draw one figure for each axis that was scored, in reading order. The teacher's KV groups are marked if known."""
     heads = functools.partial(heads_chart, num_query_groups=num_query_groups)
     made = {"embedding": embedding_chart, "block": block_chart, "heads": heads, "ffn": ffn_chart}
     charts_made = [make(axes[name]) for name, make in made.items() if name in axes]
@@ -32,17 +32,17 @@ def importance_charts(axes: dict[str, Axis], num_query_groups: int | None = None
 
 
 def legend(axis: Axis) -> list[Key]:
-    """Kept and cut, when something was cut."""
+    """Return the legend of kept and cut units; empty if all units were kept or nothing was pruned."""
     return KEYS if axis.kept is not None and not all(mask.all() for mask in axis.kept) else []
 
 
 def masks_of(axis: Axis) -> list[np.ndarray]:
-    """What was kept; everything, as long as nothing has been pruned."""
+    """Return the masks of kept units per layer; before pruning all units are kept."""
     return axis.kept if axis.kept is not None else [np.ones(len(scores), dtype=bool) for scores in axis.scores]
 
 
 def ranked(scores_U: np.ndarray, kept_U: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Units in falling order of importance, in at most `num` buckets: edges [R + 1], means [R], mostly kept [R]."""
+    """Sort units by falling importance into at most `num` buckets. Returns edges [R + 1], means [R], mostly kept [R]."""
     order = np.argsort(-scores_U, kind="stable")
     num = min(num, len(order))
     edges = np.linspace(0, len(order), num + 1).round().astype(int)
@@ -52,13 +52,13 @@ def ranked(scores_U: np.ndarray, kept_U: np.ndarray, num: int) -> tuple[np.ndarr
 
 
 def runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Start and stop of every stretch of equal flags."""
+    """Yield start and stop of every run of equal flags."""
     changes = [0, *(np.flatnonzero(np.diff(flags)) + 1), len(flags)]
     yield from itertools.pairwise(changes)
 
 
 def kept_sentence(axis: Axis, unit: str) -> str:
-    """ "504 of 576 channels were kept; they hold 97.3 % of the summed importance (of the variance, where rotated)." """
+    """Return a sentence such as "504 of 576 channels were kept, with 97.3 % of the summed importance." """
     if axis.kept is None:
         return f"Nothing has been pruned yet: {count(sum(map(len, axis.scores)))} {unit}."
     scores, kept = np.concatenate(axis.scores), np.concatenate(axis.kept)
@@ -66,11 +66,11 @@ def kept_sentence(axis: Axis, unit: str) -> str:
         return f"All {count(len(kept))} {unit} were kept."
     held = scores[kept].sum() / scores.sum() if scores.sum() else 0.0
     numbers = f"{count(int(kept.sum()))} of {count(len(kept))} {unit} were kept"
-    return f"{numbers}; they hold {percent(held)} of the {'variance' if axis.rotated else 'summed importance'}."
+    return f"{numbers}, with {percent(held)} of the {'variance' if axis.rotated else 'summed importance'}."
 
 
 def embedding_chart(axis: Axis) -> Chart:
-    """Embedding channels in order of importance, or directions in order of variance, kept and cut."""
+    """Draw the kept and cut embedding channels by importance, or principal directions by variance."""
     scores_H, kept_H = axis.scores[0], masks_of(axis)[0]
     edges, means, flags = ranked(scores_H, kept_H, NUM_CHANNELS)
     x, y = charts.linear([0, len(scores_H)], num_ticks=5), charts.auto(means, ratio=5)
@@ -87,7 +87,7 @@ def embedding_chart(axis: Axis) -> Chart:
         marks.append(Mark(kind="line", role=role, path=line_start + steps))
     notes = []
     cuts = list(runs(flags))
-    if len(cuts) == 2 and flags[0]:  # a clean cut: the most important ones were kept
+    if len(cuts) == 2 and flags[0]:  # exactly the most important units were kept
         at = x.at(int(kept_H.sum()))
         marks.append(Mark(kind="rule", role="ink", path=f"M{round(at * charts.VIEW)} 0V{charts.VIEW}"))
         notes.append(Note(left=at, top=0.02, text=f"cut at {count(int(kept_H.sum()))}", align="right"))
@@ -95,7 +95,7 @@ def embedding_chart(axis: Axis) -> Chart:
     what, unit = ("Variance", "direction") if axis.rotated else ("Importance", "channel")
     return Chart(
         title="Principal directions" if axis.rotated else "Embedding channels",
-        caption=f"{what}{scale} of every {unit} of the residual stream, the largest first. "
+        caption=f"{what}{scale} of every {unit} of the residual stream, largest first. "
         + kept_sentence(axis, f"{unit}s"),
         x=x,
         y=y,
@@ -107,7 +107,7 @@ def embedding_chart(axis: Axis) -> Chart:
 
 
 def block_chart(axis: Axis) -> Chart:
-    """Block importance of every layer."""
+    """Draw the block importance of every layer."""
     scores_L, kept_L = axis.scores[0], masks_of(axis)[0]
     x, y = charts.index(len(scores_L)), charts.linear(scores_L)
     marks = [
@@ -124,7 +124,7 @@ def block_chart(axis: Axis) -> Chart:
     fate = f"Dropped: {', '.join(dropped)}." if dropped else "No layer was dropped." if axis.kept is not None else ""
     return Chart(
         title="Layers",
-        caption="Block importance, 1 − cos between a layer's input and output: how much the layer turns its input. "
+        caption="Block importance of each layer: 1 − cos(input, output), a measure of how much the layer changes its input. "
         + fate,
         x=x,
         y=y,
@@ -135,17 +135,17 @@ def block_chart(axis: Axis) -> Chart:
 
 
 def map_height(num_layers: int) -> int:
-    """Pixels for a map with one row per layer."""
+    """Return the height in pixels of a map with one row per layer."""
     return max(120, min(MAP_PX, MAX_ROW_PX * num_layers))
 
 
 def shade(share: float) -> float:
-    """Opacity of a cell, in steps: 0 is the palest."""
+    """Return the opacity of a cell in NUM_SHADES steps; 0 is the palest."""
     return round(0.1 + 0.9 * round(min(max(share, 0.0), 1.0) * (NUM_SHADES - 1)) / (NUM_SHADES - 1), 2)
 
 
 def heads_chart(axis: Axis, num_query_groups: int | None = None) -> Chart:
-    """Layers x heads: importance as shade, kept heads outlined."""
+    """Draw layers x heads, with importance as shade and kept heads outlined."""
     num_layers, num_heads = len(axis.scores), max(map(len, axis.scores))
     x, y = charts.index(num_heads), charts.index(num_layers, down=True)
     outline = legend(axis)
@@ -168,11 +168,11 @@ def heads_chart(axis: Axis, num_query_groups: int | None = None) -> Chart:
     if num_query_groups and 1 < num_query_groups < num_heads:
         edges = [round(x.at(g * num_heads / num_query_groups) * charts.VIEW) for g in range(1, num_query_groups)]
         marks.append(Mark(kind="rule", role="ink", path="".join(f"M{edge} 0V{charts.VIEW}" for edge in edges)))
-        groups = "; vertical rules part the KV groups"
+        groups = "; vertical lines separate the KV groups"
     return Chart(
         title="Attention heads",
-        caption="One row per layer, one column per query head; the shade is the head's importance relative to the "
-        f"largest of its layer{groups}. " + kept_sentence(axis, "heads"),
+        caption="One row per layer, one column per query head; the shade is the importance relative to the layer's "
+        f"largest{groups}. " + kept_sentence(axis, "heads"),
         x=x,
         y=y,
         marks=marks,
@@ -185,7 +185,7 @@ def heads_chart(axis: Axis, num_query_groups: int | None = None) -> Chart:
 
 
 def ffn_chart(axis: Axis) -> Chart:
-    """Layers x ranked neurons: importance as shade on a logarithmic scale, the cut where the colour turns."""
+    """Draw layers x ranked neurons, with importance as a logarithmic shade and the cut as a change of colour."""
     num_layers = len(axis.scores)
     x, y = charts.linear([0, 1], label=lambda share: percent(share, 0)), charts.index(num_layers, down=True)
     cells: dict[tuple[str, float], str] = {}
@@ -201,14 +201,14 @@ def ffn_chart(axis: Axis) -> Chart:
     width = f"{count(min(sizes))} to {count(max(sizes))}" if len(set(sizes)) > 1 else count(sizes[0]) if sizes else "0"
     return Chart(
         title="MLP neurons",
-        caption="One row per layer: its neurons from the most to the least important; the shade is the importance "
-        f"relative to the layer's strongest, on a logarithmic scale. {kept_sentence(axis, 'neurons')} "
+        caption="One row per layer: its neurons from most to least important; the shade is the importance relative to "
+        f"the layer's largest, on a logarithmic scale. {kept_sentence(axis, 'neurons')} "
         f"Per layer: {width} of {count(max(map(len, axis.scores)))}.",
         x=x,
         y=y,
         marks=[Mark(kind="fill", role=role, path=path, opacity=opacity) for (role, opacity), path in cells.items()],
         keys=legend(axis),
-        ramp=(f"≤ {100 / 10**DECADES:.0f} %", "the layer's strongest"),
+        ramp=(f"≤ {100 / 10**DECADES:.0f} %", "the layer's largest"),
         height_px=map_height(num_layers),
         x_label="neurons, ranked",
         grid=False,
@@ -216,7 +216,7 @@ def ffn_chart(axis: Axis) -> Chart:
 
 
 def share_chart(axes: dict[str, Axis]) -> Chart:
-    """How much of every layer's importance was kept, beside how many of its units."""
+    """Draw the fraction of each layer's importance that was kept, and the fraction of its units."""
     styles = {"heads": ("student", "heads"), "ffn": ("pruned", "MLP neurons")}
     num_layers = max(len(axis.scores) for axis in axes.values())
     x = charts.index(num_layers)
@@ -241,8 +241,8 @@ def share_chart(axes: dict[str, Axis]) -> Chart:
         keys.append(Key(kind="line", role=role, text=f"{text} (dashed: {percent(units[name])} of them kept)"))
     return Chart(
         title="Importance kept, layer by layer",
-        caption="Share of each layer's summed importance that its kept heads and neurons hold. Near its "
-        "dashed level a layer's units scored about equally: the cut took nearly its share of the importance.",
+        caption="Fraction of each layer's summed importance in its kept heads and neurons; dashed: fraction of units kept. "
+        "A line near its dashed level means that the layer's units have about equal importance.",
         x=x,
         y=y,
         marks=marks,
@@ -253,11 +253,11 @@ def share_chart(axes: dict[str, Axis]) -> Chart:
 
 
 def held_share(scores_U: np.ndarray, kept_U: np.ndarray) -> float:
-    """Share of a layer's importance that was kept; NaN for a dropped layer."""
+    """Return the fraction of a layer's importance that was kept; NaN for a dropped layer."""
     return float(scores_U[kept_U].sum() / scores_U.sum()) if kept_U.any() and scores_U.sum() else math.nan
 
 
 def mean_share(masks: Sequence[np.ndarray]) -> float:
-    """Share of the units kept, over the layers that remain."""
+    """Return the mean fraction of kept units over the remaining layers."""
     shares = [float(mask.mean()) for mask in masks if mask.any()]
     return sum(shares) / len(shares) if shares else math.nan

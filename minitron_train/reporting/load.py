@@ -1,4 +1,4 @@
-"""What an output folder holds, read for the report. Whatever a stage has not written yet is simply absent."""
+"""Read an output folder for the report. Data of stages that have not run are absent."""
 
 import os
 import re
@@ -24,8 +24,8 @@ from minitron_train.stages.provenance import StageRecord
 from minitron_train.stages.run import PROVENANCE
 from minitron_train.train.metrics import read_rows
 
-CHOSEN_BY = "importance."  # in kept.safetensors, see prune.select.Keep
-BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # there is one for every layer
+CHOSEN_BY = "importance."  # prefix in kept.safetensors, see pruning.select.Keep
+BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # every layer has one
 
 # L layers, U units of one axis in one layer (heads or neurons), H embedding channels, T logged steps
 
@@ -45,18 +45,18 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """All parameters; tied weights count once."""
+        """Number of parameters; tied weights count once."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """One axis' importance with what pruning kept. Both lists run over the teacher's layers (one entry: embedding).
+    """Importance and kept units of one axis. Both lists have an entry per teacher layer, or a single one (embedding).
 
     Attributes:
         scores: per layer, [U] float64.
         kept: per layer, [U] bool; None before pruning.
-        rotated: whether the units are principal directions and their scores shares of variance (see pruning.basis).
+        rotated: the units are principal directions and their scores are variances (see pruning.basis).
     """
 
     scores: list[np.ndarray]
@@ -66,7 +66,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Everything that was found under one output folder."""
+    """The data of one output folder."""
 
     folder: Path
     stages: list[StageRecord]  # oldest first
@@ -77,18 +77,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The recipe's name."""
+        """The recipe's name, or else the folder's."""
         names = [stage["config"].get("name") for stage in reversed(self.stages)]
         return next((name for name in names if name), self.folder.name)
 
     @property
     def labels(self) -> list[str]:
-        """Models that were made or evaluated: teacher, pruned, student, then others by name."""
+        """Labels of models that exist or were evaluated: teacher, pruned, student, then others by name."""
         known = {*self.models, *self.evals}
         return [*(label for label in MODELS if label in known), *sorted(known.difference(MODELS))]
 
     def stage(self, name: str) -> StageRecord | None:
-        """The provenance of one stage."""
+        """Return the provenance of one stage; None if it has not run."""
         return next((stage for stage in self.stages if stage["stage"] == name), None)
 
 
@@ -96,10 +96,10 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
     """Read an output folder.
 
     Args:
-        student: its student's folder; default: where the last export wrote it.
+        student: the student's folder; default: the folder of the last export.
 
     Raises:
-        UserError: there is no such folder, or a file in it is damaged.
+        UserError: the folder does not exist, or a file in it is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
@@ -125,7 +125,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
 
 
 def read_stages(folder: Path, student: Path | None) -> Iterator[StageRecord]:
-    """Provenance of every finished stage, from its own folder or one below, and from a student's folder elsewhere."""
+    """Yield the provenance of every finished stage, also of a student that was exported outside of the output folder."""
     if student and not student.resolve().is_relative_to(folder.resolve()) and (student / PROVENANCE).exists():
         yield {**provenance.read(student / PROVENANCE), "folder": student.name}
     for pattern in (f"*/*{PROVENANCE}", f"*/*/*{PROVENANCE}"):  # eval/ has one per model: teacher.provenance.json
@@ -136,7 +136,7 @@ def read_stages(folder: Path, student: Path | None) -> Iterator[StageRecord]:
 
 
 def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -> Iterator[tuple[str, Model]]:
-    """The teacher, the pruned model and the student, in the output folder or where the configuration says."""
+    """Yield label and model of teacher, pruned model and student, from the configured paths or the output folder."""
     for label in MODELS:
         sections = [stage["config"].get(MODELS[label]) or {} for stage in reversed(stages)]
         known = [student] if label == "student" and student else []
@@ -147,9 +147,9 @@ def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -
 
 
 def read_axes(scores_file: Path, kept_file: Path) -> dict[str, Axis]:
-    """Importance and kept units by axis; empty before scoring. Raw statistics are not read.
+    """Read importance and kept units by axis; empty before scoring. Raw statistics are not read.
 
-    Importance is that which the kept units were chosen by, where something has been pruned.
+    After pruning, the importance is the one that selected the kept units.
     """
     kept = read_tensors(kept_file) if kept_file.exists() else None
     named = (kept or {}).items()
@@ -157,13 +157,13 @@ def read_axes(scores_file: Path, kept_file: Path) -> dict[str, Axis]:
     scores = read_tensors(scores_file) | chosen_by
     try:
         return axes_of(scores, kept)
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # of tensors whose shapes or types do not fit
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # shapes or types do not match
         files = " and ".join(str(file) for file in (scores_file, kept_file) if file.exists())
-        raise damaged(files, f"their tensors do not fit together: {error}", "run score and prune again") from None
+        raise damaged(files, f"their tensors do not match: {error}", "run score and prune again") from None
 
 
 def axes_of(scores: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | None) -> dict[str, Axis]:
-    """Importance and kept units by axis, from the tensors of both files."""
+    """Return importance and kept units by axis, from the tensors of both files."""
     layers = sorted(int(match[1]) for key in scores if (match := BLOCK_KEY.fullmatch(key)))
     if layers != list(range(len(layers))):
         raise KeyError(f"layers {layers}")
@@ -173,7 +173,7 @@ def axes_of(scores: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | N
         if not all(key in scores for key in keys) or not keys:
             continue
         values = [scores[key].astype(np.float64) for key in keys]
-        if name == "block":  # one number per layer; the kept units are the kept layers
+        if name == "block":  # one number per layer; its units are the layers
             values, keys = [np.concatenate(values)], ["layers"]
         if not all(value.ndim == 1 and value.size and np.isfinite(value).all() for value in values):
             raise ValueError(f"{name} is not one row of finite numbers per layer")
@@ -185,14 +185,14 @@ def axes_of(scores: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | N
 
 
 def rotated_axis(kept: Mapping[str, np.ndarray]) -> Axis:
-    """The directions of a rotated residual stream by their variance; the kept ones come first."""
+    """Return the principal directions of a rotated residual stream with their variances; the kept ones come first."""
     variance_D = kept["embedding.variance"].astype(np.float64)
     mask_D = np.arange(len(variance_D)) < kept["embedding.basis"].shape[1]
     return Axis(scores=[variance_D], kept=[mask_D], rotated=True)
 
 
 def kept_masks(kept: Mapping[str, np.ndarray], keys: list[str], scores: list[np.ndarray]) -> list[np.ndarray]:
-    """Kept indices as masks: an axis that was not cut has no key and keeps all; a dropped layer keeps nothing."""
+    """Turn kept indices into masks. An axis without a key keeps all units; a dropped layer keeps none."""
     layers = kept.get("layers")
     masks = []
     for i, (key, values) in enumerate(zip(keys, scores, strict=True)):
@@ -205,7 +205,7 @@ def kept_masks(kept: Mapping[str, np.ndarray], keys: list[str], scores: list[np.
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file that are not raw statistics; empty when there is no file."""
+    """Read the tensors of a safetensors file except raw statistics; empty if the file does not exist."""
     if not file.exists():
         return {}
     remedy = f"remove {file.parent} and run its stage again"
@@ -213,25 +213,25 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(str(file), framework="np") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys() if not key.startswith("raw.")}  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # as of types that numpy lacks
+    except (SafetensorError, TypeError, ValueError, AttributeError) as error:  # for example a dtype that numpy lacks
         raise damaged(str(file), first_line(error), remedy) from None
 
 
 def read_metrics(file: Path) -> dict[str, np.ndarray]:
-    """metrics.jsonl as columns [T], ordered by step.
+    """Read metrics.jsonl as columns [T], ordered by step; empty if the file does not exist.
 
-    A step that was logged twice (a resumed run) is merged, the later line winning. A last line that is still being
-    written is left out; so are damaged ones, with a warning. Empty when there is no file.
+    Lines of the same step are merged; the later value wins. A last line that is still being written is skipped. Damaged
+    lines are skipped with a warning.
 
     Raises:
-        UserError: something else stands in the place of the file.
+        UserError: the path is not a regular file.
     """
     try:
         found = read_rows(file)
     except FileNotFoundError:
         return {}
     if found.damaged:
-        say(f"{file}: {len(found.damaged)} damaged lines are left out, the first is line {min(found.damaged)}")
+        say(f"{file}: skipped {len(found.damaged)} damaged lines, the first is line {min(found.damaged)}")
     rows: dict[int, dict[str, Any]] = {}
     for row in found.values:
         rows.setdefault(row["step"], {}).update(row)
@@ -244,5 +244,5 @@ def read_metrics(file: Path) -> dict[str, np.ndarray]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value can be drawn."""
+    """Whether a JSON value is a number, which a chart can show."""
     return isinstance(value, int | float) and not isinstance(value, bool)

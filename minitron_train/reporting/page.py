@@ -1,4 +1,4 @@
-"""The page's content, section by section, as plain data for the template."""
+"""The contents of the report page, section by section, as plain data for the template."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ HASH_DIGITS = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
-    """One figure of the header: a large value, or one value per model."""
+    """One tile of the header: a large value, or one value per model."""
 
     title: str
     value: str = ""
@@ -36,39 +36,39 @@ class Tile:
 
 
 def small_model(run: Run) -> Model | None:
-    """The student, or what is there of it: the pruned model."""
+    """Return the student, or the pruned model before distillation."""
     return run.models.get("student") or run.models.get("pruned")
 
 
 def small_label(run: Run) -> str:
-    """Whose sizes stand beside the teacher's."""
+    """Return the label of the model that the page compares with the teacher."""
     return "student" if "student" in run.models else "pruned"
 
 
 def lede(run: Run) -> str:
-    """The whole run in two sentences, of what is known."""
+    """Summarise the run in two sentences."""
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher is None:
-        return "There is no teacher in this output folder yet."
-    name = teacher_name(run) or ("A teacher trained here" if "pretrain" in run.metrics else "The teacher")
-    said = f"{name} ({teacher.shape.architecture}, {numbers.short(teacher.parameters)} parameters)"
+        return "This output folder has no teacher yet."
+    name = teacher_name(run) or ("A teacher pretrained in this run" if "pretrain" in run.metrics else "The teacher")
+    text = f"{name} ({teacher.shape.architecture}, {numbers.short(teacher.parameters)} parameters)"
     if student is None:
-        return f"{said}; nothing has been pruned yet."
+        return f"{text} has not been pruned yet."
     share = student.parameters / teacher.parameters
-    said += f" was pruned to {numbers.short(student.parameters)} ({numbers.percent(share)} kept)"
+    text += f" was pruned to {numbers.short(student.parameters)} parameters ({numbers.percent(share)} kept)"
     tokens = run.metrics.get("train", {}).get("tokens")
-    said += (
+    text += (
         f" and distilled on {numbers.short(float(tokens[-1]))} tokens."
         if tokens is not None
         else "; not distilled yet."
     )
     found = [(label, perplexity_of(run, label)) for label in MODELS]
     values = ", ".join(f"{label} {numbers.perplexity(value)}" for label, value in found if value is not None)
-    return f"{said} Perplexity on held-out text: {values}." if values else said
+    return f"{text} Perplexity on held-out text: {values}." if values else text
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The header's figures."""
+    """Return the tiles of the header."""
     made = []
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher and student:
@@ -90,15 +90,15 @@ def tiles(run: Run) -> list[Tile]:
     if run.stages:
         total_s = sum(stage.get("wall_seconds") or 0.0 for stage in run.stages)
         peak = max(stage.get("peak_rss_bytes") or 0 for stage in run.stages)
-        detail = f"{len(run.stages)} stages, at most {byte_size(peak)} of memory"
+        detail = f"{len(run.stages)} stages, peak memory {byte_size(peak)}"
         if any(map(resumed_at, run.stages)):
-            detail += "; of a training that was resumed, its last start"
+            detail += "; a resumed training counts since its last start"
         made.append(Tile(title="Wall time, all stages", value=numbers.duration(total_s), detail=detail))
     return made
 
 
 def size_rows(run: Run) -> list[dict[str, Any]]:
-    """Parameters by part, teacher beside student; `width` values are shares of the teacher's largest part."""
+    """Return the parameters of teacher and student by part. `width` values are fractions of the teacher's largest part."""
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher is None:
         return []
@@ -108,7 +108,7 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
         before = total if part == "total" else teacher.parts[part]
         after = None if student is None else student.parameters if part == "total" else student.parts[part]
         if not before:
-            continue  # tied embeddings have no output layer of their own
+            continue  # a model with tied embeddings has no separate output layer
         rows.append(
             {
                 "part": {"mlp": "MLP"}.get(part, part),
@@ -122,7 +122,7 @@ def size_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def shape_rows(run: Run) -> list[tuple[str, str, str]]:
-    """What pruning may cut: name, teacher's size, student's size; then the bytes on disk."""
+    """Return (name, teacher's size, student's size) for each dimension of the shape, then the bytes on disk."""
     teacher, student = run.models.get("teacher"), small_model(run)
     if teacher is None:
         return []
@@ -139,7 +139,7 @@ def shape_rows(run: Run) -> list[tuple[str, str, str]]:
 
 
 def sources(run: Run) -> str:
-    """ "Tokens drawn from: web 70.0 %, code 30.0 %.", of the run so far."""
+    """Return the data sources of the run so far: "Tokens drawn from: web 70.0 %, code 30.0 %."."""
     prefix = "source."
     last = {
         name.removeprefix(prefix): values[np.isfinite(values)][-1:]
@@ -151,12 +151,12 @@ def sources(run: Run) -> str:
 
 
 def resumed_at(stage: Mapping[str, Any]) -> int:
-    """The step with which a training's last start began; 0 for what was done at once."""
+    """Return the step at which a training was last resumed; 0 for a stage that was never resumed."""
     return stage.get("facts", {}).get("resumed_at_step") or 0
 
 
 def wall(stage: Mapping[str, Any]) -> str:
-    """Seconds of a stage; a training that was resumed knows those of its last start."""
+    """Format the seconds of a stage. A resumed training counts only since its last start."""
     if stage.get("wall_seconds") is None:
         return "–"
     since = f" from step {resumed_at(stage):,}" if resumed_at(stage) else ""
@@ -164,7 +164,7 @@ def wall(stage: Mapping[str, Any]) -> str:
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:
-    """Provenance of every stage, oldest first."""
+    """Return the provenance of every stage, oldest first."""
     return [
         {
             "name": str(stage.get("stage", stage["folder"])),
@@ -181,7 +181,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def configurations(run: Run) -> dict[str, list[str]]:
-    """Resolved configurations, as indented JSON, with the stages that ran under each."""
+    """Return resolved configuration, as indented JSON -> the stages that used it."""
     found: dict[str, list[str]] = {}
     for stage in run.stages:
         if stage.get("config"):
@@ -190,7 +190,7 @@ def configurations(run: Run) -> dict[str, list[str]]:
 
 
 def versions(run: Run) -> list[tuple[str, str]]:
-    """Package versions, Python and the commit; where stages differ, all of them."""
+    """Return the versions of packages, Python and the commit; several if stages differ."""
     found: dict[str, list[str]] = {}
     for stage in run.stages:
         known = {
@@ -205,38 +205,38 @@ def versions(run: Run) -> list[tuple[str, str]]:
 
 
 def short_hash(value: str) -> str:
-    """The first digits of a sha256; other fingerprints, like a checkpoint's name, stay whole."""
+    """Shorten a sha256 to its first digits. Other fingerprints, such as a checkpoint's name, stay whole."""
     return value[:HASH_DIGITS] if len(value) == 64 else value
 
 
 def short_commit(commit: str | None) -> str | None:
-    """The commit's first digits, and whether files differed from it."""
+    """Shorten a commit to its first digits, with its suffix if files differed from it."""
     digest, dash, dirty = (commit or "").partition("-")
     return digest[:HASH_DIGITS] + dash + dirty or None
 
 
 def pretty(value: Mapping[str, Any] | None) -> str:
-    """A mapping as indented JSON; empty when there is nothing."""
+    """Format a mapping as indented JSON; empty text for an empty mapping or None."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str) if value else ""
 
 
 def missing(run: Run) -> dict[str, str]:
-    """One line for every section whose stage has not been run."""
+    """Return section -> message, for each section whose stage has not run."""
     lines = {
-        "sizes": ("" if "teacher" in run.models else "No teacher yet: run fetch or pretrain, or give teacher.path."),
-        "importance": ("" if run.axes else "Not scored yet: scores/scores.safetensors is absent."),
-        "training": ("" if "train" in run.metrics else "Not distilled yet: train/metrics.jsonl is absent."),
-        "evaluation": ("" if run.evals else "Not evaluated yet: eval/ holds no results."),
-        "provenance": ("" if run.stages else "No stage has finished in this folder."),
+        "sizes": "" if "teacher" in run.models else "No teacher yet: run fetch or pretrain, or set teacher.path.",
+        "importance": "" if run.axes else "Not scored yet: scores/scores.safetensors does not exist.",
+        "training": "" if "train" in run.metrics else "Not distilled yet: train/metrics.jsonl does not exist.",
+        "evaluation": "" if run.evals else "Not evaluated yet: eval/ contains no results.",
+        "provenance": "" if run.stages else "No stage has finished in this folder.",
     }
     return {key: line for key, line in lines.items() if line}
 
 
 def last_command(run: Run) -> str:
-    """The command of the newest stage."""
+    """Return the command of the newest stage."""
     return str(run.stages[-1].get("command", "")) if run.stages else ""
 
 
 def finished_on(run: Run) -> str:
-    """Date of the newest stage, UTC."""
+    """Return the UTC date of the newest stage."""
     return str(run.stages[-1].get("started_at") or "")[:10] if run.stages else ""

@@ -1,4 +1,4 @@
-"""The evaluation as rows, and the plain-text table that `run` prints at its end."""
+"""Look-ups in the evaluations of a run, and the plain-text table that `run` prints at its end."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,38 +25,38 @@ TASK_NAMES = {
 
 
 def task_name(task: str) -> str:
-    """As the papers write it."""
+    """Return a task's name as the papers write it."""
     return TASK_NAMES.get(task, task)
 
 
 def tasks_of(run: Run) -> list[str]:
-    """Every task that any model was evaluated on, or should have been; what ran first."""
+    """Return all tasks that were requested for any model; tasks that ran come first."""
     ran = [task for label in run.labels for task in results_of(run, label)]
     return list(dict.fromkeys([*ran, *(task for label in run.labels for task in reasons_of(run, label))]))
 
 
 def reasons_of(run: Run, label: str) -> Mapping[str, Any]:
-    """Tasks of one model that were not run, with the reason."""
+    """Return task -> reason, for the tasks of one model that were not run."""
     return run.evals[label].get("not_run", {}) if label in run.evals else {}
 
 
 def results_of(run: Run, label: str) -> Mapping[str, Any]:
-    """The `results` of one model; empty when it was not evaluated."""
+    """Return the `results` of one model; empty if it was not evaluated."""
     return run.evals[label]["results"] if label in run.evals else {}
 
 
 def metric_of(run: Run, task: str) -> str:
-    """The task's headline metric, the same for every model; empty when it was not run."""
+    """Return a task's headline metric, the same for every model; empty if the task was not run."""
     return headline(name for label in run.labels for name in metrics_in(entry_of(run, label, task)))
 
 
 def entry_of(run: Run, label: str, task: str) -> Mapping[str, Any]:
-    """One entry of `results`; empty when absent."""
+    """Return one entry of `results`; empty if absent."""
     return results_of(run, label).get(task, {})
 
 
 def score_of(run: Run, label: str, task: str, metric: str | None = None) -> Score:
-    """One model's score on one task."""
+    """Return one model's score on one task."""
     metric = metric or metric_of(run, task)
     if label not in run.evals:
         return Score(metric=metric, reason=f"the {label} was not evaluated")
@@ -64,15 +64,15 @@ def score_of(run: Run, label: str, task: str, metric: str | None = None) -> Scor
 
 
 def perplexity_of(run: Run, label: str) -> float | None:
-    """Perplexity of one model on the held-out slice; None when it was not measured."""
+    """Return the perplexity of one model on held-out text; None if it was not measured."""
     return number(run.evals[label]["perplexity"]) if label in run.evals else None
 
 
 def not_run(run: Run) -> list[str]:
-    """ "MMLU: not run: no data …", once for all models that share the reason."""
+    """Return lines such as "MMLU was not run: no data …", once for all models with the same reason."""
     scores = {task: [score_of(run, label, task) for label in run.labels] for task in tasks_of(run)}
     lines = (
-        f"{task_name(task)}: not run: {score.reason}"
+        f"{task_name(task)} was not run: {score.reason}"
         for task, found in scores.items()
         for score in found
         if score.value is None and score.reason
@@ -81,40 +81,40 @@ def not_run(run: Run) -> list[str]:
 
 
 def notes(run: Run) -> list[str]:
-    """What stands under the scores: rows and examples that are not lm-eval's own, and tasks that were not run."""
+    """Return the notes under the scores: substituted splits, and tasks that were not run."""
     return [*substitutions(run), *not_run(run)]
 
 
 def substitutions(run: Run) -> list[str]:
-    """ "ARC-C: rows of the validation split (lm-eval's own: test)", once for all models that share it."""
+    """Return lines such as "ARC-C: rows from the validation split (lm-eval uses test)", once for all models that share it."""
     lines = []
     for label in run.labels:
         for task, data in (run.evals[label].get("data", {}) if label in run.evals else {}).items():
             used, usual = data.get("splits", {}), data.get("lm_eval_splits", {})
             shots = entry_of(run, label, task).get("num_fewshot")
-            said = [
-                f"{what} of the {used.get(what)} split (lm-eval's own: {usual.get(what)})"
+            changed = [
+                f"{what} from the {used.get(what)} split (lm-eval uses {usual.get(what)})"
                 for what in ("rows", "examples" if shots != 0 else "")
                 if used.get(what) != usual.get(what)
             ]
-            lines += [f"{task_name(task)}: {', '.join(said)}"] if said else []
+            lines += [f"{task_name(task)}: {', '.join(changed)}"] if changed else []
     return list(dict.fromkeys(lines))
 
 
 def section_of(run: Run, section: str) -> Mapping[str, Any]:
-    """A section of the newest configuration that a stage of the run recorded."""
+    """Return a section of the newest configuration that a stage recorded."""
     found = (stage["config"].get(section) for stage in reversed(run.stages))
     return next((section for section in found if section), {})
 
 
 def facts_of(run: Run, stage: str) -> Mapping[str, Any]:
-    """What a stage found out; empty when it was not run."""
+    """Return the facts in a stage's provenance; empty if it has not run."""
     record = run.stage(stage)
     return record.get("facts", {}) if record else {}
 
 
 def teacher_name(run: Run) -> str | None:
-    """How the teacher is called where it came from: a folder, a hub's repository, a GGUF file, a wheel; None: nowhere."""
+    """Return the teacher's name at its source (folder, hub repository, GGUF file or wheel); None without a source."""
     settings, facts = section_of(run, "teacher"), facts_of(run, "fetch teacher")
     folder = Path(settings["path"]).name if settings.get("path") else None
     names = (folder, settings.get("repo_id"), facts.get("gguf"), settings.get("wheel"))
@@ -122,19 +122,19 @@ def teacher_name(run: Run) -> str | None:
 
 
 def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
-    """Parameters and bytes of weights: of the folder, or as the evaluation noted them."""
+    """Return a model's parameters and bytes of weights, from its folder or else from its evaluation."""
     if label in run.models:
         return run.models[label].parameters, run.models[label].weight_bytes
     return (run.evals[label].get("parameters"), run.evals[label].get("bytes")) if label in run.evals else (None, None)
 
 
 def summary_table(output_dir: Path) -> str:
-    """Parameters, bytes, perplexity and every task of teacher, pruned and student, as aligned text.
+    """Format parameters, bytes, perplexity and task scores of teacher, pruned and student as an aligned table.
 
-    What was not run says so; the reasons follow under the table.
+    Lines under the table give the reasons why tasks were not run.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the folder does not exist, or a file in it is damaged.
     """
     run = load_run(output_dir)
     tasks = tasks_of(run)
@@ -157,13 +157,13 @@ def summary_table(output_dir: Path) -> str:
 
 
 def rows_text(run: Run, task: str) -> str:
-    """ "100 rows"; nothing when the models saw different numbers of rows, or none."""
+    """Return a text such as "100 rows"; empty if the models had different numbers of rows, or none."""
     rows = {score.rows for label in run.labels if (score := score_of(run, label, task)).rows is not None}
     return f"{rows.pop():,} rows" if len(rows) == 1 else ""
 
 
 def aligned(table: list[list[str]]) -> list[str]:
-    """Lines with the first column to the left and the others to the right."""
+    """Format a table with the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     cells = [
         [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -1,4 +1,4 @@
-"""The parts of a training run, made from two Hugging Face folders and put together in the state of step 0."""
+"""Build the parts of a training run from two Hugging Face folders, in the state of step 0."""
 
 import contextlib
 import importlib.util
@@ -38,20 +38,23 @@ from minitron_train.train.validation import Validation
 
 
 def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None) -> None:
-    """Refuse what can be seen before weights are read: batches that the ranks cannot share, layers that are not there."""
+    """Reject settings before weights are read: batches that do not divide over the ranks, layers that do not exist.
+
+    Raises:
+        UserError: names the setting and the remedy.
+    """
     check_settings(config, distilled=teacher is not None)
     train, rows = config.train, config.train.micro_batch_size * groups.dp_size
     if train.global_batch_size % rows:
         raise UserError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of them"
+            f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of these settings"
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
-        raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; leave it out")
+        raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
     if train.distributed_optimizer and not can_shard_optimizer_here():
         raise UserError(
-            "train.distributed_optimizer=true: the run could not be resumed without CUDA and Transformer Engine or Apex; "
-            "leave it out"
+            "train.distributed_optimizer=true: a run can be resumed only with CUDA and Transformer Engine or Apex; remove it"
         )
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
@@ -67,9 +70,9 @@ def assemble(
     folder: Path,
     stack: contextlib.ExitStack,
 ) -> Trainer:
-    """All parts of a run, in the state of step 0."""
-    signals = stack.enter_context(StopSignals())  # first: loading may take minutes
-    train, yardstick = config.train, BestMetric.of(config, distilled=teacher_files is not None)
+    """Build all parts of a run, in the state of step 0. `stack` closes them."""
+    signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
+    train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer = tokenizers.load(student_files.folder)
     rows = {
         name: files.shape.vocab_size
@@ -80,7 +83,7 @@ def assemble(
     vocab_size = None
     if teacher_files is not None:
         tokenizers.check_same(tokenizer, teacher_files.folder)
-        if len(set(rows.values())) > 1:  # they are padded differently
+        if len(set(rows.values())) > 1:  # the models pad their vocabularies differently
             vocab_size = min(tokenizers.vocab_size(tokenizer), *rows.values())
         real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
     stream = TokenStream(
@@ -119,10 +122,10 @@ def assemble(
         train.micro_batch_size,
         groups,
     )
-    owner = belongs_to(config, student_files, teacher_files)
-    checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, groups, yardstick, owner)
+    settings = checkpoint_settings(config, student_files, teacher_files)
+    checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, groups, best_metric, settings)
     if groups.is_first:
-        put_model_files(folder / "checkpoints" / MODEL, student_files)
+        write_model_files(folder / "checkpoints" / MODEL, student_files)
     return Trainer(
         config=config,
         groups=groups,
@@ -132,8 +135,10 @@ def assemble(
         stream=stream,
         validation=validation,
         checkpoints=checkpoints,
-        yardstick=yardstick,
-        reporter=Reporter(groups, speedometer(config, groups, student_files, teacher_files), train.log_every_steps),
+        best_metric=best_metric,
+        reporter=Reporter(
+            groups, throughput_meter(config, groups, student_files, teacher_files), train.log_every_steps
+        ),
         state=RunState(),
         heartbeat=stack.enter_context(Heartbeat(groups.rank, groups.world_size)),
         signals=signals,
@@ -141,7 +146,7 @@ def assemble(
 
 
 def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
-    """This rank's part of a Hugging Face folder's model."""
+    """Load this rank's tensor-parallel shard of a Hugging Face folder."""
     model = build(
         files.shape,
         tp=groups.tp_size,
@@ -153,8 +158,8 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
     return model
 
 
-def belongs_to(config: Config, student: HFFolder, teacher: HFFolder | None) -> dict[str, Any]:
-    """The settings that a checkpoint of this run must have been made with, flat."""
+def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | None) -> dict[str, Any]:
+    """Return the settings, as one flat dict, that a checkpoint must agree with before this run resumes from it."""
     values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
         if files is not None:
@@ -163,22 +168,22 @@ def belongs_to(config: Config, student: HFFolder, teacher: HFFolder | None) -> d
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level: `train.lr`."""
+    """Flatten nested settings to one level with dotted keys, such as `train.lr`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
 
 
-def put_model_files(target: Path, student: HFFolder) -> None:
-    """What `export` needs besides weights: config.json and the tokenizer."""
+def write_model_files(target: Path, student: HFFolder) -> None:
+    """Write what `export` needs besides weights: config.json and the tokenizer."""
     with atomic_folder(target) as scratch:
         atomic_write_json(scratch / "config.json", student_config(student.config, student.shape))
         copy_tokenizer(student.folder, scratch)
 
 
-def speedometer(config: Config, groups: Groups, student: HFFolder, teacher: HFFolder | None) -> ThroughputMeter:
-    """Model FLOPs: student forward and backward, teacher forward."""
+def throughput_meter(config: Config, groups: Groups, student: HFFolder, teacher: HFFolder | None) -> ThroughputMeter:
+    """Return a meter that counts the FLOPs of the student's forward and backward pass and the teacher's forward pass."""
     length = config.train.seq_length
     flops = training_flops_per_token(student.shape, length)
     flops += forward_flops_per_token(teacher.shape, length) if teacher else 0

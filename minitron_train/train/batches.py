@@ -1,4 +1,4 @@
-"""Batches as the training step wants them: on the device, in micro batches, or made from held-out sequences."""
+"""Batches for the training step: moved to the device, split into micro batches, or made from held-out sequences."""
 
 # B sequences, S tokens of a sequence
 from dataclasses import replace
@@ -12,24 +12,23 @@ TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "documents_BS")
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
-    """Those of the batch's tensors that are there."""
+    """Return the tensors of the batch that are not None, by field name."""
     found = {name: getattr(batch, name) for name in TENSORS}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
     return replace(batch, **{name: tensor.to(device) for name, tensor in tensors(batch).items()})
 
 
 def micro_batches(batch: Batch, num_rows: int) -> list[Batch]:
-    """A rank's batch in parts of at most `num_rows` sequences."""
+    """Split a rank's batch into micro batches of at most `num_rows` sequences."""
     cuts = {name: tensor.split(num_rows) for name, tensor in tensors(batch).items()}
     return [replace(batch, **{name: cut[k] for name, cut in cuts.items()}) for k in range(len(cuts["tokens_BS"]))]
 
 
 def held_out_batch(rows: Tensor) -> Batch:
-    """Sequences [B, S + 1] as a batch in which every token counts."""
+    """Turn sequences [B, S + 1] into a batch without masked tokens."""
     inputs = rows[:, :-1].contiguous()
     return Batch(
         tokens_BS=inputs,

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: one metric of the evaluations during training, and its direction."""
+"""The metric that decides which checkpoint is the best, and its direction."""
 
 import math
 from collections.abc import Mapping
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from minitron_train.config import Config
 from minitron_train.runtime.errors import UserError
 
-LOWER_IS_BETTER = ("kl", "loss", "perplexity", "bits_per_byte")  # endings; all others are accuracies and the like
-OWN = ("kl", "loss", "perplexity")  # what the validation gives; the KL with a teacher only
+LOWER_IS_BETTER = ("kl", "loss", "perplexity", "bits_per_byte")  # suffixes; for all other metrics higher is better
+OWN = ("kl", "loss", "perplexity")  # metrics of the validation; kl only with a teacher
 
 
 @dataclass(frozen=True, slots=True)
 class BestMetric:
-    """The metric `name`, as in `validation.kl` or `hellaswag.acc_norm`, by which evaluations are compared."""
+    """The metric that compares evaluations, such as `validation.kl` or `hellaswag.acc_norm`."""
 
     name: str
 
     @classmethod
     def of(cls, config: Config, *, distilled: bool) -> "BestMetric":
-        """The metric that checkpoint.best_metric names; by default the validation KL, or loss without a teacher.
+        """Return the metric in checkpoint.best_metric. The default is validation.kl, or validation.loss without a teacher.
 
         Raises:
-            UserError: no evaluation of this run can give it. What an lm-eval task gives is known after the first one.
+            UserError: no evaluation of this run computes it. The metrics of an lm-eval task are known only after it ran.
         """
         name = config.checkpoint.best_metric or ("validation.kl" if distilled else "validation.loss")
         own = [f"validation.{metric}" for metric in OWN if distilled or metric != "kl"]
@@ -36,19 +36,19 @@ class BestMetric:
         return cls(name)
 
     def value(self, evaluation: Mapping[str, float]) -> float:
-        """This metric of one evaluation's `TASK.METRIC` values.
+        """Return this metric from the `TASK.METRIC` values of one evaluation.
 
         Raises:
-            UserError: it is not among them; names those that are.
+            UserError: the evaluation does not have it; the message lists the metrics that it has.
         """
         if self.name not in evaluation:
             raise UserError(
-                f"checkpoint.best_metric={self.name}: the evaluation gave {', '.join(evaluation)}; choose one"
+                f"checkpoint.best_metric={self.name}: the evaluation has only {', '.join(evaluation)}; choose one of these"
             )
         return evaluation[self.name]
 
     def rank(self, value: float | None) -> float:
-        """Sorts the best first; nothing, NaN and infinities come last, as infinity."""
+        """Return a sort key: the best value has the lowest. None, NaN and infinities map to infinity and sort last."""
         if value is None or not math.isfinite(value):
             return math.inf
         return value if self.name.endswith(LOWER_IS_BETTER) else -value

@@ -1,12 +1,12 @@
-"""What a checkpoint is on disk, and which of them are good. No torch here: a checkpoint is a folder of files with a manifest.
+"""The files of a checkpoint, and whether they are intact. The module does not load torch.
 
 checkpoints/
   model/                   config.json and tokenizer of the student, for `export`
   step_00000200/           one checkpoint; this name appears by a rename, after everything in it is on disk
-    manifest.json          step, tokens, evaluation, the settings it belongs to; size and sha256 of every other file
+    manifest.json          step, tokens, evaluation, the run's deciding settings; size and sha256 of every other file
     __0_0.distcp, …        megatron-core's files
-  step_00000300.partial-…  being written, or left by a killed run: never read
-  step_00000200.replaced   makes way for a new one of the same step; after a kill it gets its name back
+  step_00000300.partial-…  a checkpoint that is being written, or left by a killed run: never read
+  step_00000200.replaced   the old checkpoint while a new one of the same step replaces it; restored after a kill
   latest, best             text files with the name of a checkpoint
 """
 
@@ -35,11 +35,11 @@ from minitron_train.runtime.records import Count, damaged, read_bytes, read_reco
 from minitron_train.train.best import BestMetric
 
 MANIFEST = "manifest.json"
-SUMS = "sums-{rank}.json"  # what one rank's writer wrote, until the manifest takes it over
+SUMS = "sums-{rank}.json"  # hashes of one rank's files, until the manifest includes them
 MANIFEST_REMEDY = "restore it from a copy, or use another checkpoint"
-MAX_POINTER_BYTES = 100  # of `latest` and `best`; a file of weights given in their place is not read
+MAX_POINTER_BYTES = 100  # a larger file is neither `latest` nor `best` and is not read
 
-FileName = Annotated[str, Meta(pattern="^[^/\\0]+$")]  # nothing outside the checkpoint
+FileName = Annotated[str, Meta(pattern="^[^/\\0]+$")]  # a file in the checkpoint's own folder
 
 
 class Sum(TypedDict):
@@ -50,7 +50,7 @@ class Sum(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """manifest.json, without what only people read."""
+    """The fields of manifest.json that the program reads."""
 
     step: Required[Count]
     files: Required[dict[FileName, Sum]]
@@ -59,58 +59,56 @@ class Manifest(TypedDict, total=False):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is."""
     return folder / f"step_{step:08d}"
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether `name` is the name of a file in the same folder, not a path that leads elsewhere."""
+    """Whether `name` is a plain file name, not a path to another folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def finished(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
+    """Return the finished checkpoints, newest first."""
     return sorted((path for path in folder.glob("step_????????") if (path / MANIFEST).exists()), reverse=True)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a finished checkpoint.
+    """Read the manifest of a finished checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         UserError: it is damaged.
     """
     return read_record(path / MANIFEST, Manifest, MANIFEST_REMEDY)
 
 
 def read_pointer(file: Path) -> Path:
-    """The checkpoint that `latest` or `best` names.
+    """Return the checkpoint that the file `latest` or `best` names.
 
     Raises:
-        UserError: the file names none.
+        UserError: the file does not contain the name of a checkpoint.
     """
     text = read_bytes(file, max_bytes=MAX_POINTER_BYTES).decode(errors="replace").strip()
     if not re.fullmatch(r"step_[0-9]{8}", text, re.ASCII):
-        remedy = "name the folder of a checkpoint itself, checkpoints/step_…"
-        raise damaged(str(file), "does not hold the name of a checkpoint", remedy)
+        remedy = "give the folder of a checkpoint, checkpoints/step_…"
+        raise damaged(str(file), "does not contain the name of a checkpoint", remedy)
     return file.with_name(text)
 
 
 def describe(file: Path) -> Sum:
-    """Size and hash of one file."""
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
 def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
-    """Note what `rank` has written; runs in the writer's thread, so that hashing does not hold up training."""
+    """Record size and hash of the files that `rank` has written. Runs in the writer's thread, so training does not wait."""
     sums = {file.name: describe(file) for file in files}
     (folder / SUMS.format(rank=rank)).write_text(json.dumps(sums), encoding="utf-8")
 
 
 def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
-    """Complete the manifest, make everything durable, then let the checkpoint appear and `latest` point to it.
+    """Write the manifest, sync all files to disk, rename the checkpoint to its final name, and update `latest`.
 
-    An earlier run that waits beside this one's folder is deleted then (`stages.growing_folder`).
+    This also deletes the earlier run that a forced restart has kept until now (`stages.run.growing_folder`).
     """
     sums: dict[str, Sum] = {}
     for part in scratch.glob(SUMS.format(rank="*")):
@@ -125,17 +123,17 @@ def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     sync_path(manifest)
     sync_path(scratch)
     replaced = path.with_name(path.name + REPLACED)
-    if path.exists():  # of the same step: damaged, or saved before its evaluation
+    if path.exists():  # a checkpoint of the same step: damaged, or saved before its evaluation
         move(path, replaced)
     scratch.rename(path)
     sync_path(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    point(path.parent / "latest", path)
+    write_pointer(path.parent / "latest", path)
     drop_replaced(path.parents[1])
 
 
-def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. Of its files, every `shares`-th is read, beginning with `share`."""
+def find_damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """Describe the damage of a checkpoint, or return None. Rank `share` of `shares` ranks reads every `shares`-th file."""
     try:
         files = read_manifest(path)["files"]
     except (OSError, UserError) as error:
@@ -152,39 +150,39 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def move(path: Path, target: Path) -> None:
-    """Rename a checkpoint; what an earlier deletion has left under the new name goes."""
+    """Rename a checkpoint, and delete what an interrupted deletion may have left under the new name."""
     shutil.rmtree(target, ignore_errors=True)
     path.rename(target)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint: its name goes at once, and what is left of it is never read."""
+    """Delete a checkpoint. Rename it first, so that a partly deleted folder is never read."""
     doomed = path.with_name(f"{path.name}{PARTIAL}removed")
     move(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def settle(path: Path, settings: CheckpointConfig, yardstick: BestMetric) -> None:
-    """Make `path`, from which a run resumes, the newest checkpoint, and do what a kill may have left undone after its save.
+def make_newest(path: Path, settings: CheckpointConfig, best_metric: BestMetric) -> None:
+    """Make the resumed checkpoint `path` the newest one, and complete the cleanup that a kill may have interrupted.
 
-    Everything newer is removed. It is damaged, and would otherwise count as the newest and perhaps as the best.
+    Newer checkpoints are damaged. They are removed, so that they count neither as the newest nor as the best.
     """
     for newer in finished(path.parent):
         if newer > path:
             remove(newer)
-    point(path.parent / "latest", path)
-    tidy(path.parent, settings, yardstick)
+    write_pointer(path.parent / "latest", path)
+    remove_old(path.parent, settings, best_metric)
 
 
-def point(name: Path, path: Path) -> None:
-    """Make the text file `name` (latest, best) hold the name of the checkpoint `path`."""
+def write_pointer(name: Path, path: Path) -> None:
+    """Write the name of the checkpoint `path` into the text file `name` (latest or best)."""
     text = path.name + "\n"
     if not name.is_file() or name.read_bytes() != text.encode():
         atomic_write_text(name, text)
 
 
 def recover(folder: Path) -> None:
-    """Clean up after killed runs: put back a checkpoint that was being replaced, delete unfinished work."""
+    """Clean up after killed runs: restore a checkpoint that was being replaced, delete unfinished ones."""
     for old in folder.glob(f"step_*{REPLACED}"):
         path = old.with_name(old.name.removesuffix(REPLACED))
         if path.exists() or not (old / MANIFEST).exists():
@@ -196,13 +194,13 @@ def recover(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tidy(folder: Path, settings: CheckpointConfig, yardstick: BestMetric) -> None:
-    """Keep the newest `checkpoint.keep` and the `checkpoint.keep_best` best evaluated; `best` names the very best."""
+def remove_old(folder: Path, settings: CheckpointConfig, best_metric: BestMetric) -> None:
+    """Keep the `checkpoint.keep` newest and the `checkpoint.keep_best` best checkpoints, and let `best` name the best one."""
     paths = finished(folder)
-    ranks = {path: yardstick.rank(evaluation_of(path).get(yardstick.name)) for path in paths}
+    ranks = {path: best_metric.rank(evaluation_of(path).get(best_metric.name)) for path in paths}
     best = sorted((path for path in paths if math.isfinite(ranks[path])), key=lambda path: (ranks[path], path.name))
     if best and settings.keep_best:
-        point(folder / "best", best[0])
+        write_pointer(folder / "best", best[0])
     else:
         with disk_errors(folder / "best"):
             (folder / "best").unlink(missing_ok=True)
@@ -211,7 +209,7 @@ def tidy(folder: Path, settings: CheckpointConfig, yardstick: BestMetric) -> Non
 
 
 def evaluation_of(path: Path) -> dict[str, float | None]:
-    """The evaluation noted in a manifest, by TASK.METRIC; empty when there was none, or the manifest is unreadable."""
+    """Return the evaluation in a manifest, by TASK.METRIC; empty if it has none or is unreadable."""
     try:
         return read_manifest(path).get("evaluation", {})
     except (OSError, UserError):

@@ -1,8 +1,8 @@
-"""A training checkpoint -> a Hugging Face folder: the student alone, one tensor after the other, on one process.
+"""Export the student of a training checkpoint to a Hugging Face folder, tensor by tensor, on one process.
 
-Reads the files of torch.distributed.checkpoint directly, so that neither process groups nor a model are needed, whatever
-the layout that wrote them. megatron-core saves the layers of one kind as one tensor [layers, …] in pieces
-of one layer and one rank.
+The module reads the files of torch.distributed.checkpoint directly. It needs neither process groups nor a model, and it
+accepts checkpoints of any parallel layout. megatron-core stacks each parameter over the layers, [layers, …], and stores
+one chunk per layer and rank.
 """
 
 import io
@@ -31,15 +31,15 @@ from minitron_train.stages.run import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.safe_load import REMEDY, read_metadata, read_tensors
 
-MODEL = "model"  # beside the checkpoints: config.json and tokenizer of the student
-RUNS = ("train", "pretrain/train")  # where an output folder has its trainings
+MODEL = "model"  # folder next to the checkpoints, with config.json and tokenizer of the student
+RUNS = ("train", "pretrain/train")  # training folders of an output folder
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint that may be loaded; only `find_checkpoint` makes one.
+class VerifiedCheckpoint:
+    """A checkpoint that is safe to load. Only `find_checkpoint` creates one.
 
-    Its files are whole, and they belong to a training of this output folder, or the user vouches for them.
+    Its files match their hashes. It belongs to a training of this output folder, or checkpoint.trust_external is set.
     """
 
     path: Path
@@ -51,23 +51,23 @@ class Saved:
 
     @property
     def identity(self) -> str:
-        """Its name and the hash of its manifest, which hashes the rest."""
+        """The checkpoint's name and the hash of its manifest. The manifest holds the hashes of all other files."""
         return f"{self.path.name}:{sha256_file(self.path / files.MANIFEST)}"
 
 
 class SavedTensors:
-    """The tensors of one checkpoint, read when they are asked for."""
+    """The tensors of one checkpoint, read on demand."""
 
-    def __init__(self, checkpoint: Saved) -> None:
+    def __init__(self, checkpoint: VerifiedCheckpoint) -> None:
         self.path = checkpoint.path
         metadata = read_metadata(self.path)
         self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data or {}
 
     def read(self, name: str, layer: int | None = None) -> Tensor:
-        """A whole tensor, or one layer's part of a tensor that is stacked over the layers.
+        """Read a tensor, or one layer of a tensor that is stacked over the layers.
 
         Raises:
-            UserError: the checkpoint lacks it or a piece of it, or a piece is damaged.
+            UserError: the tensor or one of its chunks is missing or damaged.
         """
         entry = self.tensors.get(name)
         skip = 0 if layer is None else 1
@@ -93,60 +93,61 @@ class SavedTensors:
             RuntimeError,
         ) as error:
             which = name if layer is None else f"{name}, layer {layer}"
-            raise UserError(f"{self.path}: lacks a whole tensor {which} ({first_line(error)}); {REMEDY}") from error
+            raise UserError(
+                f"{self.path}: tensor {which} is missing or incomplete ({first_line(error)}); {REMEDY}"
+            ) from error
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self.places[MetadataIndex(name, chunk.offsets)]
         file = self.path / place.relative_path
         with open_file(file) as handle:
             if place.offset + place.length > os.fstat(handle.fileno()).st_size:
-                raise UserError(f"{file}: is too short for its piece of {name}; {REMEDY}")
+                raise UserError(f"{file}: too short for its chunk of {name}; {REMEDY}")
             handle.seek(place.offset)
             piece = read_tensors(io.BytesIO(handle.read(place.length)), f"{file}: {name}")
         if not isinstance(piece, Tensor) or piece.numel() != math.prod(chunk.sizes):
-            raise UserError(f"{file}: its piece of {name} is no tensor of {list(chunk.sizes)}; {REMEDY}")
+            raise UserError(f"{file}: its chunk of {name} is not a tensor of shape {list(chunk.sizes)}; {REMEDY}")
         return piece
 
 
 def require_cover(size: torch.Size, chunks: list[ChunkStorageMetadata], skip: int) -> None:
-    """Refuse pieces that leave elements of a tensor out, for those would be whatever the memory held; or lie outside of it.
+    """Require chunks that cover a tensor exactly once. Elements without a chunk would be uninitialised memory.
 
     Args:
-        skip: leading dimensions of `size` that are cut away: 1 for one layer of a stacked tensor.
+        skip: leading dimensions of `size` to ignore; 1 for one layer of a stacked tensor.
 
     Raises:
-        ValueError: they do.
+        ValueError: chunks overlap, lie outside of the tensor, or do not cover it.
     """
     for chunk in chunks:
         for whole, start, length in zip(size, chunk.offsets, chunk.sizes, strict=True):
             if min(start, length) < 0 or start + length > whole:
-                raise ValueError(f"a piece at {list(chunk.offsets)} lies outside of {list(size)}")
+                raise ValueError(f"the chunk at {list(chunk.offsets)} lies outside of {list(size)}")
     for one, other in itertools.combinations(chunks, 2):
         edges = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
         if all(start < begin + length and begin < start + size for start, size, begin, length in edges):
-            raise ValueError(f"its pieces at {list(one.offsets)} and {list(other.offsets)} overlap")
+            raise ValueError(f"the chunks at {list(one.offsets)} and {list(other.offsets)} overlap")
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size[skip:]):
-        raise ValueError(f"its pieces are not all of {list(size)}")
+        raise ValueError(f"the chunks do not cover {list(size)}")
 
 
 def saved_name(mcore: str) -> str:
-    """Under which name a parameter is saved: without its layer, and norms under the names that fused layers give them."""
+    """Map a parameter's name to its name in a checkpoint: no layer index, and the norm names of fused layers."""
     for own, fused in typing.cast(Any, layer_spec().submodules).sharded_state_dict_keys_map.items():
         mcore = mcore.replace("{i}." + own, "{i}." + fused)
     return mcore.replace(".{i}", "")
 
 
-def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> Saved:
-    """The checkpoint that is meant: `source` itself, the one that a file `latest` or `best` names, or a run's newest whole one.
-
-    Reads every byte of it: to be called once, by one rank, before its tensors are used.
+def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> VerifiedCheckpoint:
+    """Find and verify a checkpoint. The function reads all of its bytes, so call it once, on one rank.
 
     Args:
-        output_dir: trainings in it are this program's own, where their record says so (`is_own`).
-        trust_external: accept others too (checkpoint.trust_external).
+        source: a checkpoint, a file `latest` or `best` that names one, or a run, whose newest undamaged checkpoint is used.
+        output_dir: checkpoints of its own trainings are trusted (`is_own`).
+        trust_external: accept other checkpoints too (checkpoint.trust_external).
 
     Raises:
-        UserError: there is none, the one that was named is damaged, or it may not be loaded.
+        UserError: no checkpoint was found, the named one is damaged, or it is not trusted.
     """
     if source.is_file():
         source = files.read_pointer(source)
@@ -155,21 +156,21 @@ def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> 
     found = [source] if is_one else files.finished(folder)
     if found and not (trust_external or is_own(found[0], output_dir)):
         raise UserError(
-            f"{source}: is no training of output_dir={output_dir}, so it is not loaded; give that training's own "
-            "output_dir, or set checkpoint.trust_external=true where you trust who wrote it"
+            f"{source}: does not belong to a training in output_dir={output_dir}, so it is not loaded; set output_dir to "
+            "that training's folder, or set checkpoint.trust_external=true if you trust its author"
         )
     for path in found:
-        wrong = files.damage(path)
+        wrong = files.find_damage(path)
         if wrong is None:
-            return Saved(path)
+            return VerifiedCheckpoint(path)
         if is_one:
             raise UserError(f"{source}: {wrong}; name another checkpoint in export.checkpoint")
-        say(f"checkpoint {path.name} is damaged: {wrong}; falling back to the one before")
-    raise UserError(f"{source}: holds no training checkpoint; run distill first, or set export.checkpoint")
+        say(f"checkpoint {path.name} is damaged: {wrong}; falling back to the previous one")
+    raise UserError(f"{source}: contains no training checkpoint; run distill first, or set export.checkpoint")
 
 
 def is_own(path: Path, output_dir: Path) -> bool:
-    """Whether a checkpoint lies in one of the trainings of `output_dir`, and this program's record of that training is there."""
+    """Whether a checkpoint lies in a training of `output_dir` that has a record written by this program."""
     for run in (output_dir / name for name in RUNS):
         recorded = bool(read_started_record(run) or read_provenance(run))
         inside = any(Path(form(path)).is_relative_to(form(run)) for form in (os.path.abspath, os.path.realpath))
@@ -178,15 +179,17 @@ def is_own(path: Path, output_dir: Path) -> bool:
     return False
 
 
-def export_checkpoint(checkpoint: Saved, target: Path, dtype: str | None = None) -> dict[str, Any]:
-    """Write the student of a checkpoint, its config.json and its tokenizer into the empty folder `target`.
+def export_checkpoint(checkpoint: VerifiedCheckpoint, target: Path, dtype: str | None = None) -> dict[str, Any]:
+    """Write the student's weights, config.json and tokenizer into the empty folder `target`.
 
     Args:
-        checkpoint: what `find_checkpoint` gave.
-        dtype: float32, bfloat16 or float16; None keeps the type that config.json names, if it is one of them.
+        dtype: float32, bfloat16 or float16; None keeps the type in config.json if it is one of these.
+
+    Returns:
+        Facts for the provenance.
 
     Raises:
-        UserError: an unknown dtype, or a weight beyond its range.
+        UserError: an unknown dtype, or a weight that overflows it.
     """
     model = checkpoint.model
     config = read_json(model / "config.json")
@@ -214,6 +217,6 @@ def export_checkpoint(checkpoint: Saved, target: Path, dtype: str | None = None)
 
 
 def default_dtype(config: Mapping[str, Any]) -> str:
-    """The type that config.json names; float32 where it names none, or one that is not written (float64, say)."""
+    """Return the type in config.json; float32 if it is missing or cannot be written (float64, for example)."""
     named = named_dtype(config)
     return named if named in DTYPES else "float32"

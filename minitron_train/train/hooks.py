@@ -1,4 +1,4 @@
-"""Code of one's own at fixed places of the training loop, without editing the loop."""
+"""Hooks: user code at fixed places of the training loop."""
 
 from typing import TYPE_CHECKING
 
@@ -12,37 +12,39 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """Override what you need. All ranks call every method at the same step, so collectives are allowed in all of them.
+    """Override the methods that you need. All ranks call each method at the same step, so collectives are allowed.
 
-    `train.hooks=[my_lab.hooks.MyHook]` adds one by its name; it is made without arguments. Figures that a method returns
-    go into metrics.jsonl and W&B. An exception ends the run.
+    `train.hooks=[my_lab.hooks.MyHook]` adds a hook; its class is called without arguments. Values that a method returns
+    go to metrics.jsonl and W&B. An exception ends the run.
     """
 
     def before_optimizer(self, training: "Trainer") -> None:
-        """Gradients of the global batch are complete and not yet clipped."""
+        """Called when the gradients of the global batch are complete, before clipping."""
 
     def after_step(self, training: "Trainer", row: Metrics) -> Metrics:
-        """One optimizer step is done; `row` has its figures (loss, lr, grad_norm, …), and gets those returned."""
+        """Called after an optimizer step. `row` holds its metrics (loss, lr, grad_norm, …); returned values are added."""
         return {}
 
     def evaluate(self, training: "Trainer") -> Metrics:
-        """A further evaluation, after each validation: `eval.TASK.METRIC` values, among which train.best_metric may be."""
+        """Called after each validation. Returns `eval.TASK.METRIC` values; checkpoint.best_metric may name one of them."""
         return {}
 
     def after_evaluation(self, training: "Trainer", found: Metrics) -> None:
-        """Validation and all further evaluations are done and judged; `found` has their figures."""
+        """Called after validation and all evaluations. `found` holds their values."""
 
 
 def hooks_of(config: Config) -> list[Hook]:
-    """The hooks that train.hooks names.
+    """Import and create the hooks in train.hooks.
 
     Raises:
-        UserError: one cannot be imported, or is no Hook.
+        UserError: a hook cannot be imported, or is not a Hook.
     """
     made = []
     for name in config.train.hooks:
         hook = import_name("train.hooks", name)()
         if not isinstance(hook, Hook):
-            raise UserError(f"train.hooks={name}: makes no minitron_train.train.hooks.Hook; derive your class from it")
+            raise UserError(
+                f"train.hooks={name}: is not a subclass of minitron_train.train.hooks.Hook; derive your class from it"
+            )
         made.append(hook)
     return made

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: steps, evaluations, checkpoints, and the reaction to signals and failures."""
 
 import contextlib
 import math
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minitron_train.config import Config, OnNonFinite
 from minitron_train.data.stream import Batch, TokenStream
-from minitron_train.distillation.step import Objective
+from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
@@ -26,12 +27,12 @@ from minitron_train.train.reporter import Reporter
 from minitron_train.train.state import RunState
 from minitron_train.train.validation import Validation
 
-DERIVED = (".teacher", ".kept")  # endings of what hooks say besides the student's own values
+DERIVED = (".teacher", ".kept")  # suffixes of a hook's values that are not the student's own
 
 
 @dataclass(kw_only=True, slots=True)
 class Trainer:
-    """One run: what it is made of, and the loop over its steps."""
+    """The parts of one training run, and the loop over its steps."""
 
     config: Config
     groups: Groups
@@ -41,7 +42,7 @@ class Trainer:
     stream: TokenStream
     validation: Validation
     checkpoints: CheckpointManager
-    yardstick: BestMetric
+    best_metric: BestMetric
     reporter: Reporter
     state: RunState
     heartbeat: Heartbeat
@@ -55,34 +56,33 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole run."""
         return self.config.train.num_steps
 
     @property
     def is_stalled(self) -> bool:
-        """Whether train.early_stop_evaluations have passed without a better one."""
+        """Whether the last train.early_stop_evaluations evaluations brought no improvement."""
         patience, state = self.config.train.early_stop_evaluations, self.state
-        return 0 < patience <= state.num_since_best and state.best_metric == self.yardstick.name
+        return 0 < patience <= state.num_since_best and state.best_metric == self.best_metric.name
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left to take or to evaluate."""
+        """Whether all steps are taken, or training stops early, and no evaluation is pending."""
         return not self.state.unevaluated and (self.state.step >= self.num_steps or self.is_stalled)
 
     @property
     def is_evaluation_due(self) -> bool:
-        """Whether this step is one to evaluate after."""
+        """Whether an evaluation follows this step."""
         every, state = self.config.eval.every_tokens, self.state
         passed = every and state.tokens // every > state.evaluated_tokens // every
         return bool(passed or state.unevaluated) or state.step >= self.num_steps
 
     def run(self) -> str | None:
-        """Train to the end, or until a signal asks to stop: its name is returned. Either way the last step taken is saved.
+        """Train to the end or until a signal arrives, and save the last step. Returns the signal's name, or None at the end.
 
-        After a signal an evaluation, which may take longer than the grace that is left, is the next start's first work.
+        After a signal, a due evaluation is postponed to the next start, because it may exceed the scheduler's grace period.
         """
         if (stop := self.agreed_signal()) is not None and not self.is_over:
-            return stop  # it came while the run was loaded: nothing is new since the last checkpoint
+            return stop  # the signal arrived while the models loaded, so the last checkpoint is up to date
         self.reporter.resume_clock()
         while not self.is_over:
             row = self.state.unevaluated or self.take_step()
@@ -96,14 +96,12 @@ class Trainer:
             if stop is not None:
                 return stop
         if self.is_stalled:
-            best = f"{self.yardstick.name} {self.state.best}"
-            say(
-                f"step {self.state.step}: {self.state.num_since_best} evaluations without a better one than {best}; ends"
-            )
+            best, num = f"{self.best_metric.name}={self.state.best}", self.state.num_since_best
+            say(f"step {self.state.step}: stopping early: no improvement over {best} in {num} evaluations")
         return None
 
     def take_step(self) -> Metrics:
-        """One global batch."""
+        """Train on one global batch and return the step's metrics."""
         batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
         for hook in self.hooks:
@@ -114,52 +112,58 @@ class Trainer:
         return row
 
     def forward_backward(self, batch: Batch) -> Metrics:
-        """Gradients of the loss, summed over the global batch's tokens and divided by the number of valid ones."""
+        """Compute the gradients of the mean loss over the global batch's valid tokens. Returns the mean of each loss part."""
         self.optimizer.zero_grad()
         batch = to_device(batch, self.groups.device)
         num_tokens = self.groups.sum_over_data(batch.mask_BS.count_nonzero().double()).clamp(min=1)
         parts = micro_batches(batch, self.config.train.micro_batch_size)
         weight = self.hidden_weight(parts)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
+        sums: LossSums = {}
         for k, part in enumerate(parts):
             with self.optimizer.no_sync() if k < len(parts) - 1 else contextlib.nullcontext():
                 losses = self.objective(part, weight)
                 (losses.total / num_tokens.to(losses.total.dtype)).backward()
-            sums += losses.sums
-        loss, kd_loss, ce_loss, hidden_loss = (self.groups.sum_over_data(sums) / num_tokens).tolist()
-        spec = self.objective.spec
-        row: Metrics = {"loss": loss}
-        row |= {"kd_loss": kd_loss if spec.kd_weight else None, "ce_loss": ce_loss if spec.ce_weight else None}
+            sums = add(sums, losses.sums)
+        means = self.total_over_data(sums, num_tokens)
+        row: Metrics = means | dict.fromkeys(self.objective.unused)
         if self.objective.hidden is not None:
-            row |= {"hidden_loss": hidden_loss, "hidden_weight": weight}
-            if math.isfinite(loss):
-                self.state.hidden_weight = ratio(loss - weight * hidden_loss, hidden_loss)
+            row["hidden_weight"] = weight
+            if math.isfinite(means["loss"]):
+                self.state.hidden_weight = ratio(means["loss"] - weight * means["hidden_loss"], means["hidden_loss"])
         return row
 
-    def hidden_weight(self, parts: list[Batch]) -> float:
-        """Weight of the hidden-state loss: the configured one, or L_logits / L_is of the step before (arXiv 2407.14679 §3).
+    def total_over_data(self, sums: LossSums, num_tokens: Tensor | float = 1.0) -> dict[str, float]:
+        """Sum each loss part over the data-parallel ranks and divide it by `num_tokens`; collective."""
+        return dict(
+            zip(sums, (self.groups.sum_over_data(torch.stack([*sums.values()])) / num_tokens).tolist(), strict=True)
+        )
 
-        Of the step before, and over the global batch, so that it depends neither on micro batches nor on ranks. The
-        first step measures it on its own batch.
+    def hidden_weight(self, parts: list[Batch]) -> float:
+        """Return the weight of the hidden-state loss: the configured one, or L_logits / L_is (arXiv 2407.14679 §3).
+
+        The ratio is taken over the previous step's global batch, so that it depends neither on the micro-batch size nor on
+        the number of ranks. The first step measures it on its own batch.
         """
         if self.objective.hidden is None:
             return 0.0
         if self.config.distill.hidden_weight is not None:
             return self.config.distill.hidden_weight
         if self.state.hidden_weight is None:
+            sums: LossSums = {}
             with torch.no_grad():
-                sums = torch.stack([self.objective(part).sums for part in parts]).sum(0)
-            total, _, _, hidden = self.groups.sum_over_data(sums).tolist()
-            self.state.hidden_weight = ratio(total, hidden)
+                for part in parts:
+                    sums = add(sums, self.objective(part).sums)
+            totals = self.total_over_data(sums)
+            self.state.hidden_weight = ratio(totals["loss"], totals["hidden_loss"])
         return self.state.hidden_weight
 
     def update(self, row: Metrics, batch: Batch) -> Metrics:
-        """The optimizer step, unless something is not finite; all ranks decide alike."""
+        """Take the optimizer step, unless the loss or a gradient is not finite. All ranks make the same decision."""
         lr = learning_rate(self.config.train, self.state.tokens)
         norm = self.optimizer.gradient_norm()
         bad = self.groups.any(not (math.isfinite(row["loss"]) and math.isfinite(norm)))
         if bad:
-            self.refuse_step(row["loss"], norm, batch)
+            self.handle_non_finite(row["loss"], norm, batch)
         else:
             self.optimizer.step(lr, norm)
         self.state.count(self.step_tokens, batch.sources)
@@ -167,25 +171,26 @@ class Trainer:
         self.reporter.count(self.step_tokens)
         return {"tokens": self.state.tokens, "lr": lr, "grad_norm": norm, **self.state.source_shares}
 
-    def refuse_step(self, loss: float, norm: float, batch: Batch) -> None:
-        """Stop, or go on without this update; names the step and the batch."""
+    def handle_non_finite(self, loss: float, norm: float, batch: Batch) -> None:
+        """Stop, or skip this update, as train.on_non_finite says. The message names the step and the batch."""
         step, size = self.state.step + 1, self.config.train.global_batch_size
-        what = f"step {step}: loss {loss}, gradient norm {norm}"
+        what = f"step {step}: loss {loss} or gradient norm {norm} is not finite"
         where = f"batch of sequences {self.state.step * size} to {step * size - 1} of the stream ({batch.sources})"
         if self.config.train.on_non_finite is OnNonFinite.stop:
-            self.checkpoints.poll(wait=True)  # one on its way to disk is good
+            self.checkpoints.poll(wait=True)  # a checkpoint that is being written precedes this step
             raise UserError(
-                f"{what}: not finite, {where}; the weights are those of step {step - 1}; lower train.lr, look at the data, "
+                f"{what}, {where}; the weights are those of step {step - 1}; lower train.lr, check the data, "
                 "or set train.on_non_finite=skip"
             )
         self.state.num_skipped += 1
-        say(f"{what}: not finite, {where}; this update is skipped")
+        say(f"{what}, {where}; skipped this update")
 
     def evaluate_if_due(self, row: Metrics) -> Metrics:
-        """Validation and hooks, every eval.every_tokens and at the end.
+        """Run validation and hooks every eval.every_tokens and at the end.
 
-        When they fail, the step is saved with its figures, `row`, and a restart begins with its evaluation. Of several
-        ranks one may have failed alone, without memory for instance: then none can save, unless the error is the user's.
+        If they fail, the step is saved with its metrics `row`, and a restart begins with this evaluation. With several
+        ranks this happens only for a UserError: after another error, such as a lack of memory, one rank may have failed
+        alone, and the save is collective.
         """
         state = self.state
         if not self.is_evaluation_due:
@@ -200,25 +205,25 @@ class Trainer:
             raise
 
     def evaluate(self) -> Metrics:
-        """Validation and hooks, judged."""
+        """Run validation and hooks, and compare the result with the best one so far."""
         state, found = self.state, self.validation()
         for hook in self.hooks:
             found |= hook.evaluate(self)
         values = {name.removeprefix("eval."): value for name, value in found.items()}
-        state.judge({name: value for name, value in values.items() if not name.endswith(DERIVED)}, self.yardstick)
+        state.judge({name: value for name, value in values.items() if not name.endswith(DERIVED)}, self.best_metric)
         for hook in self.hooks:
             hook.after_evaluation(self, found)
         self.reporter.resume_clock()
         return found
 
     def agreed_signal(self) -> str | None:
-        """The signal that some rank received; every rank stops at the same step."""
+        """Return a signal that any rank has received, so that all ranks stop at the same step; collective."""
         if not self.groups.any(self.signals.received is not None):
             return None
         return self.signals.received or "a signal to another rank"
 
     def save_if_due(self, *, last: bool) -> None:
-        """A checkpoint every checkpoint.interval_steps, at a new best evaluation, and at the last step (waited for)."""
+        """Save every checkpoint.interval_steps, after a new best evaluation, and at the last step, which is waited for."""
         state, settings = self.state, self.config.checkpoint
         is_best = state.is_evaluated and state.num_since_best == 0 and settings.keep_best > 0
         if not (last or is_best or state.step % settings.interval_steps == 0):
@@ -227,18 +232,18 @@ class Trainer:
         good = self.save(wait=last)
         if last and not good:
             raise UserError(
-                f"{self.checkpoints.folder}: the last checkpoint could not be written; free space and run again"
+                f"{self.checkpoints.folder}: the last checkpoint could not be written; free disk space and run again"
             )
 
     def save(self, *, wait: bool) -> bool:
-        """A checkpoint of this step; whether nothing has failed so far."""
+        """Save a checkpoint of this step. Returns False if it has already failed."""
         state = self.state
         state.capture(self.groups, self.stream.state_dict())
         facts = {"tokens": state.tokens, "evaluation": state.finite_evaluation if state.is_evaluated else {}}
         return self.checkpoints.save(state.step, self.sharded_state(loading=False), facts, wait=wait)
 
     def sharded_state(self, loading: bool) -> dict[str, Any]:
-        """Model, optimizer and run state as megatron-core's checkpoints want them."""
+        """Return model, optimizer and run state as a sharded state dict of megatron-core."""
         model = self.student.sharded_state_dict()
         return {
             "optimizer": self.optimizer.sharded_state_dict(model, loading),
@@ -247,7 +252,7 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
+        """Resume from the newest undamaged checkpoint, if one exists."""
         loaded = self.checkpoints.load(lambda: self.sharded_state(loading=True))
         if loaded is None:
             return
@@ -259,5 +264,5 @@ class Trainer:
 
 
 def ratio(logits: float, hidden: float) -> float:
-    """The weight with which both losses count alike; 0 where there is nothing to weigh."""
+    """Return the weight that makes both losses equal; 0 if the ratio is not finite or the hidden-state loss is 0."""
     return logits / hidden if hidden > 0 and math.isfinite(logits / hidden) else 0.0

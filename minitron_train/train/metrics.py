@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, the console, and how fast it is."""
+"""Sinks of a run's metrics (metrics.jsonl, the console), and the throughput meter."""
 
 import json
 import math
@@ -21,7 +21,7 @@ Metrics = dict[str, Any]
 
 
 class Step(TypedDict):
-    """What each line of metrics.jsonl has."""
+    """The one required field of a line in metrics.jsonl."""
 
     step: Count
 
@@ -31,84 +31,86 @@ STEP = msgspec.json.Decoder(Step)
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line, each step at most once, however often the run was killed."""
+    """metrics.jsonl: one JSON object per line. Each step appears at most once, even after kills and restarts."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open for appending after `step`: lines of later steps, or cut off by a kill, go.
+        """Open the file for appending after `step`. Remove lines of later steps and a line that a kill cut off.
 
-        A damaged file is kept as metrics.jsonl.damaged-N, and its whole lines are taken over.
+        A damaged file is kept as metrics.jsonl.damaged-N; its valid lines are copied to the new file.
         """
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(path):
-                rows = {row["step"]: row for row in mended_rows(path) if row["step"] <= step}
+                rows = {row["step"]: row for row in repaired_rows(path) if row["step"] <= step}
                 atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
             self.handle = path.open("a", encoding="utf-8")
 
     def write(self, row: Metrics) -> None:
-        """Append one line; values that are not finite become null."""
+        """Append one line. Values that are not finite become null."""
         self.handle.write(json.dumps({key: finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
         self.handle.flush()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the file."""
         self.handle.close()
 
 
-def mended_rows(path: Path) -> list[Metrics]:
-    """The whole lines of a metrics.jsonl, which is set aside when others are damaged or when it is no file."""
+def repaired_rows(path: Path) -> list[Metrics]:
+    """Return the valid lines of a metrics.jsonl. Rename the file if it has damaged lines or is not a regular file."""
     try:
         found = read_rows(path)
-    except (UserError, FileNotFoundError) as error:  # the latter: a link to nowhere
-        say(f"{error}; kept as {set_aside(path).name}, a new file begins")
+    except (UserError, FileNotFoundError) as error:  # FileNotFoundError: a broken link
+        say(f"{error}; kept as {set_aside(path).name}, writing a new file")
         return []
     if found.damaged:
         number, why = next(iter(found.damaged.items()))
         where = f"{path}: {len(found.damaged)} damaged lines, the first is line {number} ({why})"
-        say(f"{where}; kept as {set_aside(path).name}, the other lines are copied")
+        say(f"{where}; kept as {set_aside(path).name}, copied the other lines")
     return found.values
 
 
 def read_rows(path: Path) -> Lines[Metrics]:
-    """The lines of a metrics.jsonl; a row has a `step`, and no value but numbers, words and null.
+    """Read a metrics.jsonl. A valid row has a `step`; its values are numbers, strings, booleans or null.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: something else stands in its place.
+        FileNotFoundError: the file does not exist.
+        UserError: the path is not a regular file.
     """
     return read_lines(path, decode_row)
 
 
 def decode_row(line: bytes) -> Metrics:
-    """One line of metrics.jsonl; raises what msgspec raises."""
+    """Decode one line of metrics.jsonl; raises msgspec's errors."""
     row = FIGURES.decode(line)
     STEP.decode(line)
     return row
 
 
 def finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+    """Replace NaN and infinity, which JSON cannot hold, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ThroughputMeter:
-    """Tokens per second since the last reading, and the share of the device's matrix rate that the model's FLOPs reach."""
+    """Measures tokens per second, and model FLOPs per second as a fraction of the measured GEMM rate of all devices."""
 
     def __init__(self, flops_per_token: float, gemm_flops_per_second: float, num_devices: int) -> None:
         self.flops_per_token, self.peak = flops_per_token, gemm_flops_per_second * num_devices
         self.tokens, self.seconds, self.mark_s = 0, 0.0, time.perf_counter()
 
     def resume(self) -> None:
-        """Count time from now on."""
+        """Restart the clock; time before this call does not count."""
         self.mark_s = time.perf_counter()
 
     def count(self, tokens: int) -> None:
-        """`tokens` more, in the time since the last call or `resume`."""
+        """Add `tokens`, processed since the last call of `count` or `resume`."""
         now_s = time.perf_counter()
         self.tokens, self.seconds, self.mark_s = self.tokens + tokens, self.seconds + now_s - self.mark_s, now_s
 
     def read(self) -> Metrics:
-        """Averages since the last reading; None where no step was taken: a row that an earlier process put off."""
+        """Return averages since the last reading, or None values if no step was taken since.
+
+        No step was taken when this process only evaluates a step of an earlier process.
+        """
         if not self.tokens:
             return {"tokens_per_second": None, "model_flops_utilisation": None}
         rate = self.tokens / max(self.seconds, 1e-9)
@@ -117,14 +119,14 @@ class ThroughputMeter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory of this process so far: on the GPU where there is one, resident otherwise."""
+    """Return the peak memory of this process: allocated GPU memory on CUDA, otherwise resident host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Console:
-    """A progress bar on a terminal; plain lines, at most one in ten seconds, elsewhere. For rank 0."""
+    """Shows progress on rank 0: a bar on a terminal, otherwise at most one line every PLAIN_INTERVAL_S seconds."""
 
     def __init__(self, label: str, step: int, num_steps: int) -> None:
         self.label, self.num_steps, self.first_step = label, num_steps, step
@@ -136,7 +138,7 @@ class Console:
             self.bar = tqdm(desc=label, initial=step, total=num_steps, unit="step", leave=False)
 
     def write(self, row: Metrics) -> None:
-        """One step's figures."""
+        """Show the metrics of one step."""
         speed = row["tokens_per_second"]
         figures = f"loss {row['loss']:.4f}" + (f", {speed:,.0f} tokens/s" if speed else "")
         if self.bar is not None:
@@ -151,6 +153,5 @@ class Console:
             say(f"{self.label}: step {row['step']}/{self.num_steps}, {figures}{left}")
 
     def close(self, *, failed: bool = False) -> None:
-        """Take the bar away."""
         if self.bar is not None:
             self.bar.close()

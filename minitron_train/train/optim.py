@@ -1,4 +1,4 @@
-"""Gradients in, AdamW steps out: megatron-core's DDP and optimizer, the schedule, clipping."""
+"""The optimizer: megatron-core's DDP and AdamW, the learning-rate schedule, gradient clipping."""
 
 import math
 from contextlib import AbstractContextManager
@@ -23,16 +23,19 @@ RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
 
 
 def student_arguments(train: TrainConfig) -> dict[str, Any]:
-    """What arch.build needs besides the shape, so that the model can be trained by `Optimizer`.
+    """Return the arguments of `model.build` that a model needs before `Optimizer` can train it.
 
-    With calculate_per_token_loss megatron-core sums gradients over data-parallel ranks: each rank's loss is already
-    divided by the global number of tokens.
+    calculate_per_token_loss makes megatron-core sum gradients over data-parallel ranks instead of averaging them. Each
+    rank already divides its loss by the global number of tokens.
     """
     return {"dtype": DTYPES[train.precision], "calculate_per_token_loss": True, **RECOMPUTE[train.recompute]}
 
 
 def learning_rate(train: TrainConfig, tokens: int) -> float:
-    """Of the step that begins after `tokens` tokens: linear warm-up from 0, then `train.schedule` down to min_lr."""
+    """Return the learning rate of the step that begins after `tokens` tokens.
+
+    It rises linearly from 0 during warm-up, then follows `train.schedule` down to min_lr.
+    """
     step_tokens = train.step_tokens
     done, warmup, total = tokens + step_tokens, train.warmup_steps * step_tokens, max(train.num_tokens, step_tokens)
     if done <= warmup:
@@ -45,10 +48,10 @@ def learning_rate(train: TrainConfig, tokens: int) -> float:
 
 
 class Optimizer:
-    """One student under DDP with its AdamW state. Matrices decay; norms and biases (one dimension) do not.
+    """The student under DDP, with its AdamW state. Weight decay applies to matrices, not to norms and biases (1-D).
 
-    The distributed optimizer (state split over data-parallel ranks) is the default for several of them where a run can be
-    resumed with it: on GPUs with Transformer Engine or Apex. It is not tested there.
+    The distributed optimizer shards its state over the data-parallel ranks. It is the default for several such ranks on
+    GPUs with Transformer Engine or Apex, since a run can be resumed there. No test covers it on GPUs.
     """
 
     def __init__(self, student: LanguageModel, train: TrainConfig) -> None:
@@ -79,23 +82,22 @@ class Optimizer:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
         self.model.zero_grad_buffer()
         self.inner.zero_grad()
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """For all micro batches but the last: gradients stay local."""
+        """Return a context that keeps gradients local. Use it for every micro batch except the last."""
         return self.model.no_sync()
 
     def gradient_norm(self) -> float:
-        """Sum the gradients over the ranks and return their global L2 norm; NaN or infinite when any of them is."""
+        """Sum the gradients over the ranks and return their global L2 norm; NaN or infinity if any gradient is not finite."""
         with cpu.cuda_means_cpu():
             finalize_model_grads([self.model])
             found_inf = self.inner.prepare_grads()
             return math.nan if found_inf else float(self.inner.get_grad_norm())
 
     def step(self, lr: float, gradient_norm: float) -> None:
-        """Clip and update; `gradient_norm` is what the method of that name returned, and finite."""
+        """Clip the gradients and update the weights. `gradient_norm` is the finite value that gradient_norm() returned."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         with cpu.cuda_means_cpu():
@@ -105,7 +107,7 @@ class Optimizer:
             self.inner.step_with_ready_grads()
 
     def sharded_state_dict(self, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
-        """State as megatron-core's checkpoints want it; sharded state is gathered on the first data-parallel rank alone."""
+        """Return the state for a megatron-core checkpoint. Only the first data-parallel rank gathers sharded state."""
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -114,6 +116,6 @@ class Optimizer:
             return self.inner.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What dist_checkpointing.load filled."""
+        """Restore the state that dist_checkpointing.load filled."""
         with cpu.cuda_means_cpu():
             self.inner.load_state_dict(state)

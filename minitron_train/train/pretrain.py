@@ -1,4 +1,4 @@
-"""A teacher from nothing: a tokenizer trained on the corpus and random weights, for the training loop to begin with."""
+"""The start of a teacher trained from scratch: a tokenizer trained on the corpus, and random weights."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,14 @@ from minitron_train.data.units import permutation
 from minitron_train.hf import student_config, write_folder
 from minitron_train.runtime.errors import UserError
 
-TOKENIZER_CHARACTERS = 8_000_000  # of text are enough for the merges of a small vocabulary
+TOKENIZER_CHARACTERS = 8_000_000  # enough text for the merges of a small vocabulary
 
 
 def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, Any]:
-    """A Hugging Face folder with a tokenizer of `shape.vocab_size` entries and random weights in fp32.
+    """Write a Hugging Face folder with a tokenizer of `shape.vocab_size` entries and random weights in fp32.
+
+    Returns:
+        Facts for the provenance.
 
     Raises:
         UserError: the corpus is too small for the vocabulary.
@@ -41,14 +44,14 @@ def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, An
 
 
 def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
-    """Training documents, about TOKENIZER_CHARACTERS of them, from blocks all over each source, by the sources' weights."""
+    """Yield about TOKENIZER_CHARACTERS of training text, from random blocks of each source, in proportion to its weight."""
     found, split = parts(data), train_split(data)
     total = sum(part.weights[0] for part in found)
     for part in found:
         source = part.open(split)
         if isinstance(source, IndexedSource | HubSource):
             raise UserError(
-                f"data source {part.name}: a tokenizer is trained on text files; give text, JSONL or Parquet"
+                f"data source {part.name}: a tokenizer can be trained only on text files; use text, JSONL or Parquet"
             )
         num_wanted = TOKENIZER_CHARACTERS * part.weights[0] / total
         for block in permutation(source.num_blocks, seed):
@@ -61,16 +64,16 @@ def corpus_sample(data: DataConfig, seed: int) -> Iterator[str]:
 
 
 def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | None, init_std: float) -> dict[str, Any]:
-    """config.json for a model that has no ancestor, through transformers' own config class.
+    """Return the config.json of a new model, made by transformers' own config class.
 
     Raises:
-        UserError: rotary_percent for a family that transformers rotates whole.
+        UserError: rotary_percent below 1 for a family whose heads transformers always rotates completely.
     """
     table = architecture(shape.architecture)
     if shape.rotary_percent != 1.0 and not table.partial_rotary:
         raise UserError(
-            f"model.rotary_percent={shape.rotary_percent:g}: {shape.architecture} always rotates whole heads in "
-            "transformers; leave it out"
+            f"model.rotary_percent={shape.rotary_percent:g}: transformers always rotates all channels of a "
+            f"{shape.architecture} head; remove it"
         )
     sizes = {key: getattr(shape, field) for field, key in table.config_keys.items()}
     rope = {"rope_type": "default", "rope_theta": shape.rotary_base, "partial_rotary_factor": shape.rotary_percent}
@@ -86,12 +89,12 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
         dtype="float32",
         architectures=[table.hf_class],
     )
-    return student_config(made.to_dict(), shape)  # for transformers 4, too
+    return student_config(made.to_dict(), shape)  # also readable by transformers 4
 
 
 def pretrain_config(config: Config) -> Config:
-    """The training loop's configuration for the teacher: the `pretrain` section's budget and learning rates."""
+    """Return the training configuration of the teacher, with the `pretrain` section's tokens and learning rates."""
     names = ("num_tokens", "lr", "min_lr")
     train = dataclasses.replace(config.train, **{name: getattr(config.pretrain, name) for name in names})
-    checkpoint = dataclasses.replace(config.checkpoint, best_metric=None)  # the student's; a teacher has no KL
+    checkpoint = dataclasses.replace(config.checkpoint, best_metric=None)  # the setting is for the student
     return dataclasses.replace(config, train=train, checkpoint=checkpoint)

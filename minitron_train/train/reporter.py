@@ -1,4 +1,4 @@
-"""One run's numbers, gathered on rank 0 and given to metrics.jsonl, Weights & Biases and the console."""
+"""The reporter: sends a run's metrics from rank 0 to metrics.jsonl, Weights & Biases and the console."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from minitron_train.train.tracking import Tracker
 
 
 class Reporter:
-    """Collects every step, writes every `every_steps` and whenever there is an evaluation. On other ranks it only measures."""
+    """Writes metrics every `every_steps` steps and after each evaluation. Ranks other than 0 only measure throughput."""
 
     def __init__(
         self,
@@ -23,15 +23,14 @@ class Reporter:
         self.groups, self.speed, self.every_steps, self.tracker, self.sinks = groups, speed, every_steps, tracker, sinks
 
     def resume_clock(self) -> None:
-        """Time from here on counts as training."""
+        """Restart the throughput clock, so that time before this call does not count as training."""
         self.speed.resume()
 
     def count(self, tokens: int) -> None:
-        """Note one step's tokens."""
         self.speed.count(tokens)
 
     def report(self, step: int, row: Metrics) -> None:
-        """Write one step's figures where they are due."""
+        """Write the metrics of one step if they are due."""
         evaluated = any(key.startswith("eval.") for key in row)
         if step % self.every_steps and not evaluated:
             return
@@ -40,12 +39,12 @@ class Reporter:
             sink.write(line)
 
     def record(self, folders: Mapping[str, Path], *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
-        """Folders by kind, as artifacts of the tracked run."""
+        """Log folders, by kind, as artifacts of the W&B run."""
         if self.tracker is not None:
             for kind, folder in folders.items():
                 self.tracker.record(kind, folder, consumed=consumed, facts=facts)
 
     def close(self, *, failed: bool) -> None:
-        """Close the files; no collectives."""
+        """Close all sinks, without collectives."""
         for sink in self.sinks:
             sink.close(failed=failed)

@@ -31,21 +31,21 @@ def train(
     folder: Path,
     hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
-    """Train `student` on the teacher's logits, or on labels alone without a teacher (`pretrain`); collective.
+    """Train `student` on the teacher's logits, or on labels without a teacher (`pretrain`); collective.
 
-    Resumes by itself from the newest whole checkpoint in `folder`/checkpoints. SIGTERM and SIGUSR1 make all ranks save at
-    the same step and exit with code 0 (SystemExit), with `folder`/stopped.json as the mark that the run is to be started again.
+    Training resumes from the newest undamaged checkpoint in `folder`/checkpoints. On SIGTERM or SIGUSR1 all ranks save the
+    same step and exit with code 0 (SystemExit); `folder`/stopped.json marks a run that must be started again.
 
     Args:
         student, teacher: Hugging Face folders of any shapes with the same vocabulary.
-        folder: gets checkpoints/, metrics.jsonl, wandb/.
-        hooks: called at fixed places of the loop, before those that train.hooks names.
+        folder: receives checkpoints/, metrics.jsonl and wandb/.
+        hooks: called before the hooks in train.hooks.
 
     Returns:
         Facts for the provenance.
 
     Raises:
-        UserError: settings, data or checkpoints that do not fit, or a loss that is not finite.
+        UserError: settings, data or checkpoints do not match, or a loss is not finite.
     """
     student_files, teacher_files = HFFolder(student), HFFolder(teacher) if teacher else None
     for model in filter(None, (student_files, teacher_files)):
@@ -64,12 +64,12 @@ def train(
             trainer.reporter.record({} if first_step else ancestors(student, teacher), consumed=True)
         stopped = run_guarded(trainer)
         if stopped is not None:
-            leave_mark(trainer, stopped, folder)
+            exit_to_resume(trainer, stopped, folder)
         state = trainer.state
         facts: dict[str, Any] = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
         facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation, "wandb_id": state.wandb_id}
         facts["data_passes"] = trainer.stream.passes()
-        say_passes(facts["data_passes"])
+        report_passes(facts["data_passes"])
         facts |= {"best_metric": state.best_metric, "best": state.best, "stopped_early": trainer.is_stalled}
         trainer.reporter.record(
             {"student" if teacher else "teacher": folder / "checkpoints"}, consumed=False, facts=facts
@@ -80,7 +80,7 @@ def train(
 
 
 def run_guarded(trainer: Trainer) -> str | None:
-    """The loop; on a failure the reports are closed, and a lost rank is named, without collectives."""
+    """Run the loop. After a failure, close the reporter and name a lost rank, without collectives."""
     try:
         return trainer.run()
     except BaseException as error:
@@ -92,8 +92,8 @@ def run_guarded(trainer: Trainer) -> str | None:
         raise
 
 
-def say_passes(passes: dict[str, dict[str, float | None]]) -> None:
-    """One line about the parts of the data that were read more than once."""
+def report_passes(passes: dict[str, dict[str, float | None]]) -> None:
+    """Report the data sources that were read more than once."""
     again = [
         f"{name} {part['passes']:.1f} passes over {part['tokens_per_pass']:,} tokens"
         for name, part in passes.items()
@@ -103,8 +103,8 @@ def say_passes(passes: dict[str, dict[str, float | None]]) -> None:
         say(f"data: {', '.join(again)}")
 
 
-def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
-    """End every rank with exit code 0, and say for whoever looks that the run is not over."""
+def exit_to_resume(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
+    """Write stopped.json, which tells a scheduler to start the run again, and exit every rank with code 0."""
     trainer.reporter.close(failed=False)
     if trainer.groups.is_first:
         mark = {"signal": stopped, "step": trainer.state.step, "num_steps": trainer.num_steps}
@@ -119,7 +119,7 @@ def leave_mark(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
 
 
 def open_reporter(config: Config, trainer: Trainer, folder: Path) -> Reporter:
-    """Metrics file, W&B and console, going on after the resumed step; for rank 0."""
+    """Open metrics.jsonl, W&B and the console to continue after the resumed step; for rank 0."""
     state, measured, name = trainer.state, trainer.reporter, config.name
     tracker = Tracker(
         config.tracking.wandb, folder=folder, name=name, run_id=state.wandb_id, config=plain(asdict(config))
@@ -130,7 +130,7 @@ def open_reporter(config: Config, trainer: Trainer, folder: Path) -> Reporter:
 
 
 def ancestors(student: Path, teacher: Path | None) -> dict[str, Path]:
-    """Folders that a distilled student comes from, by kind: teacher -> scores -> pruned."""
+    """Return the existing folders that a distilled student was made from, by kind: teacher, scores, pruned."""
     if teacher is None:
         return {}
     chain = {"teacher": teacher, "scores": student.parent / "scores", "pruned": student}

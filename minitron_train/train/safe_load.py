@@ -1,9 +1,9 @@
-"""Training checkpoints read so that nothing in them can run: the one place that unpickles files.
+"""Load training checkpoints without running code from them. Only this module unpickles files.
 
-megatron-core pickles `.metadata` with `pickle`, and `common.pt` and the pieces in `*.distcp` with `torch.save`. Whoever
-can write such a file could run code in the process that loads it. Here `.metadata` may name only the classes in
-`ALLOWED`, which are those that torch.distributed.checkpoint writes, and everything else goes through torch's
-`weights_only` unpickler. Both refuse any other class with one line that names it.
+megatron-core pickles `.metadata` with `pickle`; `torch.save` writes `common.pt` and the chunks in `*.distcp`. Whoever can
+write such a file could run code in the process that loads it. Here `.metadata` may use only the classes in `ALLOWED`, the
+ones that torch.distributed.checkpoint writes. torch's `weights_only` unpickler reads everything else. Any other class is
+rejected with one line that names it.
 """
 
 import io
@@ -60,24 +60,24 @@ ALLOWED = frozenset(
 
 
 class Refused(pickle.UnpicklingError):
-    """A file names a class that is not allowed."""
+    """A file uses a class that is not allowed."""
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Python's unpickler, with the classes of `ALLOWED` and no others."""
+    """Python's unpickler, restricted to the classes of `ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class; Refused before its module is imported when it is not allowed."""
+        """Return the class. Raises Refused, before its module is imported, if it is not allowed."""
         if f"{module}.{name}" not in ALLOWED:
             raise Refused(f"{module}.{name}")
         return super().find_class(module, name)
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The `.metadata` of the checkpoint `path`: which tensor is in which part of which file.
+    """Read the `.metadata` of the checkpoint `path`: the file and the byte range of each tensor.
 
     Raises:
-        UserError: it is missing, damaged, names a class that is not allowed, or names a file outside the checkpoint.
+        UserError: it is missing, damaged, uses a class that is not allowed, or names a file outside the checkpoint.
     """
     file = path / METADATA
     try:
@@ -88,28 +88,28 @@ def read_metadata(path: Path) -> Metadata:
         raise not_allowed(file, str(error)) from None
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+    except Exception as error:  # a damaged pickle can raise any exception
         raise UserError(f"{file}: damaged ({first_line(error)}); {REMEDY}") from None
     places = getattr(found, "storage_data", None)
     if type(found) is not Metadata or not isinstance(found.state_dict_metadata, dict) or not isinstance(places, dict):
-        raise UserError(f"{file}: holds no checkpoint metadata; {REMEDY}")
+        raise UserError(f"{file}: contains no checkpoint metadata; {REMEDY}")
     for index, place in places.items():
         if not (type(index) is MetadataIndex and type(place) is _StorageInfo and is_file_name(place.relative_path)):
-            raise UserError(f"{file}: places a tensor outside the checkpoint's own files; {REMEDY}")
+            raise UserError(f"{file}: refers to a file outside the checkpoint; {REMEDY}")
         if not all(type(number) is int and 0 <= number < 2**63 for number in (place.offset, place.length)):
-            raise UserError(f"{file}: places a tensor at bytes that no file has; {REMEDY}")
+            raise UserError(f"{file}: has an impossible byte range for a tensor; {REMEDY}")
     return found
 
 
 def read_tensors(source: Path | IO[bytes], where: str) -> Any:
-    """What `torch.save` wrote, on the CPU: tensors and plain containers only.
+    """Load tensors and plain containers that `torch.save` wrote, on the CPU.
 
     Args:
         source: a file, or its bytes.
-        where: names it in a refusal.
+        where: its name in an error message.
 
     Raises:
-        UserError: it is missing, damaged or holds an object of another class, which is named.
+        UserError: it is missing, damaged, or contains an object of another class, which is named.
     """
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
@@ -123,17 +123,17 @@ def read_tensors(source: Path | IO[bytes], where: str) -> Any:
 
 
 def not_allowed(where: Path | str, name: str) -> UserError:
-    """The refusal of a file that names a class which no checkpoint needs."""
+    """Return the error for a file that uses a class which no checkpoint needs."""
     return UserError(
-        f"{where}: names {name}, which no checkpoint of this program holds, so nothing of it is loaded; {REMEDY}"
+        f"{where}: uses {name}, which no checkpoint of this program contains, so it is not loaded; {REMEDY}"
     )
 
 
 class SafeReader(CachedMetadataFileSystemReader):
-    """torch's reader of a checkpoint's folder with `read_metadata` from here."""
+    """torch's reader of a checkpoint folder, with the safe `read_metadata` of this module."""
 
     def read_metadata(self) -> Metadata:
-        """The metadata, read once."""
+        """Return the metadata, which is read once."""
         if self._cached_metadata is None:
             self._cached_metadata = read_metadata(Path(self.path))
             self._cached_metadata.storage_meta = self._cached_metadata.storage_meta or StorageMeta()
@@ -142,43 +142,41 @@ class SafeReader(CachedMetadataFileSystemReader):
 
 
 class SafePlanner(torch_strategy.MCoreLoadPlanner):
-    """megatron-core's planner; torch's own `load_bytes` unpickles any class (weights_only=False)."""
+    """megatron-core's planner with a safe `load_bytes`; torch's own unpickles any class (weights_only=False)."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Take over one object that is not a tensor, such as a layer's `_extra_state`."""
+        """Load one object that is not a tensor, such as a layer's `_extra_state`."""
         name = read_item.dest_index.fqn
         set_element(self.original_state_dict, self.mappings[name], read_tensors(value, name))
 
 
 class SafeShards(torch_strategy.TorchDistLoadShardedStrategy):
-    """megatron-core's loading of sharded tensors, through SafeReader and SafePlanner; no argument reaches these."""
+    """megatron-core's loader of sharded tensors, with SafeReader and SafePlanner. It has no argument for them."""
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
-        """Fill a sharded state dict."""
         reader = mock.patch.object(torch_strategy, "_get_filesystem_reader", lambda path, **_: SafeReader(path))
         with reader, mock.patch.object(torch_strategy, "MCoreLoadPlanner", SafePlanner):
             return super().load(sharded_state_dict, checkpoint_dir)
 
 
 class SafeCommon(TorchCommonLoadStrategy):
-    """megatron-core's loading of what is not sharded, with `weights_only`."""
+    """megatron-core's loader of common.pt (state that is not sharded), with `weights_only`."""
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
-        """The contents of common.pt."""
         path = Path(checkpoint_dir) / COMMON_STATE_FNAME
         return read_tensors(path, str(path))
 
 
 def load(template: dict[str, Any], path: Path) -> dict[str, Any]:
-    """megatron-core's `dist_checkpointing.load` of our own checkpoints; collective.
+    """Load a checkpoint with megatron-core's `dist_checkpointing.load`; collective.
 
     Args:
-        template: sharded state dict, whose tensors are filled.
+        template: sharded state dict whose tensors are filled.
 
     Raises:
-        UserError: on every rank, when a file is refused (see `read_metadata`, `read_tensors`).
+        UserError: on every rank, when a file is rejected (see `read_metadata`, `read_tensors`).
     """
-    read_metadata(path)  # refuse on every rank, before the first collective
+    read_metadata(path)  # raises on every rank, before the first collective
     try:
         return cast(dict[str, Any], dist_checkpointing.load(template, str(path), SafeShards(), SafeCommon()))
     except CheckpointException as error:

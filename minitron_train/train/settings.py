@@ -1,6 +1,6 @@
-"""Which settings of a training run contradict each other, and which decide what it learns; torch is not loaded.
+"""Which settings of a training run contradict each other, and which decide its result. The module does not load torch.
 
-A run is gone on with under the same deciding settings, whatever else has changed.
+A run can be resumed as long as its deciding settings are unchanged.
 """
 
 from dataclasses import fields
@@ -11,25 +11,25 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.stages.run import plain
 from minitron_train.train.best import BestMetric
 
-NEUTRAL = {  # sections of a run and those of their settings that may change between restarts; the others decide
+NEUTRAL = {  # section -> settings that may change between restarts; all other settings of these sections decide
     "train": {
-        "micro_batch_size",  # these move results by rounding alone, as another number of ranks does
+        "micro_batch_size",  # the first four change results only by rounding, as another number of ranks does
         "recompute",
         "transformer_engine",
         "distributed_optimizer",
-        "on_non_finite",  # the remedy for a run that has stopped
+        "on_non_finite",  # the remedy for a run that stopped at a NaN
         "early_stop_evaluations",
         "log_every_steps",
     },
     "distill": {"memory_budget_u", "vocab_tile", "token_chunk"},
 }
-DATA = ("document_attention", "late_fraction")  # what the fingerprint of the stream's sources does not cover
+DATA = ("document_attention", "late_fraction")  # deciding settings that the data fingerprint does not cover
 
 
 def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
-    """Seed and deciding settings by section, JSON-able; those of `distill` only where there is a teacher.
+    """Return the seed and the deciding settings by section, as JSON values. `distill` is included only with a teacher.
 
-    Where and how a run is saved, logged, evaluated and spread over processes is in other sections, and decides nothing.
+    The other sections (checkpoint, tracking, eval, parallel) do not decide what a run learns.
     """
     found: dict[str, Any] = {"seed": config.seed, "data": {name: getattr(config.data, name) for name in DATA}}
     for section, neutral in NEUTRAL.items() if distilled else [("train", NEUTRAL["train"])]:
@@ -39,33 +39,34 @@ def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
 
 
 def check_settings(config: Config, *, distilled: bool) -> None:
-    """Refuse settings of a run that no model and no machine makes right.
+    """Reject settings that contradict each other for any model and any machine.
 
     Raises:
-        UserError: which, and the remedy.
+        UserError: names the setting and the remedy.
     """
     train, tp = config.train, config.parallel.tensor_model_parallel_size
     if train.warmup_steps > train.num_steps:
         raise UserError(
-            f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it or train on more"
+            f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it, or raise "
+            "train.num_tokens"
         )
     if train.transformer_engine and (config.data.document_attention or config.eval.training_tasks):
         raise UserError(
-            "train.transformer_engine=true: its causal attention takes no further mask, which data.document_attention and "
-            "eval.training_tasks need; leave one of them out"
+            "train.transformer_engine=true: its attention supports only a causal mask, but data.document_attention and "
+            "eval.training_tasks need another one; remove one of these settings"
         )
     if train.early_stop_evaluations and not config.eval.every_tokens:
         raise UserError(
-            f"train.early_stop_evaluations={train.early_stop_evaluations}: there is one evaluation, at the end; "
-            "set eval.every_tokens"
+            f"train.early_stop_evaluations={train.early_stop_evaluations}: without eval.every_tokens the only evaluation is "
+            "at the end; set eval.every_tokens"
         )
     if distilled and config.distill.hidden_layers and train.recompute is Recompute.full:
         raise UserError(
-            "train.recompute=full: hidden states of layers (distill.hidden_layers) are not kept then; choose selective or none"
+            "train.recompute=full: does not keep the hidden states that distill.hidden_layers needs; choose selective or none"
         )
     if config.parallel.sequence_parallel and train.seq_length % tp:
         raise UserError(
             f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
-            f"{tp} with parallel.sequence_parallel; change one of them"
+            f"{tp} with parallel.sequence_parallel; change one of these settings"
         )
     BestMetric.of(config, distilled=distilled)

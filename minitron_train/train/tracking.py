@@ -1,4 +1,4 @@
-"""Weights & Biases: the same numbers as metrics.jsonl, one run across restarts, and the line of descent as artifacts."""
+"""Weights & Biases: the metrics of metrics.jsonl, one run across restarts, and the model's lineage as artifacts."""
 
 import contextlib
 import os
@@ -12,17 +12,17 @@ from minitron_train.config import WandbConfig, WandbMode
 from minitron_train.runtime.console import say
 from minitron_train.stages.run import read_provenance, read_started_record
 
-KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # of a provenance, in an artifact
-MOST_CHARACTERS = 128  # of an artifact's name
+KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # provenance fields in an artifact
+MAX_NAME_CHARACTERS = 128  # W&B's limit for the name of an artifact
 YES = ("1", "true", "t", "yes", "y", "on")
-MODES = {  # WANDB_MODE -> what it means for one run; wandb's older names included
+MODES = {  # WANDB_MODE, including older names -> mode of one run
     **{"online": "online", "offline": "offline", "disabled": "disabled"},
     **{"run": "online", "dryrun": "offline", "shared": "online"},
 }
 
 
 def wandb_mode(mode: WandbMode) -> str:
-    """online, offline or disabled: the setting, for auto the environment's, else online with a key; never a prompt."""
+    """Return online, offline or disabled. `auto` follows the environment, then uses online if an API key is set."""
     if mode is not WandbMode.auto:
         return mode.value
     if os.environ.get("WANDB_DISABLED", "").lower() in YES:
@@ -31,14 +31,14 @@ def wandb_mode(mode: WandbMode) -> str:
     if asked in MODES:
         return MODES[asked]
     if asked:
-        say(f"WANDB_MODE={asked}: must be one of {', '.join(MODES)}; W&B stays offline")
+        say(f"WANDB_MODE={asked}: must be one of {', '.join(MODES)}; using offline")
         return "offline"
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a run goes on the server and on this disk, and what it is called."""
+    """The name of a run, its project on the server, and its local folder."""
 
     project: str
     entity: str | None
@@ -47,7 +47,7 @@ class Place:
 
 
 def run_place(settings: WandbConfig, folder: Path, name: str) -> Place:
-    """What is set in the configuration, else what the environment says, else our defaults."""
+    """Take each value from the configuration, else from the environment, else from the defaults."""
     environ = os.environ
     return Place(
         project=settings.project or environ.get("WANDB_PROJECT") or "minitron_train",
@@ -58,7 +58,7 @@ def run_place(settings: WandbConfig, folder: Path, name: str) -> Place:
 
 
 class Tracker:
-    """One W&B run; for rank 0. With mode disabled it does nothing."""
+    """One W&B run, on rank 0. With mode `disabled` it does nothing."""
 
     def __init__(
         self, settings: WandbConfig, *, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]
@@ -85,15 +85,16 @@ class Tracker:
                 config=dict(config),
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
             )
-        except Exception as error:  # no key, no network: a requeued training must not die of it
-            say(f"W&B could not begin ({error}); metrics.jsonl has every figure, and the next start tries again")
+        except Exception as error:  # training continues without a key or a network
+            say(f"W&B could not start ({error}); metrics.jsonl has all metrics, and the next start tries again")
             return
         self.run_id = self.run.id
 
     def record(self, kind: str, folder: Path, *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
-        """One stage's folder as an artifact: a reference and what is known of it, not its bytes.
+        """Log one stage's folder as an artifact: a reference and metadata, not its files.
 
-        The run has consumed it or made it; W&B links consumed ones online only, offline they are logged as they are.
+        Args:
+            consumed: the run has read the folder; otherwise it has written it. W&B can link a consumed artifact only online.
         """
 
         def link() -> None:
@@ -104,38 +105,39 @@ class Tracker:
             self._send(link)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One step's figures under their own names."""
         if self.run is not None:
             values = {key: value for key, value in row.items() if value is not None}
             self._send(lambda: self.run.log(values, step=row["step"]))
 
     def close(self, *, failed: bool = False) -> None:
-        """Write what is pending."""
+        """Send pending data and finish the run."""
         if self.run is not None:
             self._send(lambda: self.run.finish(exit_code=int(failed)))
             self.run = None
 
     def _send(self, action: Callable[[], object]) -> None:
-        """Go on without W&B when that fails: a scheduler's SIGTERM, after which we save, also ends W&B's own process."""
+        """Run `action`, and continue without W&B if it fails. A scheduler's SIGTERM, for example, also ends W&B's process."""
         try:
             action()
-        except Exception as error:  # of any kind: the figures are in metrics.jsonl, and training matters more
+        except Exception as error:  # no W&B error may stop training; metrics.jsonl has all metrics
             import wandb
 
-            say(f"W&B has ended ({error}); metrics.jsonl goes on, and so will the W&B run after the next start")
+            say(f"W&B failed ({error}); metrics.jsonl continues, and the next start resumes the W&B run")
             self.run = None
             with contextlib.suppress(Exception):
-                wandb.teardown()  # which fails too, but takes back what would fail once more at exit
+                wandb.teardown()  # fails too, but unregisters an exit handler that would fail again
 
 
 def make_artifact(name: str, kind: str, folder: Path, facts: Mapping[str, Any] | None) -> Any:
-    """A reference to a folder with its provenance; of new checkpoints, what their training began with and its facts."""
+    """Make an artifact that refers to a folder and holds its provenance, or for new checkpoints `facts` and started.json."""
     import wandb
 
     started = read_started_record(folder.parent) if facts else read_provenance(folder)
     known: dict[str, Any] = {**(started or {}), **({"facts": facts} if facts else {})}
     metadata = {key: known[key] for key in KNOWN if key in known}
-    allowed = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[-MOST_CHARACTERS:]  # a run's name may hold anything
+    allowed = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[
+        -MAX_NAME_CHARACTERS:
+    ]  # the run's name may contain any characters
     artifact = wandb.Artifact(allowed, type=kind, metadata=metadata)
     artifact.add_reference(folder.resolve().as_uri(), checksum=False)
     return artifact

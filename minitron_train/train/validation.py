@@ -1,4 +1,4 @@
-"""How far the student is from the teacher, and from the text, on tokens that training never sees."""
+"""Validation: the student's KL to the teacher and its cross-entropy on held-out tokens."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from minitron_train.train.batches import held_out_batch
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Held-out sequences [N, S + 1] and the forward KL(teacher || student) and cross-entropy on them."""
+    """Computes forward KL(teacher || student) and cross-entropy on held-out sequences [N, S + 1]."""
 
     tokens: Tensor
     objective: Objective
@@ -24,9 +24,9 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """`eval.validation.kl` (with a teacher), `.loss` and `.perplexity`; collective.
+        """Return `eval.validation.kl` (with a teacher), `.loss` and `.perplexity`; collective.
 
-        Changes neither random states nor the model's mode: training goes on as if this had not been called.
+        The call changes neither random states nor the model's mode, so it does not affect training.
         """
         spec = LossSpec(kind=LossKind.forward_kl, kd_weight=float(self.objective.teacher is not None), ce_weight=1.0)
         student, was_training = self.objective.student, self.objective.student.training

@@ -73,7 +73,9 @@ def test_metrics_that_no_evaluation_gives(training: Material, tmp_path: Path) ->
     config.eval.training_tasks, config.checkpoint.best_metric = ["hellaswag"], "mmlu.acc"
     with pytest.raises(UserError, match=r"best_metric=mmlu.acc: must be one of validation.kl, .*, hellaswag.METRIC;"):
         BestMetric.of(config, distilled=True)
-    given = r"best_metric=quiz.f1: the evaluation gave validation.kl, validation.loss, validation.perplexity, quiz.acc;"
+    given = (
+        r"best_metric=quiz.f1: the evaluation has only validation.kl, validation.loss, validation.perplexity, quiz.acc;"
+    )
     with pytest.raises(UserError, match=given):
         run(training, tmp_path, EVERY_STEP | {"checkpoint__best_metric": "quiz.f1"})
     facts = run(training, tmp_path, BY_QUIZ)
@@ -124,7 +126,7 @@ def test_best_checkpoint_by_a_task(training: Material, tmp_path: Path) -> None:
 def test_early_stop(training: Material, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     facts = run(training, tmp_path, PATIENT)
     assert facts["steps"] == 5 and facts["stopped_early"]
-    assert "step 5: 3 evaluations without a better one than quiz.acc 0.4" in capsys.readouterr().out
+    assert "step 5: stopping early: no improvement over quiz.acc=0.4 in 3 evaluations" in capsys.readouterr().out
     found = tmp_path / "checkpoints"
     assert (found / "latest").read_text() == "step_00000005\n"
     assert (found / "best").read_text() == "step_00000002\n"

@@ -29,9 +29,15 @@ def check_early(names: list[str], config: Config) -> None:
     ("changes", "message"),
     [
         ({"train__warmup_steps": 10**6}, r"train\.warmup_steps=1000000: longer than the run"),
-        ({"train__early_stop_evaluations": 3, "eval__every_tokens": 0}, r"early_stop_evaluations=3: there is one"),
-        ({"distill__hidden_layers": ["1/1"], "train__recompute": Recompute.full}, r"train\.recompute=full: hidden"),
-        ({"train__transformer_engine": True, "data__document_attention": True}, r"takes no further mask"),
+        (
+            {"train__early_stop_evaluations": 3, "eval__every_tokens": 0},
+            r"early_stop_evaluations=3: without eval.every_tokens",
+        ),
+        (
+            {"distill__hidden_layers": ["1/1"], "train__recompute": Recompute.full},
+            r"train\.recompute=full: does not keep the hidden",
+        ),
+        ({"train__transformer_engine": True, "data__document_attention": True}, r"supports only a causal mask"),
         ({"parallel__sequence_parallel": True, "parallel__tensor_model_parallel_size": 7}, r"must be a multiple of"),
         ({"checkpoint__best_metric": "validation.kll"}, r"best_metric=validation\.kll: must be one of"),
         ({"eval__training_tasks": ["hellaswagg"]}, "hellaswagg"),

@@ -23,8 +23,14 @@ from minitron_train.train import assemble
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import copy_to_host
-from minitron_train.train.export import Saved, SavedTensors, default_dtype, export_checkpoint, find_checkpoint
-from minitron_train.train.run import leave_mark
+from minitron_train.train.export import (
+    SavedTensors,
+    VerifiedCheckpoint,
+    default_dtype,
+    export_checkpoint,
+    find_checkpoint,
+)
+from minitron_train.train.run import exit_to_resume
 from tests.support.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
 
 
@@ -110,9 +116,9 @@ def test_fall_back_removes_what_is_newer_and_names_the_best(tmp_path: Path) -> N
         scratch = tmp_path / f"step_{step:08d}.partial-x"
         scratch.mkdir()
         files.publish(scratch, files.checkpoint_path(tmp_path, step), manifest(step, {"validation.kl": kl}))
-        files.tidy(tmp_path, settings, yardstick)
+        files.remove_old(tmp_path, settings, yardstick)
     for newest, best in ((2, "step_00000002\n"), (1, None)):
-        files.settle(files.checkpoint_path(tmp_path, newest), settings, yardstick)
+        files.make_newest(files.checkpoint_path(tmp_path, newest), settings, yardstick)
         assert len(files.finished(tmp_path)) == newest
         assert (tmp_path / "latest").read_text() == f"step_{newest:08d}\n"
         assert (tmp_path / "best").exists() == bool(best) and (not best or (tmp_path / "best").read_text() == best)
@@ -126,7 +132,7 @@ def test_a_kill_between_the_last_save_and_its_tidying(tmp_path: Path) -> None:
         files.publish(scratch, files.checkpoint_path(tmp_path, step), manifest(step, {"validation.kl": 1 / step}))
     (tmp_path / "latest").write_text("step_00000001\n")
     settings = CheckpointConfig(keep=1, keep_best=1)
-    files.settle(files.checkpoint_path(tmp_path, 2), settings, BestMetric("validation.kl"))
+    files.make_newest(files.checkpoint_path(tmp_path, 2), settings, BestMetric("validation.kl"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step_00000002"]
     assert (tmp_path / "latest").read_text() == (tmp_path / "best").read_text() == "step_00000002\n"
 
@@ -142,7 +148,7 @@ def test_what_lies_beside_a_gpu_is_copied_once(monkeypatch: pytest.MonkeyPatch) 
 def test_no_whole_checkpoint_is_an_error(training: Material, broken_off: Path) -> None:
     for path in files.finished(broken_off / "checkpoints"):
         flip(path / "__0_0.distcp")
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="all checkpoints are damaged"):
         run(training, broken_off)
 
 
@@ -205,7 +211,7 @@ def test_a_stopped_run_says_how_to_go_on(
     trainer: Any = MagicMock(num_steps=9, config=Config(force=force))
     trainer.state.step = 5
     with pytest.raises(SystemExit):
-        leave_mark(trainer, "SIGTERM", tmp_path)
+        exit_to_resume(trainer, "SIGTERM", tmp_path)
     assert f"SIGTERM: saved at step 5 of 9; {again}" in capsys.readouterr().out
 
 
@@ -299,7 +305,7 @@ def test_a_checkpoint_keeps_its_name_until_its_successor_has_it(
         scratch.mkdir()
         (scratch / "data").write_text(text)
         files.publish(scratch, path, manifest(1))
-    assert (path / "data").read_text() == "after" and files.damage(path) is None
+    assert (path / "data").read_text() == "after" and files.find_damage(path) is None
     assert sorted(found.name for found in tmp_path.iterdir()) == ["latest", path.name]
 
 
@@ -345,7 +351,7 @@ def test_no_room_is_seen_before_writing(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("minitron_train.train.checkpoint.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="free space and run again"):
+    with pytest.raises(UserError, match="free disk space and run again"):
         run(training, tmp_path)
     assert "has 1,000 bytes free" in capsys.readouterr().out
 
@@ -362,13 +368,13 @@ def test_newest_and_best_are_kept(tmp_path: Path, metric: str, values: list[floa
         (scratch / "data").write_text(str(step))
         facts = manifest(step, {metric: value, "other.acc": step / 10})
         files.publish(scratch, files.checkpoint_path(tmp_path, step), facts)
-        files.tidy(tmp_path, CheckpointConfig(keep=2, keep_best=1), yardstick)
+        files.remove_old(tmp_path, CheckpointConfig(keep=2, keep_best=1), yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000004", "step_00000002"]
     assert (tmp_path / "latest").read_text() == "step_00000005\n"
     assert (tmp_path / "best").read_text() == "step_00000002\n"
-    assert files.damage(tmp_path / "step_00000002") is None
+    assert files.find_damage(tmp_path / "step_00000002") is None
     (tmp_path / "step_00000004" / "manifest.json").write_text("{")
-    files.tidy(tmp_path, CheckpointConfig(keep=1, keep_best=1), yardstick)
+    files.remove_old(tmp_path, CheckpointConfig(keep=1, keep_best=1), yardstick)
     assert [path.name for path in files.finished(tmp_path)] == ["step_00000005", "step_00000002"]
 
 
@@ -384,16 +390,16 @@ def test_export_of_an_untrained_student_is_the_student(tmp_path: Path, family: s
 
 
 def test_export_names_what_is_wrong(uninterrupted: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no training checkpoint"):
+    with pytest.raises(UserError, match="contains no training checkpoint"):
         find_checkpoint(tmp_path, tmp_path, trust_external=False)
     with pytest.raises(UserError, match=r"export.dtype=int8: must be one of float32"):
-        export_checkpoint(Saved(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")
+        export_checkpoint(VerifiedCheckpoint(uninterrupted / "checkpoints" / "step_00000008"), tmp_path, "int8")
 
 
 def test_export_names_a_weight_beyond_the_range_of_its_type(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved, read = Saved(uninterrupted / "checkpoints" / "step_00000008"), SavedTensors.read
+    saved, read = VerifiedCheckpoint(uninterrupted / "checkpoints" / "step_00000008"), SavedTensors.read
     monkeypatch.setattr(SavedTensors, "read", lambda *where: read(*where) * 1e6)
     with pytest.raises(
         UserError, match=r"float16: tensor model\..*\.weight: holds .* but float16 ends at 6.55e\+04; set"
@@ -422,7 +428,7 @@ def test_a_checkpoint_is_found_and_read_through_once(
     for source, step in ((uninterrupted, 8), (checkpoints / "best", 8), (checkpoints / "step_00000003", 3)):
         found = find_checkpoint(source, uninterrupted, trust_external=True)
         assert found.path == files.checkpoint_path(checkpoints, step)
-    monkeypatch.delattr(files, "damage")  # what reads every byte
-    saved = Saved(files.checkpoint_path(checkpoints, 8))
+    monkeypatch.delattr(files, "find_damage")  # what reads every byte
+    saved = VerifiedCheckpoint(files.checkpoint_path(checkpoints, 8))
     assert open_origin(saved).identity == f"{saved.path.name}:{sha256_file(saved.path / files.MANIFEST)}"
     export_checkpoint(saved, tmp_path)

@@ -16,7 +16,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files
-from minitron_train.train.export import Saved
+from minitron_train.train.export import VerifiedCheckpoint
 from tests.support.models import save_tiny
 
 MADE = ["score", "prune", "distill", "export", "eval teacher", "eval pruned", "eval student"]
@@ -67,7 +67,7 @@ def test_a_teacher_whose_shape_nobody_knows_yet(said: Said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "message"), [("prune", "no teacher in .*; run .* fetch"), ("export", "holds no training checkpoint")]
+    ("command", "message"), [("prune", "no teacher in .*; run .* fetch"), ("export", "contains no training checkpoint")]
 )
 def test_a_stage_without_its_input_is_refused_as_ever(said: Said, command: str, message: str) -> None:
     """No stage of this dry run makes the input."""
@@ -89,7 +89,7 @@ def test_an_export_that_was_done_is_finished(said: Said, monkeypatch: pytest.Mon
         path.mkdir(parents=True)
         (path / checkpoint_files.MANIFEST).write_text(f'{{"step": {step}, "files": {{}}, "belongs_to": {{}}}}')
 
-    def write(checkpoint: Saved, folder: Path, dtype: str | None) -> Mapping[str, Any]:
+    def write(checkpoint: VerifiedCheckpoint, folder: Path, dtype: str | None) -> Mapping[str, Any]:
         return {"checkpoint": checkpoint.path.name}
 
     save_tiny("nemotron", said.folder / "train" / "checkpoints" / "model")

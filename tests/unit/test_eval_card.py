@@ -81,7 +81,7 @@ def test_every_figure_is_that_of_a_file(run: Path) -> None:
     for figure in ("1,023 sequences of 511", "522,753 tokens", "75.0 %", "25.0 %", "neurons per network", "l2"):
         assert figure in text, figure
     assert "| HellaSwag (acc_norm) | 43.2 ± 2.0 % | 34.6 ± 3.0 % | 612 | 10 | 75.0 % (10-shot) |" in text
-    assert "GSM8K: not run: no data here." in text
+    assert "GSM8K was not run: no data here." in text
     sizes = json.loads((run / "student" / "config.json").read_text())
     assert f"| MLP neurons | {sizes['intermediate_size']} | 160 |" in text
 
@@ -102,9 +102,9 @@ def test_repairs_and_other_splits_are_said_and_folders_are_not(run: Path) -> Non
     report["not_run"]["gsm8k"] = f"no data in {run}/eval_data, and no hub"
     (run / "eval" / "student.json").write_text(json.dumps(report))
     text = card(run)
-    assert "directions of the residual stream kept (rotation); norms rescaled" in text
-    assert "; every linear of a layer fitted anew by least squares." in text
-    assert "ARC-E: rows of the validation split (lm-eval's own: test)." in text
+    assert "principal directions (rotation); norm weights are rescaled" in text
+    assert "; refit by least squares: every linear of a layer." in text
+    assert "ARC-E: rows from the validation split (lm-eval uses test)." in text
     assert str(run) not in text and "/models" not in text and "teacher.path=…/Big" in text
 
 
@@ -141,7 +141,7 @@ def test_header_is_the_hubs(run: Path) -> None:
 def test_licence_is_never_invented(run: Path) -> None:
     (run / "teacher" / "provenance.json").unlink()
     text = card(run)
-    assert "license" not in yaml.safe_load(text.split("---")[1]) and "states none" in text
+    assert "license" not in yaml.safe_load(text.split("---")[1]) and "states no licence" in text
     (run / "teacher" / "README.md").write_text("---\nlicense: llama3.1\n---\n# Big\n")
     assert yaml.safe_load(card(run).split("---")[1])["license"] == "llama3.1"
 
@@ -150,7 +150,7 @@ def test_published_values_stand_beside_the_papers_recipes_alone(run: Path) -> No
     assert "arXiv 2407.14679, table 3" in card(run)
     for file in run.rglob("provenance.json"):
         file.write_text(file.read_text().replace('"name": "4b"', '"name": "own"'))
-    assert "published by others" not in card(run)
+    assert "published by the papers' authors" not in card(run)
 
 
 def test_snippet_runs(run: Path) -> None:
@@ -163,10 +163,10 @@ def test_snippet_runs(run: Path) -> None:
 def test_serving_rules(run: Path) -> None:
     folder = run / "student"
     assert serving_problems(folder) == [] == serving_problems(folder, 4)
-    assert any("not divisible by tensor parallelism 3" in problem for problem in serving_problems(folder, 3))
+    assert any("not divisible by the tensor-parallel size 3" in problem for problem in serving_problems(folder, 3))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    assert serving_problems(folder) == ["config.json says dtype bfloat16, the tensors are float32"]
+    assert serving_problems(folder) == ["config.json has dtype bfloat16, but the tensors are float32"]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").unlink()
     assert serving_problems(folder) == ["tokenizer.json is missing"]

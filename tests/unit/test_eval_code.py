@@ -206,7 +206,7 @@ def test_a_program_is_refused_what_namespaces_do_not_separate() -> None:
 
 def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="s390x"))
-    with pytest.raises(OSError, match="the system calls of s390x are not known"):
+    with pytest.raises(OSError, match="the system call numbers of s390x are unknown"):
         syscalls.refuse_calls()
 
 
@@ -368,7 +368,8 @@ passes('')
 
 def test_without_namespaces_programs_are_refused() -> None:
     done = subprocess.run([sys.executable, "-c", NO_NAMESPACES], capture_output=True, text=True)
-    assert "UserError: eval.allow_code_execution=true: this system grants no namespaces (unshare: " in done.stderr
+    refusal = "this system does not allow the namespaces that isolate generated programs (unshare: "
+    assert f"UserError: eval.allow_code_execution=true: {refusal}" in done.stderr
     assert done.stderr.rstrip().endswith("eval.allow_code_execution=unsafe")
 
 
@@ -390,7 +391,7 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         config.eval = EvalConfig(tasks=tasks, allow_code_execution=word == "true" or word)
         if refused:
-            with pytest.raises(UserError, match="grants no namespaces"):
+            with pytest.raises(UserError, match="does not allow the namespaces"):
                 chain.check_early([evaluate.COMMAND], config)
         else:
             chain.check_early([evaluate.COMMAND], config)
@@ -402,6 +403,8 @@ def test_tasks_with_another_judge_are_not_isolated() -> None:
     other: Any = SimpleNamespace(cfg={"unsafe_code": True}, yaml_path=Path("/lm_eval/humaneval_plus.yaml"))
     ours: Any = SimpleNamespace(cfg={"unsafe_code": True}, yaml_path=OWN / "humaneval.yaml")
     reason = why_not(other, EvalConfig(allow_code_execution=True), 4096)
-    assert reason is not None and reason.endswith("not isolated; allow it with eval.allow_code_execution=unsafe")
+    assert reason is not None and reason.endswith(
+        "which does not isolate them; allow it with eval.allow_code_execution=unsafe"
+    )
     assert why_not(ours, EvalConfig(allow_code_execution=True), 4096) is None
     assert why_not(other, EvalConfig(allow_code_execution="unsafe"), 4096) is None

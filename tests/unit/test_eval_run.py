@@ -138,9 +138,9 @@ def test_broken_weights_name_the_row(folders: SimpleNamespace, tmp_path: Path) -
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"hellaswag: logits are not finite at .*; the weights are broken"):
+    with pytest.raises(UserError, match=r"hellaswag: logits are not finite at .*; the weights are damaged"):
         run(config_of(tasks=["hellaswag"], limit=2), broken, tmp_path / "eval", folders.data)
-    with pytest.raises(UserError, match=r"gsm8k: logits are not finite at .*; the weights are broken"):
+    with pytest.raises(UserError, match=r"gsm8k: logits are not finite at .*; the weights are damaged"):
         run(config_of(tasks=["gsm8k"], limit=2), broken, tmp_path / "eval", folders.data)
     assert not (tmp_path / "eval" / "m.json").exists()
 

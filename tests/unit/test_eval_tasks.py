@@ -65,8 +65,8 @@ def test_tasks_that_the_model_cannot_answer_are_reported_with_the_reason(data_di
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"do_sample": True, "temperature": 0.2}, "asks for sampling"),
-        ({"temperature": 0.7}, "asks for sampling"),
+        ({"do_sample": True, "temperature": 0.2}, "requires sampling"),
+        ({"temperature": 0.7}, "requires sampling"),
         ({"do_sample": False, "temperature": 1}, None),  # greedy, says lm-eval
         ({"max_new_tokens": 512}, "generates 512 tokens, the model's context has 512"),
         ({"max_tokens": 511}, None),
@@ -212,7 +212,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         check_columns("hellaswag", local_files("hellaswag", tmp_path))
     lines = tmp_path / "rows.jsonl"
     lines.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not a JSON object"):
         read_splits(files={"test": str(lines)})
     packed = tmp_path / "rows.jsonl.gz"
     for damaged in (b"no gzip", gzip.compress(b'{"a": 1}\n' * 99)[:-9], gzip.compress(b"\xff\n")):
@@ -220,7 +220,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"rows\.jsonl\.gz: damaged"):
             read_splits(files={"test": str(packed)})
     lines.write_text("")
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="has no rows"):
         read_splits(files={"test": str(lines)})
 
 
@@ -271,7 +271,7 @@ def test_the_first_rank_decides_loads_and_runs_programs_for_all(
         found.append((sorted(chosen.tasks["tasks"]), chosen.leaves, chosen.data, chosen.not_run, metrics))
         groups.is_first = False
     assert found[0] == found[1] and found[0][0] == ["arc_challenge", "humaneval"]
-    assert found[0][3] == {"mbpp": "the hub gave no data: no such set"}
+    assert found[0][3] == {"mbpp": "the hub returned no data: no such set"}
     assert asked == [True] and (offline[0], offline[-1]) == (False, True)
     assert metrics == {"pass_at_1": 1.0} and runs.read_text() == "x"
 
@@ -285,7 +285,7 @@ def test_data_that_only_the_first_rank_has_are_named(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", False)
     manager: Any = SimpleNamespace(load=refuse)
-    with pytest.raises(UserError, match=r"data of arc_easy, this one does not \(no such set\); put eval.data_dir and"):
+    with pytest.raises(UserError, match=r"data of arc_easy, this rank does not \(no such set\); put eval.data_dir and"):
         module.load_next(module.TaskSet(), manager, ["arc_easy"], online=True)
     assert offline == [True, False]  # the cache before the hub
 

@@ -79,7 +79,7 @@ def test_facts_of_the_papers(tmp_path: Path) -> None:
 
 
 def test_a_plan_needs_neither_torch_nor_a_teacher() -> None:
-    """The shapes of a 15B model, reckoned in a process that never imports torch."""
+    """The shapes of a 15B model, estimated in a process that never imports torch."""
     code = (
         "import sys; from minitron_train.arch import Shape; from minitron_train.config import Config, ClusterConfig\n"
         "from minitron_train.planning import make_plan\n"
@@ -162,15 +162,15 @@ def test_recomputation_costs_time() -> None:
         assert none < selective < full
 
 
-def reckoned(*overrides: str) -> dict[str, Any]:
+def planned(*overrides: str) -> dict[str, Any]:
     """The plan of one node, or of what `overrides` say."""
     config = load("cluster=h100", "cluster.num_nodes=1", "cluster.gpus_per_node=8", *overrides)
     return make_plan(config, *shapes(config))
 
 
-def test_pretraining_is_reckoned_where_a_recipe_has_it() -> None:
+def test_pretraining_is_planned_where_a_recipe_has_it() -> None:
     """Of `miniature`, 96 % of the operations: 6 per weight outside the embedding, and attention, for 12 M tokens."""
-    result = reckoned("+recipe=miniature")
+    result = planned("+recipe=miniature")
     pretraining, teacher = result["pretraining"], result["teacher"]
     weights = teacher["parameters"] - sum(teacher["parameters_by_part"][name] for name in ("embedding", "norms"))
     attention = 6 * teacher["num_layers"] * teacher["num_attention_heads"] * teacher["kv_channels"] * 256
@@ -178,17 +178,17 @@ def test_pretraining_is_reckoned_where_a_recipe_has_it() -> None:
     assert pretraining["flops"]["total"] / (pretraining["flops"]["total"] + result["flops"]["total"]) > 0.95
     assert pretraining["steps"] == 5860 and pretraining["hours"] > 10 * result["recommended"]["hours"]
     text = format_plan(result)
-    assert "1.53e+13 in all, 3.93e+14 with pretraining\n" in text
+    assert "1.53e+13 in total, 3.93e+14 with pretraining\n" in text
     assert "\npretraining        12,000,000 tokens = 5,860 steps, 3.77e+14 FLOPs, " in text
-    fetched = reckoned("+recipe=smollm2", "train.global_batch_size=8")
+    fetched = planned("+recipe=smollm2", "train.global_batch_size=8")
     assert fetched["pretraining"] is None and "pretraining" not in format_plan(fetched)
-    assert reckoned("+recipe=tiny", "teacher.path=/models/x")["pretraining"] is None
+    assert planned("+recipe=tiny", "teacher.path=/models/x")["pretraining"] is None
 
 
 def test_pretraining_has_no_teacher_to_ask() -> None:
     """A step of distilling a model of the teacher's own size has a forward pass more, and the teacher's half of the loss."""
     own = [f"student.{name}=null" for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads")]
-    result = reckoned("+recipe=tiny", *own)
+    result = planned("+recipe=tiny", *own)
     alone, both = result["pretraining"]["step_seconds"], result["recommended"]["step_seconds"]
     assert alone["matrices"] / both["matrices"] == pytest.approx(3 / 4)
     assert alone["elementwise"] / both["elementwise"] == pytest.approx(3 / 4)
@@ -199,27 +199,34 @@ def test_pretraining_has_no_teacher_to_ask() -> None:
 
 def test_the_disk_holds_what_the_chain_makes() -> None:
     """A pretrained teacher, its first weights and checkpoints; a teacher that is fetched, none that lies elsewhere."""
-    tiny, parameters = reckoned("+recipe=tiny")["disk"], 7_019_008
+    tiny, parameters = planned("+recipe=tiny")["disk"], 7_019_008
     assert (tiny["teacher"], tiny["pretraining"]) == (4 * parameters, 4 * parameters + 4 * 12 * parameters)
     assert tiny["total"] == sum(tiny[name] for name in ("pretraining", "teacher", "pruned", "checkpoints", "student"))
-    assert reckoned("+recipe=tiny", "train.precision=bf16")["disk"]["teacher"] == 4 * parameters, "fp32 in any case"
-    fetched, given = (reckoned("+recipe=4b_from_8b", *path)["disk"] for path in ([], ["teacher.path=/models/x"]))
+    assert planned("+recipe=tiny", "train.precision=bf16")["disk"]["teacher"] == 4 * parameters, "fp32 in any case"
+    fetched, given = (planned("+recipe=4b_from_8b", *path)["disk"] for path in ([], ["teacher.path=/models/x"]))
     assert (fetched["teacher"], given["teacher"]) == (2 * 8_271_699_968, 0)
     assert given["total"] == fetched["total"] - fetched["teacher"] and given["pretraining"] == 0
 
 
 def test_a_batch_that_the_gpus_cannot_share_has_no_speed() -> None:
-    result = reckoned("+recipe=smollm2", "cluster.num_nodes=16")
+    result = planned("+recipe=smollm2", "cluster.num_nodes=16")
     assert (result["layouts"], result["recommended"], result["configured"]) == ([], None, None)
     text = format_plan(result)
-    assert "\n\ntrain.global_batch_size=4 cannot be shared by 128 GPUs; set a multiple of 128, or lower " in text
+    assert "\n\ntrain.global_batch_size=4 cannot be divided among 128 GPUs; set a multiple of 128, or lower " in text
     assert "tokens/s" not in text and "layout" not in text
     assert "1,500,000 tokens = 367 steps, 5.9e+13 FLOPs\n" in format_plan(
-        reckoned("+recipe=tiny", "cluster.num_nodes=16")
+        planned("+recipe=tiny", "cluster.num_nodes=16")
     )
-    impossible = reckoned("+recipe=4b", "cluster.num_nodes=128", "cluster.memory_gib=5")  # TP 8 alone shares 1152
+    impossible = planned("+recipe=4b", "cluster.num_nodes=128", "cluster.memory_gib=5")  # TP 8 alone shares 1152
     assert impossible["layouts"] and impossible["configured"] is None
-    assert "0 of 3 layouts fit: the least, TP 8, DP 128, " in format_plan(impossible)
+    assert "0 of 3 layouts fit: the smallest, TP 8, DP 128, " in format_plan(impossible)
+
+
+def test_the_table_of_layouts_is_aligned() -> None:
+    plan = planned("+recipe=4b", "cluster.num_nodes=8", "cluster.memory_gib=46")
+    rows = [line for line in format_plan(plan).splitlines() if line.startswith("  TP ") and line.endswith(" tokens/s")]
+    assert any("selective recompute" in row for row in rows) and not all("selective recompute" in row for row in rows)
+    assert len({row.index(" GiB") for row in rows}) == len({len(row) for row in rows}) == 1
 
 
 def test_slicing_reads_the_rows_that_are_kept() -> None:

@@ -88,7 +88,7 @@ def sums(path: Path) -> Any:
 
 def manifest(path: Path) -> Any:
     """As resuming reads it: a damaged one is said by `damage`."""
-    wrong = checkpoint_files.damage(path.parent)
+    wrong = checkpoint_files.find_damage(path.parent)
     if wrong and "unreadable" in wrong:
         raise UserError(wrong)
     assert checkpoint_files.evaluation_of(path.parent) == {"kl": None}

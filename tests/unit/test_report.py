@@ -198,13 +198,13 @@ def test_page_holds_the_measured_numbers(output_dir: Path) -> None:
         "43.0 ± 4.9 % 28.0 ± 4.9 % 36.0 ± 4.9 % 83.7 % 100 0",
         "26.0 ± 3.0 %",
         "mmlu stem 21.0 ± 2.0 %",
-        "ARC-C: not run: no data in <eval_data>",
+        "ARC-C was not run: no data in <eval_data>",
         "24 of 32 channels were kept",
         "12 of 24 heads were kept",
         "96 of 192 neurons were kept",
         "Dropped: 2.",
-        "Validation went from 2.12 to 1.12.",
-        "Steps without a finite loss, left out: 1.",
+        "Validation changed from 2.12 to 1.12.",
+        "Omitted steps without a finite loss: 1.",
         "code 25.0 %, prose 75.0 %",
         "0123456789ab",
         "1 min 1 s",
@@ -220,7 +220,7 @@ def test_seconds_of_a_resumed_training_are_said_to_be_those_of_its_last_start(ou
     record = output_dir / "train" / "provenance.json"
     write_json(record, json.loads(record.read_text()) | {"facts": {"resumed_at_step": 1500}})
     text = Page(write_report(output_dir)).text
-    assert "a training that was resumed, its last start" in text and "s from step 1,500" in text
+    assert "a resumed training counts since its last start" in text and "s from step 1,500" in text
 
 
 def test_page_is_self_contained(output_dir: Path) -> None:
@@ -372,7 +372,7 @@ def test_summary_table(output_dir: Path) -> None:
     assert rows["student"] == ["student", student, "1.5 MB", "26.90", "36.0 ± 4.9 %", "26.0 ± 3.0 %", "not run"]
     assert lines[0].split() == ["HellaSwag", "MMLU", "ARC-C"] and lines[1].split() == ["acc_norm", "acc"]
     assert "100 rows" in lines[2] and "285 rows" in lines[2]
-    assert lines[-1] == "ARC-C: not run: no data in <eval_data>"
+    assert lines[-1] == "ARC-C was not run: no data in <eval_data>"
 
 
 def test_models_elsewhere_are_found(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_models_elsewhere_are_found(tmp_path: Path) -> None:
 def test_pretraining_has_its_own_section(tmp_path: Path) -> None:
     write_metrics(tmp_path / "pretrain" / "train" / "metrics.jsonl")
     text = Page(write_report(tmp_path)).text
-    assert "The teacher's own training" in text and "Not distilled yet" in text
+    assert "Pretraining of the teacher" in text and "Not distilled yet" in text
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_rotated_stream_shows_its_directions() -> None:
     kept = {"embedding.variance": np.array([0.6, 0.3, 0.1]), "embedding.basis": np.zeros((3, 2))}
     chart = embedding_chart(rotated_axis(kept))
     assert chart.title == "Principal directions"
-    assert "2 of 3 directions were kept; they hold 90.0 % of the variance." in chart.caption
+    assert "2 of 3 directions were kept, with 90.0 % of the variance." in chart.caption
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_perplexities_of_tasks_are_no_shares(tmp_path: Path) -> None:
     assert [row["share"] for row in evaluation_rows(run)] == ["× 2.00", "× 2.00"]
     columns = {"tokens": np.array([8.0, 16.0]), "eval.wikitext.word_perplexity": np.array([60.0, 42.1])}
     (chart,) = task_charts(columns, run.evals)
-    assert chart.caption == "word_perplexity of the model in training, at the end 42.100."
+    assert chart.caption == "word_perplexity of the student; at the end 42.100."
     assert [note.text for note in chart.notes] == ["teacher 21.050"]
     assert [text for _, text in chart.y.ticks] == ["0", "20", "40", "60"]
 

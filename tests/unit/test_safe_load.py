@@ -22,7 +22,7 @@ from minitron_train.runtime.launch import World
 from minitron_train.stages.run import STARTED
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
-from minitron_train.train.export import Saved, SavedTensors, find_checkpoint
+from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint
 from tests.support.models import save_tiny
 from tests.support.training import Material, make_material, run
 
@@ -93,7 +93,7 @@ def test_resume_refuses_a_class_that_is_not_allowed(
     path = files.checkpoint_path(tmp_path / "run" / "checkpoints", 8)
     replace(path, Evil(tmp_path / "mark"))
     sign(path)
-    with pytest.raises(UserError, match=r"names posix\.system, which no checkpoint of this program holds") as refusal:
+    with pytest.raises(UserError, match=r"uses posix\.system, which no checkpoint of this program contains") as refusal:
         run(material, tmp_path / "run", checkpoint__interval_steps=8)
     assert path.name in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "mark").exists()
@@ -115,9 +115,9 @@ def test_what_we_write_names_every_allowed_class_but_dtypes(
 
 
 METADATA = {
-    "a class": (Evil(Path("mark")), r"names posix\.system"),
-    "a plain object": ({"state_dict_metadata": {}}, "holds no checkpoint metadata"),
-    "a method of an allowed class": (b"\x80\x04ctorch\nSize.__subclasses__\n.", r"names torch\.Size\.__subclasses__"),
+    "a class": (Evil(Path("mark")), r"uses posix\.system"),
+    "a plain object": ({"state_dict_metadata": {}}, "contains no checkpoint metadata"),
+    "a method of an allowed class": (b"\x80\x04ctorch\nSize.__subclasses__\n.", r"uses torch\.Size\.__subclasses__"),
     "half a pickle": (pickle.dumps(list(range(100)))[:50], "damaged"),
     "no pickle": (b"hello", "damaged"),
     "nothing": (b"", "damaged"),
@@ -130,7 +130,7 @@ def test_export_and_eval_refuse_metadata(tmp_path: Path, what: str, monkeypatch:
     content, said = METADATA[what]
     (tmp_path / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     with pytest.raises(UserError, match=said) as refusal:
-        SavedTensors(Saved(tmp_path))
+        SavedTensors(VerifiedCheckpoint(tmp_path))
     assert ".metadata: " in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "mark").exists()
 
@@ -141,7 +141,7 @@ def test_tensors_outside_the_checkpoint_are_refused(trained: tuple[Material, Pat
     assert metadata.storage_data
     next(iter(metadata.storage_data.values())).relative_path = name
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match="outside the checkpoint's own files"):
+    with pytest.raises(UserError, match="refers to a file outside the checkpoint"):
         safe_load.read_metadata(tmp_path)
 
 
@@ -165,16 +165,19 @@ def chunk(start: int, rows: int) -> ChunkStorageMetadata:
 
 
 WRONG_PIECES: dict[str, tuple[Callable[[Any], None], str]] = {
-    "no such tensor": (lambda metadata: metadata.state_dict_metadata.pop(EMBEDDING), "lacks a whole tensor embedding"),
-    "no pieces": (change_entry(chunks=[]), "its pieces are not all of"),
-    "too large": (change_entry(size=torch.Size([2**40, 2**10])), "its pieces are not all of"),
+    "no such tensor": (
+        lambda metadata: metadata.state_dict_metadata.pop(EMBEDDING),
+        "tensor embedding.* is missing or incomplete",
+    ),
+    "no pieces": (change_entry(chunks=[]), "the chunks do not cover"),
+    "too large": (change_entry(size=torch.Size([2**40, 2**10])), "the chunks do not cover"),
     "outside": (change_entry(chunks=[chunk(10**9, 320)]), "lies outside of"),
     "overlapping": (change_entry(chunks=[chunk(0, 160), chunk(0, 160)]), "overlap"),
-    "no size": (change_entry(size="abc"), "lacks a whole tensor"),
-    "no such place": (lambda metadata: metadata.storage_data.clear(), "lacks a whole tensor"),
-    "before the file": (place_all(offset=-5), "at bytes that no file has"),
-    "a word": (place_all(offset="x"), "at bytes that no file has"),
-    "behind the file": (place_all(length=2**62), "is too short for its piece"),
+    "no size": (change_entry(size="abc"), "is missing or incomplete"),
+    "no such place": (lambda metadata: metadata.storage_data.clear(), "is missing or incomplete"),
+    "before the file": (place_all(offset=-5), "has an impossible byte range"),
+    "a word": (place_all(offset="x"), "has an impossible byte range"),
+    "behind the file": (place_all(length=2**62), "too short for its chunk"),
     "no such file": (place_all(relative_path="nope"), "nope"),
     "a pipe": (place_all(relative_path="pipe"), "is not a regular file"),
     "another file": (place_all(relative_path="manifest.json", offset=0, length=9), "manifest.json: embedding"),
@@ -192,7 +195,7 @@ def test_pieces_that_are_not_the_tensor_are_refused(trained: tuple[Material, Pat
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     os.mkfifo(path / "pipe")
     with pytest.raises(UserError, match=said) as refusal:
-        SavedTensors(Saved(path)).read(EMBEDDING)
+        SavedTensors(VerifiedCheckpoint(path)).read(EMBEDDING)
     assert "\n" not in str(refusal.value)
 
 
@@ -202,7 +205,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_damaged(tmp_path: Path) -> No
     path.mkdir()
     noted = {"bytes": 1, "sha256": sha256_file(tmp_path / "secret")}
     (path / files.MANIFEST).write_text(json.dumps({"step": 1, "belongs_to": {}, "files": {"../secret": noted}}))
-    assert "is unreadable" in str(files.damage(path)) and "`key` in `$.files`" in str(files.damage(path))
+    assert "is unreadable" in str(files.find_damage(path)) and "`key` in `$.files`" in str(files.find_damage(path))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,7 @@ def test_a_model_folder_is_never_a_training(tmp_path: Path, word: str) -> None:
     execute(COMMANDS["eval"], config, [], World())
     assert not (tmp_path / "mark").exists()
     (model / "config.json").unlink()
-    message = "is no training of output_dir" if word == "eval.model={}" else "config.json: no such file"
+    message = "does not belong to a training in output_dir" if word == "eval.model={}" else "config.json: no such file"
     with pytest.raises(UserError, match=message):
         execute(COMMANDS["eval"], config, [], World())
     assert not (tmp_path / "mark").exists()
@@ -248,11 +251,11 @@ def test_only_the_output_folders_own_trainings_are_loaded(tmp_path: Path) -> Non
         find_checkpoint(out / "train" / ".." / "teacher", out, trust_external=False)
     (tmp_path / "alias").symlink_to(out)
     assert find_checkpoint(tmp_path / "alias" / "train", out, trust_external=False)
-    with pytest.raises(UserError, match=r"names posix\.system"):
+    with pytest.raises(UserError, match=r"uses posix\.system"):
         open_origin(find_checkpoint_with_model(paths["teacher"], out))
 
 
-def find_checkpoint_with_model(path: Path, out: Path) -> Saved:
+def find_checkpoint_with_model(path: Path, out: Path) -> VerifiedCheckpoint:
     """The checkpoint, vouched for by the user, with a model's config.json beside."""
     save_tiny("nemotron", path.parent / "model")
     return find_checkpoint(path, out, trust_external=True)
