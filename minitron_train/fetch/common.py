@@ -9,7 +9,7 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import byte_size
 from minitron_train.runtime.records import read_record
-from minitron_train.stages.run import plain
+from minitron_train.stages import plain
 
 SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
 

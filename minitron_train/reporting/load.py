@@ -17,10 +17,7 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import PARTIAL, REPLACED
 from minitron_train.runtime.records import damaged
-from minitron_train.stages import provenance
-from minitron_train.stages.exported import exported
-from minitron_train.stages.provenance import StageRecord
-from minitron_train.stages.run import PROVENANCE
+from minitron_train.stages import PROVENANCE, StageRecord, exported, provenance
 from minitron_train.train.metrics import read_rows
 
 MODELS = ("teacher", "pruned", "student")  # in the order of their making; other labels of eval/ follow

@@ -110,7 +110,7 @@ def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
 def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     """Complete the manifest, make everything durable, then let the checkpoint appear and `latest` point to it.
 
-    An earlier run that waits beside this one's folder is deleted then (`stages.growing_folder`).
+    An earlier run that waits beside this one's folder is deleted then (`stages.folders.resumable_folder`).
     """
     sums: dict[str, Sum] = {}
     for part in scratch.glob(SUMS.format(rank="*")):

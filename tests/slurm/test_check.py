@@ -106,7 +106,7 @@ def test_marks(command: str, words: list[str], marked: list[str]) -> None:
 
 
 def test_the_mark_is_the_one_that_training_leaves() -> None:
-    from minitron_train.stages.run import STOPPED
+    from minitron_train.stages import STOPPED
 
     assert slurm.STOPPED == STOPPED
 
