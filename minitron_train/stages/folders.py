@@ -21,7 +21,7 @@ from minitron_train.runtime.files import (
     recover,
     remove_folder,
     remove_scratch_files,
-    set_aside,
+    set_folder_aside,
     unfinished,
 )
 from minitron_train.stages.provenance import STARTED, STOPPED, read_started_record
@@ -80,7 +80,7 @@ def start_folder(stage: Stage, invocation: Invocation, *, fresh: bool) -> None:
         UserError: it was started with other inputs or settings and never finished.
     """
     with disk_errors(stage.folder):
-        keeps = fresh and (stage.folder / "checkpoints" / "latest").exists() and set_aside(stage.folder)
+        keeps = fresh and (stage.folder / "checkpoints" / "latest").exists() and set_folder_aside(stage.folder)
         if fresh and not keeps:
             remove_folder(stage.folder, first=stage.record, last=STARTED)
         stage.folder.mkdir(parents=True, exist_ok=True)

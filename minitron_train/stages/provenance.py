@@ -8,7 +8,7 @@ from typing import Annotated, Any, Required, TypedDict
 
 from msgspec import Meta
 
-from minitron_train.runtime.files import standing
+from minitron_train.runtime.files import readable_folder
 from minitron_train.runtime.records import Count, Seconds, read_whole_record
 
 PROVENANCE = "provenance.json"
@@ -159,7 +159,7 @@ def read_provenance(folder: Path, record: str = PROVENANCE) -> Provenance | None
         UserError: it is damaged.
     """
     try:
-        return read(standing(folder) / record)
+        return read(readable_folder(folder) / record)
     except FileNotFoundError:
         return None
 
@@ -171,6 +171,6 @@ def read_started_record(folder: Path) -> Started | None:
         UserError: it is damaged.
     """
     try:
-        return read_started(standing(folder) / STARTED)
+        return read_started(readable_folder(folder) / STARTED)
     except FileNotFoundError:
         return None

@@ -158,7 +158,7 @@ def test_a_disk_without_locks_is_said_and_used(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert run(stage)
-    assert "out.lock: cannot be locked (No locks available); take care" in capsys.readouterr().out
+    assert "out.lock: cannot be locked (No locks available); make sure" in capsys.readouterr().out
 
 
 def test_a_growing_stage_goes_on_but_not_with_other_settings(stage: Stage) -> None:
