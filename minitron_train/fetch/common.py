@@ -18,15 +18,15 @@ class Facts(TypedDict, total=False):
     """The keys of source.json, over all sources."""
 
     source: str
-    requirement: str  # of a wheel, like the next two
+    requirement: str  # a wheel has this and the next two
     sha256: str
     file: str
-    repo_id: str  # of a repository, like the next three
+    repo_id: str  # a repository has this and the next three
     revision: str
     commit: str
     files: dict[str, str]  # name -> digest
     license: str | None
-    rows: dict[str, int]  # of each evaluation task
+    rows: dict[str, int]  # rows per evaluation task
     gguf: str  # name of the converted file, and what its header says
     model_name: str | None
     pre_tokenizer: str

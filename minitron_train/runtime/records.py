@@ -29,7 +29,7 @@ T = TypeVar("T")
 MAX_RECORD_BYTES = 256 * 2**20  # far above any record; a wrong path must not fill the memory
 MAX_LINES_BYTES = 8 * 2**30  # an evaluation writes a line per row, a training one per step
 MAX_DEPTH = 100  # nested brackets; our records have ten, Python's recursion limit is 1,000
-STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)  # of JSON, terminated or not
+STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)  # a JSON string, terminated or not
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 

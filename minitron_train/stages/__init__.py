@@ -1,4 +1,4 @@
-"""Stages: one folder each, written atomically or resumably, with a provenance.json that records inputs and settings.
+"""Stages: one folder each, atomic or resumable, with a provenance.json that records its inputs and settings.
 
 run.py          run a stage: its state, its lock, the work, its provenance
 stage.py        the Stage value: what decides its result, whether it is finished or stale, who owns its folder

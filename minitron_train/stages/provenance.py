@@ -12,8 +12,8 @@ from minitron_train.runtime.files import readable_folder
 from minitron_train.runtime.records import Count, Seconds, read_whole_record
 
 PROVENANCE = "provenance.json"
-STARTED = "started.json"  # of a resumable stage: the inputs and settings that it must resume with
-STOPPED = "stopped.json"  # of a training after a signal: {"signal", "step", "num_steps"}; the next start resumes it
+STARTED = "started.json"  # the inputs and settings that a resumable stage was started with
+STOPPED = "stopped.json"  # {"signal", "step", "num_steps"} of a training that a signal stopped
 
 PathText = Annotated[str, Meta(pattern="^[^\\0]*$")]  # no file system takes a NUL byte
 
