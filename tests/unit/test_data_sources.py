@@ -240,7 +240,7 @@ def test_missing_parts_are_named_together(tmp_path):
     sources = {
         "web": SourceConfig(suggestion="hub some/web"),
         "code": SourceConfig(path="???"),
-        "after_rank0": SourceConfig(weight=0, late_weight=1),
+        "late": SourceConfig(weight=0, late_weight=1),
         "unused": SourceConfig(weight=0),
         "own": SourceConfig(path=str(tmp_path)),
     }
@@ -365,13 +365,13 @@ def test_other_mistakes(tmp_path, tokenizer):
     embedded = {"a": SourceConfig(kind=SourceKind.embedded, path="poems")}
     assert "prose and code" in message(DataConfig(sources=embedded))
     assert "every weight is 0" in message(DataConfig(sources={"a": SourceConfig(weight=0, late_weight=0)}))
-    after_rank0 = {
+    late = {
         "a": SourceConfig(path=str(tmp_path / "b.txt"), late_weight=0),
         "b": SourceConfig(weight=0, late_weight=0),
     }
     with pytest.raises(UserError, match=r"^data\.late_fraction=0\.1: every late_weight is 0; give .* a late_weight$"):
-        parts(DataConfig(sources=after_rank0, late_fraction=0.1))
-    assert parts(DataConfig(sources=after_rank0))
+        parts(DataConfig(sources=late, late_fraction=0.1))
+    assert parts(DataConfig(sources=late))
     hub = {"a": SourceConfig(kind=SourceKind.hub, path=str(tmp_path / "nowhere"))}
     assert "cannot be opened on the hub" in message(DataConfig(sources=hub))
     write(tmp_path, "cache", b"a file, not a folder")

@@ -63,7 +63,7 @@ def test_losses_with_late_weights_and_other_workers(material, tmp_path, monkeypa
     """
     monkeypatch.setattr("minitron_train.data.feed.UNIT_BYTES", 1000)
     parts = {}
-    for name, weights in {"first": (1.0, 0.2), "after_rank0": (0.0, 0.8)}.items():
+    for name, weights in {"first": (1.0, 0.2), "late": (0.0, 0.8)}.items():
         rows = [json.dumps({"text": f"{name} {i} " + "some plain words " * (5 + i)}) for i in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
         weight, late_weight = weights
