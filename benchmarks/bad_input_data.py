@@ -58,7 +58,7 @@ DATA = [
     Case(
         "index without its tokens",
         f"{SCORE} data.path=a.idx",
-        "missing beside its .idx",
+        "missing next to its .idx",
         (*TAUGHT, write("a.idx", b"MMIDIDX\0\0")),
     ),
     Case(

@@ -57,7 +57,7 @@ DISKS = [
     Case(
         "output folder is a file",
         f"pretrain {MICRO}",
-        "a part of the path is a file|a file stands where",
+        "a part of the path is a file|a file has the name",
         (write("out", "x"),),
     ),
     Case(

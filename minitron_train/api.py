@@ -26,7 +26,7 @@ from minitron_train.config import Config
 from minitron_train.runtime.errors import UserError, did_you_mean
 from minitron_train.runtime.files import atomic_write_text
 from minitron_train.runtime.launch import World
-from minitron_train.stages.run import read_provenance
+from minitron_train.stages import read_provenance
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from minitron_train.commands.configuration import compose
-from minitron_train.stages.run import plain
+from minitron_train.stages import plain
 
 ROOT = Path(__file__).parents[2]
 RECIPE = yaml.safe_load((ROOT / "recipes" / "miniature.yaml").read_text())

@@ -19,7 +19,7 @@ from minitron_train.planning.memory import Layout, eval_bytes
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.stages.run import Stage, read_provenance
+from minitron_train.stages import Stage, read_provenance
 
 if TYPE_CHECKING:
     from minitron_train.train.export import VerifiedCheckpoint
@@ -98,7 +98,7 @@ def evaluation_stage(ws: Workspace, label: str, model: Path, weights: "Path | Ve
         inputs=inputs,
         settings={"eval": subset(config.eval, *DECIDING), "validation": held_out, "seed": config.seed},
         parent=model,
-        manner="itself",
+        mode="self_managed",
         record=f"{label}.provenance.json",
     )
 

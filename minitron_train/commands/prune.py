@@ -19,8 +19,8 @@ from minitron_train.planning.stages import file_weight_bytes, least_tokens, repa
 from minitron_train.runtime.console import say
 from minitron_train.runtime.files import sha256_file
 from minitron_train.runtime.launch import World
+from minitron_train.stages import Stage
 from minitron_train.stages.layout import PRUNED, SCORES
-from minitron_train.stages.run import Stage
 
 
 def prune(ws: Workspace) -> None:

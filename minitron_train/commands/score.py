@@ -15,8 +15,8 @@ from minitron_train.planning.memory import score_bytes
 from minitron_train.planning.stages import scoring_layout
 from minitron_train.runtime.files import sha256_file
 from minitron_train.runtime.launch import World
+from minitron_train.stages import Stage
 from minitron_train.stages.layout import SCORES
-from minitron_train.stages.run import Stage
 
 
 def score(ws: Workspace) -> None:

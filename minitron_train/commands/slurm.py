@@ -27,8 +27,8 @@ from minitron_train.runtime.errors import UserError, did_you_mean, error_line
 from minitron_train.runtime.launch import World, read_world, whole_number
 from minitron_train.runtime.preflight import host_name, preflight
 from minitron_train.runtime.signals import guard
+from minitron_train.stages import STOPPED
 from minitron_train.stages.layout import SEARCH, TRAINING
-from minitron_train.stages.run import STOPPED
 
 USAGE = "python -m minitron_train.commands.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 

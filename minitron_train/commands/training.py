@@ -15,7 +15,7 @@ from minitron_train.planning.estimate import WEIGHT_BYTES
 from minitron_train.planning.hardware import can_shard_optimizer_here
 from minitron_train.planning.memory import Layout, distill_bytes
 from minitron_train.runtime.launch import World
-from minitron_train.stages.run import Stage
+from minitron_train.stages import Stage
 
 
 def train_stage(
@@ -66,7 +66,7 @@ def training_stage(
         if config.distill.loss_function:
             inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     settings = deciding_settings(config, distilled=teacher is not None)
-    return Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, manner="grows")
+    return Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, mode="resumable")
 
 
 def task_hook(ws: Workspace, student: Path) -> Any:

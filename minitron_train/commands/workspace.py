@@ -14,9 +14,7 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import why_no_folder
 from minitron_train.runtime.launch import World
-from minitron_train.stages import layout
-from minitron_train.stages.exported import exported
-from minitron_train.stages.run import Invocation, Stage, Work, refuse_damaged, run_stage
+from minitron_train.stages import Invocation, Stage, Work, exported, layout, refuse_damaged, run_stage
 
 if TYPE_CHECKING:
     from minitron_train.hf import HFFolder

@@ -1,6 +1,5 @@
 """The tokens that importance is measured on (arXiv 2407.14679 §2.2: 1024 samples drawn from the training data)."""
 
-# batches, sequences, length: the shape that the scores are aggregated over
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from minitron_train.config import CalibrationConfig, DataConfig
 from minitron_train.data.stream import TokenStream
 from minitron_train.runtime.errors import UserError
 
-SEED_OFFSET = zlib.crc32(b"calibration")  # a shuffle of its own: not the sequences that training begins with
+SEED_OFFSET = zlib.crc32(b"calibration")  # a separate shuffle: not the first sequences of the training
 
 
 def calibration_batches(
@@ -22,8 +21,11 @@ def calibration_batches(
 ) -> Tensor:
     """Calibration tokens, int64 [batches, sequences, length].
 
-    From the file `calibration.tokens` as its batches are; else `num_samples` sequences of `calibration.path` or of the
-    training stream (never of its held-out part), in micro-batches; a last, smaller micro-batch is refused.
+    Scores are aggregated over these three axes. The file `calibration.tokens` gives its own batches. Otherwise they are
+    `num_samples` sequences of `calibration.path` or of the training stream (never of its held-out part), in micro-batches.
+
+    Raises:
+        UserError: no tokenizer, a smaller last micro-batch, or a file without such tokens.
     """
     if calibration.tokens:
         return read_tokens(Path(calibration.tokens))
@@ -37,7 +39,7 @@ def calibration_batches(
 
 
 def batch_size(calibration: CalibrationConfig) -> int:
-    """Sequences of a micro-batch; refuses a number of samples that is no multiple of it."""
+    """Sequences per micro-batch; a UserError unless the number of samples is a multiple of it."""
     size = min(calibration.micro_batch_size, calibration.num_samples)
     if calibration.num_samples % size:
         raise UserError(
@@ -48,14 +50,14 @@ def batch_size(calibration: CalibrationConfig) -> int:
 
 
 def calibration_data(calibration: CalibrationConfig, data: DataConfig) -> DataConfig:
-    """The stream that calibration reads where it has no tokens of its own: one phase; all of `calibration.path`."""
+    """The stream that calibration reads without a token file: a single phase, and all of `calibration.path`."""
     blend = replace(data, num_workers=0, late_fraction=0.0, document_attention=False)
     return replace(blend, path=calibration.path, validation_fraction=0.0) if calibration.path else blend
 
 
 def read_tokens(path: Path) -> Tensor:
-    """`tokens` [batches, sequences, length] int64 of a safetensors file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    """Read the tensor `tokens`, int64 [batches, sequences, length], of a safetensors file."""
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise UserError(f"calibration.tokens={path}: is not a file; give a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -66,7 +68,7 @@ def read_tokens(path: Path) -> Tensor:
             f"calibration.tokens={path}: not a readable safetensors file ({error}); write it again"
         ) from error
     if tokens is None:
-        raise UserError(f"calibration.tokens={path}: holds {', '.join(names)}, not `tokens`; name the tensor so")
+        raise UserError(f"calibration.tokens={path}: holds {', '.join(names)}, not `tokens`; rename the tensor")
     if tokens.dim() != 3 or tokens.dtype != torch.int64 or not tokens.numel():
         shape = "x".join(map(str, tokens.shape))
         raise UserError(

@@ -1,7 +1,7 @@
-"""The embedded corpus: text that every machine with Python has, so that the program runs where nothing can be fetched.
+"""The embedded corpus: text of Python's standard library, so that the program runs without a network.
 
 `prose` is the standard library's docstrings, module by module, and the language reference topics of `pydoc_data`;
-`code` is the same modules without their docstrings, so that no sentence stands in both. The texts differ between
+`code` is the same modules without their docstrings, so that no sentence occurs in both. The texts differ between
 Python versions: `corpus_sha256` goes into the provenance.
 """
 
@@ -16,15 +16,15 @@ from pathlib import Path
 
 PARTS = ("prose", "code")
 SKIPPED_FOLDERS = frozenset(
-    # tests; what pip and the distribution put there; tables of code points, which are not language
+    # tests; packages of pip and the distribution; tables of code points, which are not language
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 )
 SKIPPED_PREFIXES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # differ from machine to machine
 TOPICS = "pydoc_data/topics.py"
 Named = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Definition = ast.Module | Named
-BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where statements stand in a statement
-MIN_CHARACTERS = 200  # a module with less to say is left out
+BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # fields of a statement that hold statements
+MIN_CHARACTERS = 200  # shorter documents are left out
 
 
 @cache
@@ -68,7 +68,7 @@ def module_name(module: Path) -> str:
 
 
 def read_module(module: Path) -> str:
-    """A module's source; the few files that are not UTF-8 lose the bytes that are not."""
+    """A module's source. In the few files that are not UTF-8, invalid bytes are replaced."""
     return module.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
 
 
@@ -101,7 +101,7 @@ def code(source: str) -> str:
 
 
 def definitions(node: ast.AST, name: str) -> Iterator[tuple[str, Definition]]:
-    """Every module, class and function with its qualified name; expressions are not entered, which saves the time."""
+    """Every module, class and function with its qualified name; expressions are skipped to save time."""
     if isinstance(node, Definition):
         yield name, node
     for block in BLOCKS:
@@ -112,9 +112,9 @@ def definitions(node: ast.AST, name: str) -> Iterator[tuple[str, Definition]]:
 
 def parse(source: str) -> ast.Module:
     """The syntax tree; empty for the few templates in the library that are not Python."""
-    with warnings.catch_warnings(action="ignore"):  # old escapes like "\d" are none of the user's business
+    with warnings.catch_warnings(action="ignore"):  # the user cannot fix old escapes like "\d"
         try:
-            with contextlib.suppress(SystemError):  # python/cpython#106905: raised when a finalizer runs meanwhile
+            with contextlib.suppress(SystemError):  # python/cpython#106905: raised if a finalizer runs
                 return ast.parse(source)
             return ast.parse(source)
         except (SyntaxError, ValueError):

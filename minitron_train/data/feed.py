@@ -19,8 +19,8 @@ from minitron_train.data.pack import Position
 from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
 from minitron_train.data.workers import Deferred, Pending, Pool
 
-UNIT_WINDOWS = 32  # at least, in a unit: what does not fill its last window is left out
-BYTES_PER_TOKEN = 4  # of text, about
+UNIT_WINDOWS = 32  # least windows per unit, since the rest after its last full window is dropped
+BYTES_PER_TOKEN = 4  # typical, of text
 
 
 class Feed:
@@ -42,14 +42,14 @@ class Feed:
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
     def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
-        """Endless: the units of source i from a position on, epoch after epoch, each in another order."""
+        """Endless units of source i from a position on; every epoch has another order."""
         position = start or {"epoch": 0, "unit": 0}
         while True:
             yield from self.epoch(i, (seed, zlib.crc32(self.parts[i].name.encode())), position)
             position = {"epoch": position["epoch"] + 1, "unit": 0}
 
     def epoch(self, i: int, seed: tuple[int, ...], start: Position) -> Iterator[tuple[Position, Pending]]:
-        """The rest of one epoch of source i."""
+        """Units of source i from a position to the end of its epoch."""
         source, epoch, first = self.opened[i], start["epoch"], start["unit"]
         if isinstance(source, HubSource):
             for unit, (rows, texts) in enumerate(source.units(start.get("rows"), self.unit_bytes), start=first):
@@ -68,7 +68,7 @@ class Feed:
             yield {"epoch": epoch, "unit": unit}, pending
 
     def num_units(self, i: int) -> int | None:
-        """Units of a pass over source i; None for the hub, which does not tell before the end."""
+        """Units per pass over source i; None for the hub, where it is unknown until the end."""
         source = self.opened[i]
         if isinstance(source, HubSource):
             return None
@@ -82,5 +82,5 @@ class Feed:
 
 
 def reads_files(source: object) -> TypeGuard[FileFormat]:
-    """Whether a source reads files that somebody may change."""
+    """Whether a source reads files that may change during the run."""
     return isinstance(source, FileFormat) and not isinstance(source, Embedded)

@@ -1,8 +1,8 @@
-"""Text sources as blocks: every format answers `num_blocks`, `block_bytes`, `read(block)` -> documents, `fingerprint`.
+"""Text sources as blocks: every format has `num_blocks`, `block_bytes`, `read(block)` -> documents, `fingerprint`.
 
-A block is a small deterministic piece of the source (some 32 kB of lines, a row group, a few modules) that can be
-read without what comes before it. Shuffling and resuming are then a matter of block numbers. All classes pickle:
-the tokenising processes read their blocks themselves.
+A block is a small deterministic part of the source (about 32 kB of lines, a row group, a few modules) that can be read
+without the blocks before it. So shuffling and resuming work on block numbers. All classes can be pickled: the
+tokenising processes read their blocks themselves.
 """
 
 import hashlib
@@ -39,9 +39,9 @@ from minitron_train.data.recognise import BOM, encoding_fault
 from minitron_train.runtime.console import progress
 from minitron_train.runtime.errors import UserError, first_line
 
-PASSAGE_BYTES = 4096  # of a text file: what is held out or not, as a whole
-ROW_GROUP_BYTES = 1 << 24  # Parquet files with more text in a row group are copied into blocks
-COUNTED_BYTES = 1 << 30  # of a file are read once more to count the lines before a wrong one
+PASSAGE_BYTES = 4096  # a text file is held out in passages of this size
+ROW_GROUP_BYTES = 1 << 24  # Parquet files with larger row groups are copied into blocks
+COUNTED_BYTES = 1 << 30  # a wrong line within this size of its file is reported with its line number
 
 
 class TextFormat(Protocol):
@@ -56,7 +56,7 @@ class TextFormat(Protocol):
         ...
 
     def read(self, block: int) -> Iterator[Sequence[str]]:
-        """The block's documents, each as passages: pieces that are held out, or not, one by one."""
+        """The block's documents, each as a sequence of passages; each passage is held out or not."""
         ...
 
     def fingerprint(self) -> str:
@@ -65,13 +65,13 @@ class TextFormat(Protocol):
 
 
 def combine(hashes: Sequence[str]) -> str:
-    """One sha256 for several."""
+    """One sha256 over several."""
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """What the formats over several files share: blocks are numbered through all of them, in the order of `paths`."""
+    """Base class of formats over several files: block numbers run through all files, in the order of `paths`."""
 
     paths: tuple[Path, ...]
     text_key: str = "text"
@@ -84,13 +84,13 @@ class FileFormat:
 
     @cached_property
     def files(self) -> "Sequence[PlainLines | CopiedLines | RowGroups]":
-        """Block readers of the files; seekable copies that are missing are made here."""
+        """Block readers of the files. Missing seekable copies are written here."""
         files = [self.open(path) for path in self.paths]
         make_copies([file for file in files if isinstance(file, CopiedLines)], self.lines_to_copy)
         return files
 
     def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
-        """Block reader of one file of UTF-8 text; its copy may still be missing.
+        """Block reader of one UTF-8 file; its seekable copy may not exist yet.
 
         Raises:
             UserError: the file begins like UTF-16, binary data or a Git LFS pointer.
@@ -123,10 +123,10 @@ class FileFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(FileFormat):
-    """JSON Lines, or files of one JSON array: one document an object, in the column `text_key`."""
+    """JSON Lines, or files of one JSON array: each object is a document, its text in the column `text_key`."""
 
     def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
-        """A file of one array is copied, as one of a line may be as long as the file."""
+        """A file of one JSON array is copied into blocks: it may be a single line."""
         file = super().open(path)
         return copy_of(path, self.cache_dir, combine([sample_sha256(path), "array"])) if is_array(path) else file
 
@@ -147,7 +147,7 @@ class JsonLines(FileFormat):
         return combine([super().fingerprint(), self.text_key])
 
     def place(self, file: int, block: int, number: int) -> str:
-        """The file and the line, for a message; the block instead where counting would take minutes."""
+        """File and line for a message; the block instead of the line where counting would take minutes."""
         path, reader = self.paths[file], self.files[file]
         if block * BLOCK_BYTES > COUNTED_BYTES:
             return f"{path}, block {block:,} of {reader.num_blocks:,}"
@@ -163,7 +163,7 @@ def text_of(line: bytes, text_key: str) -> str:
     """The text of one JSON object; null is an empty text.
 
     Raises:
-        ValueError: it has none; the message lacks the file.
+        ValueError: it has none; the caller adds the file to the message.
     """
     try:
         row = json.loads(line)
@@ -186,14 +186,14 @@ def text_of(line: bytes, text_key: str) -> str:
         raise ValueError(f"column {text_key} is not text: {str(text)[:60]}; choose another text_key")
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as "\\ud83d" alone: JSON allows it, UTF-8 does not
+    except UnicodeEncodeError:  # half a surrogate pair, such as "\\ud83d": JSON allows it, UTF-8 does not
         text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return text
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(FileFormat):
-    """Plain text: a file is one document, and each 32 kB of a longer one are (cut at line ends, or inside long lines)."""
+    """Plain text: a file is one document. A longer one gives a document per 32 kB, split at line ends or between words."""
 
     def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
         file = super().open(path)
@@ -215,7 +215,7 @@ class TextFiles(FileFormat):
 
 
 def passages(text: bytes) -> Iterator[bytes]:
-    """UTF-8 text in pieces of at least 4 kB that end with a line, or with a word where the line is as long again."""
+    """Split UTF-8 text into passages of at least 4 kB. They end with a line, or with a word if the line is over 4 kB."""
     start = 0
     while start < len(text):
         least = start + PASSAGE_BYTES
@@ -251,7 +251,7 @@ class RowGroups:
 
     @property
     def size_bytes(self) -> int:
-        """Of all text, as it is encoded in the file."""
+        """Bytes of all text, as encoded in the file."""
         return sum(self.sizes)
 
     def read(self, block: int) -> Iterator[bytes]:
@@ -267,10 +267,10 @@ class RowGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(JsonLines):
-    """Parquet: a document is a row's `text_key`; files with over 16 MB of text in a row group are copied into blocks."""
+    """Parquet: each row is a document. Files with over 16 MB of text in a row group are copied into blocks."""
 
     def open(self, path: Path) -> CopiedLines | RowGroups:
-        """Check the column, decide whether the row groups are small enough."""
+        """Check the column, and whether the row groups are small enough to be blocks."""
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 metadata, schema = file.metadata, file.schema_arrow
@@ -291,7 +291,7 @@ class Parquet(JsonLines):
 
 @dataclass(frozen=True, kw_only=True)
 class Csv(JsonLines):
-    """CSV or TSV: a document is a row's `text_key`. Quoted text may hold newlines, so files are copied into blocks."""
+    """CSV or TSV: each row is a document. Quoted text may hold newlines, so files are copied into blocks."""
 
     def open(self, path: Path) -> CopiedLines:
         """Check the header."""
@@ -305,7 +305,7 @@ class Csv(JsonLines):
 
 @dataclass(frozen=True, kw_only=True)
 class Arrow(JsonLines):
-    """Arrow, as `datasets` saves it: a document is a row's `text_key`. Files are copied into blocks."""
+    """Arrow, as `datasets` saves it: each row is a document. Files are copied into blocks."""
 
     def open(self, path: Path) -> CopiedLines:
         """Check the column."""
@@ -318,7 +318,7 @@ class Arrow(JsonLines):
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded(JsonLines):
-    """The standard library's own text (`corpus`), parsed once per machine and Python: `part` is prose or code."""
+    """The embedded corpus (see `corpus`), extracted once per machine and Python version; `part` is prose or code."""
 
     part: str
 

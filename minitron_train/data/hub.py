@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, streamed through `datasets`; resuming goes through its own state.
+"""Data sets of the Hugging Face hub, streamed with `datasets`; resuming uses the state of `datasets`.
 
-The documents come in the data set's order (a shuffle buffer does not survive a resume); those of one unit are
-shuffled. `datasets` resumes at the beginning of a shard and skips to the row: prefer data sets of many shards.
+Documents come in the data set's order, since a shuffle buffer cannot be resumed; only those of one unit are shuffled.
+`datasets` resumes at the beginning of a shard and skips rows, so prefer data sets with many shards.
 """
 
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ class HubSource:
     def __init__(self, name: str, source: SourceConfig) -> None:
         self.name = name
         self.source = source
-        self.initial_state: dict = {}  # of the rows: before the first
+        self.initial_state: dict = {}  # state of `rows` before the first row
 
     @cached_property
     def rows(self) -> Any:
         """The streaming data set."""
         import datasets
 
-        source, _ = self.source, self.watch  # of the files before they are opened
+        source, _ = self.source, self.watch  # records the files before they are opened
         try:
             rows: Any = datasets.load_dataset(
                 str(source.path), name=source.subset, split=source.split, revision=source.revision, streaming=True
             )
-        except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
+        except Exception as error:  # datasets and huggingface_hub raise dozens of classes
             raise UserError(
                 f"data.sources.{self.name}: {source.path} cannot be opened on the hub ({type(error).__name__}: "
                 f"{first_line(error)}); check the name, the network and HF_TOKEN, or download it and give its path"
@@ -46,7 +46,7 @@ class HubSource:
 
     @cached_property
     def watch(self) -> Watch:
-        """The files of a local folder, as they were opened; of a repository there are none here."""
+        """The files of a local folder as they were when it was opened; a repository has none."""
         return Watch(self.files)
 
     @property
@@ -58,10 +58,10 @@ class HubSource:
         return sorted(set(found).difference(hidden))
 
     def units(self, state: dict | None, unit_bytes: int) -> Iterator[tuple[dict, tuple[str, ...]]]:
-        """One pass from `state`: the state before each unit, and the unit's texts; one unit at least, if an empty one.
+        """One pass from `state`: the state before each unit, and the unit's texts. There is at least one unit, even empty.
 
-        `datasets` applies a loaded state only when the iteration begins: until its first row, `rows.state_dict()` still
-        answers with the state before the load. So the state of the first unit is the one that was given.
+        `datasets` applies a loaded state when the iteration begins: before the first row, `rows.state_dict()` still
+        returns the state before the load. So the first unit has the given state.
         """
         rows = self.rows
         start, texts, size_bytes, num_units = state or self.initial_state, [], 0, 0
@@ -80,12 +80,12 @@ class HubSource:
         """The text of each row from `state` to the end of the pass; rows without text give an empty one.
 
         Raises:
-            UserError: the state is not one of this data set, a row cannot be read, or its text is no text.
+            UserError: the state does not fit this data set, a row cannot be read, or its column is not text.
         """
         source = self.source
         where = f"data.sources.{self.name}: {source.path}"
         if state.keys() != self.initial_state.keys():
-            raise UserError(f"{where}: the checkpoint's position is of another version of `datasets`; install that one")
+            raise UserError(f"{where}: the position was saved with another version of `datasets`; install that one")
         self.rows.load_state_dict(state)
         rows = iter(self.rows)
         while True:
@@ -93,7 +93,7 @@ class HubSource:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # of the network, of damaged files: dozens of kinds
+            except Exception as error:  # the network and damaged files: dozens of classes
                 self.watch.check_all()
                 raise UserError(
                     f"{where}: reading failed ({type(error).__name__}: {first_line(error)}); check the files or the "

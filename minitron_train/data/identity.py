@@ -1,9 +1,9 @@
-"""Which files a source is made of: their content by a bounded number of bytes, and whether they are still the same.
+"""Fingerprints of a source's files from a bounded number of bytes, and the check that the files have not changed.
 
-A file's name, size and content are its identity, not its time: a copy of a corpus on another machine is the same corpus.
-Sources of up to WHOLE_BYTES are hashed whole, so that a rewrite with the same size is seen. Of larger ones each file has
-its share of WHOLE_BYTES in evenly spaced samples, its first and last bytes among them. There a rewrite that misses
-every sample is seen by the file's time alone: `Watch` stops a run that reads such a file, `changes` warns a resumed one.
+A file's name, size and content are its identity; its time is not. So a copy of a corpus on another machine is the same
+corpus. Sources of up to WHOLE_BYTES are hashed completely, which detects a rewrite with the same size. In a larger source
+each file has its share of WHOLE_BYTES in evenly spaced samples, including its first and last bytes. There, only the file's
+time reveals a rewrite that misses every sample: `Watch` stops a run that reads such a file, `changes` warns a resumed one.
 """
 
 import datetime
@@ -23,11 +23,11 @@ SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells for the price of one stat that a file may have changed."""
+    """The result of one stat, which shows that a file may have changed."""
 
     size_bytes: int
     mtime_ns: int
-    ctime_ns: int  # changes with the content also where the mtime is put back
+    ctime_ns: int  # changes with the content even if the mtime is restored
     inode: int
 
     @classmethod
@@ -35,7 +35,7 @@ class Stamp:
         """The file as it is now.
 
         Raises:
-            UserError: it has gone.
+            UserError: it was deleted.
             MachineError: the file system does not answer.
         """
         try:
@@ -45,54 +45,54 @@ class Stamp:
                 f"{path}: was deleted after this run had opened it; restore it, then start again to resume"
             ) from None
         except OSError as error:
-            raise unreadable(error, path) from error
+            raise read_failed(error, path) from error
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file as it was read."""
+    """One file at the time it was read."""
 
     path: str
     size_bytes: int
     mtime_ns: int
-    sha256: str  # of name, size and content
-    is_whole: bool  # whether all of the content went into it, or samples
+    sha256: str  # over name, size and content
+    is_whole: bool  # whether all of the content was hashed, not samples
 
 
-def unreadable(error: OSError, path: Path | str = "data") -> MachineError:
-    """One line for a read that the machine refuses: a device, a network file system."""
+def read_failed(error: OSError, path: Path | str = "data") -> MachineError:
+    """The error for a read that fails in a device or a network file system."""
     reason = error.strerror or os.strerror(error.errno or errno.EIO)
     return MachineError(
-        f"{error.filename or path}: cannot be read any more ({reason}); when it can, start again to resume at the last "
+        f"{error.filename or path}: can no longer be read ({reason}); repair that, then start again to resume at the last "
         "checkpoint"
     )
 
 
 def records_of(paths: Sequence[Path]) -> list[FileRecord]:
-    """The files of one source; reads WHOLE_BYTES of them at most, and 8 kB of each."""
+    """Records of one source's files. Reads about WHOLE_BYTES in total at most, but at least 8 kB of each file."""
     stamps = [Stamp.of(path) for path in paths]
     total = sum(stamp.size_bytes for stamp in stamps)
     return [describe_file(path, stamp, share(stamp, total)) for path, stamp in zip(paths, stamps, strict=True)]
 
 
 def share(stamp: Stamp, total_bytes: int) -> int:
-    """How many bytes of a file are read, where all files of its source have `total_bytes`."""
+    """How many bytes of a file are read, if all files of its source have `total_bytes`."""
     if total_bytes <= WHOLE_BYTES:
         return stamp.size_bytes
     return max(2 * SAMPLE_BYTES, WHOLE_BYTES * stamp.size_bytes // total_bytes)
 
 
 def describe_file(path: Path, stamp: Stamp, share_bytes: int) -> FileRecord:
-    """The record of a file that has this stamp, of which `share_bytes` are read."""
+    """The record of a file with this stamp, from `share_bytes` of its content."""
     try:
         sha256 = content_sha256(path, stamp, share_bytes)
     except OSError as error:
-        raise unreadable(error, path) from error
+        raise read_failed(error, path) from error
     return FileRecord(str(path), stamp.size_bytes, stamp.mtime_ns, sha256, share_bytes >= stamp.size_bytes)
 
 
-@lru_cache(maxsize=1 << 16)  # the stages of a chain ask again for files that have not changed
+@lru_cache(maxsize=1 << 16)  # the stages of a chain ask for the same files
 def content_sha256(path: Path, stamp: Stamp, share_bytes: int) -> str:
     """sha256 of a file's name, size and content: all of it, or samples of 4 kB that add up to `share_bytes`."""
     digest = hashlib.sha256(f"{path.name}\0{stamp.size_bytes}\0".encode())
@@ -120,12 +120,12 @@ class Watch:
         self.check(*self.stamps)
 
     def check(self, *paths: Path) -> None:
-        """Look whether these files are still the same.
+        """Check that these files have not changed.
 
-        A file that was only touched, or replaced by an equal one, is the same.
+        A file that was only touched, or replaced by an equal one, has not.
 
         Raises:
-            UserError: one has changed or gone; the line names it.
+            UserError: names the file that was changed or deleted.
         """
         for path in paths:
             known, now = self.stamps[path], Stamp.of(path)
@@ -134,7 +134,7 @@ class Watch:
                 self.stamps[path] = now
 
     def refuse_changed(self, path: Path, known: Stamp, now: Stamp) -> None:
-        """Raise unless the content is the same as far as can be seen."""
+        """Raise a UserError unless the content is the same, as far as the samples show."""
         record = self.records[str(path)]
         if now.size_bytes != known.size_bytes:
             how = f"had {known.size_bytes:,} bytes, has {now.size_bytes:,}"
@@ -151,9 +151,9 @@ class Watch:
 
 
 def changes(old: Sequence[FileRecord], new: Sequence[FileRecord]) -> tuple[list[str], list[str]]:
-    """What happened to the files of a run since it began: what makes them others, and what their content cannot tell.
+    """What happened to the files of a run since it began: certain changes, and possible ones that no sample shows.
 
-    Files that have moved are the same.
+    Files that were moved count as the same.
     """
     same = {record.sha256 for record in old} & {record.sha256 for record in new}
     before, after = ({record.path: record for record in records} for records in (old, new))
@@ -175,5 +175,5 @@ def changes(old: Sequence[FileRecord], new: Sequence[FileRecord]) -> tuple[list[
 
 
 def date(mtime_ns: int) -> str:
-    """A file's time for a message, UTC."""
+    """A file's time in UTC, for a message."""
     return datetime.datetime.fromtimestamp(mtime_ns / 1e9, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,7 +1,7 @@
-"""Pre-tokenised sources: megatron-core's IndexedDataset (.bin/.idx). Random access: only the rows of this rank are read.
+"""Pre-tokenised sources: megatron-core's IndexedDataset (.bin/.idx). With random access, a rank reads only its own rows.
 
-The documents must end as the model expects (Megatron's preprocess_data.py --append-eod): nothing is appended.
-A document of several sequences (--split-sentences) stays whole.
+Documents must already end with the end-of-document token (Megatron's preprocess_data.py --append-eod): none is appended.
+A document of several sequences (--split-sentences) is not split.
 """
 
 import os
@@ -25,7 +25,7 @@ BLOCK_TOKENS = 8192
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, number of sequences, number of documents
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # megatron-core's DType, without floating point
-ENDS_LOOKED_AT = 100  # documents of a pair whose last token is looked at
+SAMPLED_DOCUMENTS = 100  # documents per pair whose last token is checked
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """The arrays of an .idx file, which megatron-core's reader would take unchecked, or refuse in several lines.
+    """Read and check the arrays of an .idx file. megatron-core's reader does not check them.
 
     Raises:
-        UserError: it is none, is cut off, or has another version or dtype.
+        UserError: it is not an index, is cut off, or has another version or dtype.
     """
     try:
         with path.open("rb") as file:
@@ -66,7 +66,7 @@ def read_index(path: Path) -> Index:
 
 
 def check_sequences(prefix: Path, index: Index) -> None:
-    """Refuse sequences that lie outside of the .bin file, and documents that are not runs of sequences."""
+    """Refuse sequences outside of the .bin file, and documents that are not consecutive sequences."""
     tokens = prefix.with_name(prefix.name + ".bin")
     try:
         size_bytes = tokens.stat().st_size
@@ -124,7 +124,7 @@ class Pair:
         return np.concatenate(pieces)
 
     def read_at(self, offset: int, count: int) -> np.ndarray:
-        """`count` tokens from a byte offset; a UserError where the file has become shorter."""
+        """`count` tokens from a byte offset; a UserError if the file has become shorter."""
         try:
             raw = os.pread(self.file.fileno(), count * self.dtype.itemsize, offset)
         except OSError as error:
@@ -144,44 +144,43 @@ class IndexedSource:
 
     @cached_property
     def watch(self) -> identity.Watch:
-        """The files as they were opened: a change would be read without notice."""
+        """The files as they were when opened; without it, a change would go unnoticed."""
         return identity.Watch(self.files)
 
     @cached_property
     def pairs(self) -> list[Pair]:
         """The opened pairs."""
-        _ = self.watch  # before the files are opened
+        _ = self.watch  # records the files before they are opened
         return [Pair(prefix) for prefix in self.prefixes]
 
     @cached_property
     def firsts(self) -> np.ndarray:
-        """Number of the first document of each pair, and of the end: int64 [pairs + 1]."""
+        """Index of the first document of each pair, then the number of documents: int64 [pairs + 1]."""
         return np.cumsum([0, *(len(pair.lengths) for pair in self.pairs)])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, through all pairs."""
+        """Tokens of each document, over all pairs."""
         return np.concatenate([pair.lengths for pair in self.pairs])
 
     @cached_property
     def block_starts(self) -> np.ndarray:
-        """Document with which each block begins, and the end: int64 [blocks + 1]."""
+        """Index of the first document of each block, then the number of documents: int64 [blocks + 1]."""
         before = np.cumsum(self.lengths) - self.lengths
         starts = np.flatnonzero(np.diff(before // BLOCK_TOKENS, prepend=-1))
         return np.append(starts, len(self.lengths))
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks."""
         return len(self.block_starts) - 1
 
     @property
     def block_bytes(self) -> int:
-        """What a block's tokens would be as text, about."""
+        """Approximate size of a block's tokens as text."""
         return 4 * BLOCK_TOKENS
 
     def unit(self, blocks: Iterable[int], seed: tuple[int, ...], vocab_size: int) -> Unit:
-        """The wanted documents of some blocks, shuffled; their tokens are read, and checked, when they are sliced."""
+        """The split's documents of some blocks, shuffled. Tokens are read and checked when the unit is sliced."""
         runs = [np.arange(*self.block_starts[block : block + 2]) for block in blocks]
         numbers = np.concatenate([np.empty(0, np.int64), *runs])
         numbers = numbers[[self.split.wants(f"sequence {number}") for number in numbers]]
@@ -190,7 +189,7 @@ class IndexedSource:
         return Unit(IndexedTokens(self, numbers, ends, vocab_size), ends)
 
     def read(self, number: int, start: int, stop: int, vocab_size: int) -> np.ndarray:
-        """Tokens start to stop of one document; a UserError where one is outside the vocabulary."""
+        """Tokens start to stop of one document; a UserError if one is outside the vocabulary."""
         pair = int(np.searchsorted(self.firsts, number, side="right")) - 1
         self.watch.check(*self.files[2 * pair : 2 * pair + 2])
         tokens = self.pairs[pair].read(int(number - self.firsts[pair]), start, stop)
@@ -205,15 +204,15 @@ class IndexedSource:
         return tokens
 
     def warn_without_ends(self, end: int) -> None:
-        """Print a line for each pair of which no document ends with the token `end`, of some that are looked at."""
+        """Warn about each pair in which no sampled document ends with the token `end`."""
         for prefix, pair in zip(self.prefixes, self.pairs, strict=True):
             documents = np.flatnonzero(pair.lengths)
-            chosen = documents[:: max(1, len(documents) // ENDS_LOOKED_AT)][:ENDS_LOOKED_AT]
+            chosen = documents[:: max(1, len(documents) // SAMPLED_DOCUMENTS)][:SAMPLED_DOCUMENTS]
             lasts = [int(pair.read(int(i), int(pair.lengths[i]) - 1, int(pair.lengths[i]))[0]) for i in chosen]
             if lasts and end not in lasts:
                 say(
                     f"warning: {prefix}.bin: none of {len(lasts)} documents ends with the end-of-document token {end}; "
-                    "documents run into each other: write the pair with --append-eod, or set data.document_end"
+                    "documents are not separated: write the pair with --append-eod, or set data.document_end"
                 )
 
     def fingerprint(self) -> str:
@@ -222,7 +221,7 @@ class IndexedSource:
 
 
 class IndexedTokens:
-    """The tokens of chosen documents as one array, read where they are sliced."""
+    """The tokens of some documents as one array; slicing reads them."""
 
     def __init__(self, source: IndexedSource, numbers: np.ndarray, ends: np.ndarray, vocab_size: int) -> None:
         self.source = source

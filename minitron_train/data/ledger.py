@@ -1,4 +1,4 @@
-"""data_files.json of a training: the files that it began with, so that a change is named when it resumes."""
+"""data_files.json of a training: the files that it began with, so that a resumed run can name what changed."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,17 +16,17 @@ SHOWN = 3  # files in a message
 
 
 def write_data_files(folder: Path, data: DataConfig) -> None:
-    """Record the files of the blend in a training's folder, once."""
+    """Record the files of the blend in a training's folder, at its first start."""
     path = folder / DATA_FILES
     if not path.exists():
         atomic_write_json(path, [asdict(record) for record in file_records(data)])
 
 
 def check_data_files(folder: Path, data: DataConfig) -> None:
-    """Refuse to resume a training whose files have changed; warn where a large file's time tells that it may have.
+    """Refuse to resume a training whose files have changed. Warn if only the time of a large file has.
 
     Raises:
-        UserError: files were rewritten, cut, replaced, added or removed; the line names them.
+        UserError: names the files that were rewritten, cut off, replaced, added or removed.
     """
     path = folder / DATA_FILES
     try:
@@ -44,6 +44,6 @@ def check_data_files(folder: Path, data: DataConfig) -> None:
 
 
 def listed(lines: list[str]) -> str:
-    """The first of them, and how many more."""
+    """The first lines, and the number of the others."""
     more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "; ".join([*lines[:SHOWN], *more])

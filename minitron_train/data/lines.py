@@ -1,11 +1,11 @@
 """Random access to the lines of text files: plain ones by byte range, compressed ones through a seekable copy.
 
-A block is some 32 kB of whole lines. In a plain file, block k holds the lines that *start* in bytes [k * 32768,
-(k + 1) * 32768): no index is needed, and neither a line nor a UTF-8 character is ever cut (b"\\n" is never part of
-another character). `PlainText` is for files in which a newline means nothing: a line that fills a whole block is cut
-there between words. A compressed stream cannot be entered in its middle, so it is copied once into `cache_dir`
-as independently compressed blocks with their offsets; resuming then costs one block, not the stream before it.
-`make_copies` writes what is missing and says so.
+A block is about 32 kB of complete lines. In a plain file, block k holds the lines that *start* in bytes [k * 32768,
+(k + 1) * 32768). That needs no index, and splits neither a line nor a UTF-8 character (b"\\n" is never part of another
+character). `PlainText` is for files without a format, where lines have no meaning: it splits a line that fills a block
+between words. A compressed stream cannot be read from the middle. So it is copied once into `cache_dir`, as independently
+compressed blocks with their offsets; a resumed run then reads one block instead of everything before it. `make_copies`
+writes and reports missing copies.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import byte_size, partial_path, sync_path
 
 BLOCK_BYTES = 32768
-PIECE_BYTES = 1_000_000  # of a compressed file: a step of the progress
-MAX_LINE_BYTES = 1 << 30  # a line is held in memory
-FRAME_HEAD = struct.Struct("<II")  # of a frame: bytes of its text, and their CRC-32
-COPY_END = b"blocks-2"  # the last bytes of a whole copy
-SAMPLE_BYTES = 4096  # of a file's head and tail go into the name of its copy
-WORD_BYTES = 256  # in which a word is looked for, where a long line is cut
+PIECE_BYTES = 1_000_000  # one step of the progress bar, in bytes of a compressed file
+MAX_LINE_BYTES = 1 << 30  # lines are held in memory
+FRAME_HEAD = struct.Struct("<II")  # a frame begins with the size of its text and its CRC-32
+COPY_END = b"blocks-2"  # the last bytes of a complete copy
+SAMPLE_BYTES = 4096  # a file's head and tail of this size are hashed into the name of its copy
+WORD_BYTES = 256  # searched for a space, where a long line is split
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,14 @@ class PlainLines:
 
     @property
     def num_blocks(self) -> int:
-        """Of 32 kB, the last one smaller."""
         return -(-self.size_bytes // BLOCK_BYTES)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[BinaryIO]:
-        """The file, which must still be there and at least as long as at the beginning; a file may grow.
+        """The opened file. It must have at least its original size; it may grow.
 
         Raises:
-            UserError: it is gone, cut off or unreadable.
+            UserError: it was deleted or cut off, or cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -82,10 +81,10 @@ class PlainLines:
 
 
 class PlainText(PlainLines):
-    """Blocks of an uncompressed file without a format, each below 64 kB whatever the length of its lines."""
+    """Blocks of an uncompressed file without a format. Each is below 64 kB, whatever the length of the lines."""
 
     def read(self, block: int) -> Iterator[bytes]:
-        """The lines that start inside this block, without their newline, or the part of a longer one that is here."""
+        """The lines that start inside this block, without their newline, or the part of a longer line that lies in it."""
         start, end = self.start(block), self.start(block + 1)
         if start < end:
             with self.opened() as file:
@@ -93,7 +92,7 @@ class PlainText(PlainLines):
                 yield from file.read(end - start).removesuffix(b"\n").split(b"\n")
 
     def start(self, block: int) -> int:
-        """Where the first line begins that starts in this block; the first word, where a line fills the block."""
+        """Offset of the first line that starts in this block; of the first word, if a line fills the block."""
         position = min(block * BLOCK_BYTES, self.size_bytes)
         if position in (0, self.size_bytes):
             return position
@@ -106,14 +105,14 @@ class PlainText(PlainLines):
 
 
 def word_start(raw: bytes) -> int:
-    """Position of the first word that begins in some UTF-8 text, or of its first character where no word is near."""
+    """Offset of the first word that begins in `raw` (UTF-8); of the first character if no space is within WORD_BYTES."""
     if (space := raw.find(b" ", 0, WORD_BYTES)) >= 0:
         return space + 1
     return next((i for i, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
 
 
 def short_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines, those longer than a block cut between words into pieces of about a block."""
+    """Split lines longer than two blocks between words, into pieces of about a block."""
     for line in lines:
         start = 0
         while len(line) - start > 2 * BLOCK_BYTES:
@@ -126,14 +125,14 @@ def short_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class CopiedLines:
-    """Blocks of a seekable copy (`make_copies` writes it): zstd frames, their offsets, how many there are, COPY_END."""
+    """Blocks of a seekable copy, which `make_copies` writes: zstd frames, their offsets, their number, COPY_END."""
 
-    path: Path  # of the copy
-    source: Path  # of the original, for messages
+    path: Path  # the copy
+    source: Path  # the original, for messages
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Byte offsets of the frames and of their end, int64 [num_blocks + 1]; a damaged copy is a UserError."""
+        """Byte offsets of the frames and of their end, int64 [num_blocks + 1]. A damaged copy raises a UserError."""
         try:
             return read_offsets(self.path)
         except (OSError, ValueError) as error:
@@ -141,7 +140,7 @@ class CopiedLines:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the copy exists, complete and in this format, as far as its end tells."""
+        """Whether the copy exists and ends like a complete one."""
         try:
             return len(read_offsets(self.path)) > 0
         except (OSError, ValueError):
@@ -149,16 +148,15 @@ class CopiedLines:
 
     @property
     def num_blocks(self) -> int:
-        """Number of frames."""
         return len(self.offsets) - 1
 
     @property
     def size_bytes(self) -> int:
-        """Of the text, at least: a frame holds a block or more."""
+        """Lower bound of the text's size: a frame holds at least a block."""
         return self.num_blocks * BLOCK_BYTES
 
     def read(self, block: int) -> Iterator[bytes]:
-        """The lines of one frame, without their newline; a damaged copy is a UserError."""
+        """The lines of one frame, without their newline. A damaged copy raises a UserError."""
         start, end = (int(offset) for offset in self.offsets[block : block + 2])
         try:
             with self.path.open("rb") as file:
@@ -166,19 +164,19 @@ class CopiedLines:
                 frame = file.read(end - start)
             size_bytes, crc = FRAME_HEAD.unpack_from(frame)
             if size_bytes > MAX_LINE_BYTES + BLOCK_BYTES:
-                raise ValueError("it promises too much text")
+                raise ValueError("the stated size is too large")
             raw = pyarrow.Codec("zstd").decompress(frame[FRAME_HEAD.size :], decompressed_size=size_bytes, asbytes=True)
             assert isinstance(raw, bytes)
             if zlib.crc32(raw) != crc:
-                raise ValueError("its checksum differs")
+                raise ValueError("the checksum differs")
         except (pyarrow.ArrowException, OSError, ValueError, struct.error) as error:
             raise self.damaged(error) from error
         yield from raw.split(b"\n")
 
     def damaged(self, error: Exception) -> UserError:
-        """The one line for a copy that cannot be read."""
+        """The error for a copy that cannot be read."""
         return UserError(
-            f"{self.path}: the copy of {self.source} cannot be read ({first_line(error)}); delete it, it is made again"
+            f"{self.path}: the copy of {self.source} cannot be read ({first_line(error)}); delete it and start again"
         )
 
 
@@ -186,7 +184,7 @@ def read_offsets(path: Path) -> np.ndarray:
     """The offsets at the end of a seekable copy, int64 [frames + 1].
 
     Raises:
-        ValueError: they are not those of a whole copy.
+        ValueError: they are not those of a complete copy.
     """
     with path.open("rb") as file:
         size_bytes = file.seek(0, os.SEEK_END)
@@ -205,12 +203,12 @@ def read_offsets(path: Path) -> np.ndarray:
 
 
 def copy_of(source: Path, cache_dir: Path, fingerprint: str) -> CopiedLines:
-    """The copy of a source with this fingerprint, whether it is written already or not."""
+    """The copy of a source with this fingerprint, which may not exist yet."""
     return CopiedLines(cache_dir / f"{source.name}.{fingerprint[:16]}.blocks", source)
 
 
 def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterable[bytes]]) -> None:
-    """Write the copies that are missing or damaged, with one line on the console for all; `lines_of` gives a source's lines."""
+    """Write the missing or damaged copies, and print one line for all; `lines_of` returns a source's lines."""
     missing = [copy for copy in copies if not copy.is_whole]
     if not missing:
         return
@@ -218,20 +216,22 @@ def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterab
     others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     folder = missing[0].path.parent
     say(
-        f"copying {missing[0].source}{others} ({size}) into {folder} (data.cache_dir), once: blocks to read in any order"
+        f"copying {missing[0].source}{others} ({size}) into {folder} (data.cache_dir), once, as blocks for random access"
     )
     for copy in progress(missing, "copies", len(missing)):
         make_copy(copy, lines_of(copy.source))
 
 
 def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:
-    """Write one copy if it is missing or damaged; other processes that want it wait."""
+    """Write one copy if it is missing or damaged. Other processes that need it wait."""
     folder = copy.path.parent
     try:
         if not copy.is_whole:
             folder.mkdir(parents=True, exist_ok=True)
             with copy.path.with_suffix(".lock").open("w") as lock:
-                with contextlib.suppress(OSError):  # a file system without locks: then several may write the same copy
+                with contextlib.suppress(
+                    OSError
+                ):  # a file system without locks: several processes may then write the copy
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 if not copy.is_whole:
                     write_copy(copy.path, bounded(copy.source, lines))
@@ -243,7 +243,7 @@ def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:
 
 
 def write_copy(path: Path, lines: Iterable[bytes]) -> None:
-    """The whole copy or nothing."""
+    """Write one copy atomically."""
     scratch = partial_path(path)
     try:
         with scratch.open("wb") as file:
@@ -255,7 +255,7 @@ def write_copy(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def write_frames(file: BinaryIO, lines: Iterable[bytes]) -> None:
-    """One zstd frame per block of lines; the offsets of all frames at the end."""
+    """Write one zstd frame per block of lines, then the offsets of all frames."""
     codec = pyarrow.Codec("zstd")
     offsets = [0]
     for block in group_lines(lines):
@@ -281,27 +281,29 @@ def group_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def check_line(path: Path, size_bytes: int) -> None:
-    """Refuse a line that is too long to be held in memory."""
+    """Refuse a line that is too long for the memory."""
     if size_bytes > MAX_LINE_BYTES:
         raise UserError(f"{path}: a line or document of over {byte_size(MAX_LINE_BYTES)}; split it into several")
 
 
 def bounded(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file, none of them too long for a frame."""
+    """The lines of a file; a UserError for a line that is too long for a frame."""
     for line in lines:
         check_line(path, len(line))
         yield line
 
 
 def decompressed_lines(path: Path, cut_bytes: int | None = None) -> Iterator[bytes]:
-    """All lines inside a file, compressed or not; a missing, corrupt or truncated one is a UserError.
+    """All lines inside a file, compressed or not.
 
     Args:
-        cut_bytes: lines come in parts of at least so many bytes, cut between words (text without a format). Without it,
-            a line of over MAX_LINE_BYTES is a UserError.
+        cut_bytes: split lines between words into parts of at least so many bytes (for text without a format).
+
+    Raises:
+        UserError: the file is missing, corrupt or cut off; or without `cut_bytes`, a line exceeds MAX_LINE_BYTES.
     """
     try:
-        parts: list[bytes] = []  # of a line that has not ended
+        parts: list[bytes] = []  # parts of an unfinished line
         size_bytes = 0
         for piece in decompressed_pieces(path):
             first, *others = piece.split(b"\n")
@@ -325,7 +327,7 @@ def decompressed_lines(path: Path, cut_bytes: int | None = None) -> Iterator[byt
 
 
 def decompressed_pieces(path: Path) -> Iterator[bytes]:
-    """The text inside a file; the progress goes by megabytes of the file."""
+    """The text inside a file; progress is shown in megabytes of the file."""
     ends = range(PIECE_BYTES, path.stat().st_size, PIECE_BYTES)
     with path.open("rb") as file, packed.unpack(path, file) as stream:
         for end in progress(ends, f"copy of {path.name} in MB", len(ends)):
@@ -336,7 +338,7 @@ def decompressed_pieces(path: Path) -> Iterator[bytes]:
 
 
 def open_lines(path: Path, cache_dir: Path) -> PlainLines | CopiedLines:
-    """Random access to one file's lines; of a compressed file, through its copy, which may still have to be made."""
+    """Random access to one file's lines. A compressed file is read through its copy, which may not exist yet."""
     try:
         if packed.packing(path):
             return copy_of(path, cache_dir, sample_sha256(path))
@@ -346,7 +348,7 @@ def open_lines(path: Path, cache_dir: Path) -> PlainLines | CopiedLines:
 
 
 def sample_sha256(path: Path) -> str:
-    """sha256 of a file's name, size, time, first and last 4 kB: which seekable copy belongs to it."""
+    """sha256 of a file's name, size, time, first and last 4 kB; it names the file's seekable copy."""
     try:
         status = path.stat()
         digest = hashlib.sha256(os.fsencode(path.name) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())

@@ -1,4 +1,4 @@
-"""One source as an endless sequence of packed windows, with a position of a few numbers."""
+"""One source as an endless sequence of packed windows, whose position is a few numbers."""
 
 # S sequence length in tokens
 from collections import deque
@@ -12,7 +12,7 @@ from minitron_train.data.workers import Pending
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 
-SAID_PASSES = 4
+REPORTED_PASSES = 4  # each of the first passes is reported, then every doubling
 Position = dict  # {"epoch", "unit"} of a unit, and "rows" (the state of `datasets`) for a hub source
 
 
@@ -25,9 +25,9 @@ class Window:
 
 
 def num_windows(unit: Unit, seq_length: int) -> int:
-    """Windows of a unit: each begins with the last token of the one before it; the rest, below S tokens, is left out.
+    """Windows of a unit. Each begins with the last token of the previous one; a rest of less than S tokens is dropped.
 
-    Documents are shuffled into units anew in each epoch, so the rest is another one each time.
+    Each epoch shuffles the documents into new units, so other tokens are dropped each time.
     """
     return max(0, len(unit.tokens) - 1) // seq_length
 
@@ -43,9 +43,9 @@ def cut(unit: Unit, index: int, seq_length: int) -> Window:
 
 
 class Packer:
-    """A source's windows, shuffled inside each unit: neighbours in a batch come from different documents.
+    """A source's windows, shuffled inside each unit, so that neighbours in a batch come from different documents.
 
-    The state is the unit and the number of windows taken from it; going on from it makes that one unit again.
+    The state is the unit and the number of windows taken from it. Resuming tokenises that one unit again.
     """
 
     def __init__(
@@ -60,30 +60,30 @@ class Packer:
         state: dict | None = None,
     ) -> None:
         self.name = name
-        self.units = units  # from the state's position on
+        self.units = units  # starting at the state's position
         self.seq_length = seq_length
         self.seed = seed
-        self.ahead = ahead  # units in the making beyond the one in use
-        self.num_units = num_units  # of a pass; asked when the source is open
+        self.ahead = ahead  # units requested in advance
+        self.num_units = num_units  # units per pass; known only once the source is open
         self.waiting: deque[tuple[Position, Pending]] = deque()
         self.unit: Unit | None = None
-        self.order = np.empty(0, np.int64)  # of the unit's windows
-        self.position: Position | None = state["position"] if state else None  # of the unit
+        self.order = np.empty(0, np.int64)  # permutation of the unit's windows
+        self.position: Position | None = state["position"] if state else None  # the unit's position
         self.taken = state["taken"] if state else 0  # windows of the unit
         self.before = state["before"] if state else 0  # windows of the epoch's earlier units
-        self.pass_windows: int | None = state["pass_windows"] if state else None  # of the last whole epoch
-        self.said_blank = False  # that documents have no text
-        self.longest = 0  # unit of the epoch so far, tokens
+        self.pass_windows: int | None = state["pass_windows"] if state else None  # windows of the last complete epoch
+        self.reported_blank = False  # whether documents without text were reported
+        self.longest = 0  # tokens of the longest unit in this epoch
 
     def state_dict(self) -> dict | None:
-        """Where the next window comes from; None before the first."""
+        """Position of the next window; None before the first."""
         if self.position is None:
             return None
         counts = {"taken": self.taken, "before": self.before, "pass_windows": self.pass_windows}
         return {"position": self.position, **counts}
 
     def passes(self) -> dict[str, float | None]:
-        """How often the source was read (`passes`), and the tokens of its last whole pass; None where that is not known."""
+        """How often the source was read (`passes`), and the tokens of its last complete pass; None where unknown."""
         per_pass = None if self.pass_windows is None else self.pass_windows * self.seq_length
         if self.unit is None or self.position is None:
             return {"passes": None, "tokens_per_pass": per_pass}
@@ -96,7 +96,7 @@ class Packer:
         return {"passes": passes, "tokens_per_pass": per_pass}
 
     def next_window(self, wanted: bool = True) -> Window | None:
-        """The next window; one that is not wanted is passed over unread."""
+        """The next window; an unwanted one is skipped without reading its tokens."""
         if self.unit is None:
             taken = self.taken
             self.fetch()
@@ -108,12 +108,12 @@ class Packer:
         return cut(self.unit, int(self.order[self.taken - 1]), self.seq_length) if wanted else None
 
     def start(self) -> None:
-        """Have the first unit made, so that several sources do not wait for each other."""
+        """Request the first unit, so that several sources are tokenised concurrently."""
         if self.unit is None and not self.waiting:
             self.waiting.append(next(self.units))
 
     def fetch(self) -> None:
-        """Wait for the next unit, and have the ones after it made."""
+        """Wait for the next unit, and request the ones after it."""
         if not self.waiting:
             self.waiting.append(next(self.units))
         previous, resumes = self.position, self.unit is None
@@ -132,19 +132,19 @@ class Packer:
         self.longest = max(self.longest, len(self.unit.tokens))
 
     def report_blank(self, unit: Unit) -> None:
-        """Say once that documents without text are left out, with their share of the first unit that has any."""
-        if unit.num_blank and not self.said_blank:
-            self.said_blank = True
+        """Report once that documents without text are left out, with their number in the first such unit."""
+        if unit.num_blank and not self.reported_blank:
+            self.reported_blank = True
             say(
                 f"data: {self.name}: {unit.num_blank:,} of {unit.num_read:,} documents of a unit are null, empty or blank; "
                 "such documents are left out"
             )
 
     def begin_pass(self, number: int) -> None:
-        """Note the windows of the pass that has ended, and report the next: each of the first, then every doubling.
+        """Record the windows of the pass that has ended, and report the next pass (see REPORTED_PASSES).
 
         Raises:
-            UserError: the pass had no window, so that the next one would have none either.
+            UserError: the pass had no window, so the next one would have none either.
         """
         if not self.before:
             raise UserError(
@@ -152,5 +152,5 @@ class Packer:
                 "and its label; give more text or a smaller seq_length"
             )
         self.pass_windows, self.before, self.longest = self.before, 0, 0
-        if number <= SAID_PASSES or number.bit_count() == 1:
+        if number <= REPORTED_PASSES or number.bit_count() == 1:
             say(f"data: {self.name}: pass {number} begins; a pass has {self.pass_windows * self.seq_length:,} tokens")

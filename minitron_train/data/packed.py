@@ -1,4 +1,4 @@
-"""Compressed files: the compression a file has, by name or by content, and the bytes inside."""
+"""Compressed files: how a file is compressed, by its name or content, and the bytes inside it."""
 
 import bz2
 import gzip
@@ -16,13 +16,13 @@ import pyarrow
 
 from minitron_train.runtime.errors import UserError, first_line
 
-PIECE_BYTES = 1 << 16  # of a compressed file, for each call of a decompressor
+PIECE_BYTES = 1 << 16  # compressed bytes per call of a decompressor
 
 
 class Members(io.RawIOBase):
-    """The bytes inside a .bz2 or .xz file of one or more members, one after the other.
+    """The bytes inside a .bz2 or .xz file of one or more members.
 
-    The standard library's readers take damage and padding after the first member for the end of the file, and drop the
+    The standard library's readers treat damage and padding after the first member as the end of the file, and drop the
     rest without an error.
     """
 
@@ -32,15 +32,14 @@ class Members(io.RawIOBase):
         self.decoder = make()
 
     def readable(self) -> bool:
-        """Always."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill a part of the buffer; 0 at the end of the file.
+        """Fill part of the buffer. Returns the number of bytes, 0 at the end of the file.
 
         Raises:
             EOFError: the file ends inside a member.
-            OSError, lzma.LZMAError: a member is damaged, or something else than a member follows one.
+            OSError, lzma.LZMAError: a member is damaged, or is followed by other data.
         """
         data = b""
         while not data:
@@ -65,7 +64,7 @@ def open_members(make: Callable[[], Any], file: BinaryIO) -> BinaryIO:
     return io.BufferedReader(Members(make, file), PIECE_BYTES)
 
 
-OPENERS: dict[str, Callable[[BinaryIO], Any]] = {  # all of them read files of several members, one after the other
+OPENERS: dict[str, Callable[[BinaryIO], Any]] = {  # all of them read files of several members
     ".gz": gzip.open,
     ".zst": partial(pyarrow.input_stream, compression="zstd"),
     ".bz2": partial(open_members, bz2.BZ2Decompressor),
@@ -78,14 +77,14 @@ MAGIC = {  # no UTF-8 text begins like this; bzip2's is long enough to be sure
     ".xz": re.compile(rb"\xfd7zXZ\0"),
 }
 ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what the openers raise on damaged files
-NUMBERS = re.compile(r"(?<=.)[.-]\d+(-of-\d+)?$")  # at the end of a name: of a rotated file or a shard
+NUMBERS = re.compile(r"(?<=.)[.-]\d+(-of-\d+)?$")  # number of a rotated file or a shard, at the end of a name
 HEAD_BYTES = 4096
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """The format's and the compression's suffix in lower case, each "" if there is none.
+    """The suffixes of the format and of the compression, in lower case; "" if there is none.
 
-    Numbers at the end do not count: `A.JSONL.1` has .jsonl, `b.json-00000-of-00008.gz` has .json and .gz.
+    Numbers at the end are ignored: `A.JSONL.1` has .jsonl, `b.json-00000-of-00008.gz` has .json and .gz.
     """
     return suffixes_of_name(path.name)
 
@@ -108,7 +107,7 @@ def without_numbers(name: str) -> str:
 
 
 def packing(path: Path) -> str:
-    """The suffix of a file's compression, by its name, else by its first bytes; "" for none."""
+    """The suffix of a file's compression, by its name or else by its first bytes; "" if it is not compressed."""
     if packed := suffixes(path)[1]:
         return packed
     with path.open("rb") as file:
@@ -136,7 +135,7 @@ def head(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: Exception, fault: str = "cannot be decompressed") -> UserError:
-    """The one line for a file that the system cannot read, or that is not what its name promises (`fault`)."""
+    """The error for a file that the system cannot read, or whose content does not fit its name (`fault`)."""
     if isinstance(error, OSError) and error.errno:
         reason = os.strerror(error.errno)
         return UserError(f"{path}: cannot be read ({reason}); restore the file, or give another data path")

@@ -1,8 +1,8 @@
-"""Tokenise a corpus once into megatron-core's .bin/.idx, for runs in which many ranks share it.
+"""Tokenise a corpus once into megatron-core's .bin/.idx, for runs with many ranks.
 
     python -m minitron_train.data.pretokenise PATH --tokenizer FOLDER --output PREFIX [--num-workers 8] [--text-key text]
 
-Then data.sources.NAME.path=PREFIX: no rank tokenises any more, and each reads only its own rows.
+Then set data.sources.NAME.path=PREFIX: no rank tokenises, and each reads only its own rows.
 """
 
 import argparse
@@ -28,9 +28,10 @@ from minitron_train.runtime.files import disk_errors, parent_folders, partial_pa
 
 
 def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Path, seed: int = 0) -> dict[str, int]:
-    """Write PREFIX.bin and PREFIX.idx with every document of the only source, shuffled, each with its end token.
+    """Write PREFIX.bin and PREFIX.idx with every document of a single source, shuffled, each with its end token.
 
-    Nothing is held out here: the stream that reads the pair holds out by document number. Returns the counts.
+    Nothing is held out: the stream that reads the pair holds out documents by number. Returns the numbers of documents
+    and tokens.
     """
     data.validate()
     feed = Feed(data, tokenizer, Split(held_out=False, fraction=0), data.num_workers, seq_length=1)
@@ -44,7 +45,7 @@ def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Pa
 
 
 def units(feed: Feed, seed: int) -> Iterator[Unit]:
-    """One epoch, with as many units in the making as there are processes."""
+    """The units of one epoch; as many are requested in advance as there are tokenising processes."""
     jobs = feed.epoch(0, (seed,), {"epoch": 0, "unit": 0})
     waiting = deque(islice(jobs, feed.pool.num_workers + 1))
     while waiting:
@@ -53,7 +54,7 @@ def units(feed: Feed, seed: int) -> Iterator[Unit]:
 
 
 def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str, int]:
-    """The pair, whole or not at all: an older index goes first, the new one comes last."""
+    """Write the pair. An older index is deleted first and the new one renamed last, so that a pair is never mixed."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     scratch = partial_path(prefix)
@@ -64,7 +65,7 @@ def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str
         for unit in units:
             for tokens in np.split(unit.tokens[:], unit.ends[:-1]):
                 if len(tokens):
-                    builder.add_document(tokens, [len(tokens)])  # type: ignore[arg-type]  # arrays are what it makes of it
+                    builder.add_document(tokens, [len(tokens)])  # type: ignore[arg-type]  # it converts to arrays anyway
                     counts["documents"] += 1
                     counts["tokens"] += len(tokens)
         if not counts["documents"]:
@@ -82,11 +83,16 @@ def write_pair(prefix: Path, units: Iterator[Unit], vocab_size: int) -> dict[str
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="file, folder or quoted glob of text, JSON Lines, CSV, Parquet or Arrow")
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="of the .bin and .idx files")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="PREFIX",
+        help="path of the .bin and .idx files, without suffix",
+    )
     parser.add_argument("--num-workers", type=int, default=4, help="tokenising processes")
     parser.add_argument("--text-key", default="text", help="column that holds the text")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The format of a text source's file, by its name and, where the name says nothing, by its first bytes."""
+"""The format of a text source's file: by its name, or by its first bytes if the name does not show it."""
 
 import json
 import re
@@ -16,7 +16,7 @@ SUFFIXES = {  # in lower case, without compression and shard numbers
     SourceKind.text: (".txt", ".md", ".rst", ".py", ".text", ".raw", ".tokens"),
 }
 BY_NAME = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
-NEVER_TEXT = frozenset(  # whatever they begin with: markup, archives, documents, tensors
+NEVER_TEXT = frozenset(  # whatever their content: markup, archives, documents, tensors
     ".htm .html .xhtml .xml .svg .rtf .pdf .ps .tar .tgz .zip .7z .rar .docx .odt .epub .bin .pt .pkl .npy".split()
 )
 MAYBE_JSON = frozenset({".txt", ".text", ".raw"})  # often JSON Lines under a name of plain text
@@ -27,12 +27,12 @@ OBJECT = re.compile(rb'\s*(\[\s*)?\{\s*("|\})')  # a JSON object, or an array of
 
 
 def kind_by_name(path: Path) -> SourceKind | None:
-    """The format that a file name tells."""
+    """The format according to the file name; None if it does not show one."""
     return BY_NAME.get(suffixes(path)[0])
 
 
 def kind_of(path: Path) -> SourceKind | None:
-    """The format of a file: by name; by content if the name tells nothing, or plain text; None if it holds no text.
+    """The format of a file, by name; by content if the name shows none or plain text. None if the file holds no text.
 
     Raises:
         UserError: the file cannot be read.
@@ -45,7 +45,7 @@ def kind_of(path: Path) -> SourceKind | None:
 
 
 def kind_by_content(start: bytes) -> SourceKind | None:
-    """The format that the first 4 kB of a file tell; None for what is neither text nor a known format."""
+    """The format according to the first 4 kB; None for content that is neither text nor a known format."""
     if start.startswith(b"PAR1"):
         return SourceKind.parquet
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -67,7 +67,7 @@ def is_text(start: bytes) -> bool:
 
 
 def begins_with_an_object(start: bytes) -> bool:
-    """Whether the first line is a JSON object, as far as it can be seen."""
+    """Whether the first line is a JSON object, as far as the first 4 kB show."""
     line, newline, _ = start.removeprefix(BOM).lstrip().partition(b"\n")
     if not newline and len(start) >= HEAD_BYTES:
         return re.match(rb'\{\s*"[^"\\]*"\s*:', line) is not None

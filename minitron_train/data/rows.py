@@ -1,4 +1,4 @@
-"""Rows of files that cannot be read from their middle, as JSON lines: CSV, Arrow and JSON arrays. Copies are made of them."""
+"""Rows of CSV, Arrow and JSON arrays as JSON lines. Such files have no random access, so copies are written from these."""
 
 import csv
 import json
@@ -16,10 +16,10 @@ from minitron_train.data.recognise import BOM
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode
 
-DELIMITERS = (",", "\t", ";", "|")  # the first that finds the column in the header
-MAX_FIELD_BYTES = 2**31 - 1  # csv's own limit of 128 kB is less than a long document
+DELIMITERS = (",", "\t", ";", "|")  # the first one with which the header has the column
+MAX_FIELD_BYTES = 2**31 - 1  # csv's default limit of 128 kB is shorter than a long document
 MAX_SHOWN = 400  # characters of column names in a message
-MAX_HEADER_LINES = 100  # of a CSV file, as column names may hold newlines in quotes
+MAX_HEADER_LINES = 100  # a CSV header may have newlines in quoted column names
 MAX_ARRAY_BYTES = 2**32  # a JSON array is parsed in memory
 
 
@@ -80,7 +80,7 @@ def csv_column(path: Path, text_key: str) -> tuple[int, list[str], str]:
 
 
 def not_csv(path: Path, line: int, error: csv.Error) -> UserError:
-    """The one line for what the csv module refuses."""
+    """The error for a file that the csv module refuses."""
     if "new-line character" in str(error):
         return UserError(f"{path}, line {line}: has carriage returns alone; end lines with a newline (mac2unix)")
     return UserError(f"{path}, line {line}: not CSV ({error}); double the quotes inside of a quoted field")
@@ -100,11 +100,11 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def arrow_lines(path: Path, text_key: str) -> Iterator[bytes]:
-    """The text column of an Arrow file (stream or file format), as JSON lines; damaged batches are a UserError."""
+    """The text column of an Arrow file (stream or file format), as JSON lines. Damaged batches raise a UserError."""
     try:
         with pyarrow.memory_map(str(path)) as file:
             for batch in arrow_batches(file):
-                batch.validate(full=True)  # damaged offsets would be followed outside of the file
+                batch.validate(full=True)  # damaged offsets would point outside of the file
                 for text in batch.column(text_key).to_pylist():
                     yield json.dumps({text_key: text or ""}).encode()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -128,7 +128,7 @@ def open_arrow(file: pyarrow.NativeFile) -> pyarrow.RecordBatchFileReader | pyar
 
 
 def check_arrow(path: Path, text_key: str) -> None:
-    """Refuse a file that is no Arrow, or has no such column of text."""
+    """Refuse a file that is not Arrow, or has no such column of text."""
     try:
         with pyarrow.memory_map(str(path)) as file:
             schema = open_arrow(file).schema
@@ -138,7 +138,7 @@ def check_arrow(path: Path, text_key: str) -> None:
 
 
 def check_column(path: Path, text_key: str, schema: pyarrow.Schema) -> None:
-    """Refuse a table without the column, with two of its name, or with another type in it."""
+    """Refuse a table that lacks the column, has two of that name, or has another type in it."""
     check_once(path, text_key, schema.names)
     if text_key not in schema.names:
         raise missing_column(path, text_key, ", ".join(schema.names))
@@ -147,7 +147,7 @@ def check_column(path: Path, text_key: str, schema: pyarrow.Schema) -> None:
 
 
 def check_once(path: Path, text_key: str, columns: Sequence[str]) -> None:
-    """Refuse a table with several columns of the text's name."""
+    """Refuse a table with several columns of that name."""
     if (count := columns.count(text_key)) > 1:
         raise UserError(f"{path}: {count} columns are called {text_key}; rename all but one")
 
@@ -166,18 +166,18 @@ def is_text(kind: pyarrow.DataType) -> bool:
 
 
 def missing_column(path: Path | str, text_key: str, columns: str) -> UserError:
-    """The one message for a wrong text_key."""
+    """The error for a wrong text_key."""
     return UserError(f"{path}: {no_column(text_key, columns)}")
 
 
 def no_column(text_key: str, columns: str) -> str:
-    """What is wrong with a text_key, with the columns that are there."""
+    """The message about a wrong text_key, with the columns of the table."""
     columns = columns if len(columns) <= MAX_SHOWN else columns[:MAX_SHOWN] + " …"
     return f"no column {text_key}: it has {columns or 'none'}; set text_key"
 
 
 def not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:
-    """The one message for bytes that are not UTF-8, with those that are not."""
+    """The error for bytes that are not UTF-8; it shows them."""
     what = error.object[error.start : error.start + 8]
     return UserError(
         f"{where}: not UTF-8 near {what!r}; convert the file (iconv -f windows-1252 -t utf-8, or its encoding)"

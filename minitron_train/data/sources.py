@@ -1,4 +1,4 @@
-"""From the `data` section to opened sources: which files there are, in which format, with which weights."""
+"""Turn the `data` section into opened sources: their files, formats and weights."""
 
 import os
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ from pathlib import Path
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data.corpus import PARTS
+from minitron_train.data.discover import FileId, file_id, root_of
 from minitron_train.data.formats import Arrow, Csv, Embedded, JsonLines, Parquet, TextFiles, TextFormat, combine
 from minitron_train.data.hub import HubSource
 from minitron_train.data.identity import FileRecord, records_of
 from minitron_train.data.indexed import IndexedSource
-from minitron_train.data.inventory import FileId, Inventory, file_id, held_out_split, root_of, take
+from minitron_train.data.inventory import Inventory, held_out_split, take
 from minitron_train.data.packed import suffixes
 from minitron_train.data.units import Split
 from minitron_train.runtime.errors import UserError
@@ -24,8 +25,11 @@ FORMATS = {
     SourceKind.arrow: Arrow,
     SourceKind.text: TextFiles,
 }
-COPIED = (SourceKind.csv, SourceKind.arrow)  # whatever their compression
-EMBEDDED_WEIGHTS = {"prose": 0.7, "code": 0.3}  # there is three times as much code as prose; language models need prose
+COPIED = (SourceKind.csv, SourceKind.arrow)  # always copied into blocks, compressed or not
+EMBEDDED_WEIGHTS = {
+    "prose": 0.7,
+    "code": 0.3,
+}  # the corpus has three times as much code as prose; language models need prose
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,19 @@ class Part:
 
     @cached_property
     def inventory(self) -> Inventory | None:
-        """What the path stands for; None for the hub and the embedded corpus."""
+        """The files of the path; None for the hub and the embedded corpus."""
         if self.config.kind in (SourceKind.embedded, SourceKind.hub):
             return None
         return take(str(self.config.path), self.config.kind, split=self.config.split, held_out=self.held_out)
 
     @property
     def paths(self) -> list[Path]:
-        """The files that the path stands for, sorted; none for the hub and the embedded corpus."""
+        """The files of the path, sorted; empty for the hub and the embedded corpus."""
         return self.inventory.files if self.inventory else []
 
     @cached_property
     def kind(self) -> SourceKind:
-        """The format: of the files where it is `auto`."""
+        """The configured format; if that is `auto`, the format of the files."""
         if not self.inventory:
             return self.config.kind
         kinds = set(self.inventory.kinds.values())
@@ -79,7 +83,7 @@ class Part:
         return f"{label}: {self.config.path}: {self.inventory.summary()}" if self.inventory else None
 
     def open(self, split: Split) -> "TextFormat | IndexedSource | HubSource":
-        """The source, checked by its names only: files are opened, and copied where needed, when blocks are asked for."""
+        """The source, with only the file names checked. Files are opened, and copied if needed, when blocks are read."""
         match self.kind:
             case SourceKind.embedded:
                 part = str(self.config.path)
@@ -90,7 +94,7 @@ class Part:
                 prefixes = [path.with_suffix("") for path in self.paths]
                 missing = [prefix for prefix in prefixes if not prefix.with_name(prefix.name + ".bin").exists()]
                 if missing:
-                    raise UserError(f"{missing[0]}.bin: missing beside its .idx; copy both")
+                    raise UserError(f"{missing[0]}.bin: missing next to its .idx; copy both")
                 return IndexedSource(prefixes, split)
             case kind:
                 make = FORMATS[kind]
@@ -98,7 +102,7 @@ class Part:
 
 
 def parts(data: DataConfig) -> list[Part]:
-    """The blend's parts with a weight in some phase; every missing path is named in one error."""
+    """The blend's parts that have a weight in some phase. One error names all missing paths."""
     configs = {name: source for name, source in blend(data).items() if source.weight or source.late_weight}
     if not any(source.weight for source in configs.values()):
         raise UserError("data.sources: every weight is 0; give at least one part a weight")
@@ -113,13 +117,13 @@ def parts(data: DataConfig) -> list[Part]:
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where seekable copies go."""
+    """The folder of seekable copies."""
     cache = data.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "minitron_train"
     return Path(cache).expanduser()
 
 
 def blend(data: DataConfig) -> dict[str, SourceConfig]:
-    """`data.path` alone if there is one, else `data.sources`, else the embedded corpus."""
+    """`data.path` alone if it is set, otherwise `data.sources`, otherwise the embedded corpus."""
     if data.path:
         return {"own": SourceConfig(path=data.path, text_key=data.text_key)}
     return data.sources or {
@@ -129,7 +133,7 @@ def blend(data: DataConfig) -> dict[str, SourceConfig]:
 
 
 def check_paths(configs: dict[str, SourceConfig], blend_name: str) -> None:
-    """Refuse missing paths, all in one line with what could stand there."""
+    """Refuse missing paths. One line names all of them, with suggestions."""
     missing = {name: source for name, source in configs.items() if source.path in (None, "", "???")}
     if missing:
         hints = [f"{name} ({source.suggestion})" if source.suggestion else name for name, source in missing.items()]
@@ -149,7 +153,7 @@ def check_outside(data: DataConfig, folder: Path) -> None:
     """Refuse an output folder inside of the data: the run would read what it writes, and could not resume.
 
     Raises:
-        UserError: the folder lies in a folder of the data, or below one that a glob with ** goes through.
+        UserError: the folder lies in a data folder, or below one that a glob with ** searches.
     """
     paths = [source.path for source in blend(data).values() if source.kind is not SourceKind.embedded]
     for path in filter(None, [*paths, data.validation_path]):
@@ -157,18 +161,18 @@ def check_outside(data: DataConfig, folder: Path) -> None:
         inner = folder.resolve().relative_to(root) if root and folder.resolve().is_relative_to(root) else None
         if inner is not None and not any(name.startswith(".") for name in inner.parts):
             raise UserError(
-                f"output_dir={folder}: lies inside of {path}, all of which is read as data; choose an output_dir outside, "
+                f"output_dir={folder}: lies inside of {path}, which is read as data; choose an output_dir outside, "
                 "or give a narrower data path"
             )
 
 
 def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
-    """Files of a file name, a folder or a glob, sorted; none is an error. A .bin/.idx pair counts as its .idx file."""
+    """Files of a file name, folder or glob, sorted; a UserError if there are none. A .bin/.idx pair counts as its .idx."""
     return take(pattern, kind).files
 
 
 def validation_source(data: DataConfig) -> SourceConfig:
-    """data.validation_path as a source: the validation split of a downloaded data set, else its test split, else all.
+    """data.validation_path as a source: the validation split of a downloaded data set, else its test split, else all files.
 
     Raises:
         UserError: the path has no files.
@@ -178,21 +182,21 @@ def validation_source(data: DataConfig) -> SourceConfig:
 
 
 def held_out_files(data: DataConfig) -> frozenset[FileId]:
-    """The files of data.validation_path, which training must not read; none where they are missing."""
+    """The files of data.validation_path, which training must not read; empty if they are missing."""
     if not data.validation_path:
         return frozenset()
     try:
         source = validation_source(data)
         return frozenset(file_id(path) for path in take(str(source.path), split=source.split).files)
-    except UserError:  # validation itself will say so
+    except UserError:  # validation itself reports it
         return frozenset()
 
 
 def describe(data: DataConfig, key: str | None = None) -> list[str]:
-    """What every part of a blend stands for, a line each.
+    """One line per part of a blend: its files.
 
     Args:
-        key: the setting that names the only path, where it is not data.path.
+        key: the setting that names the only path, if it is not data.path.
     """
     key = key or ("data.path" if data.path else None)
     return [line for part in parts(data) if (line := part.describe(key or f"data {part.name}"))]
@@ -208,7 +212,7 @@ def files(data: DataConfig) -> list[Path]:
 
 
 def copied_bytes(data: DataConfig) -> int:
-    """About what the seekable copies of compressed files take in the cache folder; 0 where not all paths are known yet."""
+    """Approximate size of the seekable copies in the cache folder; 0 if not all paths are known yet."""
     try:
         return sum(
             path.stat().st_size
@@ -226,8 +230,8 @@ def train_split(data: DataConfig) -> Split:
 
 
 def identity(data: DataConfig) -> dict[str, str]:
-    """What a stream of `data` gives, by label, as inputs of a stage: fingerprints, weights, what is held out, what ends a
-    document. Tokenizer, seed and lengths are inputs and settings of their own.
+    """What decides a stream of `data`, by label, as inputs of a stage: fingerprints, weights, the held-out fraction and
+    the end of documents. Tokenizer, seed and lengths are inputs and settings of their own.
     """
     found, split, blended = {}, train_split(data), parts(data)
     for part in blended:
@@ -242,8 +246,8 @@ def identity(data: DataConfig) -> dict[str, str]:
 
 
 def file_records(data: DataConfig) -> list[FileRecord]:
-    """Every file of the blend and of data.validation_path as it is now; none for the embedded corpus and the hub's
-    repositories.
+    """Records of all files of the blend and of data.validation_path, as they are now. The embedded corpus and the hub's
+    repositories have none.
     """
     found = parts(data)
     if data.validation_path:

@@ -1,4 +1,4 @@
-"""Splits of a downloaded data set: which one a file belongs to by its name, and the one that is read."""
+"""Splits of a downloaded data set: which split a file name belongs to, and which split is read."""
 
 import re
 from pathlib import Path
@@ -9,22 +9,22 @@ from minitron_train.data.packed import suffixes
 from minitron_train.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from minitron_train.data.inventory import Listing
+    from minitron_train.data.discover import Listing
 
-SPLITS = {  # words of the hub's data sets (datasets.data_files.SPLIT_KEYWORDS)
+SPLITS = {  # names that the hub's data sets use (datasets.data_files.SPLIT_KEYWORDS)
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 ALL_SPLITS = "all"
-SPLIT_TEXT = frozenset({".txt", ".text", ".raw", ".tokens"})  # plain text that data sets come in, by splits
+SPLIT_TEXT = frozenset({".txt", ".text", ".raw", ".tokens"})  # suffixes of plain text in which data sets are published
 
 
 def split_of(name: str) -> str | None:
-    """The split that a relative path names, as the hub names splits: the file name first, then the nearest folder.
+    """The split that a relative path names, by the hub's rules: the file name first, then the nearest folder.
 
-    In a file name it is a word (`test-00000-of-00002.parquet`, `wiki.valid.tokens`), a folder is named for nothing else.
+    In a file name it is one of the words (`test-00000-of-00002.parquet`, `wiki.valid.tokens`); in a folder, the only one.
     """
     file, *folders = reversed(Path(name.lower()).parts)
     words = [word for word in re.split(r"[-._ 0-9]+", file) if word]
@@ -35,7 +35,7 @@ def split_of(name: str) -> str | None:
 
 
 def choose_split(listing: "Listing", kinds: dict[Path, SourceKind], split: str, pattern: str) -> None:
-    """Keep one split of a downloaded data set; notes and code with such names are no splits."""
+    """Keep one split of a downloaded data set. Notes and code with such names do not count as splits."""
     splits = {
         path: split_of(listing.name(path))
         for path in listing.files
@@ -47,13 +47,15 @@ def choose_split(listing: "Listing", kinds: dict[Path, SourceKind], split: str, 
     if wanted != "train":
         kept = [path for path in listing.files if splits.get(path) == wanted]
         if not kept:
-            there = ", ".join(sorted({found or "files without a split" for found in splits.values()})) or "no splits"
+            available = (
+                ", ".join(sorted({found or "files without a split" for found in splits.values()})) or "no splits"
+            )
             raise UserError(
-                f"{pattern}: no file of split {split}; it has {there}; choose another split, or {ALL_SPLITS}"
+                f"{pattern}: no file of split {split}; it has {available}; choose another split, or {ALL_SPLITS}"
             )
         listing.keep(kept, f"not split {wanted}")
         return
-    if "train" not in splits.values():  # text files may be called anything
+    if "train" not in splits.values():  # text files may have any name
         splits = {path: found for path, found in splits.items() if kinds[path] is not SourceKind.text}
     if all(splits.get(path) not in (None, "train") for path in listing.files):
         return

@@ -1,13 +1,13 @@
-"""The training stream: global batches that depend on the sources, the tokenizer, the seed and the length, nothing else.
+"""The training stream: global batches that depend only on the sources, the tokenizer, the seed and the length.
 
 Each source's blocks are permuted by seed and epoch, grouped into units of about a megabyte, tokenised (by workers),
-packed into windows and shuffled again; the blend says from which source the next window comes. Rank r takes rows r,
-r + dp_size, … of each global batch. Neither the number of workers nor of ranks changes a batch.
+packed into windows and shuffled again. The blend chooses the source of the next window. Rank r takes rows r, r + dp_size,
+… of each global batch. The numbers of workers and ranks change no batch.
 
-The state is a few numbers per source. Resuming makes the current unit of each source again: a megabyte of text,
-whatever was seen before. Across ranks: every rank tokenises all text (a row's place is known only once the rows
-before it are tokenised), some 300,000 tokens/s per worker (docs/results.md, benchmarks/speed/stream.py); .bin/.idx sources
-know their lengths, so each rank reads only its own rows: convert once where hundreds of ranks share a large blend.
+The state is a few numbers per source. Resuming tokenises the current unit of each source again: a megabyte of text,
+however long the run was. Every rank tokenises all text, because the position of a row depends on the rows before it; a
+worker reaches about 300,000 tokens/s (docs/results.md, benchmarks/speed/stream.py). .bin/.idx sources know their lengths,
+so each rank reads only its own rows: convert a large blend once if hundreds of ranks share it.
 """
 
 # B this rank's sequences, S tokens of a sequence, N validation sequences
@@ -44,10 +44,12 @@ class Batch:
 
 
 class TokenStream:
-    """Global batches of packed sequences, of which this rank gets its rows.
+    """Global batches of packed sequences; `next_batch` returns this rank's rows.
 
-    `total_tokens` places the late phase (data.late_fraction). A mistake of the user is a UserError: at once for
-    paths, columns and weights, at the first batch for what only reading shows.
+    `total_tokens` decides where the late phase begins (data.late_fraction).
+
+    Raises:
+        UserError: at once for paths and weights; at the first batch for mistakes that only reading shows.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class TokenStream:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length)
-        self.identity = self.feed.fingerprint()  # of the files as they are now
+        self.identity = self.feed.fingerprint()  # fingerprint of the files at this time
         late_start = None
         if data.late_fraction and total_tokens:
             late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
@@ -110,7 +112,7 @@ class TokenStream:
         return make_batch([window for window in windows if window], self.data.document_attention, dict(counts))
 
     def state_dict(self) -> dict:
-        """Small and JSON-able; the same on every rank, and valid for any number of ranks and workers."""
+        """A small JSON-able state. It is the same on every rank, and valid for any number of ranks and workers."""
         names = [part.name for part in self.feed.parts]
         states = [packer.state_dict() for packer in self.packers]
         return {
@@ -120,7 +122,7 @@ class TokenStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the batch that would have come next; refuses the state of a stream of other contents."""
+        """Resume at the next batch of a saved state; a UserError if that stream had other contents."""
         if state["fingerprint"] != self.fingerprint():
             raise UserError(
                 "data: files, weights, tokenizer, seed or seq_length differ from the checkpoint's; "
@@ -131,7 +133,7 @@ class TokenStream:
         self.packers = [self.packer(i, saved[part.name]) for i, part in enumerate(self.feed.parts)]
 
     def passes(self) -> dict[str, dict[str, float | None]]:
-        """By part: how often its documents were read, and the tokens of a whole pass; None where that is not known."""
+        """By part: how often its documents were read, and the tokens of a complete pass; None where unknown."""
         return {packer.name: packer.passes() for packer in self.packers}
 
     def fingerprint(self) -> str:
@@ -145,9 +147,9 @@ class TokenStream:
 
 
 def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
-    """Stack windows; documents and the mask matter only where attention stays inside a document.
+    """Stack windows. Document numbers and the mask are needed only if attention is limited to documents.
 
-    Positions go on from document to document: rotary embeddings know distances only.
+    Positions do not restart at a document: rotary embeddings depend only on distances.
     """
     tokens = torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64))
     documents = torch.from_numpy(np.stack([window.documents for window in windows]).astype(np.int64))
@@ -160,7 +162,7 @@ def make_batch(windows: list[Window], document_attention: bool, counts: dict[str
 
 
 def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:
-    """At most `quota` windows of S + 1 tokens, packed across units, as a unit may hold few held-out tokens."""
+    """At most `quota` windows of S + 1 tokens, packed across units, since a unit may have few held-out tokens."""
     missing, tokens = quota * seq_length + 1, []
     for unit in units if quota else ():
         tokens.append(unit.tokens[:missing])
@@ -172,7 +174,7 @@ def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np
 
 
 def validation_data(data: DataConfig) -> DataConfig:
-    """What the held-out tokens come from: data.validation_path, otherwise the training data themselves."""
+    """The source of the held-out tokens: data.validation_path, or else the training data."""
     if not data.validation_path:
         return data
     source = {"own": validation_source(data)}
@@ -180,9 +182,9 @@ def validation_data(data: DataConfig) -> DataConfig:
 
 
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
-    """Held-out tokens [N, S + 1] int64, N <= data.validation_tokens / S: each source gives its share, once over.
+    """Held-out tokens [N, S + 1] int64, N <= data.validation_tokens / S. Each source gives its share, in at most one pass.
 
-    From data.validation_path where there is one, else the documents that `TokenStream` leaves out.
+    They come from data.validation_path if it is set, otherwise from the documents that `TokenStream` leaves out.
     """
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
     feed = Feed(validation_data(data), tokenizer, split, 0, seq_length)

@@ -1,4 +1,4 @@
-"""Tokenizers: opened, checked against the model, and trained on the spot for recipes that download nothing."""
+"""Tokenizers: open them, check them against the model, train one for recipes that download nothing."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from minitron_train.runtime.files import atomic_folder
 from minitron_train.runtime.records import joined
 
 BOS, EOS = "<s>", "</s>"
-NUM_ROWS = "num_embedding_rows"  # attribute of an opened tokenizer that has ids beyond its model's rows
+NUM_ROWS = "num_embedding_rows"  # attribute of a tokenizer with ids beyond its model's embedding rows
 KNOWN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
@@ -50,12 +50,10 @@ def save(tokenizer: Tokenizer, folder: Path, max_length: int = 4096) -> None:
 
 
 def load(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; it must be a fast one (tokenizer.json), nothing is fetched."""
+    """Open the folder's tokenizer. It must be a fast one (tokenizer.json); nothing is downloaded."""
     folder = Path(folder)
     if not has_tokenizer(folder):
-        raise UserError(
-            f"{folder}: no tokenizer ({KNOWN_FILES[0]}) there; copy the model's, or give calibration.tokens"
-        )
+        raise UserError(f"{folder}: no tokenizer ({KNOWN_FILES[0]}); copy the model's, or give calibration.tokens")
     needs_sentencepiece = not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tekken.json"))
     if needs_sentencepiece and find_spec("sentencepiece") is None:
         raise UserError(
@@ -65,7 +63,7 @@ def load(folder: Path | str) -> PreTrainedTokenizerBase:
     check_config(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a corrupt file raises whatever its parser raises
+    except Exception as error:  # the class depends on the parser of the corrupt file
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: the tokenizer cannot be opened ({reason}); copy its files again") from error
     require_fast(tokenizer, str(folder))
@@ -73,35 +71,35 @@ def load(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a config.json that transformers does not open: the student would inherit what it objects to.
+    """Refuse a config.json that transformers does not open: the student would inherit its faults.
 
     Raises:
-        UserError: it does not. A model type that transformers does not know is left to others: tokenizers need none.
+        UserError: transformers does not open it. Model types that transformers does not know are not checked here.
     """
     path = folder / "config.json"
     if not path.is_file() or read_json(path).get("model_type") not in CONFIG_MAPPING:
         return
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each key's check raises what it likes
+    except Exception as error:  # the class depends on the key
         raise UserError(f"{path}: transformers refuses it ({joined(error)}); correct it") from error
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a file that holds a vocabulary is there."""
+    """Whether the folder has a file with a vocabulary."""
     return any((folder / name).is_file() for name in KNOWN_FILES)
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """The stream tokenises through the `tokenizers` library only."""
+    """Refuse a slow tokenizer: the stream needs the `tokenizers` library."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{where}: only fast tokenizers are supported; save it as tokenizer.json with transformers")
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None) -> Encoder:
-    """How documents become tokens: BOS first where the tokenizer puts one before a text itself, and always an end.
+    """How documents become tokens: with BOS if the tokenizer puts one before a text, and always with an end token.
 
-    The end is `document_end` or the tokenizer's EOS; a tokenizer without EOS needs data.document_end.
+    The end is `document_end` or the tokenizer's EOS. A tokenizer without EOS needs data.document_end.
     """
     require_fast(tokenizer, tokenizer.name_or_path or "tokenizer")
     end = tokenizer.eos_token if document_end is None else document_end
@@ -124,7 +122,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None)
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None) -> list[int]:
-    """What stands before a document's text in the stream: the end of the one before, and BOS where the tokenizer has one."""
+    """Tokens before a document's text in the stream: the end of the previous one, then BOS if the tokenizer uses one."""
     known = encoder(tokenizer, document_end)
     return [known.end, *known.start]
 
@@ -135,14 +133,14 @@ def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
-    """Refuse a tokenizer with ids that the model's embedding of `num_rows` rows does not have.
+    """Refuse a tokenizer with ids beyond the model's embedding of `num_rows` rows.
 
-    Tokens that were added later (a [PAD] of many fine-tuned models) may lie beyond the rows, as long as no text holds
-    them: the tokenizer remembers `num_rows`, and its encoder refuses such a text.
+    Added tokens (such as [PAD] in many fine-tuned models) may lie beyond the rows if no text holds them: the tokenizer
+    stores `num_rows`, and its encoder refuses such a text.
     """
     if (needed := vocab_size(tokenizer)) > num_rows:
         beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= num_rows}
-        added: dict[str, int] = getattr(tokenizer, "get_added_vocab")()  # noqa: B009 # its annotation is wrong
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab")()  # noqa: B009 # the annotation is wrong
         if beyond.keys() <= added.keys():
             setattr(tokenizer, NUM_ROWS, num_rows)
             say(
@@ -157,14 +155,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
 
 
 def check_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
-    """Refuse a tokenised text with an id beyond the rows that `check_tokenizer` was told of."""
+    """Refuse a tokenised text with an id beyond the rows that `check_tokenizer` stored."""
     check_ids(ids, getattr(tokenizer, NUM_ROWS, None), tokenizer.convert_ids_to_tokens)
 
 
 def check_same(student: PreTrainedTokenizerBase, teacher: Path) -> None:
-    """Refuse a teacher whose tokenizer gives a text other ids than the student's; one of them may have more tokens.
+    """Refuse a teacher whose tokenizer gives other ids than the student's. One of them may have more tokens.
 
-    A teacher's folder without a tokenizer is taken to use the student's.
+    A teacher's folder without a tokenizer counts as using the student's.
     """
     folder = Path(student.name_or_path)
     if not has_tokenizer(teacher) or same_bytes(folder, teacher):
@@ -189,7 +187,7 @@ def same_bytes(one: Path, other: Path) -> bool:
 
 
 def text_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides how a text is cut into tokens besides the vocabulary: merges, normalizer, pre-tokenizer."""
+    """What decides the tokens of a text besides the vocabulary: merges, normalizer, pre-tokenizer."""
     backend: Any = tokenizer
     made = json.loads(backend.backend_tokenizer.to_str())
     rules = {f"model's {key}": value for key, value in made["model"].items() if key != "vocab"}

@@ -1,6 +1,6 @@
 """Units: about a megabyte of shuffled documents, tokenised. The stream is a sequence of units, and resumes inside one.
 
-Everything here is a pure function of its arguments, so that it does not matter which process does the work.
+A unit depends only on its job, so any process may make it.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minitron_train.data.formats import FileFormat, TextFormat
-from minitron_train.data.identity import Watch, unreadable
+from minitron_train.data.identity import Watch, read_failed
 from minitron_train.data.lines import CopiedLines
 from minitron_train.runtime.errors import MachineError, UserError
 
-UNIT_BYTES = 1 << 20  # of text; a unit is what a resumed run tokenises again, per source
+UNIT_BYTES = 1 << 20  # size of a unit's text; a resumed run tokenises one unit per source again
 
 
 class TokenArray(Protocol):
-    """What a unit needs of its tokens: a length and slices."""
+    """The interface of a unit's tokens: a length and slices."""
 
     def __len__(self) -> int: ...
 
@@ -31,28 +31,28 @@ class TokenArray(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Tokens of some documents, one after the other; each document ends before the position in `ends`."""
+    """Tokens of some documents, concatenated; each document ends before its position in `ends`."""
 
     tokens: TokenArray  # [T] int32
     ends: np.ndarray  # [documents] int64, rising; the last is T
-    num_read: int = 0  # documents that were read for it, held out or not
-    num_blank: int = 0  # of these: null, empty or white space, which are left out
+    num_read: int = 0  # documents read for this unit, held out or not
+    num_blank: int = 0  # those of them without text (null, empty or white space), which are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Which documents are wanted: those held out for validation, or the others."""
+    """Which documents to keep: those held out for validation, or the others."""
 
     held_out: bool
-    fraction: float  # of the documents, by the hash of their text
+    fraction: float  # share of the documents that is held out, by the hash of their text
 
     def wants(self, text: str) -> bool:
-        """The same answer for the same text, whatever the seed, the source and the order."""
+        """Whether to keep a text. Depends on the text alone, not on seed, source or order."""
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         return (number < self.fraction * 2**64) == self.held_out
 
     def documents(self, passages: Sequence[str]) -> Iterator[str]:
-        """The wanted runs of a document's passages; the gaps of the unwanted ones end a document."""
+        """The wanted passages of a document; each run of consecutive ones becomes a document."""
         for wanted, run in groupby(passages, key=self.wants):
             text = "".join(run)
             if wanted and text.strip():
@@ -61,16 +61,16 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Text to tokens: the tokenizer as JSON (it travels to other processes), what starts and what ends a document."""
+    """Text to tokens: the tokenizer as JSON (to send it to other processes), and the tokens around a document."""
 
     tokenizer_json: str
-    start: tuple[int, ...]  # BOS, for tokenizers that put it before every text
+    start: tuple[int, ...]  # BOS, if the tokenizer puts it before every text
     end: int
-    split_special: bool = False  # special tokens that stand in a text are read as its letters (split_special_tokens)
-    num_rows: int | None = None  # of the model's embedding, where the tokenizer has ids beyond it
+    split_special: bool = False  # special tokens in a text are tokenised as plain text (split_special_tokens)
+    num_rows: int | None = None  # rows of the model's embedding, if the tokenizer has ids beyond it
 
     def build(self) -> Tokenizer:
-        """The tokenizer itself, never truncating or padding."""
+        """The tokenizer, without truncation and padding."""
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -78,7 +78,7 @@ class Encoder:
         return tokenizer
 
     def sha256(self) -> str:
-        """Of all that decides the tokens."""
+        """sha256 of everything that decides the tokens."""
         text = f"{self.start}\n{self.end}\n{self.tokenizer_json}" + (
             "\nsplit special tokens" if self.split_special else ""
         )
@@ -86,10 +86,15 @@ class Encoder:
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, num_rows: int | None, token_of: Callable[[int], Any]) -> None:
-    """Refuse a token that the model's embedding of `num_rows` rows has none for; None: it has one for every token.
+    """Refuse a token that has no row in the model's embedding.
+
+    Args:
+        ids: [T].
+        num_rows: of the embedding; None if every token has a row.
+        token_of: the token of an id, for the message.
 
     Raises:
-        UserError: there is one in `ids`, [T].
+        UserError: `ids` holds such a token.
     """
     if num_rows is not None and (largest := int(np.max(ids, initial=0))) >= num_rows:
         raise UserError(
@@ -116,19 +121,18 @@ class EncodeJob:
 
 
 class UnitMaker:
-    """Does the jobs, in this process or in a worker."""
+    """Runs jobs, in this process or in a worker."""
 
     def __init__(
         self, formats: dict[int, TextFormat], encoder: Encoder, split: Split, watches: dict[int, Watch] | None = None
     ) -> None:
         self.formats = formats
-        self.watches = watches or {}  # of the sources that read files which may change
+        self.watches = watches or {}  # only sources whose files may change
         self.encoder = encoder
         self.split = split
         self.tokenizer = encoder.build()
 
     def run(self, job: ReadJob | EncodeJob) -> Unit:
-        """One unit."""
         documents: Sequence[Sequence[str]]
         documents = self.read(job) if isinstance(job, ReadJob) else [[text] for text in job.texts]
         texts = [text for passages in documents for text in self.split.documents(passages)]
@@ -140,8 +144,8 @@ class UnitMaker:
         """The documents of some blocks.
 
         Raises:
-            UserError: a file that they are in is no longer what it was at the start, or cannot be read as its format.
-            MachineError: the machine refuses to read.
+            UserError: a file has changed since the start, or does not fit its format.
+            MachineError: the system fails to read.
         """
         source, watch = self.formats[job.source], self.watches.get(job.source)
         try:
@@ -151,9 +155,9 @@ class UnitMaker:
                 watch.check(*files_read(source, job.blocks))
         except Exception as error:
             if watch and not isinstance(error, MachineError):
-                watch.check_all()  # a file that was cut or replaced is the true reason of whatever this is
+                watch.check_all()  # if a file was cut off or replaced, that is the cause
             if isinstance(error, OSError):
-                raise unreadable(error) from error
+                raise read_failed(error) from error
             raise
         return documents
 
@@ -169,11 +173,11 @@ class UnitMaker:
 
 
 def files_read(source: FileFormat, blocks: Iterable[int]) -> set[Path]:
-    """The files that these blocks are read from; not the originals of seekable copies, whose reading is over."""
+    """The files that these blocks are read from, without the originals of seekable copies."""
     numbers = {source.locate(block)[0] for block in blocks}
     return {source.paths[number] for number in numbers if not isinstance(source.files[number], CopiedLines)}
 
 
 def permutation(count: int, *seed: int) -> np.ndarray:
-    """A seeded permutation of range(count); numpy promises never to change RandomState's."""
+    """A seeded permutation of range(count). numpy guarantees that RandomState's never changes."""
     return np.random.RandomState([number % 2**32 for number in seed]).permutation(count)

@@ -1,9 +1,9 @@
-"""Tokenising processes: jobs go to them in turn, units come back in order, so their number changes nothing but speed.
+"""Tokenising processes. Jobs are assigned in turn and units return in order, so their number changes only the speed.
 
-A worker is `python -m minitron_train.data.workers FD`: jobs come through its standard input, units leave through the
-pipe FD, so that nothing that a library prints is taken for a unit. It imports neither torch nor the program's main
-module, and it ends by itself when its standard input closes: also after a kill -9 of the training process.
-A worker that is killed is one line: its jobs are lost, and the training resumes at its last checkpoint.
+A worker is `python -m minitron_train.data.workers FD`. It reads jobs from its standard input and writes units to the pipe
+FD, so that output of a library cannot be mistaken for a unit. It imports neither torch nor the program's main module. It
+ends when its standard input closes, also after a kill -9 of the training process. If a worker is killed, the training
+ends with one line, and resumes at its last checkpoint.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import BinaryIO, Protocol
 from minitron_train.data.units import EncodeJob, ReadJob, Unit, UnitMaker
 from minitron_train.runtime.errors import MachineError, UserError
 
-EXIT_S = 2.0  # from the end of its answers to the end of a process
+EXIT_S = 2.0  # time for a process to exit after its pipe has closed
 RESUME = "start again to resume at the last checkpoint"
 
 
@@ -30,20 +30,20 @@ ANSWERS = (Unit, UserError, RuntimeError)
 
 
 class Pending(Protocol):
-    """A unit that may still be in the making."""
+    """A unit that may not be ready yet."""
 
     def result(self) -> Unit: ...
 
 
 class Deferred:
-    """A unit that is made in this process when it is asked for."""
+    """A unit that this process makes when `result` is called."""
 
     def __init__(self, make: Callable[[], Unit]) -> None:
         self.result = make
 
 
 class Pool:
-    """`num_workers` processes; with 0 the jobs are done in this process when their results are asked for."""
+    """`num_workers` processes. With 0, this process runs a job when its result is requested."""
 
     def __init__(self, maker: UnitMaker, num_workers: int) -> None:
         self.maker = maker
@@ -52,7 +52,7 @@ class Pool:
         self.workers: list[Worker] = []
 
     def submit(self, job: ReadJob | EncodeJob) -> Pending:
-        """Start a job; the processes start with the first one."""
+        """Queue a job. The first job starts the processes."""
         if not self.num_workers:
             return Deferred(lambda: self.maker.run(job))
         if not self.workers:
@@ -63,23 +63,22 @@ class Pool:
         return worker.submit(job)
 
     def close(self) -> None:
-        """End the processes."""
         for worker in self.workers:
             worker.close()
         self.workers = []
 
 
 class Worker:
-    """The near end of one process.
+    """One process, seen from the training process.
 
     Raises:
-        MachineError: the process cannot be started, has ended, or answers with something else than a unit.
+        MachineError: the process cannot be started, has ended, or sends something that is not a unit.
     """
 
     def __init__(self, arguments: tuple) -> None:
         path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-        self.waiting: list[Reply] = []  # in the order in which the worker will answer
+        self.waiting: list[Reply] = []  # same order as the worker's answers
         try:
             near, far = os.pipe()
             self.answers = os.fdopen(near, "rb")
@@ -96,7 +95,7 @@ class Worker:
         self.send(arguments)
 
     def send(self, message: object) -> None:
-        """Pickle one message into the pipe; the worker's reading thread takes it at once."""
+        """Pickle one message into the pipe; a thread of the worker reads it immediately."""
         assert self.process.stdin
         try:
             pickle.dump(message, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
@@ -112,17 +111,17 @@ class Worker:
         return reply
 
     def receive(self) -> None:
-        """Take the next answer from the pipe."""
+        """Read the next answer from the pipe."""
         try:
             value = pickle.load(self.answers)
-        except Exception as error:  # at its end, or cut off, or overwritten: pickle fails in any way
+        except Exception as error:  # end of file, or damaged: pickle raises any class
             raise self.lost(f"sent a damaged answer ({type(error).__name__})") from error
         if not isinstance(value, ANSWERS):
             raise self.lost(f"sent a damaged answer ({type(value).__name__})")
         self.waiting.pop(0).value = value
 
     def lost(self, how: str) -> MachineError:
-        """What to raise when no more answers can come. It tells how the process has ended; one that still runs is killed."""
+        """The error when the worker cannot answer. It names how the process ended; a running process is killed."""
         try:
             code = self.process.wait(timeout=EXIT_S)
             how = ended(code) if code else how
@@ -132,7 +131,7 @@ class Worker:
         return MachineError(f"data.num_workers: tokenising process {self.process.pid} {how}; {RESUME}")
 
     def close(self) -> None:
-        """Closing its input ends it; a message that it has not taken is lost."""
+        """End the process by closing its input. Unread messages are lost."""
         assert self.process.stdin
         self.answers.close()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -141,7 +140,7 @@ class Worker:
 
 
 def ended(code: int) -> str:
-    """How a process ended, in words, from its exit code as subprocess gives it."""
+    """How a process ended, in words, from subprocess's exit code."""
     if code >= 0:
         return f"ended with exit code {code}; see its message above"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -157,7 +156,7 @@ class Reply:
         self.value: Unit | UserError | RuntimeError | None = None
 
     def result(self) -> Unit:
-        """The unit; waits for it, and raises the error that the worker met."""
+        """Wait for the unit and return it, or raise the worker's error."""
         while self.value is None:
             self.worker.receive()
         if isinstance(self.value, UserError | RuntimeError):
@@ -166,7 +165,7 @@ class Reply:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Do jobs until the requests end. A thread reads ahead, so that the other side never waits for a busy worker."""
+    """Run jobs until the requests end. A thread reads ahead, so that a busy worker does not block the sender."""
     maker = UnitMaker(*pickle.load(requests))
     jobs: queue.SimpleQueue[ReadJob | EncodeJob] = queue.SimpleQueue()
 
@@ -174,8 +173,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         try:
             while True:
                 jobs.put(pickle.load(requests))
-        except (EOFError, pickle.UnpicklingError):  # the latter when the training process was killed while it wrote
-            os._exit(0)  # nobody waits for the unit that may be in the making
+        except (EOFError, pickle.UnpicklingError):  # UnpicklingError: the training process was killed during a write
+            os._exit(0)  # nobody waits for an unfinished unit
 
     threading.Thread(target=read_ahead, daemon=True).start()
     while True:
@@ -184,8 +183,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except (UserError, MachineError) as error:
             answer = error
         except MemoryError:
-            answer = MachineError(f"data.num_workers: no memory left to tokenise in; free some, then {RESUME}")
-        except Exception:  # as text: not every exception can be pickled
+            answer = MachineError(f"data.num_workers: out of memory while tokenising; free some, then {RESUME}")
+        except Exception:  # sent as text: not every exception can be pickled
             answer = RuntimeError(f"in a tokenising process: {traceback.format_exc()}")
         try:
             pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
@@ -195,12 +194,12 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Serve standard input and the pipe that the argument numbers; signals are for the training process, which decides
-    when to end.
+    """Serve standard input and the pipe whose number is the argument. Signals are ignored: the training process handles
+    them and ends its workers.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    os.dup2(2, 1)  # what a library prints is for the log
+    os.dup2(2, 1)  # output of libraries goes to the log
     serve(sys.stdin.buffer, os.fdopen(int(sys.argv[1]), "wb"))
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from minitron_train.evaluation.task_names import mmlu_subjects
 from minitron_train.runtime.errors import UserError, first_line
-from minitron_train.stages.provenance import Provenance
+from minitron_train.stages import Provenance
 
 NO_HUB = "no Hugging Face hub in reach"  # suffix of the reason why a task without local data was not run
 HUB_TIMEOUT_S = 3.0

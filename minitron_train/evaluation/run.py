@@ -21,7 +21,7 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
 from minitron_train.runtime.records import Count, read_record
-from minitron_train.stages.run import PROVENANCE
+from minitron_train.stages import PROVENANCE
 from minitron_train.train.export import VerifiedCheckpoint
 
 

@@ -1,4 +1,4 @@
-"""What all downloads share: the disk they need, and how a finished folder is recognised."""
+"""Shared by all downloads: the check of disk space, and source.json, which marks a finished folder."""
 
 import json
 import shutil
@@ -9,24 +9,24 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import byte_size
 from minitron_train.runtime.records import read_record
-from minitron_train.stages.run import plain
+from minitron_train.stages import plain
 
-SOURCE_FILE = "source.json"  # in every fetched folder: where it came from; written last, so it marks a finished one
+SOURCE_FILE = "source.json"  # in every fetched folder: its source; written last
 
 
 class Facts(TypedDict, total=False):
-    """What `source.json` may hold, over all sources."""
+    """The keys of source.json, over all sources."""
 
     source: str
-    requirement: str  # of a wheel, like the next two
+    requirement: str  # a wheel has this and the next two
     sha256: str
     file: str
-    repo_id: str  # of a repository, like the next three
+    repo_id: str  # a repository has this and the next three
     revision: str
     commit: str
     files: dict[str, str]  # name -> digest
     license: str | None
-    rows: dict[str, int]  # of each evaluation task
+    rows: dict[str, int]  # rows per evaluation task
     gguf: str  # name of the converted file, and what its header says
     model_name: str | None
     pre_tokenizer: str
@@ -34,7 +34,7 @@ class Facts(TypedDict, total=False):
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest ancestor of `path` (or itself) that is already there."""
+    """`path` if it exists, otherwise its nearest ancestor that does."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -42,7 +42,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def require_disk(what: str, needs_bytes: dict[Path, int]) -> None:
-    """Say how much disk `what` needs and refuse if a file system has less.
+    """Print how much disk `what` needs, and refuse if a file system has less.
 
     Args:
         what: named in the message.
@@ -75,7 +75,8 @@ def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
         return None
     record = folder / SOURCE_FILE
     if not record.is_file():
-        raise UserError(f"{folder}: was not made by fetch and is not replaced; move it, or name it by its path")
+        remedy = "move it, or use it with teacher.path or eval.data_dir"
+        raise UserError(f"{folder}: was not made by fetch and is not replaced; {remedy}")
     facts = dict(read_record(record, Facts, f"remove {folder} and fetch again"))
     if all(facts.get(key) == value for key, value in identity.items()):
         say(f"{folder}: already fetched")
@@ -85,5 +86,5 @@ def finished_facts(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
 
 
 def record_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `source.json` into a folder that is about to appear under its final name (see files.atomic_folder)."""
+    """Write source.json into a folder as its last file (see files.atomic_folder)."""
     (folder / SOURCE_FILE).write_text(json.dumps(plain(facts), indent=2) + "\n", encoding="utf-8")

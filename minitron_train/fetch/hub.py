@@ -1,9 +1,8 @@
-"""A pinned revision of a Hugging Face repository -> a folder: only what a model needs, resumable.
+"""Download the model files of a pinned revision of a Hugging Face repository; an interrupted download resumes.
 
-huggingface_hub's own snapshot_download throws an unfinished file away when it is interrupted (since 2.x each attempt
-writes to a name of its own), which for shards of many gigabytes is no resuming. So its parts are used one by one: the
-listing, the URL, the headers, and http_get with its retries (blocks of 10 MB), appending to a file named after its
-content.
+huggingface_hub's snapshot_download discards an unfinished file when it is interrupted (since 2.x each attempt writes
+under a name of its own), so a shard of many gigabytes starts over. This module uses its parts instead: the listing, the
+URL, the headers, and http_get with its retries (blocks of 10 MB). It appends to a file named after its content.
 """
 
 import contextlib
@@ -38,27 +37,30 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import atomic_folder, byte_size, disk_errors, exclusive, sha256_file
 
-# First match wins: a gated repository is also one that is not found.
+# The first match wins: GatedRepoError is also a RepositoryNotFoundError.
 REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "its owner asks you to accept a licence; do so on its page, then set HF_TOKEN"),
     (RepositoryNotFoundError, "no such repository, or a private one; check teacher.repo_id or set HF_TOKEN"),
     (RevisionNotFoundError, "it has no such revision; check teacher.revision"),
     (HFValidationError, "the name is not a repository's; write teacher.repo_id like nvidia/Minitron-4B-Base"),
     (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, or give a folder with teacher.path"),
-    (HfHubHTTPError, "the server refuses; try again later, what has arrived is kept"),
+    (HfHubHTTPError, "the server refuses; try again later, what was downloaded is kept"),
     (httpx2.InvalidURL, "the address is not a URL; write HF_ENDPOINT like https://huggingface.co"),
-    (httpx2.HTTPError, "cannot be reached; check the network or set HF_ENDPOINT to a mirror, what has arrived is kept"),
+    (
+        httpx2.HTTPError,
+        "cannot be reached; check the network or set HF_ENDPOINT to a mirror, what was downloaded is kept",
+    ),
 )
 
 
 def hub_endpoint() -> str:
-    """HF_ENDPOINT as it is now, else the public hub."""
+    """HF_ENDPOINT if it is set now, otherwise the public hub."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
-    """What the hub or the network refuse, as one line with its remedy."""
+    """Turn errors of the hub or the network into a UserError with the remedy."""
     try:
         yield
     except tuple(kind for kind, _ in REMEDIES) as error:
@@ -67,17 +69,17 @@ def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
 
 
 def read_repository(repo_id: str, revision: str) -> Listing:
-    """What the hub lists at a revision.
+    """Read the hub's listing of a repository at a revision.
 
     Raises:
-        UserError: an answer of another form, or one longer than MAX_LISTING_BYTES.
+        UserError: the answer has another form, or is longer than MAX_LISTING_BYTES.
     """
     validate_repo_id(repo_id)
     try:
         get_session()
-    except (ValueError, ImportError) as error:  # of its proxies, before any request
+    except (ValueError, ImportError) as error:  # a wrong proxy, before any request
         raise UserError(
-            f"a proxy of the environment cannot be used ({first_line(error)}); write HTTPS_PROXY like http://host:3128"
+            f"the proxy in the environment cannot be used ({first_line(error)}); write HTTPS_PROXY like http://host:3128"
         ) from error
     url = f"{hub_endpoint()}/api/models/{repo_id}/revision/{quote(revision, safe='')}"
     answer = bytearray()
@@ -94,9 +96,9 @@ def read_repository(repo_id: str, revision: str) -> Listing:
 
 
 def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> dict[str, Any]:
-    """The model files of a repository at a pinned revision (see teacher.fetch_teacher).
+    """Download the model files of a repository at a pinned revision (see teacher.fetch_teacher).
 
-    Until all have arrived they wait in `FOLDER.download`, so that an interrupted fetch goes on where it stopped.
+    They are collected in `FOLDER.download` until all are complete, so that an interrupted fetch resumes.
     """
     assert teacher.repo_id and teacher.revision, "TeacherConfig.validate"
     identity = {"source": "hub", "repo_id": teacher.repo_id, "revision": teacher.revision}
@@ -112,7 +114,7 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
         refuse_links(staging)
         missing_bytes = sum(file.num_bytes - arrived_bytes(file, staging) for file in files)
         require_disk(f"teacher {teacher.repo_id}", {folder: missing_bytes})
-        with disk_errors(staging), exclusive(staging / "lock", staging):  # two that append to one file would spoil it
+        with disk_errors(staging), exclusive(staging / "lock", staging):  # two processes must not append to one file
             for file in files:
                 download_file(teacher.repo_id, listing.sha, file, staging)
             facts = {
@@ -130,31 +132,31 @@ def teacher_from_hub(teacher: TeacherConfig, folder: Path, *, force: bool) -> di
 
 
 def require_commit(teacher: TeacherConfig, commit: str) -> None:
-    """Refuse a branch or pull request that is no longer the commit that the recipe was written for."""
+    """Refuse a branch or pull request that no longer points to the commit that the recipe expects."""
     if not commit.startswith(teacher.commit or ""):
         moved = f"{teacher.repo_id} at {teacher.revision} is now commit {commit}, the recipe expects {teacher.commit}"
         raise UserError(f"{moved}; look at what changed, then set teacher.commit")
 
 
 def arrived_bytes(file: HubFile, staging: Path) -> int:
-    """How much of the file an earlier, interrupted fetch has left."""
+    """Bytes of the file that an interrupted fetch has downloaded."""
     paths = [path for path in (staging / file.digest, staging / f"{file.digest}.incomplete") if path.exists()]
     return min(file.num_bytes, sum(path.stat().st_size for path in paths))
 
 
 def matches(file: HubFile, path: Path) -> bool:
-    """Whether the bytes at `path` are the file's."""
+    """Whether the content at `path` has the digest of `file`."""
     if file.sha256:
         return sha256_file(path) == file.sha256
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == file.git_sha1
 
 
-class Promised(io.BufferedWriter):
-    """A file that is appended to, up to the size that the hub's listing promised.
+class LimitedFile(io.BufferedWriter):
+    """A file opened for appending, up to the size in the hub's listing.
 
     Raises:
-        UserError: from `write`, when the server sends more; nothing of that block is written.
+        UserError: from `write`, when the server sends more; that block is not written.
     """
 
     def __init__(self, path: Path, file: HubFile) -> None:
@@ -162,17 +164,16 @@ class Promised(io.BufferedWriter):
         self.file = file
 
     def write(self, block: Any, /) -> int:
-        """Append one block."""
         if self.tell() + memoryview(block).nbytes > self.file.num_bytes:
             raise UserError(f"{self.file.name}: the server sends more than the {self.file.num_bytes:,} bytes it listed")
         return super().write(block)
 
 
 def download_file(repo_id: str, commit: str, file: HubFile, staging: Path) -> None:
-    """Make `staging/DIGEST` the checked content of one file, going on from `DIGEST.incomplete`.
+    """Download one file to `staging/DIGEST` and check it. Resumes from `DIGEST.incomplete`.
 
     Raises:
-        UserError: the content is not what the hub's listing says; it is deleted.
+        UserError: the content does not match the hub's listing; it is deleted.
     """
     target, partial = staging / file.digest, staging / f"{file.digest}.incomplete"
     if target.exists() and target.stat().st_size == file.num_bytes and matches(file, target):
@@ -183,23 +184,25 @@ def download_file(repo_id: str, commit: str, file: HubFile, staging: Path) -> No
         partial.unlink()
         start = 0
     if not sys.stderr.isatty():  # on a terminal http_get draws a bar
-        arrived = f", {byte_size(start)} are here" if start else ""
+        arrived = f", {byte_size(start)} already downloaded" if start else ""
         say(f"downloading {file.name} ({byte_size(file.num_bytes)}{arrived})")
     receive(repo_id, commit, file, partial, start)
     if partial.stat().st_size != file.num_bytes or not matches(file, partial):
         partial.unlink()
-        raise UserError(f"{repo_id}/{file.name}: what arrived is not what the hub lists ({file.digest}); fetch again")
+        raise UserError(
+            f"{repo_id}/{file.name}: the content does not match the hub's listing ({file.digest}); fetch again"
+        )
     os.replace(partial, target)
 
 
 def receive(repo_id: str, commit: str, file: HubFile, partial: Path, start: int) -> None:
-    """Append what is missing to `partial`, which has `start` bytes.
+    """Append the missing bytes to `partial`, which has `start` bytes.
 
     Raises:
         UserError: the server sends more or less than it listed, or headers that are not numbers.
     """
     try:
-        with Promised(partial, file) as sink:
+        with LimitedFile(partial, file) as sink:
             http_get(
                 hf_hub_url(repo_id, file.name, revision=commit, endpoint=hub_endpoint()),
                 sink,
@@ -211,14 +214,16 @@ def receive(repo_id: str, commit: str, file: HubFile, partial: Path, start: int)
     except UserError as error:
         partial.unlink()
         raise UserError(f"{repo_id}/{error}; check HF_ENDPOINT, or fetch again") from None
-    except (ValueError, OSError) as error:  # http_get's own findings have no errno
+    except (ValueError, OSError) as error:  # http_get's own checks raise errors without errno
         if isinstance(error, httpx2.HTTPError | HFValidationError) or getattr(error, "errno", None):
             raise
-        raise UserError(f"{repo_id}/{file.name}: {first_line(error)}; fetch again, what has arrived is kept") from error
+        raise UserError(
+            f"{repo_id}/{file.name}: {first_line(error)}; fetch again, what was downloaded is kept"
+        ) from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes (no second 10 GB); a copy where the file system has no hard links."""
+    """Hard-link `target` to `source`; copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

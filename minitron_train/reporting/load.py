@@ -17,11 +17,9 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import PARTIAL, REPLACED
 from minitron_train.runtime.records import damaged
-from minitron_train.stages import provenance
-from minitron_train.stages.exported import exported
+from minitron_train.stages import PROVENANCE, exported, provenance
 from minitron_train.stages.layout import EVALUATION, MODELS, PRUNED, SCORES, TRAININGS
 from minitron_train.stages.provenance import StageRecord
-from minitron_train.stages.run import PROVENANCE
 from minitron_train.train.metrics import read_rows
 
 CHOSEN_BY = "importance."  # prefix in kept.safetensors, see pruning.select.Keep

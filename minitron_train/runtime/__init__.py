@@ -1,1 +1,1 @@
-"""What every command needs and no model: files, records, messages, errors, signals, and how processes are launched."""
+"""Process-level code that knows no model: files, records, messages, errors, signals, launching of processes."""

@@ -1,4 +1,4 @@
-"""What the user sees: one voice for all ranks, bars on a terminal, plain lines elsewhere.
+"""Console output: rank 0 prints for all ranks; progress bars on a terminal, plain lines elsewhere.
 
 Everything goes through the logger `minitron_train`, so that a notebook can silence or redirect it:
 logging.getLogger("minitron_train").setLevel("WARNING").
@@ -17,11 +17,10 @@ T = TypeVar("T")
 PLAIN_INTERVAL_S = 10.0
 
 
-class Lines(logging.Handler):
-    """Prints each line on standard output at once, without tearing a progress bar."""
+class LineHandler(logging.Handler):
+    """Prints each line on standard output immediately, above a progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
         if sys.stdout.isatty():
             from tqdm import tqdm
 
@@ -31,11 +30,11 @@ class Lines(logging.Handler):
 
 
 def make_logger() -> logging.Logger:
-    """The program's logger; it prints by itself, and does not repeat its lines in the root logger's handlers."""
+    """The program's logger, with a handler of its own; its lines do not propagate to the root logger."""
     made = logging.getLogger("minitron_train")
     made.setLevel(logging.INFO)
     made.propagate = False
-    made.addHandler(Lines())
+    made.addHandler(LineHandler())
     return made
 
 
@@ -49,7 +48,7 @@ def say(line: str) -> None:
 
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Go through `items` with a bar on a terminal, or a plain line every ten seconds; only rank 0 shows it."""
+    """Yield `items`. Rank 0 shows a bar on a terminal, or a plain line every PLAIN_INTERVAL_S."""
     if not (read_world().is_first and LOGGER.isEnabledFor(logging.INFO)):
         yield from items
     elif sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to see, each as one line."""
+"""Exceptions that the command line prints as one line, without a traceback."""
 
 import difflib
 import errno
@@ -15,23 +15,23 @@ PATH_MISTAKES = {  # errno -> the rule and the remedy, for paths that the user g
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: one line that says what, where, the rule and the remedy.
+    """A mistake that the user can fix. Its one line says what happened, where, the rule and the remedy.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line exits with code 2.
     """
 
 
 class MachineError(RuntimeError):
-    """A fault of the machine that ends a run, as a killed process: one line that says what, where and how to resume.
+    """A fault of the machine that ends a run, such as a killed process. Its one line says what, where and how to resume.
 
-    The command line prints it without a traceback and exits with code 1: nothing has to change before the next start.
+    The command line exits with code 1: the same command may be started again unchanged.
     """
 
 
 def too_many_files(error: Exception) -> MachineError | None:
-    """The line for a process that may not open another file or socket; None for any other error.
+    """A MachineError if `error` means that this process has reached its limit of open files; otherwise None.
 
-    Libraries wrap the system's refusal into errors of their own, which keep its words.
+    Libraries wrap the system's error in classes of their own but keep its text.
     """
     words = os.strerror(errno.EMFILE)
     if getattr(error, "errno", None) != errno.EMFILE and words not in str(error):
@@ -41,15 +41,15 @@ def too_many_files(error: Exception) -> MachineError | None:
 
 
 def first_line(error: Exception) -> str:
-    """Of what another library's exception says, for a line of ours."""
+    """First line of an exception's text; the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def error_line(error: Exception, rank: int | None = None) -> str:
-    """What the command line prints for a user's mistake: one line without credentials, whatever stands in it.
+    """The line that the command line prints for an error: credentials masked, control characters escaped.
 
     Args:
-        rank: which process speaks, where there are several.
+        rank: the rank of this process, if there are several.
     """
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in mask_credentials(str(error)))
     return f"error: {line}" if rank is None else f"error: {line} (rank {rank})"

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: write beside, fsync, rename."""
+"""Atomic files and folders: write under a scratch name next to the target, fsync, rename."""
 
 import contextlib
 import errno
@@ -18,21 +18,21 @@ from typing import Any
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 
-PARTIAL = ".partial-"  # as in `pruned.partial-1a2b`: unfinished, never read; of a stage removed by its next run
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # of a repository: OWNER/NAME
-REPLACED = ".replaced"  # where the old folder waits while the new one takes its place; put back after a kill
+PARTIAL = ".partial-"  # in scratch names such as `pruned.partial-1a2b`: never read, deleted by the stage's next run
+REPLACED = ".replaced"  # suffix of the old folder while the new one is renamed; `recover` restores it after a kill
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME of a repository
 
 
 def why_no_folder(path: Path) -> str:
-    """What stands in place of a Hugging Face folder, and what to give instead."""
+    """Why `path` is not a Hugging Face folder, with the remedy."""
     if path.suffix.lower() == ".gguf" and path.is_file():
         return "is a GGUF file, which is quantised; give the folder of the model's unquantised checkpoint"
     if path.is_file():
         return f"is a file; give its folder, {path.parent}"
     if HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
         return (
-            f"no such folder; to take it from the hub, set teacher.source=hub teacher.repo_id={path} "
-            "teacher.revision=COMMIT in place of the path and run `fetch`"
+            f"no such folder; to download it from the hub, set teacher.source=hub teacher.repo_id={path} "
+            "teacher.revision=COMMIT instead of the path and run `fetch`"
         )
     return "no such folder; give a Hugging Face folder"
 
@@ -47,15 +47,15 @@ def sync_path(path: Path) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """A fresh name beside `path`, on the same file system, that marks unfinished work."""
+    """A new scratch name next to `path`, on the same file system."""
     return path.with_name(f"{path.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals while writing `path` into a UserError that names the remedy.
+    """Turn file system errors while writing `path` into a UserError with the remedy.
 
-    What is refused elsewhere meanwhile, as reading a file without permission, is passed on.
+    Errors about other files, such as one without read permission, pass through.
     """
     remedies = {
         errno.ENOSPC: "the disk is full; free space or set output_dir to another disk",
@@ -64,14 +64,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EPERM: "permission denied; choose an output_dir that you may write to",
         errno.EROFS: "the file system is read-only; choose another output_dir",
         errno.ENOTDIR: "a part of the path is a file, not a folder; choose another output_dir",
-        errno.EEXIST: "a file stands where a folder must go; move it or choose another output_dir",
-        errno.EISDIR: "a folder stands where a file must go; move it or choose another output_dir",
+        errno.EEXIST: "a file has the name that a folder needs; move it or choose another output_dir",
+        errno.EISDIR: "a folder has the name that a file needs; move it or choose another output_dir",
     }
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # safetensors has an error class of its own, with the system's words in it
+    except Exception as error:  # safetensors raises its own class with the system's text
         code = getattr(error, "errno", None) or next((c for c in remedies if os.strerror(c) in str(error)), None)
         if code not in remedies or not (code in (errno.ENOSPC, errno.EDQUOT) or concerns(error, path)):
             raise
@@ -79,7 +79,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def concerns(error: Exception, path: Path) -> bool:
-    """Whether an error names `path`, a folder above it, something in it, or something beside it named after it."""
+    """Whether an error names `path`, a parent folder, something inside it, or a scratch name made from it."""
     path = path.absolute()
     for name in filter(None, (getattr(error, "filename", None), getattr(error, "filename2", None))):
         named = Path(str(name)).absolute()
@@ -91,17 +91,19 @@ def concerns(error: Exception, path: Path) -> bool:
 
 @contextlib.contextmanager
 def parent_folders(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; on failure those that were made, and are empty, go again."""
+    """Create the parent folders of `path`. On failure, delete those that this call created and that are empty."""
     made = [folder for folder in path.parents if not folder.exists()]
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # as in /proc
-            raise UserError(f"cannot write {path}: no folder can be made there; choose another output_dir") from error
+        except FileNotFoundError as error:  # e.g. in /proc
+            raise UserError(
+                f"cannot write {path}: no folder can be created there; choose another output_dir"
+            ) from error
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # one that holds something stays, and so do those above it
+        with contextlib.suppress(OSError):  # a folder with contents stays, and so do its parents
             for folder in made:
                 folder.rmdir()
         raise
@@ -109,7 +111,9 @@ def parent_folders(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(lock: Path, folder: Path) -> Iterator[None]:
-    """Keep other processes out of `folder` for a block, by a lock on the file `lock`, which goes with this process.
+    """Hold an exclusive lock on the file `lock`, so that no other process works in `folder` during the block.
+
+    The kernel releases the lock when this process ends.
 
     Raises:
         UserError: another process holds it.
@@ -122,21 +126,21 @@ def exclusive(lock: Path, folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another process is at work in {folder}; wait for it to end, or end it") from error
-            except OSError as error:  # as on NFS or Lustre that are mounted without locks
-                say(f"{lock}: cannot be locked ({error.strerror}); take care that no second process works in {folder}")
+                raise UserError(f"another process is at work in {folder}; wait for it to end, or stop it") from error
+            except OSError as error:  # e.g. NFS or Lustre mounted without locks
+                say(f"{lock}: cannot be locked ({error.strerror}); make sure that no other process works in {folder}")
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
-                    break  # else the one before has deleted this file between open and flock: take the new one
+                    break  # otherwise its last holder deleted this file between open and flock: lock the new one
         stack.callback(lock.unlink, missing_ok=True)
         yield
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield an empty scratch file beside `path`; on success it is fsynced and renamed over `path`, on failure removed.
+    """Yield an empty scratch file next to `path`. On success it is fsynced and renamed to `path`, on failure deleted.
 
-    Scratch files that killed processes left for `path` are deleted; a lock shows which ones are still being written.
+    Scratch files that killed processes left for `path` are deleted too. A lock marks those that are still being written.
     """
     with disk_errors(path), parent_folders(path):
         remove_scratch_files(path.parent, f"{glob.escape(path.name)}{PARTIAL}*")
@@ -154,10 +158,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def open_to_umask(file: Path, mode: int) -> None:
-    """Let those read and write `file` whom the umask allows: safetensors writes for the owner alone (0600).
+    """Give `file` the permissions that the umask allows: safetensors creates files with mode 0600.
 
     Args:
-        mode: of a file or folder that was just created beside it, which the umask has shaped.
+        mode: of a file or folder that this process has just created next to it, under the same umask.
     """
     found = file.lstat()
     wanted = found.st_mode | (mode & 0o666)
@@ -166,21 +170,21 @@ def open_to_umask(file: Path, mode: int) -> None:
 
 
 def locked_scratch(path: Path) -> tuple[Path, int]:
-    """A new empty file beside `path`, and the descriptor that holds its lock until the process ends or closes it."""
+    """A new empty scratch file for `path`, and the descriptor that holds its lock until it is closed."""
     while True:
         scratch = partial_path(path)
         lock = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # NFS or Lustre mounted without locks: then nobody deletes it either
+        with contextlib.suppress(OSError):  # NFS or Lustre without locks: then no other process deletes it either
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if scratch.exists():
             return scratch, lock
-        os.close(lock)  # another process has taken it for a leftover, between open and flock
+        os.close(lock)  # another process deleted it as a leftover, between open and flock
 
 
 def remove_scratch_files(folder: Path, pattern: str = f"*{PARTIAL}*") -> None:
-    """Delete the scratch files that killed processes left in `folder`; those that a living one still writes stay."""
+    """Delete the scratch files of killed processes in `folder`. Files that a live process has locked stay."""
     for leftover in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # it is locked, a folder, or gone by now
+        with contextlib.suppress(OSError):  # locked, a folder, or already deleted
             lock = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,10 +195,10 @@ def remove_scratch_files(folder: Path, pattern: str = f"*{PARTIAL}*") -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty scratch folder beside `path`; on success its files are fsynced and it takes the place of `path`.
+    """Yield an empty scratch folder next to `path`. On success its files are fsynced and it replaces `path`.
 
-    An older `path` is moved aside first and removed last, so that a kill at any moment leaves the old folder, or the
-    new one, but never a mixture (`recover` puts back an old one that was just moved aside).
+    An existing `path` is renamed first and deleted last. A kill at any moment leaves the old folder or the new one,
+    never a mixture; `recover` restores an old one that had only been renamed.
     """
     with disk_errors(path), parent_folders(path):
         recover(path)
@@ -217,16 +221,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def standing(path: Path) -> Path:
-    """Where the folder `path` is to be read: `path`, or its old self that a kill has left aside (see `recover`)."""
+def readable_folder(path: Path) -> Path:
+    """Where to read the folder `path`: its old version if a kill came between the two renames (see `recover`)."""
     old = path.with_name(path.name + REPLACED)
     return old if old.exists() and not path.exists() else path
 
 
 def recover(path: Path) -> None:
-    """Clean up after killed runs: put back a finished folder that was being replaced, delete unfinished work.
+    """Clean up after killed runs: restore a finished folder that was being replaced, delete scratch files and folders.
 
-    Call it only from the process that holds the stage's lock: it would delete another process's unfinished folder.
+    Call this only from the process that holds the stage's lock: it would delete another process's unfinished work.
     """
     old = path.with_name(path.name + REPLACED)
     if old.exists():
@@ -236,8 +240,8 @@ def recover(path: Path) -> None:
     remove_scratch_files(path)
 
 
-def set_aside(path: Path) -> bool:
-    """Move the folder `path` aside, so that `recover` or `drop_replaced` decides about it; False: a link or a mount stays."""
+def set_folder_aside(path: Path) -> bool:
+    """Rename `path` so that `recover` can restore it and `drop_replaced` delete it; False for a link or a mount."""
     if path.is_symlink() or path.is_mount():
         return False
     os.replace(path, path.with_name(path.name + REPLACED))
@@ -245,24 +249,25 @@ def set_aside(path: Path) -> bool:
 
 
 def drop_replaced(path: Path) -> None:
-    """Delete the old folder that waits aside: the new one in `path` is worth more from now on."""
+    """Delete the old version of `path` that `set_folder_aside` kept."""
     shutil.rmtree(path.with_name(path.name + REPLACED), ignore_errors=True)
 
 
 def unfinished(path: Path) -> list[Path]:
-    """Scratch files and folders for `path` itself that exist beside it."""
+    """Existing scratch files and folders for `path`."""
     return sorted(path.parent.glob(f"{glob.escape(path.name)}{PARTIAL}*"))
 
 
 def remove_folder(path: Path, *, first: str, last: str) -> None:
-    """Delete a folder as far as the system lets it; two of its files at the beginning and at the end.
+    """Delete a folder as far as permissions allow: its file `first` before the others, its file `last` after them.
 
-    So a kill leaves nothing that passes for finished (`first` is gone), nor for somebody else's (`last` is there).
+    After a kill in between, the folder no longer counts as finished (without `first`), but still as this program's
+    (with `last`).
     """
     for item in sorted(path.glob("*"), key=lambda item: (item.name == last) - (item.name == first)):
         with contextlib.suppress(OSError):
             shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-    with contextlib.suppress(OSError):  # it may be a mount, or a link
+    with contextlib.suppress(OSError):  # a mount or a link
         path.rmdir()
 
 
@@ -273,7 +278,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically; NaN and infinities are refused (they are not JSON)."""
+    """Write indented JSON atomically. NaN and infinities raise ValueError: they are not JSON."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Who is still there: every rank tells the rendezvous store that it lives, so that a broken collective can name its cause."""
+"""Heartbeats of all ranks in the rendezvous store, so that a failed collective can name the rank that caused it."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ INTERVAL_S = 1.0
 
 
 class Heartbeat:
-    """For a block, a thread writes `beats step` for this rank every second. With one rank it does nothing."""
+    """Context manager: a thread writes `BEATS STEP` for this rank every second. With one rank it does nothing."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.step = rank, world_size, 0
@@ -31,24 +31,25 @@ class Heartbeat:
             beats += 1
             try:
                 store.set(f"heartbeat/{self.rank}", f"{beats} {self.step}")
-            except RuntimeError:  # the store's process is gone; the next collective says so
+            except RuntimeError:  # the store's process has ended; the next collective reports it
                 return
 
     def explain(self) -> str:
-        """After a failed collective: which ranks have fallen silent, and at which step; no collectives, a few seconds."""
+        """After a failed collective: which ranks have stopped, and at which step. Takes a few seconds, without collectives."""
         if self.store is None:
-            return "no other rank takes part"
+            return "there is no other rank"
         try:
             before = self._read(self.store)
             time.sleep(3 * INTERVAL_S)
             after = self._read(self.store)
         except RuntimeError:
-            return "the rendezvous store is gone: rank 0, or the launcher that holds it, has ended"
+            return "the rendezvous store does not answer: rank 0, or the launcher that runs it, has ended"
         silent = [rank for rank in after if before[rank] == after[rank] and rank != self.rank]
         if not silent:
-            return f"all ranks live; their steps: {', '.join(f'rank {rank} {beat.split()[1]}' for rank, beat in after.items())}"
+            steps = ", ".join(f"rank {rank} {beat.split()[1]}" for rank, beat in after.items())
+            return f"all ranks are alive; their steps: {steps}"
         return "; ".join(
-            f"rank {rank} has ended or hangs, last heard of at step {after[rank].split()[1]}" for rank in silent
+            f"rank {rank} has ended or hangs, last heartbeat at step {after[rank].split()[1]}" for rank in silent
         )
 
     def _read(self, store: Any) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Who started this process, and its share of the machine. No torch here: it runs before torch is imported."""
+"""Rank and world size from the launcher's variables, and this process's share of the cores. No torch: it runs before."""
 
 import os
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from urllib.parse import urlsplit
 from minitron_train.runtime.errors import UserError
 
 Environ = Mapping[str, str]
-MOST_THREADS = 65536  # of one process: beyond it the C library ends the process instead
+MOST_THREADS = 65536  # per process: with more, the OpenMP library aborts the process
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Rank and size as torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS) give them; alone otherwise."""
+    """Rank and size from torchrun (RANK, …) or srun (SLURM_PROCID, …); by default a single process."""
 
     rank: int = 0
     size: int = 1
@@ -22,7 +22,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is rank 0, which prints for all."""
         return self.rank == 0
 
 
@@ -30,7 +30,7 @@ def whole_number(environ: Environ, name: str, default: int, *, least: int = 0, m
     """An environment variable as a whole number; `default` where it is unset or empty.
 
     Raises:
-        UserError: it is no number, or not from `least` to `most`.
+        UserError: it is not a whole number from `least` to `most`.
     """
     text = environ.get(name, "").strip()
     if not text:
@@ -41,44 +41,48 @@ def whole_number(environ: Environ, name: str, default: int, *, least: int = 0, m
 
 
 def check_hub_variables(environ: Environ) -> None:
-    """Refuse values that end huggingface_hub's import in a traceback; transformers and datasets import it too.
+    """Refuse values with which the import of huggingface_hub fails; transformers and datasets import it too.
 
     Raises:
-        UserError: an address that cannot be parsed, or a timeout that is no whole number.
+        UserError: an address that cannot be parsed, or a timeout that is not a whole number.
     """
     endpoint = environ.get("HF_ENDPOINT", "")
     try:
         urlsplit(endpoint)
     except ValueError as error:
-        raise UserError(f"HF_ENDPOINT={endpoint!r}: is no address ({error}); correct or unset it") from error
+        raise UserError(f"HF_ENDPOINT={endpoint!r}: is not an address ({error}); correct or unset it") from error
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         whole_number(environ, name, 0)
 
 
 def rendezvous(environ: Environ) -> tuple[str, int]:
-    """Address and port of MASTER_ADDR and MASTER_PORT, where all ranks meet.
+    """The rendezvous of all ranks: address and port from MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: one of them is not set, or the port is none.
+        UserError: one of them is not set, or the port is not a port number.
     """
     address = environ.get("MASTER_ADDR", "").strip()
     port = whole_number(environ, "MASTER_PORT", 0, least=1, most=65535)
     if not address or not port:
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise UserError(
-            f"{missing} is not set: several processes need a place to meet; start them with torchrun, "
+            f"{missing} is not set: several processes need a rendezvous; start them with torchrun, "
             "or set MASTER_ADDR and MASTER_PORT as slurm/common.sh does"
         )
     return address, port
 
 
 def under_torchrun(environ: Environ) -> bool:
-    """Whether torchrun, or what sets its variables, has started this process: its word counts before Slurm's."""
+    """Whether torchrun's variables are set. They take precedence over Slurm's."""
     return "RANK" in environ and "WORLD_SIZE" in environ
 
 
 def read_world(environ: Environ = os.environ) -> World:
-    """The world from the environment. An srun task counts only inside a job step (SLURM_STEP_ID) of several tasks."""
+    """The world from the environment. srun's variables count only inside a job step (SLURM_STEP_ID) of several tasks.
+
+    Raises:
+        UserError: the variables are not whole numbers, or the rank is not below the size.
+    """
     if under_torchrun(environ):
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     elif {"SLURM_PROCID", "SLURM_STEP_ID"} <= environ.keys() and whole_number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -97,10 +101,10 @@ def read_world(environ: Environ = os.environ) -> World:
 
 
 def share_cores(world: World) -> None:
-    """Give each process of this machine its own share of the cores as threads, unless the user has decided.
+    """Set OMP_NUM_THREADS to this process's share of the cores, unless the user has set it.
 
-    torchrun sets OMP_NUM_THREADS=1 by itself when it is unset; it marks that by nothing, so under torchrun the
-    variable counts as the user's only when it is not 1.
+    torchrun sets OMP_NUM_THREADS=1 itself when it is unset, and leaves no mark. So under torchrun the value 1 does not
+    count as the user's.
 
     Raises:
         UserError: OMP_NUM_THREADS is not a number of threads, or one per nested level as in 4,2.
@@ -113,14 +117,14 @@ def share_cores(world: World) -> None:
 
 
 def own_cores(world: World, environ: Environ, num_usable: int) -> int:
-    """This process's share of the cores that it may use. Those that srun has bound it to are its own already.
+    """Number of cores for this process. Cores that srun has bound to it alone are not divided again.
 
-    Example: 8 tasks on 112 cores have 14 each, where each may use its 14 and where each may use all 112.
+    Example: 8 tasks on 112 cores get 14 each, whether srun binds each task to 14 cores or to all 112.
     """
     if under_torchrun(environ) or "SLURM_STEP_ID" not in environ:
         return max(1, num_usable // world.local_size)
     if per_task := whole_number(environ, "SLURM_CPUS_PER_TASK", 0):
-        return min(num_usable, per_task)  # it may be the batch script's, not the step's
+        return min(num_usable, per_task)  # may be the batch script's value, not the step's
     num_here = os.cpu_count() or 1
     num_of_job = min(num_here, whole_number(environ, "SLURM_CPUS_ON_NODE", num_here, least=1))
     return num_usable if num_usable < num_of_job else max(1, num_of_job // world.local_size)

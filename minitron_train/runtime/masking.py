@@ -1,8 +1,8 @@
-"""Credentials are masked in whatever is printed or recorded.
+"""Mask credentials in everything that is printed or recorded.
 
-They come in through URLs (HF_ENDPOINT, a proxy, PIP_INDEX_URL, a presigned address that a hub redirects to) and through
-the environment, and other libraries put them into messages. So the edges mask: standard output and standard error (see
-__main__), and every record that a stage writes (see stages.plain).
+Credentials arrive in URLs (HF_ENDPOINT, a proxy, PIP_INDEX_URL, a presigned address that a hub redirects to) and in the
+environment, and other libraries put them into messages. Two places mask them: standard output and error (see __main__),
+and every record that a stage writes (see stages.plain).
 """
 
 import errno
@@ -22,8 +22,8 @@ SECRETS = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )
-LEAST_CHARACTERS = 8  # of a variable's value that counts as a secret; shorter ones may be a part of any word
-HINTS = ("@", "=", "hf_", "uthorization", "%3", "%4")  # a text without one of them holds none of PATTERNS
+LEAST_CHARACTERS = 8  # a shorter value of a SECRETS variable is not masked: it may be part of any word
+HINTS = ("@", "=", "hf_", "uthorization", "%3", "%4")  # a text without any of these matches none of PATTERNS
 KEYS = (
     r"[\w-]*(?:token|secret|passw(?:or)?d|passwd|api[_-]?key|signature|credential)[\w-]*|key|sig|auth|policy|"
     r"x-(?:amz|goog)-[\w-]+|awsaccesskeyid|key-pair-id"
@@ -56,7 +56,7 @@ PATTERNS = tuple(
 
 
 def mask_credentials(text: str) -> str:
-    """The text without passwords in URLs, tokens in their queries, access tokens, and the environment's secrets."""
+    """Replace passwords and tokens in URLs, access tokens, and the values of SECRETS by MASK."""
     for name in SECRETS:
         value = os.environ.get(name, "")
         if len(value) >= LEAST_CHARACTERS:
@@ -68,18 +68,18 @@ def mask_credentials(text: str) -> str:
 
 
 class Output(io.TextIOWrapper):
-    """Standard output or error, with credentials masked; a name that is not UTF-8 is written with escapes.
+    """Standard output or error with credentials masked; characters that cannot be encoded are escaped.
 
-    Once the reader of standard output has left (`| head`), it ends this process as SIGPIPE would: silently. By
-    SystemExit, because Hydra prints a line of its own for exceptions. Other pipes that break are errors. When the disk of a
-    log file is full, one line says so on the other stream.
+    When the reader has closed the pipe (`| head`), the process exits silently, as with SIGPIPE. It raises SystemExit,
+    because Hydra prints a line of its own for other exceptions. When the disk of a log file is full, one line on the
+    other stream reports it.
     """
 
     def __init__(self, stream: Any, **settings: Any) -> None:
         super().__init__(stream.buffer, stream.encoding, "backslashreplace", write_through=True, **settings)
 
     def write(self, text: str, /) -> int:
-        """Write the text masked; the answer is the length of what was given."""
+        """Write the masked text. Returns the length of the original."""
         try:
             super().write(mask_credentials(text))
         except OSError as error:
@@ -87,7 +87,6 @@ class Output(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """As always."""
         try:
             super().flush()
         except OSError as error:

@@ -1,6 +1,6 @@
-"""A user's own code, named in the settings as my_lab.module or my_lab.module.name and imported from PYTHONPATH.
+"""Plug-ins: a user's own code, named in a setting as my_lab.module or my_lab.module.name, imported from PYTHONPATH.
 
-Only names that the user wrote into a setting are imported; nothing in a model's or a data folder ever is.
+Only names in a setting are imported, never code from a model or data folder.
 """
 
 import importlib
@@ -17,35 +17,38 @@ DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def import_module(key: str, name: str) -> ModuleType:
-    """The module `name`.
+    """Import the module `name`.
+
+    Args:
+        key: the setting, for messages.
 
     Raises:
-        UserError: it is no module's name, or cannot be imported; the line begins with `key`, the setting.
+        UserError: `name` is not the name of a module, or cannot be imported.
     """
     if not DOTTED.fullmatch(name):
         raise UserError(f"{key}={name}: is not the name of a Python module; write it with dots, like my_lab.taylor")
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        remedy = "its folder must be the working directory or on PYTHONPATH"
+        remedy = "add its folder to PYTHONPATH"
         raise UserError(f"{key}={name}: cannot be imported ({first_line(error)}); {remedy}") from error
 
 
 def import_name(key: str, name: str) -> Any:
-    """The object `name` of a module, like my_lab.losses.focal.
+    """Import a function or class, such as my_lab.losses.focal.
 
     Raises:
-        UserError: there is no such module, or nothing callable of that name in it.
+        UserError: there is no such module, or it has nothing callable of that name.
     """
     path, _, attribute = name.rpartition(".")
     if not path:
         raise UserError(f"{key}={name}: names no module; write my_package.module.function")
     found = getattr(import_module(key, path), attribute, None)
     if not callable(found):
-        raise UserError(f"{key}={name}: {path} defines nothing callable of the name {attribute}; correct the name")
+        raise UserError(f"{key}={name}: {path} defines no function or class {attribute}; correct the name")
     return found
 
 
 def code_hash(plugin: Any) -> str:
-    """sha256 of the file that defines a module or function: what it decided is done again when the code changes."""
+    """sha256 of the file that defines a module or function. It is an input of a stage: changed code makes it stale."""
     return sha256_file(Path(inspect.getfile(plugin)))

@@ -1,11 +1,11 @@
-"""Files that are read back: decoded into a type at one place, or refused in one line.
+"""Read JSON and YAML records as typed values, or refuse them in one line.
 
-A record is JSON that this program (or Hugging Face's libraries) wrote earlier. It may have been cut off, edited or
-replaced since, so nothing is taken for granted: not that the path is a file, nor its size, nor its encoding, nor the
-types of its values. `msgspec` checks them against a dataclass, a TypedDict or a plain annotation.
+A record is JSON that this program (or a Hugging Face library) wrote earlier. It may have been cut off, edited or
+replaced since. So everything is checked: that the path is a file, its size, its encoding, and the types of its values
+(by `msgspec`, against a dataclass, a TypedDict or an annotation).
 
-A damaged record of finished work is refused, with the remedy. A damaged by-product (metrics, answers of an unfinished
-evaluation) is set aside under another name, so that the work continues.
+A damaged record of finished work is an error with a remedy. A damaged by-product (metrics, answers of an unfinished
+evaluation) is renamed, and the work continues.
 """
 
 import contextlib
@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Generic, TypeVar, cast
 
 import msgspec
-import numpy as np
 import yaml
 from msgspec import Meta
 
 from minitron_train.runtime.errors import UserError, first_line
 
 T = TypeVar("T")
-MAX_RECORD_BYTES = 256 * 2**20  # far above what any record holds; a mistaken path must not fill the memory
-MAX_LINES_BYTES = 8 * 2**30  # an evaluation writes a line per row and a training one per step
-MAX_DEPTH = 100  # brackets inside brackets; ours have ten, and Python's own recursion ends near 1,000
-STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)  # of JSON, also one that does not end
+MAX_RECORD_BYTES = 256 * 2**20  # far above any record; a wrong path must not fill the memory
+MAX_LINES_BYTES = 8 * 2**30  # an evaluation writes a line per row, a training one per step
+MAX_DEPTH = 100  # nested brackets; our records have ten, Python's recursion limit is 1,000
+STRING = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?', re.DOTALL)  # a JSON string, terminated or not
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -42,14 +41,14 @@ Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """One regular file, opened for reading without waiting for anybody.
+    """Open one regular file for reading, without blocking.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: a folder, pipe, device or link loop stands in its place, or it cannot be read.
+        UserError: it is a folder, pipe, device or link loop, or cannot be read.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not block
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise UserError(f"{path}: is not a regular file; remove it")
@@ -71,18 +70,20 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            raise UserError(f"{path}: has {size:,} bytes, at most {max_bytes:,} are read; is it the right file?")
+            raise UserError(
+                f"{path}: has {size:,} bytes, at most {max_bytes:,} are read; check that it is the right file"
+            )
         return file.read(max_bytes + 1)
 
 
 def decode(data: bytes | str, kind: type[T], where: str, remedy: str) -> T:
-    """JSON as a value of `kind`; keys that `kind` does not name are ignored.
+    """Decode JSON into a value of `kind`; keys that `kind` does not name are ignored.
 
     Raises:
-        UserError: not JSON, nested too deeply, or of other types; the line names the place in the file.
+        UserError: not JSON, nested too deeply, or of other types; the message names the place in the file.
     """
     try:
-        text = data if isinstance(data, str) else data.decode()  # msgspec does not look at what it skips
+        text = data if isinstance(data, str) else data.decode()  # msgspec does not check the encoding of what it skips
         check_depth(text.encode())
         return msgspec.json.decode(text, type=kind)
     except DECODE_ERRORS as error:
@@ -90,18 +91,20 @@ def decode(data: bytes | str, kind: type[T], where: str, remedy: str) -> T:
 
 
 def damaged(where: str, why: str, remedy: str) -> UserError:
-    """The line about a damaged record."""
+    """The error for a damaged record."""
     return UserError(f"{where}: damaged ({why}); {remedy}")
 
 
 def check_depth(data: bytes) -> None:
-    """Refuse JSON that is nested deeper than MAX_DEPTH: code that walks through it would fail.
+    """Refuse JSON that is nested deeper than MAX_DEPTH: recursive code would fail on it.
 
     Raises:
-        RecursionError: it is.
+        RecursionError: the nesting is deeper.
     """
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
+    import numpy as np  # here, because --help imports this module and needs no numpy
+
     brackets = np.frombuffer(STRING.sub(b"", data).translate(None, NO_BRACKETS), np.uint8)
     opens = (brackets == ord("[")) | (brackets == ord("{"))
     if np.where(opens, 1, -1).cumsum().max(initial=0) > MAX_DEPTH:
@@ -109,21 +112,21 @@ def check_depth(data: bytes) -> None:
 
 
 def read_record(path: Path, kind: type[T], remedy: str) -> T:
-    """One JSON file as a value of `kind`.
+    """Read one JSON file as a value of `kind`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is damaged, or no file; the line ends with `remedy`.
+        UserError: it is damaged, or not a regular file; the message ends with `remedy`.
     """
     return decode(read_bytes(path), kind, str(path), remedy)
 
 
 def read_whole_record(path: Path, kind: type[T], remedy: str) -> T:
-    """One JSON object that fits the TypedDict `kind`, with the keys that `kind` does not name.
+    """Read one JSON object that fits the TypedDict `kind`; keys that `kind` does not name are kept.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is damaged, or no file; the line ends with `remedy`.
+        UserError: it is damaged, or not a regular file; the message ends with `remedy`.
     """
     data = read_bytes(path)
     decode(data, kind, str(path), remedy)
@@ -135,9 +138,9 @@ class Lines(Generic[T]):
     """The lines of a .jsonl file.
 
     Attributes:
-        values: of the lines that could be decoded.
-        damaged: number of each other line, from 1, and what is wrong with it.
-        cut_off: whether the last line has no newline and cannot be decoded: a kill while it was written.
+        values: the lines that could be decoded.
+        damaged: what is wrong with every other line, by line number from 1.
+        cut_off: whether the last line lacks its newline and cannot be decoded, as after a kill during the write.
     """
 
     values: list[T]
@@ -146,14 +149,14 @@ class Lines(Generic[T]):
 
 
 def read_lines(path: Path, decoder: Callable[[bytes], T]) -> Lines[T]:
-    """The lines of a .jsonl file; blank ones are left out.
+    """Read a .jsonl file; blank lines are skipped.
 
     Args:
-        decoder: gives the value of one line, or raises what msgspec raises.
+        decoder: returns the value of one line, or raises one of DECODE_ERRORS.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it is no file, or cannot be read.
+        UserError: it is not a regular file, or cannot be read.
     """
     values: list[T] = []
     wrong: dict[int, str] = {}
@@ -169,7 +172,7 @@ def read_lines(path: Path, decoder: Callable[[bytes], T]) -> Lines[T]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file, or what stands in its place, to NAME.damaged-N; returns the new path.
+    """Rename a damaged file, or whatever has its name, to NAME.damaged-N. Returns the new path.
 
     Raises:
         OSError: the folder cannot be written.
@@ -181,7 +184,7 @@ def set_aside(path: Path) -> Path:
 
 
 def decode_yaml(text: str, where: str, remedy: str) -> Any:
-    """YAML as plain Python values; no tag makes an object of another class.
+    """Decode YAML into plain Python values; tags that create other objects are refused.
 
     Raises:
         UserError: not YAML, with such a tag, or nested too deeply.
@@ -193,6 +196,6 @@ def decode_yaml(text: str, where: str, remedy: str) -> Any:
 
 
 def joined(error: Exception, max_length: int = 200) -> str:
-    """What another library's exception says in several lines, in one."""
+    """An exception's text on one line of at most `max_length` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= max_length else f"{text[:max_length]}…"

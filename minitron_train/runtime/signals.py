@@ -1,8 +1,8 @@
-"""What a process does when it is asked to end: Ctrl-C, SIGTERM (schedulers), SIGUSR1 (Slurm's --signal, before the time limit).
+"""Handlers of Ctrl-C, SIGTERM (schedulers) and SIGUSR1 (Slurm's --signal, before the time limit).
 
-`guard` takes over the signals before anything slow is imported. From then on the first one ends the process in one line,
-by an exception that cleans up on its way. A training (`StopSignals`) notes SIGTERM and SIGUSR1 instead; its loop saves and
-ends at the next safe point. No torch here.
+`guard` installs the handler before anything slow is imported. From then on the first signal raises an exception, which
+cleans up and ends the process with one line. A training (`StopSignals`) records SIGTERM and SIGUSR1 instead; its loop
+saves and ends at the next safe point. No torch here.
 """
 
 import contextlib
@@ -15,21 +15,19 @@ from types import FrameType
 from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REPEAT_S = (
-    5.0  # Slurm and the job script may both send a signal; one that comes later ends the process without cleaning up
-)
+REPEAT_S = 5.0  # Slurm and the job script may both send a signal; a later repeat ends the process without cleaning up
 
 
 class Stopped(SystemExit):
-    """SIGTERM or SIGUSR1 outside of a training. The exit code is 128 + the signal's number, which slurm/common.sh requeues."""
+    """SIGTERM or SIGUSR1 outside a training. Exit code: 128 + the signal's number, on which slurm/common.sh requeues."""
 
 
 class Guard:
-    """The handler of all these signals outside of a training.
+    """The handler of all these signals outside a training.
 
     Attributes:
-        exit_code: set once the command has ended; a signal that comes later ends the process with it.
-        received: the signal that came first, None before it.
+        exit_code: set once the command has ended; a later signal ends the process with it.
+        received: the first signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -38,7 +36,7 @@ class Guard:
         self.received_s = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Answer a signal.
+        """Handle a signal.
 
         Raises:
             KeyboardInterrupt, Stopped: it is the first one.
@@ -53,22 +51,22 @@ class Guard:
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
 
     def note(self, number: int) -> None:
-        """Remember a signal that is being answered."""
+        """Record a signal that is being handled."""
         self.received, self.received_s = number, time.monotonic()
 
 
 def end_now(number: int) -> NoReturn:
-    """Say what ended the process, and end it: in Python's own shutdown another signal would print a traceback."""
+    """Print what ended the process, and exit at once: during Python's shutdown another signal would print a traceback."""
     line = f"{signal.Signals(number).name}: ended; finished stages are kept, start again to continue"
     if number == signal.SIGINT:
         line = "interrupted; finished stages are kept"
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # stderr is closed
         os.write(2, f"{line}\n".encode())
     os._exit(128 + number)
 
 
 def open_standard_streams() -> None:
-    """Connect to /dev/null what the caller has closed (`>&-`): a file opened later would otherwise get the output."""
+    """Open /dev/null for the streams that the caller closed (`>&-`): a file opened later would get their output."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -80,7 +78,7 @@ def open_standard_streams() -> None:
 
 
 def guard(command: Callable[[], int]) -> NoReturn:
-    """Run a command as this process: answer signals from here on, end with the command's exit code."""
+    """Run a command as this process: handle signals from here on, exit with the command's exit code."""
     open_standard_streams()
     handler = Guard()
     for number in (signal.SIGINT, *STOP_SIGNALS):
@@ -91,14 +89,14 @@ def guard(command: Callable[[], int]) -> NoReturn:
         sys.stdout.flush()
     except (KeyboardInterrupt, Stopped):
         end_now(handler.received or signal.SIGINT)
-    except SystemExit as ending:  # a training that was asked to stop, or an output that nobody reads any more
+    except SystemExit as ending:  # a training that was asked to stop, or a closed output pipe
         handler.exit_code = ending.code if isinstance(ending.code, int) else 1
         raise
     sys.exit(handler.exit_code)
 
 
 class StopSignals:
-    """For the block of a training, the first of STOP_SIGNALS is remembered instead of ending the process."""
+    """Context manager of a training: the first of STOP_SIGNALS is recorded instead of ending the process."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -112,7 +110,9 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             if self.received is not None and isinstance(handler, Guard):
-                handler.note(signal.Signals[self.received])  # the run ends by it: a second delivery changes nothing
+                handler.note(
+                    signal.Signals[self.received]
+                )  # the run ends because of it: a second delivery changes nothing
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

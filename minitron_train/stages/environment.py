@@ -1,4 +1,4 @@
-"""What a stage ran in and what it took, for its provenance: time, memory, package versions, the commit of the code."""
+"""What provenance.json records about the process: time, memory, package versions, the commit of the code."""
 
 import datetime
 import functools
@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 class Meter:
-    """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start where it allows that."""
+    """Wall time and peak memory of a stage. The kernel's high-water mark is reset at the start if that is allowed."""
 
     def __init__(self) -> None:
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
@@ -29,11 +29,11 @@ class Meter:
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
-            pass  # then the peak is the process's, not the stage's
+            pass  # the peak is then that of the process, not of the stage
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self.start_s
 
     @property
@@ -48,7 +48,7 @@ class Meter:
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Installed versions of what decides results."""
+    """Installed versions of the PACKAGES that decide results."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def package_versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, marked when files differ from it; None when installed."""
+    """Commit of the checkout that this package runs from, with -dirty if files differ; None without a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""exported.json of an output folder: where the last export wrote the student, if elsewhere. eval, report and card find it."""
+"""exported.json: where the last export wrote the student if export.path is set. eval, report and card read it."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -6,11 +6,11 @@ from typing import TypedDict
 from minitron_train.runtime.files import atomic_write_json
 from minitron_train.runtime.records import read_record
 
-EXPORTED = "exported.json"  # in output_dir: {"folder"}, the student's folder where the last export wrote it elsewhere
+EXPORTED = "exported.json"  # in output_dir: {"folder": the student's folder}
 
 
 def note_export(output_dir: Path, student: Path) -> None:
-    """Remember where the last export wrote the student, for eval, report and the card."""
+    """Record where the last export wrote the student; OUTPUT_DIR/student needs no record."""
     record = output_dir / EXPORTED
     if student.resolve() == (output_dir / "student").resolve():
         record.unlink(missing_ok=True)
@@ -19,7 +19,7 @@ def note_export(output_dir: Path, student: Path) -> None:
 
 
 def exported(output_dir: Path) -> Path | None:
-    """The folder that the last export wrote outside of `output_dir`/student; None where there is none any more."""
+    """The student's folder if the last export wrote it outside OUTPUT_DIR/student and it still exists; otherwise None."""
     try:
         record = read_record(output_dir / EXPORTED, ExportRecord, "remove it, and give export.path=FOLDER")
     except FileNotFoundError:

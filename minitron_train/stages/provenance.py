@@ -1,6 +1,6 @@
-"""What provenance.json and started.json hold: the types that `stages` writes and that every reader relies on.
+"""provenance.json and started.json: the types of their contents, and how they are read.
 
-Only keys that some reader uses are listed. Readers keep the other keys, and show them as they are.
+The types list only keys that some reader uses. Readers keep the other keys and show them unchanged.
 """
 
 from pathlib import Path
@@ -8,13 +8,18 @@ from typing import Annotated, Any, Required, TypedDict
 
 from msgspec import Meta
 
+from minitron_train.runtime.files import readable_folder
 from minitron_train.runtime.records import Count, Seconds, read_whole_record
+
+PROVENANCE = "provenance.json"
+STARTED = "started.json"  # the inputs and settings that a resumable stage was started with
+STOPPED = "stopped.json"  # {"signal", "step", "num_steps"} of a training that a signal stopped
 
 PathText = Annotated[str, Meta(pattern="^[^\\0]*$")]  # no file system takes a NUL byte
 
 
 class ModelSection(TypedDict, total=False):
-    """Of the configuration: `teacher`, `student` or `export`."""
+    """`teacher`, `student` or `export` of the configuration."""
 
     path: PathText | None
     repo_id: str | None
@@ -22,7 +27,7 @@ class ModelSection(TypedDict, total=False):
 
 
 class PruneSection(TypedDict, total=False):
-    """`prune`, as the model card names it."""
+    """The keys of `prune` that the model card shows."""
 
     rotate: bool
     norm_scale: bool
@@ -30,20 +35,20 @@ class PruneSection(TypedDict, total=False):
 
 
 class CalibrationSection(TypedDict, total=False):
-    """`calibration`, as the model card names it."""
+    """The keys of `calibration` that the model card shows."""
 
     num_samples: Count
     seq_length: Count
 
 
 class TrainSection(TypedDict, total=False):
-    """`train`, as the model card names it."""
+    """The keys of `train` that the model card shows."""
 
     seq_length: Count
 
 
 class DistillSection(TypedDict, total=False):
-    """`distill`, as the model card names it."""
+    """The keys of `distill` that the model card shows."""
 
     loss: Required[str]
     temperature: Required[float]
@@ -61,7 +66,7 @@ class SourceSection(TypedDict):
 
 
 class DataSection(TypedDict, total=False):
-    """`data`, as the model card names it."""
+    """The keys of `data` that the model card shows."""
 
     path: PathText | None
     sources: dict[str, SourceSection]
@@ -82,7 +87,7 @@ class Settings(TypedDict, total=False):
 
 
 class Facts(TypedDict, total=False):
-    """What a stage found out."""
+    """`facts` of a provenance: what a stage found out while it ran."""
 
     tokens: Count
     steps: Count
@@ -92,7 +97,7 @@ class Facts(TypedDict, total=False):
 
 
 class Started(TypedDict, total=False):
-    """started.json: with which inputs and settings a training began."""
+    """started.json: the inputs and settings that a training began with."""
 
     inputs: Required[dict[str, str]]
     settings: Required[dict[str, Any]]
@@ -126,10 +131,10 @@ class StageRecord(Provenance):
 
 
 def read(file: Path) -> Provenance:
-    """One provenance.json.
+    """Read one provenance.json.
 
     Raises:
-        FileNotFoundError: there is none: the stage is not finished.
+        FileNotFoundError: the stage is not finished.
         UserError: it is damaged.
     """
     remedy = "restore it from a copy, or run the stage again with force=true"
@@ -137,11 +142,35 @@ def read(file: Path) -> Provenance:
 
 
 def read_started(file: Path) -> Started:
-    """One started.json.
+    """Read one started.json.
 
     Raises:
-        FileNotFoundError: there is none: no training began in this folder.
+        FileNotFoundError: no training began in this folder.
         UserError: it is damaged.
     """
     remedy = "restore it from a copy, remove it to resume with today's settings, or start again with force=true"
     return read_whole_record(file, Started, remedy)
+
+
+def read_provenance(folder: Path, record: str = PROVENANCE) -> Provenance | None:
+    """The provenance of a finished stage; None while it is unfinished. Changes nothing: other processes may be at work.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read(readable_folder(folder) / record)
+    except FileNotFoundError:
+        return None
+
+
+def read_started_record(folder: Path) -> Started | None:
+    """started.json of a resumable stage; None when the stage has not begun.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_started(readable_folder(folder) / STARTED)
+    except FileNotFoundError:
+        return None

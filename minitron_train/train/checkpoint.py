@@ -35,7 +35,7 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import PARTIAL
-from minitron_train.stages.run import differences
+from minitron_train.stages import differences
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
 from minitron_train.train.best import BestMetric

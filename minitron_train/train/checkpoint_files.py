@@ -108,7 +108,7 @@ def write_sums(folder: Path, files: Iterable[Path], rank: int) -> None:
 def publish(scratch: Path, path: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest, sync all files to disk, rename the checkpoint to its final name, and update `latest`.
 
-    This also deletes the earlier run that a forced restart has kept until now (`stages.run.growing_folder`).
+    This also deletes the earlier run that a forced restart has kept until now (`stages.folders.resumable_folder`).
     """
     sums: dict[str, Sum] = {}
     for part in scratch.glob(SUMS.format(rank="*")):

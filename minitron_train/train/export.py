@@ -27,7 +27,7 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import sha256_file
 from minitron_train.runtime.records import open_file
-from minitron_train.stages.run import read_provenance, read_started_record
+from minitron_train.stages import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.safe_load import REMEDY, read_metadata, read_tensors
 

@@ -13,7 +13,7 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.files import atomic_write_json
-from minitron_train.stages.run import STOPPED, plain
+from minitron_train.stages import STOPPED, plain
 from minitron_train.train.assemble import assemble, check
 from minitron_train.train.hooks import Hook, hooks_of
 from minitron_train.train.loop import Trainer

@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron_train.config import Config, Recompute
 from minitron_train.runtime.errors import UserError
-from minitron_train.stages.run import plain
+from minitron_train.stages import plain
 from minitron_train.train.best import BestMetric
 
 NEUTRAL = {  # section -> settings that may change between restarts; all other settings of these sections decide

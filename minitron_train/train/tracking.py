@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron_train.config import WandbConfig, WandbMode
 from minitron_train.runtime.console import say
-from minitron_train.stages.run import read_provenance, read_started_record
+from minitron_train.stages import read_provenance, read_started_record
 
 KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # provenance fields in an artifact
 MAX_NAME_CHARACTERS = 128  # W&B's limit for the name of an artifact

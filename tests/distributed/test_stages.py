@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from minitron_train.config import ParallelConfig
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World, read_world
-from minitron_train.stages.run import Invocation, Stage, run_stage
+from minitron_train.stages import Invocation, Stage, run_stage
 from tests.support.helpers import run_ranks
 
 TIMEOUT_S = 1.0  # of a collective
@@ -50,7 +50,7 @@ def stages_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
         attempt("slow", slow)
         attempt("refused", lambda _: groups.on_rank0(refuse))
-        attempt("grown", lambda _: {}, manner="grows", folder=folder / "file" / "below")
+        attempt("grown", lambda _: {}, mode="resumable", folder=folder / "file" / "below")
         met["share"] = groups.on_rank0(lambda: {"path": folder / str(rank)})
         if rank:
             attempt("broken", lambda _: groups.on_rank0(fail))

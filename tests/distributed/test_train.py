@@ -144,7 +144,7 @@ def test_a_dead_or_hanging_rank_is_named(training: Material, tmp_path: Path, sen
     rank, answer, trace = results.get(timeout=120)
     assert (rank, trace) == (0, None)
     said, seconds = answer
-    assert said.startswith("rank 0, step 4: rank 1 has ended or hangs, last heard of at step")
+    assert said.startswith("rank 0, step 4: rank 1 has ended or hangs, last heartbeat at step")
     assert seconds < 60
     workers[-1].kill()
     for worker in workers:

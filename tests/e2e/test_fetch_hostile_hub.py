@@ -106,7 +106,7 @@ def test_a_part_of_another_range_is_noticed(hub, tmp_path):
     staging.mkdir()
     digest = hashlib.sha256(FILES[SHARD]).hexdigest()
     (staging / f"{digest}.incomplete").write_bytes(b"?" * 100)
-    with pytest.raises(UserError, match="what arrived is not what the hub lists"):
+    with pytest.raises(UserError, match="the content does not match the hub's listing"):
         fetch_teacher(teacher_config(), tmp_path / "teacher")
     fetch_teacher(teacher_config(), tmp_path / "teacher")
     assert (tmp_path / "teacher" / SHARD).read_bytes() == FILES[SHARD]

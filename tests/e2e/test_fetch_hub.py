@@ -41,7 +41,7 @@ def test_a_branch_is_recorded_as_its_commit_and_must_not_move(hub, tmp_path):
 
 def test_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
     hub.cut_bytes = 18 * BLOCK_BYTES + 5
-    with pytest.raises(UserError, match="the server refuses; try again later, what has arrived is kept"):
+    with pytest.raises(UserError, match="the server refuses; try again later, what was downloaded is kept"):
         fetch_teacher(teacher_config(), tmp_path / "teacher")
     assert not (tmp_path / "teacher").exists()
     hub.cut_bytes, hub.ill = None, False
@@ -79,7 +79,7 @@ fetch_teacher(TeacherConfig(source="hub", repo_id={REPO!r}, revision={COMMIT!r})
 @pytest.mark.parametrize("name", ["config.json", SHARD])
 def test_content_that_is_not_what_the_hub_lists(hub, tmp_path, name):
     hub.contents[name] = hub.contents[name][:-1] + b"?"
-    with pytest.raises(UserError, match=f"{name}: what arrived is not what the hub lists"):
+    with pytest.raises(UserError, match=f"{name}: the content does not match the hub's listing"):
         fetch_teacher(teacher_config(), tmp_path / "teacher")
     hub.contents[name] = FILES[name]
     fetch_teacher(teacher_config(), tmp_path / "teacher")

@@ -63,7 +63,7 @@ def test_a_kill_leaves_nothing_and_a_rerun_completes(tmp_path, tiny_models, undi
 
     again = prune(tmp_path, tiny_models["llama"])
     assert again.returncode == 0, again.stderr
-    assert "score: done before" in again.stdout
+    assert "score: already finished" in again.stdout
     assert contents(out / "pruned") == undisturbed
     assert not list(out.glob(f"*{PARTIAL}*"))
 

@@ -94,7 +94,7 @@ def test_a_second_run_does_nothing_again(done: tuple[Path, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     result = run(folder)
     assert result.returncode == 0, result.stderr
-    assert "done before" in result.stdout
+    assert "already finished" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
 
 
@@ -121,7 +121,7 @@ def test_a_teacher_that_writes_its_calibration(done: tuple[Path, str], tmp_path:
     tokens = load_file(tmp_path / "scores" / "tokens.safetensors")["tokens"]
     assert tokens.shape == (4, 4, 64)
     printed = command("prune", "calibration.teacher_share=0.5")
-    assert "score: done before" in printed and (tmp_path / "pruned" / "model.safetensors").exists()
+    assert "score: already finished" in printed and (tmp_path / "pruned" / "model.safetensors").exists()
     assert torch.equal(load_file(tmp_path / "scores" / "tokens.safetensors")["tokens"], tokens)
     assert "score: stale" in command("prune", "dry_run=true")
     assert not (done[0] / "scores" / "tokens.safetensors").exists()

@@ -110,7 +110,7 @@ def test_marks(command: str, words: list[str], marked: list[str]) -> None:
 
 
 def test_the_mark_is_the_one_that_training_leaves() -> None:
-    from minitron_train.stages.run import STOPPED
+    from minitron_train.stages import STOPPED
 
     assert slurm.STOPPED == STOPPED
 
@@ -206,7 +206,7 @@ def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) 
     """Nobody connects to a multicast address: the network is unreachable at once."""
     (tmp_path / "teacher").mkdir()
     words = ["+recipe=micro", f"teacher.path={tmp_path}/teacher", f"output_dir={tmp_path}/out"]
-    link = "rank 1 on localhost cannot reach rank 2 on 224.0.0.1: Network is unreachable; is a firewall between?"
+    link = "rank 1 on localhost cannot reach rank 2 on 224.0.0.1: Network is unreachable; check for a firewall between them"
     assert ranks(3, *words, hosts={2: "224.0.0.1"}) == [
         (2, "", f"error: {'see the message of rank 0: ' if rank else ''}{link} (rank {rank})\n") for rank in range(3)
     ]
@@ -223,7 +223,7 @@ def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) ->
             caller.setblocking(False)
             caller.connect_ex(there)
         complaints = preflight.call_neighbour([("n0", 0), there], 0)
-    assert complaints == ["rank 0 on n0 cannot reach rank 1 on 127.0.0.1: timed out; is a firewall between?"]
+    assert complaints == ["rank 0 on n0 cannot reach rank 1 on 127.0.0.1: timed out; check for a firewall between them"]
 
 
 CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": {}, "complaints": []}'
@@ -237,8 +237,8 @@ CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": 
         (b'\x00\x00\x00\x0c{"rank":"one"', "message from another rank: damaged"),
         (b"\x00\x00\x00\x04null", "message from another rank: damaged"),
         (b"", "another rank has ended"),
-        (CARD % 0, "nowhere claims rank 0 of 2, which is taken or does not exist; does a second job use 127"),
-        (CARD % 7, "nowhere claims rank 7 of 2, which is taken or does not exist; does a second job use 127"),
+        (CARD % 0, "nowhere claims rank 0 of 2, which is taken or does not exist; check that no other job uses 127"),
+        (CARD % 7, "nowhere claims rank 7 of 2, which is taken or does not exist; check that no other job uses 127"),
     ],
 )
 def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) -> None:
@@ -281,7 +281,7 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
     complaints = preflight.gather(card, tmp_path, first, 4)
     for thread in others:
         thread.join(timeout=10)
-    silent = "rank 1 on 127.0.0.1 does not answer; does its node still run?"
+    silent = "rank 1 on 127.0.0.1 does not answer; check its node"
     assert complaints == [silent, "rank 2 on 127.0.0.1 has ended; see its message", "rank 3: no way"]
     assert told == {1: [silent], 3: [silent]}
 

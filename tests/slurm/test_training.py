@@ -85,7 +85,7 @@ def test_chain_is_resumed_and_survives_preemption(chained: tuple[Lab, dict[str, 
     output = lab.folder / "outputs" / "micro"
     assert list(first) == list(second) == CHAIN
     for command, line in [("pretrain", "export teacher"), ("score", "score"), ("prune", "prune")]:
-        assert f"{line}: done before" in lab.log(second[command])
+        assert f"{line}: already finished" in lab.log(second[command])
     distilled = lab.cluster.show(second["distill"])
     assert (distilled["JobState"], distilled["Restarts"]) == ("COMPLETED", "1")
     log = lab.log(second["distill"])
@@ -107,7 +107,7 @@ def test_search_ranks_what_the_array_has_tried(lab: Lab, material: tuple[str, st
     jobs = lab.chain("micro", *grid, "search.evaluate=true", script="search")
     completed(lab, jobs["rank"])
     log = lab.log(jobs["rank"])
-    assert log.count("prune: done before") == log.count("eval pruned: done before") == 2
+    assert log.count("prune: already finished") == log.count("eval pruned: already finished") == 2
     ranked = json.loads((lab.folder / "outputs" / "micro" / "search.json").read_text())["candidates"]
     found = [row["zero_shot_loss"] for row in ranked]
     assert len(found) == 2 and found == sorted(found)

@@ -61,7 +61,7 @@ def test_progress_can_be_silenced(models: Path, capsys: pytest.CaptureFixture[st
         logger.setLevel(logging.INFO)
     assert capsys.readouterr().out == ""
     mt.score("models/teacher", "quiet", text="corpus.jsonl", settings=FAST)
-    assert "score: done before" in capsys.readouterr().out
+    assert "score: already finished" in capsys.readouterr().out
 
 
 def test_documents_may_be_given_themselves(models: Path) -> None:

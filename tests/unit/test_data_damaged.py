@@ -95,7 +95,7 @@ def test_every_damaged_byte_of_a_copy_is_noticed(tmp_path):
         try:
             assert read(path) == TEXTS, at
         except UserError as error:
-            assert "delete it, it is made again" in str(error), at
+            assert "delete it and start again" in str(error), at
     copy.write_bytes(whole)
 
 
@@ -107,7 +107,7 @@ def test_a_frame_of_another_text_is_noticed(tmp_path):
     raw = copy.read_bytes()
     crc = zlib.crc32(LINES[:10]).to_bytes(4, "little")
     copy.write_bytes(raw[:4] + crc + raw[8:])
-    with pytest.raises(UserError, match="its checksum differs"):
+    with pytest.raises(UserError, match="the checksum differs"):
         read(path)
 
 

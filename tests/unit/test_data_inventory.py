@@ -179,7 +179,7 @@ def test_what_no_format_reads_is_left_out_and_said(tmp_path):
     inventory = take(str(tmp_path))
     assert names(tmp_path) == ["book.txt"]
     assert inventory.summary() == (
-        "1 file, text, 7 B; left out: .git/ (hidden), __pycache__/ (not text), weights.bin (no .idx beside it), "
+        "1 file, text, 7 B; left out: .git/ (hidden), __pycache__/ (not text), weights.bin (no .idx file), "
         "Makefile, archive.tar.gz and 3 more (not a format that is read)"
     )
     for name in ("page.html", "archive.tar.gz", "b.zip"):
@@ -412,7 +412,7 @@ def test_a_model_beside_the_text(tmp_path):
 
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(UserError, match=r"pipe\.jsonl: is not a regular file; write what it gives into a file"):
+    with pytest.raises(UserError, match=r"pipe\.jsonl: is not a regular file; write its content into a file"):
         take(str(tmp_path / "pipe.jsonl"))
 
 

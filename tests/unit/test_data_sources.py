@@ -269,7 +269,7 @@ MISTAKES = {  # file name, content, what the message says
     "no_gzip": ("a.jsonl.gz", b"plain", "cannot be decompressed"),
     "no_zstd": ("a.jsonl.zst", b"plain", "cannot be decompressed"),
     "no_parquet": ("a.parquet", b"PAR1 plain", "not a Parquet file"),
-    "no_index": ("a.idx", b"plain", "missing beside its .idx"),
+    "no_index": ("a.idx", b"plain", "missing next to its .idx"),
 }
 
 

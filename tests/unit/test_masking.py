@@ -11,7 +11,7 @@ import pytest
 from minitron_train.fetch.common import record_facts
 from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.masking import mask_credentials
-from minitron_train.stages.run import plain
+from minitron_train.stages import plain
 
 TOKEN = "hf_" + "aB3" * 11
 

@@ -77,7 +77,7 @@ def test_a_broken_off_search_goes_on_where_it_was(training, undisturbed, tmp_pat
     capsys.readouterr()
     search(training, tmp_path)
     printed = capsys.readouterr().out
-    assert printed.count("prune: done before") == 1
+    assert printed.count("prune: already finished") == 1
     assert steps(begun[0]) == list(range(1, STEPS + 1))
     assert ranked(tmp_path) == ranked(undisturbed), "the same losses, to the last bit"
 
@@ -90,6 +90,6 @@ def test_one_candidate_alone_is_not_ranked_and_is_not_done_again(training, undis
     search(training, tmp_path)
     printed = capsys.readouterr().out
     stages = ("prune", "eval pruned", "distill", "export", "eval student")
-    assert [printed.count(f"{stage}: done before") for stage in stages] == [1] * len(stages)
+    assert [printed.count(f"{stage}: already finished") for stage in stages] == [1] * len(stages)
     assert ranked(tmp_path) == ranked(undisturbed)
     assert name in {row["name"] for row in ranked(tmp_path)}

@@ -21,8 +21,7 @@ from minitron_train.evaluation.results import read_evaluation
 from minitron_train.evaluation.run import end_tokens
 from minitron_train.reporting.load import read_axes, read_metrics
 from minitron_train.runtime.errors import UserError
-from minitron_train.stages import provenance
-from minitron_train.stages.run import STARTED
+from minitron_train.stages import STARTED, provenance
 from minitron_train.train import checkpoint_files
 from minitron_train.train.metrics import MetricsFile
 

@@ -19,7 +19,7 @@ from minitron_train.evaluation.source import is_training, locate, open_origin
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import sha256_file
 from minitron_train.runtime.launch import World
-from minitron_train.stages.run import STARTED
+from minitron_train.stages import STARTED
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
 from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint

@@ -14,8 +14,8 @@ import pytest
 
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import exclusive
-from minitron_train.stages.exported import exported, note_export
-from minitron_train.stages.run import Invocation, Stage, read_provenance, run_stage, short
+from minitron_train.stages import Invocation, Stage, exported, note_export, read_provenance, run_stage
+from minitron_train.stages.stage import short
 
 INVOCATION = Invocation(["python", "-m", "minitron_train", "test"], {"seed": 1})
 
@@ -40,7 +40,7 @@ def stage(tmp_path: Path) -> Stage:
 def test_a_finished_stage_is_not_done_twice(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(stage)
     assert not run(stage, "again")
-    assert "done before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert (stage.folder / "result").read_text() == "done"
     assert run(stage, "forced", force=True)
     assert (stage.folder / "result").read_text() == "forced"
@@ -125,9 +125,9 @@ def test_what_a_killed_second_run_left_of_a_finished_stage_goes(stage: Stage) ->
     assert sorted(path.name for path in stage.folder.iterdir()) == ["provenance.json", "result"]
 
 
-@pytest.mark.parametrize("manner", ["whole", "grows", "itself"])
-def test_a_second_process_is_refused(stage: Stage, manner: Any) -> None:
-    stage = replace(stage, manner=manner)
+@pytest.mark.parametrize("mode", ["atomic", "resumable", "self_managed"])
+def test_a_second_process_is_refused(stage: Stage, mode: Any) -> None:
+    stage = replace(stage, mode=mode)
     stage.folder.mkdir()
     with exclusive(stage.lock, stage.folder), pytest.raises(UserError, match=r"another process is at work in .*/out;"):
         run(stage)
@@ -158,11 +158,11 @@ def test_a_disk_without_locks_is_said_and_used(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert run(stage)
-    assert "out.lock: cannot be locked (No locks available); take care" in capsys.readouterr().out
+    assert "out.lock: cannot be locked (No locks available); make sure" in capsys.readouterr().out
 
 
 def test_a_growing_stage_goes_on_but_not_with_other_settings(stage: Stage) -> None:
-    training = replace(stage, manner="grows")
+    training = replace(stage, mode="resumable")
     with pytest.raises(RuntimeError):
         run(training, "step 5", fail=True)
     assert (training.folder / "result").read_text() == "step 5", "what has grown stays"
@@ -187,17 +187,19 @@ def refused(stage: Stage, *, force: bool = False, files: tuple[str, ...] = ()) -
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("manner", ["whole", "grows"])
-def test_files_of_others_are_not_touched(stage: Stage, manner: Any, force: bool) -> None:
+@pytest.mark.parametrize("mode", ["atomic", "resumable"])
+def test_files_of_others_are_not_touched(stage: Stage, mode: Any, force: bool) -> None:
     """A corpus in OUTPUT_DIR/train, models beside export.path's, a teacher that was copied there."""
-    stage = replace(stage, manner=manner)
+    stage = replace(stage, mode=mode)
     for name in ("corpus.jsonl", "provenance.json/x", "checkpoints/step_9/weights"):
         (stage.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (stage.folder / name).write_text("precious")
     aside = stage.folder.with_name("out.replaced")
     aside.mkdir()
     before = sorted(stage.folder.parent.rglob("*"))
-    with pytest.raises(UserError, match=r"prune: .*/out holds files that .* not write \(as checkpoints\).*; move them"):
+    with pytest.raises(
+        UserError, match=r"prune: .*/out holds files that .* not write \(such as checkpoints\).*; move them"
+    ):
         run(stage, force=force)
     with pytest.raises(UserError, match="holds files that"):
         stage.describe()
@@ -220,23 +222,23 @@ def test_what_own_runs_have_left_is_gone_on_with(stage: Stage, left: str, text: 
     if left:
         (stage.folder / left).parent.mkdir(parents=True, exist_ok=True)
         (stage.folder / left).write_text(text)
-    for manner in ("grows", "whole"):
-        assert run(replace(stage, manner=manner), manner)
-        assert (stage.folder / "result").read_text() == manner
+    for mode in ("resumable", "atomic"):
+        assert run(replace(stage, mode=mode), mode)
+        assert (stage.folder / "result").read_text() == mode
         (stage.folder / "provenance.json").unlink()
         (stage.folder / "started.json").write_text(STARTED)
 
 
-@pytest.mark.parametrize("manner", ["whole", "grows"])
+@pytest.mark.parametrize("mode", ["atomic", "resumable"])
 @pytest.mark.parametrize("name", ["provenance.json", "started.json"])
-def test_a_damaged_record_is_named_and_its_work_kept(stage: Stage, manner: Any, name: str) -> None:
+def test_a_damaged_record_is_named_and_its_work_kept(stage: Stage, mode: Any, name: str) -> None:
     """Only force=true replaces what was done: the rest of the folder may have cost days."""
-    stage = replace(stage, manner=manner)
+    stage = replace(stage, mode=mode)
     run(stage)
     (stage.folder / "provenance.json").unlink()
     (stage.folder / "started.json").write_text(STARTED)
     (stage.folder / name).write_text("{")
-    if (manner, name) != ("whole", "started.json"):  # only a training has one
+    if (mode, name) != ("atomic", "started.json"):  # only a training has one
         with pytest.raises(UserError, match=rf"{name}: damaged \(.+\); restore it from a copy, .*force=true"):
             run(stage, "again")
         assert (stage.folder / "result").read_text() == "done"
@@ -247,7 +249,7 @@ def test_a_damaged_record_is_named_and_its_work_kept(stage: Stage, manner: Any, 
 def test_downloads_look_for_themselves(stage: Stage) -> None:
     stage.folder.mkdir()
     (stage.folder / "teacher.provenance.json").touch()
-    assert run(replace(stage, manner="itself", record="student.provenance.json"))
+    assert run(replace(stage, mode="self_managed", record="student.provenance.json"))
 
 
 def test_a_file_in_the_place_of_the_folder_is_kept(stage: Stage) -> None:
@@ -258,7 +260,7 @@ def test_a_file_in_the_place_of_the_folder_is_kept(stage: Stage) -> None:
 
 
 def test_training_that_is_refused_before_its_first_step(stage: Stage) -> None:
-    training = replace(stage, manner="grows")
+    training = replace(stage, mode="resumable")
     refused(training, files=("metrics.jsonl.tmp", "wandb/run"))
     assert not training.folder.exists(), "nothing was there before"
     training.folder.mkdir()
@@ -279,7 +281,7 @@ def checkpoint(folder: Path, text: str) -> None:
 @pytest.fixture
 def trained(stage: Stage) -> Stage:
     """A training that is finished."""
-    training = replace(stage, manner="grows")
+    training = replace(stage, mode="resumable")
     training.folder.mkdir()
     (training.folder / "started.json").write_text(STARTED)
     checkpoint(training.folder, "old")
@@ -335,11 +337,11 @@ def test_a_forced_training_that_was_stopped_before_its_first_checkpoint_begins_a
     assert [path.name for path in trained.folder.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("manner", ["whole", "grows"])
+@pytest.mark.parametrize("mode", ["atomic", "resumable"])
 def test_a_requeued_job_obeys_force_once(
-    stage: Stage, manner: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stage: Stage, mode: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage, grows = replace(stage, manner=manner), manner == "grows"
+    stage, resumes = replace(stage, mode=mode), mode == "resumable"
 
     def life(restarts: int, text: str, *, job: str = "7", fail: bool = False) -> bool:
         monkeypatch.setenv("SLURM_JOB_ID", job)
@@ -352,10 +354,10 @@ def test_a_requeued_job_obeys_force_once(
     with pytest.raises(RuntimeError):
         life(0, "half", fail=True)
     saved = stage.folder / "saved"
-    if grows:
+    if resumes:
         saved.touch()
     assert life(1, "whole")
-    assert saved.exists() is grows and ("begun by this job" in capsys.readouterr().out) is grows
+    assert saved.exists() is resumes and ("this job began it" in capsys.readouterr().out) is resumes
     assert not life(2, "again") and (stage.folder / "result").read_text() == "whole"
     assert life(0, "typed again in the same job")
 
