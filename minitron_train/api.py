@@ -1,6 +1,6 @@
 """The program as a library: each command is a function of paths and settings (docs/python.md).
 
-    from minitron_train import api as mt
+    import minitron_train as mt
 
     pruned = mt.prune("models/teacher", "outputs/half", hidden_size=432, text="corpus.jsonl")
     trained = mt.distill("models/teacher", pruned.folder, "outputs/half", text="corpus.jsonl", num_tokens=1_000_000)
@@ -269,7 +269,7 @@ def distillation_loss(
     for name in options:
         if name not in known:
             raise UserError(
-                f"distillation_loss({name}=…): no such option{cli.did_you_mean(name, known)}; there are: {known}"
+                f"distillation_loss({name}=…): no such option{cli.did_you_mean(name, known)}; options: {known}"
             )
     if "kind" in options:
         kinds = {kind.value: kind for kind in LossKind}
