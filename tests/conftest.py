@@ -39,6 +39,16 @@ REQUIRED = {
 }  # continuous integration sets these
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/bad_input."""
+    group = parser.getgroup("tests/bad_input")
+    group.addoption("--whole", action="store_true", help="every case instead of the quick ones, about 12 minutes")
+    group.addoption("--fresh", action="store_true", help="a fresh Python for every case instead of a fork (slow)")
+    group.addoption(
+        "--material", metavar="FOLDER", help="keep the trained model of recipe micro here for the next time"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run; the variables of REQUIRED make that a failure."""
     for item in items:
