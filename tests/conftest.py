@@ -15,6 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 import pytest  # noqa: E402
 
 from tests.slurm import cluster as slurm_cluster  # noqa: E402
+from tests.support.retry import pytest_runtest_protocol, pytest_terminal_summary  # noqa: E402, F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -179,6 +179,7 @@ def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> lis
     return [(code, output, errors) for output, errors, code in done]
 
 
+@pytest.mark.races
 def test_ranks_meet(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     folder = tmp_path / "out"
@@ -187,6 +188,7 @@ def test_ranks_meet(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.races
 def test_complaint_of_one_rank_ends_all(tmp_path: Path) -> None:
     first, second = ranks(2, "+recipe=micro", f"teacher.path={tmp_path}/none", f"output_dir={tmp_path}/out")
     assert first[0] == second[0] == 2 and not first[1]
@@ -194,6 +196,7 @@ def test_complaint_of_one_rank_ends_all(tmp_path: Path) -> None:
     assert second[2] == first[2].replace("error: ", "error: see the message of rank 0: ").replace("rank 0)", "rank 1)")
 
 
+@pytest.mark.races
 def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) -> None:
     """Nobody connects to a multicast address: the network is unreachable at once."""
     (tmp_path / "teacher").mkdir()
@@ -204,6 +207,7 @@ def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) 
     ]
 
 
+@pytest.mark.races
 def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a firewall that drops packets; here the queue of connections is full."""
     monkeypatch.setattr(meeting, "CALL_S", 0.2)
@@ -221,6 +225,7 @@ def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) ->
 CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": {}, "complaints": []}'
 
 
+@pytest.mark.races
 @pytest.mark.parametrize(
     ("message", "line"),
     [
@@ -251,6 +256,7 @@ def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) 
     thread.join(timeout=10)
 
 
+@pytest.mark.races
 def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
     told = {}
@@ -278,12 +284,13 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
     assert told == {1: [silent], 3: [silent]}
 
 
+@pytest.mark.races
 def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "DEADLINE_S", 1)
     with meeting.listen(0) as probe:
         environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.address[1])}
     with pytest.raises(UserError, match="1 s: ranks 1, 2 did not reach localhost"):
-        meeting.meet([], tmp_path, World(0, 3), environ)
+        meeting.preflight([], tmp_path, World(0, 3), environ)
 
 
 def test_different_software_is_named() -> None:
