@@ -1,7 +1,7 @@
 """One retry for tests marked `races`: they depend on the timing of other processes, so a busy machine can fail them.
 
-The retry is a whole run of the test, with every fixture made anew. The summary at the end names each retried test and what failed
-the first time. A test without the mark is never retried.
+The retry is a whole run of the test, with every fixture made anew. The summary at the end names each retried test and shows its
+first failure. A test without the mark is never retried.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from _pytest.runner import (
     runtestprotocol,  # pytest has no public way to run one test; pytest-rerunfailures does the same
 )
 
-RETRIED = pytest.StashKey[dict[str, str]]()  # node id -> what failed the first time
+RETRIED = pytest.StashKey[dict[str, str]]()  # node id -> the first failure's report
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -23,7 +23,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     reports = runtestprotocol(item, log=False, nextitem=nextitem)
     failed = next((report for report in reports if report.failed), None)
     if failed is not None:
-        retried[item.nodeid] = f"{failed.when}: {reason(failed)}"
+        retried[item.nodeid] = failed.longreprtext
         with contextlib.suppress(Exception):  # a module's or session's fixture may be what has failed: make them anew
             item.session._setupstate.teardown_exact(None)
         return item.ihook.pytest_runtest_protocol(item=item, nextitem=nextitem)
@@ -34,16 +34,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name the retried tests."""
-    retried = terminalreporter.config.stash.get(RETRIED, {})
-    if retried:
-        terminalreporter.section("failed once and retried")
-    for nodeid, why in retried.items():
-        terminalreporter.line(f"{nodeid}: {why}")
-
-
-def reason(report: pytest.TestReport) -> str:
-    """The first line of a failure's message."""
-    crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash else str(report.longrepr)
-    return text.splitlines()[0] if text else ""
+    """Name the retried tests, and show how each failed the first time."""
+    for nodeid, first_failure in terminalreporter.config.stash.get(RETRIED, {}).items():
+        terminalreporter.section(f"failed once and retried: {nodeid}")
+        terminalreporter.line(first_failure)

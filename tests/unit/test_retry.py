@@ -59,13 +59,14 @@ def test_marked_tests_are_tried_twice(summary: pytest.RunResult) -> None:
 def test_the_summary_names_what_was_retried(summary: pytest.RunResult) -> None:
     summary.stdout.fnmatch_lines(
         [
-            "*failed once and retried*",
-            "*::test_once: call: AssertionError: once failed",
-            "*::test_always: call: AssertionError: always failed",
-            "*::test_fixture_of_the_module: setup: AssertionError: fixture failed",
+            "*failed once and retried: *::test_once*",
+            "E * AssertionError: once failed",
+            "*failed once and retried: *::test_always*",
+            "*failed once and retried: *::test_fixture_of_the_module*",
+            "E * AssertionError: fixture failed",
         ]
     )
-    summary.stdout.no_fnmatch_line("*::test_passes: *")
+    summary.stdout.no_fnmatch_line("*retried: *::test_passes*")
 
 
 def failures(summary: pytest.RunResult) -> list[str]:
