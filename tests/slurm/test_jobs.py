@@ -8,7 +8,7 @@ import pytest
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Lab
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.races]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 

@@ -33,6 +33,7 @@ def test_the_documented_sweep_composes() -> None:
     assert hydra.launcher._target_.endswith("SlurmLauncher") and hydra.sweep.dir == "outputs/sweep"
 
 
+@pytest.mark.races
 @pytest.mark.slurm
 @pytest.mark.timeout(600)  # the launcher asks for results ever more rarely
 def test_the_documented_sweep_runs_as_jobs(lab: Lab) -> None:

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, and evaluation files in the layout of eval.data_dir, made on the spot."""
+"""Makes a tiny model with a tokenizer, and evaluation files in the layout of eval.data_dir."""
 
 import json
 import random
@@ -15,7 +15,6 @@ and then slowly quickly water bread music paper light dark morning evening garde
 
 
 def sentence(source: random.Random, low: int, high: int) -> str:
-    """Random words."""
     return " ".join(source.choice(WORDS) for _ in range(source.randint(low, high)))
 
 
@@ -33,7 +32,6 @@ def save_model(name: str, folder: Path, **changes: Any) -> Path:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

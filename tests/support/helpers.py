@@ -1,4 +1,4 @@
-"""Several ranks in one test: gloo processes on this machine."""
+"""Runs a function on several ranks: gloo processes on this machine."""
 
 import os
 import socket
@@ -20,9 +20,9 @@ PRELOADED = [
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Run `function(rank, world_size, *args)` in processes that find each other as torchrun's do.
+    """Run `function(rank, world_size, *args)` in processes with torchrun's environment variables.
 
-    `function` is a top-level one and starts torch.distributed itself (parallel.groups.start reads the environment).
+    `function` must be importable by name, and starts torch.distributed itself (parallel.groups.start reads the environment).
 
     Returns:
         What each rank returned.
@@ -40,7 +40,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> list[Any]:
-    """One try of run_ranks, on a port that is free now; another process may take it before the ranks do."""
+    """Try once, on a port that is free now; another process may take it before the ranks do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -62,11 +62,11 @@ def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...
 def start_ranks(
     function: Callable[..., Any], world_size: int, port: int, args: tuple[Any, ...]
 ) -> tuple[list[Any], Any]:
-    """The processes, and the queue to which each puts (rank, answer, traceback)."""
-    context = mp.get_context("forkserver")  # a process with PRELOADED that each rank is a fork of
+    """Start the ranks. Returns their processes, and the queue into which each puts (rank, answer, traceback)."""
+    context = mp.get_context("forkserver")  # each rank is a fork of a process that has imported PRELOADED
     context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
-    environment = dict(os.environ)  # as it is now: the server's is older
+    environment = dict(os.environ)  # the fork server has the environment of its own start
     workers = [
         context.Process(target=work, args=(function, rank, world_size, port, results, args, environment), daemon=True)
         for rank in range(world_size)
@@ -85,7 +85,7 @@ def work(
     args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
-    """One rank's process."""
+    """Be one rank: put what the function returns, or its traceback, into the queue."""
     os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

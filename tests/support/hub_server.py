@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks as much of the Hugging Face hub's language as is needed, and lies where a test asks for it."""
+"""A hub on loopback with the part of the Hugging Face protocol that the tests need; it sends wrong answers on request."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ UNWANTED = {
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves FILES at one commit; the test changes what it does meanwhile."""
+    """Serves FILES at one commit. A test changes the attributes while it serves."""
 
     daemon_threads = True
 
@@ -38,7 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.contents = {**FILES, **UNWANTED}
         self.listed = dict(self.contents)
         self.gets: list[tuple[str, int]] = []  # (file, first byte asked for)
-        self.cut_bytes: int | None = None  # SHARD breaks off after so many bytes, and then the server is ill
+        self.cut_bytes: int | None = None  # after so many bytes of SHARD the connection breaks, and the server is ill
         self.refusal: tuple[int, str] | None = None  # status and X-Error-Code of the listing
         self.pause_s = 0.0  # between blocks of SHARD
         self.ill = False

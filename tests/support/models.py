@@ -1,4 +1,4 @@
-"""Tiny random models made by transformers itself: the oracle's own code."""
+"""Tiny random models, made by transformers, which is the oracle of the tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +67,7 @@ def exported(
     checkpoint: HFFolder,
     gather: Callable[[torch.Tensor], list[torch.Tensor]] = lambda shard: [shard],
 ) -> dict[str, torch.Tensor]:
-    """A model's tensors under their Hugging Face names; `gather` gives all tensor-parallel ranks' shards."""
+    """A model's tensors under their Hugging Face names; `gather` returns the shards of all tensor-parallel ranks."""
     parameters = parameters_by_row(model)
     tensors = export_tensors(
         checkpoint.table, checkpoint.shape, lambda row, i: gather(parameters[row.mcore.format(i=i)].detach())
@@ -76,7 +76,7 @@ def exported(
 
 
 def hf_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """transformers' own logits [B, S, V], fp32."""
+    """The logits of transformers [B, S, V], fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(tokens_BS).logits

@@ -1,4 +1,4 @@
-"""What the pruning tests share: configurations, tokens, a teacher that is scored and cut."""
+"""Configurations, tokens, and a teacher that is scored and pruned, for the pruning tests."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ ENUMS: dict[str, Any] = {
 
 
 def configuration(preset: str | None = None, **prune: Any) -> Config:
-    """The program's configuration with one of conf/prune/*.yaml, small micro-batches, and settings of prune."""
+    """A configuration with the settings of conf/prune/PRESET.yaml, small micro-batches, and the `prune` settings given."""
     settings: dict[str, Any] = {}
     if preset:
         file = Path(__file__).parents[2] / "conf" / "prune" / f"{preset}.yaml"
@@ -44,7 +44,7 @@ def evidence_of(teacher: hf.HFFolder, statistics: Statistics, prune: PruneConfig
 
 
 def run_cut(folder: Path, teacher_folder: Path, config: Config, tokens: Tensor, groups: Any, **sizes: int) -> Path:
-    """Score and cut a teacher; the pruned folder."""
+    """Score and prune a teacher; returns the pruned folder."""
     from minitron_train.pruning.prune import prune_checkpoint
     from minitron_train.pruning.scoring import score_checkpoint
 

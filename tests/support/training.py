@@ -44,7 +44,7 @@ def make_material(root: Path, family: str = "nemotron") -> Material:
 
 
 def make_config(material: Material, **overrides: Any) -> Config:
-    """Eight steps of eight sequences in micro batches of two; `overrides` like train__lr=1.0."""
+    """Eight steps of eight sequences in micro-batches of two; an override like train__lr=1.0 sets train.lr."""
     config = Config(name="test")
     config.data.path, config.data.num_workers, config.data.validation_tokens = str(material.corpus), 0, 8 * SEQ_LENGTH
     config.train = TrainConfig(
@@ -65,7 +65,7 @@ def make_config(material: Material, **overrides: Any) -> Config:
 
 
 def run(material: Material, folder: Path, *, alone: bool = False, **overrides: Any) -> dict[str, Any]:
-    """One training run in this process, with its process groups. `alone`: without a teacher."""
+    """Train in this process, with process groups of its own; `alone` trains without a teacher."""
     from minitron_train.parallel.groups import start
     from minitron_train.train.run import train
 
@@ -76,19 +76,19 @@ def run(material: Material, folder: Path, *, alone: bool = False, **overrides: A
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, without what depends on the machine."""
+    """The rows of metrics.jsonl, without the columns that depend on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     machine = ("tokens_per_second", "model_flops_utilisation", "peak_memory_bytes")
     return [{key: value for key, value in line.items() if key not in machine} for line in lines]
 
 
 class Interrupted(Exception):
-    """Raised in the middle of a run by `interrupt_at`."""
+    """Raised in the middle of a run by `interrupt`."""
 
 
 @contextlib.contextmanager
 def before_step(number: int, action: Any) -> Iterator[None]:
-    """Call `action(trainer)` when the gradients of step `number` are there, before the optimizer uses them."""
+    """Call `action(trainer)` after the backward pass of step `number`, before the optimizer step."""
     from minitron_train.train.loop import Trainer
 
     original = Trainer.forward_backward
@@ -107,6 +107,6 @@ def before_step(number: int, action: Any) -> Iterator[None]:
 
 
 def interrupt(trainer: Any) -> None:
-    """An action for `before_step`: what was saved so far is on disk, then the run breaks off."""
+    """An action for `before_step`: wait until pending checkpoints are on disk, then raise Interrupted."""
     trainer.checkpoints.poll(wait=True)
     raise Interrupted

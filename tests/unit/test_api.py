@@ -1,14 +1,18 @@
-"""The functions of the library: docs/python.md as it stands, the loss in a plain loop, silence, refusals."""
+"""`import minitron_train as mt`: every block of docs/python.md runs, the import is light, mistakes are one line."""
 
+import inspect
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from minitron_train import api as mt
+import minitron_train as mt
 from tests.support.training import Material
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -45,11 +49,42 @@ def test_every_block_of_the_page_runs(models: Path, monkeypatch: pytest.MonkeyPa
     small |= {"train.warmup_steps": 2, "data.validation_tokens": 512, "prune.refit": "none"}
     monkeypatch.setattr(api, "configure", lambda values: configure({**small, **values}))
     monkeypatch.setattr(logging.getLogger("minitron_train"), "level", logging.INFO)
-    assert len(blocks()) == 4
-    for block in blocks():
-        exec(compile(block, str(PAGE), "exec"), {})
+    namespaces: list[dict[str, Any]] = [{"__name__": "page"} for _ in blocks()]
+    for block, namespace in zip(blocks(), namespaces, strict=True):
+        exec(compile(block, str(PAGE), "exec"), namespace)
     assert (models / "outputs/half/report.html").exists()
     assert sorted(path.name for path in (models / "outputs/half/eval").glob("*.json")) != []
+    trainer = next(namespace["trainer"] for namespace in namespaces if "trainer" in namespace)
+    assert trainer.state.global_step == 10 and (models / "outputs/trainer/student/config.json").exists()
+
+
+def test_every_function_has_a_section_that_calls_it() -> None:
+    sections = {section.split("\n")[0]: section for section in PAGE.read_text().split("\n## ")}
+    for name in (name for name in mt.__all__ if name[0].islower()):
+        code = "".join(re.findall(r"^```python\n(.*?)^```", sections[f"mt.{name}"], re.M | re.S))
+        signature = inspect.signature(getattr(mt, name))
+        assert f"mt.{name}(" in code
+        words = re.sub(r"\s+", " ", sections[f"mt.{name}"])
+        shown = re.search(rf"`mt\.{name}\((.*?)\)`", words)
+        assert (
+            shown and inspect.signature(eval(f"lambda {shown[1]}: 0")).parameters.keys() == signature.parameters.keys()
+        )
+
+
+def test_importing_the_package_is_light() -> None:
+    script = (
+        "import sys, minitron_train as mt; heavy = {'torch', 'hydra', 'numpy', 'minitron_train.api'} & sys.modules.keys();"
+        "assert not heavy, heavy; assert {'prune', 'distillation_loss', '__version__'} <= set(dir(mt));"
+        "from minitron_train import UserError; assert mt.UserError is UserError; assert not hasattr(mt, 'prnue')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_name_is_one_of_the_api() -> None:
+    from minitron_train import api
+
+    assert all(getattr(mt, name) is getattr(api, name) for name in mt.__all__)
 
 
 def test_progress_can_be_silenced(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,6 +155,7 @@ def test_a_killed_worker_is_one_line(number, tokenizer):
                 (pending or pool.submit(job)).result()
 
 
+@pytest.mark.races
 def test_a_damaged_answer_is_one_line(tokenizer):
     """Bytes that are no unit, as a library could write them, and an object that is none."""
     for raw in (b"hello\n", b"\x80\x05]\x94.", b"\x80\x05\x95\xff"):

@@ -106,6 +106,7 @@ def test_workers_change_nothing(tmp_path, tokenizer):
     assert digests[0] == digests[1] == digests[2]
 
 
+@pytest.mark.races
 def test_workers_end_with_a_killed_process(tmp_path, tokenizer):
     """After kill -9 of the training process no tokenising process is left behind."""
     data = write_source(tmp_path, "jsonl", texts(600), tokenizer)

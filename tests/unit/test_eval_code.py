@@ -49,6 +49,7 @@ def until(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
     return True
 
 
+@pytest.mark.races
 @ISOLATION
 def test_programs_run_within_limits(isolated: bool) -> None:
     for program, expected in (
@@ -63,6 +64,7 @@ def test_programs_run_within_limits(isolated: bool) -> None:
     assert pass_at_1(["assert one() == 1", "assert one() == 2"], [["def one(): return 1"]] * 2, isolated) == 0.5
 
 
+@pytest.mark.races
 def test_programs_run_as_code_eval_runs_them() -> None:
     """Which executes a text in a fresh dictionary, of a process that it ends as soon as the text has run."""
     assert passes("if __name__ == '__main__':\n    print(int(input()))\n")
@@ -229,6 +231,7 @@ def leave(name: str) -> str:
     return LEAVE.format(name=name.encode(), number=NUM_LEFT)
 
 
+@pytest.mark.races
 @pytest.mark.parametrize(("end", "passed"), [("", True), ("time.sleep(600)\n", False)])
 def test_what_a_program_has_forked_ends_with_it(end: str, passed: bool) -> None:
     name = f"left{os.getpid()}"
@@ -236,6 +239,7 @@ def test_what_a_program_has_forked_ends_with_it(end: str, passed: bool) -> None:
     assert until(lambda: not named(name))
 
 
+@pytest.mark.races
 def test_programs_end_with_a_killed_evaluation() -> None:
     name = f"gone{os.getpid()}"
     program = leave(name) + "time.sleep(600)\n"

@@ -175,10 +175,10 @@ TENSOR = struct.pack("<Q", 1) + b"t"
 )
 def test_a_hostile_header_is_one_line_at_once(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
-    start_s = time.perf_counter()
+    start_s = time.process_time()
     with pytest.raises(UserError, match=r"^model\.gguf: .*use another wheel$"):
         read_header(tmp_path / "model.gguf")
-    assert time.perf_counter() - start_s < 1
+    assert time.process_time() - start_s < 1
 
 
 def test_a_cut_or_flipped_file_is_one_line(model, tmp_path):

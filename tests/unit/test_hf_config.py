@@ -191,12 +191,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_what_is_refused_is_named_in_one_short_line(family: str, changes: dict[str, Any], message: str) -> None:
-    start_s = time.monotonic()
+    start_s = time.process_time()
     with pytest.raises(UserError, match=message) as caught:
         shape_from_config(config_of(family, **changes), "config.json")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - start_s < 1
+    assert time.process_time() - start_s < 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Mistakes around a run: scores and checkpoints of another one, disks, network, processes. Tables for bad_input.py."""
+"""Mistakes around a run: scores and checkpoints of another run, disks, network, processes."""
 
-from bad_input_scene import (
+from tests.bad_input.scene import (
     MICRO,
     PRUNED,
     SCORED,

@@ -1,6 +1,6 @@
-"""Mistakes in the command line: words, numbers, the order of the stages, shapes. Tables for bad_input.py."""
+"""Mistakes on the command line: words, numbers, the order of the stages, shapes."""
 
-from bad_input_scene import MICRO, PRUNED, TAUGHT, TEACHER, TRAINED, Case, write
+from tests.bad_input.scene import MICRO, PRUNED, TAUGHT, TEACHER, TRAINED, Case, write
 
 COMMAND_LINE = [
     Case("command misspelt", "prun +recipe=tiny", r"unknown command 'prun' \(did you mean 'prune'\?\)", quick=True),

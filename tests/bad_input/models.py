@@ -1,6 +1,6 @@
-"""Mistakes in a model's folder: weights, config.json, tokenizer. A table for bad_input.py."""
+"""Mistakes in a model folder: weights, config.json, tokenizer."""
 
-from bad_input_scene import (
+from tests.bad_input.scene import (
     MICRO,
     TAUGHT,
     TEACHER,

@@ -1,9 +1,10 @@
-"""Models' folders that are ambiguous, or that config.json does not describe. Tables for bad_input.py."""
+"""Model folders that are ambiguous, or that their config.json does not describe."""
 
 from typing import Any
 
 import torch
-from bad_input_scene import (
+
+from tests.bad_input.scene import (
     MICRO,
     TAUGHT,
     TEACHER,

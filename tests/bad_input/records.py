@@ -1,11 +1,11 @@
-"""Records that are read back, damaged or foreign; checkpoints that are hostile. Tables for bad_input.py."""
+"""Records that are damaged or foreign when they are read back, and hostile checkpoints."""
 
 import json
 import os
 import pickle
 from pathlib import Path
 
-from bad_input_scene import (
+from tests.bad_input.scene import (
     EVALUATED,
     MICRO,
     PRUNED,

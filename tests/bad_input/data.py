@@ -1,10 +1,11 @@
-"""Mistakes in text, tokens and evaluation data. A table for bad_input.py."""
+"""Mistakes in text, tokens and evaluation data."""
 
 import gzip
 import json
 
 import torch
-from bad_input_scene import MICRO, PRUNED, TAUGHT, Case, cut_off, tensors, write
+
+from tests.bad_input.scene import MICRO, PRUNED, TAUGHT, Case, cut_off, tensors, write
 
 SCORE = f"score {MICRO}"
 ROWS = "".join(json.dumps({"text": f"row {k} of a small corpus"}) + "\n" for k in range(50))

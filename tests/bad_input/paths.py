@@ -1,6 +1,6 @@
-"""Mistakes in paths, recipes and environment variables. Tables for bad_input.py."""
+"""Mistakes in paths, recipes and environment variables."""
 
-from bad_input_scene import MICRO, TAUGHT, Case, folder, loop, write
+from tests.bad_input.scene import MICRO, TAUGHT, Case, folder, loop, write
 
 DEEP = "a: " + "[" * 5000 + "]" * 5000
 PATHS_TYPED = [

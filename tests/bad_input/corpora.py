@@ -1,11 +1,11 @@
-"""Mistakes in what a data path stands for: formats, encodings, splits, cut-off and nested files. Tables for bad_input.py."""
+"""Mistakes in what a data path names: formats, encodings, splits, files cut off or nested too deep."""
 
 import bz2
 import json
 import lzma
 import struct
 
-from bad_input_scene import MICRO, PRUNED, TAUGHT, Case, Step, cut_off, fifo, folder, loop, write
+from tests.bad_input.scene import MICRO, PRUNED, TAUGHT, Case, Step, cut_off, fifo, folder, loop, write
 
 SCORE = f"score {MICRO}"
 ROWS = "".join(json.dumps({"id": k, "text": f"row {k} of a small corpus"}) + "\n" for k in range(50))

@@ -1,4 +1,4 @@
-"""What a case of bad_input.py is, and the steps that prepare its folder."""
+"""What a case is, and the steps that prepare its folder."""
 
 import json
 import os
@@ -51,12 +51,12 @@ class Case:
     Attributes:
         command: what follows `python -m minitron_train`.
         says: a regular expression that the error's line must hold.
-        finishes: folders of stages that are done before the mistake can be met.
-        keeps: a run that had begun and can be gone on with.
+        finishes: folders of stages that the command finishes before it meets the mistake.
+        keeps: folders of a run that can be resumed.
         environ: environment variables of the process.
-        quick: part of `--quick`; needs no material.
+        quick: runs without `--whole`, because it needs no material.
         needs_root: mounts a file system.
-        words: more arguments, which may have blanks.
+        words: more arguments, which may contain blanks.
     """
 
     name: str
