@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import FUSED_NORMS, Architecture, ParamSpec
+from minitron_train.arch.table import Architecture, ParamSpec
 
 
 class Source(Protocol):
-    """Where tensors come from: a checkpoint folder (hf.Checkpoint), a pruned view of one, or a random initialisation."""
+    """Where tensors come from: a checkpoint folder (hf.HFFolder), a pruned view of one, or a random initialisation."""
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor `name`, or its rows [start, stop) along `dim`."""
@@ -59,29 +59,6 @@ def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[
     cut = [unpack(row, shard, lengths, shape.num_query_groups // size) for shard in shards]
     joined = [torch.cat(list(pieces), dim=dim or 0) if size > 1 else pieces[0] for pieces in zip(*cut, strict=True)]
     return dict(zip(row.hf, joined, strict=True))
-
-
-def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The model's parameters under the names that the tables use, also where Transformer Engine fuses norm and linear."""
-    found = {}
-    for name, parameter in module.named_parameters():
-        for fused, plain in FUSED_NORMS.items():
-            name = name.replace(fused, plain)
-        found[name] = parameter
-    return found
-
-
-@torch.no_grad()
-def load(
-    module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1
-) -> None:
-    """Fill a megatron-core GPTModel from `source`; refuses a model with parameters that the table does not cover."""
-    parameters = parameters_by_row(module)
-    for row in table.rows_of(shape):
-        for i in row.layers(shape):
-            parameter = parameters.pop(row.mcore.format(i=i))
-            parameter.copy_(read_shard(row, i, shape, source, rank, size))
-    assert not parameters, f"parameters that the {table.name} table does not cover: {sorted(parameters)}"
 
 
 def export_tensors(

@@ -85,7 +85,7 @@ class Architecture:
     config_defaults: Mapping[str, Any]  # what transformers takes for a key that config.json lacks; None: it derives it
     config_nullable: frozenset[str] = frozenset({"num_key_value_heads", "head_dim"})  # null is derived, or no window
     config_read: frozenset[str] = frozenset()  # keys that are honoured besides config_keys: rotary embedding, windows
-    transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see arch.build)
+    transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
     windows: Windows = Windows.none
     partial_rotary: bool = (

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minitron_train.distillation.loss_terms import all_reduce
+from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.runtime.errors import UserError
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]  # (student logits [C, V], teacher logits [C, V]) -> loss per token [C]
@@ -78,7 +79,7 @@ def summed_loss(
     teacher_ND, teacher_VD = (x.to(dtype) for x in teacher)
 
     def logits(hidden_CH: Tensor, rows_VH: Tensor) -> Tensor:
-        local_CV = hidden_CH @ rows_VH.t()
+        local_CV = OutputLayer(rows_VH).logits(hidden_CH)
         whole_CV = local_CV if group is None else GatherVocabulary.apply(local_CV, group)
         return whole_CV[:, :vocab_size]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.config.distill import check_blocks
+from minitron_train.model.vocabulary import OutputLayer
 
 Role = Literal["student", "teacher"]
 
@@ -54,35 +55,26 @@ class Projection:
     weights is widened first.
     """
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, compute_dtype: torch.dtype) -> None:
-        self.widen = hidden_NH.device.type == "cpu" or hidden_NH.dtype == weight_VH.dtype == compute_dtype
-        self.hidden_NH = hidden_NH.to(compute_dtype if self.widen else weight_VH.dtype)
-        self.weight_VH = weight_VH
-        self.compute_dtype = compute_dtype
+    def __init__(self, hidden_NH: Tensor, output: OutputLayer, logit_dtype: torch.dtype) -> None:
+        weight_dtype = output.weight_VH.dtype
+        widen = hidden_NH.device.type == "cpu" or hidden_NH.dtype == weight_dtype == logit_dtype
+        self.dtype = logit_dtype if widen else weight_dtype  # of both factors
+        self.hidden_NH = hidden_NH.to(self.dtype)
+        self.output = output
+        self.logit_dtype = logit_dtype
 
     @property
     def width(self) -> int:
         """The model's hidden size."""
-        return self.weight_VH.shape[1]
+        return self.hidden_NH.shape[1]
 
-    def weight_tile(self, columns: slice) -> Tensor:
-        """Rows of the output weights, ready for a product."""
-        tile_CH = self.weight_VH[columns]
-        return tile_CH.to(self.compute_dtype) if self.widen else tile_CH
+    def tile(self, columns: slice) -> OutputLayer:
+        """Some rows of the output layer, in the dtype of the product."""
+        return self.output.rows(columns, self.dtype)
 
     def logits(self, rows: slice, columns: slice, out_RC: Tensor) -> None:
-        """hidden @ weight^T of one block."""
-        multiply(self.hidden_NH[rows], self.weight_tile(columns).T, out_RC)
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = left @ right, or out += left @ right; operands of one dtype, the result of the same or a wider one."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
-    elif add:
-        out.add_(torch.mm(left, right, out_dtype=out.dtype))
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        """Write the logits of one block."""
+        self.tile(columns).logits(self.hidden_NH[rows], out_RC)
 
 
 def plan_blocks(
@@ -93,7 +85,8 @@ def plan_blocks(
     Token chunks are equal parts of the tokens. They do not exceed the rows of logits that fit into the storage of the
     weight gradient (`LogitBlocks`), so that whole blocks fit. Working memory takes at most half of the budget.
     """
-    device, dtype, width = student.weight_VH.device.type, student.compute_dtype, student.width
+    weight_VH, dtype, width = student.output.weight_VH, student.logit_dtype, student.width
+    device = weight_VH.device.type
     num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
     budget = int(chunking.memory_budget_u * num_tokens * vocab * 4)
     most = TOKEN_CHUNK.get(device, TOKEN_CHUNK["cuda"])
@@ -101,7 +94,7 @@ def plan_blocks(
     if free_rows >= MIN_TOKEN_CHUNK:
         most = min(most, free_rows)
     rows = min(chunking.token_chunk or _equal_part(num_tokens, most), num_tokens)
-    narrow = student.weight_VH.dtype != dtype
+    narrow = weight_VH.dtype != dtype
     summed_apart = weight_grad_VH is not None and (narrow or rows < num_tokens)
     column_bytes = (NUM_WORK_BUFFERS * rows + (summed_apart + narrow) * width) * dtype.itemsize
     elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])

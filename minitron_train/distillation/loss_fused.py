@@ -18,10 +18,10 @@ from minitron_train.distillation.loss_blocks import (
     LogitBlocks,
     Projection,
     Role,
-    multiply,
     plan_blocks,
 )
 from minitron_train.distillation.loss_terms import Term, all_reduce
+from minitron_train.model.vocabulary import OutputLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,12 @@ def _make_blocks(
 ) -> LogitBlocks:
     """The grid of logit blocks, which keeps logits if there is a further sweep that reads them."""
     dtype = _logit_dtype(hidden_NH, problem)
-    projections: dict[Role, Projection] = {"student": Projection(hidden_NH.detach(), weight_VH.detach(), dtype)}
+    student = Projection(hidden_NH.detach(), OutputLayer(weight_VH.detach()), dtype)
+    projections: dict[Role, Projection] = {"student": student}
     if problem.teacher is not None:
-        projections["teacher"] = Projection(*problem.teacher, dtype)
-    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, projections["student"], weight_grad_VH)
+        teacher_ND, teacher_VD = problem.teacher
+        projections["teacher"] = Projection(teacher_ND, OutputLayer(teacher_VD), dtype)
+    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, student, weight_grad_VH)
     reread = problem.wants_grad and any(weighted.term.gradient_reads_logits for weighted in terms)
     keep = reread or any(weighted.term.num_sweeps > 1 for weighted in terms)
     return LogitBlocks(projections, plan, len(hidden_NH), problem.vocab, dtype, weight_grad_VH, keep)
@@ -132,13 +134,16 @@ def _sweep_gradients(
         slice_CH = grad_CH = None if weight_grad_VH is None else weight_grad_VH[columns]
         if slice_CH is not None and (len(tile) != 1 or slice_CH.dtype != blocks.dtype):
             grad_CH = torch.zeros_like(slice_CH, dtype=blocks.dtype)
-        weight_CH = student.weight_tile(columns)
+        output = student.tile(columns)
         for block in tile:
             grad_RC = _block_gradient(block, terms, grad_total).to(student.hidden_NH.dtype)
-            if grad_CH is not None:
-                multiply(grad_RC.T, student.hidden_NH[block.rows], grad_CH, add=block.chunk > 0)
-            if hidden_grad_NH is not None:
-                multiply(grad_RC, weight_CH, hidden_grad_NH[block.rows], add=True)
+            output.add_gradients(
+                grad_RC,
+                student.hidden_NH[block.rows],
+                hidden_grad_NH=None if hidden_grad_NH is None else hidden_grad_NH[block.rows],
+                weight_grad_VH=grad_CH,
+                overwrite_weight_grad=block.chunk == 0,
+            )
         if slice_CH is not None and grad_CH is not None and grad_CH is not slice_CH:
             slice_CH.copy_(grad_CH)
     if weight_grad_VH is not None:

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.arch.convert import parameters_by_row
-from minitron_train.arch.rotary import llama3_frequencies
 from minitron_train.config import Precision
+from minitron_train.model.load import parameters_by_row
+from minitron_train.model.rotary import llama3_frequencies
+from minitron_train.model.vocabulary import OutputLayer
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
 
@@ -141,16 +143,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_re
 class LanguageModel(GPTModel):
     """GPTModel in two halves: `forward` stops at the hidden states, so that nobody is forced to make all logits."""
 
-    def forward(  # type: ignore[override]
-        self, tokens_BS: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
 
         Args:
             attention_mask: bool [B, 1, S, S], True hides; None is causal.
         """
-        hidden, rotary = self._preprocess(input_ids=tokens_BS, position_ids=position_ids)[:2]  # type: ignore[arg-type]
-        return self.decoder(hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        rotary = self.rotary_pos_emb(tokens_BS.shape[1])
+        return self.decoder(hidden_states=self.embed(tokens_BS), attention_mask=attention_mask, rotary_pos_emb=rotary)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Input embeddings [S, B, H]; under sequence parallelism [S / tp, B, H]."""
+        return self.embedding(input_ids=tokens_BS, position_ids=None)  # positions come in through rotary embeddings
 
     @property
     def output_weight(self) -> Tensor:
@@ -160,10 +164,16 @@ class LanguageModel(GPTModel):
         assert weight is not None
         return weight
 
+    @property
+    def output(self) -> OutputLayer:
+        """What turns hidden states into this rank's logits."""
+        return OutputLayer(self.output_weight)
+
     def logits(self, hidden_SBH: Tensor) -> Tensor:
-        """This rank's part of the vocabulary, [S, B, vocab / tp]."""
-        tied = self.output_weight if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_SBH, weight=tied)[0]
+        """fp32 logits of this rank's part of the vocabulary, [S, B, vocab / tp], from what `forward` returns."""
+        if self.config.sequence_parallel:
+            return self.output.logits(gather_from_sequence_parallel_region(hidden_SBH))
+        return self.output.logits(copy_to_tensor_model_parallel_region(hidden_SBH))
 
 
 def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> ModuleSpec:
@@ -226,7 +236,7 @@ def build(
     transformer_engine: bool = False,
     **extra: Any,
 ) -> LanguageModel:
-    """An uninitialised model on this process's device; fill it with arch.convert.load.
+    """An uninitialised model on this process's device; fill it with model.load.load_weights.
 
     Args:
         tp: tensor-parallel size; megatron-core's groups must have been started with it, or `tp_group` has that size.

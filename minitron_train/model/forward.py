@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from minitron_train.model.build import LanguageModel
+from minitron_train.model.vocabulary import OutputLayer
 
 # B batch, S tokens of one row, P tokens in the cache, H hidden, N positions, V vocab (local shard)
 # G KV groups held, D channels per head
@@ -88,11 +89,10 @@ def hidden_states(
         tokens_BS, positions_BS = F.pad(tokens_BS, padding), F.pad(positions_BS, padding)
         if hidden_mask_BSP is not None:  # padding sees everything, since a row that sees nothing would be NaN
             hidden_mask_BSP = F.pad(F.pad(hidden_mask_BSP, padding, value=True), (0, 0, *padding), value=False)
-    embedded_SBH = model.embedding(input_ids=tokens_BS, position_ids=positions_BS)
     angles = model.rotary_pos_emb(int(positions_BS.max()) + 1)[:, 0, 0]
     with cache.attached(model, keep):
         hidden_SBH = model.decoder(
-            hidden_states=embedded_SBH,
+            hidden_states=model.embed(tokens_BS),
             attention_mask=None if hidden_mask_BSP is None else hidden_mask_BSP[:, None],
             rotary_pos_emb=angles[positions_BS.T][:, :, None],
         )
@@ -104,28 +104,28 @@ def hidden_states(
 
 
 def target_logprobs(
-    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: dist.ProcessGroup | None
+    hidden_NH: Tensor, output: OutputLayer, targets_N: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one target per position, and whether it is the most probable token.
 
     The logits are made in chunks; only three numbers per position cross the vocabulary-parallel group.
 
     Args:
-        weight_VH: this rank's rows of the output layer.
+        output: this rank's part of the output layer.
         group: the tensor-parallel group; None when there is one rank.
 
     Returns:
         fp32 [N] and bool [N], the same on every rank of the group.
     """
-    first = dist.get_rank(group) * weight_VH.shape[0] if group is not None else 0
+    first = dist.get_rank(group) * output.num_rows if group is not None else 0
     logprobs, greedy = (
         torch.empty(len(hidden_NH), device=hidden_NH.device),
         torch.empty_like(targets_N, dtype=torch.bool),
     )
-    chunk = max(1, LOGIT_BYTES // (4 * weight_VH.shape[0]))
+    chunk = max(1, LOGIT_BYTES // (4 * output.num_rows))
     for start in range(0, len(hidden_NH), chunk):
         part = slice(start, start + chunk)
-        logits = (hidden_NH[part] @ weight_VH.T).float()
+        logits = output.logits(hidden_NH[part])
         local = targets_N[part] - first
         held = (local >= 0) & (local < logits.shape[1])
         target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].where(held, 0.0)

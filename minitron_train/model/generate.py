@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.forward import KeyValueCache, hidden_states, inference
+from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.parallel.groups import Groups
 
 # B texts still growing, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard), W whole vocab
@@ -48,7 +49,7 @@ def greedy(
         hidden_BH = hidden_BSH[growing, lengths - 1]
         hidden_keys_BP = places >= lengths[:, None]
         for step in range(max_new_tokens):
-            next_B = most_probable(hidden_BH, model.output_weight, groups)
+            next_B = most_probable(hidden_BH, model.output, groups)
             for row, token in zip(growing.tolist(), next_B.tolist(), strict=True):
                 texts[row].append(token)
             going = [k for k, row in enumerate(growing.tolist()) if not is_finished[row](texts[row])]
@@ -76,29 +77,29 @@ def sample(
     Raises:
         FloatingPointError: logits that are not finite.
     """
-    device, weight_VH = groups.device, model.output_weight
+    device, num_rows = groups.device, model.output.num_rows
     next_BS = torch.tensor([prompt] * num_texts, device=device)
-    noise_BW = torch.empty(num_texts, weight_VH.shape[0] * groups.tp_size, device=device)
-    part = slice(groups.tp_rank * weight_VH.shape[0], (groups.tp_rank + 1) * weight_VH.shape[0])
+    noise_BW = torch.empty(num_texts, num_rows * groups.tp_size, device=device)
+    part = slice(groups.tp_rank * num_rows, (groups.tp_rank + 1) * num_rows)
     cache = KeyValueCache()
     for _ in range(length):
         first, stop = cache.num_tokens, cache.num_tokens + next_BS.shape[1]
         positions_BS = torch.arange(first, stop, device=device).expand_as(next_BS)
         hidden_BH = hidden_states(model, next_BS, positions_BS, cache=cache, keep=True)[:, -1]
         noise_BW.exponential_(generator=generator).clamp_(min=torch.finfo(noise_BW.dtype).tiny).log_().neg_()
-        next_B = most_probable(hidden_BH, weight_VH, groups, noise_BW[:, part])
+        next_B = most_probable(hidden_BH, model.output, groups, noise_BW[:, part])
         yield next_B
         next_BS = next_B[:, None]
 
 
-def most_probable(hidden_BH: Tensor, weight_VH: Tensor, groups: Groups, added_BV: Tensor | None = None) -> Tensor:
+def most_probable(hidden_BH: Tensor, output: OutputLayer, groups: Groups, added_BV: Tensor | None = None) -> Tensor:
     """The token with the largest logit (plus what is `added`), int64 [B]; of equal ones the first, on every rank the same."""
-    logits_BV = (hidden_BH @ weight_VH.T).float()
+    logits_BV = output.logits(hidden_BH)
     peaks_B, tokens_B = (logits_BV if added_BV is None else logits_BV + added_BV).max(dim=1)
     if groups.tp_size == 1:
         require_finite(peaks_B)
         return tokens_B
-    tokens_B += groups.tp_rank * weight_VH.shape[0]
+    tokens_B += groups.tp_rank * output.num_rows
     all_peaks = torch.stack(groups.gather(peaks_B))
     require_finite(all_peaks)
     best = all_peaks.argmax(dim=0)  # ranks hold the vocabulary in order

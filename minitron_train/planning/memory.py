@@ -1,6 +1,6 @@
 """Bytes on one GPU (or in one process), part by part, and the peak over the phases of a step.
 
-What autograd keeps is counted tensor by tensor for the layer that arch.build makes; tests compare it with what autograd
+What autograd keeps is counted tensor by tensor for the layer that model.build makes; tests compare it with what autograd
 really saved. Legend: H hidden, A query heads x channels, K key/value heads x channels, F MLP neurons, V vocabulary.
 """
 
@@ -56,7 +56,7 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
     replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
-        attention = 4 * query  # rotated Q, K and V once for every head (arch.build.needs_whole_heads), context
+        attention = 4 * query  # rotated Q, K and V once for every head (model.build.needs_whole_heads), context
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32

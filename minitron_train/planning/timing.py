@@ -1,6 +1,6 @@
 """Seconds of steps and of scoring: matrix products at a share of the peak rate, everything else at the rate of memory.
 
-arch.build's layer gives the passes over memory. tests/unit/test_plan_loss.py counts those of distill.loss.
+model.build's layer gives the passes over memory. tests/unit/test_plan_loss.py counts those of distill.loss.
 benchmarks/plan/plan_check.py (CPU) and benchmarks/plan/plan_gpu.py compare the result with measurements.
 """
 

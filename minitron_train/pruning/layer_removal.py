@@ -88,12 +88,12 @@ def add_outputs(layers: Layers, hidden: list[Tensor], targets_T: Tensor, sums: S
     chosen = torch.zeros_like(log_sums)  # the targets' logits, where this rank owns them
     squares = torch.zeros_like(sums.squares)
     for start in range(first, first + size, step):
-        rows_VH = layers.output_rows(start, min(start + step, first + size))
-        own = (targets_T >= start) & (targets_T < start + len(rows_VH))
-        whole_TV = (hidden[-1] @ rows_VH.t()).float()
+        output = layers.output_layer(start, min(start + step, first + size))
+        own = (targets_T >= start) & (targets_T < start + output.num_rows)
+        whole_TV = output.logits(hidden[-1])
         for k, x_TH in enumerate(hidden):
             is_whole = k == len(hidden) - 1
-            logits_TV = whole_TV if is_whole else (x_TH @ rows_VH.t()).float()
+            logits_TV = whole_TV if is_whole else output.logits(x_TH)
             log_sums[k] = torch.logaddexp(log_sums[k], logits_TV.logsumexp(-1).double())
             chosen[k, own] = logits_TV[own, targets_T[own] - start].double()
             change_TV = logits_TV if is_whole else logits_TV - whole_TV

@@ -12,6 +12,7 @@ from minitron_train.arch import ParamSpec, convert
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
 from minitron_train.model.build import Norm, build
+from minitron_train.model.vocabulary import OutputLayer, StreamedEmbedding
 from minitron_train.parallel.groups import Groups
 
 # B batch, S sequence, H hidden
@@ -51,19 +52,18 @@ class Layers:
         slots = shape.num_layers if resident else 1
         stub = replace(shape, num_layers=slots, vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
         self.model = build(stub, tp=groups.tp_size, tp_group=groups.tp_group, dtype=dtype).eval().requires_grad_(False)
+        self.model.embedding.word_embeddings = StreamedEmbedding(self._embedding_rows)  # type: ignore[assignment]
         self.loaded: list[int | None] = [None] * slots
         self._fill([row for row in table.rows if not row.per_layer and row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
-        ids, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
-        rows = self.source.rows(self.tensor_name(EMBEDDING), ids.cpu())
-        return rows.to(self.groups.device, self.dtype)[places_BS.t().to(self.groups.device)]
+        return self.model.embed(tokens_BS)
 
-    def output_rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the output layer's weight [V, H] (tied: of the embedding)."""
+    def output_layer(self, start: int, stop: int) -> OutputLayer:
+        """Rows [start, stop) of the output layer (tied: of the embedding), of the whole vocabulary's."""
         name = self.table.output_name(self.shape)
-        return self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype)
+        return OutputLayer(self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype))
 
     def tensor_name(self, mcore: str) -> str:
         """The Hugging Face tensor of a parameter that is one tensor."""
@@ -86,6 +86,9 @@ class Layers:
     def final_norm(self) -> Norm:
         """The norm after the last layer."""
         return self.model.get_submodule("decoder.final_layernorm")  # type: ignore[return-value]
+
+    def _embedding_rows(self, index_U: Tensor) -> Tensor:
+        return self.source.rows(self.tensor_name(EMBEDDING), index_U).to(self.groups.device, self.dtype)
 
     def _fill(self, rows: list[ParamSpec], i: int, slot: int) -> None:
         for row in rows:

@@ -104,6 +104,7 @@ class Half:
     run: Callable[[torch.nn.Module, Tensor, Tensor], Tensor]  # layer, normalised stream, rotary -> what is added
 
 
+# A half adds its second linear's output to the residual stream: no post-norm (as in Gemma 2) may stand between them.
 HALVES = (
     Half(
         "input_layernorm",
@@ -271,7 +272,7 @@ class Repair:
         fitted = squares.solve(start, self.prune.ridge)
         vocabulary = range(self.keep.teacher.vocab_size) if self.groups.is_first else range(0)
         for start in vocabulary[::VOCABULARY_ROWS]:
-            rows = self.teacher.output_rows(start, min(start + VOCABULARY_ROWS, len(vocabulary)))
+            rows = self.teacher.output_layer(start, min(start + VOCABULARY_ROWS, len(vocabulary))).weight_VH
             yield self.teacher.tensor_name(OUTPUT), rows @ fitted
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train import hf
-from minitron_train.arch.convert import load
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config
 from minitron_train.data.calibration import batch_size, calibration_batches
@@ -19,6 +18,7 @@ from minitron_train.data.tokenizers import document_start
 from minitron_train.model.build import build
 from minitron_train.model.forward import inference
 from minitron_train.model.generate import sample
+from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.scoring import fits, scoring_dtype
 from minitron_train.pruning.shards import RowReader
@@ -79,7 +79,7 @@ def generate_samples(
             "set it to 0, or use more tensor-parallel ranks"
         )
     model = build(shape, tp=groups.tp_size, dtype=dtype)
-    load(model, teacher.table, shape, RowReader(teacher), groups.tp_rank, groups.tp_size)
+    load_weights(model, teacher.table, shape, RowReader(teacher), groups.tp_rank, groups.tp_size)
     length = calibration.seq_length
     size = at_once(shape, length)
     texts_NS = torch.zeros(num, length, dtype=torch.int64, device=groups.device)

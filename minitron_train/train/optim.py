@@ -23,7 +23,7 @@ RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
 
 
 def student_arguments(train: TrainConfig) -> dict[str, Any]:
-    """What arch.build needs besides the shape, so that the model can be trained by `Optimizer`.
+    """What model.build needs besides the shape, so that the model can be trained by `Optimizer`.
 
     With calculate_per_token_loss megatron-core sums gradients over data-parallel ranks: each rank's loss is already
     divided by the global number of tokens.

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_train.arch import convert
 from minitron_train.hf import HFFolder, RowReader, cast, copy_tokenizer, fingerprint, folder_shape, locate
 from minitron_train.model.build import build
+from minitron_train.model.load import load_weights
 from minitron_train.runtime.errors import UserError
 from tests.support.models import hf_logits
 from tests.support.pruning import configuration, random_tokens, run_cut
@@ -77,7 +77,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
 def logits_of(checkpoint: HFFolder) -> Tensor:
     """Our logits [B, S, V]."""
     model = build(checkpoint.shape).eval()
-    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     with torch.no_grad():
         return model.logits(model(TOKENS_BS)).transpose(0, 1)
 
