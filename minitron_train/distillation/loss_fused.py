@@ -1,4 +1,4 @@
-"""The sweeps over logit blocks as one differentiable function of the student's hidden states and output weights.
+"""The fused loss: sweeps over logit blocks, differentiable in the student's hidden states and output weights.
 
 Legend: N tokens, V output rows of this tensor-parallel rank, H student's hidden size, R rows and C columns of a block.
 """
@@ -26,7 +26,7 @@ from minitron_train.model.vocabulary import OutputLayer
 
 @dataclass(frozen=True, slots=True)
 class WeightedTerm:
-    """A term; `factor` belongs to its value, `weight` is its share in the total."""
+    """A loss term. Its value is multiplied by `factor`, and enters the total with `weight`."""
 
     term: Term
     factor: float
@@ -35,10 +35,10 @@ class WeightedTerm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Everything that one call needs besides the student's tensors.
+    """The inputs of one call, except the student's tensors.
 
-    `make_terms` takes an empty tensor [N] of the dtype that logits have. `vocab` is the number of this rank's output
-    rows that are not padding.
+    `make_terms` takes an empty tensor [N] in the dtype of the logits. `vocab` counts this rank's output rows without
+    padding.
     """
 
     make_terms: Callable[[Tensor], dict[str, WeightedTerm]]
@@ -54,7 +54,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather the sums of every row, in as many sweeps as the terms need."""
+        """Compute the loss of every row, in as many sweeps as the terms need."""
         dtype = _logit_dtype(hidden_NH, problem)
         terms = problem.make_terms(hidden_NH.new_empty(len(hidden_NH), dtype=dtype))
         weight_grad_VH = _empty_grad(weight_VH) if problem.wants_grad and weight_VH.requires_grad else None
@@ -79,12 +79,12 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """One more sweep: the gradient of each block's logits, multiplied into those of hidden states and weights.
+        """One more sweep: the gradient of each block's logits gives the gradients of hidden states and weights.
 
-        Releases all memory, so that a loss which is kept for the log holds none; with `retain_graph` a second
-        backward pass computes all logits anew.
+        All memory is freed afterwards, so a loss tensor that is kept for logging holds none. With `retain_graph`, a second
+        backward pass recomputes all logits.
         """
-        hidden_NH, weight_VH = ctx.saved_tensors  # raises when they were changed since the forward pass
+        hidden_NH, weight_VH = ctx.saved_tensors  # raises if they were modified since the forward pass
         blocks: LogitBlocks = ctx.blocks
         hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=blocks.dtype) if ctx.needs_input_grad[0] else None
         if blocks.weight_grad_VH is None and ctx.needs_input_grad[1]:
@@ -108,7 +108,7 @@ def _logit_dtype(hidden_NH: Tensor, problem: Problem) -> torch.dtype:
 def _make_blocks(
     hidden_NH: Tensor, weight_VH: Tensor, weight_grad_VH: Tensor | None, problem: Problem, terms: list[WeightedTerm]
 ) -> LogitBlocks:
-    """The grid of logit blocks, which keeps logits if there is a further sweep that reads them."""
+    """The grid of logit blocks; it caches logits if a later sweep reads them."""
     dtype = _logit_dtype(hidden_NH, problem)
     student = Projection(hidden_NH.detach(), OutputLayer(weight_VH.detach()), dtype)
     projections: dict[Role, Projection] = {"student": student}
@@ -126,8 +126,8 @@ def _sweep_gradients(
 ) -> None:
     """Add to `hidden_grad_NH` and fill `blocks.weight_grad_VH`, tile by tile of the vocabulary.
 
-    A tile's slice of the weight gradient holds its logits until all its token chunks are done. With one chunk and
-    one dtype it can then be written by the product itself, otherwise a buffer of the tile's size sums up the chunks.
+    A tile's slice of the weight gradient stores its logits until all its token chunks are done. With one chunk and one
+    dtype, the product then writes the slice directly. Otherwise a buffer of the tile's size sums the chunks.
     """
     student, weight_grad_VH = blocks.projections["student"], blocks.weight_grad_VH
     for columns, tile in blocks.tiles():
@@ -151,7 +151,7 @@ def _sweep_gradients(
 
 
 def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor) -> Tensor:
-    """d total / d student logits of one block, in its scratch 0."""
+    """d total / d student logits of one block, written to its scratch 0."""
     first, *others = [(weighted.term, grad_total * (weighted.factor * weighted.weight)) for weighted in terms]
     grad_RC = block.scratch_RC(0)
     first[0].gradient(block, first[1], grad_RC)

@@ -1,4 +1,4 @@
-"""Greedy decoding, and draws from the model's own distribution, with a key/value cache, at any tensor-parallel size."""
+"""Greedy decoding and sampling with a key/value cache, at any tensor-parallel size."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,7 +11,7 @@ from minitron_train.model.forward import KeyValueCache, hidden_states, inference
 from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.parallel.groups import Groups
 
-# B texts still growing, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard), W whole vocab
+# B unfinished texts, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard), W whole vocab
 
 
 def greedy(
@@ -21,18 +21,19 @@ def greedy(
     is_finished: Sequence[Callable[[list[int]], bool]],
     groups: Groups,
 ) -> list[list[int]]:
-    """The most probable next token, again and again.
+    """Continue each prompt with the most probable next token until it is finished.
 
-    Prompts of unequal length are padded on the right; nothing attends to the padding, so each text grows as if alone.
+    Prompts of unequal length are padded on the right. No token attends to padding, so a text does not depend on the others.
 
     Args:
-        is_finished: one per prompt: whether its new tokens end it; a text ends after `max_new_tokens` in any case.
+        max_new_tokens: a text ends after this many tokens at the latest.
+        is_finished: one function per prompt; takes its new tokens and returns whether they end the text.
 
     Returns:
-        New tokens of each prompt, the last one that made it finished included.
+        New tokens of each prompt, including the one that finished it.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: logits are not finite.
     """
     assert all(prompts), "an empty prompt has no last token to continue from"
     device = groups.device
@@ -69,13 +70,13 @@ def greedy(
 def sample(
     model: LanguageModel, prompt: list[int], num_texts: int, length: int, generator: torch.Generator, groups: Groups
 ) -> Iterator[Tensor]:
-    """Texts that go on from `prompt` as the model would have them: the next token of each, int64 [B], `length` times.
+    """Sample continuations of `prompt` at temperature 1: yields the next token of each text, int64 [B], `length` times.
 
-    For a block in `inference`. The largest sum of logit and Gumbel noise is a draw from the logits' softmax; every rank
-    makes the noise of the whole vocabulary and takes its part, so that ranks change nothing but rounding.
+    Call it inside `inference`. The token with the largest sum of logit and Gumbel noise is a sample from the softmax.
+    Every rank draws the noise of the whole vocabulary and uses its part, so the number of ranks changes rounding alone.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: logits are not finite.
     """
     device, num_rows = groups.device, model.output.num_rows
     next_BS = torch.tensor([prompt] * num_texts, device=device)
@@ -93,7 +94,7 @@ def sample(
 
 
 def most_probable(hidden_BH: Tensor, output: OutputLayer, groups: Groups, added_BV: Tensor | None = None) -> Tensor:
-    """The token with the largest logit (plus what is `added`), int64 [B]; of equal ones the first, on every rank the same."""
+    """The token with the largest logit (plus `added_BV`), int64 [B], the same on every rank. The first of equal ones wins."""
     logits_BV = output.logits(hidden_BH)
     peaks_B, tokens_B = (logits_BV if added_BV is None else logits_BV + added_BV).max(dim=1)
     if groups.tp_size == 1:

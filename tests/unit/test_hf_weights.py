@@ -145,7 +145,7 @@ ACCEPTED: dict[str, tuple[str, Callable[[Path], Any], bool, str | None]] = {  # 
         "llama",
         lambda folder: edit(folder, quantization_config={"quant_method": "fp8"}),
         True,
-        r"says that the weights are quantised \(fp8\), the stored ones are not",
+        r"says that the weights are quantised \(fp8\), but the stored ones are not",
     ),
     "padding from the end": ("llama", lambda folder: edit(folder, pad_token_id=-1), True, None),
     "another format beside": ("llama_untied", consolidated, False, None),
@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another layout": (
         rewrite(lambda tensors: tensors | {DOWN: tensors[DOWN].T}),
-        r"down_proj.weight has size \[96, 64\], config.json says \[64, 96\]: as many values in another layout",
+        r"down_proj.weight has size \[96, 64\], config.json says \[64, 96\]: the same number of values in another layout",
     ),
     "rows added to the embedding alone": (
         rewrite(lambda tensors: rows_added(tensors) | {HEAD: tensors[HEAD]}),
