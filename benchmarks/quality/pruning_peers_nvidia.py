@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.arch.convert import export_tensors, load, parameters_by_row
+from minitron_train.arch.convert import export_tensors
 from minitron_train.config import ParallelConfig
 from minitron_train.model.build import Norm, layer_spec, transformer_config
+from minitron_train.model.load import load_weights, parameters_by_row
 from minitron_train.parallel.groups import start
 from minitron_train.pruning.select import Keep
 from minitron_train.runtime.launch import World
@@ -75,7 +76,7 @@ def gpt_model(teacher: hf.HFFolder) -> GPTModel:
         rotary_base=shape.rotary_base,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=shape.tie_embeddings,
     )
-    load(model, teacher.table, shape, teacher)
+    load_weights(model, teacher.table, shape, teacher)
     return model
 
 

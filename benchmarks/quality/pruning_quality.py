@@ -129,10 +129,10 @@ def loss_of(teacher: hf.HFFolder, shape: Shape, source: RowSource, groups: Group
     for i in range(shape.num_layers):
         layer = layers[i]
         hidden = [forward(layer, x, rotary) for x in hidden]
-    weight, total = layers.output_rows(0, shape.vocab_size), 0.0
+    output, total = layers.output_layer(0, shape.vocab_size), 0.0
     for x_SBH, batch in zip(hidden, batches, strict=True):
         for y_SH, tokens_S in zip(layers.final_norm(x_SBH).transpose(0, 1), batch, strict=True):
-            total += torch.nn.functional.cross_entropy(y_SH[:-1] @ weight.t(), tokens_S[1:], reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(output.logits(y_SH[:-1]), tokens_S[1:], reduction="sum").item()
     return total / tokens_NS[:, 1:].numel()
 
 

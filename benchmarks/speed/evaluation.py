@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from minitron_train.arch.convert import load
 from minitron_train.config import EvalConfig, ParallelConfig
 from minitron_train.data import tokenizers
 from minitron_train.evaluation.lm import MegatronLM
@@ -29,6 +28,7 @@ from minitron_train.evaluation.run import find_batch_tokens
 from minitron_train.evaluation.tasks import load_tasks, quiet, run_lm_eval
 from minitron_train.hf import HFFolder
 from minitron_train.model.build import build
+from minitron_train.model.load import load_weights
 from minitron_train.parallel import groups
 from minitron_train.runtime.launch import read_world
 
@@ -120,7 +120,7 @@ def load_ours(folder: Path, group: groups.Groups) -> MegatronLM:
     """The same weights in megatron-core's GPTModel."""
     checkpoint = HFFolder(folder)
     model = build(checkpoint.shape)
-    load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     length, batch_tokens = checkpoint.shape.max_position_embeddings, find_batch_tokens(model, group)
     return MegatronLM(model, tokenizers.load(folder), length, group, batch_tokens)
 

@@ -1,4 +1,4 @@
-"""Model families as tables. Adding one is adding a table here."""
+"""Model families as tables. To add a family, add its table here."""
 
 from minitron_train.arch.llama import LLAMA
 from minitron_train.arch.mistral import MISTRAL
@@ -12,10 +12,10 @@ ARCHITECTURES = {table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2
 
 
 def architecture(name: str) -> Architecture:
-    """The table of one family.
+    """Return the table of one family.
 
     Raises:
-        UserError: an unsupported family; the message lists the supported ones.
+        UserError: the family is not supported; the message lists the supported ones.
     """
     if name not in ARCHITECTURES:
         raise UserError(f"architecture {name!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")

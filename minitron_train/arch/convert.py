@@ -1,4 +1,4 @@
-"""Between Hugging Face tensors and megatron-core parameters, tensor by tensor: nothing holds a whole model twice."""
+"""Converts Hugging Face tensors to megatron-core parameters and back, one tensor at a time."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import FUSED_NORMS, Architecture, ParamSpec
+from minitron_train.arch.table import Architecture, ParamSpec
 
 
 class Source(Protocol):
-    """Where tensors come from: a checkpoint folder (hf.Checkpoint), a pruned view of one, or a random initialisation."""
+    """Anything that returns tensors by name: a checkpoint folder (hf.HFFolder), a pruned view of one, random weights."""
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor `name`, or its rows [start, stop) along `dim`."""
@@ -19,7 +19,7 @@ class Source(Protocol):
 
 
 def pack(row: ParamSpec, parts: list[Tensor], groups: int) -> Tensor:
-    """Hugging Face parts (whole, or one rank's cut) -> the fused megatron-core tensor. `groups`: KV groups held."""
+    """Fuse Hugging Face parts (whole, or one rank's shards) into the megatron-core tensor. `groups`: KV groups held."""
     if len(parts) == 1:
         return parts[0]
     if not row.per_group:
@@ -38,7 +38,7 @@ def unpack(row: ParamSpec, fused: Tensor, lengths: list[int], groups: int) -> li
 
 
 def read_shard(row: ParamSpec, i: int, shape: Shape, source: Source, rank: int, size: int) -> Tensor:
-    """One tensor-parallel rank's megatron-core parameter, reading only the rows that this rank holds."""
+    """Read the megatron-core parameter that tensor-parallel rank `rank` of `size` holds, and only its rows."""
     dim = row.parallel_dim()
     parts = []
     for name, full in row.sizes(shape).items():
@@ -51,7 +51,7 @@ def read_shard(row: ParamSpec, i: int, shape: Shape, source: Source, rank: int, 
 
 
 def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[str, Tensor]:
-    """All ranks' shards of one parameter -> its Hugging Face tensors, with `{i}` left in the names."""
+    """Join all ranks' shards of one parameter and split them into Hugging Face tensors; names keep their `{i}`."""
     size, dim, sizes = len(shards), row.parallel_dim(), row.sizes(shape)
     if dim is None:
         shards, size = shards[:1], 1
@@ -61,36 +61,13 @@ def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[
     return dict(zip(row.hf, joined, strict=True))
 
 
-def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The model's parameters under the names that the tables use, also where Transformer Engine fuses norm and linear."""
-    found = {}
-    for name, parameter in module.named_parameters():
-        for fused, plain in FUSED_NORMS.items():
-            name = name.replace(fused, plain)
-        found[name] = parameter
-    return found
-
-
-@torch.no_grad()
-def load(
-    module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1
-) -> None:
-    """Fill a megatron-core GPTModel from `source`; refuses a model with parameters that the table does not cover."""
-    parameters = parameters_by_row(module)
-    for row in table.rows_of(shape):
-        for i in row.layers(shape):
-            parameter = parameters.pop(row.mcore.format(i=i))
-            parameter.copy_(read_shard(row, i, shape, source, rank, size))
-    assert not parameters, f"parameters that the {table.name} table does not cover: {sorted(parameters)}"
-
-
 def export_tensors(
     table: Architecture, shape: Shape, shards: Callable[[ParamSpec, int], list[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of the Hugging Face checkpoint, one after the other.
+    """Yield name and value of every tensor of the Hugging Face checkpoint.
 
     Args:
-        shards: of a row's parameter in a layer, from all tensor-parallel ranks.
+        shards: takes a row and a layer, and returns the parameter's shards of all tensor-parallel ranks.
     """
     for row in table.rows_of(shape):
         for i in row.layers(shape):

@@ -1,4 +1,4 @@
-"""Fresh weights, as a source of tensors: the same for any tensor-parallel size, since each tensor has its own seed."""
+"""Random initial weights. Each tensor has its own seed, so they do not depend on the tensor-parallel size."""
 
 import math
 import zlib
@@ -10,9 +10,9 @@ from minitron_train.arch import Shape, architecture
 
 
 class RandomWeights:
-    """Normal weights with standard deviation `std`; projections back into the residual stream are scaled by 1/sqrt(2 L).
+    """A Source of normal weights with standard deviation `std`, as GPT-2 and Megatron-LM initialise (arXiv 1909.08053).
 
-    The initialisation of GPT-2 and Megatron-LM (arXiv 1909.08053). Norm gains are one, biases zero.
+    Projections into the residual stream are scaled by 1/sqrt(2 L). Norm weights are one, biases zero.
     """
 
     def __init__(self, shape: Shape, std: float, seed: int) -> None:

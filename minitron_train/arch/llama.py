@@ -18,7 +18,7 @@ SILU = ("silu", "swish")  # one function, two names
 
 
 def heads_divide_hidden(shape: Shape) -> str | None:
-    """The rule of transformers' LlamaConfig, which holds even where head_dim is given."""
+    """transformers' LlamaConfig requires this even where head_dim is given."""
     if shape.hidden_size % shape.num_attention_heads == 0:
         return None
     return f"hidden_size={shape.hidden_size} must be a multiple of num_attention_heads={shape.num_attention_heads}"

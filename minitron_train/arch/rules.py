@@ -1,11 +1,11 @@
-"""What the loaders of an exported folder would refuse, checked before any work is done."""
+"""Rules of the programs that load an exported folder, checked before any work is done."""
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.runtime.errors import UserError
 
 
 def check_rules(shape: Shape, where: str) -> None:
-    """Refuse a shape that transformers' own config class would refuse."""
+    """Reject a shape that transformers' own config class would reject."""
     for rule in architecture(shape.architecture).rules:
         broken = rule(shape)
         if broken:

@@ -1,16 +1,10 @@
-"""The numbers that make a model's size, and the rules that they obey. Pure Python: `plan` needs nothing else."""
+"""The sizes of a model and the rules that they obey. Pure Python: `plan` imports no torch."""
 
 from dataclasses import dataclass, replace
 
 from minitron_train.runtime.errors import UserError
 
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-)  # what pruning may cut
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # can be pruned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +27,16 @@ class Shape:
     rope_scaling_factor: float | None = None  # Llama 3.1's frequency scaling; None is plain RoPE
     rope_low_freq_factor: float = 1.0  # llama3: wavelengths above rope_original_length / this are stretched in full
     rope_high_freq_factor: float = 4.0  # llama3: those below rope_original_length / this are not stretched
-    rope_original_length: int = 8192  # llama3: tokens of the pretraining's longest sequence
-    window: int | None = None  # tokens that a sliding layer attends to, its own included; None: no layer slides
+    rope_original_length: int = 8192  # llama3: longest sequence in pretraining, tokens
+    window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
 
     @property
     def max_length(self) -> int:
-        """The longest sequence, tokens: within it a sliding window hides nothing, and a dynamic rope changes nothing."""
+        """The longest supported sequence, tokens. Up to it, sliding windows and dynamic rotary scaling have no effect."""
         return min(self.max_position_embeddings, self.window or self.max_position_embeddings)
 
     def sizes(self) -> dict[str, int]:
-        """What pruning may cut, by name."""
+        """The sizes that pruning can change, by name."""
         return {size: getattr(self, size) for size in SIZES}
 
     def axis_size(self, axis: str) -> int:
@@ -57,7 +51,7 @@ class Shape:
         }[axis]
 
     def check(self, name: str) -> None:
-        """Refuse a shape that no model can have. `name` says whose shape it is."""
+        """Reject a shape that no model can have. `name` ("student", …) goes into the message."""
         for key in (*SIZES, "kv_channels", "vocab_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"{name}.{key}={getattr(self, key)}: must be at least 1; set a positive number")
@@ -69,7 +63,7 @@ class Shape:
             )
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
-        """Refuse a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
+        """Reject a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
         for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
             if getattr(self, key) % tensor_model_parallel_size:
                 raise UserError(
@@ -78,9 +72,9 @@ class Shape:
                 )
 
     def check_length(self, length: int, key: str, name: str) -> None:
-        """Refuse sequences that are longer than what the model was made for, or than its attention window.
+        """Reject sequences that are longer than the model's context or its attention window.
 
-        `key` is the setting that says the length.
+        `key` is the setting that gives the length.
         """
         if length > self.max_position_embeddings:
             raise UserError(
@@ -93,14 +87,14 @@ class Shape:
             )
 
     def untied(self) -> "Shape":
-        """This shape with an output layer of its own."""
+        """This shape with an output layer that is not tied to the embedding."""
         return replace(self, tie_embeddings=False)
 
     def smaller(self, **sizes: int | None) -> "Shape":
-        """This shape with some sizes replaced; None keeps the old one. Refuses to grow.
+        """This shape with some sizes reduced; None keeps a size.
 
         Raises:
-            UserError: a size above this shape's, or heads that the KV groups do not divide.
+            UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
         """
         changed = {key: value for key, value in sizes.items() if value is not None}
         for key, value in changed.items():
@@ -115,6 +109,6 @@ class Shape:
 
 
 def nearest_multiples(value: int, base: int) -> str:
-    """The multiples of `base` around `value`, for a remedy: "4 or 8"."""
+    """The multiples of `base` next to `value`, for a message: "4 or 8"."""
     below = value // base * base
     return f"{below} or {below + base}" if below else str(base)

@@ -1,8 +1,8 @@
-"""One row per parameter: import, export, tensor-parallel shards and pruning are all read off it.
+"""Tables of parameters, one row each: import, export, tensor-parallel shards and pruning all follow from them.
 
-A row names the axis of every dimension. From the axes everything else follows:
+A row names the axis of every dimension. The axis decides how the dimension is split and pruned:
 
-    axis    length                        cut by tensor parallelism   cut by pruning
+    axis    length                        split by tensor parallelism   pruned
     embd    hidden_size                   no                          yes
     q       num_attention_heads * head    yes                         whole heads
     kv      num_query_groups * head       yes                         whole KV groups
@@ -22,15 +22,15 @@ from minitron_train.arch.shape import Shape
 PARALLEL_AXES = frozenset({"q", "kv", "ffn", "vocab"})
 
 Axes = tuple[str, ...]
-Rule = Callable[[Shape], str | None]  # what a loader of the Hugging Face folder would refuse, or None
+Rule = Callable[[Shape], str | None]  # why a loader of the Hugging Face folder would reject the shape, or None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParamSpec:
     """One megatron-core parameter and the Hugging Face tensors that it is fused from.
 
-    `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, as megatron-core wants
-    QKV: the group's query rows, then its key rows, then its value rows; otherwise they are stacked (gate, then up).
+    `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, which is megatron-core's layout
+    of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are stacked (gate, then up).
     """
 
     mcore: str
@@ -39,15 +39,15 @@ class ParamSpec:
 
     @property
     def per_layer(self) -> bool:
-        """Whether the row stands for one parameter in every layer."""
+        """Whether every layer has this parameter."""
         return "{i}" in self.mcore
 
     def layers(self, shape: Shape) -> Iterator[int]:
-        """Layer indices that the row is instantiated for; a row outside the layers gives one 0."""
+        """Layer indices that have this parameter; [0] for a parameter outside the layers."""
         return iter(range(self.num_layers(shape)))
 
     def num_layers(self, shape: Shape) -> int:
-        """How many parameters of the model the row stands for."""
+        """How many parameters of the model this row describes."""
         return shape.num_layers if self.per_layer else 1
 
     def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -55,7 +55,7 @@ class ParamSpec:
         return {name: tuple(shape.axis_size(axis) for axis in axes) for name, axes in self.hf.items()}
 
     def parallel_dim(self) -> int | None:
-        """The dimension that tensor parallelism cuts (the same in all parts), or None when it is replicated."""
+        """The dimension that tensor parallelism splits (the same in all parts), or None where it is replicated."""
         axes = next(iter(self.hf.values()))
         cut = [dim for dim, axis in enumerate(axes) if axis in PARALLEL_AXES]
         return cut[0] if cut else None
@@ -73,32 +73,30 @@ class Windows(Enum):
 class Architecture:
     """Everything that this program knows about one family of models.
 
-    Every key of the family's config class in transformers stands in exactly one of config_keys, config_facts,
-    config_read and HARMLESS_KEYS. A test compares them with the installed class, and config_defaults with its defaults.
+    Every key of the family's config class in transformers is in exactly one of config_keys, config_facts, config_read and
+    HARMLESS_KEYS. A test compares these with the installed class, and config_defaults with its defaults.
     """
 
     name: str  # Hugging Face model_type
     hf_class: str  # the `architectures` entry of config.json
     rows: tuple[ParamSpec, ...]
     config_keys: Mapping[str, str]  # Shape field -> key of config.json
-    config_facts: Mapping[str, tuple[Any, ...]]  # key that changes the mathematics -> supported values, the usual first
-    config_defaults: Mapping[str, Any]  # what transformers takes for a key that config.json lacks; None: it derives it
-    config_nullable: frozenset[str] = frozenset({"num_key_value_heads", "head_dim"})  # null is derived, or no window
-    config_read: frozenset[str] = frozenset()  # keys that are honoured besides config_keys: rotary embedding, windows
-    transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see arch.build)
+    config_facts: Mapping[str, tuple[Any, ...]]  # key that changes the logits -> supported values, the usual one first
+    config_defaults: Mapping[str, Any]  # transformers' value for a key that config.json lacks; None: it is derived
+    config_nullable: frozenset[str] = frozenset({"num_key_value_heads", "head_dim"})  # null: derived, or no window
+    config_read: frozenset[str] = frozenset()  # further keys that are supported: rotary embedding, windows
+    transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
     windows: Windows = Windows.none
-    partial_rotary: bool = (
-        False  # transformers rotates a part of each head; other families ignore partial_rotary_factor
-    )
-    rotary_percent: float = 1.0  # share of each head's channels that is rotated where config.json is silent
+    partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
+    rotary_percent: float = 1.0  # default share of each head's channels that is rotated
 
     def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
-        """The rows of one model: tied embeddings have no output layer of their own."""
+        """The rows of one model; with tied embeddings there is no separate output layer."""
         return tuple(row for row in self.rows if not (shape.tie_embeddings and row.mcore == OUTPUT))
 
     def output_name(self, shape: Shape) -> str:
-        """The Hugging Face tensor of the output layer; that of the embedding where they are tied."""
+        """Hugging Face name of the output layer's weights, which are the embedding's where they are tied."""
         mcore = EMBEDDING if shape.tie_embeddings else OUTPUT
         return next(name for row in self.rows if row.mcore == mcore for name in row.hf)
 
@@ -107,7 +105,7 @@ class Architecture:
         return dict(self.each_tensor(shape))
 
     def each_tensor(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and size of every tensor, one after the other: nothing is expanded before it is asked for."""
+        """Yield name and size of every tensor; lazy, because a damaged config may claim a billion layers."""
         for row in self.rows_of(shape):
             sizes = row.sizes(shape)
             for i in row.layers(shape):
@@ -139,7 +137,7 @@ ATTENTION = (  # q, k, v and o of grouped-query attention
     ),
     ParamSpec(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
 )
-CONFIG_KEYS = {  # that most families share
+CONFIG_KEYS = {  # common to most families
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -150,7 +148,7 @@ CONFIG_KEYS = {  # that most families share
     "max_position_embeddings": "max_position_embeddings",
     "tie_embeddings": "tie_word_embeddings",
 }
-CONFIG_DEFAULTS = {  # that most families share
+CONFIG_DEFAULTS = {  # common to most families
     "num_key_value_heads": None,
     "head_dim": None,
     "tie_word_embeddings": False,
@@ -158,13 +156,13 @@ CONFIG_DEFAULTS = {  # that most families share
 }
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"})
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
-COMMON_FACTS: Mapping[str, tuple[Any, ...]] = {  # of every family, read by transformers' masks and config base class
+COMMON_FACTS: Mapping[str, tuple[Any, ...]] = {  # config_facts of every family (transformers' masks and base class)
     "is_causal": (True,),
     "per_layer_config": (None, {}),  # a sparse map from layers to other sizes
     "attribute_map": ({},),  # reads one key in place of another
-    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), (None,)),  # another model's config inside
+    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), (None,)),  # config of another model
 }
-HARMLESS_KEYS = frozenset(  # of transformers' config classes: they change no logits
+HARMLESS_KEYS = frozenset(  # keys of transformers' config classes that do not change the logits
     {
         "transformers_version",
         "architectures",
@@ -176,16 +174,16 @@ HARMLESS_KEYS = frozenset(  # of transformers' config classes: they change no lo
         "id2label",
         "label2id",
         "problem_type",
-        "initializer_range",  # of fresh weights
+        "initializer_range",  # for random initial weights
         "use_cache",
-        "pad_token_id",  # zeroes a row of fresh weights only
+        "pad_token_id",  # zeroes a row of random initial weights only
         "bos_token_id",
         "eos_token_id",
         "pretraining_tp",  # transformers 5 does not read it
         "attention_dropout",  # for training in transformers; this program trains without dropout
     }
 )
-READ_NORMS = {  # the norm whose output a linear reads
+READ_NORMS = {  # linear -> the norm in front of it
     LAYER + "self_attention.linear_qkv.weight": LAYER + "input_layernorm",
     LAYER + "mlp.linear_fc1.weight": LAYER + "pre_mlp_layernorm",
     OUTPUT: "decoder.final_layernorm",
@@ -197,7 +195,7 @@ FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the l
 
 
 def part_of(mcore: str) -> str:
-    """Which part of the model a megatron-core parameter belongs to."""
+    """The part that a megatron-core parameter is counted in: embedding, output, norms, attention or mlp."""
     marks = {
         EMBEDDING: "embedding",
         OUTPUT: "output",

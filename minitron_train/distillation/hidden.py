@@ -1,4 +1,4 @@
-"""Hidden states of student and teacher, caught where the configured pairs of layers give them out."""
+"""Records the outputs of the configured pairs of layers in student and teacher, and computes the loss between them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +12,14 @@ from minitron_train.distillation.intermediate import HiddenProjection, intermedi
 from minitron_train.model.build import LanguageModel
 from minitron_train.runtime.errors import UserError
 
-PROJECTION = "hidden_projection"  # the student's submodule while it is trained; export leaves it out
+PROJECTION = "hidden_projection"  # a submodule of the student during training; export omits it
 
 
 @dataclass(slots=True)
 class HiddenPairs:
-    """The loss between pairs of layer outputs: watches both models' forward passes, then compares.
+    """The loss between pairs of layer outputs, which hooks record during both models' forward passes.
 
-    The projection belongs to the student, so that DDP, optimizer and checkpoints take it along.
+    The projection is a submodule of the student, so that DDP, optimizer and checkpoints include it.
     """
 
     settings: DistillConfig
@@ -30,7 +30,7 @@ class HiddenPairs:
     def attach(
         cls, settings: DistillConfig, student: LanguageModel, teacher: LanguageModel, seed: int
     ) -> "HiddenPairs":
-        """Add the projection to the student, and hooks to both models; before DDP wraps the student."""
+        """Add the projection to the student, and hooks to both models. Call it before DDP wraps the student."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # the same on all ranks
             projection = HiddenProjection(student.config.hidden_size, teacher.config.hidden_size)
@@ -42,7 +42,7 @@ class HiddenPairs:
         return pairs
 
     def catch(self, owner: str, name: str) -> Any:
-        """A forward hook that keeps the output, [S, B, H], of one layer."""
+        """A forward hook that records the output, [S, B, H], of one layer."""
 
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             self.outputs[owner, name] = output[0] if isinstance(output, tuple) else output
@@ -64,7 +64,7 @@ class HiddenPairs:
 
 
 def check_layers(settings: DistillConfig, student: Shape, teacher: Shape) -> None:
-    """Refuse pairs of layers that the models do not have."""
+    """Reject pairs of layers that the models do not have."""
     for pair in settings.hidden_layers:
         for owner, shape, name in zip(("student", "teacher"), (student, teacher), pair.split("/"), strict=True):
             if name != "embedding" and int(name) >= shape.num_layers:
@@ -73,5 +73,5 @@ def check_layers(settings: DistillConfig, student: Shape, teacher: Shape) -> Non
 
 
 def find_module(model: LanguageModel, name: str) -> torch.nn.Module:
-    """The module whose output the name stands for."""
+    """The module that a name of distill.hidden_layers refers to: "embedding" or a layer number."""
     return model.embedding if name == "embedding" else model.decoder.layers[int(name)]

@@ -1,4 +1,4 @@
-"""Losses between hidden states of student and teacher, for students that have lost layers (arXiv 2407.14679 §3).
+"""Losses between hidden states of student and teacher, for students with pruned layers (arXiv 2407.14679 §3).
 
 Legend: N tokens, H student's hidden size, D teacher's.
 """
@@ -14,10 +14,10 @@ from minitron_train.runtime.errors import UserError
 
 
 class HiddenProjection(nn.Module):
-    """Student's hidden states [N, H] to the teacher's width [N, D] by one learned linear map, shared by all pairs.
+    """A learned linear map from the student's hidden size [N, H] to the teacher's [N, D], shared by all pairs of layers.
 
-    The identity, without parameters, where the widths are equal. Its weights are the same on all tensor-parallel
-    ranks, and so are their gradients when every rank is given the same hidden states.
+    Where the sizes are equal it is the identity without parameters. All tensor-parallel ranks hold the same weights, and
+    get the same gradients if they are given the same hidden states.
     """
 
     def __init__(self, student_hidden_size: int, teacher_hidden_size: int) -> None:
@@ -31,14 +31,14 @@ class HiddenProjection(nn.Module):
         self.linear = nn.Identity() if same else nn.Linear(student_hidden_size, teacher_hidden_size, bias=False)
 
     def forward(self, student_NH: Tensor) -> Tensor:
-        """To the teacher's width."""
+        """[N, H] to [N, D]."""
         return self.linear(student_NH)
 
 
 def hidden_loss(projected_ND: Tensor, teacher_ND: Tensor, mask_N: Tensor | None, kind: HiddenLossKind) -> Tensor:
     """Sum over the valid tokens of 1 - cos(student, teacher), or of the mean squared difference of the channels.
 
-    Computed in fp32 or wider; the teacher has no gradient. `mask_N` (bool, or nonzero) says which tokens are valid.
+    It is computed in fp32 or wider. The teacher gets no gradient. `mask_N` (bool, or nonzero) marks valid tokens.
     """
     teacher_ND = teacher_ND.detach()
     if mask_N is not None:
@@ -60,8 +60,8 @@ def intermediate_loss(
 ) -> Tensor:
     """L_is: `hidden_loss` averaged over the pairs (student's [N, H], teacher's [N, D]), summed over the valid tokens.
 
-    A pair is the embeddings' outputs, or those of a student's layer and the teacher's layer that it stands for; the
-    paper maps the last but two to the last but two.
+    A pair holds the outputs of both embeddings, or of a student's layer and its counterpart in the teacher. The paper pairs
+    the third-last layers.
     """
     if not pairs:
         raise UserError("intermediate layers: none are named; name at least one pair, or set the weight to 0")

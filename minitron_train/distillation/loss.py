@@ -1,9 +1,9 @@
-"""The distillation loss, fused with the output layers: hidden states in, loss and gradients out, no full logits beside.
+"""The distillation loss, fused with the output layers: it takes hidden states and never holds a full logit tensor.
 
-One sweep over blocks of logits gathers each row's sums, a second one forms the gradient p_s - p_t block by block and
-multiplies it into the gradients of hidden states and output weights (docs/method.md). The second sweep runs in the
-backward pass, where the factor that the caller divides by is known: the gradients need no rescaling, and validation
-does not pay for them.
+One sweep over blocks of logits computes the loss of each row. A second sweep forms the gradient p_s - p_t block by block
+and multiplies it into the gradients of hidden states and output weights (docs/method.md). The second sweep runs in the
+backward pass, where the factor of the loss is known. So gradients need no rescaling, and validation does not compute
+them.
 
 Legend: N tokens, V output rows of this tensor-parallel rank, H student's hidden size, D teacher's.
 """
@@ -26,12 +26,12 @@ from minitron_train.runtime.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSpec:
-    """What is summed over the tokens: kd_weight x distillation loss + ce_weight x cross-entropy on the labels.
+    """The loss of a token: kd_weight x distillation loss + ce_weight x cross-entropy on the label.
 
-    Both models' logits are divided by `temperature`. The loss is not multiplied by temperature^2 unless
-    `temperature_squared` says so (ModelOpt's loss for Megatron is not, Hinton's is). `top_k` belongs to top_k_kl,
-    `jsd_beta` (the teacher's share of the mixture) to jsd. The cross-entropy has temperature 1. `function` replaces
-    `kind` by a loss of your own, see `loss_autograd`.
+    Both models' logits are divided by `temperature`; the cross-entropy has temperature 1. `temperature_squared` multiplies
+    the distillation loss by temperature^2, as in Hinton's paper; ModelOpt's loss for Megatron does not. `top_k` applies to
+    top_k_kl. `jsd_beta`, the teacher's share of the mixture, applies to jsd. `function` replaces `kind` by a user-defined
+    loss (see `loss_autograd`).
     """
 
     kind: LossKind = LossKind.forward_kl
@@ -39,12 +39,12 @@ class LossSpec:
     temperature_squared: bool = False
     top_k: int = 0
     jsd_beta: float = 0.5
-    function: TokenLoss | None = None  # takes the place of `kind`: (student logits, teacher logits) -> loss per token
+    function: TokenLoss | None = None  # replaces `kind`: (student logits, teacher logits) -> loss per token
     kd_weight: float = 1.0
     ce_weight: float = 0.0
 
     def validate(self) -> None:
-        """Ranges, and settings that belong to another kind."""
+        """Reject values out of range, and settings that do not apply to `kind`."""
         check_loss(self, self.kind)
         if self.function is not None and (self.kind, self.temperature, self.top_k) != (LossKind.forward_kl, 1.0, 0):
             raise UserError("function: replaces kind, temperature and top_k; leave them out")
@@ -54,7 +54,7 @@ class LossSpec:
 class LossParts:
     """Sums over the valid tokens, equal on every tensor-parallel rank. Only `total` carries gradients.
 
-    total = kd_weight x kd_sum + ce_weight x ce_sum; temperature^2, where asked for, is in kd_sum.
+    total = kd_weight x kd_sum + ce_weight x ce_sum. With `temperature_squared`, kd_sum includes temperature^2.
     """
 
     total: Tensor
@@ -79,21 +79,21 @@ def distillation_loss(
     """Distillation loss of a student's hidden states against a teacher's, summed over the valid tokens.
 
     Args:
-        student_hidden_NH: the input of the student's output layer, the same on all ranks of `group`: before megatron's
-            `copy_to_tensor_model_parallel_region`, and gathered first under sequence parallelism. The backward pass
-            sums its gradient over the group, so it is the full gradient on every rank, and nothing may reduce it
-            again: under sequence parallelism gather with `tensor_parallel_output_grad=False`, whose backward splits.
+        student_hidden_NH: the input of the student's output layer, the same on all ranks of `group`. Do not pass it through
+            megatron's `copy_to_tensor_model_parallel_region`: the backward pass sums its gradient over the group, and
+            nothing may reduce it again. Under sequence parallelism, gather it with `tensor_parallel_output_grad=False`,
+            whose backward pass splits.
         student_weight_VH: this rank's rows of the output weights; rank r of the group holds rows r V to (r+1) V.
-        teacher_hidden_ND, teacher_weight_VD: the teacher's, without gradients; None when `loss.kd_weight` is 0.
-        mask_N: tokens that count (bool, or nonzero); others are dropped before any product.
-        labels_N: token ids for the cross-entropy, needed when `loss.ce_weight` is not 0; masked tokens' are not read.
-        vocab_size: number of real output rows, all ranks together; rows behind them are padding, without probability
-            or gradient. May be left out when both models have the same number of rows and none is padding.
-        group: the tensor-parallel group; None is one rank.
+        teacher_hidden_ND, teacher_weight_VD: the teacher's; no gradients flow to them. None when `loss.kd_weight` is 0.
+        mask_N: valid tokens (bool, or nonzero); other tokens are dropped before any product.
+        labels_N: token ids for the cross-entropy, required when `loss.ce_weight` is not 0; ignored at masked tokens.
+        vocab_size: number of output rows without padding, all ranks together. Padding rows get no probability and no
+            gradient. Optional when both models have the same number of rows and no padding.
+        group: the tensor-parallel group; None for a single rank.
         chunking: memory budget and block shape; None chooses both.
 
     Raises:
-        UserError: settings or vocabularies that do not fit.
+        UserError: settings that contradict each other, or vocabularies that do not match.
     """
     chunking = chunking or Chunking()
     loss.validate()
@@ -138,7 +138,7 @@ def _with_cross_entropy(
     group: dist.ProcessGroup | None,
     chunking: Chunking,
 ) -> LossParts:
-    """The parts of a loss whose distillation term autograd differentiates."""
+    """Combine a distillation term from autograd with the fused cross-entropy."""
     total, ce_sum = loss.kd_weight * kd_sum, torch.zeros_like(kd_sum)
     if loss.ce_weight:
         labels_only = LossSpec(kd_weight=0.0, ce_weight=loss.ce_weight)
@@ -169,7 +169,7 @@ MAKE_TERM: dict[LossKind, Callable[[LossSpec, "_Vocabulary", Tensor], loss_terms
 def _make_terms(
     loss: LossSpec, vocab: "_Vocabulary", labels_N: Tensor | None, like_N: Tensor
 ) -> dict[str, WeightedTerm]:
-    """The terms that count. Temperature^2 is a factor of the loss itself, and so of what is logged."""
+    """The terms with a weight that is not zero. The logged loss includes temperature^2."""
     terms = {}
     if loss.kd_weight:
         factor = loss.temperature**2 if loss.temperature_squared else 1.0
@@ -189,19 +189,19 @@ def _check_labels(labels_N: Tensor | None, num_tokens: int, vocab_size: int) -> 
 
 
 def real_rows(rows: Mapping[str, int], vocab_size: int | None, num_ranks: int, top_k: int) -> int:
-    """How many output rows are no padding, where each model has as many as `rows` says, all ranks together.
+    """The number of output rows without padding. `rows` gives each model's number of rows, all ranks together.
 
     Raises:
-        UserError: rows that cannot be matched, or fewer of them than `top_k`.
+        UserError: the models' rows cannot be matched, or there are fewer than `top_k`.
     """
     named = ", ".join(f"{name} {number}" for name, number in rows.items())
     if len(set(rows.values())) > 1 and num_ranks > 1:
         raise UserError(
             f"output rows ({named}): under tensor parallelism both models need the same number, so that their "
-            "shards meet; pad both to the same size"
+            "shards match; pad both to the same size"
         )
     if len(set(rows.values())) > 1 and vocab_size is None:
-        raise UserError(f"output rows ({named}): differ, and padding cannot be told; give vocab_size")
+        raise UserError(f"output rows ({named}): differ, and the padding is unknown; give vocab_size")
     size = min(rows.values()) if vocab_size is None else vocab_size
     if not 0 < size <= min(rows.values()):
         raise UserError(f"vocab_size={size}: must fit the output rows ({named}); give the tokenizer's size")
@@ -212,7 +212,7 @@ def real_rows(rows: Mapping[str, int], vocab_size: int | None, num_ranks: int, t
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """The real output rows: of all ranks, where this rank's start, and how many of this rank's are not padding."""
+    """Output rows without padding: the number on all ranks, this rank's first row, and this rank's number."""
 
     size: int
     start: int
@@ -227,7 +227,7 @@ class _Vocabulary:
         group: dist.ProcessGroup | None,
         top_k: int,
     ) -> "_Vocabulary":
-        """From the weights' shapes; refuses what `real_rows` refuses."""
+        """Derive it from the weights' shapes; raises what `real_rows` raises."""
         num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
         shard = len(student_VH)
         rows = {"student": shard * num_ranks} | ({} if teacher_VD is None else {"teacher": len(teacher_VD) * num_ranks})

@@ -1,7 +1,7 @@
-"""A distillation loss that somebody wrote as a function of logits, differentiated by autograd: slower, but one function.
+"""A user-defined distillation loss on logits, differentiated by autograd: slower than a fused term, but one function.
 
-The logits of a few tokens exist at a time, over the whole vocabulary on every tensor-parallel rank, and are computed
-again in the backward pass. A loss that proves itself becomes a term of `loss_terms.py`, which never gathers logits.
+Every tensor-parallel rank holds the logits of a few tokens over the whole vocabulary, and recomputes them in the backward
+pass. A fused term in `loss_terms.py` never gathers logits.
 
 Legend: N tokens, C tokens of a chunk, V output rows (of this rank, or of all ranks after the gather), H, D hidden sizes.
 """
@@ -15,29 +15,30 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minitron_train.distillation.loss_terms import all_reduce
+from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.runtime.errors import UserError
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]  # (student logits [C, V], teacher logits [C, V]) -> loss per token [C]
-CHUNK_BYTES = 256 * 2**20  # of one model's logits, over the whole vocabulary
+CHUNK_BYTES = 256 * 2**20  # size of one chunk of one model's logits, over the whole vocabulary
 
 
 class SumGradient(torch.autograd.Function):
-    """The tensor itself; the backward pass sums its gradient over the ranks, each of which has a part of the vocabulary."""
+    """Identity forward; backward sums the gradient over the ranks, which each hold a part of the vocabulary."""
 
     @staticmethod
     def forward(ctx: Any, x_NH: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """A view: autograd takes no input back as it is."""
+        """Return a view, because autograd does not accept the input itself."""
         ctx.group = group
         return x_NH.view_as(x_NH)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Every rank gets the whole gradient."""
+        """The gradient summed over the ranks."""
         return all_reduce(grads[0].contiguous(), ctx.group), None
 
 
 class GatherVocabulary(torch.autograd.Function):
-    """The ranks' logits side by side; the backward pass takes this rank's columns, since all ranks compute the same loss."""
+    """All-gather of logits along the vocabulary; backward takes this rank's columns, as all ranks compute the same loss."""
 
     @staticmethod
     def forward(ctx: Any, local_CV: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -49,7 +50,7 @@ class GatherVocabulary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """The columns of this rank."""
+        """This rank's columns."""
         return grads[0][:, ctx.columns], None
 
 
@@ -65,11 +66,11 @@ def summed_loss(
 
     Args:
         student: hidden states [N, H], the same on every rank of `group`, and this rank's output rows [V, H].
-        teacher: the same of the teacher, [N, D] and [V, D], without gradients.
-        vocab_size: real output rows of all ranks together; the function never sees the padding behind them.
+        teacher: the teacher's, [N, D] and [V, D]; no gradients flow to them.
+        vocab_size: output rows without padding, all ranks together; the function never sees the padding.
 
     Raises:
-        UserError: the function does not return one number per token.
+        UserError: the function does not return one loss per token.
     """
     dtype = torch.promote_types(torch.promote_types(student[0].dtype, teacher[1].dtype), torch.float32)
     hidden_NH, weight_VH = student[0].to(dtype), student[1].to(dtype)
@@ -78,7 +79,7 @@ def summed_loss(
     teacher_ND, teacher_VD = (x.to(dtype) for x in teacher)
 
     def logits(hidden_CH: Tensor, rows_VH: Tensor) -> Tensor:
-        local_CV = hidden_CH @ rows_VH.t()
+        local_CV = OutputLayer(rows_VH).logits(hidden_CH)
         whole_CV = local_CV if group is None else GatherVocabulary.apply(local_CV, group)
         return whole_CV[:, :vocab_size]
 
@@ -89,7 +90,7 @@ def summed_loss(
         if not isinstance(loss_C, Tensor) or loss_C.shape != (len(hidden_CH),):
             found = f"a tensor of {list(loss_C.shape)}" if isinstance(loss_C, Tensor) else type(loss_C).__name__
             raise UserError(
-                f"the loss function gave {found} for {len(hidden_CH)} tokens; it must return one loss per token, "
+                f"the loss function returned {found} for {len(hidden_CH)} tokens; it must return one loss per token, "
                 f"[{len(hidden_CH)}]"
             )
         return loss_C.sum()

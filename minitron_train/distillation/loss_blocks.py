@@ -1,4 +1,4 @@
-"""Logits in blocks of tokens by vocabulary, made again instead of kept: far less memory than one full logit tensor.
+"""Logits in blocks of tokens by vocabulary rows, recomputed instead of stored, so that no full logit tensor exists.
 
 Legend: N tokens, V vocabulary rows of this rank, H hidden size, R rows (tokens) and C columns (vocabulary) of a block.
 """
@@ -11,22 +11,23 @@ import torch
 from torch import Tensor
 
 from minitron_train.config.distill import check_blocks
+from minitron_train.model.vocabulary import OutputLayer
 
 Role = Literal["student", "teacher"]
 
-NUM_WORK_BUFFERS = 4  # blocks that exist at once: student, teacher, two scratch (JSD: two more)
-BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}  # elementwise passes stay in the cache on a CPU, and fill a GPU
-TOKEN_CHUNK = {"cpu": 512, "cuda": 4096}  # more rows do not make the products faster
+NUM_WORK_BUFFERS = 4  # blocks held at once: student, teacher, two scratch (JSD: two more)
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}  # a block fits a CPU's cache, and occupies a whole GPU
+TOKEN_CHUNK = {"cpu": 512, "cuda": 4096}  # larger chunks do not speed up the products
 MIN_TOKEN_CHUNK = 64
 MIN_VOCAB_TILE = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunking:
-    """How much memory the loss may use beyond its inputs and their gradients; the block's shape, chosen when left out.
+    """Memory that the loss may use beyond its inputs and their gradients, and the block's shape (None: chosen here).
 
-    `memory_budget_u` counts U, the bytes of one [N, V] logit tensor of this rank in fp32. What working blocks leave of
-    it keeps logits between the sweeps, so that fewer are computed twice.
+    `memory_budget_u` is in units of U, the bytes of this rank's [N, V] logit tensor in fp32. The budget that working
+    blocks leave over caches logits between the sweeps, so that fewer are computed twice.
     """
 
     memory_budget_u: float = 0.2
@@ -34,13 +35,13 @@ class Chunking:
     token_chunk: int | None = None
 
     def validate(self) -> None:
-        """A budget that is not negative, and blocks of at least one row and column."""
+        """Reject a negative budget, and blocks without a row or column."""
         check_blocks(self)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """Block shape and how many bytes of logits may be kept between sweeps."""
+    """Shape of a block, and how many bytes of logits may be cached between sweeps."""
 
     token_chunk: int
     vocab_tile: int
@@ -48,41 +49,32 @@ class BlockPlan:
 
 
 class Projection:
-    """One model's output layer: hidden states [N, H] and this rank's weights [V, H], multiplied into fp32 (or fp64).
+    """One model's hidden states [N, H] and output layer [V, H], whose product is summed in fp32 (or fp64).
 
-    A GPU multiplies low-precision matrices as they are and sums in fp32; a CPU has no such product, so the tile of the
-    weights is widened first.
+    A GPU multiplies low-precision matrices and sums in fp32. A CPU has no such product, so each tile of the weights is
+    widened first.
     """
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, compute_dtype: torch.dtype) -> None:
-        self.widen = hidden_NH.device.type == "cpu" or hidden_NH.dtype == weight_VH.dtype == compute_dtype
-        self.hidden_NH = hidden_NH.to(compute_dtype if self.widen else weight_VH.dtype)
-        self.weight_VH = weight_VH
-        self.compute_dtype = compute_dtype
+    def __init__(self, hidden_NH: Tensor, output: OutputLayer, logit_dtype: torch.dtype) -> None:
+        weight_dtype = output.weight_VH.dtype
+        widen = hidden_NH.device.type == "cpu" or hidden_NH.dtype == weight_dtype == logit_dtype
+        self.dtype = logit_dtype if widen else weight_dtype  # dtype of both factors
+        self.hidden_NH = hidden_NH.to(self.dtype)
+        self.output = output
+        self.logit_dtype = logit_dtype
 
     @property
     def width(self) -> int:
         """The model's hidden size."""
-        return self.weight_VH.shape[1]
+        return self.hidden_NH.shape[1]
 
-    def weight_tile(self, columns: slice) -> Tensor:
-        """Rows of the output weights, ready for a product."""
-        tile_CH = self.weight_VH[columns]
-        return tile_CH.to(self.compute_dtype) if self.widen else tile_CH
+    def tile(self, columns: slice) -> OutputLayer:
+        """Some rows of the output layer, in the dtype of the product."""
+        return self.output.rows(columns, self.dtype)
 
     def logits(self, rows: slice, columns: slice, out_RC: Tensor) -> None:
-        """hidden @ weight^T of one block."""
-        multiply(self.hidden_NH[rows], self.weight_tile(columns).T, out_RC)
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = left @ right, or out += left @ right; operands of one dtype, the result of the same or a wider one."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
-    elif add:
-        out.add_(torch.mm(left, right, out_dtype=out.dtype))
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        """Write the logits of one block."""
+        self.tile(columns).logits(self.hidden_NH[rows], out_RC)
 
 
 def plan_blocks(
@@ -90,10 +82,11 @@ def plan_blocks(
 ) -> BlockPlan:
     """Choose the block's shape for `num_tokens` x `vocab` logits.
 
-    Token chunks are equal parts of the tokens. They do not exceed the rows of logits that fit into the storage of the
-    weight gradient (`LogitBlocks`), so that whole blocks fit. Working memory takes at most half of the budget.
+    Token chunks are equal parts of the tokens. A chunk's logits fit into the storage of the weight gradient (see
+    `LogitBlocks`). Working memory takes at most half of the budget.
     """
-    device, dtype, width = student.weight_VH.device.type, student.compute_dtype, student.width
+    weight_VH, dtype, width = student.output.weight_VH, student.logit_dtype, student.width
+    device = weight_VH.device.type
     num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
     budget = int(chunking.memory_budget_u * num_tokens * vocab * 4)
     most = TOKEN_CHUNK.get(device, TOKEN_CHUNK["cuda"])
@@ -101,25 +94,25 @@ def plan_blocks(
     if free_rows >= MIN_TOKEN_CHUNK:
         most = min(most, free_rows)
     rows = min(chunking.token_chunk or _equal_part(num_tokens, most), num_tokens)
-    narrow = student.weight_VH.dtype != dtype
+    narrow = weight_VH.dtype != dtype
     summed_apart = weight_grad_VH is not None and (narrow or rows < num_tokens)
     column_bytes = (NUM_WORK_BUFFERS * rows + (summed_apart + narrow) * width) * dtype.itemsize
     elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
     automatic = max(min(elements // rows, budget // (2 * column_bytes)), MIN_VOCAB_TILE)
-    automatic -= automatic % MIN_VOCAB_TILE  # a GPU multiplies unaligned tiles at a third of its rate
+    automatic -= automatic % MIN_VOCAB_TILE  # a GPU multiplies unaligned tiles at a third of the speed
     columns = min(chunking.vocab_tile or automatic, vocab)
     return BlockPlan(rows, columns, max(0, budget - column_bytes * columns))
 
 
 def _equal_part(total: int, most: int) -> int:
-    """Size of equal parts of `total`, each at most `most`: 768 in parts of at most 512 is 384."""
+    """The largest size of equal parts of `total` that does not exceed `most`: 768 with at most 512 gives 384."""
     num_parts = -(-total // most)
     return -(-total // num_parts)
 
 
 @dataclass(slots=True)
 class Block:
-    """Logits of some tokens and some of this rank's vocabulary, computed when they are first asked for."""
+    """Logits of some tokens and some of this rank's vocabulary, computed at the first access."""
 
     blocks: "LogitBlocks"
     chunk: int
@@ -128,16 +121,16 @@ class Block:
 
     @property
     def student_RC(self) -> Tensor:
-        """The student's logits; not to be written to."""
+        """The student's logits; read-only."""
         return self.blocks.logits(self, "student")
 
     @property
     def teacher_RC(self) -> Tensor:
-        """The teacher's logits; may be overwritten in the last sweep."""
+        """The teacher's logits; the last sweep may overwrite them."""
         return self.blocks.logits(self, "teacher")
 
     def scratch_RC(self, index: int) -> Tensor:
-        """An uninitialised buffer of the block's shape; made when first asked for."""
+        """An uninitialised buffer of the block's shape, shared by all blocks."""
         return self.blocks.work_buffer(f"scratch{index}", self)
 
 
@@ -145,10 +138,10 @@ class Block:
 class LogitBlocks:
     """The grid of logit blocks of both models, swept once or several times.
 
-    A block's logits live in one of three places. `weight_grad_VH` is the uninitialised gradient of the student's output
-    weights: until a tile's gradient is written to its slice, the slice holds that tile's logits, at no cost. With
-    N <= H these are all of the student's logits, with 2 N <= H the teacher's too. `plan.keep_bytes` more are kept
-    beside. What fits in neither is computed into a working buffer, in every sweep again.
+    A block's logits are stored in one of three places. `weight_grad_VH` is the uninitialised gradient of the student's
+    output weights. Until a tile's gradient is written to its slice, the slice stores that tile's logits without extra
+    memory. With N <= H all of the student's logits fit there, with 2 N <= H the teacher's too. A cache of
+    `plan.keep_bytes` stores more. All other blocks are recomputed in every sweep, into a working buffer.
     """
 
     projections: dict[Role, Projection]
@@ -164,7 +157,7 @@ class LogitBlocks:
     in_work: dict[Role, tuple[int, int]] = field(default_factory=dict)
 
     def tiles(self) -> Iterator[tuple[slice, list[Block]]]:
-        """Tiles of the vocabulary in order, each with its blocks of tokens."""
+        """Yield the tiles of the vocabulary in order, each with its blocks of tokens."""
         for start in range(0, self.vocab, self.plan.vocab_tile):
             columns = slice(start, min(start + self.plan.vocab_tile, self.vocab))
             chunks = range(0, self.num_tokens, self.plan.token_chunk)
@@ -172,12 +165,12 @@ class LogitBlocks:
             yield columns, [Block(self, chunk, part, columns) for chunk, part in enumerate(rows)]
 
     def __iter__(self) -> Iterator[Block]:
-        """Every block once, for a sweep that keeps the logits."""
+        """Yield every block once, tile by tile."""
         for _, blocks in self.tiles():
             yield from blocks
 
     def logits(self, block: Block, role: Role) -> Tensor:
-        """One model's logits of a block: kept ones, those of the working buffer, or computed now."""
+        """One model's logits of a block: from the cache, from the working buffer, or computed now."""
         key = (role, block.columns.start, block.chunk)
         if key in self.kept:
             return self.kept[key]
@@ -193,7 +186,7 @@ class LogitBlocks:
         return place
 
     def work_buffer(self, name: str, block: Block) -> Tensor:
-        """A buffer of the block's shape that the next block uses again."""
+        """A buffer of the block's shape; the next block overwrites it."""
         num_rows, num_columns = _length(block.rows), _length(block.columns)
         if name not in self.work:
             like = next(iter(self.projections.values())).hidden_NH
@@ -201,16 +194,18 @@ class LogitBlocks:
         return self.work[name][: num_rows * num_columns].view(num_rows, num_columns)
 
     def release(self) -> Tensor | None:
-        """Let go of all memory and keep nothing from now on; returns the weight gradient."""
+        """Free all memory, disable the cache, and return the weight gradient."""
         weight_grad_VH, self.weight_grad_VH, self.keep = self.weight_grad_VH, None, False
         for held in (self.kept, self.work, self.in_work):
             held.clear()
         return weight_grad_VH
 
     def _home(self, block: Block, role: Role) -> Tensor | None:
-        """Where this block's logits may stay until the last sweep, or None."""
+        """Storage for this block's logits until the last sweep, or None."""
         num_rows, num_columns = _length(block.rows), _length(block.columns)
-        wider_first = sorted(self.projections, key=lambda name: -self.projections[name].width)  # dearer to make again
+        wider_first = sorted(
+            self.projections, key=lambda name: -self.projections[name].width
+        )  # costs more to recompute
         before = block.chunk * len(wider_first) + wider_first.index(role)
         start = before * self.plan.token_chunk * num_columns
         free = self._slice_of_gradient(block.columns)
@@ -223,7 +218,7 @@ class LogitBlocks:
         return free.new_empty(num_rows, num_columns)
 
     def _slice_of_gradient(self, columns: slice) -> Tensor:
-        """The storage of a tile's weight gradient as a flat tensor of logits."""
+        """The storage of a tile's weight gradient, viewed as a flat tensor of logits."""
         grad_VH = self.weight_grad_VH
         if grad_VH is None or grad_VH.shape[1] * grad_VH.element_size() % self.dtype.itemsize:
             return next(iter(self.projections.values())).hidden_NH.new_empty(0, dtype=self.dtype)

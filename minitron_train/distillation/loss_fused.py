@@ -1,4 +1,4 @@
-"""The sweeps over logit blocks as one differentiable function of the student's hidden states and output weights.
+"""The fused loss: sweeps over logit blocks, differentiable in the student's hidden states and output weights.
 
 Legend: N tokens, V output rows of this tensor-parallel rank, H student's hidden size, R rows and C columns of a block.
 """
@@ -18,15 +18,15 @@ from minitron_train.distillation.loss_blocks import (
     LogitBlocks,
     Projection,
     Role,
-    multiply,
     plan_blocks,
 )
 from minitron_train.distillation.loss_terms import Term, all_reduce
+from minitron_train.model.vocabulary import OutputLayer
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedTerm:
-    """A term; `factor` belongs to its value, `weight` is its share in the total."""
+    """A loss term. Its value is multiplied by `factor`, and enters the total with `weight`."""
 
     term: Term
     factor: float
@@ -35,10 +35,10 @@ class WeightedTerm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Everything that one call needs besides the student's tensors.
+    """The inputs of one call, except the student's tensors.
 
-    `make_terms` takes an empty tensor [N] of the dtype that logits have. `vocab` is the number of this rank's output
-    rows that are not padding.
+    `make_terms` takes an empty tensor [N] in the dtype of the logits. `vocab` counts this rank's output rows without
+    padding.
     """
 
     make_terms: Callable[[Tensor], dict[str, WeightedTerm]]
@@ -54,7 +54,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        """Gather the sums of every row, in as many sweeps as the terms need."""
+        """Compute the loss of every row, in as many sweeps as the terms need."""
         dtype = _logit_dtype(hidden_NH, problem)
         terms = problem.make_terms(hidden_NH.new_empty(len(hidden_NH), dtype=dtype))
         weight_grad_VH = _empty_grad(weight_VH) if problem.wants_grad and weight_VH.requires_grad else None
@@ -79,12 +79,12 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """One more sweep: the gradient of each block's logits, multiplied into those of hidden states and weights.
+        """One more sweep: the gradient of each block's logits gives the gradients of hidden states and weights.
 
-        Releases all memory, so that a loss which is kept for the log holds none; with `retain_graph` a second
-        backward pass computes all logits anew.
+        All memory is freed afterwards, so a loss tensor that is kept for logging holds none. With `retain_graph`, a second
+        backward pass recomputes all logits.
         """
-        hidden_NH, weight_VH = ctx.saved_tensors  # raises when they were changed since the forward pass
+        hidden_NH, weight_VH = ctx.saved_tensors  # raises if they were modified since the forward pass
         blocks: LogitBlocks = ctx.blocks
         hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=blocks.dtype) if ctx.needs_input_grad[0] else None
         if blocks.weight_grad_VH is None and ctx.needs_input_grad[1]:
@@ -108,12 +108,14 @@ def _logit_dtype(hidden_NH: Tensor, problem: Problem) -> torch.dtype:
 def _make_blocks(
     hidden_NH: Tensor, weight_VH: Tensor, weight_grad_VH: Tensor | None, problem: Problem, terms: list[WeightedTerm]
 ) -> LogitBlocks:
-    """The grid of logit blocks, which keeps logits if there is a further sweep that reads them."""
+    """The grid of logit blocks; it caches logits if a later sweep reads them."""
     dtype = _logit_dtype(hidden_NH, problem)
-    projections: dict[Role, Projection] = {"student": Projection(hidden_NH.detach(), weight_VH.detach(), dtype)}
+    student = Projection(hidden_NH.detach(), OutputLayer(weight_VH.detach()), dtype)
+    projections: dict[Role, Projection] = {"student": student}
     if problem.teacher is not None:
-        projections["teacher"] = Projection(*problem.teacher, dtype)
-    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, projections["student"], weight_grad_VH)
+        teacher_ND, teacher_VD = problem.teacher
+        projections["teacher"] = Projection(teacher_ND, OutputLayer(teacher_VD), dtype)
+    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, student, weight_grad_VH)
     reread = problem.wants_grad and any(weighted.term.gradient_reads_logits for weighted in terms)
     keep = reread or any(weighted.term.num_sweeps > 1 for weighted in terms)
     return LogitBlocks(projections, plan, len(hidden_NH), problem.vocab, dtype, weight_grad_VH, keep)
@@ -124,21 +126,24 @@ def _sweep_gradients(
 ) -> None:
     """Add to `hidden_grad_NH` and fill `blocks.weight_grad_VH`, tile by tile of the vocabulary.
 
-    A tile's slice of the weight gradient holds its logits until all its token chunks are done. With one chunk and
-    one dtype it can then be written by the product itself, otherwise a buffer of the tile's size sums up the chunks.
+    A tile's slice of the weight gradient stores its logits until all its token chunks are done. With one chunk and one
+    dtype, the product then writes the slice directly. Otherwise a buffer of the tile's size sums the chunks.
     """
     student, weight_grad_VH = blocks.projections["student"], blocks.weight_grad_VH
     for columns, tile in blocks.tiles():
         slice_CH = grad_CH = None if weight_grad_VH is None else weight_grad_VH[columns]
         if slice_CH is not None and (len(tile) != 1 or slice_CH.dtype != blocks.dtype):
             grad_CH = torch.zeros_like(slice_CH, dtype=blocks.dtype)
-        weight_CH = student.weight_tile(columns)
+        output = student.tile(columns)
         for block in tile:
             grad_RC = _block_gradient(block, terms, grad_total).to(student.hidden_NH.dtype)
-            if grad_CH is not None:
-                multiply(grad_RC.T, student.hidden_NH[block.rows], grad_CH, add=block.chunk > 0)
-            if hidden_grad_NH is not None:
-                multiply(grad_RC, weight_CH, hidden_grad_NH[block.rows], add=True)
+            output.add_gradients(
+                grad_RC,
+                student.hidden_NH[block.rows],
+                hidden_grad_NH=None if hidden_grad_NH is None else hidden_grad_NH[block.rows],
+                weight_grad_VH=grad_CH,
+                overwrite_weight_grad=block.chunk == 0,
+            )
         if slice_CH is not None and grad_CH is not None and grad_CH is not slice_CH:
             slice_CH.copy_(grad_CH)
     if weight_grad_VH is not None:
@@ -146,7 +151,7 @@ def _sweep_gradients(
 
 
 def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor) -> Tensor:
-    """d total / d student logits of one block, in its scratch 0."""
+    """d total / d student logits of one block, written to its scratch 0."""
     first, *others = [(weighted.term, grad_total * (weighted.factor * weighted.weight)) for weighted in terms]
     grad_RC = block.scratch_RC(0)
     first[0].gradient(block, first[1], grad_RC)

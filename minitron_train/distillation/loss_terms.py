@@ -1,8 +1,8 @@
-"""The per-token losses as sums over blocks of logits: what is gathered in a sweep, the loss per row, and its gradient.
+"""The fused losses, as sums over blocks of logits.
 
-Every term sees each block [R, C] once per sweep (`observe`), combines what it gathered over the tensor-parallel ranks
-(`reduce`), knows then the loss of every row, and writes the gradient with respect to the student's logits (`gradient`)
-block by block in the last sweep. With s, t the two models' logits, p = softmax(s / T), q = softmax(t / T):
+In every sweep a term adds each block [R, C] to sums per row (`observe`). After a sweep it combines the sums over the
+tensor-parallel ranks (`reduce`), which gives the loss of every row. In the last sweep it writes the gradient with respect
+to the student's logits block by block (`gradient`). With s, t the two models' logits, p = softmax(s / T), q = softmax(t / T):
 
     term            loss of a row                         gradient with respect to s
     forward KL      sum q (log q - log p)                 (p - q) / T
@@ -13,8 +13,8 @@ block by block in the last sweep. With s, t the two models' logits, p = softmax(
     top-k KL        forward KL over the teacher's k largest logits, p and q renormalised over them
     cross-entropy   -log softmax(s)[label]                softmax(s) - onehot(label)
 
-Sums over the vocabulary are kept per row in fp64; probabilities are exp(x - row maximum) / sum, not exp(x - logsumexp),
-because logsumexp in fp32 carries an error of 1e-6 that the whole row would share.
+Sums over the vocabulary are held per row in fp64. Probabilities are exp(x - row maximum) / sum, not exp(x - logsumexp),
+because logsumexp in fp32 has an error of 1e-6 that would affect the whole row.
 
 Legend: N tokens, R rows and C columns of a block, K kept logits, V vocabulary.
 """
@@ -33,14 +33,14 @@ Group = dist.ProcessGroup | None
 
 
 def all_reduce(values: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Combine over the tensor-parallel group in place; without a group there is nothing to combine."""
+    """All-reduce over the tensor-parallel group, in place; None means a single rank."""
     if group is not None and group.size() > 1:
         dist.all_reduce(values, op=op, group=group)
     return values
 
 
 class Term(ABC):
-    """One loss of every row, gathered in `num_sweeps` sweeps over the blocks; `gradient` follows in one more."""
+    """One loss per row, computed in `num_sweeps` sweeps over the blocks; `gradient` takes one more."""
 
     num_sweeps: ClassVar[int] = 1
     gradient_reads_logits: ClassVar[bool] = True
@@ -52,20 +52,20 @@ class Term(ABC):
 
     @abstractmethod
     def reduce(self, sweep: int, group: Group) -> None:
-        """Combine the sums over the tensor-parallel ranks; after the last sweep `loss_N` is there."""
+        """Combine the sums over the tensor-parallel ranks; after the last sweep this sets `loss_N`."""
 
     @abstractmethod
     def gradient(self, block: Block, weight: Tensor, out_RC: Tensor) -> None:
         """Write weight x d loss / d student logits into `out_RC`, which is the block's scratch 0 or 1.
 
-        Every block is asked for once, so the teacher's logits may be overwritten. Scratch 1 is free when `out_RC` is 0.
+        It is called once per block and may overwrite the teacher's logits. Scratch 1 is free when `out_RC` is scratch 0.
         """
 
 
 class RunningSoftmax:
-    """exp((x - m) / T) over the blocks of a row, with m the largest logit so far; sums are rescaled when m grows.
+    """Sums of exp((x - m) / T) over the blocks of a row, where m is the largest logit so far; rescaled when m grows.
 
-    `sums_KN`[0] is the normaliser; a term may gather further sums of exp((x - m) / T) times something beside it.
+    `sums_KN`[0] is the normaliser. A term may add further sums of exp((x - m) / T) times another value.
     """
 
     def __init__(self, like_N: Tensor, temperature: float, num_sums: int = 1) -> None:
@@ -74,7 +74,7 @@ class RunningSoftmax:
         self.sums_KN = like_N.new_zeros((num_sums, len(like_N)), dtype=torch.float64)
 
     def observe(self, rows: slice, logits_RC: Tensor, out_RC: Tensor) -> None:
-        """Add a block; leaves its exp((x - m) / T) in `out_RC`."""
+        """Add a block, and write its exp((x - m) / T) to `out_RC`."""
         largest_R = torch.maximum(self.max_N[rows], logits_RC.amax(dim=1))
         self.sums_KN[:, rows] *= ((self.max_N[rows] - largest_R).double() / self.temperature).exp()
         self.max_N[rows] = largest_R
@@ -99,16 +99,16 @@ class RunningSoftmax:
         return self.max_N.double() / self.temperature + self.sums_KN[0].log()
 
     def mean_N(self, index: int) -> Tensor:
-        """Expectation under softmax(x / T) of what sum `index` gathered, in fp64."""
+        """Expectation under softmax(x / T) of the value that sum `index` accumulates, in fp64."""
         return self.sums_KN[index] / self.sums_KN[0]
 
     def scale(self, rows: slice, weight: Tensor) -> Tensor:
-        """weight / normaliser as a column: what turns `exp` into probabilities."""
+        """weight / normaliser as a column; multiplied by `exp` it gives weighted probabilities."""
         return (weight.double() / self.sums_KN[0, rows]).to(self.max_N.dtype)[:, None]
 
 
 def reduce_softmaxes(group: Group, *softmaxes: RunningSoftmax) -> None:
-    """Bring the ranks' sums to their common maximum and add them: two collectives for all softmaxes together."""
+    """Rescale the ranks' sums to their common maximum and add them; two collectives in total."""
     if group is None or group.size() == 1:
         return
     largest = all_reduce(torch.stack([softmax.max_N for softmax in softmaxes]), group, dist.ReduceOp.MAX)
@@ -171,7 +171,7 @@ class ReverseKL(Term):
         self.loss_N = mean_N - self.student.log_normaliser_N + self.teacher.log_normaliser_N
 
     def gradient(self, block: Block, weight: Tensor, out_RC: Tensor) -> None:
-        """The normalisers' logarithms cancel."""
+        """p (s - t - E_p[s - t]) / T^2: the log normalisers cancel."""
         student_RC, teacher_RC, rows = block.student_RC, block.teacher_RC, block.rows
         mean_R = self.student.mean_N(1)[rows].to(out_RC.dtype)
         torch.sub(student_RC, teacher_RC, out=out_RC).sub_(mean_R[:, None])
@@ -279,7 +279,7 @@ class Cosine(Term):
 class TopKKL(Term):
     """Forward KL over the teacher's K largest logits of the whole vocabulary, both models renormalised over them.
 
-    Each rank keeps the K largest of its own shard and where they are; the ranks then agree on the K largest of all.
+    Each rank keeps the K largest logits of its own shard and their columns. The ranks then select the K largest of all.
     """
 
     gradient_reads_logits = False
@@ -291,7 +291,7 @@ class TopKKL(Term):
         self.column_NK = torch.full_like(self.teacher_NK, -1, dtype=torch.int64)
 
     def observe(self, sweep: int, block: Block) -> None:
-        """Merge the block's logits into the largest so far."""
+        """Merge the block's logits into the K largest so far."""
         rows, top_k = block.rows, self.teacher_NK.shape[1]
         candidates = torch.cat([self.teacher_NK[rows], block.teacher_RC], dim=1)
         self.teacher_NK[rows], place_RK = candidates.topk(top_k, dim=1, sorted=False)
@@ -302,7 +302,7 @@ class TopKKL(Term):
         self.student_NK[rows] = torch.where(is_old_RK, student_RK, block.student_RC.gather(1, new_RK))
 
     def reduce(self, sweep: int, group: Group) -> None:
-        """Agree on the K largest, then the loss of every row and its gradient at those logits."""
+        """Select the K largest of all ranks; compute the loss of every row and its gradient at those logits."""
         chosen_NK = self._chosen(group)
         log_q_NK = self._log_softmax(self.teacher_NK, chosen_NK, group)
         log_p_NK = self._log_softmax(self.student_NK, chosen_NK, group)
@@ -322,7 +322,7 @@ class TopKKL(Term):
         return chosen.chunk(group.size(), dim=1)[group.rank()]
 
     def _log_softmax(self, logits_NK: Tensor, chosen_NK: Tensor, group: Group) -> Tensor:
-        """Over the chosen logits of all ranks."""
+        """log softmax over the chosen logits of all ranks."""
         scaled_NK = torch.where(chosen_NK, logits_NK / self.temperature, -math.inf)
         max_N = all_reduce(scaled_NK.amax(dim=1), group, dist.ReduceOp.MAX)
         shifted_NK = scaled_NK - max_N[:, None]
@@ -340,11 +340,11 @@ class CrossEntropy(Term):
 
     def __init__(self, like_N: Tensor, label_column_N: Tensor) -> None:
         self.student = RunningSoftmax(like_N, temperature=1)
-        self.label_column_N = label_column_N  # relative to this rank's vocabulary; outside of it on the other ranks
+        self.label_column_N = label_column_N  # relative to this rank's vocabulary; on other ranks it is out of range
         self.label_logit_N = torch.zeros_like(like_N)
 
     def observe(self, sweep: int, block: Block) -> None:
-        """The normaliser, and the label's logit where it is in this block."""
+        """The normaliser, and the label's logit if this block contains it."""
         student_RC, rows = block.student_RC, block.rows
         self.student.observe(rows, student_RC, block.scratch_RC(0))
         column_R1 = (self.label_column_N[rows] - block.columns.start)[:, None]
@@ -365,11 +365,11 @@ class CrossEntropy(Term):
 
 
 def is_inside(column_RK: Tensor, block_RC: Tensor) -> Tensor:
-    """Which column numbers are those of the block."""
+    """Which column numbers lie inside the block."""
     return (column_RK >= 0) & (column_RK < block_RC.shape[1])
 
 
 def scatter_inside(out_RC: Tensor, column_RK: Tensor, values_RK: Tensor) -> None:
-    """Add values at their columns, skipping columns outside of the block."""
+    """Add values at their columns; columns outside the block are skipped."""
     inside_RK = is_inside(column_RK, out_RC)
     out_RC.scatter_add_(1, column_RK.clamp(0, out_RC.shape[1] - 1), torch.where(inside_RK, values_RK, 0))

@@ -1,4 +1,4 @@
-"""One forward pass of teacher and student over a batch: hidden states of both, and the loss between them."""
+"""One forward pass of teacher and student over a micro-batch, and the loss."""
 
 # B sequences, S tokens of a sequence, N = S * B tokens, H hidden size (student's or teacher's)
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.plugins import import_name
 
-SMALL_BYTES = 256 * 2**20  # of kept logits do not hurt anybody, and save computing them twice
+SMALL_BYTES = 256 * 2**20  # caching this many bytes of logits is always acceptable, and avoids recomputing them
 
 
 def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
@@ -38,7 +38,7 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
 
 
 def chunking(distill: DistillConfig, num_tokens: int, num_rows: int) -> Chunking:
-    """Memory of the loss: as configured, or 0.2 logit tensors, or so much that small vocabularies keep all their logits."""
+    """The loss's memory: as configured; else 0.2 logit tensors or SMALL_BYTES, whichever is larger."""
     budget_u = distill.memory_budget_u
     if budget_u is None:
         budget_u = max(Chunking().memory_budget_u, SMALL_BYTES / (num_tokens * num_rows * 4))
@@ -46,7 +46,7 @@ def chunking(distill: DistillConfig, num_tokens: int, num_rows: int) -> Chunking
 
 
 def attention_mask(documents_BS: Tensor | None) -> Tensor | None:
-    """Hides (True) the future and other documents, [B, 1, S, S]; None is causal attention over the whole row."""
+    """Mask [B, 1, S, S] that hides (True) later tokens and other documents; None for causal attention over whole rows."""
     if documents_BS is None:
         return None
     length = documents_BS.shape[1]
@@ -73,18 +73,18 @@ class StepLosses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """What is minimised. `teacher` is frozen: no gradients, no optimizer state, its own dtype; None trains on labels alone."""
+    """The training objective. The teacher is frozen and may have another dtype; without one, labels alone are used."""
 
     student: DistributedDataParallel  # around the LanguageModel
     teacher: LanguageModel | None
     spec: LossSpec
-    distill: DistillConfig  # how the loss is cut into blocks
+    distill: DistillConfig  # memory budget and block shape of the loss
     groups: Groups
     hidden: HiddenPairs | None = None
-    vocab_size: int | None = None  # real output rows, where the models differ in padding
+    vocab_size: int | None = None  # output rows without padding; set where the models are padded differently
 
     def __call__(self, batch: Batch, hidden_weight: float = 0.0) -> StepLosses:
-        """The configured loss of a batch: logits, and the hidden states times `hidden_weight` where layers are paired."""
+        """The configured loss of a batch: on logits, plus `hidden_weight` x the loss on hidden states if configured."""
         logits = self.logit_loss(batch, self.spec)
         total, parts = logits.total, {"kd_loss": logits.kd_sum, "ce_loss": logits.ce_sum}
         if self.hidden is not None:
@@ -100,11 +100,11 @@ class Objective:
 
     @property
     def model(self) -> LanguageModel:
-        """The student without its wrapper."""
+        """The student without its DDP wrapper."""
         return cast(LanguageModel, self.student.module)
 
     def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
-        """One forward pass of both models (the teacher's only where it is read) and the loss `spec` on their logits."""
+        """The loss `spec` on the logits of both models; the teacher runs only if the loss uses it."""
         mask = attention_mask(batch.documents_BS)
         teacher_NH = teacher_VH = None
         if self.teacher is not None and (spec.kd_weight or self.hidden is not None):
@@ -125,7 +125,7 @@ class Objective:
         )
 
     def _gather(self, hidden_SBH: Tensor) -> Tensor:
-        """Hidden states [N, H], whole on every tensor-parallel rank."""
+        """Hidden states [N, H], complete on every tensor-parallel rank."""
         if self.model.config.sequence_parallel:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
         return hidden_SBH.flatten(0, 1)

@@ -29,7 +29,7 @@ def perplexity(model: LanguageModel, tokens: Tensor, groups: Groups, batch_size:
         for batch in groups.own_parts(tokens, batch_size):
             hidden = causal_hidden(model, batch[:, :-1])
             group = groups.tp_group if groups.tp_size > 1 else None
-            logprobs, _ = target_logprobs(hidden, model.output_weight, batch[:, 1:].flatten(), group)
+            logprobs, _ = target_logprobs(hidden, model.output, batch[:, 1:].flatten(), group)
             total += torch.stack([logprobs.double().sum(), torch.tensor(float(len(logprobs)), device=groups.device)])
     nll = -(groups.sum_over_data(total)[0] / total[1]).item()
     return math.exp(nll) if nll < 700 else math.inf

@@ -51,7 +51,7 @@ def score_rows(model: LanguageModel, rows: list[PackedRow], cache: KeyValueCache
     scored = [(b, *target) for b, row in enumerate(rows) for target in row.targets]
     row_N, place_N, target_N, _ = torch.tensor(scored, device=device).unbind(1)
     group = groups.tp_group if groups.tp_size > 1 else None
-    logprobs, greedy = target_logprobs(hidden[row_N, place_N], model.output_weight, target_N, group)
+    logprobs, greedy = target_logprobs(hidden[row_N, place_N], model.output, target_N, group)
     parts: dict[int, list[Score]] = defaultdict(list)
     for (*_, index), logprob, is_greedy in zip(scored, logprobs.tolist(), greedy.tolist(), strict=True):
         parts[index].append((logprob, is_greedy))

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from minitron_train.arch import Architecture, Shape, architecture
-from minitron_train.arch.convert import Source, load, shards_to_parts
+from minitron_train.arch.convert import Source, shards_to_parts
 from minitron_train.hf import HFFolder, fingerprint, read_json, shape_from_config
 from minitron_train.model.build import LanguageModel, build
+from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
 from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint, saved_name
@@ -42,7 +43,7 @@ class Origin:
     def build(self, groups: Groups, dtype: torch.dtype = torch.float32) -> LanguageModel:
         """Build the model at the tensor-parallel size of `groups`. Each rank reads its own shard."""
         model = build(self.shape, tp=groups.tp_size, dtype=dtype)
-        load(model, self.table, self.shape, self.source, groups.tp_rank, groups.tp_size)
+        load_weights(model, self.table, self.shape, self.source, groups.tp_rank, groups.tp_size)
         return model
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, (sharded) safetensors, tokenizer files. The only place that knows their layout."""
+"""Reads and writes Hugging Face folders: config.json, (sharded) safetensors, tokenizer files."""
 
 from minitron_train.hf.config import portable_tokenizer_config, read_json, shape_from_config, student_config
 from minitron_train.hf.dtypes import DTYPES, STORED_DTYPES, cast, named_dtype

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder: read into a Shape, and written for a student."""
+"""Reads config.json of a Hugging Face folder into a Shape, and writes a student's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,34 +14,36 @@ from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, 
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
-MAX_LAYERS = 10_000  # far above any model; a table of tensors is made of every layer
-READERS: dict[str, Callable[[Any, str, str], Any]] = {  # of Shape fields that are not sizes
+MAX_LAYERS = 10_000  # far above any model; limits the table of tensors that a damaged config could ask for
+READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape fields; other fields are sizes
     "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
     "tie_embeddings": truth,
     "layernorm_epsilon": epsilon,
 }
-ONLINE = {  # methods of quantization_config under which transformers quantises plain weights in every forward pass
+ONLINE = {  # quantisation methods that quantise plain weights in every forward pass of transformers
     "bitnet": "transformers quantises weights and activations while it computes",
 }
-OLD_HEAD_DIM = "kv_channels"  # NVIDIA's name, in folders that transformers does not open without head_dim
+OLD_HEAD_DIM = "kv_channels"  # NVIDIA's name for head_dim; transformers does not open such folders
 FULL, SLIDING = "full_attention", "sliding_attention"
-LAYER_TYPES = {FULL: False, "attention": False, SLIDING: True}  # whether such a layer slides; "attention" is older
-UNTRUE_KEYS = (
-    frozenset(  # of a teacher's config.json, in its student's: other files, other weights, another place or machine
-        {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
-        | {
-            "attn_implementation",
-            "_attn_implementation",
-            "_attn_implementation_internal",
-            "_attn_implementation_autoset",
-        }
-        | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
-    )
+LAYER_TYPES = {
+    FULL: False,
+    "attention": False,
+    SLIDING: True,
+}  # whether such a layer has a window; "attention" is older
+UNTRUE_KEYS = frozenset(  # keys of a teacher's config.json that would be wrong in its student's
+    {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
+    | {
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_attn_implementation_autoset",
+    }
+    | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
 )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or one clear line."""
+    """Read a JSON object from a file; a missing or damaged file is a UserError."""
     try:
         return decode(read_bytes(path), dict[str, Any], str(path), "correct it, or copy the file again")
     except FileNotFoundError:
@@ -49,10 +51,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
-    """Read a Shape off config.json, as transformers 5 reads it: its defaults, its precedence.
+    """Read a Shape from config.json, with the defaults and precedence of transformers 5.
 
     Raises:
-        UserError: unsupported architecture or feature, a needed key that is missing, or a value of another type.
+        UserError: the architecture or a feature is not supported, a required key is missing, or a value has a wrong type.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -71,7 +73,7 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
 
 
 def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> None:
-    """Refuse what changes the mathematics and is not supported."""
+    """Reject values of keys that change the logits, if they are not supported."""
     for key, supported in {**COMMON_FACTS, **table.config_facts}.items():
         if key in config and config[key] not in supported:
             raise UserError(
@@ -81,9 +83,9 @@ def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> N
 
 
 def check_quantisation(config: Mapping[str, Any], where: str) -> None:
-    """Refuse plain weights that are not the model: those that transformers quantises whenever it uses them.
+    """Reject plain weights that transformers quantises in every forward pass.
 
-    Other settings are those of a quantisation that was undone, or belong to tensors that are refused by their type.
+    Other methods are ignored here: either the quantisation was undone, or the tensors are rejected by their type.
     """
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
@@ -94,7 +96,7 @@ def check_quantisation(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_padding(config: Mapping[str, Any], vocab_size: int, where: str) -> None:
-    """Refuse a pad_token_id with which transformers does not open the model, and would not open its student."""
+    """Reject a pad_token_id outside the vocabulary: transformers opens neither such a model nor its student."""
     pad = config.get("pad_token_id")
     if isinstance(pad, int) and not -vocab_size <= pad < vocab_size:
         raise UserError(
@@ -104,7 +106,7 @@ def check_padding(config: Mapping[str, Any], vocab_size: int, where: str) -> Non
 
 
 def read_fields(config: Mapping[str, Any], table: Architecture, where: str) -> dict[str, Any]:
-    """The fields of a Shape that have a key of their own; a missing key is what transformers takes it for."""
+    """Read the Shape fields that have a key of their own; a missing key gets transformers' default."""
     values: dict[str, Any] = {}
     for field, key in table.config_keys.items():
         value = stated(config, key, table)
@@ -119,14 +121,14 @@ def read_fields(config: Mapping[str, Any], table: Architecture, where: str) -> d
 
 
 def stated(config: Mapping[str, Any], key: str, table: Architecture) -> Any:
-    """The value of a key, transformers' default where it is missing; None where it is derived from others, or unknown."""
+    """The value of a key, or transformers' default if it is missing; None if it is derived from others, or unknown."""
     if key == "head_dim" and config.get(key) is None and table.partial_rotary and OLD_HEAD_DIM in config:
         return config[OLD_HEAD_DIM]
     return config.get(key, table.config_defaults.get(key))
 
 
 def sliding_layers(config: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
-    """Which layers attend within a window, as layer_types says, or the family's other keys."""
+    """Whether each layer has a sliding window, by layer_types or the family's other keys."""
     named = config.get("layer_types")
     if named is not None:
         if not isinstance(named, list) or len(named) != num_layers:
@@ -156,9 +158,9 @@ def sliding_layers(config: Mapping[str, Any], table: Architecture, num_layers: i
 
 
 def window(config: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> int | None:
-    """Width of the window of sliding layers, tokens; None where no layer slides.
+    """Width of the sliding window, tokens; None if no layer has one.
 
-    A query sees itself and the `window - 1` tokens before it, so a sequence of `window` tokens is seen whole.
+    A query attends to itself and the `window - 1` tokens before it, so the window hides nothing in `window` tokens.
     """
     if not any(sliding_layers(config, table, num_layers, where)):
         return None
@@ -179,13 +181,13 @@ def student_config(
     dtype: torch.dtype | None = None,
     layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The teacher's config.json with the sizes of `shape`, for transformers 4 and 5; no key that is untrue of the student.
+    """The teacher's config.json with the sizes of `shape`, for transformers 4 and 5, without keys that would be wrong.
 
-    transformers_version stays: it says which library wrote the tokenizer's files, and transformers 5 decides by it
-    whether a Mistral tokenizer needs a correction.
+    transformers_version is kept: it names the version that wrote the tokenizer's files, and transformers 5 uses it to
+    decide whether a Mistral tokenizer needs a correction.
 
     Args:
-        dtype: of the student's tensors; None: that which the teacher's config.json names, where it names one.
+        dtype: number type of the student's tensors; None: the one in the teacher's config.json, if any.
         layers: the teacher's layers that the student keeps, ascending; None: the first ones.
     """
     table, where = architecture(shape.architecture), "config.json"
@@ -207,7 +209,7 @@ def student_config(
 
 
 def cut(key: str, value: Any, table: Architecture, num_layers: int, kept: Sequence[int]) -> Any:
-    """A value that the student takes over: lists of one entry per layer, under keys that are not known, lose layers too."""
+    """The student's value of a key: a list with one entry per layer, under an unknown key, keeps the kept layers' entries."""
     known = HARMLESS_KEYS | table.config_facts.keys() | table.config_read | set(table.config_keys.values())
     if key in known or not isinstance(value, list) or len(value) != num_layers or len(kept) == num_layers:
         return value
@@ -217,7 +219,10 @@ def cut(key: str, value: Any, table: Architecture, num_layers: int, kept: Sequen
 def written_windows(
     config: Mapping[str, Any], table: Architecture, num_layers: int, kept: Sequence[int]
 ) -> dict[str, Any]:
-    """Which of the kept layers slide, for families that choose layers; older readers know max_window_layers only."""
+    """Keys that give the kept layers their windows, for families that choose layers.
+
+    Older readers know max_window_layers only.
+    """
     if table.windows is not Windows.chosen:
         return {}
     slides = sliding_layers(config, table, num_layers, "config.json")
@@ -227,9 +232,9 @@ def written_windows(
 
 
 def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json for transformers 4 and 5: its class and a list of special tokens have an older name.
+    """tokenizer_config.json for transformers 4 and 5: class and special tokens get the names that version 4 knows.
 
-    Code of the teacher's folder is not copied, so auto_map goes, and so does what says where the folder was.
+    auto_map is dropped, because code of the teacher's folder is not copied. Keys that locate the folder are dropped too.
     """
     untrue = ("auto_map", "name_or_path", "_commit_hash", "is_local", "local_files_only")
     portable = {key: value for key, value in config.items() if key not in untrue}

@@ -1,4 +1,4 @@
-"""Number types of stored tensors, and conversions that refuse to turn a finite value into infinity."""
+"""Number types of stored tensors, and conversions that raise an error instead of turning a finite value into infinity."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +9,15 @@ from torch import Tensor
 from minitron_train.runtime.errors import UserError
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what is written
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # types that can be written
 
 SYNONYMS = {"half": "float16", "float": "float32", "double": "float64"}  # torch's own
 
 
 def named_dtype(config: Mapping[str, Any]) -> str | None:
-    """The number type that config.json names, as torch spells it; None where it names none in which a model is stored.
+    """The number type in config.json, as torch spells it; None if there is none, or none that a model is stored in.
 
-    "auto", an eight-bit type or "torch.float16" fail in transformers, unless the caller of from_pretrained names another.
+    "auto", an eight-bit type or "torch.float16" fail in transformers unless from_pretrained is given another type.
     """
     named = config.get("dtype") or config.get("torch_dtype")
     if not isinstance(named, str):
@@ -28,13 +28,13 @@ def named_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, where: str, remedy: str) -> Tensor:
-    """The tensor in another number type.
+    """Convert a tensor to another number type.
 
     Args:
-        where: names the tensor in the error.
+        where: names the tensor in the message.
 
     Raises:
-        UserError: a finite value lies beyond the range of `dtype`; the line ends with `remedy`.
+        UserError: a finite value is out of the range of `dtype`; the message ends with `remedy`.
     """
     converted = tensor.to(dtype)
     if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and converted.isinf().any():

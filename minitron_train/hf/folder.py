@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a whole: written, its tokenizer copied, its content fingerprinted."""
+"""Writes a Hugging Face folder, copies its tokenizer, and computes its fingerprint."""
 
 import hashlib
 import json
@@ -18,25 +18,25 @@ from minitron_train.runtime.records import open_file, read_bytes
 T = TypeVar("T")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_SHARD_BYTES = 4 * 2**30
-SAMPLE_BYTES, NUM_SAMPLES = 4096, 8  # of a tensor go into its folder's fingerprint
+SAMPLE_BYTES, NUM_SAMPLES = 4096, 8  # samples of each tensor that the fingerprint reads
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json, the tokenizer's and processor's files and, for each tensor, its name, type, size and samples.
+    """sha256 over config.json, the tokenizer's and processor's files, and each tensor's name, type, size and samples.
 
-    Eight samples of 4 KiB lie at equal distances, the first and the last bytes among them: a training changes them, and
-    so do new rows for added tokens. A 31 GB folder takes a second, where hashing all bytes would take minutes. Weights are
-    those that Checkpoint reads; licence texts do not count.
+    Eight samples of 4 KiB are read at equal distances, including the first and last bytes. Training changes them, and so do
+    new rows for added tokens. A 31 GB folder takes a second; hashing all bytes would take minutes. The weights are those
+    that HFFolder reads. Licence texts are ignored.
 
     Raises:
-        UserError: see Checkpoint.
+        UserError: see HFFolder.
     """
     with removed_files(folder):
         return digest_of(folder)
 
 
 def digest_of(folder: Path) -> str:
-    """See `fingerprint`."""
+    """The digest that `fingerprint` returns; a file that disappears raises FileNotFoundError."""
     digest = hashlib.sha256()
     weights = list(weight_files(folder))
     for name in ("config.json", *carried_files(folder)):
@@ -58,7 +58,7 @@ def digest_of(folder: Path) -> str:
 def in_shards(
     tensors: Iterable[tuple[str, T]], num_bytes: Callable[[T], int], max_bytes: int
 ) -> Iterator[dict[str, T]]:
-    """What each file of a folder holds: tensors in order, at most `max_bytes` together (a larger one is alone)."""
+    """Group tensors into files, in order, of at most `max_bytes`; a larger tensor gets a file of its own."""
     shard: dict[str, T] = {}
     held = 0
     for name, tensor in tensors:
@@ -72,12 +72,12 @@ def in_shards(
 
 
 def shard_names(count: int) -> list[str]:
-    """Of the files of a folder, as transformers names them."""
+    """Names of `count` weight files, as transformers names them."""
     return [SINGLE] if count == 1 else [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
 
 def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int) -> None:
-    """Say which file holds which tensor, where there are several: `shards` are the names of each one's tensors."""
+    """Write the index of a folder with several weight files; `shards` are the names of each file's tensors."""
     if len(shards) > 1:
         files = zip(shard_names(len(shards)), shards, strict=True)
         weight_map = {name: file for file, names in files for name in names}
@@ -86,9 +86,9 @@ def write_index(folder: Path, shards: Sequence[Iterable[str]], total_bytes: int)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of tokenizer, processor and generation, and the licence, where there are any; never code.
+    """Copy the files of tokenizer, processor and generation, and the licence, if they exist; never code.
 
-    tokenizer_config.json is written so that transformers 4 reads it too.
+    tokenizer_config.json is rewritten so that transformers 4 reads it too.
     """
     for name in (*carried_files(source), *licence_files(source)):
         (target / name).parent.mkdir(exist_ok=True)
@@ -107,7 +107,7 @@ def write_folder(
     tokenizer: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """A whole Hugging Face folder; `target` exists and is empty (files.atomic_folder gives one). Memory: one shard."""
+    """Write a Hugging Face folder into `target`, which exists and is empty (see files.atomic_folder). Memory: one shard."""
     shards: list[list[str]] = []
     total_bytes = 0
     for shard in in_shards(tensors, lambda tensor: tensor.nbytes, max_shard_bytes):
@@ -115,7 +115,7 @@ def write_folder(
             save_file(shard, target / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()  # the next one takes its room
+        shard.clear()  # free it before the next one is built
     for k, name in enumerate(shard_names(len(shards))):
         (target / f"shard-{k}").rename(target / name)
     write_index(target, shards, total_bytes)

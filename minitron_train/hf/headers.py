@@ -1,6 +1,6 @@
-"""The header of one safetensors file, decoded and checked as strictly as the safetensors library does.
+"""Reads the header of a safetensors file and checks it as strictly as the safetensors library.
 
-Nothing in a header is trusted: a damaged or hostile one is refused before any memory is reserved for what it promises.
+A header is not trusted: a damaged or hostile one is rejected before memory is allocated for the tensors it describes.
 """
 
 import os
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.records import Count, damaged, decode, open_file
 
-ITEM_BITS = {  # of every type that the format knows
+ITEM_BITS = {  # bits of one value, for every type of the format
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -26,12 +26,12 @@ ITEM_BITS = {  # of every type that the format knows
 }
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_SHOWN = 100  # characters of a name in a message
-LFS_MARK = b"version https://git-lfs"  # how the text begins that Git keeps in place of a large file
+LFS_MARK = b"version https://git-lfs"  # start of a Git LFS pointer, the text that replaces a large file
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A tensor as the header describes it."""
+    """A tensor's entry in the header."""
 
     dtype: str
     shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=16)]
@@ -40,11 +40,11 @@ class Described:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a stored tensor lies."""
+    """A stored tensor's file, position, type and size."""
 
     file: Path
     name: str  # in the file
-    dtype: str  # as safetensors spells it
+    dtype: str  # in safetensors' spelling
     size: tuple[int, ...]
     start: int  # first byte, counted from the beginning of the file
     num_bytes: int
@@ -54,8 +54,8 @@ def read_header(file: Path, remedy: str = "download it again") -> dict[str, Entr
     """Every tensor of one safetensors file by its name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        UserError: the file is no regular file, cut off, damaged, or not in this format; the line ends with `remedy`.
+        FileNotFoundError: the file does not exist.
+        UserError: the file is not regular, truncated, damaged, or in another format; the message ends with `remedy`.
     """
     with open_file(file) as handle:
         refuse_pointer(file, handle)
@@ -77,7 +77,7 @@ def read_header(file: Path, remedy: str = "download it again") -> dict[str, Entr
 
 
 def check_with_library(file: Path, remedy: str) -> None:
-    """Refuse what the safetensors library refuses besides: a field given twice, values that do not end at a byte."""
+    """Reject what only the safetensors library rejects: a field given twice, values that do not end at a byte."""
     try:
         with safe_open(str(file), framework="np"):
             pass
@@ -86,7 +86,7 @@ def check_with_library(file: Path, remedy: str) -> None:
 
 
 def described_tensors(text: bytes, file: Path, remedy: str) -> dict[str, Described]:
-    """The header's JSON as types; it may describe a million tensors."""
+    """Decode the header's JSON; it may describe a million tensors."""
     where = f"{file}: its header is corrupt"
     raw = decode(text, dict[str, msgspec.Raw], where, remedy)
     if "__metadata__" in raw:
@@ -99,9 +99,9 @@ def described_tensors(text: bytes, file: Path, remedy: str) -> dict[str, Describ
 
 
 def end_of_data(described: dict[str, Described], file: Path, remedy: str) -> int:
-    """Bytes of all tensors, which must follow each other without holes and without overlap, each as long as its size says.
+    """Total bytes of the tensors, which must be contiguous, and each as long as its type and size require.
 
-    A tensor that is described twice leaves a hole, since one of the two descriptions is lost.
+    A tensor that is described twice leaves a gap, because JSON decoding drops one of the two descriptions.
     """
     position = 0
     for name, one in sorted(described.items(), key=lambda item: item[1].data_offsets):
@@ -126,13 +126,13 @@ def num_bytes(one: Described) -> int:
 
 
 def shown(name: str) -> str:
-    """A name out of a file as a message may show it: on one line, and not longer than one."""
+    """A name from a file, made safe for a message: printable and at most MAX_SHOWN characters long."""
     short = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "…"
     return short if short.isprintable() else ascii(short)
 
 
 def refuse_pointer(path: Path, handle: BinaryIO) -> None:
-    """Refuse the text that Git keeps in place of a large file; otherwise go back to the beginning of the file."""
+    """Reject a Git LFS pointer; otherwise seek back to the beginning of the file."""
     if handle.read(len(LFS_MARK)) == LFS_MARK:
         raise UserError(
             f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download it again"

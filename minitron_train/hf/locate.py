@@ -1,7 +1,7 @@
-"""Which files of a Hugging Face folder hold its weights: those that transformers 5 takes.
+"""Finds the weight files of a Hugging Face folder that transformers 5 would read.
 
-A folder about which two readers could differ is refused: transformers prefers a single file and believes the headers of
-shards, other readers believe the index or read every file.
+A folder that two readers could read differently is rejected. transformers prefers a single file and uses the headers of
+shards; other readers use the index or read every file.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from minitron_train.runtime.records import open_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_NAME_BYTES = 255  # of a file on Linux
+MAX_NAME_BYTES = 255  # longest file name on Linux
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-TOKENIZER_FILES = (  # what AutoTokenizer, AutoProcessor and GenerationConfig of transformers look for
+TOKENIZER_FILES = (  # files that transformers' AutoTokenizer, AutoProcessor and GenerationConfig read
     "tokenizer.json",
-    "tokenizer.*.json",  # for particular versions of transformers
+    "tokenizer.*.json",  # variants for some versions of transformers
     "tokenizer_config.json",
     "tokenizer.model",
     "tokenizer.model.v*",
@@ -65,12 +65,12 @@ OTHER_FORMATS = {  # in place of safetensors
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the files of one folder hold, before it is known which model they belong to."""
+    """The tensors in the files of one folder, before they are matched with a model."""
 
     folder: Path
     files: tuple[Path, ...]
-    tensors: dict[str, list[Entry]]  # by stored name; several where several files hold it
-    index: dict[str, str] | None  # stored name -> file, where there are shards
+    tensors: dict[str, list[Entry]]  # by stored name; one entry for each file that holds it
+    index: dict[str, str] | None  # stored name -> file; None for a single file
     notes: tuple[str, ...]  # one-line warnings
 
 
@@ -86,20 +86,21 @@ def carried_files(folder: Path, patterns: tuple[str, ...] = TOKENIZER_FILES) -> 
 
 
 def matches(name: str, pattern: str) -> bool:
-    """As fnmatch; `*` does not cross folders."""
+    """fnmatch, except that `*` does not match across folders."""
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def licence_files(folder: Path) -> list[str]:
-    """Names of the model's licence texts."""
+    """Names of the licence files."""
     return [name for name in carried_files(folder, LICENCE_FILES) if (folder / name).is_file()]
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files cannot be what their names say, before any of them is interpreted.
+    """Check that a folder's files are regular and in the expected format, before any of them is parsed.
 
     Raises:
-        UserError: no folder, an adapter, another format; a pipe, folder, broken link or Git LFS pointer in place of a file.
+        UserError: the path is no folder, holds an adapter or another format, or a file is a pipe, folder, broken link or
+            Git LFS pointer.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: {why_no_folder(folder)}")
@@ -120,12 +121,12 @@ def check_folder(folder: Path) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there are weights that transformers takes, whole or not."""
+    """Whether the folder holds a single weight file or an index; they may be incomplete."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
 def check_file(path: Path) -> None:
-    """Refuse a link to nothing, what is not a regular readable file, and Git LFS pointers; a missing file is none of them."""
+    """Reject broken links, files that are not regular or readable, and Git LFS pointers; a missing file is accepted."""
     try:
         with open_file(path) as handle:
             refuse_pointer(path, handle)
@@ -135,7 +136,7 @@ def check_file(path: Path) -> None:
 
 
 def refuse_other_formats(folder: Path) -> None:
-    """Name the format that stands in place of safetensors, if there is one."""
+    """Raise a UserError that names the folder's format, if it is a known one other than safetensors."""
     names = [path.name for path in folder.iterdir()]
     for pattern, reason in OTHER_FORMATS.items():
         if any(fnmatchcase(name, pattern) for name in names):
@@ -143,10 +144,10 @@ def refuse_other_formats(folder: Path) -> None:
 
 
 def read_weights(folder: Path, config: dict[str, Any]) -> Weights:
-    """Headers of the files that transformers takes.
+    """Read the headers of the weight files that transformers would read.
 
     Raises:
-        UserError: no weights, a shard missing, damaged headers, or files that another reader would take besides.
+        UserError: no weights, a shard missing, damaged headers, or further weight files that another reader would read.
     """
     if not has_weights(folder):
         refuse_other_formats(folder)
@@ -178,16 +179,16 @@ def read_weights(folder: Path, config: dict[str, Any]) -> Weights:
 
 @contextlib.contextmanager
 def removed_files(path: Path) -> Iterator[None]:
-    """Turn the absence of a file that was there a moment ago into one line."""
+    """Turn FileNotFoundError during a block into a UserError: the file was removed while it was read."""
     try:
         yield
     except FileNotFoundError as error:
-        gone = error.filename or path
-        raise UserError(f"{gone}: was removed or replaced while it was read; run the command again") from None
+        missing = error.filename or path
+        raise UserError(f"{missing}: was removed or replaced while it was read; run the command again") from None
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Stored name -> file name."""
+    """Read the index: stored name -> file name."""
     index = read_json(path)
     try:
         weight_map = msgspec.convert(index.get("weight_map"), dict[str, str])
@@ -204,7 +205,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def refuse_rivals(folder: Path, read: set[str], index: dict[str, str]) -> None:
-    """Refuse files of weights beside those that are read: other readers take them."""
+    """Reject weight files other than those that are read, because other readers would read them."""
     shards = {path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)}
     rivals = sorted((shards | set(filter(lambda name: (folder / name).exists(), index.values()))) - read)
     if rivals:
@@ -216,12 +217,12 @@ def refuse_rivals(folder: Path, read: set[str], index: dict[str, str]) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the files that a reader of the folder takes; 0 where it holds no weights."""
+    """Total size of the weight files, bytes; 0 if there are none."""
     return sum(file.stat().st_size for file, _ in weight_files(folder)) if has_weights(folder) else 0
 
 
 def weight_files(folder: Path) -> Iterator[tuple[Path, dict[str, Entry]]]:
-    """The files that a reader of the folder takes, in the order of their names, and what each holds."""
+    """Yield the weight files in the order of their names, with the tensors that each holds."""
     check_folder(folder)
     weights = read_weights(folder, read_json(folder / "config.json"))
     for file in weights.files:

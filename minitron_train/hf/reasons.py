@@ -1,4 +1,4 @@
-"""Why a folder's tensors are not the model's: the true reason, and what to do about it."""
+"""Messages for folders whose tensors do not match the model: the likely cause and the remedy."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from minitron_train.hf.dtypes import STORED_DTYPES
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.runtime.errors import UserError
 
-QUANTISED = {  # ends of tensor names -> who writes them
+QUANTISED = {  # suffix of a tensor's name -> the quantisation method that writes it
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
     ".g_idx": "GPTQ",
@@ -40,10 +40,9 @@ LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.")
 
 
 def quantisation(names: Collection[str], config: Mapping[str, Any]) -> str | None:
-    """How the weights are quantised, by the names of tensors that only quantised models have, or by config.json.
+    """How the weights are quantised, by the names of their tensors or by config.json; None if neither indicates it.
 
-    None if neither says so. Ask only about a folder whose tensors are not the model's: a config.json may also keep the
-    settings of a quantisation that was undone.
+    Call it only if the tensors do not match the model: config.json may keep the settings of a quantisation that was undone.
     """
     for end, kind in QUANTISED.items():
         marked = next((name for name in names if name.endswith(end)), None)
@@ -64,7 +63,7 @@ def method(config: Mapping[str, Any]) -> str | None:
 def missing_tensor(
     folder: Path, name: str, shape: Shape, tensors: Mapping[str, list[Entry]], config: Mapping[str, Any]
 ) -> UserError:
-    """A tensor of the model is in no file."""
+    """The error for a tensor of the model that is in no file."""
     again = "download the checkpoint again"
     if quantised := quantisation(tensors, config):
         return UserError(f"{folder}: {quantised}; {REMEDY}")
@@ -111,12 +110,12 @@ def bare(name: str) -> str:
 
 
 def is_embedding(name: str) -> bool:
-    """Whether it is the tensor that every reader looks for first."""
+    """Whether a name is the token embedding's."""
     return bare(name).startswith("embed_tokens")
 
 
 def closest_foreign(name: str, shape: Shape, tensors: Collection[str]) -> str | None:
-    """The stored tensor that is not the model's and whose name begins most like `name`; None where there is none."""
+    """The stored tensor outside the model whose name shares the longest prefix with `name`; None if there is none."""
     known = {bare(own) for own in architecture(shape.architecture).tensors(shape)}
     foreign = sorted(stored for stored in tensors if bare(stored) not in known)
 
@@ -136,7 +135,7 @@ def wrong_size(
     tensors: Mapping[str, list[Entry]],
     config: Mapping[str, Any],
 ) -> UserError:
-    """A tensor of another size than config.json says."""
+    """The error for a tensor whose size contradicts config.json."""
     if quantised := quantisation(tensors, config):
         return UserError(f"{folder}: {quantised}; {REMEDY}")
     if entry.dtype not in STORED_DTYPES:
@@ -160,8 +159,8 @@ def wrong_size(
         )
     if prod(entry.size) == prod(size):
         return UserError(
-            f"{folder}: tensor {name} has size {list(entry.size)}, config.json says {list(size)}: as many values in "
-            "another layout, which transformers refuses too; convert the checkpoint again"
+            f"{folder}: tensor {name} has size {list(entry.size)}, config.json says {list(size)}: the same number of values in "
+            "another layout, which transformers rejects too; convert the checkpoint again"
         )
     return UserError(
         f"{folder}: tensor {name} has size {list(entry.size)}, config.json says {list(size)}; "
@@ -170,7 +169,7 @@ def wrong_size(
 
 
 def matrix_rows(tensors: Mapping[str, list[Entry]]) -> dict[str, int]:
-    """Rows of embedding and output layer by stored name; empty where all have the same number."""
+    """Number of rows of embedding and output layer by stored name; empty if they are equal."""
     matrices = {
         name: entries[0].size[0]
         for name, entries in tensors.items()
@@ -180,7 +179,7 @@ def matrix_rows(tensors: Mapping[str, list[Entry]]) -> dict[str, int]:
 
 
 def wrong_type(folder: Path, entry: Entry, config: Mapping[str, Any]) -> UserError:
-    """A tensor of a type that no training starts from: eight bits or fewer, or whole numbers."""
+    """The error for a tensor whose type cannot be trained: eight bits or fewer, or integers."""
     by = f" (quantised with {method(config)})" if method(config) else ""
     supported = ", ".join(STORED_DTYPES)
     return UserError(f"{folder}: tensor {entry.name} has type {entry.dtype}{by}; supported: {supported}; {REMEDY}")

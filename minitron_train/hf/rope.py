@@ -1,4 +1,4 @@
-"""Rotary embeddings as config.json says them: read as transformers 5 reads them, written for transformers 4 and 5.
+"""Rotary embeddings in config.json: read as transformers 5 reads them, written for transformers 4 and 5.
 
 Source: transformers.modeling_rope_utils (RotaryEmbeddingConfigMixin) and the families' RotaryEmbedding classes, 5.23.
 """
@@ -19,7 +19,7 @@ NEEDED = {  # keys without which transformers does not open the model
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 PERCENT = "partial_rotary_factor"
-OLD_PERCENTS = ("rope_percent", "rotary_percent", "rope_percentage")  # names that transformers 5 does not read
+OLD_PERCENTS = ("rope_percent", "rotary_percent", "rope_percentage")  # older names, which transformers 5 ignores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Rope:
     original_length: int = 8192  # tokens
 
     def shape_fields(self) -> dict[str, Any]:
-        """The fields of a Shape. Dynamic scaling changes nothing up to max_position_embeddings, where lengths end."""
+        """Fields of a Shape. Dynamic scaling has no effect up to max_position_embeddings, the longest supported length."""
         fields: dict[str, Any] = {"rotary_base": self.theta, "rotary_percent": self.percent}
         if self.kind == "llama3":
             fields |= {
@@ -47,10 +47,10 @@ class Rope:
         return fields
 
     def written(self, table: Architecture) -> dict[str, Any]:
-        """Keys of config.json that both generations of transformers read alike.
+        """Keys of config.json that transformers 4 and 5 read alike.
 
-        transformers 4 reads the top level. transformers 5 takes rope_scaling, where it is not null, in place of
-        rope_parameters, and then what is missing from the top level.
+        transformers 4 reads the top level. transformers 5 reads rope_scaling if it is not null, else rope_parameters, and
+        takes missing keys from the top level.
         """
         scaling: dict[str, Any] = {"rope_type": self.kind}
         if self.kind != "default":
@@ -70,15 +70,15 @@ class Rope:
 
 
 def rope_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of config.json that say something about rotary embeddings; `Rope.written` replaces them."""
+    """Keys of config.json about rotary embeddings, which `Rope.written` replaces."""
     return (ROPE_KEYS | {PERCENT, *OLD_PERCENTS}) & config.keys()
 
 
 def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int, head_dim: int, where: str) -> Rope:
-    """The rotary embedding that transformers 5 gives to this config.json.
+    """The rotary embedding that transformers 5 builds from this config.json.
 
     Raises:
-        UserError: a kind that is not supported, a value that is no number, or what transformers itself does not open.
+        UserError: the kind is not supported, a value is no number, or transformers itself does not open the config.
     """
     rope = stated(config, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -108,7 +108,7 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
 
 
 def stated(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The object that decides: rope_scaling, where it holds anything, else rope_parameters."""
+    """The object that transformers reads: rope_scaling if it is not empty, else rope_parameters."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
         if rope is not None and not isinstance(rope, Mapping):
@@ -124,7 +124,7 @@ def stated(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def llama3_constants(
     config: Mapping[str, Any], rope: Mapping[str, Any], max_positions: int, where: str
 ) -> dict[str, Any]:
-    """What llama3 scaling has besides its factor. A pretraining length at the top level comes first, as in transformers."""
+    """llama3's constants other than the factor. As in transformers, the top level's pretraining length takes precedence."""
     low, high = (positive_float(rope[key], key, where) for key in ("low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise UserError(f"{where}: high_freq_factor={high:g}: must be above low_freq_factor={low:g}; correct them")
@@ -138,7 +138,7 @@ def read_percent(
 ) -> float:
     """The share of each head's channels that transformers rotates.
 
-    Families without partial rotary ignore the key under plain RoPE, and cannot run with it under a scaled one.
+    Families without partial rotary ignore the key with plain RoPE, and fail on it with scaled RoPE.
     """
     given = rope[PERCENT] if PERCENT in rope else config.get(PERCENT, table.rotary_percent)
     is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
@@ -151,7 +151,7 @@ def read_percent(
         )
     if num_rotated != head_dim and not table.partial_rotary:
         raise UserError(
-            f"{where}: {PERCENT}={percent:g} beside a scaled rope, with which transformers cannot run {table.name}; "
+            f"{where}: {PERCENT}={percent:g} with a scaled rope, with which transformers cannot run {table.name}; "
             "remove the key"
         )
     if num_rotated == head_dim and head_dim % 2:

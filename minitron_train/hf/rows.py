@@ -1,6 +1,6 @@
-"""The one reader of stored tensors: whole, or by rows, with plain reads at offsets.
+"""Reads stored tensors, whole or by rows, with plain reads at offsets.
 
-A memory map is not used: file pages stay the kernel's and do not count as this process's memory.
+Files are not memory-mapped, so their pages do not count as this process's memory.
 """
 
 import os
@@ -22,11 +22,11 @@ from minitron_train.runtime.errors import UserError
 if TYPE_CHECKING:
     from minitron_train.hf.weights import HFFolder
 
-COMPARED_VALUES = 2**21  # at once
+COMPARED_VALUES = 2**21  # values of a block in a comparison
 
 
 class RowReader:
-    """The tensors of a Hugging Face folder: a RowSource (see pruning.layers) that leaves nothing behind in memory."""
+    """Reads the tensors of a Hugging Face folder without caching: a RowSource (see pruning.layers)."""
 
     def __init__(self, checkpoint: "HFFolder") -> None:
         self.checkpoint = checkpoint
@@ -40,7 +40,7 @@ class RowReader:
         """The tensor, or its rows [start, stop) along `dim` (0 or 1); float64 is read as float32.
 
         Raises:
-            UserError: a value of a float64 tensor is beyond the range of float32.
+            UserError: a value of a float64 tensor is out of the range of float32.
         """
         size = self.checkpoint.sizes[name]
         first, last = (start, size[0] if stop is None else stop) if dim == 0 else (0, size[0])
@@ -59,7 +59,7 @@ class RowReader:
     def read_rows(self, name: str, rows: np.ndarray, out: np.ndarray) -> None:
         """Read `rows` (ascending) of tensor `name` into `out`, uint8 [rows, row_bytes], bit for bit. Thread-safe.
 
-        Neighbouring rows are read in one call.
+        Consecutive rows are read in one call.
         """
         entry, width = self.checkpoint.stored[name], self.row_bytes(name)
         for first, last in runs(rows):
@@ -73,7 +73,7 @@ class RowReader:
 
 
 def read_at(file: int, entry: Entry, offset: int, view: memoryview) -> None:
-    """Fill `view` from byte `offset` of the open `file`, which holds `entry`."""
+    """Fill `view` from byte `offset` of the open `file`; `entry` is named if the file is too short."""
     while view:  # a single call reads at most 2 GiB and may be cut short
         count = os.preadv(file, [view], offset)
         if count == 0:
@@ -82,7 +82,7 @@ def read_at(file: int, entry: Entry, offset: int, view: memoryview) -> None:
 
 
 def runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ends of the stretches of neighbours in ascending `rows`: [3, 4, 7] gives (0, 2), (2, 3)."""
+    """Bounds of the runs of consecutive numbers in ascending `rows`: [3, 4, 7] gives (0, 2), (2, 3)."""
     breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
     return zip([0, *breaks], [*breaks, len(rows)], strict=True)
 
@@ -94,7 +94,7 @@ def close_all(files: dict[Path, int]) -> None:
 
 
 def have_equal_values(first: Entry, second: Entry) -> bool:
-    """Whether two stored tensors are the same matrix; they are read in blocks, and only up to the first difference."""
+    """Whether two stored tensors are equal; they are read in blocks, up to the first difference."""
     if first.size != second.size or not {first.dtype, second.dtype} <= STORED_DTYPES.keys():
         return False
     for start in range(0, prod(first.size), COMPARED_VALUES):
@@ -107,7 +107,7 @@ def have_equal_values(first: Entry, second: Entry) -> bool:
 
 
 def values_of(entry: Entry, start: int, count: int) -> Tensor:
-    """`count` values of a stored tensor from value `start` on, flat."""
+    """`count` values of a stored tensor, starting at value `start`, flat."""
     values = torch.empty(count, dtype=STORED_DTYPES[entry.dtype])
     with removed_files(entry.file):
         file = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Single values of config.json, checked: what must be a number is one, of the right kind and within bounds."""
+"""Checks single values of config.json: type and range."""
 
 import math
 import reprlib
@@ -13,23 +13,23 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
 
 def spoken(value: Any) -> str:
-    """A value in a message, at most about a line of it."""
+    """A value as a message shows it, shortened to about a line."""
     try:
         return SHORT.repr(value)
-    except ValueError:  # Python does not write out integers of thousands of digits
+    except ValueError:  # Python does not print integers with thousands of digits
         return f"<{type(value).__name__} with a huge number>"
 
 
 def as_authors_give_it(what: str) -> str:
-    """The remedy for a value that only the model's authors know."""
+    """The remedy for a missing value that only the model's authors know."""
     return f"set {what} as the model's authors give it"
 
 
 def size(value: Any, key: str, where: str, largest: int = MAX_SIZE) -> int:
-    """A whole number from 1 on, written without a decimal point (transformers refuses 64.0).
+    """Check an integer of at least 1, written without a decimal point (transformers rejects 64.0).
 
     Raises:
-        UserError: it is none, or out of bounds.
+        UserError: the value has another type, or is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         hint = ""
@@ -44,10 +44,10 @@ def size(value: Any, key: str, where: str, largest: int = MAX_SIZE) -> int:
 
 
 def positive_float(value: Any, key: str, where: str) -> float:
-    """A finite number above 0.
+    """Check a finite number above 0.
 
     Raises:
-        UserError: it is none, or out of bounds.
+        UserError: the value has another type, or is out of range.
     """
     if (
         isinstance(value, bool)
@@ -64,10 +64,10 @@ def positive_float(value: Any, key: str, where: str) -> float:
 
 
 def epsilon(value: Any, key: str, where: str) -> float:
-    """A float from 0 on and below 1, the small number inside a norm's square root.
+    """Check a norm's epsilon: a float, at least 0 and below 1.
 
     Raises:
-        UserError: it is none, or out of bounds.
+        UserError: the value has another type, or is out of range.
     """
     if not isinstance(value, float) or not 0 <= value < 1:
         raise UserError(
@@ -77,10 +77,10 @@ def epsilon(value: Any, key: str, where: str) -> float:
 
 
 def truth(value: Any, key: str, where: str) -> bool:
-    """true or false.
+    """Check a boolean.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither true nor false.
     """
     if not isinstance(value, bool):
         raise UserError(f"{where}: {key}={spoken(value)} is neither true nor false; {as_authors_give_it('it')}")

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder under the names that the tables of arch/ use, as transformers 5 would load them."""
+"""The tensors of a Hugging Face folder, as transformers 5 would load them, under the names of the tables in arch/."""
 
 import functools
 import re
@@ -17,25 +17,23 @@ from minitron_train.hf.rows import RowReader, have_equal_values
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 
-PREFIX = "model."  # of everything but the output layer; absent where the base model alone was saved
-HARMLESS = re.compile(
-    r"(^|\.)rotary_emb\.inv_freq$"
-)  # a buffer that older versions stored; it follows from config.json
+PREFIX = "model."  # prefix of all names but the output layer's; absent if only the base model was saved
+HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # a buffer that older versions stored; config.json determines it
 
 
 class HFFolder:
-    """The tensors of a Hugging Face folder, each read when it is asked for.
+    """The tensors of a Hugging Face folder, each read on demand.
 
-    Every header and every length is checked on opening, so that a truncated download is refused before any work.
-    `shape.tie_embeddings` follows the weights: an output layer that is stored and differs from the embedding is not tied.
+    Opening a folder checks every header and every length, so that a truncated download is rejected before any work.
+    `shape.tie_embeddings` follows the weights: a stored output layer that differs from the embedding is not tied.
 
     Attributes:
-        stored: where each tensor of the model lies, by the name that the architecture's table gives it.
-        unexpected: stored names that the model does not have.
+        stored: the position of each tensor of the model, by its name in the architecture's table.
+        unexpected: names of stored tensors that are not part of the model.
         notes: one-line warnings, for `announce`.
 
     Raises:
-        UserError: the folder is not one that transformers and this program would read alike.
+        UserError: transformers and this program would not read the folder in the same way.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,12 +78,12 @@ class HFFolder:
         if configured.tie_embeddings and not self.shape.tie_embeddings:
             notes.append(
                 "config.json ties the output layer to the embedding, but both are stored and differ; "
-                "they are kept apart, as transformers does"
+                "they stay separate, as in transformers"
             )
         if left := method(self.config):
             notes.append(
-                f"config.json says that the weights are quantised ({left}), the stored ones are not; they are taken as "
-                "they are, and the student is not quantised"
+                f"config.json says that the weights are quantised ({left}), but the stored ones are not; "
+                "the student is not quantised either"
             )
         if "F64" in self.dtypes.values():
             notes.append("float64 weights are read as float32, and so is the student unless export.dtype is narrower")
@@ -97,13 +95,13 @@ class HFFolder:
         return [f"{self.folder}: {note}" for note in notes]
 
     def announce(self) -> None:
-        """Print what a user should know about this folder; once per command."""
+        """Print the warnings about this folder; call it once per command."""
         for note in self.notes:
             say(f"warning: {note}")
 
     @functools.cached_property
     def reader(self) -> RowReader:
-        """Reads these tensors, whole or by rows."""
+        """The reader of these tensors, whole or by rows."""
         return RowReader(self)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
@@ -112,17 +110,17 @@ class HFFolder:
 
 
 def output_name(table: Architecture) -> str:
-    """The output layer's matrix, as Hugging Face calls it."""
+    """Hugging Face name of the output layer's weights."""
     return next(name for row in table.rows if row.mcore == OUTPUT for name in row.hf)
 
 
 def embedding_name(table: Architecture) -> str:
-    """The embedding's matrix, as Hugging Face calls it."""
+    """Hugging Face name of the embedding's weights."""
     return next(name for row in table.rows if row.mcore == EMBEDDING for name in row.hf)
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Stored names that transformers takes for tensor `name`: it adds and strips the base model's prefix."""
+    """Stored names under which transformers finds tensor `name`: it adds and strips the base model's prefix."""
     bare = name.removeprefix(PREFIX)
     return tuple(dict.fromkeys((name, PREFIX + name, bare)))
 
@@ -131,7 +129,7 @@ def stored_as(name: str, weights: Weights) -> Entry | None:
     """The one stored tensor that is `name`.
 
     Raises:
-        UserError: several are, or the index names another file for it.
+        UserError: it is stored more than once, or the index names another file for it.
     """
     entries = [entry for spelling in spellings(name) for entry in weights.tensors.get(spelling, ())]
     if len(entries) > 1:
@@ -152,7 +150,7 @@ def stored_as(name: str, weights: Weights) -> Entry | None:
 
 
 def find(name: str, shape: Shape, table: Architecture, weights: Weights) -> Entry | None:
-    """The stored tensor that is `name`; a tied embedding may be stored as the output layer alone."""
+    """The stored tensor that is `name`; a tied embedding may be stored under the output layer's name alone."""
     entry = stored_as(name, weights)
     if entry is None and shape.tie_embeddings and name == embedding_name(table):
         return stored_as(output_name(table), weights)
@@ -160,7 +158,7 @@ def find(name: str, shape: Shape, table: Architecture, weights: Weights) -> Entr
 
 
 def shape_as_stored(shape: Shape, table: Architecture, weights: Weights) -> Shape:
-    """`shape`, not tied where embedding and output layer are both stored and differ (as transformers has it)."""
+    """`shape`, but untied if embedding and output layer are both stored and differ (as in transformers)."""
     if not shape.tie_embeddings:
         return shape
     head = stored_as(output_name(table), weights)
@@ -171,10 +169,10 @@ def shape_as_stored(shape: Shape, table: Architecture, weights: Weights) -> Shap
 
 
 def folder_shape(folder: Path) -> Shape:
-    """The shape of a Hugging Face folder's model: of its weights where it has some, else as config.json says.
+    """The shape of a Hugging Face folder's model: from its weights if it has some, else from config.json.
 
     Raises:
-        UserError: see Checkpoint.
+        UserError: see HFFolder.
     """
     check_folder(folder)
     if has_weights(folder):

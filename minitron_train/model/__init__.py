@@ -1,1 +1,1 @@
-"""The one model that is scored, distilled and evaluated: megatron-core's GPTModel, built, run and sampled from here."""
+"""megatron-core's GPTModel: build, load weights, embed, compute logits, generate. Every stage uses this one model."""

@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel from a Shape: the one model that is scored, distilled and evaluated."""
+"""Builds megatron-core's GPTModel from a Shape, with layers that also run on a CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.arch.convert import parameters_by_row
-from minitron_train.arch.rotary import llama3_frequencies
 from minitron_train.config import Precision
+from minitron_train.model.load import parameters_by_row
+from minitron_train.model.rotary import llama3_frequencies
+from minitron_train.model.vocabulary import OutputLayer
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
 
@@ -55,20 +57,21 @@ class Norm(torch.nn.Module):
 
 
 def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether only torch's slowest kernel, which holds the S x S scores, would let query heads share keys and values.
+    """Whether keys and values must be repeated for every query head, to avoid the kernel that holds the S x S scores.
 
-    On CUDA that leaves flash and math (torch 2.13, scaled_dot_product_attention); flash takes neither masks nor fp32.
+    On CUDA, grouped queries are supported by the flash and math kernels only (torch 2.13, scaled_dot_product_attention).
+    Flash takes neither masks nor fp32, and math holds the scores.
     """
     return query.is_cuda and (mask is not None or query.dtype is torch.float32)
 
 
 def whole_heads(x_BGSD: Tensor, num_heads: int) -> Tensor:
-    """Keys or values once for every query head that shares them, [B, N, S, D]."""
+    """Repeat keys or values for every query head that shares them, [B, N, S, D]."""
     return x_BGSD.repeat_interleave(num_heads // x_BGSD.shape[1], dim=1)
 
 
 class SdpaAttention(MegatronModule):
-    """Core attention through the kernels of torch's scaled_dot_product_attention that hold no S x S scores."""
+    """Core attention by torch's scaled_dot_product_attention, with kernels that never hold the S x S scores."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
@@ -86,9 +89,9 @@ class SdpaAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Causal attention; a given bool mask [B, 1, S, S] (True hides) replaces the causal one.
+        """Causal attention, or attention under a bool mask [B, 1, S, S] (True hides).
 
-        Fewer queries than keys means that the queries are the last ones (a key/value cache).
+        Where there are fewer queries than keys, the queries are the last tokens (a key/value cache holds the others).
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         num_queries, num_keys = query.shape[2], key.shape[2]
@@ -112,11 +115,11 @@ class SdpaAttention(MegatronModule):
 
 
 class SquaredRelu(torch.autograd.Function):
-    """relu(x)² in two passes over memory forward and one backward; of its parts autograd makes three."""
+    """relu(x)² with two passes over memory forward and one backward; autograd would take three."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Keeps relu(x) for the backward pass."""
+        """relu(x)², [...]; saves relu(x) for the backward pass."""
         positive = F.relu(x)
         if not x.requires_grad:
             return positive.square_()
@@ -139,18 +142,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_re
 
 
 class LanguageModel(GPTModel):
-    """GPTModel in two halves: `forward` stops at the hidden states, so that nobody is forced to make all logits."""
+    """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need."""
 
-    def forward(  # type: ignore[override]
-        self, tokens_BS: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
 
         Args:
             attention_mask: bool [B, 1, S, S], True hides; None is causal.
         """
-        hidden, rotary = self._preprocess(input_ids=tokens_BS, position_ids=position_ids)[:2]  # type: ignore[arg-type]
-        return self.decoder(hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        rotary = self.rotary_pos_emb(tokens_BS.shape[1])
+        return self.decoder(hidden_states=self.embed(tokens_BS), attention_mask=attention_mask, rotary_pos_emb=rotary)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Input embeddings [S, B, H]; under sequence parallelism [S / tp, B, H]."""
+        return self.embedding(input_ids=tokens_BS, position_ids=None)  # positions come in through rotary embeddings
 
     @property
     def output_weight(self) -> Tensor:
@@ -160,14 +165,20 @@ class LanguageModel(GPTModel):
         assert weight is not None
         return weight
 
+    @property
+    def output(self) -> OutputLayer:
+        """The output layer, as the function that turns hidden states into this rank's logits."""
+        return OutputLayer(self.output_weight)
+
     def logits(self, hidden_SBH: Tensor) -> Tensor:
-        """This rank's part of the vocabulary, [S, B, vocab / tp]."""
-        tied = self.output_weight if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_SBH, weight=tied)[0]
+        """fp32 logits of this rank's part of the vocabulary, [S, B, vocab / tp], from what `forward` returns."""
+        if self.config.sequence_parallel:
+            return self.output.logits(gather_from_sequence_parallel_region(hidden_SBH))
+        return self.output.logits(copy_to_tensor_model_parallel_region(hidden_SBH))
 
 
 def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> ModuleSpec:
-    """The unfused layer, on every device: hooks see the outputs of norms and attention. Or Transformer Engine's, fused."""
+    """The modules of one layer: unfused ones, whose norms and attention hooks can observe, or Transformer Engine's."""
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
@@ -183,7 +194,7 @@ def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> Modul
 def transformer_config(
     shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any
 ) -> TransformerConfig:
-    """megatron-core's configuration; its fused CUDA kernels are off, since none of them is needed."""
+    """megatron-core's configuration of one model, with all fused CUDA kernels turned off."""
     arguments = dict(architecture(shape.architecture).transformer)
     arguments["activation_func"] = ACTIVATIONS[arguments.pop("activation")]
     on_cpu = not torch.cuda.is_available()
@@ -226,12 +237,12 @@ def build(
     transformer_engine: bool = False,
     **extra: Any,
 ) -> LanguageModel:
-    """An uninitialised model on this process's device; fill it with arch.convert.load.
+    """Build an uninitialised model on this process's device; model.load.load_weights fills it.
 
     Args:
-        tp: tensor-parallel size; megatron-core's groups must have been started with it, or `tp_group` has that size.
-        transformer_engine: its fused layers (CUDA, the package installed) in place of the unfused ones.
-        extra: further TransformerConfig arguments, like recompute_granularity.
+        tp: tensor-parallel size. Start megatron-core's groups with this size, or give a `tp_group` of this size.
+        transformer_engine: use Transformer Engine's fused layers, which need CUDA and the installed package.
+        extra: further TransformerConfig arguments, such as recompute_granularity.
     """
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
     spec: Any = layer_spec(config.qk_layernorm, transformer_engine)
@@ -260,9 +271,9 @@ def build(
 
 
 def mark_parallel(model: LanguageModel, shape: Shape) -> None:
-    """Tell megatron-core which parameters are split over the tensor-parallel ranks, or its gradient norm counts one rank's only.
+    """Mark the parameters that are split over the tensor-parallel ranks, so that gradient norms sum over all ranks.
 
-    It does so itself only where it also initialises them.
+    megatron-core marks only parameters that it initialises itself.
     """
     parameters = parameters_by_row(model)
     for row in architecture(shape.architecture).rows_of(shape):

@@ -1,6 +1,6 @@
-"""Forward passes that evaluation needs: positions, masks and a key/value cache of its own choice.
+"""Inference passes with explicit positions, masks and a key/value cache.
 
-Everything works on the LanguageModel that is trained, at any tensor-parallel size, and leaves no trace on it.
+They work on the LanguageModel that is trained, at any tensor-parallel size, and leave the model unchanged.
 """
 
 import contextlib
@@ -13,17 +13,18 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from minitron_train.model.build import LanguageModel
+from minitron_train.model.vocabulary import OutputLayer
 
 # B batch, S tokens of one row, P tokens in the cache, H hidden, N positions, V vocab (local shard)
 # G KV groups held, D channels per head
 
-LOGIT_BYTES = 128 * 2**20  # of the logits that are held at once
+LOGIT_BYTES = 128 * 2**20  # largest block of logits held at once
 
 
 class KeyValueCache:
-    """Keys and values of every layer for tokens that later tokens attend to.
+    """Keys and values of every layer, for tokens that later tokens attend to.
 
-    They are taken in front of the core attention, where keys are already rotated, so that their order does not matter.
+    They are recorded at the input of the core attention, after the rotary embedding, so the order of keys does not matter.
     """
 
     def __init__(self) -> None:
@@ -31,12 +32,12 @@ class KeyValueCache:
 
     @property
     def num_tokens(self) -> int:
-        """P."""
+        """Number of cached tokens, P."""
         return next(iter(self.layers.values()))[0].shape[0] if self.layers else 0
 
     @contextlib.contextmanager
     def attached(self, model: LanguageModel, keep: bool) -> Iterator[None]:
-        """Run a block in which the model's tokens attend to the cached ones too; `keep` adds them to the cache."""
+        """Let the model's tokens attend to the cached tokens during a block; `keep` adds the new tokens to the cache."""
 
         def extend(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query, *new, mask = args
@@ -56,11 +57,11 @@ class KeyValueCache:
                 hook.remove()
 
     def keep_tokens(self, num_tokens: int) -> None:
-        """Forget all tokens but the first ones."""
+        """Drop all tokens but the first `num_tokens`."""
         self.layers = {module: (key[:num_tokens], value[:num_tokens]) for module, (key, value) in self.layers.items()}
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows of the batch but some."""
+        """Drop all rows of the batch but `rows`."""
         self.layers = {module: (key[:, rows], value[:, rows]) for module, (key, value) in self.layers.items()}
 
 
@@ -72,27 +73,26 @@ def hidden_states(
     cache: KeyValueCache | None = None,
     keep: bool = False,
 ) -> Tensor:
-    """Final hidden states [B, S, H] of tokens at given positions of their texts.
+    """Final hidden states [B, S, H] of tokens at given positions.
 
     Args:
-        positions_BS: of each token; decides its rotary embedding.
-        hidden_mask_BSP: bool, True hides key P (cached ones first) from query S; None is causal.
-        cache: what the tokens attend to besides; one of batch 1 serves any batch.
-        keep: add the tokens to the cache.
+        positions_BS: position of each token in its text, for the rotary embedding.
+        hidden_mask_BSP: bool, True hides key P from query S, and cached keys come first; None is causal.
+        cache: earlier tokens that the new ones attend to; a cache of batch size 1 serves any batch size.
+        keep: add the new tokens to the cache.
     """
     cache = KeyValueCache() if cache is None else cache
     num_tokens = tokens_BS.shape[1]
     num_keys = cache.num_tokens + num_tokens
-    if model.config.sequence_parallel:  # the sequence is split over the ranks: its length must divide
-        padding = (0, -num_tokens % model.config.tensor_model_parallel_size)
+    if model.config.sequence_parallel:  # the ranks must get equal parts of the sequence
+        padding = (0, -num_tokens % model.config.tensor_model_parallel_size)  # on the right
         tokens_BS, positions_BS = F.pad(tokens_BS, padding), F.pad(positions_BS, padding)
-        if hidden_mask_BSP is not None:  # padding sees everything, since a row that sees nothing would be NaN
+        if hidden_mask_BSP is not None:  # padding attends to all tokens: a row that attends to none would be NaN
             hidden_mask_BSP = F.pad(F.pad(hidden_mask_BSP, padding, value=True), (0, 0, *padding), value=False)
-    embedded_SBH = model.embedding(input_ids=tokens_BS, position_ids=positions_BS)
     angles = model.rotary_pos_emb(int(positions_BS.max()) + 1)[:, 0, 0]
     with cache.attached(model, keep):
         hidden_SBH = model.decoder(
-            hidden_states=embedded_SBH,
+            hidden_states=model.embed(tokens_BS),
             attention_mask=None if hidden_mask_BSP is None else hidden_mask_BSP[:, None],
             rotary_pos_emb=angles[positions_BS.T][:, :, None],
         )
@@ -104,28 +104,28 @@ def hidden_states(
 
 
 def target_logprobs(
-    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: dist.ProcessGroup | None
+    hidden_NH: Tensor, output: OutputLayer, targets_N: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one target per position, and whether it is the most probable token.
 
-    The logits are made in chunks; only three numbers per position cross the vocabulary-parallel group.
+    Logits are computed in chunks. The tensor-parallel ranks exchange three numbers per position.
 
     Args:
-        weight_VH: this rank's rows of the output layer.
-        group: the tensor-parallel group; None when there is one rank.
+        output: this rank's part of the output layer.
+        group: the tensor-parallel group; None for a single rank.
 
     Returns:
         fp32 [N] and bool [N], the same on every rank of the group.
     """
-    first = dist.get_rank(group) * weight_VH.shape[0] if group is not None else 0
+    first = dist.get_rank(group) * output.num_rows if group is not None else 0
     logprobs, greedy = (
         torch.empty(len(hidden_NH), device=hidden_NH.device),
         torch.empty_like(targets_N, dtype=torch.bool),
     )
-    chunk = max(1, LOGIT_BYTES // (4 * weight_VH.shape[0]))
+    chunk = max(1, LOGIT_BYTES // (4 * output.num_rows))
     for start in range(0, len(hidden_NH), chunk):
         part = slice(start, start + chunk)
-        logits = (hidden_NH[part] @ weight_VH.T).float()
+        logits = output.logits(hidden_NH[part])
         local = targets_N[part] - first
         held = (local >= 0) & (local < logits.shape[1])
         target = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0].where(held, 0.0)
@@ -142,7 +142,7 @@ def target_logprobs(
 
 @contextlib.contextmanager
 def inference(model: LanguageModel) -> Iterator[None]:
-    """A block without gradients and dropout; the model's mode is put back afterwards."""
+    """Disable gradients and dropout during a block, then restore the model's mode."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Greedy decoding, and draws from the model's own distribution, with a key/value cache, at any tensor-parallel size."""
+"""Greedy decoding and sampling with a key/value cache, at any tensor-parallel size."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.forward import KeyValueCache, hidden_states, inference
+from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.parallel.groups import Groups
 
-# B texts still growing, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard), W whole vocab
+# B unfinished texts, S prompt length with padding, P cached tokens, H hidden, V vocab (local shard), W whole vocab
 
 
 def greedy(
@@ -20,18 +21,19 @@ def greedy(
     is_finished: Sequence[Callable[[list[int]], bool]],
     groups: Groups,
 ) -> list[list[int]]:
-    """The most probable next token, again and again.
+    """Continue each prompt with the most probable next token until it is finished.
 
-    Prompts of unequal length are padded on the right; nothing attends to the padding, so each text grows as if alone.
+    Prompts of unequal length are padded on the right. No token attends to padding, so a text does not depend on the others.
 
     Args:
-        is_finished: one per prompt: whether its new tokens end it; a text ends after `max_new_tokens` in any case.
+        max_new_tokens: a text ends after this many tokens at the latest.
+        is_finished: one function per prompt; takes its new tokens and returns whether they end the text.
 
     Returns:
-        New tokens of each prompt, the last one that made it finished included.
+        New tokens of each prompt, including the one that finished it.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: logits are not finite.
     """
     assert all(prompts), "an empty prompt has no last token to continue from"
     device = groups.device
@@ -48,7 +50,7 @@ def greedy(
         hidden_BH = hidden_BSH[growing, lengths - 1]
         hidden_keys_BP = places >= lengths[:, None]
         for step in range(max_new_tokens):
-            next_B = most_probable(hidden_BH, model.output_weight, groups)
+            next_B = most_probable(hidden_BH, model.output, groups)
             for row, token in zip(growing.tolist(), next_B.tolist(), strict=True):
                 texts[row].append(token)
             going = [k for k, row in enumerate(growing.tolist()) if not is_finished[row](texts[row])]
@@ -68,37 +70,37 @@ def greedy(
 def sample(
     model: LanguageModel, prompt: list[int], num_texts: int, length: int, generator: torch.Generator, groups: Groups
 ) -> Iterator[Tensor]:
-    """Texts that go on from `prompt` as the model would have them: the next token of each, int64 [B], `length` times.
+    """Sample continuations of `prompt` at temperature 1: yields the next token of each text, int64 [B], `length` times.
 
-    For a block in `inference`. The largest sum of logit and Gumbel noise is a draw from the logits' softmax; every rank
-    makes the noise of the whole vocabulary and takes its part, so that ranks change nothing but rounding.
+    Call it inside `inference`. The token with the largest sum of logit and Gumbel noise is a sample from the softmax.
+    Every rank draws the noise of the whole vocabulary and uses its part, so the number of ranks changes rounding alone.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: logits are not finite.
     """
-    device, weight_VH = groups.device, model.output_weight
+    device, num_rows = groups.device, model.output.num_rows
     next_BS = torch.tensor([prompt] * num_texts, device=device)
-    noise_BW = torch.empty(num_texts, weight_VH.shape[0] * groups.tp_size, device=device)
-    part = slice(groups.tp_rank * weight_VH.shape[0], (groups.tp_rank + 1) * weight_VH.shape[0])
+    noise_BW = torch.empty(num_texts, num_rows * groups.tp_size, device=device)
+    part = slice(groups.tp_rank * num_rows, (groups.tp_rank + 1) * num_rows)
     cache = KeyValueCache()
     for _ in range(length):
         first, stop = cache.num_tokens, cache.num_tokens + next_BS.shape[1]
         positions_BS = torch.arange(first, stop, device=device).expand_as(next_BS)
         hidden_BH = hidden_states(model, next_BS, positions_BS, cache=cache, keep=True)[:, -1]
         noise_BW.exponential_(generator=generator).clamp_(min=torch.finfo(noise_BW.dtype).tiny).log_().neg_()
-        next_B = most_probable(hidden_BH, weight_VH, groups, noise_BW[:, part])
+        next_B = most_probable(hidden_BH, model.output, groups, noise_BW[:, part])
         yield next_B
         next_BS = next_B[:, None]
 
 
-def most_probable(hidden_BH: Tensor, weight_VH: Tensor, groups: Groups, added_BV: Tensor | None = None) -> Tensor:
-    """The token with the largest logit (plus what is `added`), int64 [B]; of equal ones the first, on every rank the same."""
-    logits_BV = (hidden_BH @ weight_VH.T).float()
+def most_probable(hidden_BH: Tensor, output: OutputLayer, groups: Groups, added_BV: Tensor | None = None) -> Tensor:
+    """The token with the largest logit (plus `added_BV`), int64 [B], the same on every rank. The first of equal ones wins."""
+    logits_BV = output.logits(hidden_BH)
     peaks_B, tokens_B = (logits_BV if added_BV is None else logits_BV + added_BV).max(dim=1)
     if groups.tp_size == 1:
         require_finite(peaks_B)
         return tokens_B
-    tokens_B += groups.tp_rank * weight_VH.shape[0]
+    tokens_B += groups.tp_rank * output.num_rows
     all_peaks = torch.stack(groups.gather(peaks_B))
     require_finite(all_peaks)
     best = all_peaks.argmax(dim=0)  # ranks hold the vocabulary in order

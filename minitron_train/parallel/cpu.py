@@ -1,8 +1,8 @@
-"""What megatron-core 0.16 needs on a machine without CUDA. Every function here does nothing where CUDA exists.
+"""Lets megatron-core 0.16 run on a machine without CUDA. Where CUDA exists, every function here does nothing.
 
-megatron-core names "cuda" in places that no argument reaches. `install` replaces five symbols for the whole process;
+megatron-core hard-codes "cuda" in several places. `install` replaces five symbols for the whole process.
 `cuda_means_cpu` rewrites literal device names for a block of code (optimizer construction, steps and state dicts).
-tests/unit/test_cpu.py fails when megatron-core renames what is replaced here.
+tests/unit/test_cpu.py fails when megatron-core renames one of these symbols.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Run a block on the state `name`, then go back to the default one."""
+        """Use the random state `name` during a block, then restore the default one."""
         before = torch.get_rng_state()
         torch.set_rng_state(self.states_[name])
         try:
@@ -53,17 +53,17 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def is_cuda(device: Any) -> bool:
-    """Whether a device argument, of whatever type, says CUDA."""
+    """Whether a device argument (a string, a torch.device or anything else) names CUDA."""
     return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
 
 
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
-    """For the block: literal CUDA devices mean the CPU."""
+    """Make literal CUDA devices mean the CPU during a block."""
     return contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu()
 
 
 def install() -> None:
-    """Replace the five symbols, once per process."""
+    """Replace the five symbols; call it once per process."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # rotary embedding, TP mappings

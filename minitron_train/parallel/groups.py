@@ -1,7 +1,7 @@
-"""Process groups. The only module that touches megatron-core's parallel_state and starts torch.distributed.
+"""Process groups. Only this module starts torch.distributed and reads megatron-core's parallel_state.
 
-A process is started by torchrun or srun, or is alone. Ranks are laid out as megatron-core does: neighbours share a
-tensor-parallel group, the rest is data parallel.
+torchrun or srun starts the processes; a process without them runs alone. Ranks are laid out as in megatron-core:
+neighbouring ranks form a tensor-parallel group, and these groups are data parallel.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ NO_LIMIT = datetime.timedelta(days=20)  # the longest that fits into poll(2)'s m
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """This process's place among the others, and its groups."""
+    """This process's ranks and process groups."""
 
     rank: int
     world_size: int
@@ -50,7 +50,7 @@ class Groups:
         return self.rank == 0
 
     def gather(self, shard: Tensor) -> list[Tensor]:
-        """Every tensor-parallel rank's shard (of equal size), on all of them."""
+        """All-gather over the tensor-parallel group: the shards of all ranks, which must have equal sizes."""
         if self.tp_size == 1:
             return [shard]
         shards = [torch.empty_like(shard) for _ in range(self.tp_size)]
@@ -64,7 +64,10 @@ class Groups:
         return value
 
     def own_parts(self, rows: Tensor, num_rows: int) -> Iterator[Tensor]:
-        """This data-parallel rank's rows, at most `num_rows` at a time, on the device; none where ranks outnumber rows."""
+        """Yield this data-parallel rank's rows on the device, at most `num_rows` at a time.
+
+        A rank yields nothing where there are more ranks than rows.
+        """
         for part in rows[self.dp_rank :: self.dp_size].split(num_rows):
             if len(part):
                 yield part.to(self.device)
@@ -76,13 +79,13 @@ class Groups:
         return value
 
     def from_first(self, value: Tensor) -> Tensor:
-        """The first process's values, in place, where others could differ in the last bits."""
+        """Broadcast from the first process, in place, so that ranks do not differ by rounding."""
         if self.world_size > 1:
             dist.broadcast(value, src=0)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process: all of them get the same answer."""
+        """Logical or over all processes."""
         value = torch.tensor([float(flag)], device=self.device)
         if self.world_size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
@@ -94,17 +97,17 @@ class Groups:
             dist.barrier()
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first process, on every process; where it fails, it fails for all.
+        """Call `work` on the first process and return its result on every process.
 
-        The others wait at the rendezvous store, not in a collective: `parallel.timeout_minutes` does not end them.
+        The other processes wait at the rendezvous store, not in a collective, so `parallel.timeout_minutes` does not apply.
 
         Raises:
-            UserError: the first process's.
-            RuntimeError: another failure of the first process, elsewhere.
+            UserError: `work` raised it; raised on every process.
+            RuntimeError: `work` failed otherwise; raised on the other processes.
         """
         if self.world_size == 1:
             return work()
-        # a connection of its own: waiting must not keep other threads from the store
+        # a separate connection, because waiting blocks the store for other threads
         store = cast(Any, _get_default_store()).clone()
         key = f"on_first/{store.add(f'on_first/{self.rank}', 1)}/value"  # every process counts its calls
         if not self.is_first:
@@ -128,11 +131,11 @@ class Groups:
 def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]:
     """Start torch.distributed and megatron-core's groups for a block.
 
-    After a failure they are left as they are, for the process to end: others may be inside a collective, which NCCL's
-    destruction would wait for (pytorch#141510), and the failure's message with it.
+    After an exception the groups are not destroyed, because the process ends anyway. Destroying NCCL groups would wait for
+    ranks inside a collective (pytorch#141510) and delay the message.
 
     Raises:
-        UserError: tensor_model_parallel_size does not divide the number of processes, or nothing says where they meet.
+        UserError: tensor_model_parallel_size does not divide the number of processes, or no rendezvous address is set.
     """
     tp = parallel.tensor_model_parallel_size
     if world.size % tp:
@@ -152,13 +155,13 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
         device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_initialized():  # of a sweep's job that has failed; all processes go on with the next one
+    if dist.is_initialized():  # left by a failed job of a sweep; all processes start the next job
         destroy()
     with contextlib.ExitStack() as stack:
         method = "env://"
         if "MASTER_ADDR" in os.environ or world.size > 1:
             rendezvous(os.environ)
-        else:  # alone: no port is opened
+        else:  # a single process opens no port
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             method = f"file://{Path(folder) / 'rendezvous'}"
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
@@ -185,7 +188,7 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
 
 
 def destroy() -> None:
-    """End megatron-core's groups and torch.distributed."""
+    """Destroy megatron-core's groups and torch.distributed's."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -193,6 +196,6 @@ def destroy() -> None:
 
 
 def quiet_libraries() -> None:
-    """Lower megatron-core's chatter about optional packages."""
+    """Silence megatron-core's log messages about optional packages."""
     for name in ("megatron.core", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)

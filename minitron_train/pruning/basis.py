@@ -1,15 +1,16 @@
 """Principal directions of the residual stream, kept instead of its channels (after SliceGPT, arXiv 2401.15024).
 
-A decoder whose norms have constant weights does not change when its residual stream x is rotated, x -> x Q, and every
-linear with it: a norm sees only the stream's length. So each norm's weights γ go into the linears that read it, Q is
-chosen from the stream itself, and the directions of least variance are cut. Unlike SliceGPT's students, ours stay plain
-models of their family: one Q serves all layers, so that no matrices are added to the residual path; and
+A norm with constant weights depends only on the length of its input. So a decoder with such norms does not change when its
+residual stream x is rotated, x -> x Q, together with every linear. To reach this form, each norm's weights γ are folded
+into the linears that read it. Q holds the principal directions of the stream, and those of least variance are dropped.
+One Q serves all layers. Unlike in SliceGPT, the residual path then needs no extra matrices, and the student stays a plain
+model of its family. Two cases need more:
 
-    tied embeddings     E reads tokens in and, as E γ, gives logits out. With a = sqrt(γ / mean γ) the stream x a has both
-                        in the one matrix E a. The lengths |x a| and |x| keep their ratio only where γ is nearly constant,
-                        so channels whose γ is not near the median stay channels, unrotated, with their own γ.
-    LayerNorm           takes out the mean over channels, so the direction (1, …, 1) of the teacher's stream becomes that of
-                        the student's, and the principal directions lie in the planes of mean zero of both.
+    tied embeddings     E embeds tokens, and E γ gives logits. With a = sqrt(γ / mean γ), the single matrix E a does both for
+                        the stream x a. The ratio of the lengths |x a| and |x| is constant only where γ is nearly constant.
+                        So channels whose γ is not near the median are kept as channels, unrotated, with their own γ.
+    LayerNorm           subtracts the mean over channels. So the teacher's direction (1, …, 1) maps to the student's, and the
+                        principal directions lie in the planes of mean zero of both.
 """
 
 from dataclasses import dataclass
@@ -21,18 +22,18 @@ from minitron_train.pruning.layers import Layers, forward, seeing
 
 # N sequences, S length, D teacher's hidden, H student's hidden
 
-NEAR_MEDIAN = 0.3  # a final norm's weight that differs by less, relative to the median, counts as nearly constant
+NEAR_MEDIAN = 0.3  # a final norm's weight within this relative distance of the median counts as nearly constant
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
     """The student's residual stream in terms of the teacher's."""
 
-    down_DH: Tensor  # the student's stream is the teacher's times this
-    up_DH: Tensor  # a linear W behind a norm γ becomes (W γ) times this
-    norm: float  # weight of the student's norms: they divide by a root mean square over H instead of D channels
+    down_DH: Tensor  # the student's stream is the teacher's stream @ down_DH
+    up_DH: Tensor  # a linear W after a norm γ becomes (W γ) @ up_DH
+    norm: float  # weight of the student's norms: their RMS is over H instead of D channels
     final_norm_H: Tensor  # weight of the student's last norm
-    variance_D: Tensor  # share of the normalised stream's variance in every direction, the kept ones first
+    variance_D: Tensor  # share of the normalised stream's variance in every direction, kept directions first
 
 
 def why_not(layers: Layers, hidden_size: int) -> str | None:
@@ -50,7 +51,7 @@ def why_not(layers: Layers, hidden_size: int) -> str | None:
 
 
 def norm_without_weight(layers: Layers) -> str | None:
-    """A norm with a bias in a channel whose weight is zero: β / γ, which is rotated with the stream, does not exist."""
+    """Name of a norm that has a bias where its weight is zero, or None: rotation needs β / γ."""
     for row in layers.table.rows:
         if row.mcore.endswith("layernorm.bias"):
             for i in row.layers(layers.shape):
@@ -62,12 +63,12 @@ def norm_without_weight(layers: Layers) -> str | None:
 
 
 def effective_gamma(layers: Layers) -> Tensor:
-    """Weights of the last norm, [D]."""
+    """Weights of the last norm including its offset, [D]."""
     return (layers.final_norm.weight + layers.final_norm.offset).float()
 
 
 def unrotated(layers: Layers) -> Tensor:
-    """Channels that stay as they are, bool [D]: where embeddings are tied, those with a final weight of their own."""
+    """Channels that are not rotated, bool [D]: with tied embeddings, those whose final norm weight is far from the median."""
     gamma_D = effective_gamma(layers)
     middle = gamma_D.median()
     return (gamma_D - middle).abs() > (NEAR_MEDIAN * middle.abs() if layers.shape.tie_embeddings else torch.inf)
@@ -78,8 +79,8 @@ def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_b
     """The `hidden_size` directions in which the teacher's normalised residual stream varies most, over all layers.
 
     Args:
-        layers: of a teacher that can be rotated (`why_not` is None).
-        tokens_NS: of all processes; each takes its share. Negative ones are padding.
+        layers: a teacher that can be rotated (`why_not` is None).
+        tokens_NS: the sequences of all processes; each takes its share. Negative tokens are padding.
     """
     gamma_D, alone_D, centred = effective_gamma(layers), unrotated(layers), layers.final_norm.bias is not None
     common = gamma_D[~alone_D].mean()
@@ -95,7 +96,7 @@ def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_b
     num_turned = hidden_size - len(channels)
     num_free = num_turned - 1 if centred else num_turned
     turned = vectors[:, :num_free]
-    if centred:  # nothing is tied then, and all channels turn
+    if centred:  # embeddings are not tied then, and all channels are rotated
         turned = turned @ plane_of_mean_zero(hidden_size).to(turned) + (len(gamma_D) * hidden_size) ** -0.5
     directions_DH = torch.zeros(len(gamma_D), hidden_size, dtype=torch.float64, device=gamma_D.device)
     directions_DH[channels, torch.arange(len(channels))] = 1.0
@@ -103,7 +104,9 @@ def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_b
 
     variance_D = torch.cat([covariance_DD.diagonal()[channels], variances])
     norm = float((len(gamma_D) / hidden_size * variance_D[: len(channels) + num_free].sum()).sqrt())
-    last = common if layers.shape.tie_embeddings else torch.ones_like(common)  # untied: it goes into the output layer
+    last = (
+        common if layers.shape.tie_embeddings else torch.ones_like(common)
+    )  # untied: it is folded into the output layer
     return Basis(
         down_DH=(scale_D[:, None] * directions_DH).float().cpu(),
         up_DH=(directions_DH / scale_D[:, None]).float().cpu(),
@@ -114,7 +117,7 @@ def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_b
 
 
 def plane_of_mean_zero(size: int) -> Tensor:
-    """Orthonormal rows that are orthogonal to (1, …, 1), fp64 [size - 1, size] (Helmert's matrix)."""
+    """Orthonormal rows, each orthogonal to (1, …, 1), fp64 [size - 1, size] (Helmert's matrix)."""
     rows = torch.tril(torch.ones(size - 1, size, dtype=torch.float64))
     i = torch.arange(1, size, dtype=torch.float64)
     rows[torch.arange(size - 1), torch.arange(1, size)] = -i
@@ -124,7 +127,7 @@ def plane_of_mean_zero(size: int) -> Tensor:
 def stream_covariance(
     layers: Layers, tokens_NS: Tensor, scale_D: Tensor, micro_batch_size: int, *, centred: bool
 ) -> Tensor:
-    """Σ of u uᵀ over tokens and over all norms' inputs x, u = x · scale at length sqrt(D) (`centred`: less its mean)."""
+    """Σ u uᵀ over tokens and all norms' inputs x, fp64 [D, D]; u is x · scale, minus its mean if `centred`, with RMS 1."""
     groups = layers.groups
     batches = list(groups.own_parts(tokens_NS, micro_batch_size))
     masks = [(batch >= 0).t() for batch in batches]

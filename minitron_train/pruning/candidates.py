@@ -13,7 +13,7 @@ from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.pruning.target import check_request
 from minitron_train.runtime.errors import UserError
 
-INFERENCE_BYTES = 2  # of a weight and of a cached key or value: bf16
+INFERENCE_BYTES = 2  # bf16 weights and cached keys and values
 
 
 @dataclass(slots=True)
@@ -25,22 +25,22 @@ class Candidate:
     non_embedding_parameters: int
     memory_gib: float  # weights and KV cache in inference
     flops_per_token: int  # forward
-    zero_shot_loss: float | None = None  # of either: infinite where the perplexity overflowed
+    zero_shot_loss: float | None = None  # both losses are infinite where the perplexity overflowed
     retrained_loss: float | None = None
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the candidate's folder."""
         return name_of(self.shape.sizes())
 
     @property
     def loss(self) -> float:
-        """What ranks it: after retraining where there was one, else zero-shot."""
+        """The loss that ranks it: after retraining if it was retrained, else zero-shot."""
         known = [loss for loss in (self.retrained_loss, self.zero_shot_loss) if loss is not None]
         return known[0] if known else math.inf
 
     def row(self) -> dict[str, Any]:
-        """For search.json."""
+        """The candidate's entry in search.json."""
         sizes = ("num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
         finite = {key: None if value == math.inf else value for key, value in values.items()}
@@ -48,12 +48,12 @@ class Candidate:
 
 
 def name_of(sizes: Mapping[str, int]) -> str:
-    """Layers, heads, MLP and hidden size in a word."""
+    """Layers, heads, MLP and hidden size as a name, like l12-a8-f1024-h512."""
     return "l{num_layers}-a{num_attention_heads}-f{ffn_hidden_size}-h{hidden_size}".format(**sizes)
 
 
 def weigh(shape: Shape, search: SearchConfig) -> Candidate:
-    """A shape's cost."""
+    """Compute a shape's parameters, memory and FLOPs."""
     counts = parameters(shape)
     cache = 2 * shape.num_layers * shape.axis_size("kv") * search.batch_size * search.context
     return Candidate(
@@ -66,7 +66,7 @@ def weigh(shape: Shape, search: SearchConfig) -> Candidate:
 
 
 def grid(search: SearchConfig, teacher: Shape) -> Iterator[dict[str, int]]:
-    """The sizes of every shape of the grid, whether or not the teacher can be cut to them."""
+    """Yield the sizes of every shape of the grid, whether or not the teacher can be pruned to them."""
     axes = [
         getattr(search, key) or [getattr(teacher, key)] for key in ("num_layers", "num_attention_heads", "hidden_size")
     ]
@@ -76,8 +76,9 @@ def grid(search: SearchConfig, teacher: Shape) -> Iterator[dict[str, int]]:
 
 
 def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:
-    """The shapes of the grid that can be cut, repaired, shared by the ranks and opened by loaders, largest first; and why
-    each of the others cannot.
+    """The grid's valid shapes, largest first, and for each of the others the reason why it is rejected.
+
+    A valid shape can be pruned, repaired, split over the ranks and opened by transformers.
     """
     found, refusals = [], []
     for sizes in grid(config.search, teacher):
@@ -92,21 +93,21 @@ def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:
 
 
 def candidates(config: Config, teacher: Shape) -> list[Candidate]:
-    """The usable shapes of the grid within the budget, largest first; raises what `within_budget` raises."""
+    """The grid's valid shapes within the budget, largest first; raises what `within_budget` raises."""
     return within_budget(config.search, *usable(config, teacher))
 
 
 def within_budget(search: SearchConfig, every: list[Candidate], refusals: list[str]) -> list[Candidate]:
-    """Those of `every` that fit; `refusals` is why the grid's other shapes cannot be had.
+    """The candidates of `every` within the budget. `refusals` are the reasons why the grid's other shapes were rejected.
 
     Raises:
-        UserError: no target, no usable shape, or none that fits it; the message names what comes nearest.
+        UserError: no target is set, no shape is valid, or none is within the budget; the message names the nearest one.
     """
     target = search.target
     if target is None:
         raise UserError(f"search.target is not set: a search needs the {search.budget} to aim at; set it, like 4.0e9")
     if not every:
-        raise UserError(f"search: none of {len(refusals)} shapes can be had, as {refusals[0]}")
+        raise UserError(f"search: all {len(refusals)} candidate shapes were rejected; first reason: {refusals[0]}")
     distance = {candidate.name: abs(getattr(candidate, search.budget) / target - 1) for candidate in every}
     fitting = [candidate for candidate in every if distance[candidate.name] <= search.tolerance]
     if not fitting:
@@ -119,10 +120,10 @@ def within_budget(search: SearchConfig, every: list[Candidate], refusals: list[s
 
 
 def choose(found: list[Candidate], only: int | None) -> list[Candidate]:
-    """All, or the one that search.only counts to.
+    """All candidates, or only number `only`, counted from 1.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer than `only`.
     """
     if only is not None and only > len(found):
         raise UserError(f"search.only={only}: there are {len(found)} candidates; give a number from 1 to {len(found)}")
@@ -130,7 +131,7 @@ def choose(found: list[Candidate], only: int | None) -> list[Candidate]:
 
 
 def table(found: list[Candidate]) -> str:
-    """For people."""
+    """The candidates as a plain-text table."""
     heads = f"{'candidate':26}{'parameters':>16}{'non-embedding':>16}{'memory GiB':>12}{'GFLOP/token':>13}"
     lines = [f"{heads}{'loss':>9}{'retrained':>11}"]
     for c in found:

@@ -1,4 +1,4 @@
-"""Where activations are watched: a table of hook points, and the walk through the layers that fills the statistics."""
+"""Activation statistics: a table of hook points, and one forward pass over the calibration tokens, layer by layer."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from minitron_train.runtime.errors import UserError
 
 # N sequences, S sequence, B batch, C channels (the rank's own), H hidden, L layers
 
-Value = Callable[[torch.nn.Module, Tensor], Tensor]  # layer, activation [S, B, …] -> what is scored, [S, B, C]
+Value = Callable[[torch.nn.Module, Tensor], Tensor]  # layer, activation [S, B, …] -> values to score [S, B, C]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One activation of a layer: a module's input or output, and what of it is scored."""
+    """A hook point of a layer: a module's input or output, and the function that turns it into values to score."""
 
     module: str
     of_input: bool
@@ -30,7 +30,7 @@ class Point:
 
 
 def gate_half(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """What goes into the activation function: of a gated MLP's first linear, the gate."""
+    """The input of the activation function: the gate half of a gated MLP's first linear, or all of a plain one."""
     return x.chunk(2, dim=-1)[0] if layer.config.gated_linear_unit else x  # type: ignore[union-attr]
 
 
@@ -41,7 +41,7 @@ def head_norms(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def whole(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """The activation as it is."""
+    """The activation itself."""
     return x
 
 
@@ -58,20 +58,18 @@ FINAL_NORM = "final_norm"
 
 @dataclass(slots=True)
 class Statistics:
-    """All that scoring keeps. Names of `moments`: layers.{i}.POINT and final_norm."""
+    """The results of scoring. Keys of `moments` are layers.{i}.POINT and final_norm."""
 
     num_layers: int
     num_tokens: int = 0
     moments: dict[str, Moments] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
-    losses_without: Tensor | None = (
-        None  # fp64 [L + 1], nats: without layer i; last, with all (see pruning.layer_removal)
-    )
+    losses_without: Tensor | None = None  # fp64 [L + 1], nats: without layer i; the whole model's is last
     logit_changes: Tensor | None = None  # fp64 [L]: Σ (M - M_without)² / Σ M² of the logits M, for each layer
     spans: Tensor | None = None  # fp64 [L + 1, L + 1]: Σ over last tokens of cos between the inputs of layers i and j
 
     def cpu(self) -> "Statistics":
-        """The same on the host, where indices are chosen and files written."""
+        """A copy on the CPU."""
 
         def host(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.cpu()
@@ -86,13 +84,13 @@ class Statistics:
         )
 
     def add(self, name: str, x_SBC: Tensor, mask_SB: Tensor | None) -> None:
-        """Count one micro-batch of one activation."""
+        """Add one micro-batch of one activation."""
         new = Moments.of(over_sequence(x_SBC, mask_SB))
         self.moments[name] = self.moments[name].merge(new) if name in self.moments else new
 
     @contextlib.contextmanager
     def watching(self, layer: torch.nn.Module, i: int, mask: list[Tensor | None]) -> Iterator[None]:
-        """Collect every point of layer `i` in the block; `mask[0]` is the current micro-batch's."""
+        """Record every hook point of layer `i` during a block; `mask[0]` is the current micro-batch's mask."""
 
         def watch(name: str, point: Point) -> torch.utils.hooks.RemovableHandle:
             def see(x: Any) -> None:
@@ -114,10 +112,10 @@ class Statistics:
 
 @torch.no_grad()
 def collect(layers: Layers, tokens_NS: Tensor, *, micro_batch_size: int, chunk_tokens: int) -> Statistics:
-    """One forward pass over the sequences, layer by layer, a chunk of `chunk_tokens` at a time.
+    """One forward pass over the sequences, layer by layer, in chunks of `chunk_tokens`.
 
-    Memory: the activations of one chunk between two layers, those of one micro-batch inside a layer, and the layers
-    that `layers` holds. A negative token is padding (at the end of a sequence) and never counts.
+    Memory: the residual stream of one chunk, the activations of one micro-batch inside a layer, and the layers that
+    `layers` holds. A negative token is padding (at the end of a sequence) and is ignored.
     """
     statistics = Statistics(layers.shape.num_layers, num_tokens=int((tokens_NS >= 0).sum()))
     chunks = tokens_NS.split(max(1, chunk_tokens // tokens_NS.shape[1]))
@@ -128,7 +126,7 @@ def collect(layers: Layers, tokens_NS: Tensor, *, micro_batch_size: int, chunk_t
 
 
 def count_chunk(statistics: Statistics, layers: Layers, batches: tuple[Tensor, ...]) -> Iterator[int]:
-    """Count one chunk, [B, S] each; yields after every layer."""
+    """Add one chunk of batches, [B, S] each; yields after every layer."""
     device, rotary = layers.groups.device, layers.rotary(batches[0].shape[1])
     masks = [None if bool((batch >= 0).all()) else (batch >= 0).t().to(device) for batch in batches]
     last = [(batch >= 0).sum(1).sub(1).clamp(min=0).to(device) for batch in batches]
@@ -156,20 +154,20 @@ def count_block(statistics: Statistics, i: int, before_SBH: Tensor, after_SBH: T
 
 
 def last_tokens(hidden: list[Tensor], last: list[Tensor]) -> Tensor:
-    """The last token of every sequence, normalised, [N, H]."""
+    """Normalised hidden states of the last token of every sequence, [N, H]."""
     rows = [x[index, torch.arange(x.shape[1], device=x.device)] for x, index in zip(hidden, last, strict=True)]
     return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
 
 
 def count_spans(statistics: Statistics, ends: list[Tensor]) -> None:
-    """Cosines between the inputs of any two layers, for blocks of layers (arXiv 2403.17887 looks at last tokens too)."""
+    """Add cosines between the inputs of any two layers, at the last tokens (as in arXiv 2403.17887)."""
     flat = torch.stack(ends).flatten(1)
     cosines = (flat @ flat.t()).double()
     statistics.spans = cosines if statistics.spans is None else statistics.spans + cosines
 
 
 def merge_ranks(statistics: Statistics, groups: Groups) -> Statistics:
-    """Statistics of all ranks: the sequences of the data-parallel ranks merged, the channels of the others gathered."""
+    """Statistics of all ranks: sequences are merged over data-parallel ranks, channels gathered over tensor-parallel ones."""
     for name, moments in statistics.moments.items():
         count = groups.sum_over_data(moments.count.clone())
         mean = groups.sum_over_data(moments.mean * (moments.count / count))
@@ -190,7 +188,7 @@ def merge_ranks(statistics: Statistics, groups: Groups) -> Statistics:
 
 
 def check_finite(statistics: Statistics) -> None:
-    """Refuse NaN and infinities in activations; names the first layer and activation that has one."""
+    """Reject NaN and infinities in activations; the message names the first layer and activation that has one."""
     for name, moments in statistics.moments.items():
         if not bool(torch.isfinite(moments.mean).all()):
             raise UserError(

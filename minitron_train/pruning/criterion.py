@@ -1,4 +1,4 @@
-"""What a pruning criterion is: a module that ranks channels, heads and neurons (`width`) or picks layers (`depth`).
+"""Pruning criteria: modules that score channels, heads and neurons (`width`) or choose layers (`depth`).
 
 A criterion is one file of `pruning/criteria/`, found by its file name (`prune.width=NAME`, `prune.depth=NAME`), or any
 importable module, named with its dots (`prune.width=my_lab.taylor`). The first line of its docstring describes it in
@@ -6,7 +6,7 @@ importable module, named with its dots (`prune.width=my_lab.taylor`). The first 
 
     def width(evidence: Evidence) -> Width: ...                          # a width criterion
     def depth(evidence: Evidence, num_layers: int) -> Tensor: ...        # a depth criterion: kept layers, ascending
-    NEEDS_LAYER_REMOVAL = True      # of a depth criterion that reads losses_without or logit_changes (slow to measure)
+    NEEDS_LAYER_REMOVAL = True      # if a depth criterion reads losses_without or logit_changes (slow to measure)
 """
 
 import importlib
@@ -29,13 +29,13 @@ from minitron_train.runtime.plugins import code_hash, import_module
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """What a criterion may look at.
+    """The input of a criterion.
 
     Attributes:
-        statistics: of the activations over the calibration tokens (see pruning.collect.POINTS), on the host.
-        source: the weights, by Hugging Face name, one tensor at a time: `source.read(name)`.
-        table: which parameters there are, and which axis each of their dimensions is.
-        seed: for criteria that draw numbers.
+        statistics: activation statistics over the calibration tokens (see pruning.collect.POINTS), on the CPU.
+        source: the weights, read one tensor at a time by Hugging Face name: `source.read(name)`.
+        table: all parameters of the model, and the axis of each of their dimensions.
+        seed: for criteria that draw random numbers.
     """
 
     statistics: Statistics
@@ -48,7 +48,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """Importance of everything that makes a layer's size; the higher, the longer it stays. Lists: one entry per layer."""
+    """Importance of channels, heads and neurons; the highest scores are kept. Lists have one entry per layer."""
 
     embedding: Tensor  # [hidden_size], the same channels in all layers
     heads: list[Tensor]  # [num_attention_heads] each
@@ -56,19 +56,19 @@ class Width:
 
 
 class UnitSquares:
-    """Sums of squares by unit, for criteria that are an L2 norm over all that belongs to a unit."""
+    """Sums of squares per channel, head or neuron, for criteria that are an L2 norm over a unit's weights."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.sums: dict[tuple[str, int], Tensor] = {}  # (axis, layer) -> fp64 [length of the axis]
 
     def add(self, axis: str, layer: int, squares: Tensor) -> None:
-        """Add to the units of one axis (see arch.table); channels are the same in all layers."""
+        """Add to the units of one axis (see arch.table); channels are summed over the layers."""
         key = axis, 0 if axis == "embd" else layer
         self.sums[key] = self.sums[key] + squares if key in self.sums else squares
 
     def norms(self) -> Width:
-        """The square roots, those of a head's channels together."""
+        """The square roots of the sums; a head sums over its channels."""
         layers = range(self.shape.num_layers)
         return Width(
             embedding=self.sums["embd", 0].sqrt(),
@@ -98,7 +98,7 @@ def width_criterion(name: str) -> WidthCriterion:
     """The criterion that `prune.width` names.
 
     Raises:
-        UserError: there is none of that name; the line lists those that exist.
+        UserError: there is no such criterion; the message lists the available ones.
     """
     module = find("prune.width", name, "width")
     return WidthCriterion(summary(module), module.width)
@@ -108,21 +108,21 @@ def depth_criterion(name: str) -> DepthCriterion:
     """The criterion that `prune.depth` names.
 
     Raises:
-        UserError: there is none of that name; the line lists those that exist.
+        UserError: there is no such criterion; the message lists the available ones.
     """
     module = find("prune.depth", name, "depth")
     return DepthCriterion(summary(module), module.depth, bool(getattr(module, "NEEDS_LAYER_REMOVAL", False)))
 
 
 def outside_criteria(prune: PruneConfig) -> dict[str, str]:
-    """Hashes of the criteria that come from outside this package, by label: what is cut depends on their code."""
+    """Hashes of the code of user-defined criteria, by label. They are inputs of the pruning stage."""
     named = {"width": prune.width, "depth": prune.depth}
     modules = {name: find(f"prune.{function}", name, function) for function, name in named.items() if "." in name}
     return {f"criterion {name}": code_hash(module) for name, module in modules.items()}
 
 
 def find(key: str, name: str, function: str) -> ModuleType:
-    """The module of a criterion; `function` tells width from depth."""
+    """The module of a criterion; `function` is "width" or "depth"."""
     inside = names()
     if "." not in name and name not in inside:
         own = [known for known in inside if hasattr(module_of(known), function)]
@@ -138,12 +138,12 @@ def find(key: str, name: str, function: str) -> ModuleType:
 
 
 def names() -> list[str]:
-    """The program's own criteria, sorted."""
+    """Names of the built-in criteria, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(criteria.__path__))
 
 
 def module_of(name: str) -> ModuleType:
-    """One of the program's own criteria."""
+    """The module of a built-in criterion."""
     return importlib.import_module(f"{criteria.__name__}.{name}")
 
 
@@ -154,5 +154,5 @@ def summary(module: ModuleType) -> str:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, ascending; of equal scores the first wins."""
+    """Indices of the `count` highest scores, ascending; among equal scores the first is preferred."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values

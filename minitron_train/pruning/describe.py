@@ -1,4 +1,4 @@
-"""What pruning would do, in words: for dry_run."""
+"""Describes what pruning would do, for dry_run."""
 
 from minitron_train.arch import architecture
 from minitron_train.arch.shape import SIZES, Shape
@@ -9,7 +9,7 @@ REFITTED = {Refit.outputs: "outputs of attention and MLP", Refit.all: "every lin
 
 
 def describe(teacher: Shape, student: Shape, prune: PruneConfig) -> list[str]:
-    """Lines that say what is kept of each axis, how it is ranked, and what is repaired."""
+    """One line for each size that is kept, each criterion that ranks, and each repair."""
     before, after = (sum(architecture(shape.architecture).parameters(shape).values()) for shape in (teacher, student))
     lines = [f"keeps   {after:,} of {before:,} parameters"]
     lines += [f"keeps   {size} {getattr(student, size)} of {getattr(teacher, size)}" for size in SIZES]

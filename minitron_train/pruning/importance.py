@@ -1,4 +1,4 @@
-"""Scores: importance of channels, heads, neurons and layers, derived from raw statistics; and their file."""
+"""Importance of channels, heads, neurons and layers, derived from raw statistics, and the file that stores both."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -27,16 +27,16 @@ SHAPE_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_hea
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """One number for everything that can be cut; lists have one entry per layer."""
+    """One score for every unit that can be pruned; lists have one entry per layer."""
 
     embedding: Tensor  # [hidden_size]
     heads: list[Tensor]  # [num_attention_heads] each
     ffn: list[Tensor]  # [ffn_hidden_size] each
     block: list[Tensor]  # [1] each: 1 - cos between a layer's input and output
-    loss_without: list[Tensor]  # [1] each: loss when the layer is dropped; empty where it was not measured
+    loss_without: list[Tensor]  # [1] each: loss without the layer; an empty list where it was not measured
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their names in the file."""
+        """The scores by their names in scores.safetensors."""
         named = {"embedding": self.embedding}
         for i, (heads, ffn, block) in enumerate(zip(self.heads, self.ffn, self.block, strict=True)):
             named |= {f"layers.{i}.heads": heads, f"layers.{i}.ffn": ffn, f"layers.{i}.block": block}
@@ -44,7 +44,7 @@ class Importance:
 
 
 def importance(evidence: Evidence) -> Importance:
-    """Importance under `prune.width`, heads and neurons summed over the layers where `prune` says so; and of layers."""
+    """Importance by the criterion `prune.width`, and of layers. Heads and neurons are summed over layers if so configured."""
     statistics, prune = evidence.statistics, evidence.prune
     width = width_criterion(prune.width).width(evidence)
     blocks = [statistics.blocks[f"layers.{i}.block"] for i in range(evidence.shape.num_layers)]
@@ -65,7 +65,7 @@ def sum_layers(scores: list[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What scores.safetensors holds: raw statistics, and how they came about."""
+    """The content of scores.safetensors: raw statistics, and the settings and inputs they were measured with."""
 
     statistics: Statistics
     metadata: dict[str, str]
@@ -75,7 +75,7 @@ class Scores:
         """Read scores for `teacher`.
 
         Raises:
-            UserError: no such file, no raw statistics, or scores of another teacher.
+            UserError: the file is missing or damaged, or belongs to another teacher.
         """
         if not path.exists():
             raise UserError(f"{path}: no such file; run `score` first")
@@ -97,13 +97,13 @@ class Scores:
         try:
             return cls(statistics_of(raw, metadata, teacher.shape), metadata)
         except (KeyError, ValueError) as error:
-            why = f"its raw statistics are not whole: {error}"
+            why = f"its raw statistics are incomplete: {error}"
             raise damaged(str(path), why, "remove it and run `score` again") from None
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The scores as safetensors opens them."""
+    """Open scores.safetensors; a damaged file is a UserError."""
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -115,7 +115,7 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
     """Statistics from the tensors named `raw.…` and the metadata.
 
     Raises:
-        KeyError, ValueError: a tensor or a key is missing, or of another type or shape.
+        KeyError, ValueError: a tensor or a key is missing, or has another type or shape.
     """
     every = range(shape.num_layers)
     tokens = msgspec.convert(metadata["tokens"], Count, strict=False)
@@ -148,7 +148,7 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
 
 
 def write(path: Path, evidence: Evidence, metadata: dict[str, str]) -> None:
-    """The file: scores under `prune` (fp32), raw statistics under `raw.` (fp64), metadata."""
+    """Write the file: scores by `prune` (fp32), raw statistics named `raw.…` (fp64), and metadata."""
     statistics, shape, prune = evidence.statistics, evidence.shape, evidence.prune
     tensors = {name: value.float().contiguous() for name, value in importance(evidence).tensors().items()}
     for name, moments in statistics.moments.items():

@@ -1,6 +1,6 @@
-"""The model without each layer: what it loses, and how its logits change.
+"""Evaluates the model without each of its layers: the loss, and the change of the logits.
 
-"PPL" of arXiv 2407.14679 §2.2; the normalised squared change of the logits of arXiv 2511.16664.
+The loss is "PPL" of arXiv 2407.14679 §2.2. The normalised squared change of the logits is that of arXiv 2511.16664.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from torch import Tensor
 from minitron_train.pruning.layers import Layers, forward
 from minitron_train.runtime.console import progress
 
-# N sequences, B batch, S sequence, H hidden, L layers, T predicted tokens, V vocabulary (the rank's own)
+# N sequences, B batch, S sequence, H hidden, L layers, T predicted tokens, V vocabulary (local shard)
 
-LOGITS = 2**24  # fp32 logits held at once
+LOGITS = 2**24  # number of fp32 logits in one block
 
 
 @dataclass(slots=True)
 class Sums:
-    """Over the tokens of one rank, fp64 [L + 1]: one entry for every model without a layer, then the whole model's."""
+    """Sums over the tokens of one rank, fp64 [L + 1]: entry i is the model without layer i, the last the whole model."""
 
     losses: Tensor  # cross-entropies
-    squares: Tensor  # of the logits' differences to the whole model; last, of its logits themselves
+    squares: Tensor  # squared differences of the logits to the whole model's; the last entry: its squared logits
     num_tokens: Tensor  # scalar
 
 
@@ -32,13 +32,13 @@ def without_each_layer(
 ) -> tuple[Tensor, Tensor]:
     """Run the model without layer i, for every i, and the whole model.
 
-    What comes before a dropped layer is computed once for all, so that L layers take about L²/2 layer passes. Every
-    layer, and every block of the output layer's rows, is read once per chunk; `chunk_tokens` bounds the tokens of all
-    L + 1 models together. All ranks call it with their own sequences; a negative token is padding and never counts.
+    The layers before a removed one are computed once for all models, so L layers take about L²/2 layer passes. Every layer,
+    and every block of the output layer, is read once per chunk. `chunk_tokens` limits the tokens of all L + 1 models
+    together. Every rank calls it with its own sequences. A negative token is padding and is ignored.
 
     Returns:
-        Mean next-token cross-entropies, fp64 [L + 1], nats, the whole model's last; and the change of the logits
-        M of every token that predicts one, Σ (M - M_without)² / Σ M², fp64 [L]. Over the sequences of all ranks.
+        Two tensors over the sequences of all ranks. Mean next-token cross-entropies, fp64 [L + 1], nats, the whole model's
+        last. The relative change of the logits M, Σ (M - M_without)² / Σ M², fp64 [L].
     """
     depth, groups = layers.shape.num_layers, layers.groups
 
@@ -56,10 +56,10 @@ def without_each_layer(
 
 
 def add_chunk(layers: Layers, batches: tuple[Tensor, ...], sums: Sums) -> Iterator[int]:
-    """Add one chunk, [B, S] each; yields after every layer."""
+    """Add one chunk of batches, [B, S] each; yields after every layer."""
     rotary = layers.rotary(batches[0].shape[1])
     whole = [layers.embed(batch) for batch in batches]
-    without: list[list[Tensor]] = []  # without[i]: what the model without layer i makes of the batches
+    without: list[list[Tensor]] = []  # without[i]: the batches' hidden states in the model without layer i
     for i in range(layers.shape.num_layers):
         layer = layers[i]
         without = [[forward(layer, x, rotary) for x in hidden] for hidden in without]
@@ -77,23 +77,23 @@ def add_chunk(layers: Layers, batches: tuple[Tensor, ...], sums: Sums) -> Iterat
 
 
 def add_outputs(layers: Layers, hidden: list[Tensor], targets_T: Tensor, sums: Sums) -> None:
-    """Add what the output layer makes of each of `hidden`, [T, H] after the last norm; the whole model's is the last.
+    """Add losses and logit changes of every model in `hidden`, [T, H] each after the last norm; the whole model is last.
 
-    The vocabulary passes in blocks of rows: neither it nor the logits are held.
+    The output layer is read in blocks of rows, so neither its weights nor all logits are held.
     """
     groups, size = layers.groups, layers.shape.vocab_size // layers.groups.tp_size
     first = groups.tp_rank * size
     step = max(1, LOGITS // max(1, len(targets_T)))
     log_sums = torch.full((len(hidden), len(targets_T)), -torch.inf, dtype=torch.float64, device=targets_T.device)
-    chosen = torch.zeros_like(log_sums)  # the targets' logits, where this rank owns them
+    chosen = torch.zeros_like(log_sums)  # the targets' logits, where this rank holds them
     squares = torch.zeros_like(sums.squares)
     for start in range(first, first + size, step):
-        rows_VH = layers.output_rows(start, min(start + step, first + size))
-        own = (targets_T >= start) & (targets_T < start + len(rows_VH))
-        whole_TV = (hidden[-1] @ rows_VH.t()).float()
+        output = layers.output_layer(start, min(start + step, first + size))
+        own = (targets_T >= start) & (targets_T < start + output.num_rows)
+        whole_TV = output.logits(hidden[-1])
         for k, x_TH in enumerate(hidden):
             is_whole = k == len(hidden) - 1
-            logits_TV = whole_TV if is_whole else (x_TH @ rows_VH.t()).float()
+            logits_TV = whole_TV if is_whole else output.logits(x_TH)
             log_sums[k] = torch.logaddexp(log_sums[k], logits_TV.logsumexp(-1).double())
             chosen[k, own] = logits_TV[own, targets_T[own] - start].double()
             change_TV = logits_TV if is_whole else logits_TV - whole_TV

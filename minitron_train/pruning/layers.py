@@ -1,4 +1,4 @@
-"""A checkpoint's decoder, one layer at a time: scoring and repair walk through it without holding the model."""
+"""A checkpoint's decoder, one layer at a time, for scoring, rotation and repair of models that do not fit in memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,13 +12,14 @@ from minitron_train.arch import ParamSpec, convert
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
 from minitron_train.model.build import Norm, build
+from minitron_train.model.vocabulary import OutputLayer, StreamedEmbedding
 from minitron_train.parallel.groups import Groups
 
 # B batch, S sequence, H hidden
 
 
 class RowSource(convert.Source, Protocol):
-    """A source that reads any rows at once: shards.RowReader, or a pruned view of one."""
+    """A source that also reads arbitrary rows of a tensor: shards.RowReader, or a pruned view of one."""
 
     def rows(self, name: str, index_N: Tensor) -> Tensor:
         """Rows `index_N` (ascending) of the tensor `name`."""
@@ -26,15 +27,14 @@ class RowSource(convert.Source, Protocol):
 
 
 class Layers:
-    """The layers of one model as megatron-core modules, loaded when they are asked for.
+    """The layers of one model as megatron-core modules, loaded at first access.
 
-    `resident` keeps every layer; otherwise one layer's weights are held at a time, so that a model of any size passes
-    through. Both run the same code on the same weights: their results are bit-equal. Of the token embeddings only those
-    rows are read that a micro-batch asks for.
+    `resident` keeps every loaded layer in memory; otherwise one layer is held at a time. Both run the same code on the
+    same weights, so results are bit-equal. Of the token embeddings, only the rows of a micro-batch's tokens are read.
 
     Args:
-        source: where tensors come from.
-        dtype: of weights and activations.
+        source: the model's tensors.
+        dtype: number type of weights and activations.
     """
 
     def __init__(
@@ -51,22 +51,21 @@ class Layers:
         slots = shape.num_layers if resident else 1
         stub = replace(shape, num_layers=slots, vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
         self.model = build(stub, tp=groups.tp_size, tp_group=groups.tp_group, dtype=dtype).eval().requires_grad_(False)
+        self.model.embedding.word_embeddings = StreamedEmbedding(self._embedding_rows)  # type: ignore[assignment]
         self.loaded: list[int | None] = [None] * slots
         self._fill([row for row in table.rows if not row.per_layer and row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
-        ids, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
-        rows = self.source.rows(self.tensor_name(EMBEDDING), ids.cpu())
-        return rows.to(self.groups.device, self.dtype)[places_BS.t().to(self.groups.device)]
+        return self.model.embed(tokens_BS)
 
-    def output_rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the output layer's weight [V, H] (tied: of the embedding)."""
+    def output_layer(self, start: int, stop: int) -> OutputLayer:
+        """Rows [start, stop) of the whole vocabulary's output layer, which is the embedding where they are tied."""
         name = self.table.output_name(self.shape)
-        return self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype)
+        return OutputLayer(self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype))
 
     def tensor_name(self, mcore: str) -> str:
-        """The Hugging Face tensor of a parameter that is one tensor."""
+        """Hugging Face name of a parameter that is a single tensor."""
         row = next(row for row in self.table.rows if row.mcore == mcore)
         return next(iter(row.hf))
 
@@ -75,7 +74,7 @@ class Layers:
         return self.model.rotary_pos_emb(length)  # type: ignore[operator]
 
     def __getitem__(self, i: int) -> torch.nn.Module:
-        """Layer `i`, valid until another one is asked for."""
+        """Layer `i`, valid until the next access."""
         slot = i % len(self.loaded)
         if self.loaded[slot] != i:
             self._fill([row for row in self.table.rows if row.per_layer], i, slot)
@@ -86,6 +85,9 @@ class Layers:
     def final_norm(self) -> Norm:
         """The norm after the last layer."""
         return self.model.get_submodule("decoder.final_layernorm")  # type: ignore[return-value]
+
+    def _embedding_rows(self, index_U: Tensor) -> Tensor:
+        return self.source.rows(self.tensor_name(EMBEDDING), index_U).to(self.groups.device, self.dtype)
 
     def _fill(self, rows: list[ParamSpec], i: int, slot: int) -> None:
         for row in rows:
@@ -100,7 +102,7 @@ def forward(layer: torch.nn.Module, hidden_SBH: Tensor, rotary: Tensor) -> Tenso
 
 @contextlib.contextmanager
 def seeing(module: torch.nn.Module, *, of_input: bool) -> Iterator[list[Tensor]]:
-    """Collect a module's inputs or outputs in the block."""
+    """Collect a module's inputs or outputs during a block."""
     seen: list[Tensor] = []
     if of_input:
         handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -36,18 +36,19 @@ def prune_checkpoint(
     tokens: Callable[[], Tensor],
     folder: Path,
 ) -> dict[str, Any]:
-    """Prune `teacher` to `student` and write its Hugging Face folder, with kept.safetensors (the first rank does, and the
-    others do not wait for it here: 15 B parameters take longer than a collective may).
+    """Prune `teacher` to `student`; the first rank writes the Hugging Face folder, with kept.safetensors.
+
+    The other ranks do not wait for the writing, because 15 B parameters take longer than a collective's timeout.
 
     Args:
         scores: the file that `score` wrote.
-        tokens: gives the calibration tokens [batches, sequences, length]; asked only when something is rotated or repaired.
+        tokens: returns the calibration tokens [batches, sequences, length]; called only for rotation, repair or steps.
 
     Returns:
         Facts for the stage's provenance.
 
     Raises:
-        UserError: a target that cannot be cut out of the teacher, scores of another teacher, too few tokens to repair.
+        UserError: the teacher cannot be pruned to the target, the scores are another teacher's, or tokens are too few.
     """
     student.check_parallel(groups.tp_size, "student")
     check_target(teacher.shape, student, config.prune)
@@ -70,9 +71,9 @@ def choose(
     statistics: Statistics,
     tokens: Callable[[], Tensor],
 ) -> Keep:
-    """What is kept, at once or in prune.iterations steps, each scored on the model that the step before left.
+    """Choose what is kept, in prune.iterations steps; each later step scores the model that the previous one left.
 
-    Step t of T keeps teacher - t (teacher - student) / T of every size (arXiv 2407.14679 §2.2).
+    After step t of T, every size is teacher - t (teacher - student) / T (arXiv 2407.14679 §2.2).
     """
     keep, num_steps = None, config.prune.iterations
     source: RowSource = RowReader(teacher)
@@ -103,7 +104,7 @@ def choose(
 
 
 def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) -> Shape:
-    """The shape after one step: heads per KV group shrink like a size, and what `tp` ranks share stays a multiple of it."""
+    """The shape after one step. Heads per KV group shrink like a size; sizes split over `tp` ranks stay multiples of it."""
 
     def left(have: int, want: int, unit: int = 1) -> int:
         return want + (have - want) * (num_steps - step) // num_steps // unit * unit
@@ -115,12 +116,12 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
 
 
 def rotated(config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, tokens: Tensor) -> Keep:
-    """`keep` with principal directions of the residual stream in the place of channels, where that is possible."""
+    """`keep` with principal directions of the residual stream instead of channels, if the teacher can be rotated."""
     sequences_NS, whole = tokens.flatten(0, 1), whole_layers(groups)
     used = num_repair_sequences(config.prune, sequences_NS.shape[1])
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     if reason := why_not(layers, keep.student.hidden_size):
-        say(f"prune.rotate: not for this teacher ({reason}); channels are kept instead")
+        say(f"prune.rotate: this teacher cannot be rotated ({reason}); keeping channels instead")
         return keep
     size = config.calibration.micro_batch_size
     return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size))
@@ -129,7 +130,7 @@ def rotated(config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, to
 def repaired_tensors(
     config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, tokens: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of repaired tensors."""
+    """Yield names and values of repaired tensors."""
     from minitron_train.pruning.repair import Repair
 
     sequences_NS = tokens.flatten(0, 1)
@@ -143,10 +144,10 @@ def repaired_tensors(
 
 @functools.cache
 def whole_layers(groups: Groups) -> Groups:
-    """The same processes, each holding layers whole: all of them data parallel. Its group is made once."""
+    """The same processes without tensor parallelism, all data parallel. Cached, because it creates a process group."""
     if groups.tp_size == 1:
         return groups
-    alone = dist.new_group([groups.rank], use_local_synchronization=True)  # nobody makes the others' groups
+    alone = dist.new_group([groups.rank], use_local_synchronization=True)  # each process creates only its own
     return replace(
         groups,
         tp_rank=0,

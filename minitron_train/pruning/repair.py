@@ -1,15 +1,15 @@
-"""Closed-form repair of a cut model: least squares against the teacher, layer after layer, with the student's own inputs.
+"""Closed-form repair of a pruned model: least squares against the teacher, one layer after the other.
 
-Teacher and student walk side by side through the same tokens. In every layer the linears are fitted in the order in
-which they are used, each on what the student itself, repaired so far, feeds into it:
+Teacher and student process the same tokens, one layer at a time. In every layer the linears are fitted in the order in
+which they run. Their inputs are the activations of the student as repaired so far. Their targets are:
 
-    linear_qkv, linear_fc1      to the teacher's outputs of the kept heads and neurons
-    linear_proj, linear_fc2     to what the student's residual stream lacks of the teacher's, at the kept channels
+    linear_qkv, linear_fc1      the teacher's outputs of the kept heads and neurons
+    linear_proj, linear_fc2     the difference between the teacher's and the student's residual stream, at kept channels
 
-so that the kept part makes up for the dropped part as far as it predicts it, and errors do not pile up from layer to
-layer. Layers that are dropped altogether are absorbed by the linear_fc2 before them, the first ones by the linears after
-them. Where embeddings are not tied, the output layer is fitted last. Memory: one layer of each model, two residual streams
-of all tokens, one Gram matrix.
+So kept parts compensate for dropped parts as far as they predict them, and errors do not accumulate over the layers. The
+linear_fc2 before a dropped layer also compensates for that layer; dropped first layers are compensated by the linears
+after them. Where embeddings are not tied, the output layer is fitted last. Memory: one layer of each model, two residual
+streams of all tokens, one Gram matrix.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,9 +33,7 @@ from minitron_train.runtime.errors import UserError
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
 
-TOKEN_WEIGHT_POWER = (
-    0.75  # a token weighs rms(stream)^-0.75: first tokens are 100 times larger and must not decide alone
-)
+TOKEN_WEIGHT_POWER = 0.75  # a token's weight is rms(stream)^-0.75, because first tokens are 100 times larger
 REFITTED = {
     Refit.none: (),
     Refit.outputs: ("linear_proj", "linear_fc2"),
@@ -52,18 +50,18 @@ class LeastSquares:
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=groups.device)
 
     def add(self, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor) -> None:
-        """Count tokens."""
+        """Add tokens."""
         weighted_IN = (x_NI * weight_N[:, None]).t()
         self.gram += weighted_IN @ x_NI
         self.cross += weighted_IN @ y_NO
 
     def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
-        """The best weights, drawn towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal.
+        """The best weights, regularised towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal.
 
-        Inputs that are zero for every token, as below an embedding of zeros, determine nothing: `start_OI` stays.
+        If all inputs are zero, as after an embedding of zeros, `start_OI` is returned.
 
         Raises:
-            UserError: on all processes, when inputs or outputs were not finite.
+            UserError: inputs or outputs are not finite; raised on all processes.
         """
         for sums in (self.gram, self.cross):
             self.groups.sum(sums)
@@ -89,21 +87,24 @@ class Streams:
     mask: Tensor
 
     def weight(self) -> Tensor:
-        """Of every token in the least squares, [N]."""
+        """Weight of every token in the least squares, [N]."""
         rms = self.teacher[self.mask].float().square().mean(-1).sqrt()
         return rms.clamp(min=1e-6).pow(-TOKEN_WEIGHT_POWER)
 
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """One half of a layer: norm, first linear, whatever is between, second linear, residual."""
+    """Attention or MLP of a layer: norm, first linear, second linear, residual connection."""
 
     norm: str
     first: str
     second: str
-    run: Callable[[torch.nn.Module, Tensor, Tensor], Tensor]  # layer, normalised stream, rotary -> what is added
+    run: Callable[
+        [torch.nn.Module, Tensor, Tensor], Tensor
+    ]  # layer, normalised stream, rotary -> what is added to the stream
 
 
+# A half adds its second linear's output to the residual stream: no post-norm (as in Gemma 2) may stand between them.
 HALVES = (
     Half(
         "input_layernorm",
@@ -116,12 +117,12 @@ HALVES = (
 
 
 class Repair:
-    """Walks teacher and student through `tokens_NS` and gives the student's repaired tensors.
+    """Runs teacher and student over `tokens_NS` and yields the student's repaired tensors.
 
-    Both must hold whole layers (no tensor parallelism); several processes share the sequences and find the same weights.
+    Both must hold whole layers (no tensor parallelism). The processes share the sequences and find the same weights.
 
     Raises:
-        UserError: too few tokens for the widest linear.
+        UserError: there are too few tokens for the widest linear.
     """
 
     def __init__(
@@ -141,9 +142,9 @@ class Repair:
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face name and value of every tensor of the student's layers, its last norm and its output layer.
+        """Yield Hugging Face name and value of every tensor of the student's layers, last norm and output layer.
 
-        The output layer comes in blocks of rows, and from the first process alone.
+        The output layer comes in blocks of rows, and on the first process alone.
         """
         kept = self.keep.layers.tolist()
         self._advance_teacher_over(range(kept[0]))
@@ -160,10 +161,10 @@ class Repair:
             name = row.mcore.split("{i}.")[-1] if row.per_layer else row.mcore.removeprefix("decoder.final_layernorm.")
             shards = [module.get_parameter(name).detach()]
             for part, tensor in shards_to_parts(row, self.keep.student, shards).items():
-                yield part.format(i=i), tensor.clone()  # the next layer takes the module's place
+                yield part.format(i=i), tensor.clone()  # the next layer overwrites the module's weights
 
     def _repair_half(self, half: Half, i: int, layer: int, absorbed: range) -> None:
-        """Fit both linears of one half, then advance both streams by it; the teacher's by the `absorbed` layers too."""
+        """Fit both linears of one half, then advance both streams; the teacher's also through the `absorbed` layers."""
         teacher, student, keep = self.teacher[layer], self.student[i], self.keep
         student_norm: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
         rows = kept_rows(self.rows[f"{half.first}.weight"], keep, layer).to(self.groups.device)
@@ -175,7 +176,7 @@ class Repair:
                 (student_norm(streams.student), y[..., rows]) for streams, y in zip(self.streams, wanted, strict=True)
             )
             self._fit(student.get_submodule(half.first), pairs)
-        for _ in wanted:  # what the fit has not asked for
+        for _ in wanted:  # advances the micro-batches that the fit did not use
             pass
         self._advance_teacher_over(absorbed)
         if self._fits(half.second):
@@ -184,14 +185,14 @@ class Repair:
             streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
 
     def _advance_teacher_over(self, dropped: range) -> None:
-        """Move the teacher's streams through layers that the student lacks."""
+        """Advance the teacher's streams through layers that the student does not have."""
         for layer in dropped:
             module = self.teacher[layer]
             for streams in self.streams:
                 streams.teacher = forward(module, streams.teacher, self.rotary)
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
-        """Move the teacher's streams through one half; gives its first linear's output of each micro-batch."""
+        """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
         norm = teacher.get_submodule(half.norm)
         for streams in self.streams:
             with seeing(teacher.get_submodule(half.first), of_input=False) as seen:
@@ -199,7 +200,7 @@ class Repair:
             yield seen[0]
 
     def _lacking(self, student: torch.nn.Module, half: Half) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input of the second linear, and what its output should be."""
+        """Yield the second linear's input and its target output for each micro-batch."""
         norm = student.get_submodule(half.norm)
         for streams in self.streams:
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
@@ -207,7 +208,7 @@ class Repair:
             yield seen[0], self._narrow(streams.teacher) - streams.student
 
     def _narrow(self, stream_SBD: Tensor) -> Tensor:
-        """The teacher's residual stream as the student should have it."""
+        """The teacher's residual stream, reduced to the student's channels or directions."""
         return stream_SBD[..., self.kept] if self.down_DH is None else stream_SBD @ self.down_DH
 
     def _fits(self, name: str) -> bool:
@@ -223,13 +224,13 @@ class Repair:
         weight.copy_(squares.solve(weight, self.prune.ridge))
 
     def _scale(self, norm: Norm) -> None:
-        """Undo what the cut does to a norm: its denominator changes, and for LayerNorm the mean too.
+        """Rescale a norm, because pruning changes its denominator, and for LayerNorm its mean too.
 
-        With σ the RMS (LayerNorm: the standard deviation) and µ the mean over channels, effective weights become
-        γ mean(σ_student / σ_teacher), and biases gain γ mean((µ_student - µ_teacher) / σ_teacher). A rotated stream has no
-        mean, in either model, and a first guess of the factor is in its weights. The student's own stream is measured where
-        least squares keep it near the teacher's; where nothing does, it is what is kept of the teacher's stream, since a
-        stream that has drifted would ask for factors that make it drift further.
+        Let σ be the RMS (LayerNorm: the standard deviation) and µ the mean over channels. Effective weights become
+        γ mean(σ_student / σ_teacher). Biases increase by γ mean((µ_student - µ_teacher) / σ_teacher). With a rotated stream,
+        biases need no correction, and norms already contain an estimate of the factor. With refit, σ_student and µ_student
+        are measured on the student's own stream. Without refit, they are measured on the teacher's stream at the kept
+        channels, since factors from a student's stream that has drifted would increase the drift.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         for streams in self.streams:
@@ -271,7 +272,7 @@ class Repair:
         fitted = squares.solve(start, self.prune.ridge)
         vocabulary = range(self.keep.teacher.vocab_size) if self.groups.is_first else range(0)
         for start in vocabulary[::VOCABULARY_ROWS]:
-            rows = self.teacher.output_rows(start, min(start + VOCABULARY_ROWS, len(vocabulary)))
+            rows = self.teacher.output_layer(start, min(start + VOCABULARY_ROWS, len(vocabulary))).weight_VH
             yield self.teacher.tensor_name(OUTPUT), rows @ fitted
 
 
@@ -282,7 +283,7 @@ def channel_moments(x_NC: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
 
 
 def kept_rows(row: ParamSpec, keep: Keep, layer: int) -> Tensor:
-    """For each row of the student's fused parameter, its position in the teacher's (see arch.convert.pack)."""
+    """The position in the teacher's fused parameter of each row of the student's (see arch.convert.pack)."""
     parts, start, teacher = [], 0, keep.teacher
     for axes in row.hf.values():
         parts.append(torch.arange(start, start + teacher.axis_size(axes[0])))

@@ -1,4 +1,4 @@
-"""The scoring stage: calibration tokens through the teacher, statistics of its activations into scores.safetensors."""
+"""The scoring stage: runs calibration tokens through the teacher and writes activation statistics to scores.safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from minitron_train.runtime.launch import read_world
 def score_checkpoint(
     config: Config, groups: Groups, *, teacher: hf.HFFolder, tokens: Tensor, folder: Path
 ) -> dict[str, Any]:
-    """Score `teacher` on `tokens` and write `folder`/scores.safetensors (the first rank does).
+    """Score `teacher` on `tokens`; the first rank writes `folder`/scores.safetensors.
 
     Args:
-        tokens: int64 [batches, sequences, length]; a negative one is padding at a sequence's end.
+        tokens: int64 [batches, sequences, length]; a negative token is padding at the end of a sequence.
 
     Returns:
         Facts for the stage's provenance.
@@ -70,10 +70,10 @@ def score_checkpoint(
 def gather_evidence(
     layers: Layers, tokens: Tensor, calibration: CalibrationConfig, *, without_layers: bool = False
 ) -> Statistics:
-    """Statistics of all ranks over `tokens` [batches, sequences, length]; the same on every rank, on the host.
+    """Statistics of all ranks over `tokens` [batches, sequences, length], on the CPU; the same on every rank.
 
     Args:
-        without_layers: also run the model without each layer, which costs half as many passes as there are layers.
+        without_layers: also run the model without each layer, which takes L/2 more forward passes for L layers.
 
     Raises:
         UserError: NaN or infinities in the activations.
@@ -89,12 +89,12 @@ def gather_evidence(
 
 
 def scoring_dtype(calibration: CalibrationConfig, device: torch.device) -> torch.dtype:
-    """Of weights and activations; statistics are fp32 and fp64 in any case."""
+    """Number type of weights and activations; statistics are always fp32 and fp64."""
     return DTYPES[calibration.precision_on(device.type == "cuda")]
 
 
 def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:
-    """Whether all layers take at most half of the memory that is free on every rank's device."""
+    """Whether all layers take at most half of the free memory on every rank's device."""
     counts = architecture(shape.architecture).parameters(shape)
     needed = dtype.itemsize * sum(counts[part] for part in ("attention", "mlp", "norms")) / groups.tp_size
     if groups.device.type == "cuda":
@@ -105,7 +105,7 @@ def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:
 
 
 def check_tokens(sequences_NS: Tensor, teacher: hf.HFFolder, num_parts: int) -> None:
-    """Refuse tokens that the teacher cannot read."""
+    """Reject tokens outside the vocabulary, misplaced padding, sequences that are too long, and too few sequences."""
     if len(sequences_NS) < num_parts:
         raise UserError(
             f"calibration: {len(sequences_NS)} sequences for {num_parts} data-parallel ranks; give more samples"

@@ -1,4 +1,4 @@
-"""Which channels, heads, neurons and layers stay: the highest scores that make a valid student."""
+"""Selects the channels, heads, neurons and layers to keep: the highest scores that make a valid student."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from minitron_train.pruning.criterion import Evidence, best, depth_criterion
 from minitron_train.pruning.importance import Importance, importance
 
 FILE = "kept.safetensors"
-ALONE = -1  # a kept head that takes over no dropped one
+ALONE = -1  # partner of a kept head into which no dropped head is merged
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Kept indices of the teacher, ascending, int64; `heads`, `groups`, `ffn` and `partners` by teacher layer."""
+    """Indices of the teacher that are kept, ascending, int64; `heads`, `groups`, `ffn` and `partners` by teacher layer."""
 
     teacher: Shape
     student: Shape
@@ -28,13 +28,13 @@ class Keep:
     heads: dict[int, Tensor]
     groups: dict[int, Tensor]
     ffn: dict[int, Tensor]
-    partners: dict[int, Tensor]  # for every kept head the dropped head that it takes over, or ALONE
+    partners: dict[int, Tensor]  # the dropped head that is merged into each kept head, or ALONE
     merge: Merge = Merge.none
-    basis: Basis | None = None  # the residual stream is rotated, not cut to `embedding`
-    importance: Importance | None = None  # of all of the teacher, by which this was chosen; None after several steps
+    basis: Basis | None = None  # if set, the residual stream is rotated, and `embedding` is not used
+    importance: Importance | None = None  # the teacher's scores that chose this; None after several steps
 
     def rows(self, axis: str, layer: int) -> Tensor | None:
-        """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None keeps all of them."""
+        """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None means all."""
         if axis == "embd":
             if self.basis is not None:
                 return None
@@ -52,7 +52,7 @@ class Keep:
         return spread(kept, size)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their names in kept.safetensors: `layers.{i}` is the teacher's layer i."""
+        """The indices and scores by their names in kept.safetensors; `layers.{i}` is the teacher's layer i."""
         named = {"layers": self.layers}
         if self.basis is None:
             named["embedding"] = self.embedding
@@ -67,11 +67,11 @@ class Keep:
         return named | {f"importance.{name}": value.float().cpu().clone() for name, value in chosen_by.items()}
 
     def write(self, folder: Path) -> None:
-        """kept.safetensors."""
+        """Write kept.safetensors."""
         save_file({name: index.contiguous() for name, index in self.tensors().items()}, folder / FILE)
 
     def then(self, after: "Keep") -> "Keep":
-        """This cut, and `after` on its result, as one cut; neither merges heads nor rotates (see check_target)."""
+        """Combine this selection with `after`, made on its result. Neither may merge heads or rotate (see check_target)."""
         kept = after.layers.tolist()
         origin = {i: int(self.layers[i]) for i in kept}
         return Keep(
@@ -87,17 +87,17 @@ class Keep:
 
 
 def spread(kept: Tensor, size: int) -> Tensor:
-    """Indices of blocks of `size` rows -> indices of the rows."""
+    """Expand indices of blocks of `size` rows to indices of rows."""
     return (kept[:, None] * size + torch.arange(size)).flatten()
 
 
 def select(evidence: Evidence, student: Shape) -> Keep:
-    """Rank every axis and keep the best.
+    """Rank every axis and keep the highest scores.
 
-    Heads are ranked inside their KV group and every group keeps the same number, so that the student is a valid
-    grouped-query model (arXiv 2407.14679 prunes query heads only). Fewer KV groups than the teacher's, where asked for,
-    are those whose kept heads score highest. Embedding channels are the same in all layers.
-    The target must have passed check_target, or lie between one that has and the teacher.
+    Heads are ranked inside their KV group, and every group keeps the same number. So the student is a valid
+    grouped-query model (arXiv 2407.14679 prunes query heads only). If the student has fewer KV groups, the groups whose
+    kept heads score highest are kept. Embedding channels are the same in all layers. The target must have passed
+    check_target, or lie between such a target and the teacher.
     """
     teacher, scores = evidence.shape, importance(evidence)
     layers = keep_layers(evidence, student.num_layers)
@@ -119,8 +119,8 @@ def select(evidence: Evidence, student: Shape) -> Keep:
 def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Kept query heads (the same number in every kept KV group), kept groups, and the heads' partners.
 
-    Of a group's L heads by rank, K are kept; head i stands in for head 2K - i + 1 where there is one: (K, K + 1),
-    (K - 1, K + 2), … (arXiv 2407.14679 §2.2, whose printed range of i begins one too low).
+    The first K of a group's L ranked heads are kept. Head 2K - i + 1, if it exists, is merged into head i: (K, K + 1),
+    (K - 1, K + 2), … (arXiv 2407.14679 §2.2, where the printed range of i starts one too low).
     """
     per_group = student.num_attention_heads // student.num_query_groups
     grouped = scores.view(teacher.num_query_groups, -1)
@@ -135,7 +135,7 @@ def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, 
 
 
 def keep_layers(evidence: Evidence, num_layers: int) -> Tensor:
-    """Kept layers, ascending: all but prune.drop_layers, or those that prune.depth chooses."""
+    """Layers to keep, ascending: all but prune.drop_layers, or the choice of prune.depth."""
     have, prune = evidence.shape.num_layers, evidence.prune
     if prune.drop_layers is not None:
         return torch.tensor([i for i in range(have) if i not in prune.drop_layers])

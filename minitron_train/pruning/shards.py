@@ -1,6 +1,6 @@
-"""Safetensors files by rows: blocks are written in any order and by many threads; hf.RowReader reads them.
+"""Writes safetensors files by rows, in any order and from many threads; hf.RowReader reads rows.
 
-All sizes are known before the first byte is written, so that a disk without room is noticed at the start.
+All sizes are known before the first byte is written, so a full disk is reported at the start.
 """
 
 import json
@@ -21,15 +21,15 @@ from minitron_train.runtime.files import disk_errors
 __all__ = ["ITEM_BYTES", "RowReader", "RowWriter", "runs"]
 
 ITEM_BYTES = {stored: dtype.itemsize for stored, dtype in hf.STORED_DTYPES.items()}
-ALIGNMENT = 4096  # of the data in a written file
+ALIGNMENT = 4096  # bytes; tensor data start at a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the rows of a tensor are written."""
+    """The position of a tensor in a file."""
 
     file: int  # file descriptor
-    offset: int  # of the first byte
+    offset: int  # first byte
     row_bytes: int
 
 
@@ -56,7 +56,7 @@ class RowWriter:
             hf.write_index(folder, shards, sum(num_bytes(*tensor) for tensor in tensors.values()))
 
     def _lay_out(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Header, and room for all bytes of one file."""
+        """Write one file's header and allocate all its bytes."""
         offsets, end = {}, 0
         for name, tensor in tensors.items():
             offsets[name], end = end, end + num_bytes(*tensor)
@@ -75,7 +75,7 @@ class RowWriter:
             self.places[name] = Place(file, start + offsets[name], prod(size[1:]) * ITEM_BYTES[dtype])
 
     def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
-        """Write contiguous `rows`, any dtype, from row `first_row` of tensor `name` on. Thread-safe."""
+        """Write contiguous `rows`, of any dtype, starting at row `first_row` of tensor `name`. Thread-safe."""
         place, view = self.places[name], memoryview(rows.data).cast("B")
         offset = place.offset + first_row * place.row_bytes
         with disk_errors(self.folder):
@@ -92,5 +92,5 @@ class RowWriter:
 
 
 def num_bytes(dtype: str, size: tuple[int, ...]) -> int:
-    """Of one tensor."""
+    """Bytes of one tensor."""
     return prod(size) * ITEM_BYTES[dtype]

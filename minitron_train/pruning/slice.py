@@ -1,7 +1,7 @@
-"""The slicing stage: the kept rows and columns of every tensor, from one Hugging Face folder into another.
+"""Slicing: copies the kept rows and columns of every tensor from one Hugging Face folder to another.
 
-Blocks of rows pass through a few threads, each reading, cutting and writing its own: memory is a few blocks, whatever
-the size of the model, and rows that are not kept are not read.
+A few threads read, slice and write blocks of rows. Memory is a few blocks, whatever the model's size, and dropped rows
+are not read.
 """
 
 import json
@@ -26,14 +26,14 @@ from minitron_train.pruning.basis import Basis
 from minitron_train.pruning.select import ALONE, Keep, spread
 from minitron_train.pruning.shards import ITEM_BYTES, RowReader, RowWriter
 
-BLOCK_BYTES = 16 * 2**20  # read at once by one thread
-VOCABULARY_ROWS = 4096  # that are rotated at once
+BLOCK_BYTES = 16 * 2**20  # bytes of a block that one thread reads
+VOCABULARY_ROWS = 4096  # rows of a block of the vocabulary's matrices
 NUM_THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a tensor of the student comes from."""
+    """The teacher's tensor from which a tensor of the student is made."""
 
     name: str  # the teacher's tensor
     layer: int  # the teacher's layer
@@ -42,7 +42,7 @@ class Origin:
 
 
 def origins(teacher: hf.HFFolder, keep: Keep) -> dict[str, Origin]:
-    """Of every tensor of the student, by its name."""
+    """The origin of every tensor of the student, by its name."""
     found = {}
     for row in teacher.table.rows_of(keep.student):
         for i in row.layers(keep.student):
@@ -53,7 +53,7 @@ def origins(teacher: hf.HFFolder, keep: Keep) -> dict[str, Origin]:
 
 
 class Sliced:
-    """The student as a view of its teacher: a RowSource (see pruning.layers) that reads and cuts one tensor at a time."""
+    """The student as a view of its teacher: a RowSource (see pruning.layers) that slices a tensor when it is read."""
 
     def __init__(self, teacher: hf.HFFolder, keep: Keep) -> None:
         self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
@@ -68,18 +68,18 @@ class Sliced:
         return tensor if dim is None else tensor.narrow(dim, start, (stop or tensor.shape[dim]) - start)
 
     def rows(self, name: str, index_N: Tensor) -> Tensor:
-        """Rows `index_N` (ascending) of a tensor whose rows are the teacher's, like the embedding."""
+        """Rows `index_N` (ascending) of a tensor that keeps all of the teacher's rows, such as the embedding."""
         origin = self.origins[name]
         assert self._shares_rows(origin), name
         return self._cut(self.source.rows(origin.name, index_N), origin)
 
     def _shares_rows(self, origin: Origin) -> bool:
-        """Whether the student's rows are cuts of the teacher's rows in the same places."""
+        """Whether each of the student's rows is made from the teacher's row at the same position."""
         mixed = self.is_rotated(origin) and origin.axes[0] == "embd"
         return self.keep.rows(origin.axes[0], origin.layer) is None and not mixed
 
     def _cut(self, whole: Tensor, origin: Origin) -> Tensor:
-        """The teacher's tensor, or rows of it that the student shares -> the student's."""
+        """Make the student's tensor from the teacher's, or rows of it from the teacher's rows."""
         kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
         tensor = whole
         for axis, index in enumerate(kept):
@@ -89,7 +89,7 @@ class Sliced:
         return self._rotate(tensor.float(), origin) if self.is_rotated(origin) else tensor
 
     def is_merged(self, origin: Origin) -> bool:
-        """Whether kept heads take over something of dropped ones in this tensor."""
+        """Whether dropped heads are merged into kept ones in this tensor."""
         if self.keep.merge is Merge.none or "q" not in origin.axes:
             return False
         return (origin.axes[0] == "q") == (self.keep.merge is Merge.queries)
@@ -108,11 +108,11 @@ class Sliced:
         return tensor.index_copy(axis, places, merged)
 
     def is_rotated(self, origin: Origin) -> bool:
-        """Whether this tensor touches a residual stream that is rotated."""
+        """Whether this tensor has an axis along a rotated residual stream."""
         return self.keep.basis is not None and "embd" in origin.axes
 
     def _rotate(self, tensor: Tensor, origin: Origin) -> Tensor:
-        """Into the student's basis (see pruning.basis); a norm's weights go into the linear that reads it."""
+        """Transform to the student's basis (see pruning.basis); a norm's weights are folded into the linear after it."""
         basis, axes = self.keep.basis, origin.axes
         assert basis is not None
         if origin.mcore == EMBEDDING:
@@ -124,16 +124,16 @@ class Sliced:
         return self._folded(tensor, origin) / self._gain(READ_NORMS[origin.mcore], origin.layer)
 
     def _folded(self, tensor: Tensor, origin: Origin) -> Tensor:
-        """A linear that has taken over the weights of the norm that it reads."""
+        """A linear with the weights of the norm before it folded in."""
         basis = self.keep.basis
         assert basis is not None
         return (tensor * self._gamma(READ_NORMS[origin.mcore] + ".weight", origin.layer)) @ basis.up_DH
 
     def _gain(self, norm: str, layer: int) -> Tensor:
-        """What a norm's weights take back from the linears that read it, so that their columns are of one size again, [H].
+        """Weights of a norm, [H], that give the columns of the linears after it equal sizes.
 
-        The model is the same with ones. But optimizers change all weights by the same amount, and where a direction is
-        large in the stream, its column in the linears is small: the norm has to make it so, or training diverges.
+        The model's output would be the same with ones. But AdamW changes all weights by about the same amount, and a
+        direction that is large in the stream has a small column in the linears. Without these weights, training diverges.
         """
         if "{i}" not in norm:
             return torch.ones(self.keep.student.hidden_size)
@@ -158,7 +158,7 @@ class Sliced:
 
     @property
     def _offset(self) -> float:
-        """What a norm adds to its stored weights."""
+        """The constant that a norm adds to its stored weights."""
         return float(self.source.checkpoint.table.transformer["layernorm_zero_centered_gamma"])
 
     def _gamma(self, mcore: str, layer: int) -> Tensor:
@@ -179,7 +179,7 @@ class Block:
 
 
 def blocks(teacher: hf.HFFolder, keep: Keep, names: Mapping[str, Origin]) -> Iterator[Block]:
-    """The work of slicing, cut so that each block reads about BLOCK_BYTES."""
+    """Yield blocks of rows; each reads about BLOCK_BYTES."""
     for name, origin in names.items():
         size, kept = teacher.sizes[origin.name], [keep.rows(axis, origin.layer) for axis in origin.axes]
         rows = np.arange(size[0]) if kept[0] is None else kept[0].numpy()
@@ -190,14 +190,14 @@ def blocks(teacher: hf.HFFolder, keep: Keep, names: Mapping[str, Origin]) -> Ite
 
 
 def copy_block(block: Block, reader: RowReader, writer: RowWriter, dtype: str) -> None:
-    """Read, cut, write."""
-    item = {8: np.uint64, 4: np.uint32, 2: np.uint16}[ITEM_BYTES[dtype]]  # bits are moved, never interpreted
+    """Read, slice and write one block."""
+    item = {8: np.uint64, 4: np.uint32, 2: np.uint16}[ITEM_BYTES[dtype]]  # bits are copied, never interpreted
     raw = np.empty((len(block.rows), reader.row_bytes(block.origin.name)), np.uint8)
     reader.read_rows(block.origin.name, block.rows, raw)
     values = raw.view(item)
     if block.columns is not None:
         cut = np.empty((len(values), len(block.columns)), item)
-        values = np.take(values, block.columns, axis=1, out=cut, mode="clip")  # clip spares the check of every index
+        values = np.take(values, block.columns, axis=1, out=cut, mode="clip")  # clip skips the bounds check
     writer.write(block.name, block.first_row, values)
 
 
@@ -207,7 +207,7 @@ def slice_checkpoint(
     """Write the student's Hugging Face folder, with kept.safetensors, into the empty `folder`.
 
     Args:
-        replaced: tensors of the student that are not the teacher's (repaired ones), whole or in pieces, first rows first.
+        replaced: repaired tensors, which are not sliced from the teacher: whole, or in blocks of rows in order.
 
     Returns:
         Facts for the stage's provenance.
@@ -246,7 +246,7 @@ def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, d
     """Write rows of one tensor in the checkpoint's dtype.
 
     Raises:
-        UserError: a value is beyond its range.
+        UserError: a value is out of the dtype's range.
     """
     remedy = "convert the teacher to bfloat16 or float32 first"
     stored = hf.cast(tensor.cpu(), dtype, f"tensor {name} of the pruned model", remedy)
@@ -254,7 +254,7 @@ def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, d
 
 
 def check_parameters(written: hf.HFFolder, student: Shape) -> int:
-    """Parameters on disk, which must be the plan's: a student that silently stayed as large as its teacher is no student."""
+    """Number of parameters in the written folder; an assertion error if it is not the planned one."""
     assert not written.unexpected, f"{written.folder}: holds {written.unexpected[0]}, which the student does not have"
     planned = sum(written.table.parameters(student).values())
     actual = sum(prod(size) for size in written.sizes.values())

@@ -1,8 +1,8 @@
-"""Running statistics of activations, from which all nine aggregations of arXiv 2407.14679 table 13 follow. Pure maths.
+"""Running statistics of activations, which give all nine aggregations of arXiv 2407.14679 table 13.
 
-One sequence gives, for every channel, three values: mean |x|, sqrt(Σ x²) and the variance over its tokens. Over the
-batch, each of the three is kept as a count, a mean and a sum of squared deviations, merged exactly (Chan et al. 1979),
-so that the result does not depend on how the batch was split. The values are never negative, hence over n sequences
+For every channel, one sequence gives three values: mean |x|, sqrt(Σ x²) and the variance over its tokens. Over the batch,
+each of the three is stored as a count, a mean and a sum of squared deviations. These merge exactly (Chan et al. 1979), so
+the result does not depend on how the batch is split. The values are never negative, so over n sequences
 
     mean(|a|) = mean        L2(a) = sqrt(deviations + n mean²)        var(a) = deviations / n
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from minitron_train.config import Aggregation
 
-# S sequence, B batch, C channels (the rank's own)
-ORDER = (Aggregation.mean, Aggregation.l2, Aggregation.var)  # of the per-sequence values in `Moments`
-SCRATCH_BYTES = {"cpu": 2**19, "cuda": 2**23}  # a thread, of what is reduced at once: on a CPU it stays in the cache
-FP32_TOKENS = 128  # positions that are summed in fp32 before the sum goes into fp64
+# S sequence, B batch, C channels (local shard)
+ORDER = (Aggregation.mean, Aggregation.l2, Aggregation.var)  # order of the per-sequence values in `Moments`
+SCRATCH_BYTES = {"cpu": 2**19, "cuda": 2**23}  # size of a block for each thread; on a CPU it fits the cache
+FP32_TOKENS = 128  # positions that are summed in fp32; sums over more are fp64
 
 
 def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
@@ -26,14 +26,14 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
     The activation is read once, in blocks of SCRATCH_BYTES; no fp32 copy of it is made.
 
     Args:
-        mask_SB: bool, False marks padding, which never counts; None when there is none.
+        mask_SB: bool, False marks padding, which is ignored; None if there is no padding.
     """
     length, width = len(x_SBC), x_SBC[0].numel()
     num_bytes = SCRATCH_BYTES[x_SBC.device.type] * torch.get_num_threads()
     num_rows = max(1, min(FP32_TOKENS, num_bytes // (4 * width)))
     scratch = torch.empty(num_rows, width, device=x_SBC.device)
     one, partial = torch.ones(1, num_rows, device=x_SBC.device), torch.empty(3, width, device=x_SBC.device)
-    sums = torch.zeros(3, width, dtype=torch.float64, device=x_SBC.device)  # of x, |x| and x²
+    sums = torch.zeros(3, width, dtype=torch.float64, device=x_SBC.device)  # sums of x, |x| and x²
     for span in range(0, length, FP32_TOKENS):
         partial.zero_()
         stop = min(span + FP32_TOKENS, length)
@@ -51,7 +51,7 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
 
 
 def add_sums(sums_3W: Tensor, x_SBC: Tensor, scratch_SW: Tensor, one_1S: Tensor) -> None:
-    """Add Σ x, Σ |x| and Σ x² over the rows of `x` to `sums`; products with a row of ones are the fastest sums."""
+    """Add Σ x, Σ |x| and Σ x² over the rows of `x` to `sums`. A product with a row of ones is the fastest way to sum."""
     if x_SBC.dtype is torch.float32 and x_SBC.is_contiguous():
         x_SW = x_SBC.flatten(1)
     else:
@@ -72,18 +72,18 @@ class Moments:
 
     @classmethod
     def of(cls, values_3BC: Tensor) -> "Moments":
-        """Of one micro-batch."""
+        """Statistics of one micro-batch."""
         values = values_3BC.double()
         mean = values.mean(1)
         deviations = (values - mean[:, None]).square().sum(1)
         return cls(torch.tensor(float(values.shape[1]), dtype=torch.float64, device=values.device), mean, deviations)
 
     def cpu(self) -> "Moments":
-        """The same on the host."""
+        """A copy on the CPU."""
         return Moments(self.count.cpu(), self.mean.cpu(), self.deviations.cpu())
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both batches together; exact up to rounding, in any order."""
+        """Statistics of both batches together; exact up to rounding, in any order."""
         count = self.count + other.count
         delta = other.mean - self.mean
         share = other.count / count

@@ -1,4 +1,4 @@
-"""Which students can be cut out of a teacher: asked before any work, and of every shape of a search's grid."""
+"""Checks whether a teacher can be pruned to a student, before any work and for every shape of a search's grid."""
 
 from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import Shape
@@ -8,7 +8,7 @@ from minitron_train.runtime.errors import UserError
 
 
 def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibration: CalibrationConfig) -> None:
-    """Refuse, before scoring, a target that cannot be cut out of the teacher, or a repair from too few tokens."""
+    """Reject, before scoring, a target that the teacher cannot be pruned to, and a repair from too few tokens."""
     check_target(teacher, student, prune)
     if calibration.tokens is None:
         num_sequences = min(calibration.num_samples, num_repair_sequences(prune, calibration.seq_length))
@@ -16,7 +16,7 @@ def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibratio
 
 
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
-    """Refuse a student that cannot be cut out of the teacher, before any work."""
+    """Reject a student that the teacher cannot be pruned to."""
     teacher.smaller(**student.sizes())
     check_rules(student, "student")
     at_once = (
@@ -44,7 +44,7 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
         if len(dropped) != teacher.num_layers - student.num_layers or not dropped <= set(range(teacher.num_layers)):
             raise UserError(
                 f"prune.drop_layers={prune.drop_layers}: student.num_layers={student.num_layers} of {teacher.num_layers} "
-                f"asks for {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
+                f"needs {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
                 "change one of them"
             )
     for key in ("hidden_size", "ffn_hidden_size"):
@@ -57,20 +57,20 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
 
 
 def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
-    """Refuse a fit on so few tokens that it would fit noise."""
+    """Reject a least-squares fit on too few tokens, which would fit noise."""
     least = least_tokens(student)
     if prune.refit is not Refit.none and num_tokens < least:
         raise UserError(
             f"calibration: {num_tokens} tokens are too few to fit {least // TOKENS_PER_INPUT} inputs by least squares, "
-            f"{least} are the least; "
+            f"at least {least} are needed; "
             "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
         )
 
 
 def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:
-    """Sequences that rotation and repair are fitted on at most, the same on any number of processes.
+    """Largest number of sequences that rotation and repair are fitted on, the same on any number of processes.
 
-    The processes share them and hold all: a repair's two residual streams take 4 (D + H) repair_tokens bytes together
-    (D, H: hidden sizes of teacher and student), rotation's one 4 D repair_tokens.
+    The processes hold them all together. A repair's two residual streams take 4 (D + H) repair_tokens bytes (D, H: hidden
+    sizes of teacher and student). A rotation's stream takes 4 D repair_tokens bytes.
     """
     return max(1, prune.repair_tokens // seq_length)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minitron_train.arch import Shape, convert
+from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.stream import TokenStream, validation_tokens
@@ -18,6 +18,7 @@ from minitron_train.distillation.loss import real_rows
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config
 from minitron_train.model.build import DTYPES, LanguageModel, build
+from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import can_shard_optimizer_here, gemm_flops
@@ -154,7 +155,7 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
         transformer_engine=config.train.transformer_engine,
         **arguments,
     )
-    convert.load(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
+    load_weights(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
     return model
 
 

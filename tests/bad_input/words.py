@@ -65,7 +65,7 @@ NUMBERS = [
     Case(
         "streamed teacher that is to write",
         f"score {MICRO} calibration.teacher_share=0.5 calibration.streamed=true",
-        "streamed layer by layer cannot write",
+        "streamed layer by layer cannot generate",
         TAUGHT,
     ),
     Case("no checkpoint kept", "distill checkpoint.keep=0", "checkpoint.keep=0"),

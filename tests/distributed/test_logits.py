@@ -16,8 +16,8 @@ TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
 def split_logits(rank: int, world_size: int, folders: list[Path], sequence_parallel: bool) -> list[torch.Tensor]:
     """Full-vocabulary logits [B, S, V] of each folder at TP = world_size, after the bit-equality of the export."""
-    from minitron_train.arch.convert import load
     from minitron_train.model.build import build
+    from minitron_train.model.load import load_weights
     from minitron_train.parallel.groups import start
 
     found = []
@@ -25,7 +25,7 @@ def split_logits(rank: int, world_size: int, folders: list[Path], sequence_paral
         for folder in folders:
             checkpoint = HFFolder(folder)
             model = build(checkpoint.shape, tp=world_size, sequence_parallel=sequence_parallel).eval()
-            load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
+            load_weights(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
             with torch.no_grad():
                 tokens = TOKENS_BS[:, :16] if sequence_parallel else TOKENS_BS
                 logits = torch.cat(groups.gather(model.logits(model(tokens))), dim=-1).transpose(0, 1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from minitron_train import hf
-from minitron_train.arch import convert
 from minitron_train.config import Refit
 from minitron_train.model.build import build
+from minitron_train.model.load import load_weights
 from minitron_train.runtime.errors import UserError
 from tests.support.models import COMMON, exported, hf_logits, save_random
 from tests.support.pruning import configuration, random_tokens, run_cut
@@ -29,7 +29,7 @@ def models(tmp_path_factory):
 def test_logits_and_export(models, groups, family):
     checkpoint = hf.HFFolder(models[family])
     model = build(checkpoint.shape).eval()
-    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     with torch.no_grad():
         logits = model.logits(model(TOKENS[0])).transpose(0, 1)
     torch.testing.assert_close(logits, hf_logits(models[family], TOKENS[0]), rtol=0, atol=1e-4)
@@ -93,7 +93,7 @@ def test_what_is_accepted_computes_what_transformers_computes(tmp_path, groups, 
     config, lengths = ACCEPTED[name]
     checkpoint = hf.HFFolder(save_random({**COMMON, **config}, tmp_path))
     model = build(checkpoint.shape).eval()
-    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     for length in lengths:
         tokens = TOKENS[0][:, :length]
         assert tokens.shape[1] == length
@@ -107,7 +107,7 @@ def test_one_token_beyond_the_window_would_be_wrong(tmp_path, groups):
     """So the length is refused: the limit is neither too low nor too high by one."""
     checkpoint = hf.HFFolder(save_random({**COMMON, **ACCEPTED["window"][0]}, tmp_path))
     model = build(checkpoint.shape).eval()
-    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     tokens = TOKENS[0][:, :21]
     with torch.no_grad():
         difference = model.logits(model(tokens)).transpose(0, 1) - hf_logits(tmp_path, tokens)

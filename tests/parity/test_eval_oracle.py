@@ -36,16 +36,16 @@ def hf_answers(folder: Path, evaluation: EvalConfig, data_dir: Path) -> dict[str
 
 def our_answers(rank: int, world_size: int, tp: int, folder: Path, evaluation: EvalConfig, data_dir: Path) -> Any:
     """Results and rows of the same tasks on GPTModel."""
-    from minitron_train.arch.convert import load
     from minitron_train.evaluation.run import run_tasks
     from minitron_train.hf import HFFolder
     from minitron_train.model.build import build
+    from minitron_train.model.load import load_weights
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
         checkpoint = HFFolder(folder)
         model = build(checkpoint.shape, tp=tp)
-        load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, tp)
+        load_weights(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, tp)
         length = checkpoint.shape.max_position_embeddings
         return run_tasks(model, folder, length, evaluation, groups, data_dir)
 
@@ -103,16 +103,16 @@ def test_generated_tokens_equal_transformers(tmp_path: Path, tp: int) -> None:
 
 def generate(rank: int, world_size: int, folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of unequal prompts in one batch; one of them ends early and leaves the batch."""
-    from minitron_train.arch.convert import load
     from minitron_train.hf import HFFolder
     from minitron_train.model.build import build
     from minitron_train.model.generate import greedy
+    from minitron_train.model.load import load_weights
     from minitron_train.parallel.groups import start
 
     with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:
         checkpoint = HFFolder(folder)
         model = build(checkpoint.shape, tp=world_size, sequence_parallel=True)
-        load(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, world_size)
+        load_weights(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, world_size)
         ends = [lambda text: False, lambda text: len(text) == 5, lambda text: False]
         first = greedy(model, prompts, 24, ends, groups)
         assert len(first[1]) == 5

@@ -11,10 +11,10 @@ TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
 
 def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
-    from minitron_train.arch.convert import load
     from minitron_train.config import ParallelConfig
     from minitron_train.hf import HFFolder
     from minitron_train.model.build import build
+    from minitron_train.model.load import load_weights
     from minitron_train.parallel.groups import start
     from minitron_train.runtime.launch import World
     from tests.support.models import hf_logits
@@ -24,7 +24,7 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path]) -> None:
         for folder in tiny_models.values():
             checkpoint = HFFolder(folder)
             model = build(checkpoint.shape).eval()
-            load(model, checkpoint.table, checkpoint.shape, checkpoint)
+            load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
             with torch.no_grad():
                 found = model.logits(model(TOKENS_BS.to(groups.device))).transpose(0, 1).cpu()
             torch.testing.assert_close(found, hf_logits(folder, TOKENS_BS), rtol=0, atol=1e-4)

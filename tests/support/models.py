@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_train.arch.convert import export_tensors, parameters_by_row
+from minitron_train.arch.convert import export_tensors
 from minitron_train.hf import HFFolder
+from minitron_train.model.load import parameters_by_row
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,

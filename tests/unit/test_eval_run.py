@@ -16,7 +16,6 @@ import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
-from minitron_train.arch.convert import load
 from minitron_train.commands.evaluate import evaluate_one
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
@@ -30,6 +29,7 @@ from minitron_train.evaluation.results import collect
 from minitron_train.evaluation.run import evaluate_model, line, publish, run_tasks
 from minitron_train.hf import HFFolder
 from minitron_train.model.build import LanguageModel, build
+from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups, start
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -148,7 +148,7 @@ def test_broken_weights_name_the_row(folders: SimpleNamespace, tmp_path: Path) -
 def live(folder: Path, groups: Groups, max_length: int, evaluation: EvalConfig, data_dir: Path) -> Any:
     checkpoint = HFFolder(folder)
     model = build(checkpoint.shape)
-    load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     return run_tasks(model, folder, max_length, evaluation, groups, data_dir)
 
 
@@ -259,7 +259,7 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
             checkpoint = HFFolder(folders.model)
             student, teacher = build(checkpoint.shape), build(checkpoint.shape)
             for model in (student, teacher):
-                load(model, checkpoint.table, checkpoint.shape, checkpoint)
+                load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
             student.train()
             hook = TaskHook(evaluation, folders.model, 512, groups, folders.data)
             optimizer = torch.optim.SGD(student.parameters(), lr=1e-4)

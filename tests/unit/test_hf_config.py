@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
-from minitron_train.arch.rotary import llama3_frequencies
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, WINDOW_KEYS
 from minitron_train.hf import DTYPES, portable_tokenizer_config, read_json, shape_from_config, student_config
+from minitron_train.model.rotary import llama3_frequencies
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.export import default_dtype
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_train.arch import convert
 from minitron_train.hf import HFFolder, RowReader, cast, copy_tokenizer, fingerprint, folder_shape, locate
 from minitron_train.model.build import build
+from minitron_train.model.load import load_weights
 from minitron_train.runtime.errors import UserError
 from tests.support.models import hf_logits
 from tests.support.pruning import configuration, random_tokens, run_cut
@@ -77,7 +77,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
 def logits_of(checkpoint: HFFolder) -> Tensor:
     """Our logits [B, S, V]."""
     model = build(checkpoint.shape).eval()
-    convert.load(model, checkpoint.table, checkpoint.shape, checkpoint)
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
     with torch.no_grad():
         return model.logits(model(TOKENS_BS)).transpose(0, 1)
 
@@ -145,7 +145,7 @@ ACCEPTED: dict[str, tuple[str, Callable[[Path], Any], bool, str | None]] = {  # 
         "llama",
         lambda folder: edit(folder, quantization_config={"quant_method": "fp8"}),
         True,
-        r"says that the weights are quantised \(fp8\), the stored ones are not",
+        r"says that the weights are quantised \(fp8\), but the stored ones are not",
     ),
     "padding from the end": ("llama", lambda folder: edit(folder, pad_token_id=-1), True, None),
     "another format beside": ("llama_untied", consolidated, False, None),
@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another layout": (
         rewrite(lambda tensors: tensors | {DOWN: tensors[DOWN].T}),
-        r"down_proj.weight has size \[96, 64\], config.json says \[64, 96\]: as many values in another layout",
+        r"down_proj.weight has size \[96, 64\], config.json says \[64, 96\]: the same number of values in another layout",
     ),
     "rows added to the embedding alone": (
         rewrite(lambda tensors: rows_added(tensors) | {HEAD: tensors[HEAD]}),

@@ -349,9 +349,9 @@ def test_a_function_of_logits_is_chunked_over_tokens(monkeypatch: pytest.MonkeyP
     [
         (
             lambda s, t: (s - t).square().mean(),
-            r"gave a tensor of \[\] for 20 tokens; it must return one loss per token",
+            r"returned a tensor of \[\] for 20 tokens; it must return one loss per token",
         ),
-        (lambda s, t: None, "gave NoneType for 20 tokens"),
+        (lambda s, t: None, "returned NoneType for 20 tokens"),
     ],
 )
 def test_a_function_that_gives_no_loss_per_token_is_refused(function: Any, message: str) -> None:

@@ -87,7 +87,7 @@ def test_scores_without_statistics(scores, tiny_models, tmp_path):
         metadata = file.metadata()
     tensors = {name: value for name, value in load_file(scores).items() if not name.startswith("raw.")}
     save_file(tensors, tmp_path / "scores.safetensors", metadata=metadata)
-    with pytest.raises(UserError, match=r"raw statistics are not whole: .samples.\); remove it and run `score` again"):
+    with pytest.raises(UserError, match=r"raw statistics are incomplete: .samples.\); remove it and run `score` again"):
         Scores.read(tmp_path / "scores.safetensors", hf.HFFolder(tiny_models["nemotron"]))
 
 
@@ -153,7 +153,9 @@ def test_too_few_tokens_for_a_fit(tiny_models, groups, tmp_path):
     config = configuration(refit=Refit.all)
     run_cut(tmp_path / "enough", tiny_models["nemotron"], config, tokens, groups)
     tokens[:, :, 31:] = -1
-    with pytest.raises(UserError, match="372 tokens are too few to fit 96 inputs by least squares, 384 are the least"):
+    with pytest.raises(
+        UserError, match="372 tokens are too few to fit 96 inputs by least squares, at least 384 are needed"
+    ):
         run_cut(tmp_path / "few", tiny_models["nemotron"], config, tokens, groups)
 
 

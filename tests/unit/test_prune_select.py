@@ -134,7 +134,7 @@ def test_every_step_is_a_model_that_the_ranks_can_share(tp):
         (PruneConfig(), {"num_attention_heads": 3}, "choose 2 or 4"),
         (PruneConfig(), {"num_query_groups": 1, "num_attention_heads": 4}, "choose at most 3"),
         (PruneConfig(multiple_of=4), {"ffn_hidden_size": 5}, "choose 4"),
-        (PruneConfig(drop_layers=[1]), {"num_layers": 2}, "asks for 2 different layers"),
+        (PruneConfig(drop_layers=[1]), {"num_layers": 2}, "needs 2 different layers"),
         (PruneConfig(head_merge=Merge.queries), {"num_attention_heads": 2}, "at least half"),
         (PruneConfig(head_merge=Merge.queries, iterations=2), {}, r"prune\.iterations=2: .* prune\.head_merge=none"),
         (

@@ -1,1 +1,1 @@
-"""Pruning criteria, one file each, found by file name. minitron_train/pruning/criterion.py says what a file defines."""
+"""Pruning criteria, one file each, found by file name. minitron_train/pruning/criterion.py describes what a file defines."""

@@ -1,4 +1,4 @@
-"""Mean size of activations over the calibration tokens (arXiv 2407.14679 §2.2), as prune.*_aggregation say."""
+"""Size of activations over the calibration tokens, aggregated by prune.*_aggregation (arXiv 2407.14679 §2.2)."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from minitron_train.pruning.criterion import Evidence, Width
 
 
 def width(evidence: Evidence) -> Width:
-    """Channels by the outputs of all norms, heads by what enters the output projection, neurons by their activation."""
+    """Channels by the outputs of all norms, heads by the inputs of the output projection, neurons by their activations."""
     statistics, shape, prune = evidence.statistics, evidence.shape, evidence.prune
 
     def aggregate(name: str) -> Tensor:

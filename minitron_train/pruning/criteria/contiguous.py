@@ -1,4 +1,4 @@
-"""1 - cos over a run of neighbouring layers: the run with the least goes as a whole (arXiv 2403.17887)."""
+"""1 - cos between input and output of neighbouring layers: drops the run with the lowest (arXiv 2403.17887)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from minitron_train.pruning.criterion import Evidence
 
 
 def depth(evidence: Evidence, num_layers: int) -> Tensor:
-    """All layers but the run whose input and output are most alike at the last token."""
+    """All layers but the run whose input and output are most similar at the last token."""
     spans, have = evidence.statistics.spans, evidence.shape.num_layers
     assert spans is not None
     length = have - num_layers

@@ -1,4 +1,4 @@
-"""Normalised squared change of the logits without the layer: those with the least go (Nemotron Elastic, arXiv 2511.16664)."""
+"""Normalised squared change of the logits without a layer: drops the layers with the lowest (arXiv 2511.16664)."""
 
 from torch import Tensor
 

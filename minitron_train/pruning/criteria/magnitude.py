@@ -1,12 +1,14 @@
-"""L2 norm of all weights that go with a channel, head or neuron (the group norm of arXiv 2305.11627)."""
+"""L2 norm of all weights that belong to a channel, head or neuron (the group norm of arXiv 2305.11627)."""
 
 from minitron_train.pruning.criterion import Evidence, UnitSquares, Width
 
 
 def width(evidence: Evidence) -> Width:
-    """A channel: its entry of every tensor along the residual stream, in all layers, a tied embedding once.
+    """L2 norms over the weights of each unit.
 
-    A head: its query rows and output columns. A neuron: its rows of gate and up, its column of down.
+    The weights of a channel are its entries in every tensor along the residual stream, in all layers; a tied embedding
+    counts once. Those of a head are its query rows and output columns, those of a neuron its rows of gate and up and its
+    column of down.
     """
     sums = UnitSquares(evidence.shape)
     for row in evidence.table.rows_of(evidence.shape):

@@ -1,4 +1,4 @@
-"""Random numbers, the baseline of arXiv 2408.11796, figure 6; `seed` decides them."""
+"""Random scores from `seed`, the baseline of arXiv 2408.11796, figure 6."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""L2 norm of weight times input norm over all weights that read a unit (Wanda, arXiv 2306.11695; by groups 2312.11983)."""
+"""L2 norm of weight x input norm over the weights that read a unit (Wanda, arXiv 2306.11695; for groups 2312.11983)."""
 
 from minitron_train.arch.table import LAYER, OUTPUT
 from minitron_train.config import Aggregation
@@ -14,9 +14,9 @@ INPUTS = {  # a linear -> the hook point (see pruning.collect.POINTS) that sees 
 
 
 def width(evidence: Evidence) -> Width:
-    """Wanda's score of one weight is |W_oj| ‖x_j‖, x_j over all calibration tokens; a unit's is the L2 norm of its own.
+    """The L2 norm of Wanda's scores |W_oj| ‖x_j‖ over a unit's weights, with x_j over all calibration tokens.
 
-    prune.include_final_norm counts the output layer's weights for the channels too.
+    With prune.include_final_norm, the output layer's weights count for the channels too.
     """
     inputs = INPUTS | ({OUTPUT: FINAL_NORM} if evidence.prune.include_final_norm else {})
     sums, shape = UnitSquares(evidence.shape), evidence.shape

@@ -1,4 +1,7 @@
-"""Llama 3.1's frequency scaling (arXiv 2407.21783 §3.4.3) with any constants: megatron-core has its own in its code."""
+"""Llama 3.1's rotary frequency scaling (arXiv 2407.21783 §3.4.3), with the constants of config.json.
+
+megatron-core hard-codes the constants.
+"""
 
 import math
 
@@ -9,10 +12,11 @@ from minitron_train.arch.shape import Shape
 
 
 def llama3_frequencies(frequencies_D: Tensor, shape: Shape) -> Tensor:
-    """Rotary frequencies of a longer context, in radians per token.
+    """Rotary frequencies for a longer context, in radians per token.
 
-    Wavelengths above original / low_freq_factor tokens are stretched by the factor, those below
-    original / high_freq_factor stay, and between the two both are mixed (transformers, _compute_llama3_parameters).
+    Wavelengths above original / low_freq_factor tokens are stretched by the factor. Wavelengths below
+    original / high_freq_factor are unchanged. Between the two, both are interpolated linearly
+    (transformers, _compute_llama3_parameters).
     """
     assert shape.rope_scaling_factor is not None
     low, high, length = shape.rope_low_freq_factor, shape.rope_high_freq_factor, shape.rope_original_length

@@ -1,0 +1,90 @@
+"""The vocabulary's two matrices: where hidden states become logits, and how token embeddings are read one batch at a time.
+
+`OutputLayer` is the only code that multiplies by output weights, `LanguageModel.embed` the only code that embeds tokens.
+A model family that scales or caps its logits adds a field to `OutputLayer`, its effect to `logits` and its derivative to
+`add_gradients`. A family that scales its embeddings adds the factor to `LanguageModel.embed`.
+
+Legend: N tokens, V vocabulary rows, H hidden size, B batch, S sequence, U distinct tokens of a batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayer:
+    """Some rows of a model's output weights, [V, H]: one tensor-parallel rank's, or one block of them."""
+
+    weight_VH: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """V."""
+        return self.weight_VH.shape[0]
+
+    def rows(self, part: slice, dtype: torch.dtype) -> "OutputLayer":
+        """Some of the rows, in another dtype."""
+        return replace(self, weight_VH=self.weight_VH[part].to(dtype))
+
+    def logits(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., H].
+
+        Without `out_NV`: differentiable, multiplied in the weights' dtype as transformers does, then widened to fp32.
+        With `out_NV`: written there and summed in its dtype, which may be wider than the weights' (CUDA alone).
+        """
+        if out_NV is not None:
+            multiply(hidden_NH, self.weight_VH.T, out_NV)
+            return out_NV
+        logits_NV = hidden_NH @ self.weight_VH.T
+        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+    def add_gradients(
+        self,
+        grad_NV: Tensor,
+        hidden_NH: Tensor,
+        *,
+        hidden_grad_NH: Tensor | None,
+        weight_grad_VH: Tensor | None,
+        overwrite_weight_grad: bool,
+    ) -> None:
+        """Backward pass of `logits`: add d loss / d hidden and d loss / d weight to the given tensors; None skips one.
+
+        Args:
+            grad_NV: d loss / d logits, in the dtype of `hidden_NH`.
+            overwrite_weight_grad: write `weight_grad_VH` instead of adding to it.
+        """
+        if weight_grad_VH is not None:
+            multiply(grad_NV.T, hidden_NH, weight_grad_VH, add=not overwrite_weight_grad)
+        if hidden_grad_NH is not None:
+            multiply(grad_NV, self.weight_VH, hidden_grad_NH, add=True)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out = left @ right, or out += left @ right; operands of one dtype, the result of the same or a wider one."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    elif add:
+        out.add_(torch.mm(left, right, out_dtype=out.dtype))
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+class StreamedEmbedding(torch.nn.Module):
+    """Replaces the embedding matrix of a model that is not held in memory: reads only the rows that a batch needs.
+
+    Args:
+        read_rows: ascending row numbers [U], on the CPU -> these rows [U, H], on the model's device.
+    """
+
+    def __init__(self, read_rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.read_rows = read_rows
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Embeddings [B, S, H], whole on every tensor-parallel rank; a negative token is padding and gets the first row."""
+        ids_U, places_BS = tokens_BS.clamp(min=0).unique(return_inverse=True)
+        rows_UH = self.read_rows(ids_U.cpu())
+        return rows_UH[places_BS.t().to(rows_UH.device)].transpose(0, 1)  # megatron-core's embedding transposes it back
