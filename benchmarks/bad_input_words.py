@@ -54,18 +54,18 @@ NUMBERS = [
     Case("no calibration samples", "score calibration.num_samples=0", "calibration.num_samples=0"),
     Case(
         "teacher's share above one",
-        "score calibration.teacher_share=2",
-        "calibration.teacher_share=2.0: between 0 and 1",
+        "score calibration.self_generated_fraction=2",
+        "calibration.self_generated_fraction=2.0: must lie between 0 and 1",
     ),
     Case(
         "teacher's share of given tokens",
-        "score calibration.teacher_share=0.5 calibration.tokens=a.safetensors",
-        "calibration.teacher_share=0.5: 0 where calibration.tokens is set",
+        "score calibration.self_generated_fraction=0.5 calibration.tokens_path=a.safetensors",
+        "calibration.self_generated_fraction=0.5: must be 0 with calibration.tokens_path",
     ),
     Case(
         "streamed teacher that is to write",
-        f"score {MICRO} calibration.teacher_share=0.5 calibration.streamed=true",
-        "streamed layer by layer cannot write",
+        f"score {MICRO} calibration.self_generated_fraction=0.5 calibration.streamed=true",
+        "streamed layer by layer cannot generate text",
         TAUGHT,
     ),
     Case("no checkpoint kept", "distill checkpoint.keep=0", "checkpoint.keep=0"),
@@ -74,7 +74,7 @@ NUMBERS = [
     Case("budget of no kind", "search search.budget=money", "search.budget=money: one of parameters"),
     Case("search without a target", "search +recipe=micro", "search.target"),
     Case("negative shots", "eval eval.num_fewshot=-1", "eval.num_fewshot=-1"),
-    Case("utilisation above one", "plan cluster.utilisation=2", "cluster.utilisation=2"),
+    Case("utilisation above one", "plan cluster.gemm_efficiency=2", "cluster.gemm_efficiency=2"),
     Case("source of no kind", "fetch teacher.source=ftp", "teacher.source=ftp: one of hub, wheel, pretrain"),
 ]
 ORDER = [

@@ -20,8 +20,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from minitron_train.commands.config_files import register, with_current_names
 from minitron_train.commands.overrides import expand_paths, quote_words
 from minitron_train.config import Config
+from minitron_train.config.renamed import current_words
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World, check_hub_variables
 from minitron_train.runtime.records import damaged, joined, read_bytes
@@ -98,7 +100,7 @@ def run(argv: list[str], world: World) -> None:
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(usage())
         return
-    name, arguments = argv[1], quote_words(argv[2:])
+    name, arguments = argv[1], quote_words(current_words(argv[2:]))
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
     pairs = zip(["", *arguments], arguments, strict=False)
@@ -149,7 +151,7 @@ def compose(arguments: list[str]) -> Config:
     Raises:
         UserError: an unknown recipe, key, option or value.
     """
-    arguments = quote_words(arguments)
+    arguments = quote_words(current_words(arguments))
     register_recipes(arguments)
     for argument in arguments:
         check_override(argument)
@@ -198,11 +200,12 @@ def register_recipes(arguments: Iterable[str] = ()) -> None:
         UserError: a recipe that is asked for is damaged.
     """
     asked = {name for word in arguments if word.startswith("+recipe=") for name in word.split("=", 1)[1].split(",")}
+    register()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for stem, path in recipes().items():
         try:
-            node = read_recipe(path)
+            node = with_current_names(read_recipe(path), str(path))
         except UserError:
             if stem in asked:
                 raise

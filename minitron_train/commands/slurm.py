@@ -84,7 +84,7 @@ def accept(commands: Sequence[str], config: Config) -> None:
         (held_out, ("pretrain", "distill", "run", "search", "eval")),
         (
             replace(data, path=calibration.path or data.path),
-            () if calibration.tokens else ("score", "prune", "search", "run"),
+            () if calibration.tokens_path else ("score", "prune", "search", "run"),
         ),
     ]
     for section, readers in read:

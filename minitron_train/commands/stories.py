@@ -98,16 +98,16 @@ def score(ws: Workspace) -> None:
     ws.check_teacher()
     ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
-    if calibration.teacher_share:
-        numbers = {**numbers, "teacher_share": calibration.teacher_share}
+    if calibration.self_generated_fraction:
+        numbers = {**numbers, "self_generated_fraction": calibration.self_generated_fraction}
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
-    if calibration.tokens is None:
+    if calibration.tokens_path is None:
         key = "calibration.path" if calibration.path else None
         inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data), key)
-    elif Path(calibration.tokens).exists():
+    elif Path(calibration.tokens_path).exists():
         settings = {"calibration": subset(calibration, "precision")}
-        inputs["tokens"] = sha256_file(Path(calibration.tokens))
+        inputs["tokens"] = sha256_file(Path(calibration.tokens_path))
     stage = Stage(name="score", folder=ws.folder / "scores", inputs=inputs, settings=settings, parent=ws.teacher_folder)
     with_removal = dataclasses.replace(stage, settings=settings | {"layer_removal": True})
     if needs_layer_removal or has_more(ws, with_removal):

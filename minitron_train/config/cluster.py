@@ -20,7 +20,7 @@ class ClusterConfig:
     memory_gb_per_s: float | None = opt(None, "memory bandwidth of one GPU, 1e9 bytes a second; null: timed here")
     intra_node_gb_per_s: float = opt(1.0, "one GPU to its neighbours, one direction, 1e9 bytes a second")
     inter_node_gb_per_s: float = opt(1.0, "one GPU to other nodes, one direction, 1e9 bytes a second")
-    utilisation: float = opt(0.85, "share of the peak that the matrix products of a step reach")
+    gemm_efficiency: float = opt(0.85, "share of the peak that the matrix products of a step reach")
     reserved_gib: float = opt(3.0, "of each GPU's memory: CUDA context, NCCL, fragmentation")
     price_per_gpu_hour: float | None = opt(None, "dollars; null: no price is given")
 
@@ -29,7 +29,11 @@ class ClusterConfig:
         names = ("num_nodes", "gpus_per_node", "memory_gib", "peak_tflops", "fp32_tflops", "memory_gb_per_s")
         require_positive(self, "cluster", *names, "intra_node_gb_per_s", "inter_node_gb_per_s", "price_per_gpu_hour")
         require(
-            0 < self.utilisation <= 1, "cluster.utilisation", self.utilisation, "above 0, at most 1", "0.4 is usual"
+            0 < self.gemm_efficiency <= 1,
+            "cluster.gemm_efficiency",
+            self.gemm_efficiency,
+            "above 0, at most 1",
+            "0.4 is usual",
         )
         reserved = self.reserved_gib
         require(reserved >= 0, "cluster.reserved_gib", reserved, "must not be negative", "0 reserves nothing")

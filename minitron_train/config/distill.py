@@ -49,9 +49,13 @@ def check_loss(values: Any, kind: LossKind, prefix: str = "") -> None:
 
 def check_blocks(values: Any, prefix: str = "") -> None:
     """The rules of how a loss is cut into blocks: for this section, and for distillation.loss_blocks.Chunking."""
-    budget = values.memory_budget_u
+    budget = values.logit_memory_fraction
     require(
-        budget is None or budget >= 0, f"{prefix}memory_budget_u", budget, "must not be negative", "0: smallest blocks"
+        budget is None or budget >= 0,
+        f"{prefix}logit_memory_fraction",
+        budget,
+        "must not be negative",
+        "0: smallest blocks",
     )
     for name in ("vocab_tile", "token_chunk"):
         value = getattr(values, name)
@@ -74,7 +78,9 @@ class DistillConfig:
     kd_weight: float = opt(1.0, "of the distillation loss")
     ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
     jsd_beta: float = opt(0.5, "jsd: the teacher's share of the mixture")
-    memory_budget_u: float | None = opt(None, "memory of the loss, in fp32 logit tensors; default: 0.2, or 256 MiB")
+    logit_memory_fraction: float | None = opt(
+        None, "memory of the loss, in fp32 logit tensors; default: 0.2, or 256 MiB"
+    )
     vocab_tile: int | None = opt(None, "vocabulary rows of a block of the loss; default: from the memory budget")
     token_chunk: int | None = opt(None, "tokens of a block of the loss; default: from the memory budget")
     hidden_layers: list[str] = opt(list, "layers compared, STUDENT/TEACHER, from 0: [embedding/embedding, 13/29]")

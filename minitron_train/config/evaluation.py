@@ -37,7 +37,7 @@ class EvalConfig:
     every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
     training_tasks: list[str] = opt(list, "during training, with each validation: lm-eval tasks on the live student")
     training_limit: int | None = opt(100, "their rows per task (MMLU: per subject); null: limits")
-    batch_size: int = opt(8, "validation sequences per forward pass")
+    validation_batch_size: int = opt(8, "validation sequences per forward pass")
     batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
     precision: Precision | None = opt(None, "of the weights in forward passes; default: bf16 on GPUs, else fp32")
     allow_code_execution: bool | str = opt(
@@ -63,7 +63,7 @@ class EvalConfig:
             f"must be false, true or {UNSAFE}",
             "true isolates the programs that a model writes",
         )
-        require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
+        require_positive(self, "eval", "limit", "training_limit", "validation_batch_size", "batch_tokens")
         require(
             self.every_tokens >= 0, "eval.every_tokens", self.every_tokens, "must not be negative", "0 is at the end"
         )

@@ -11,11 +11,11 @@ class CalibrationConfig:
     """What the importance is measured on."""
 
     path: str | None = opt(None, "your own text (file, folder or glob); default: the training stream", path=True)
-    tokens: str | None = opt(
+    tokens_path: str | None = opt(
         None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream", path=True
     )
     num_samples: int = opt(1024, "sequences (arXiv 2407.14679 §2.2)")
-    teacher_share: float = opt(
+    self_generated_fraction: float = opt(
         0.0, "share of the sequences that the teacher writes itself (arXiv 2410.17170), in the place of text"
     )
     seq_length: int = opt(512, "tokens per sequence")
@@ -31,10 +31,12 @@ class CalibrationConfig:
     def validate(self) -> None:
         """Positive counts."""
         require_positive(self, "calibration", "num_samples", "seq_length", "micro_batch_size", "chunk_tokens")
-        share = self.teacher_share
-        require(0 <= share <= 1, "calibration.teacher_share", share, "between 0 and 1", "0.5 is half of the sequences")
-        given = share and self.tokens is not None
-        require(not given, "calibration.teacher_share", share, "0 where calibration.tokens is set", "leave one out")
+        key, share = "calibration.self_generated_fraction", self.self_generated_fraction
+        require(
+            0 <= share <= 1, key, share, "must lie between 0 and 1", "0.5 lets the teacher write half of the sequences"
+        )
+        both = bool(share) and self.tokens_path is not None
+        require(not both, key, share, "must be 0 with calibration.tokens_path", "leave one of them out")
 
     def precision_on(self, cuda: bool) -> Precision:
         """Of the forward passes, on a GPU or on a CPU."""

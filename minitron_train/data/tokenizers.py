@@ -54,7 +54,7 @@ def load(folder: Path | str) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not has_tokenizer(folder):
         raise UserError(
-            f"{folder}: no tokenizer ({KNOWN_FILES[0]}) there; copy the model's, or give calibration.tokens"
+            f"{folder}: no tokenizer ({KNOWN_FILES[0]}) there; copy the model's, or give calibration.tokens_path"
         )
     needs_sentencepiece = not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tekken.json"))
     if needs_sentencepiece and find_spec("sentencepiece") is None:

@@ -25,11 +25,11 @@ MIN_VOCAB_TILE = 128
 class Chunking:
     """How much memory the loss may use beyond its inputs and their gradients; the block's shape, chosen when left out.
 
-    `memory_budget_u` counts U, the bytes of one [N, V] logit tensor of this rank in fp32. What working blocks leave of
+    `logit_memory_fraction` counts U, the bytes of one [N, V] logit tensor of this rank in fp32. What working blocks leave of
     it keeps logits between the sweeps, so that fewer are computed twice.
     """
 
-    memory_budget_u: float = 0.2
+    logit_memory_fraction: float = 0.2
     vocab_tile: int | None = None
     token_chunk: int | None = None
 
@@ -95,7 +95,7 @@ def plan_blocks(
     """
     device, dtype, width = student.weight_VH.device.type, student.compute_dtype, student.width
     num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
-    budget = int(chunking.memory_budget_u * num_tokens * vocab * 4)
+    budget = int(chunking.logit_memory_fraction * num_tokens * vocab * 4)
     most = TOKEN_CHUNK.get(device, TOKEN_CHUNK["cuda"])
     free_rows = 0 if weight_grad_VH is None else width * weight_grad_VH.itemsize // dtype.itemsize
     if free_rows >= MIN_TOKEN_CHUNK:

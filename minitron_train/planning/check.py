@@ -128,7 +128,7 @@ def distill_options(
         weight_bytes=WEIGHT_BYTES[train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
         runtime_bytes=reserved_bytes(config, cuda),
-        loss_budget_u=config.distill.memory_budget_u,
+        logit_memory_fraction=config.distill.logit_memory_fraction,
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         sharded_optimizer=train.shards_optimizer(possible=cuda and can_shard_optimizer_here()),
@@ -157,8 +157,8 @@ def eval_options(config: Config, teacher: Shape, student: Shape, world: World, c
     """The configured layout first, then other tensor-parallel sizes and fewer sequences at once."""
     settings, tp = config.eval, config.parallel.tensor_model_parallel_size
     weight_bytes = WEIGHT_BYTES[settings.precision_on(cuda)]
-    others = product(tp_sizes(world, student), (settings.batch_size, 1))
-    for size, batch in [(tp, settings.batch_size), *others]:
+    others = product(tp_sizes(world, student), (settings.validation_batch_size, 1))
+    for size, batch in [(tp, settings.validation_batch_size), *others]:
         layout = Layout(
             tp=size,
             micro_batch_size=batch,
@@ -170,7 +170,7 @@ def eval_options(config: Config, teacher: Shape, student: Shape, world: World, c
         )
         names = {
             "parallel.tensor_model_parallel_size": (tp, size),
-            "eval.batch_size": (settings.batch_size, batch),
+            "eval.validation_batch_size": (settings.validation_batch_size, batch),
         }
         yield Option(changed(names), eval_bytes(student, layout)["total"])
 

@@ -27,7 +27,7 @@ class Hardware:
     )
     peak_flops: float
     fp32_flops: float
-    utilisation: float
+    gemm_efficiency: float
     memory_rate: float
     intra_node_rate: float
     inter_node_rate: float
@@ -38,7 +38,7 @@ class Hardware:
     @property
     def flops(self) -> float:
         """Floating-point operations a second that a step is expected to reach."""
-        return self.peak_flops * self.utilisation
+        return self.peak_flops * self.gemm_efficiency
 
     def link_rate(self, num_ranks: int) -> float:
         """Bytes a second between one GPU and the others of a group of neighbours."""
@@ -63,7 +63,7 @@ def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
         reserved_bytes=int(cluster.reserved_gib * GIB) if cuda else 0,
         peak_flops=peak,
         fp32_flops=fp32,
-        utilisation=cluster.utilisation,
+        gemm_efficiency=cluster.gemm_efficiency,
         memory_rate=rate,
         intra_node_rate=cluster.intra_node_gb_per_s * 1e9,
         inter_node_rate=cluster.inter_node_gb_per_s * 1e9,

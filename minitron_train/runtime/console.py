@@ -18,16 +18,17 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Lines(logging.Handler):
-    """Prints each line on standard output at once, without tearing a progress bar."""
+    """Prints each line at once without tearing a progress bar: warnings on standard error, the rest on standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line."""
-        if sys.stdout.isatty():
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        if stream.isatty():
             from tqdm import tqdm
 
-            tqdm.write(self.format(record))
+            tqdm.write(self.format(record), file=stream)
         else:
-            print(self.format(record), flush=True)
+            print(self.format(record), file=stream, flush=True)
 
 
 def make_logger() -> logging.Logger:
@@ -46,6 +47,12 @@ def say(line: str) -> None:
     """Log one line, on rank 0 only."""
     if read_world().is_first:
         LOGGER.info("%s", line)
+
+
+def warn(line: str) -> None:
+    """Log one warning, on rank 0 only; it does not mix with what a command prints for other programs (--cfg job)."""
+    if read_world().is_first:
+        LOGGER.warning("warning: %s", line)
 
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:

@@ -110,10 +110,10 @@ class ThroughputMeter:
     def read(self) -> Metrics:
         """Averages since the last reading; None where no step was taken: a row that an earlier process put off."""
         if not self.tokens:
-            return {"tokens_per_second": None, "model_flops_utilisation": None}
+            return {"tokens_per_second": None, "gemm_utilisation": None}
         rate = self.tokens / max(self.seconds, 1e-9)
         self.tokens, self.seconds = 0, 0.0
-        return {"tokens_per_second": rate, "model_flops_utilisation": rate * self.flops_per_token / self.peak}
+        return {"tokens_per_second": rate, "gemm_utilisation": rate * self.flops_per_token / self.peak}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

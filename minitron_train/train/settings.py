@@ -21,7 +21,7 @@ NEUTRAL = {  # sections of a run and those of their settings that may change bet
         "early_stop_evaluations",
         "log_every_steps",
     },
-    "distill": {"memory_budget_u", "vocab_tile", "token_chunk"},
+    "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk"},
 }
 DATA = ("document_attention", "late_fraction")  # what the fingerprint of the stream's sources does not cover
 

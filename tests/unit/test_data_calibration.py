@@ -39,7 +39,7 @@ def test_from_files(numbered_words, tmp_path):
     assert tokens.shape == (1, 4, 32) and "calibrate on this" in tokenizer.decode(tokens[0, 0])
     expected = torch.arange(24).view(2, 3, 4)
     save_file({"tokens": expected}, tmp_path / "tokens.safetensors")
-    calibration = CalibrationConfig(tokens=str(tmp_path / "tokens.safetensors"))
+    calibration = CalibrationConfig(tokens_path=str(tmp_path / "tokens.safetensors"))
     assert torch.equal(calibration_batches(calibration, data, None, seed=1), expected)
 
 
@@ -57,9 +57,9 @@ def test_mistakes(numbered_words, tmp_path):
     ):
         save_file(content, path)
         with pytest.raises(UserError, match=message):
-            calibration_batches(CalibrationConfig(tokens=str(path)), data, tokenizer, seed=1)
+            calibration_batches(CalibrationConfig(tokens_path=str(path)), data, tokenizer, seed=1)
     path.write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="not a readable"):
-        calibration_batches(CalibrationConfig(tokens=str(path)), data, tokenizer, seed=1)
+        calibration_batches(CalibrationConfig(tokens_path=str(path)), data, tokenizer, seed=1)
     with pytest.raises(UserError, match="not a readable"):
-        calibration_batches(CalibrationConfig(tokens=str(tmp_path / "none")), data, tokenizer, seed=1)
+        calibration_batches(CalibrationConfig(tokens_path=str(tmp_path / "none")), data, tokenizer, seed=1)

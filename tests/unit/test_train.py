@@ -241,7 +241,7 @@ def test_speed_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> Non
     speed.count(8)
     speed.resume()  # validation took from 2 to 10
     speed.count(8)
-    assert speed.read() == {"tokens_per_second": 4.0, "model_flops_utilisation": pytest.approx(4.0 * 10 / 200)}
+    assert speed.read() == {"tokens_per_second": 4.0, "gemm_utilisation": pytest.approx(4.0 * 10 / 200)}
 
 
 def test_a_resumed_run_reports_on_the_whole_run(
