@@ -51,6 +51,7 @@ VARYING = {  # keys whose values differ between two runs of the same work: times
         "peak_rss_bytes",
         "tokens_per_second",
         "gemm_utilisation",
+        "mfu",
         "peak_memory_bytes",
     ),
     *("command", "force", "resumed_at_step", ".metadata"),  # the last one: megatron-core writes a random id into it

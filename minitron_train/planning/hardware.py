@@ -12,6 +12,15 @@ from minitron_train.config import ClusterConfig, Precision
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+DATA_SHEET_TFLOPS = {  # dense bf16 peak by a part of CUDA's name of the device (NVIDIA's data sheets); the first match counts
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "B200": 2250,
+    "L40S": 362,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +98,14 @@ def can_shard_optimizer_here() -> bool:
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
     return HAVE_APEX_OR_TE and cuda_here()
+
+
+def data_sheet_flops(device_name: str, precision: Precision, cluster: ClusterConfig) -> float | None:
+    """Peak FLOP/s of a GPU on its data sheet: by name, else cluster.peak_tflops; None in fp32 or where neither is known."""
+    if precision is not Precision.bf16:
+        return None
+    tflops = next((value for part, value in DATA_SHEET_TFLOPS.items() if part in device_name), cluster.peak_tflops)
+    return tflops * 1e12 if tflops else None
 
 
 def gemm_flops(
