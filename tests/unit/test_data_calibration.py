@@ -47,7 +47,7 @@ def test_mistakes(numbered_words, tmp_path):
     data, tokenizer = numbered_words
     with pytest.raises(UserError, match=r"multiple of calibration\.micro_batch_size"):
         calibration_batches(CalibrationConfig(num_samples=9, micro_batch_size=8), data, tokenizer, seed=1)
-    with pytest.raises(UserError, match=r"calibration\.tokens=FILE"):
+    with pytest.raises(UserError, match=r"calibration\.tokens_path=FILE"):
         calibration_batches(CalibrationConfig(), data, None, seed=1)
     path = tmp_path / "tokens.safetensors"
     for content, message in (

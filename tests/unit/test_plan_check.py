@@ -87,7 +87,7 @@ def test_pretraining_needs_less_than_distilling_and_evaluation_least(
     with pytest.raises(UserError, match=r"^pretrain: needs .*train\.\w+=\w+ needs"):
         check_fits(config(), "pretrain", STUDENT, STUDENT, World(), tmp_path)
     memory(evaluating - 0.01)
-    with pytest.raises(UserError, match=r"^eval: needs .*eval\.batch_size=1 needs"):
+    with pytest.raises(UserError, match=r"^eval: needs .*eval\.validation_batch_size=1 needs"):
         check_fits(config(), "eval", STUDENT, STUDENT, World(), tmp_path)
     memory(0.5)
     with pytest.raises(UserError, match=r"^eval: needs .*no layout.*use more GPUs"):
