@@ -13,7 +13,7 @@ COMMAND_LINE = [
     Case("loss misspelt", "distill distill.loss=forward_lk", "distill.loss.*forward_kl", quick=True),
     Case("W&B mode misspelt", "distill tracking.wandb.mode=of", "tracking.wandb.mode.*offline"),
     Case("repair misspelt", "prune prune.refit=al", "prune.refit.*outputs"),
-    Case("activation misspelt", "prune prune.neuron_activation=mid", "prune.neuron_activation=mid.*pre, post"),
+    Case("activation misspelt", "prune prune.neuron_activation=mid", "prune.neuron_activation=mid.*one of .pre, post"),
     Case("word for a number", "prune student.hidden_size=big", "student.hidden_size", quick=True),
     Case("fraction for a count", "distill train.num_tokens=1.5", "train.num_tokens"),
     Case("word for yes or no", "prune force=perhaps", "force"),
@@ -71,11 +71,11 @@ NUMBERS = [
     Case("no checkpoint kept", "distill checkpoint.keep=0", "checkpoint.keep=0"),
     Case("share above one", "distill data.late_fraction=2", "data.late_fraction=2"),
     Case("negative weight of a source", "distill +data.sources={a:{path:x,weight:-1}}", "data.sources.a.weight"),
-    Case("budget of no kind", "search search.budget=money", "search.budget=money: one of parameters"),
+    Case("budget of no kind", "search search.budget=money", "search.budget=money.*one of .parameters"),
     Case("search without a target", "search +recipe=micro", "search.target"),
     Case("negative shots", "eval eval.num_fewshot=-1", "eval.num_fewshot=-1"),
     Case("utilisation above one", "plan cluster.gemm_efficiency=2", "cluster.gemm_efficiency=2"),
-    Case("source of no kind", "fetch teacher.source=ftp", "teacher.source=ftp: one of hub, wheel, pretrain"),
+    Case("source of no kind", "fetch teacher.source=ftp", "teacher.source=ftp.*one of .hub, wheel, pretrain"),
 ]
 ORDER = [
     Case(

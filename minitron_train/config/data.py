@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from minitron_train.config.base import opt, require, require_positive
 
 
-class SourceKind(Enum):
+class SourceKind(StrEnum):
     """Formats of a source; auto goes by file names and content, bin is megatron-core's IndexedDataset (.bin/.idx)."""
 
     auto = "auto"

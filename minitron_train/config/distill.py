@@ -1,13 +1,13 @@
 """Section distill: the loss."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from minitron_train.config.base import Precision, opt, require
 
 
-class LossKind(Enum):
+class LossKind(StrEnum):
     """Distillation losses on logits (arXiv 2407.14679 table 15)."""
 
     forward_kl = "forward_kl"
@@ -18,7 +18,7 @@ class LossKind(Enum):
     top_k_kl = "top_k_kl"
 
 
-class HiddenLossKind(Enum):
+class HiddenLossKind(StrEnum):
     """How two hidden states are compared; cosine is the better one (arXiv 2407.14679 appendix A.4)."""
 
     cosine = "cosine"

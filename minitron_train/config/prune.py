@@ -1,7 +1,7 @@
 """Sections calibration, prune, search: what importance is measured on, what is cut and repaired, which shapes are tried."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
 
@@ -43,7 +43,7 @@ class CalibrationConfig:
         return precision_on(self.precision, cuda)
 
 
-class Aggregation(Enum):
+class Aggregation(StrEnum):
     """How absolute activations become one number along one direction (arXiv 2407.14679 §2.2, table 13)."""
 
     mean = "mean"
@@ -51,14 +51,14 @@ class Aggregation(Enum):
     var = "var"
 
 
-class Scope(Enum):
+class Scope(StrEnum):
     """Whether heads and neurons are ranked inside each layer or by their sum over the layers."""
 
     layer = "layer"
     network = "network"
 
 
-class Refit(Enum):
+class Refit(StrEnum):
     """Which linears are fitted anew by least squares: none, the outputs of attention and MLP, or all of a layer."""
 
     none = "none"
@@ -66,7 +66,7 @@ class Refit(Enum):
     all = "all"
 
 
-class Merge(Enum):
+class Merge(StrEnum):
     """What kept heads take over from dropped ones (arXiv 2407.14679 §2.2).
 
     queries: the query projection as printed, q_i + (q_i - q_j); outputs: the output projection, o_i + o_j.
@@ -75,6 +75,20 @@ class Merge(Enum):
     none = "none"
     queries = "queries"
     outputs = "outputs"
+
+
+class NeuronActivation(StrEnum):
+    """Where MLP neurons are observed: before or after the activation function."""
+
+    pre = "pre"
+    post = "post"
+
+
+class HeadNorm(StrEnum):
+    """What the L2 norm over a head's channels is taken of: the aggregated channels, or every token before aggregation."""
+
+    channel = "channel"
+    token = "token"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,9 +102,11 @@ class PruneConfig:
     )
     batch_aggregation: Aggregation = opt(Aggregation.l2, "over the batch")
     sequence_aggregation: Aggregation = opt(Aggregation.mean, "over the tokens of one sequence")
-    neuron_activation: str = opt("post", "pre or post: MLP neurons before or after the activation")
-    head_norm: str = opt(
-        "channel", "L2 over a head's channels: of every token (token), or of their aggregates (channel)"
+    neuron_activation: NeuronActivation = opt(
+        NeuronActivation.post, "pre or post: MLP neurons before or after the activation"
+    )
+    head_norm: HeadNorm = opt(
+        HeadNorm.channel, "L2 over a head's channels: of every token (token), or of their aggregates (channel)"
     )
     heads_scope: Scope = opt(Scope.layer, "rank heads per layer, or by their sum over layers")
     ffn_scope: Scope = opt(Scope.layer, "rank neurons per layer, or by their sum over layers")
@@ -114,22 +130,23 @@ class PruneConfig:
         return self.norm_scale or self.refit is not Refit.none
 
     def validate(self) -> None:
-        """Names that are not enums, positive numbers."""
-        names = {
-            "neuron_activation": ("pre", "post"),
-            "head_norm": ("channel", "token"),
-        }
-        for key, choices in names.items():
-            value = getattr(self, key)
-            require(value in choices, f"prune.{key}", value, f"one of {', '.join(choices)}", "choose one")
+        """Positive numbers."""
         require_positive(self, "prune", "multiple_of", "ridge", "repair_tokens", "iterations")
+
+
+class Budget(StrEnum):
+    """The figure of a student that search.target fixes."""
+
+    parameters = "parameters"
+    non_embedding_parameters = "non_embedding_parameters"
+    memory_gib = "memory_gib"
 
 
 @dataclass(kw_only=True, slots=True)
 class SearchConfig:
     """Which student shapes are tried (arXiv 2407.14679 §2.3, table 12). An empty list: the teacher's own value."""
 
-    budget: str = opt("parameters", "parameters, non_embedding_parameters or memory_gib (weights and KV cache)")
+    budget: Budget = opt(Budget.parameters, "parameters, non_embedding_parameters or memory_gib (weights and KV cache)")
     target: float | None = opt(None, "of the budget")
     tolerance: float = opt(0.05, "allowed distance from the target, as a share of it")
     num_layers: list[int] = opt(list, "tried")
@@ -145,9 +162,7 @@ class SearchConfig:
     only: int | None = opt(None, "try this candidate alone, counted from 1, and rank nothing: a task of a job array")
 
     def validate(self) -> None:
-        """Names, positive numbers."""
-        budgets = ("parameters", "non_embedding_parameters", "memory_gib")
-        require(self.budget in budgets, "search.budget", self.budget, f"one of {', '.join(budgets)}", "choose one")
+        """Positive numbers."""
         require_positive(self, "search", "target", "batch_size", "context", "only")
         require(0 <= self.tolerance < 1, "search.tolerance", self.tolerance, "at least 0 and below 1", "0.05 is ±5 %")
         require(

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from minitron_train.config.base import Precision, opt, require, require_positive
 
 
-class Schedule(Enum):
+class Schedule(StrEnum):
     """Learning rate after the warm-up."""
 
     cosine = "cosine"
@@ -16,7 +16,7 @@ class Schedule(Enum):
     constant = "constant"
 
 
-class Recompute(Enum):
+class Recompute(StrEnum):
     """Activations that are computed again in the backward pass instead of kept: none, the MLPs', or everything."""
 
     none = "none"
@@ -24,7 +24,7 @@ class Recompute(Enum):
     full = "full"
 
 
-class OnNonFinite(Enum):
+class OnNonFinite(StrEnum):
     """What a NaN or infinite loss or gradient does to the run (all ranks agree before the optimizer step)."""
 
     stop = "stop"

@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import Config, Precision
+from minitron_train.config import Config, ExportDtype, Precision
 from minitron_train.data.sources import copied_bytes
 from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.planning.hardware import Hardware
@@ -118,7 +118,7 @@ def export_weight_bytes(config: Config) -> int:
     """Bytes of one weight in the exported folder."""
     if config.export.dtype is None:
         return file_weight_bytes(config)
-    return FP32 if config.export.dtype == "float32" else BF16
+    return FP32 if config.export.dtype is ExportDtype.float32 else BF16
 
 
 def file_weight_bytes(config: Config) -> int:
