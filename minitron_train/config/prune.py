@@ -114,9 +114,9 @@ class PruneConfig:
     depth: str = opt("block", "criterion for layers: block, contiguous, perplexity, logit_mse or my_package.module")
     drop_layers: list[int] | None = opt(None, "layers to drop, counted from 0; default: chosen by prune.depth")
     head_merge: Merge = opt(Merge.none, "what kept heads take over from dropped heads of their KV group")
-    rotate: bool = opt(False, "keep principal directions of the residual stream instead of embedding channels")
-    norm_scale: bool = opt(False, "rescale the norms' weights by what the cut does to their denominators")
-    refit: Refit = opt(Refit.none, "least squares against the teacher, layer after layer")
+    rotate: bool = opt(True, "keep principal directions of the residual stream instead of embedding channels")
+    norm_scale: bool = opt(True, "rescale the norms' weights by what the cut does to their denominators")
+    refit: Refit = opt(Refit.all, "least squares against the teacher, layer after layer")
     ridge: float = opt(0.03, "draws the least squares to the cut weights, as a share of the mean squared input")
     repair_tokens: int = opt(
         131072, "calibration tokens that rotation, norm_scale and refit are fitted on; held at once by all processes"

@@ -7,12 +7,13 @@ import pytest
 
 from minitron_train.arch import Shape
 from minitron_train.commands import cli
-from minitron_train.config import Config, Precision, Recompute, Refit
+from minitron_train.config import Config, Precision, PruneConfig, Recompute, Refit
 from minitron_train.planning import check, check_fits
 from minitron_train.planning.counts import parameters
 from minitron_train.planning.hardware import GIB, control_group_left
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
+from tests.support.pruning import PLAIN
 
 TEACHER = Shape(
     architecture="nemotron",
@@ -39,7 +40,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def config() -> Config:
-    made = Config()
+    made = Config(prune=PruneConfig(**PLAIN))
     made.train.micro_batch_size, made.train.global_batch_size, made.train.seq_length = 8, 64, 1024
     return made
 
