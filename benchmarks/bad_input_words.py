@@ -35,7 +35,7 @@ NUMBERS = [
     Case("negative gradient limit", "distill train.clip_grad=-1", "train.clip_grad=-1"),
     Case("Adam's beta above one", "distill train.adam_beta2=1.5", "train.adam_beta2=1.5"),
     Case("temperature zero", "distill distill.temperature=0", "distill.temperature=0", quick=True),
-    Case("top-k without its loss", "distill distill.top_k=5", "distill.top_k=5: goes with distill.loss=top_k_kl"),
+    Case("top-k without its loss", "distill distill.top_k=5", "distill.top_k=5: is for distill.loss=top_k_kl"),
     Case(
         "top-k above the vocabulary",
         f"distill {MICRO} distill.loss=top_k_kl distill.top_k=5000",

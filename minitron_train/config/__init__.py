@@ -47,10 +47,10 @@ from minitron_train.config.train import (
 class Config:
     """The whole configuration of one invocation."""
 
-    name: str = opt("custom", "the recipe's name")
-    output_dir: str = opt("outputs/${name}", "everything this recipe writes", path=True)
-    seed: int = opt(1234, "of data order, initialisation and sampling")
-    force: bool = opt(False, "redo finished stages")
+    name: str = opt("custom", "name of the recipe")
+    output_dir: str = opt("outputs/${name}", "folder for everything that this recipe writes", path=True)
+    seed: int = opt(1234, "seed of data order, initialisation and sampling")
+    force: bool = opt(False, "run finished stages again")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
     model: ModelConfig = opt(ModelConfig, "")
     teacher: TeacherConfig = opt(TeacherConfig, "")

@@ -1,4 +1,4 @@
-"""What the sections are made of: fields with a help text, checks that name key, value, rule and remedy."""
+"""Building blocks of the sections: fields with a help text, and checks that name key, value, rule and remedy."""
 
 from dataclasses import field
 from enum import StrEnum
@@ -42,5 +42,5 @@ class Precision(StrEnum):
 
 
 def precision_on(given: Precision | None, cuda: bool) -> Precision:
-    """Of forward passes without gradients, where none is given: bf16 on a GPU, fp32 on a CPU."""
+    """The dtype of forward passes without gradients: `given`, else bf16 on a GPU and fp32 on a CPU."""
     return given or (Precision.bf16 if cuda else Precision.fp32)

@@ -144,7 +144,7 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
     ("section", "values", "message"),
     [
         ("pretrain", {"num_tokens": 0}, r"pretrain\.num_tokens=0: must be greater than 0"),
-        ("pretrain", {"min_lr": 1.0}, r"pretrain\.min_lr=1\.0: between 0 and pretrain\.lr=0\.001"),
+        ("pretrain", {"min_lr": 1.0}, r"pretrain\.min_lr=1\.0: must lie between 0 and pretrain\.lr=0\.001"),
         ("plan", {"family": {"small": StudentConfig(num_layers=0)}}, r"plan\.family\.small\.num_layers=0: must be"),
         ("eval", {"every_tokens": -1}, r"eval\.every_tokens=-1: must not be negative"),
         ("eval", {"compare": ["a"]}, r"eval\.compare=\['a'\]: must have two labels or more"),
