@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from minitron_train.commands import configuration, recipes, registry
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config
+from minitron_train.config.renamed import current_settings
 from minitron_train.runtime.errors import UserError, did_you_mean
 from minitron_train.runtime.files import atomic_write_text
 from minitron_train.runtime.launch import World
@@ -242,7 +243,7 @@ def distillation_loss(
     labels: "Tensor | None" = None,
     vocab_size: int | None = None,
     group: Any = None,
-    memory_budget: float | None = None,
+    logit_memory_fraction: float | None = None,
     **options: Any,
 ) -> "Tensor":
     """Distillation loss per valid token, for any training loop: no logit tensor of the whole vocabulary is ever made.
@@ -252,7 +253,7 @@ def distillation_loss(
         student_weight, teacher_weight: the output layers' weights, [V, H] and [V, D].
         mask: [...], tokens that count; labels: [...] token ids, needed with `ce_weight`.
         vocab_size, group: see distill.loss.distillation_loss.
-        memory_budget: beyond inputs and gradients, in fp32 logit tensors of [tokens, V].
+        logit_memory_fraction: memory beyond inputs and gradients, as a fraction of one fp32 [tokens, V] tensor; default 0.2.
         options: fields of distill.loss.LossSpec: kind ("forward_kl", "reverse_kl", "jsd", "mse", "cosine", "top_k_kl"),
             temperature, top_k, jsd_beta, kd_weight, ce_weight, function.
 
@@ -286,7 +287,7 @@ def distillation_loss(
         labels_N=None if labels is None else labels.flatten(),
         vocab_size=vocab_size,
         group=group,
-        chunking=None if memory_budget is None else Chunking(memory_budget_u=memory_budget),
+        chunking=None if logit_memory_fraction is None else Chunking(logit_memory_fraction=logit_memory_fraction),
     )
     return parts.total / max(1, parts.num_valid)
 
@@ -340,6 +341,7 @@ def configure(values: Mapping[str, Any]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    values = current_settings(values, "settings")
     is_group = {
         key: isinstance(value, str) and (recipes.home() / "conf" / key).is_dir() for key, value in values.items()
     }

@@ -50,7 +50,8 @@ VARYING = {  # keys whose values differ between two runs of the same work: times
         "wall_seconds",
         "peak_rss_bytes",
         "tokens_per_second",
-        "model_flops_utilisation",
+        "gemm_utilisation",
+        "mfu",
         "peak_memory_bytes",
     ),
     *("command", "force", "resumed_at_step", ".metadata"),  # megatron-core writes a random id into .metadata

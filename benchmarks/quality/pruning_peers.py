@@ -15,7 +15,7 @@ channels/neurons/heads: 432/1024/6 and the gentler 504/1024/6 of SmolLM2's 576/1
                      its own output layer: vocabulary x channels more parameters than the target has. SmolLM2 only
     modelopt         conf/prune/modelopt.yaml, NVIDIA's ranking and plain slicing
     ours             conf/prune/default.yaml, the program's default
-    ours-mixed       ours by the real `prune` with calibration.teacher_share=0.5: the teacher generates half of the text
+    ours-mixed       ours by the real `prune` with calibration.self_generated_fraction=0.5: the teacher generates half of the text
     nvidia-modelopt  a check: nvidia-modelopt 0.43.0 itself on the same tokens; `different` counts the channels, neurons
                      and heads that it keeps and `modelopt` does not. Not distilled: it is the same model. SmolLM2 only
 
@@ -137,7 +137,7 @@ def ours_mixed(peers: "Peers", target: Shape, folder: Path) -> None:
     numbers = [
         f"calibration.{key}={getattr(amounts, key)}" for key in ("num_samples", "seq_length", "micro_batch_size")
     ]
-    peers.program(output, "prune", "calibration.teacher_share=0.5", *numbers, *sizes)
+    peers.program(output, "prune", "calibration.self_generated_fraction=0.5", *numbers, *sizes)
     shutil.copytree(output / "pruned", folder, dirs_exist_ok=True)
     shutil.rmtree(output)
 

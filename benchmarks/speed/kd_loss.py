@@ -32,7 +32,7 @@ import psutil
 
 PEER_PACKAGES = ["nvidia-modelopt==0.47.0", "torchtune==0.6.1", "liger-kernel==0.8.5", "pulp==2.9.0"]
 PEERS = ["modelopt", "torchtune", "liger", "naive"]
-BUDGETS_U = [0.0, 0.05, 0.1, 0.2, 0.4, 0.8]
+MEMORY_FRACTIONS = [0.0, 0.05, 0.1, 0.2, 0.4, 0.8]
 BLOCKS = [{"vocab_tile": tile} for tile in (512, 2048, 8192, 32768)]
 BLOCKS += [{"token_chunk": chunk, "vocab_tile": 1 << 20} for chunk in (16, 32, 64)]
 BLOCKS += [{"token_chunk": chunk} for chunk in (64, 128, 256)]
@@ -162,7 +162,7 @@ def compare(bench: Bench, sizes: Sizes, rounds: int, reference: Path, peers_spli
 
 def curves(bench: Bench) -> list[Row]:
     """Measure ours over memory budgets and block shapes, and at the width of the paper's models."""
-    rows = [Row("ours", **asdict(FULL), chunking={"memory_budget_u": budget}) for budget in BUDGETS_U]
+    rows = [Row("ours", **asdict(FULL), chunking={"logit_memory_fraction": budget}) for budget in MEMORY_FRACTIONS]
     rows += [Row("ours", **asdict(FULL), chunking=block) for block in BLOCKS]
     for row in rows:
         bench.run(row, 2)
@@ -170,7 +170,7 @@ def curves(bench: Bench) -> list[Row]:
         if psutil.virtual_memory().available < sizes.bytes_needed:
             print(f"  skipped, not enough memory: {sizes}", file=sys.stderr)
             continue
-        wide = [Row("ours", **asdict(sizes), chunking={"memory_budget_u": budget}) for budget in (0.0, 0.2, 0.8)]
+        wide = [Row("ours", **asdict(sizes), chunking={"logit_memory_fraction": budget}) for budget in (0.0, 0.2, 0.8)]
         wide.append(Row("naive", **asdict(sizes)))
         for row in wide:
             bench.run(row, 2)

@@ -88,7 +88,7 @@ def drop_from_cache(*folders: Path) -> None:
 def run_command(teacher: Path, output: Path, tokens: Path, layers: int) -> dict[str, dict[str, Any]]:
     """Run the real command; return the provenance of both stages."""
     command = [sys.executable, "-W", "ignore", "-m", "minitron_train", "prune", "+recipe=4b", f"teacher.path={teacher}"]
-    command += ["calibration.num_samples=1", "calibration.seq_length=16", f"calibration.tokens={tokens}"]
+    command += ["calibration.num_samples=1", "calibration.seq_length=16", f"calibration.tokens_path={tokens}"]
     command += [f"output_dir={output}", f"model.num_layers={layers}"]
     subprocess.run(command, check=True)
     stages = {"score": "scores", "prune": "pruned"}

@@ -87,7 +87,7 @@ def peak_memory(root: Path, num_layers: int, num_tokens: int) -> dict[str, Any]:
     length = min(512, num_tokens)
     save_file({"tokens": torch.randint(0, TEACHER.vocab_size, (1, num_tokens // length, length))}, tokens)
     command = [sys.executable, "-W", "ignore", "-m", "minitron_train", "score", f"teacher.path={source}"]
-    command += [f"calibration.tokens={tokens}", "calibration.streamed=true", f"output_dir={root / 'out'}"]
+    command += [f"calibration.tokens_path={tokens}", "calibration.streamed=true", f"output_dir={root / 'out'}"]
     subprocess.run(command, check=True)
     return json.loads((root / "out" / "scores" / "provenance.json").read_text())
 

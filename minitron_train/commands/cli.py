@@ -24,8 +24,9 @@ def run(argv: list[str], world: World) -> None:
     from minitron_train.commands.configuration import VALUED_OPTIONS, check_override, compose
     from minitron_train.commands.overrides import quote_words
     from minitron_train.commands.recipes import register_recipes
+    from minitron_train.config.renamed import current_words
 
-    arguments = quote_words(argv[2:])
+    arguments = quote_words(current_words(argv[2:]))
     pairs = zip(["", *arguments], arguments, strict=False)
     words = [argument for before, argument in pairs if before not in VALUED_OPTIONS]
     if any(word in ("-h", "--help") for word in words):

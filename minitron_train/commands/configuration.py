@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from minitron_train.commands.overrides import expand_paths, quote_words
 from minitron_train.commands.recipes import home, recipes, register_recipes
 from minitron_train.config import Config
+from minitron_train.config.renamed import current_words
 from minitron_train.runtime.errors import UserError, did_you_mean
 
 VALUED_OPTIONS = (  # Hydra's, with a word after them: --cfg job
@@ -32,7 +33,7 @@ def compose(arguments: list[str]) -> Config:
     Raises:
         UserError: an unknown recipe, key, option or value.
     """
-    arguments = quote_words(arguments)
+    arguments = quote_words(current_words(arguments))
     register_recipes(arguments)
     for argument in arguments:
         check_override(argument)

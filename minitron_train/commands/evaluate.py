@@ -126,18 +126,19 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
     weight_bytes = WEIGHT_BYTES[settings.precision_on(cuda)]
     now = Layout(
         tp=tp,
-        micro_batch_size=settings.batch_size,
+        micro_batch_size=settings.validation_batch_size,
         seq_length=config.train.seq_length,
         weight_bytes=weight_bytes,
         teacher_weight_bytes=weight_bytes,
         runtime_bytes=reserved_bytes(config, cuda),
         cuda=cuda,
     )
-    for size, batch in [(tp, settings.batch_size), *product(tp_sizes(world, student), (settings.batch_size, 1))]:
+    others = product(tp_sizes(world, student), (settings.validation_batch_size, 1))
+    for size, batch in [(tp, settings.validation_batch_size), *others]:
         layout = dataclasses.replace(now, tp=size, micro_batch_size=batch)
         names = {
             "parallel.tensor_model_parallel_size": (tp, size),
-            "eval.batch_size": (settings.batch_size, batch),
+            "eval.validation_batch_size": (settings.validation_batch_size, batch),
         }
         yield Option(changed(names), eval_bytes(student, layout)["total"])
 

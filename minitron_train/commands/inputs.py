@@ -29,12 +29,12 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
     from minitron_train.pruning import samples
 
     config, calibration = ws.config, ws.config.calibration
-    if calibration.teacher_share and new_in:
+    if calibration.self_generated_fraction and new_in:
         tokenizer = load_tokenizer(ws.teacher_folder)
         return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
-    if calibration.teacher_share:
+    if calibration.self_generated_fraction:
         return read_tokens(ws.folder / SCORES / samples.FILE)
-    tokenizer = None if calibration.tokens else load_tokenizer(ws.teacher_folder)
+    tokenizer = None if calibration.tokens_path else load_tokenizer(ws.teacher_folder)
     return calibration_batches(calibration, config.data, tokenizer, config.seed)
 
 

@@ -44,14 +44,16 @@ def register_recipes(arguments: Iterable[str] = ()) -> None:
     """
     from hydra.core.config_store import ConfigStore
 
+    from minitron_train.commands.config_files import register, with_current_names
     from minitron_train.config import Config
 
     asked = {name for word in arguments if word.startswith("+recipe=") for name in word.split("=", 1)[1].split(",")}
+    register()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for stem, path in recipes().items():
         try:
-            node = read_recipe(path)
+            node = with_current_names(read_recipe(path), str(path))
         except UserError:
             if stem in asked:
                 raise

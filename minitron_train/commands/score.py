@@ -47,16 +47,16 @@ def scoring_stage(ws: Workspace) -> Stage:
 
     calibration = ws.config.calibration
     numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
-    if calibration.teacher_share:
-        numbers = {**numbers, "teacher_share": calibration.teacher_share}
+    if calibration.self_generated_fraction:
+        numbers = {**numbers, "self_generated_fraction": calibration.self_generated_fraction}
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
     inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
-    if calibration.tokens is None:
+    if calibration.tokens_path is None:
         key = "calibration.path" if calibration.path else None
         inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data), key)
-    elif Path(calibration.tokens).exists():
+    elif Path(calibration.tokens_path).exists():
         settings = {"calibration": subset(calibration, "precision")}
-        inputs["tokens"] = sha256_file(Path(calibration.tokens))
+        inputs["tokens"] = sha256_file(Path(calibration.tokens_path))
     return Stage(name="score", folder=ws.folder / SCORES, inputs=inputs, settings=settings, parent=ws.teacher_folder)
 
 
@@ -66,8 +66,8 @@ def is_finished(ws: Workspace, stage: Stage) -> bool:
 
 
 def calibration_text(config: Config) -> list[DataConfig]:
-    """The text that calibration reads; none where calibration.tokens gives the tokens."""
-    if config.calibration.tokens:
+    """The text that calibration reads; none where calibration.tokens_path gives the tokens."""
+    if config.calibration.tokens_path:
         return []
     return [dataclasses.replace(config.data, path=config.calibration.path or config.data.path)]
 

@@ -119,7 +119,7 @@ def distill_options(
         weight_bytes=WEIGHT_BYTES[train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
         runtime_bytes=reserved_bytes(config, cuda),
-        loss_budget_u=config.distill.memory_budget_u,
+        logit_memory_fraction=config.distill.logit_memory_fraction,
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,
         sharded_optimizer=train.shards_optimizer(possible=cuda and can_shard_optimizer_here()),

@@ -11,8 +11,26 @@ from minitron_train.config.cluster import ClusterConfig, PlanConfig
 from minitron_train.config.data import DataConfig, SourceConfig, SourceKind
 from minitron_train.config.distill import DistillConfig, HiddenLossKind, LossKind
 from minitron_train.config.evaluation import EvalConfig
-from minitron_train.config.model import ExportConfig, ModelConfig, StudentConfig, TeacherConfig
-from minitron_train.config.prune import Aggregation, CalibrationConfig, Merge, PruneConfig, Refit, Scope, SearchConfig
+from minitron_train.config.model import (
+    ExportConfig,
+    ExportDtype,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+    TeacherSource,
+)
+from minitron_train.config.prune import (
+    Aggregation,
+    Budget,
+    CalibrationConfig,
+    HeadNorm,
+    Merge,
+    NeuronActivation,
+    PruneConfig,
+    Refit,
+    Scope,
+    SearchConfig,
+)
 from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
     CheckpointConfig,
@@ -29,10 +47,10 @@ from minitron_train.config.train import (
 class Config:
     """The whole configuration of one invocation."""
 
-    name: str = opt("custom", "the recipe's name")
-    output_dir: str = opt("outputs/${name}", "everything this recipe writes", path=True)
-    seed: int = opt(1234, "of data order, initialisation and sampling")
-    force: bool = opt(False, "redo finished stages")
+    name: str = opt("custom", "name of the recipe")
+    output_dir: str = opt("outputs/${name}", "folder for everything that this recipe writes", path=True)
+    seed: int = opt(1234, "seed of data order, initialisation and sampling")
+    force: bool = opt(False, "run finished stages again")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
     model: ModelConfig = opt(ModelConfig, "")
     teacher: TeacherConfig = opt(TeacherConfig, "")
@@ -62,6 +80,7 @@ class Config:
 
 __all__ = [
     "Aggregation",
+    "Budget",
     "CalibrationConfig",
     "CheckpointConfig",
     "ClusterConfig",
@@ -70,10 +89,13 @@ __all__ = [
     "DistillConfig",
     "EvalConfig",
     "ExportConfig",
+    "ExportDtype",
+    "HeadNorm",
     "HiddenLossKind",
     "LossKind",
     "Merge",
     "ModelConfig",
+    "NeuronActivation",
     "OnNonFinite",
     "ParallelConfig",
     "PlanConfig",
@@ -89,6 +111,7 @@ __all__ = [
     "SourceKind",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherSource",
     "TrackingConfig",
     "TrainConfig",
     "WandbConfig",

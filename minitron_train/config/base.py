@@ -1,7 +1,7 @@
-"""What the sections are made of: fields with a help text, checks that name key, value, rule and remedy."""
+"""Building blocks of the sections: fields with a help text, and checks that name key, value, rule and remedy."""
 
 from dataclasses import field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from minitron_train.runtime.errors import UserError
@@ -34,7 +34,7 @@ def require_positive(section: Any, prefix: str, *names: str) -> None:
         )
 
 
-class Precision(Enum):
+class Precision(StrEnum):
     """Dtype of weights in forward and backward; the optimizer keeps fp32 master weights in any case."""
 
     fp32 = "fp32"
@@ -42,5 +42,5 @@ class Precision(Enum):
 
 
 def precision_on(given: Precision | None, cuda: bool) -> Precision:
-    """Of forward passes without gradients, where none is given: bf16 on a GPU, fp32 on a CPU."""
+    """The dtype of forward passes without gradients: `given`, else bf16 on a GPU and fp32 on a CPU."""
     return given or (Precision.bf16 if cuda else Precision.fp32)

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from minitron_train.config.base import opt, require, require_positive
 
 
-class SourceKind(Enum):
+class SourceKind(StrEnum):
     """Formats of a source; auto goes by file names and content, bin is megatron-core's IndexedDataset (.bin/.idx)."""
 
     auto = "auto"
@@ -26,43 +26,45 @@ class SourceConfig:
     """One part of the blend."""
 
     path: str | None = opt(
-        None, "file, folder or glob; hub: a repository id; embedded: prose or code; null: missing", path=True
+        None,
+        "file, folder or glob; kind=hub: repository id; kind=embedded: prose or code; null: must be given",
+        path=True,
     )
-    kind: SourceKind = opt(SourceKind.auto, "format")
+    kind: SourceKind = opt(SourceKind.auto, "format of the files; auto: by name and content")
     text_key: str = opt("text", "column that holds the text")
-    weight: float = opt(1.0, "share of the tokens, normalised over the parts")
-    late_weight: float | None = opt(None, "share in the last phase (data.late_fraction); default: weight")
-    subset: str | None = opt(None, "kind=hub: configuration of the data set")
+    weight: float = opt(1.0, "share of the training tokens; weights of all parts are normalised to 1")
+    late_weight: float | None = opt(None, "share of the tokens in the last phase (data.late_fraction); default: weight")
+    subset: str | None = opt(None, "kind=hub: configuration name of the data set")
     split: str = opt(
-        "train", "split of the data set; files: by their names, train takes what no other split has, all takes all"
+        "train", "split to read; of files, train means all that no other split's name claims, all means every file"
     )
-    revision: str | None = opt(None, "kind=hub: pinned commit; without one the data may change under a run")
-    suggestion: str | None = opt(None, "a public data set that could stand here")
+    revision: str | None = opt(None, "kind=hub: commit to read; without it the data may change during a run")
+    suggestion: str | None = opt(None, "public data set that the error message proposes when path is missing")
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The training stream; its held-out slice is the validation set."""
 
-    name: str = opt("embedded", "of the blend; goes into provenance")
-    path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces sources", path=True)
+    name: str = opt("embedded", "name of the blend; written to provenance.json")
+    path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces data.sources", path=True)
     text_key: str = opt("text", "column that holds the text in data.path and data.validation_path")
-    sources: dict[str, SourceConfig] = opt(dict, "weighted parts of the blend by name; empty: the embedded corpus")
-    late_fraction: float = opt(0.0, "last share of train.num_tokens, which uses late_weight")
-    document_end: str | None = opt(None, "token that ends each document; default: the tokenizer's EOS")
-    document_attention: bool = opt(False, "tokens attend inside their own document only")
+    sources: dict[str, SourceConfig] = opt(dict, "weighted parts of the blend, by name; empty: the embedded corpus")
+    late_fraction: float = opt(0.0, "fraction of train.num_tokens at the end of training that uses late_weight")
+    document_end: str | None = opt(None, "token that ends each document; default: EOS of the tokenizer")
+    document_attention: bool = opt(False, "mask attention between documents of one sequence")
     validation_path: str | None = opt(
-        None, "held-out text, never trained on; default: a slice of the stream", path=True
+        None, "validation text; default: documents held out of the training stream", path=True
     )
-    validation_tokens: int = opt(32768, "tokens of the held-out slice that are evaluated")
-    validation_fraction: float = opt(0.05, "share of the documents held out of training")
-    num_workers: int = opt(1, "tokenising processes per rank; 0 tokenises in the training process")
+    validation_tokens: int = opt(32768, "tokens per validation")
+    validation_fraction: float = opt(0.05, "fraction of the documents held out of training for validation")
+    num_workers: int = opt(1, "tokenising processes per rank; 0: tokenise in the training process")
     cache_dir: str | None = opt(
-        None, "seekable copies of compressed files; default: ~/.cache/minitron_train", path=True
+        None, "folder for seekable copies of compressed files; default: ~/.cache/minitron_train", path=True
     )
 
     def validate(self) -> None:
-        """Ranges, kinds and weights; paths are checked when the stream is opened."""
+        """Check ranges and weights; paths are checked when the stream is opened."""
         require_positive(self, "data", "validation_tokens")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "must not be negative", "0 is in process")
         for name in ("late_fraction", "validation_fraction"):

@@ -1,13 +1,13 @@
 """Section distill: the loss."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from minitron_train.config.base import Precision, opt, require
 
 
-class LossKind(Enum):
+class LossKind(StrEnum):
     """Distillation losses on logits (arXiv 2407.14679 table 15)."""
 
     forward_kl = "forward_kl"
@@ -18,7 +18,7 @@ class LossKind(Enum):
     top_k_kl = "top_k_kl"
 
 
-class HiddenLossKind(Enum):
+class HiddenLossKind(StrEnum):
     """How two hidden states are compared; cosine is the better one (arXiv 2407.14679 appendix A.4)."""
 
     cosine = "cosine"
@@ -37,7 +37,12 @@ def check_loss(values: Any, kind: LossKind, prefix: str = "") -> None:
             f"must be 1 with {prefix}loss={kind.value}",
             "leave it out",
         ),
-        ("top_k", (values.top_k > 0) == takes_top_k, f"goes with {prefix}loss=top_k_kl", "set both or neither"),
+        (
+            "top_k",
+            (values.top_k > 0) == takes_top_k,
+            f"is for {prefix}loss=top_k_kl only, which needs it",
+            "set both or neither",
+        ),
         ("jsd_beta", 0 < values.jsd_beta < 1, "must lie between 0 and 1", "0.5 is usual"),
         ("kd_weight", values.kd_weight >= 0, "must not be negative", "0 leaves the loss out"),
         ("ce_weight", values.ce_weight >= 0, "must not be negative", "0 leaves the loss out"),
@@ -49,9 +54,13 @@ def check_loss(values: Any, kind: LossKind, prefix: str = "") -> None:
 
 def check_blocks(values: Any, prefix: str = "") -> None:
     """The rules of how a loss is cut into blocks: for this section, and for distillation.loss_blocks.Chunking."""
-    budget = values.memory_budget_u
+    budget = values.logit_memory_fraction
     require(
-        budget is None or budget >= 0, f"{prefix}memory_budget_u", budget, "must not be negative", "0: smallest blocks"
+        budget is None or budget >= 0,
+        f"{prefix}logit_memory_fraction",
+        budget,
+        "must not be negative",
+        "0 uses the smallest blocks",
     )
     for name in ("vocab_tile", "token_chunk"):
         value = getattr(values, name)
@@ -62,27 +71,36 @@ def check_blocks(values: Any, prefix: str = "") -> None:
 class DistillConfig:
     """The loss (arXiv 2407.14679 §3)."""
 
-    loss: LossKind = opt(LossKind.forward_kl, "on the logits of the full vocabulary")
+    loss: LossKind = opt(LossKind.forward_kl, "distillation loss on the logits of the full vocabulary")
     loss_function: str | None = opt(
         None,
         "your own loss in place of distill.loss: my_lab.losses.name(student_logits, teacher_logits) -> loss per token",
     )
-    temperature: float = opt(1.0, "both models' logits are divided by it")
+    temperature: float = opt(1.0, "divisor of the logits of both models")
     temperature_squared: bool = opt(False, "multiply the loss by temperature²")
-    top_k: int = opt(0, "top_k_kl: number of the teacher's largest logits")
-    teacher_precision: Precision | None = opt(None, "of the teacher's weights; default: train.precision")
-    kd_weight: float = opt(1.0, "of the distillation loss")
-    ce_weight: float = opt(0.0, "of the cross-entropy on the labels")
-    jsd_beta: float = opt(0.5, "jsd: the teacher's share of the mixture")
-    memory_budget_u: float | None = opt(None, "memory of the loss, in fp32 logit tensors; default: 0.2, or 256 MiB")
-    vocab_tile: int | None = opt(None, "vocabulary rows of a block of the loss; default: from the memory budget")
-    token_chunk: int | None = opt(None, "tokens of a block of the loss; default: from the memory budget")
-    hidden_layers: list[str] = opt(list, "layers compared, STUDENT/TEACHER, from 0: [embedding/embedding, 13/29]")
-    hidden_loss: HiddenLossKind = opt(HiddenLossKind.cosine, "between those outputs, the student's projected up")
-    hidden_weight: float | None = opt(None, "of that loss; default: dynamic, the logit loss over it in the step before")
+    top_k: int = opt(0, "loss=top_k_kl: number of largest teacher logits that are compared")
+    teacher_precision: Precision | None = opt(None, "dtype of the teacher's weights; default: train.precision")
+    kd_weight: float = opt(1.0, "weight of the distillation loss")
+    ce_weight: float = opt(0.0, "weight of the cross-entropy on the labels")
+    jsd_beta: float = opt(0.5, "loss=jsd: weight of the teacher in the mixture")
+    logit_memory_fraction: float | None = opt(
+        None,
+        "memory of the loss, as a fraction of one fp32 [tokens, vocabulary] tensor; default: 0.2, at least 256 MiB",
+    )
+    vocab_tile: int | None = opt(None, "vocabulary entries per block of the loss; default: from logit_memory_fraction")
+    token_chunk: int | None = opt(None, "tokens per block of the loss; default: from logit_memory_fraction")
+    hidden_layers: list[str] = opt(
+        list,
+        "pairs STUDENT/TEACHER of layers to compare, counted from 0: [embedding/embedding, 13/29]",
+    )
+    hidden_loss: HiddenLossKind = opt(
+        HiddenLossKind.cosine, "loss between the outputs of those layers; a projection widens the student's"
+    )
+    hidden_weight: float | None = opt(
+        None, "weight of that loss; default: logit loss / hidden loss of the previous step"
+    )
 
     def validate(self) -> None:
-        """Ranges."""
         check_loss(self, self.loss, "distill.")
         plain = (self.loss, self.temperature, self.temperature_squared) == (LossKind.forward_kl, 1.0, False)
         rule = "replaces distill.loss, distill.temperature and distill.temperature_squared"

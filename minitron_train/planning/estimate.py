@@ -71,7 +71,7 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         weight_bytes=WEIGHT_BYTES[config.train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or config.train.precision],
         runtime_bytes=machine.reserved_bytes,
-        loss_budget_u=config.distill.memory_budget_u,
+        logit_memory_fraction=config.distill.logit_memory_fraction,
         logit_passes=logit_passes(config.distill),
         recompute=config.train.recompute.name,
         sequence_parallel=config.parallel.sequence_parallel and tp > 1,

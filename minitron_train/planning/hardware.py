@@ -12,6 +12,15 @@ from minitron_train.config import ClusterConfig, Precision
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+DATA_SHEET_TFLOPS = {  # dense bf16 peak by a part of CUDA's name of the device (NVIDIA's data sheets); the first match counts
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "B200": 2250,
+    "L40S": 362,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +34,7 @@ class Hardware:
     reserved_bytes: int  # CUDA context, NCCL, fragmentation; 0 without CUDA (planning.memory.RUNTIME_BYTES instead)
     peak_flops: float
     fp32_flops: float
-    utilisation: float
+    gemm_efficiency: float
     memory_rate: float
     intra_node_rate: float
     inter_node_rate: float
@@ -36,7 +45,7 @@ class Hardware:
     @property
     def flops(self) -> float:
         """Expected FLOP/s of matrix products in a step."""
-        return self.peak_flops * self.utilisation
+        return self.peak_flops * self.gemm_efficiency
 
     def link_rate(self, num_ranks: int) -> float:
         """Return the bytes per second between a GPU and the others of its group of `num_ranks` neighbouring GPUs."""
@@ -61,7 +70,7 @@ def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
         reserved_bytes=int(cluster.reserved_gib * GIB) if cuda else 0,
         peak_flops=peak,
         fp32_flops=fp32,
-        utilisation=cluster.utilisation,
+        gemm_efficiency=cluster.gemm_efficiency,
         memory_rate=rate,
         intra_node_rate=cluster.intra_node_gb_per_s * 1e9,
         inter_node_rate=cluster.inter_node_gb_per_s * 1e9,
@@ -87,6 +96,14 @@ def can_shard_optimizer_here() -> bool:
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
     return HAVE_APEX_OR_TE and cuda_here()
+
+
+def data_sheet_flops(device_name: str, precision: Precision, cluster: ClusterConfig) -> float | None:
+    """Peak FLOP/s of a GPU on its data sheet: by name, else cluster.peak_tflops; None in fp32 or where neither is known."""
+    if precision is not Precision.bf16:
+        return None
+    tflops = next((value for part, value in DATA_SHEET_TFLOPS.items() if part in device_name), cluster.peak_tflops)
+    return tflops * 1e12 if tflops else None
 
 
 def gemm_flops(

@@ -31,7 +31,7 @@ def candidates(
                     weight_bytes=base.weight_bytes,
                     teacher_weight_bytes=base.teacher_weight_bytes,
                     runtime_bytes=base.runtime_bytes,
-                    loss_budget_u=base.loss_budget_u,
+                    logit_memory_fraction=base.logit_memory_fraction,
                     logit_passes=base.logit_passes,
                     recompute=recompute,
                     sequence_parallel=tp > 1 and machine.cuda,

@@ -14,7 +14,9 @@ from minitron_train.planning.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
 FP64 = 8
-LOSS_BUDGET_U = 0.2  # distillation.loss_blocks.Chunking.memory_budget_u, in units of one [N, V] fp32 logit tensor
+LOGIT_MEMORY_FRACTION = (
+    0.2  # distillation.loss_blocks.Chunking.logit_memory_fraction, in units of one [N, V] fp32 logit tensor
+)
 SMALL_LOGITS_BYTES = 256 * 2**20  # distillation.step.SMALL_BYTES
 EVAL_LOGIT_BYTES = 128 * 2**20  # model.forward.LOGIT_BYTES
 SLICE_BLOCK_BYTES = 16 * 2**20  # pruning.slice.BLOCK_BYTES
@@ -37,7 +39,7 @@ class Layout:
     weight_bytes: int  # 2 for bf16, 4 for fp32
     teacher_weight_bytes: int
     runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0 without CUDA
-    loss_budget_u: float | None = None  # distill.memory_budget_u
+    logit_memory_fraction: float | None = None  # distill.logit_memory_fraction
     logit_passes: int = 0  # planning.timing.logit_passes; 0 if the time of the loss is not estimated
     recompute: str = "none"  # config.Recompute: the activations that the backward pass recomputes
     sequence_parallel: bool = False
@@ -117,9 +119,9 @@ def logit_budget(vocab: int, layout: Layout) -> float:
         vocab: vocabulary rows of this rank.
     """
     logits = layout.tokens * vocab * FP32
-    if layout.loss_budget_u is not None:
-        return layout.loss_budget_u * logits
-    return max(LOSS_BUDGET_U * logits, SMALL_LOGITS_BYTES)
+    if layout.logit_memory_fraction is not None:
+        return layout.logit_memory_fraction * logits
+    return max(LOGIT_MEMORY_FRACTION * logits, SMALL_LOGITS_BYTES)
 
 
 def loss_bytes(student: Shape, teacher: Shape | None, layout: Layout) -> int:

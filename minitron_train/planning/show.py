@@ -117,7 +117,7 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     )
     return [
         f"  {choice['tokens_per_second']:,.0f} tokens/s, {cost_text(choice)}",
-        f"  at {machine['utilisation']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
+        f"  at {machine['gemm_efficiency']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
         f"one step: {step['total']:.2f} s = {parts}",
         f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
         f"{network['data_parallel'] / GIB:.1f} GiB for DP",

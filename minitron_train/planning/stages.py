@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import Config, Precision
+from minitron_train.config import Config, ExportDtype, Precision
 from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import FP32, Layout, repair_bytes, score_bytes, slice_bytes
@@ -118,7 +118,7 @@ def export_weight_bytes(config: Config) -> int:
     """Return the bytes per weight of the exported folder."""
     if config.export.dtype is None:
         return file_weight_bytes(config)
-    return FP32 if config.export.dtype == "float32" else BF16
+    return FP32 if config.export.dtype is ExportDtype.float32 else BF16
 
 
 def file_weight_bytes(config: Config) -> int:

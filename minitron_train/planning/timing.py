@@ -174,7 +174,7 @@ def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int
     watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
     traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * layout.weight_bytes
     weights = 2 * parameters_per_rank(teacher, layout.tp) * layout.weight_bytes
-    rate = (machine.fp32_flops if layout.weight_bytes == FP32 else machine.peak_flops) * machine.utilisation
+    rate = (machine.fp32_flops if layout.weight_bytes == FP32 else machine.peak_flops) * machine.gemm_efficiency
     network = tokens * score_network_bytes(teacher, layout) / machine.link_rate(layout.tp)
     working = tokens * (flops / layout.tp / rate + traffic / machine.memory_rate)
     return SCORE_START_S + working + weights / machine.memory_rate + network

@@ -44,7 +44,7 @@ def tokens_with_samples(
     """
     calibration, seed = config.calibration, config.seed
     size = batch_size(calibration)
-    num_written = max(1, round(calibration.teacher_share * calibration.num_samples))
+    num_written = max(1, round(calibration.self_generated_fraction * calibration.num_samples))
     sequences = []
     if num_read := calibration.num_samples - num_written:
         text = replace(calibration, num_samples=num_read, micro_batch_size=1)
@@ -76,8 +76,8 @@ def generate_samples(
     shape.check_length(calibration.seq_length + len(prompt), "calibration.seq_length", "teacher")
     if calibration.streamed or not fits(shape, groups, dtype):
         raise UserError(
-            f"calibration.teacher_share={calibration.teacher_share}: a teacher that is streamed layer by layer cannot generate; "
-            "set it to 0, or use more tensor-parallel ranks"
+            f"calibration.self_generated_fraction={calibration.self_generated_fraction}: a teacher that is streamed layer by "
+            "layer cannot generate text; set it to 0, or use more tensor-parallel ranks"
         )
     model = build(shape, tp=groups.tp_size, dtype=dtype)
     load_weights(model, teacher.table, shape, RowReader(teacher), groups.tp_rank, groups.tp_size)

@@ -113,7 +113,7 @@ def check_tokens(sequences_NS: Tensor, teacher: hf.HFFolder, num_parts: int) -> 
     is_token = sequences_NS >= 0
     if not is_token[:, 0].all() or (is_token[:, 1:] & ~is_token[:, :-1]).any():
         raise UserError(
-            "calibration.tokens: padding (-1) stands before a token; a sequence begins with a token and is padded at its end"
+            "calibration.tokens_path: padding (-1) stands before a token; a sequence begins with a token and is padded at its end"
         )
     largest, vocab = int(sequences_NS.max()), teacher.shape.vocab_size
     if largest >= vocab:

@@ -10,7 +10,7 @@ from minitron_train.runtime.errors import UserError
 def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibration: CalibrationConfig) -> None:
     """Reject, before scoring, a target that the teacher cannot be pruned to, and a repair from too few tokens."""
     check_target(teacher, student, prune)
-    if calibration.tokens is None:
+    if calibration.tokens_path is None:
         num_sequences = min(calibration.num_samples, num_repair_sequences(prune, calibration.seq_length))
         check_enough(num_sequences * calibration.seq_length, student, prune)
 

@@ -18,15 +18,16 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class LineHandler(logging.Handler):
-    """Prints each line on standard output immediately, above a progress bar if one is shown."""
+    """Prints each line immediately, above a progress bar if one is shown: warnings on stderr, the rest on stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if sys.stdout.isatty():
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        if stream.isatty():
             from tqdm import tqdm
 
-            tqdm.write(self.format(record))
+            tqdm.write(self.format(record), file=stream)
         else:
-            print(self.format(record), flush=True)
+            print(self.format(record), file=stream, flush=True)
 
 
 def make_logger() -> logging.Logger:
@@ -45,6 +46,12 @@ def say(line: str) -> None:
     """Log one line, on rank 0 only."""
     if read_world().is_first:
         LOGGER.info("%s", line)
+
+
+def warn(line: str) -> None:
+    """Log one warning, on rank 0 only; it does not mix with what a command prints for other programs (--cfg job)."""
+    if read_world().is_first:
+        LOGGER.warning("warning: %s", line)
 
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:

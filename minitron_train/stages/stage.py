@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from minitron_train.config.renamed import current_settings
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import PARTIAL, disk_errors
 from minitron_train.runtime.masking import mask_credentials
@@ -112,7 +113,7 @@ def contents(folder: Path) -> list[str]:
 def changes_since(record: Started | Provenance, stage: Stage) -> list[str]:
     """How a stage differs from the one that a record describes."""
     inputs = differences(record["inputs"], stage.inputs, "input ")
-    return inputs + differences(record["settings"], plain(stage.settings), "")
+    return inputs + differences(current_settings(record["settings"], None), plain(stage.settings), "")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], label: str) -> list[str]:

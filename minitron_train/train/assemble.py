@@ -21,7 +21,7 @@ from minitron_train.model.build import DTYPES, LanguageModel, build
 from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
-from minitron_train.planning.hardware import can_shard_optimizer_here, gemm_flops
+from minitron_train.planning.hardware import can_shard_optimizer_here, data_sheet_flops, gemm_flops
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
 from minitron_train.runtime.heartbeat import Heartbeat
@@ -188,4 +188,6 @@ def throughput_meter(config: Config, groups: Groups, student: HFFolder, teacher:
     length = config.train.seq_length
     flops = training_flops_per_token(student.shape, length)
     flops += forward_flops_per_token(teacher.shape, length) if teacher else 0
-    return ThroughputMeter(flops, gemm_flops(config.train.precision, groups.device.type == "cuda"), groups.world_size)
+    precision, cuda = config.train.precision, groups.device.type == "cuda"
+    peak = data_sheet_flops(torch.cuda.get_device_name(groups.device), precision, config.cluster) if cuda else None
+    return ThroughputMeter(flops, gemm_flops(precision, cuda), groups.world_size, peak)

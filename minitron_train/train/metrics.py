@@ -91,10 +91,23 @@ def finite(value: Any) -> Any:
 
 
 class ThroughputMeter:
-    """Measures tokens per second, and model FLOPs per second as a fraction of the measured GEMM rate of all devices."""
+    """Tokens per second since the last reading, and model FLOPs as a share of what the devices can do.
 
-    def __init__(self, flops_per_token: float, gemm_flops_per_second: float, num_devices: int) -> None:
-        self.flops_per_token, self.peak = flops_per_token, gemm_flops_per_second * num_devices
+    `gemm_utilisation` is the share of the matrix product's rate that was timed at start. `mfu` (model FLOPs utilisation,
+    arXiv 2204.02311) is the share of the data sheet's peak; it is missing where that is unknown, as on CPUs.
+    """
+
+    def __init__(
+        self,
+        flops_per_token: float,
+        gemm_flops_per_second: float,
+        num_devices: int,
+        data_sheet_flops_per_second: float | None = None,
+    ) -> None:
+        self.flops_per_token = flops_per_token
+        self.full_rates = {"gemm_utilisation": gemm_flops_per_second * num_devices}  # FLOP/s of all devices
+        if data_sheet_flops_per_second is not None:
+            self.full_rates["mfu"] = data_sheet_flops_per_second * num_devices
         self.tokens, self.seconds, self.mark_s = 0, 0.0, time.perf_counter()
 
     def resume(self) -> None:
@@ -112,10 +125,11 @@ class ThroughputMeter:
         No step was taken when this process only evaluates a step of an earlier process.
         """
         if not self.tokens:
-            return {"tokens_per_second": None, "model_flops_utilisation": None}
+            return {"tokens_per_second": None, **dict.fromkeys(self.full_rates)}
         rate = self.tokens / max(self.seconds, 1e-9)
         self.tokens, self.seconds = 0, 0.0
-        return {"tokens_per_second": rate, "model_flops_utilisation": rate * self.flops_per_token / self.peak}
+        shares = {name: rate * self.flops_per_token / full for name, full in self.full_rates.items()}
+        return {"tokens_per_second": rate, **shares}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -21,7 +21,7 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
         "early_stop_evaluations",
         "log_every_steps",
     },
-    "distill": {"memory_budget_u", "vocab_tile", "token_chunk"},
+    "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk"},
 }
 DATA = ("document_attention", "late_fraction")  # deciding settings that the data fingerprint does not cover
 

@@ -32,7 +32,7 @@ def split_losses(rank: int, world_size: int) -> list[str]:
     mixed = [spec for spec in specs() if spec.ce_weight]
     failures = []
     whole = (alone, None, Chunking())
-    padded = ([*mixed, wide], VOCAB_REAL, Chunking(memory_budget_u=0, vocab_tile=7, token_chunk=5))
+    padded = ([*mixed, wide], VOCAB_REAL, Chunking(logit_memory_fraction=0, vocab_tile=7, token_chunk=5))
     for kinds, vocab_size, chunking in [whole, padded] if world_size == 2 else [padded]:
         for spec in kinds:
             case = make_case(12, VOCAB, 16, 24)

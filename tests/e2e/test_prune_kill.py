@@ -33,7 +33,7 @@ cli.run(sys.argv, World())
 
 def prune(folder: Path, teacher: Path, *words: str, kill_after_blocks: int = 0) -> subprocess.CompletedProcess[str]:
     """The command, killed after so many blocks (0: not killed)."""
-    settings = ["prune", f"teacher.path={teacher}", f"calibration.tokens={folder / 'tokens.safetensors'}", *words]
+    settings = ["prune", f"teacher.path={teacher}", f"calibration.tokens_path={folder / 'tokens.safetensors'}", *words]
     settings += ["prune=modelopt", f"output_dir={folder / 'out'}", "student.hidden_size=48"]
     program = ["-c", KILL_AT.format(blocks=kill_after_blocks)] if kill_after_blocks else ["-m", "minitron_train"]
     return subprocess.run([sys.executable, *program, *settings], capture_output=True, text=True, timeout=120)

@@ -117,10 +117,10 @@ def test_a_teacher_that_writes_its_calibration(done: tuple[Path, str], tmp_path:
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    command("score", "calibration.teacher_share=0.5")
+    command("score", "calibration.self_generated_fraction=0.5")
     tokens = load_file(tmp_path / "scores" / "tokens.safetensors")["tokens"]
     assert tokens.shape == (4, 4, 64)
-    printed = command("prune", "calibration.teacher_share=0.5")
+    printed = command("prune", "calibration.self_generated_fraction=0.5")
     assert "score: already finished" in printed and (tmp_path / "pruned" / "model.safetensors").exists()
     assert torch.equal(load_file(tmp_path / "scores" / "tokens.safetensors")["tokens"], tokens)
     assert "score: stale" in command("prune", "dry_run=true")

@@ -54,7 +54,7 @@ NO_DATA = ["+recipe=4b_from_8b", "calibration.num_samples=8"]  # data=nemotron4_
         ("eval", ["data.validation_path={text}"], False),
         ("score", ["calibration.path={text}"], False),
         ("score", ["calibration.path={text}s"], True),
-        ("score", ["calibration.tokens=x"], False),
+        ("score", ["calibration.tokens_path=x"], False),
         ("distill", ["data.path={text}"], False),
         ("export", [], False),
     ],

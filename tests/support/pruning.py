@@ -8,23 +8,36 @@ import yaml
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.config import Aggregation, CalibrationConfig, Config, Merge, PruneConfig, Refit, Scope
+from minitron_train.config import (
+    Aggregation,
+    CalibrationConfig,
+    Config,
+    HeadNorm,
+    Merge,
+    NeuronActivation,
+    PruneConfig,
+    Refit,
+    Scope,
+)
 from minitron_train.pruning.collect import Statistics
 from minitron_train.pruning.criterion import Evidence
 
 ENUMS: dict[str, Any] = {
     "batch_aggregation": Aggregation,
     "sequence_aggregation": Aggregation,
+    "neuron_activation": NeuronActivation,
+    "head_norm": HeadNorm,
     "heads_scope": Scope,
     "ffn_scope": Scope,
     "head_merge": Merge,
     "refit": Refit,
 }
+PLAIN: dict[str, Any] = {"rotate": False, "norm_scale": False, "refit": Refit.none}  # slicing without any repair
 
 
 def configuration(preset: str | None = None, **prune: Any) -> Config:
-    """A configuration with the settings of conf/prune/PRESET.yaml, small micro-batches, and the `prune` settings given."""
-    settings: dict[str, Any] = {}
+    """Plain slicing, or one of conf/prune/*.yaml; small micro-batches, and settings of prune."""
+    settings = PLAIN
     if preset:
         file = Path(__file__).parents[2] / "conf" / "prune" / f"{preset}.yaml"
         settings = {key: ENUMS.get(key, lambda x: x)(value) for key, value in yaml.safe_load(file.read_text()).items()}

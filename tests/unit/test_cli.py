@@ -145,8 +145,7 @@ def test_help_needs_no_torch_and_no_numpy(tmp_path: Path) -> None:
     ("section", "values", "message"),
     [
         ("pretrain", {"num_tokens": 0}, r"pretrain\.num_tokens=0: must be greater than 0"),
-        ("pretrain", {"min_lr": 1.0}, r"pretrain\.min_lr=1\.0: between 0 and pretrain\.lr=0\.001"),
-        ("export", {"dtype": "int3"}, r"export\.dtype=int3: must be one of float32, bfloat16, float16"),
+        ("pretrain", {"min_lr": 1.0}, r"pretrain\.min_lr=1\.0: must lie between 0 and pretrain\.lr=0\.001"),
         ("plan", {"family": {"small": StudentConfig(num_layers=0)}}, r"plan\.family\.small\.num_layers=0: must be"),
         ("eval", {"every_tokens": -1}, r"eval\.every_tokens=-1: must not be negative"),
         ("eval", {"compare": ["a"]}, r"eval\.compare=\['a'\]: must have two labels or more"),
@@ -162,6 +161,24 @@ def test_sections_refuse(section: str, values: dict[str, Any], message: str) -> 
         setattr(getattr(config, section), name, value)
     with pytest.raises(UserError, match=message):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("word", "choices"),
+    [
+        ("export.dtype=int3", "float32, bfloat16, float16"),
+        ("teacher.source=ftp", "hub, wheel, pretrain"),
+        ("search.budget=money", "parameters, non_embedding_parameters, memory_gib"),
+        ("prune.neuron_activation=mid", "pre, post"),
+        ("prune.head_norm=row", "channel, token"),
+    ],
+)
+def test_a_name_that_is_no_choice_is_refused_with_the_choices(word: str, choices: str) -> None:
+    key, value = word.split("=")
+    with pytest.raises(UserError) as refused:
+        configuration.compose([word])
+    line = str(refused.value)
+    assert key in line and f"'{value}'" in line and f"one of [{choices}]" in line and "\n" not in line
 
 
 def test_a_folder_does_not_pass_for_a_model_of_the_run(tmp_path: Path) -> None:
@@ -192,7 +209,7 @@ def test_every_command_has_help(name: str) -> None:
 
 
 def test_help_shows_the_values_that_a_run_would_have() -> None:
-    """The defaults are those of conf/, not of the dataclasses; a recipe and the command line win over them."""
+    """A recipe and the command line win over the defaults."""
     assert "  prune.rotate=True " in help_of("prune")
     assert "  data.sources={prose, code} " in help_of("distill", "+recipe=tiny")
     shown = help_of("prune", "+recipe=4b", "prune.ridge=0.5")

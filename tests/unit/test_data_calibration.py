@@ -39,7 +39,7 @@ def test_from_files(numbered_words, tmp_path):
     assert tokens.shape == (1, 4, 32) and "calibrate on this" in tokenizer.decode(tokens[0, 0])
     expected = torch.arange(24).view(2, 3, 4)
     save_file({"tokens": expected}, tmp_path / "tokens.safetensors")
-    calibration = CalibrationConfig(tokens=str(tmp_path / "tokens.safetensors"))
+    calibration = CalibrationConfig(tokens_path=str(tmp_path / "tokens.safetensors"))
     assert torch.equal(calibration_batches(calibration, data, None, seed=1), expected)
 
 
@@ -47,7 +47,7 @@ def test_mistakes(numbered_words, tmp_path):
     data, tokenizer = numbered_words
     with pytest.raises(UserError, match=r"multiple of calibration\.micro_batch_size"):
         calibration_batches(CalibrationConfig(num_samples=9, micro_batch_size=8), data, tokenizer, seed=1)
-    with pytest.raises(UserError, match=r"calibration\.tokens=FILE"):
+    with pytest.raises(UserError, match=r"calibration\.tokens_path=FILE"):
         calibration_batches(CalibrationConfig(), data, None, seed=1)
     path = tmp_path / "tokens.safetensors"
     for content, message in (
@@ -57,9 +57,9 @@ def test_mistakes(numbered_words, tmp_path):
     ):
         save_file(content, path)
         with pytest.raises(UserError, match=message):
-            calibration_batches(CalibrationConfig(tokens=str(path)), data, tokenizer, seed=1)
+            calibration_batches(CalibrationConfig(tokens_path=str(path)), data, tokenizer, seed=1)
     path.write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="not a readable"):
-        calibration_batches(CalibrationConfig(tokens=str(path)), data, tokenizer, seed=1)
+        calibration_batches(CalibrationConfig(tokens_path=str(path)), data, tokenizer, seed=1)
     with pytest.raises(UserError, match="not a readable"):
-        calibration_batches(CalibrationConfig(tokens=str(tmp_path / "none")), data, tokenizer, seed=1)
+        calibration_batches(CalibrationConfig(tokens_path=str(tmp_path / "none")), data, tokenizer, seed=1)

@@ -46,10 +46,10 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolera
     ("tokens", "student_hidden", "chunking"),
     [
         (20, 64, Chunking()),  # both models' logits fit into the storage of the weight gradient
-        (50, 64, Chunking(memory_budget_u=0, vocab_tile=40)),  # the student's fit, the teacher's are made again
-        (50, 16, Chunking(memory_budget_u=0, vocab_tile=33, token_chunk=7)),  # several token chunks; some fit
-        (50, 16, Chunking(memory_budget_u=0.5, vocab_tile=20)),  # a part is kept beside
-        (50, 16, Chunking(memory_budget_u=9, token_chunk=1, vocab_tile=1 << 20)),  # all is kept
+        (50, 64, Chunking(logit_memory_fraction=0, vocab_tile=40)),  # the student's fit, the teacher's are made again
+        (50, 16, Chunking(logit_memory_fraction=0, vocab_tile=33, token_chunk=7)),  # several token chunks; some fit
+        (50, 16, Chunking(logit_memory_fraction=0.5, vocab_tile=20)),  # a part is kept beside
+        (50, 16, Chunking(logit_memory_fraction=9, token_chunk=1, vocab_tile=1 << 20)),  # all is kept
     ],
 )
 def test_equals_full_logits(spec: LossSpec, tokens: int, student_hidden: int, chunking: Chunking) -> None:
@@ -84,7 +84,7 @@ def test_bfloat16_on_a_gpu(kind: LossKind) -> None:
     spec = LossSpec(kind=kind, ce_weight=0.5, top_k=50 if kind is LossKind.top_k_kl else 0)
     case = make_case(300, 20_000, 256, 320).to(torch.bfloat16)
     expected = reference(case.to(torch.float64), spec)
-    for chunking in (Chunking(), Chunking(memory_budget_u=0, vocab_tile=1536, token_chunk=128)):
+    for chunking in (Chunking(), Chunking(logit_memory_fraction=0, vocab_tile=1536, token_chunk=128)):
         found = tuple(tensor.cpu() for tensor in run(case.to("cuda"), spec, chunking=chunking))
         assert relative_error(found[0], expected[0]) < 1e-5
         assert_equal(found, expected, 5e-3)
@@ -238,7 +238,7 @@ def test_second_backward_pass_and_changed_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "student_hidden", "budget_u", "expected"),
+    ("tokens", "student_hidden", "fraction", "expected"),
     [
         (64, 128, 0.0, {"student": 1.0, "teacher": 1.0}),  # 2 N <= H: nothing is computed twice
         (64, 64, 0.0, {"student": 1.0, "teacher": 2.0}),  # N <= H: the student's logits wait in the gradient's storage
@@ -247,7 +247,7 @@ def test_second_backward_pass_and_changed_weights() -> None:
     ],
 )
 def test_how_often_logits_are_computed(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, student_hidden: int, budget_u: float, expected: dict[str, float]
+    monkeypatch: pytest.MonkeyPatch, tokens: int, student_hidden: int, fraction: float, expected: dict[str, float]
 ) -> None:
     case = make_case(tokens, 4000, student_hidden, 16, torch.float32)
     counts = {"student": 0.0, "teacher": 0.0}
@@ -258,7 +258,7 @@ def test_how_often_logits_are_computed(
         original(self, rows, columns, out)
 
     monkeypatch.setattr(Projection, "logits", count)
-    run(case, LossSpec(), chunking=Chunking(memory_budget_u=budget_u, vocab_tile=100))
+    run(case, LossSpec(), chunking=Chunking(logit_memory_fraction=fraction, vocab_tile=100))
     assert counts == pytest.approx(expected, abs=0.051)
 
 
@@ -271,14 +271,14 @@ def peak_bytes(case: Case, chunking: Chunking) -> int:
     return max(itertools.accumulate(sizes))
 
 
-@pytest.mark.parametrize("budget_u", [0.05, 0.2, 0.6])
-def test_memory_stays_within_the_budget(budget_u: float) -> None:
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.6])
+def test_memory_stays_within_the_budget(fraction: float) -> None:
     """Beyond the two gradients, which are results, and a few rows of bookkeeping."""
     tokens, vocab, hidden = 128, 20_000, 64
     case = make_case(tokens, vocab, hidden, 64, torch.float32)
-    peak = peak_bytes(case, Chunking(memory_budget_u=budget_u))
+    peak = peak_bytes(case, Chunking(logit_memory_fraction=fraction))
     gradients, bookkeeping, logits = 4 * hidden * (vocab + tokens), 300_000, 4 * tokens * vocab
-    assert gradients < peak < gradients + bookkeeping + budget_u * logits
+    assert gradients < peak < gradients + bookkeeping + fraction * logits
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_refused_inputs() -> None:
     case.labels_N[2] = 301
     with pytest.raises(UserError, match=r"outside 0 … 300"):
         distillation_loss(*weights, case.teacher_VD, loss=LossSpec(ce_weight=1), labels_N=case.labels_N)
-    with pytest.raises(UserError, match="memory_budget_u=-1"):
-        run(case, LossSpec(), chunking=Chunking(memory_budget_u=-1))
+    with pytest.raises(UserError, match="logit_memory_fraction=-1"):
+        run(case, LossSpec(), chunking=Chunking(logit_memory_fraction=-1))
     with pytest.raises(UserError, match="vocab_tile=0"):
         run(case, LossSpec(), chunking=Chunking(vocab_tile=0))
 

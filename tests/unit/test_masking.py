@@ -60,7 +60,7 @@ def test_what_is_masked(text: str) -> None:
         "12:30:01 step 5@7 loss 2.5",
         "file:///home/me/a@b/c",
         "basic settings, bearer of news",
-        "calibration.tokens=/a/tokens.safetensors data.text_key=text MAX_TOKENS=5",
+        "calibration.tokens_path=/a/tokens.safetensors data.text_key=text MAX_TOKENS=5",
     ],
 )
 def test_what_stays(text: str) -> None:

@@ -77,7 +77,7 @@ def parsed(word: str, *, sweeping: bool = False) -> object:
 
 @pytest.mark.parametrize("value", VALUES)
 def test_any_characters_arrive_as_they_stand(value: str) -> None:
-    for key in ("teacher.path", "output_dir", "data.sources.mine.path", "+calibration.tokens", "name"):
+    for key in ("teacher.path", "output_dir", "data.sources.mine.path", "+calibration.tokens_path", "name"):
         assert parsed(f"{key}={value}") == value
 
 
@@ -115,7 +115,14 @@ def test_the_keys_that_take_a_path() -> None:
         assert isinstance(getattr(section, name), str)
     marked = {f"{name}.{f}" for name in Config.__dataclass_fields__ for f in path_fields(getattr(config, name))}
     assert marked == {
-        *("teacher.path", "student.path", "export.path", "export.checkpoint", "calibration.path", "calibration.tokens"),
+        *(
+            "teacher.path",
+            "student.path",
+            "export.path",
+            "export.checkpoint",
+            "calibration.path",
+            "calibration.tokens_path",
+        ),
         *("data.path", "data.validation_path", "data.cache_dir", "eval.model", "eval.data_dir"),
     }
 

@@ -250,7 +250,7 @@ def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
     from minitron_train.planning import memory
     from minitron_train.pruning import slice as slicing
 
-    assert loss_blocks.Chunking().memory_budget_u == memory.LOSS_BUDGET_U
+    assert loss_blocks.Chunking().logit_memory_fraction == memory.LOGIT_MEMORY_FRACTION
     assert memory.SMALL_LOGITS_BYTES == step.SMALL_BYTES
     assert memory.SLICE_BLOCK_BYTES == slicing.BLOCK_BYTES
     assert memory.EVAL_LOGIT_BYTES == forward.LOGIT_BYTES

@@ -8,12 +8,13 @@ import pytest
 from minitron_train.arch import Shape
 from minitron_train.commands import cli
 from minitron_train.commands.registry import COMMANDS
-from minitron_train.config import Config, Precision, Recompute, Refit
+from minitron_train.config import Config, Precision, PruneConfig, Recompute, Refit
 from minitron_train.planning import check
 from minitron_train.planning.counts import parameters
 from minitron_train.planning.hardware import GIB, control_group_left
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
+from tests.support.pruning import PLAIN
 
 TEACHER = Shape(
     architecture="nemotron",
@@ -40,7 +41,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def config() -> Config:
-    made = Config()
+    made = Config(prune=PruneConfig(**PLAIN))
     made.train.micro_batch_size, made.train.global_batch_size, made.train.seq_length = 8, 64, 1024
     return made
 
@@ -100,7 +101,7 @@ def test_pretraining_needs_less_than_distilling_and_evaluation_least(
     with pytest.raises(UserError, match=r"^pretrain: needs .*train\.\w+=\w+ needs"):
         check_fits(config(), "pretrain", STUDENT, STUDENT, World(), tmp_path)
     memory(evaluating - 0.01)
-    with pytest.raises(UserError, match=r"^eval: needs .*eval\.batch_size=1 needs"):
+    with pytest.raises(UserError, match=r"^eval: needs .*eval\.validation_batch_size=1 needs"):
         check_fits(config(), "eval", STUDENT, STUDENT, World(), tmp_path)
     memory(0.5)
     with pytest.raises(UserError, match=r"^eval: needs .*no layout.*use more GPUs"):

@@ -47,6 +47,8 @@ def test_the_passes_over_logits_are_counted(distill: DistillConfig) -> None:
         tensor.requires_grad_()
     labels = torch.zeros(NUM_TOKENS, dtype=torch.long)
     with Traffic() as traffic:
-        loss = distillation_loss(*student, *teacher, loss=spec, labels_N=labels, chunking=Chunking(memory_budget_u=100))
+        loss = distillation_loss(
+            *student, *teacher, loss=spec, labels_N=labels, chunking=Chunking(logit_memory_fraction=100)
+        )
         loss.total.backward()
     assert traffic.elements / (NUM_TOKENS * VOCAB) == pytest.approx(logit_passes(distill), abs=0.3)

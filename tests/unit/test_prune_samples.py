@@ -61,7 +61,7 @@ def test_batches_are_drawn_apart(outspoken, groups, monkeypatch):
 
 def test_a_share_in_the_place_of_text(numbered_words, outspoken, groups, tmp_path, monkeypatch):
     data, tokenizer = numbered_words
-    calibration = CalibrationConfig(num_samples=24, seq_length=LENGTH, micro_batch_size=4, teacher_share=0.4)
+    calibration = CalibrationConfig(num_samples=24, seq_length=LENGTH, micro_batch_size=4, self_generated_fraction=0.4)
     config = Config(calibration=calibration, data=data)
     prompts = []
 
@@ -84,7 +84,7 @@ def test_a_share_in_the_place_of_text(numbered_words, outspoken, groups, tmp_pat
 
 def test_all_of_it(numbered_words, outspoken, groups, tmp_path):
     """No text is opened."""
-    calibration = CalibrationConfig(num_samples=8, seq_length=LENGTH, micro_batch_size=4, teacher_share=1.0)
+    calibration = CalibrationConfig(num_samples=8, seq_length=LENGTH, micro_batch_size=4, self_generated_fraction=1.0)
     config = Config(calibration=calibration, data=DataConfig(path="nowhere.txt"))
     tokens = tokens_with_samples(config, groups, hf.HFFolder(outspoken), numbered_words[1], tmp_path)
     assert tokens.shape == (2, 4, LENGTH)
@@ -93,16 +93,17 @@ def test_all_of_it(numbered_words, outspoken, groups, tmp_path):
 def test_mistakes(numbered_words, outspoken, groups, tmp_path):
     data, tokenizer = numbered_words
     config = Config(
-        data=data, calibration=CalibrationConfig(teacher_share=0.5, streamed=True, num_samples=8, seq_length=16)
+        data=data,
+        calibration=CalibrationConfig(self_generated_fraction=0.5, streamed=True, num_samples=8, seq_length=16),
     )
-    with pytest.raises(UserError, match=r"calibration\.teacher_share=0\.5: .* streamed"):
+    with pytest.raises(UserError, match=r"calibration\.self_generated_fraction=0\.5: .* streamed"):
         tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
-    config.calibration = CalibrationConfig(teacher_share=0.5, num_samples=9)
+    config.calibration = CalibrationConfig(self_generated_fraction=0.5, num_samples=9)
     with pytest.raises(UserError, match=r"multiple of calibration\.micro_batch_size"):
         tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
-    config.calibration = CalibrationConfig(teacher_share=0.5, num_samples=8, seq_length=100_000)
+    config.calibration = CalibrationConfig(self_generated_fraction=0.5, num_samples=8, seq_length=100_000)
     with pytest.raises(UserError, match=r"calibration\.seq_length"):
         tokens_with_samples(config, groups, hf.HFFolder(outspoken), tokenizer, tmp_path)
     for share, tokens in ((1.5, None), (-0.1, None), (0.5, "tokens.safetensors")):
-        with pytest.raises(UserError, match=r"calibration\.teacher_share"):
-            CalibrationConfig(teacher_share=share, tokens=tokens).validate()
+        with pytest.raises(UserError, match=r"calibration\.self_generated_fraction"):
+            CalibrationConfig(self_generated_fraction=share, tokens_path=tokens).validate()

@@ -13,6 +13,7 @@ from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config, ParallelConfig, PruneConfig, Refit, SearchConfig
 from minitron_train.pruning.candidates import candidates, grid, table, usable
 from minitron_train.runtime.errors import UserError
+from tests.support.pruning import PLAIN
 
 ROOT = Path(__file__).parents[2]
 TABLE_19 = {  # arXiv 2407.14679: layers, heads, MLP, hidden of the 15 candidates for 8B
@@ -33,7 +34,9 @@ def settings(recipe: str) -> Config:
     """The search section of a recipe, with what it inherits from 4b; 8 ranks share every shape."""
     sections = [yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())["search"] for name in ("4b", recipe)]
     merged = {key: float(value) if key == "target" else value for section in sections for key, value in section.items()}
-    return Config(search=SearchConfig(**merged), parallel=ParallelConfig(tensor_model_parallel_size=8))
+    return Config(
+        search=SearchConfig(**merged), prune=PruneConfig(**PLAIN), parallel=ParallelConfig(tensor_model_parallel_size=8)
+    )
 
 
 def changed(config: Config, **search: Any) -> Config:
@@ -98,7 +101,9 @@ def test_shapes_that_the_teacher_does_not_have_are_left_out(teacher):
 
 
 def test_shapes_with_too_few_tokens_to_repair_are_left_out(teacher):
-    config = replace(settings("8b"), prune=PruneConfig(refit=Refit.all), calibration=CalibrationConfig(num_samples=8))
+    config = replace(
+        settings("8b"), prune=PruneConfig(**PLAIN | {"refit": Refit.all}), calibration=CalibrationConfig(num_samples=8)
+    )
     config.calibration.seq_length = 4096  # 32,768 tokens: enough for 8,192 inputs
     found, refusals = usable(changed(config, num_layers=[32], hidden_size=[4096], ffn_expansion=[2.0, 4.0]), teacher)
     assert {candidate.shape.ffn_hidden_size for candidate in found} == {8192}

@@ -17,6 +17,7 @@ from minitron_train.pruning.select import ALONE, select
 from minitron_train.pruning.statistics import Moments
 from minitron_train.pruning.target import check_target
 from minitron_train.runtime.errors import UserError
+from tests.support.pruning import PLAIN
 
 TEACHER = Shape(
     architecture="nemotron",
@@ -136,9 +137,13 @@ def test_every_step_is_a_model_that_the_ranks_can_share(tp):
         (PruneConfig(multiple_of=4), {"ffn_hidden_size": 5}, "choose 4"),
         (PruneConfig(drop_layers=[1]), {"num_layers": 2}, "needs 2 different layers"),
         (PruneConfig(head_merge=Merge.queries), {"num_attention_heads": 2}, "at least half"),
-        (PruneConfig(head_merge=Merge.queries, iterations=2), {}, r"prune\.iterations=2: .* prune\.head_merge=none"),
         (
-            PruneConfig(drop_layers=[1], iterations=2),
+            PruneConfig(**PLAIN, head_merge=Merge.queries, iterations=2),
+            {},
+            r"prune\.iterations=2: .* prune\.head_merge=none",
+        ),
+        (
+            PruneConfig(**PLAIN, drop_layers=[1], iterations=2),
             {"num_layers": 3},
             r"prune\.iterations=2: .* prune\.drop_layers=null",
         ),

@@ -13,6 +13,7 @@ import torch
 from minitron_train.commands.command import execute
 from minitron_train.commands.registry import COMMANDS
 from minitron_train.config import (
+    ClusterConfig,
     LossKind,
     OnNonFinite,
     Precision,
@@ -23,6 +24,7 @@ from minitron_train.config import (
     WandbConfig,
     WandbMode,
 )
+from minitron_train.planning.hardware import data_sheet_flops
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.train.checkpoint_files import finished
@@ -242,7 +244,26 @@ def test_speed_counts_training_time_only(monkeypatch: pytest.MonkeyPatch) -> Non
     speed.count(8)
     speed.resume()  # validation took from 2 to 10
     speed.count(8)
-    assert speed.read() == {"tokens_per_second": 4.0, "model_flops_utilisation": pytest.approx(4.0 * 10 / 200)}
+    assert speed.read() == {"tokens_per_second": 4.0, "gemm_utilisation": pytest.approx(4.0 * 10 / 200)}
+
+
+def test_mfu_is_a_share_of_the_data_sheet_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100, own = "NVIDIA H100 80GB HBM3", ClusterConfig(peak_tflops=100)
+    assert data_sheet_flops(h100, Precision.bf16, own) == 989e12
+    assert data_sheet_flops("NVIDIA H100 PCIe", Precision.bf16, own) == 756e12
+    assert data_sheet_flops("another GPU", Precision.bf16, own) == 100e12
+    assert data_sheet_flops("another GPU", Precision.bf16, ClusterConfig()) is None
+    assert data_sheet_flops(h100, Precision.fp32, own) is None
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("minitron_train.train.metrics.time.perf_counter", lambda: next(clock))
+    speed = ThroughputMeter(10.0, gemm_flops_per_second=100.0, num_devices=2, data_sheet_flops_per_second=400.0)
+    assert speed.read() == {"tokens_per_second": None, "gemm_utilisation": None, "mfu": None}
+    speed.count(16)
+    assert speed.read() == {
+        "tokens_per_second": 8.0,
+        "gemm_utilisation": pytest.approx(0.4),
+        "mfu": pytest.approx(0.1),
+    }
 
 
 def test_a_resumed_run_reports_on_the_whole_run(

@@ -20,7 +20,7 @@ def with_setting(key: str, value: Any) -> Config:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("distill.memory_budget_u", 0.1), ("distill.vocab_tile", 64), ("distill.token_chunk", 64)],
+        *[("distill.logit_memory_fraction", 0.1), ("distill.vocab_tile", 64), ("distill.token_chunk", 64)],
         *[("train.micro_batch_size", 1), ("train.recompute", Recompute.full), ("train.log_every_steps", 7)],
         *[("train.on_non_finite", OnNonFinite.skip), ("train.early_stop_evaluations", 2)],
         *[("checkpoint.asynchronous", False), ("checkpoint.keep", 9), ("checkpoint.best_metric", "validation.loss")],
