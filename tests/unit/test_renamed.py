@@ -10,7 +10,8 @@ from minitron_train.commands import cli
 from minitron_train.config import Config
 from minitron_train.config.renamed import RENAMED, current_settings
 from minitron_train.runtime.errors import UserError
-from minitron_train.stages.run import Stage, changes_since
+from minitron_train.stages import Stage
+from minitron_train.stages.stage import changes_since
 
 OLD, NEW = "calibration.teacher_share", "calibration.self_generated_fraction"
 ROOT = Path(__file__).parents[2]
