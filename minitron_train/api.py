@@ -7,10 +7,10 @@
     student = mt.export("outputs/half")
     print(mt.evaluate(student.folder, output_dir="outputs/half").perplexity)
 
-The functions run the same stages as the command line, in this process: a finished stage is not done twice, outputs
-appear whole or not at all, a mistake raises UserError. `settings` takes any other key of the command line, like
-{"calibration.num_samples": 64, "prune": "paper", "recipe": "tiny"}. Progress goes to the logger `minitron_train`:
-logging.getLogger("minitron_train").setLevel("WARNING") silences it.
+The functions run the same stages as the command line, in this process. A finished stage is skipped, an output folder is
+written atomically, and a mistake raises UserError. `settings` takes any other key of the command line, like
+{"calibration.num_samples": 64, "prune": "paper", "recipe": "tiny"}. Progress goes to the logger `minitron_train`, which
+logging.getLogger("minitron_train").setLevel("WARNING") silences.
 """
 
 import contextlib
@@ -57,8 +57,9 @@ class Pruned:
 
     @property
     def kept(self) -> "dict[str, Tensor]":
-        """The teacher's indices that stayed: `layers`, `embedding` (or its basis), `layers.{i}.heads`, `layers.{i}.ffn`, …;
-        and under `importance.` what they were chosen by.
+        """Kept indices by axis: `layers`, `embedding` (or its basis), `layers.{i}.heads`, `layers.{i}.ffn`, …
+
+        The keys that begin with `importance.` hold the scores that the choice used.
         """
         from safetensors.torch import load_file
 
