@@ -33,7 +33,7 @@ def keep_best(scores: Width, teacher: Shape, student: Shape) -> Keep:
         embedding=best(scores.embedding, student.hidden_size),
         layers=torch.arange(teacher.num_layers),
         heads={i: heads for i, (heads, _, _) in enumerate(chosen)},
-        groups={i: groups for i, (_, groups, _) in enumerate(chosen)},
+        kv_groups={i: kv_groups for i, (_, kv_groups, _) in enumerate(chosen)},
         ffn={i: best(ffn, student.ffn_hidden_size) for i, ffn in enumerate(scores.ffn)},
         partners={i: partners for i, (_, _, partners) in enumerate(chosen)},
     )

@@ -18,22 +18,22 @@ class Source(Protocol):
         ...
 
 
-def pack(row: ParamSpec, parts: list[Tensor], groups: int) -> Tensor:
-    """Fuse Hugging Face parts (whole, or one rank's shards) into the megatron-core tensor. `groups`: KV groups held."""
+def pack(row: ParamSpec, parts: list[Tensor], num_kv_groups: int) -> Tensor:
+    """Fuse Hugging Face parts (whole, or one rank's shards) into the megatron-core tensor, which holds `num_kv_groups`."""
     if len(parts) == 1:
         return parts[0]
     if not row.per_group:
         return torch.cat(parts)
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+    return torch.cat([part.unflatten(0, (num_kv_groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def unpack(row: ParamSpec, fused: Tensor, lengths: list[int], groups: int) -> list[Tensor]:
+def unpack(row: ParamSpec, fused: Tensor, lengths: list[int], num_kv_groups: int) -> list[Tensor]:
     """Inverse of `pack`; `lengths` are the row counts of the parts."""
     if len(lengths) == 1:
         return [fused]
     if not row.per_group:
         return list(fused.split(lengths))
-    parts = fused.unflatten(0, (groups, -1)).split([length // groups for length in lengths], dim=1)
+    parts = fused.unflatten(0, (num_kv_groups, -1)).split([length // num_kv_groups for length in lengths], dim=1)
     return [part.flatten(0, 1) for part in parts]
 
 

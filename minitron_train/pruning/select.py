@@ -19,14 +19,14 @@ ALONE = -1  # partner of a kept head into which no dropped head is merged
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Indices of the teacher that are kept, ascending, int64; `heads`, `groups`, `ffn` and `partners` by teacher layer."""
+    """Indices of the teacher that are kept, ascending, int64; `heads`, `kv_groups`, `ffn` and `partners` by teacher layer."""
 
     teacher: Shape
     student: Shape
     embedding: Tensor
     layers: Tensor
     heads: dict[int, Tensor]
-    groups: dict[int, Tensor]
+    kv_groups: dict[int, Tensor]
     ffn: dict[int, Tensor]
     partners: dict[int, Tensor]  # the dropped head that is merged into each kept head, or ALONE
     merge: Merge = Merge.none
@@ -44,7 +44,7 @@ class Keep:
         elif axis == "q":
             kept, size = self.heads[layer], self.teacher.kv_channels
         elif axis == "kv":
-            kept, size = self.groups[layer], self.teacher.kv_channels
+            kept, size = self.kv_groups[layer], self.teacher.kv_channels
         else:
             return None
         if len(kept) * size == self.teacher.axis_size(axis):
@@ -58,7 +58,7 @@ class Keep:
             named["embedding"] = self.embedding
         else:
             named |= {"embedding.basis": self.basis.down_DH, "embedding.variance": self.basis.variance_D}
-        kinds = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
+        kinds = {"heads": self.heads, "groups": self.kv_groups, "ffn": self.ffn}
         if self.merge is not Merge.none:
             kinds["partners"] = self.partners
         for kind, kept in kinds.items():
@@ -80,7 +80,7 @@ class Keep:
             embedding=self.embedding[after.embedding],
             layers=self.layers[after.layers],
             heads={origin[i]: self.heads[origin[i]][after.heads[i]] for i in kept},
-            groups={origin[i]: self.groups[origin[i]][after.groups[i]] for i in kept},
+            kv_groups={origin[i]: self.kv_groups[origin[i]][after.kv_groups[i]] for i in kept},
             ffn={origin[i]: self.ffn[origin[i]][after.ffn[i]] for i in kept},
             partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
         )
@@ -108,7 +108,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
         embedding=best(scores.embedding, student.hidden_size),
         layers=layers,
         heads={i: heads for i, (heads, _, _) in chosen.items()},
-        groups={i: groups for i, (_, groups, _) in chosen.items()},
+        kv_groups={i: kv_groups for i, (_, kv_groups, _) in chosen.items()},
         ffn={i: best(scores.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
         partners={i: partners for i, (_, _, partners) in chosen.items()},
         merge=evidence.prune.head_merge,
@@ -117,7 +117,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
 
 
 def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept query heads (the same number in every kept KV group), kept groups, and the heads' partners.
+    """Kept query heads (the same number in every kept KV group), kept KV groups, and the heads' partners.
 
     The first K of a group's L ranked heads are kept. Head 2K - i + 1, if it exists, is merged into head i: (K, K + 1),
     (K - 1, K + 2), … (arXiv 2407.14679 §2.2, where the printed range of i starts one too low).
@@ -125,13 +125,13 @@ def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, 
     per_group = student.num_attention_heads // student.num_query_groups
     grouped = scores.view(teacher.num_query_groups, -1)
     ranked = grouped.argsort(dim=1, descending=True, stable=True)
-    groups = best(grouped.gather(1, ranked[:, :per_group]).square().sum(1), student.num_query_groups)
-    ranked = ranked[groups] + groups[:, None] * grouped.shape[1]
+    kv_groups = best(grouped.gather(1, ranked[:, :per_group]).square().sum(1), student.num_query_groups)
+    ranked = ranked[kv_groups] + kv_groups[:, None] * grouped.shape[1]
     heads, order = ranked[:, :per_group].sort(dim=1)
     dropped = ranked[:, per_group : 2 * per_group].flip(1)  # the partners of the last kept ranks
     partners = torch.full_like(heads, ALONE)
     partners[:, per_group - dropped.shape[1] :] = dropped
-    return heads.flatten(), groups, partners.gather(1, order).flatten()
+    return heads.flatten(), kv_groups, partners.gather(1, order).flatten()
 
 
 def keep_layers(evidence: Evidence, num_layers: int) -> Tensor:

@@ -105,7 +105,7 @@ def test_qkv_is_interleaved_per_group() -> None:
     """Group by group: the group's query rows, its key rows, its value rows."""
     row = next(row for row in ARCHITECTURES["llama"].rows if "linear_qkv" in row.mcore)
     query, key, value = torch.arange(12)[:, None], 100 + torch.arange(4)[:, None], 200 + torch.arange(4)[:, None]
-    fused = pack(row, [query, key, value], groups=2).flatten().tolist()
+    fused = pack(row, [query, key, value], num_kv_groups=2).flatten().tolist()
     assert fused == [0, 1, 2, 3, 4, 5, 100, 101, 200, 201, 6, 7, 8, 9, 10, 11, 102, 103, 202, 203]
 
 

@@ -110,7 +110,9 @@ def walk(teacher: HFFolder, groups: Groups) -> None:
 def repair(teacher: HFFolder, groups: Groups) -> None:
     layers, shape = make_layers(teacher, groups), teacher.shape
     whole, depth = torch.arange(shape.hidden_size), torch.arange(shape.num_layers)
-    keep = Keep(teacher=shape, student=shape, embedding=whole, layers=depth, heads={}, groups={}, ffn={}, partners={})
+    keep = Keep(
+        teacher=shape, student=shape, embedding=whole, layers=depth, heads={}, kv_groups={}, ffn={}, partners={}
+    )
     Repair(layers, layers, keep, PruneConfig(refit=Refit.none), TOKENS_NS, 3)
 
 

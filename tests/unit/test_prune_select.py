@@ -75,7 +75,7 @@ def test_the_same_number_of_heads_in_every_group():
 
 def test_fewer_groups_are_the_best_ones():
     keep = choose(given=head_scores(1, 1, 1, 5, 9, 7), num_attention_heads=2, num_query_groups=1)
-    assert (keep.heads[0].tolist(), keep.groups[0].tolist()) == ([4, 5], [1])
+    assert (keep.heads[0].tolist(), keep.kv_groups[0].tolist()) == ([4, 5], [1])
 
 
 def test_merge_partners_pair_the_last_kept_with_the_first_dropped():
