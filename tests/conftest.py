@@ -1,5 +1,6 @@
 """Fixtures and options for all tests: data folders, tiny models of every family, single-threaded processes."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -58,6 +59,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 if os.environ.get(REQUIRED.get(mark, "")):
                     raise pytest.UsageError(f"{item.nodeid}: {REASONS[mark]}, but {REQUIRED[mark]} is set")
                 item.add_marker(pytest.mark.skip(reason=REASONS[mark]))
+
+
+@pytest.fixture(autouse=True)
+def restored_logger() -> Iterator[None]:
+    """A test may silence the program's logger, as a notebook does."""
+    logger = logging.getLogger("minitron_train")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

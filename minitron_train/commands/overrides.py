@@ -100,7 +100,7 @@ def expand_paths(config: Config) -> None:
     """Put the home folder in the place of a leading ~ in every path, and refuse those that no file can have.
 
     Raises:
-        UserError: a path with a NUL, a name that is too long, or links that lead in a circle.
+        UserError: a path with a NUL, a name that is too long, or links that form a circle.
     """
     for section, name, key in paths(config):
         path = getattr(section, name)

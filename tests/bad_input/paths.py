@@ -4,7 +4,7 @@ from tests.bad_input.scene import MICRO, TAUGHT, Case, folder, loop, write
 
 DEEP = "a: " + "[" * 5000 + "]" * 5000
 PATHS_TYPED = [
-    Case("path whose link leads to itself", "prune teacher.path=loop", "its links lead in a circle", (loop("loop"),)),
+    Case("path whose link leads to itself", "prune teacher.path=loop", "its links form a circle", (loop("loop"),)),
     Case("name of 300 letters", f"prune teacher.path={'x' * 300}", "the name is too long for the file system"),
     Case("path with blanks and brackets", "prune", "no such folder", quick=True, words=("teacher.path=/a b (1)/x=y",)),
     Case("path with quotes and dollars", "prune", "no such folder", words=('teacher.path=it\'s "$HOME" & {x}',)),

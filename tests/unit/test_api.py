@@ -48,7 +48,6 @@ def test_every_block_of_the_page_runs(models: Path, monkeypatch: pytest.MonkeyPa
     small = FAST | {"train.seq_length": 32, "train.global_batch_size": 8}
     small |= {"train.warmup_steps": 2, "data.validation_tokens": 512, "prune.refit": "none"}
     monkeypatch.setattr(api, "configure", lambda values: configure({**small, **values}))
-    monkeypatch.setattr(logging.getLogger("minitron_train"), "level", logging.INFO)
     namespaces: list[dict[str, Any]] = [{"__name__": "page"} for _ in blocks()]
     for block, namespace in zip(blocks(), namespaces, strict=True):
         exec(compile(block, str(PAGE), "exec"), namespace)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_train.commands import cli
+from minitron_train.commands import configuration
 from minitron_train.config import Config
 from minitron_train.data.sources import blend
 
@@ -23,7 +23,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def test_no_recipe_gives_the_dataclasses_defaults() -> None:
-    composed = cli.compose([])
+    composed = configuration.compose([])
     assert composed.output_dir == "outputs/custom"  # Config() keeps the interpolation
     assert blend(composed.data) == blend(Config().data)  # named in conf/data, so that a part can be changed by its key
     composed.output_dir, composed.data.sources = Config().output_dir, {}
@@ -41,5 +41,5 @@ def test_presets_hold_what_differs(file: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["paper", "modelopt"])
 def test_published_rankings_cut_without_repair(preset: str) -> None:
-    prune = cli.compose([f"prune={preset}"]).prune
+    prune = configuration.compose([f"prune={preset}"]).prune
     assert not prune.rotate and not prune.repairs

@@ -106,7 +106,7 @@ def test_the_command_line_prints_no_password(tmp_path: Path) -> None:
 def test_a_job_logs_no_address_with_a_password() -> None:
     """Neither among its arguments nor its environment; the functions of slurm/common.sh, without a job."""
     source = (Path(__file__).parents[2] / "slurm" / "common.sh").read_text()
-    functions = source[source.index("has_credentials()") : source.index("# A signal to this script")]
+    functions = source[source.index("has_credentials()") : source.index("# Pass a signal on")]
     words = ["a=https://me:PASSWORD@h/x", "+data.sources={a: {path: https://h/x?sig=PASSWORD}}", "teacher.path=/a b"]
     script = f'{functions}\nprint_arguments "$@"; print_environment'
     env = {"PATH": os.environ["PATH"], "HF_ENDPOINT": "https://h?token=PASSWORD", "HF_HOME": "/cache"}

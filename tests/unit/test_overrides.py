@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from minitron_train.commands import configuration
 from minitron_train.commands.overrides import expand_paths, paths, quote_word, quote_words
+from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.slurm import accept
 from minitron_train.config import Config
 from minitron_train.runtime.errors import UserError
@@ -158,8 +159,8 @@ def test_paths_that_no_file_can_have(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     config = Config()
     for path, message in (
-        (str(loop), "teacher.path=.*links lead in a circle"),
-        (str(loop / "x"), "links lead in a circle"),
+        (str(loop), "teacher.path=.*links form a circle"),
+        (str(loop / "x"), "links form a circle"),
         ("x" * 300, "too long"),
         ("x/" * 3000, "too long"),
         ("a\0b", "is not a path"),
@@ -182,6 +183,6 @@ def test_a_recorded_command_can_be_given_again() -> None:
 
 
 def test_slurms_scripts_read_the_output_folder_as_one_line() -> None:
-    accept(["report"], Config(output_dir="/a b (1)/é=x"))
+    accept([COMMANDS["report"]], Config(output_dir="/a b (1)/é=x"))
     with pytest.raises(UserError, match=r"output_dir='a\\nb': must be one printable line"):
-        accept(["report"], Config(output_dir="a\nb"))
+        accept([COMMANDS["report"]], Config(output_dir="a\nb"))

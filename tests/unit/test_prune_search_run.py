@@ -8,6 +8,7 @@ import pytest
 from minitron_train.commands.command import execute
 from minitron_train.commands.registry import COMMANDS
 from minitron_train.runtime.launch import World
+from tests.support.pruning import PLAIN
 from tests.support.training import Interrupted, Material, before_step, interrupt, make_config
 
 SEQUENCES, LENGTH, STEPS = 8, 32, 4
@@ -21,6 +22,7 @@ def search_config(material: Material, folder, **search):
         calibration__num_samples=SEQUENCES,
         calibration__seq_length=LENGTH,
         checkpoint__interval_steps=2,
+        **{f"prune__{key}": value for key, value in PLAIN.items()},
         train__warmup_steps=1,
         eval__tasks=["hellaswag"],
         eval__training_tasks=["hellaswag"],

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from minitron_train import api
-from minitron_train.commands import cli
+from minitron_train.commands import configuration, recipes
 from minitron_train.config import Config
 from minitron_train.config.renamed import RENAMED, current_settings
 from minitron_train.runtime.errors import UserError
@@ -26,9 +26,9 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_each_new_key_is_known_and_stays_in_its_section(old: str, new: str) -> None:
     assert old.rpartition(".")[0] == new.rpartition(".")[0]
-    cli.check_key(new)
+    configuration.check_key(new)
     with pytest.raises(UserError, match="unknown key"):
-        cli.check_key(old)
+        configuration.check_key(old)
 
 
 def test_own_files_use_new_keys() -> None:
@@ -39,7 +39,7 @@ def test_own_files_use_new_keys() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "++"])
 def test_command_line(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.compose([f"{prefix}{OLD}=0.5"]).calibration.self_generated_fraction == 0.5
+    assert configuration.compose([f"{prefix}{OLD}=0.5"]).calibration.self_generated_fraction == 0.5
     printed = capsys.readouterr()
     assert printed.err.splitlines() == [
         f"warning: command line: {OLD} is now called {NEW}; rename it, the next version rejects the old name"
@@ -49,7 +49,8 @@ def test_command_line(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_text_under_an_old_key_needs_no_quotes() -> None:
     assert (
-        cli.compose(["calibration.tokens=/a (1)/t=x.safetensors"]).calibration.tokens_path == "/a (1)/t=x.safetensors"
+        configuration.compose(["calibration.tokens=/a (1)/t=x.safetensors"]).calibration.tokens_path
+        == "/a (1)/t=x.safetensors"
     )
 
 
@@ -57,12 +58,12 @@ def test_both_names_are_refused() -> None:
     with pytest.raises(
         UserError, match=rf"command line: {OLD} is the old name of {NEW}, and both are given; remove {OLD}"
     ):
-        cli.compose([f"{NEW}=0.1", f"{OLD}=0.5"])
+        configuration.compose([f"{NEW}=0.1", f"{OLD}=0.5"])
 
 
 def test_unknown_keys_are_still_refused() -> None:
     with pytest.raises(UserError, match=r"did you mean 'self_generated_fraction'"):
-        cli.compose(["calibration.self_generated_fractoin=0.5"])
+        configuration.compose(["calibration.self_generated_fractoin=0.5"])
 
 
 def test_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,15 +72,15 @@ def test_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text(
         "# mine\ndefaults: [micro, _self_]\ncalibration: {teacher_share: 0.25}\ndistill: {memory_budget_u: 0.5}\n"
     )
-    config = cli.compose(["+recipe=mine"])
+    config = configuration.compose(["+recipe=mine"])
     assert (config.calibration.self_generated_fraction, config.distill.logit_memory_fraction) == (0.25, 0.5)
     assert capsys.readouterr().err.count("warning: recipes/mine.yaml: ") == 2
     assert (
-        cli.compose(["+recipe=mine", f"{NEW}=0.1"]).calibration.self_generated_fraction == 0.1
+        configuration.compose(["+recipe=mine", f"{NEW}=0.1"]).calibration.self_generated_fraction == 0.1
     )  # the command line wins
     recipe.write_text("calibration: {teacher_share: 0.25, self_generated_fraction: 0.5}\n")
     with pytest.raises(UserError, match=rf"recipes/mine.yaml: {OLD} is the old name of {NEW}"):
-        cli.compose(["+recipe=mine"])
+        configuration.compose(["+recipe=mine"])
 
 
 def test_group_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,8 +92,9 @@ def test_group_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
             target.write_text(file.read_text())
     (tmp_path / "conf/distill/mine.yaml").write_text("memory_budget_u: 0.5\n")
     (tmp_path / "conf/data/mine.yaml").write_text("# @package _global_\ncalibration: {teacher_share: 0.25}\n")
-    monkeypatch.setattr(cli, "home", lambda: tmp_path)
-    config = cli.compose(["distill=mine", "data=mine"])
+    for module in (configuration, recipes):
+        monkeypatch.setattr(module, "home", lambda: tmp_path)
+    config = configuration.compose(["distill=mine", "data=mine"])
     assert (config.calibration.self_generated_fraction, config.distill.logit_memory_fraction) == (0.25, 0.5)
     assert f"{tmp_path}/conf/distill/mine.yaml: distill.memory_budget_u is now called" in capsys.readouterr().err
 

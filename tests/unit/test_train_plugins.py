@@ -73,7 +73,7 @@ def test_a_loss_function_trains_like_the_fused_one(lab: str, training: Material,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train__hooks": ["my_lab.NoHook"]}, r"train\.hooks=my_lab\.NoHook: makes no .*Hook"),
+        ({"train__hooks": ["my_lab.NoHook"]}, r"train\.hooks=my_lab\.NoHook: is not a subclass of .*Hook"),
         (
             {"train__hooks": ["my_lab.Absent"]},
             r"train\.hooks=my_lab\.Absent: my_lab defines no function or class Absent",
