@@ -67,10 +67,13 @@ class TeacherConfig:
     @property
     def is_pretrained(self) -> bool:
         """Whether the command `pretrain` makes this teacher."""
-        return self.path is None and self.source is TeacherSource.pretrain
+        return self.path is None and self.source == TeacherSource.pretrain
 
     def validate(self) -> None:
         """Require the settings that teacher.source needs."""
+        rule = f"one of {', '.join(TeacherSource)}"
+        known = self.source is None or self.source in list(TeacherSource)
+        require(known, "teacher.source", self.source, rule, "choose one, or give teacher.path")
         needed = {TeacherSource.wheel: ("wheel", "sha256"), TeacherSource.hub: ("repo_id", "revision")}
         for name in needed.get(self.source, ()) if self.source else ():
             value = getattr(self, name)

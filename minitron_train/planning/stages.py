@@ -118,7 +118,7 @@ def export_weight_bytes(config: Config) -> int:
     """Return the bytes per weight of the exported folder."""
     if config.export.dtype is None:
         return file_weight_bytes(config)
-    return FP32 if config.export.dtype is ExportDtype.float32 else BF16
+    return FP32 if config.export.dtype == ExportDtype.float32 else BF16
 
 
 def file_weight_bytes(config: Config) -> int:

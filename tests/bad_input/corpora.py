@@ -39,7 +39,7 @@ FILES: list[tuple[str, str, str, tuple[Step, ...]]] = [  # name, the path, what 
     ("folder of hidden files", "d", "no text file matches", (write("d/.git/config", "text"),)),
     ("folder that is empty", "d", "no text file matches", (folder("d"),)),
     ("link that leads to itself", "d", "d", (loop("d"),)),
-    ("corpus that is a pipe", "a.txt", r"a.txt \(not a regular file\)", (fifo("a.txt"),)),
+    ("corpus that is a pipe", "a.txt", "a.txt: is not a regular file", (fifo("a.txt"),)),
     ("text in UTF-16", "a.txt", "is UTF-16, not UTF-8; convert", (write("a.txt", "text\n".encode("utf-16")),)),
     ("rows in UTF-16", "a.jsonl", "is UTF-16", (write("a.jsonl", ROWS.encode("utf-16")),)),
     ("text that is a pointer of Git LFS", "a.txt", "is a Git LFS pointer", (write("a.txt", POINTER),)),

@@ -127,7 +127,7 @@ DATA = [
     Case(
         "task data that is no JSON",
         f"eval {MICRO} eval.model=teacher eval.tasks=[hellaswag] eval.data_dir=d",
-        "is not JSON",
+        "line 1 is not a JSON object",
         (*TAUGHT, write("d/hellaswag/validation.jsonl", "x\n")),
     ),
     Case(

@@ -84,7 +84,7 @@ FILES: list[tuple[str, str, tuple[Step, ...]]] = [
     ),
     (
         "weights of a part of another model",
-        "are named like",
+        "the model was saved inside another one",
         (change_tensors(WEIGHTS, lambda held: {f"language_model.{name}": tensor for name, tensor in held.items()}),),
     ),
     (

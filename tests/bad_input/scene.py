@@ -205,7 +205,7 @@ def shard(scene: Scene) -> None:
         name = f"model-{k:05d}-of-00002.safetensors"
         save_file(part, file.with_name(name), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, name)
-    file.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    file.with_name("model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def reorder_index(scene: Scene) -> None:
@@ -213,7 +213,7 @@ def reorder_index(scene: Scene) -> None:
     file = scene.folder / TEACHER / "model.safetensors.index.json"
     held = json.loads(file.read_text())["weight_map"]
     other = dict(zip(sorted(set(held.values())), sorted(set(held.values()), reverse=True), strict=True))
-    file.write_text(json.dumps({"weight_map": {name: other[shard] for name, shard in held.items()}}))
+    file.write_text(json.dumps({"metadata": {}, "weight_map": {name: other[shard] for name, shard in held.items()}}))
 
 
 def exchange_tokens(path: str) -> Step:

@@ -16,7 +16,7 @@ def width(evidence: Evidence) -> Width:
         return statistics.moments[name].aggregate(prune.sequence_aggregation, prune.batch_aggregation)
 
     def heads_of(i: int) -> Tensor:
-        if prune.head_norm is HeadNorm.token:
+        if prune.head_norm == HeadNorm.token:
             return aggregate(f"layers.{i}.head_norms")
         return torch.linalg.vector_norm(aggregate(f"layers.{i}.head_channels").view(-1, shape.kv_channels), dim=1)
 
