@@ -50,7 +50,9 @@ class PlanConfig:
     pretraining_tokens: float | None = opt(
         None, "training tokens of one model from scratch; plan compares this cost with pruning and distilling"
     )
-    family: dict[str, StudentConfig] = opt(dict, "students in this comparison, by name; empty: the recipe's student")
+    family: dict[str, StudentConfig] = opt(
+        dict, "students to compare with pretraining_tokens, by name; empty: the recipe's"
+    )
 
     def validate(self) -> None:
         require_positive(self, "plan", "pretraining_tokens")
