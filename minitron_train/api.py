@@ -332,10 +332,10 @@ def as_path(key: str, value: Any, output_dir: Path) -> Any:
 
 
 def configure(values: Mapping[str, Any]) -> Config:
-    """The validated configuration: defaults, then the recipe and groups among `values`, then its keys.
+    """The validated configuration: defaults, then the recipe and presets among `values`, then its keys.
 
     Raises:
-        UserError: an unknown recipe, group option or key, or a value that its key does not take.
+        UserError: an unknown recipe, preset or key, or a value that its key does not take.
     """
     import hydra
     from hydra.errors import HydraException

@@ -67,7 +67,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_override(argument: str) -> None:
-    """Refuse an override whose key, group option or recipe does not exist, naming those that do."""
+    """Refuse an override whose key, preset or recipe does not exist, naming those that do."""
     if argument.startswith("-"):
         refuse_unknown(argument.split("=")[0], HYDRA_OPTIONS, "option")
         return
@@ -84,7 +84,7 @@ def check_override(argument: str) -> None:
     elif key.startswith(("hydra.", "hydra/")) or re.search(r"[\[@]", key):
         return
     elif (home() / "conf" / key).is_dir() and not value.startswith("{"):
-        refuse_unknown(value, {path.stem for path in (home() / "conf" / key).glob("*.yaml")}, f"option of {key}")
+        refuse_unknown(value, {path.stem for path in (home() / "conf" / key).glob("*.yaml")}, f"preset of {key}")
     else:
         check_key(key)
 

@@ -1,4 +1,4 @@
-"""eval: perplexity and lm-eval's tasks, for the model of any stage or any Hugging Face folder."""
+"""eval: measure perplexity and lm-eval's tasks of teacher, pruned model, student or any Hugging Face folder."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -146,7 +146,7 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
 NEEDS = Needs(options=options, remedy=MORE_GPUS)
 COMMAND = Command(
     name="eval",
-    summary="perplexity, HellaSwag, MMLU and others, of any stage",
+    summary="measure perplexity and lm-eval's tasks (HellaSwag, MMLU, …) of teacher, pruned model and student",
     reads="teacher/, pruned/, student/, eval_data/, text",
     writes="eval/",
     run=evaluate,

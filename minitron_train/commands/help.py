@@ -1,10 +1,10 @@
 """What --help prints: the commands and recipes, or the keys of one command."""
 
 import dataclasses
-import types
+import re
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from minitron_train.commands.recipes import home, recipe_lines
 from minitron_train.commands.registry import COMMANDS
@@ -25,9 +25,9 @@ def usage() -> str:
         "recipes:",
         *recipe_lines(),
         "",
-        "python -m minitron_train COMMAND [+recipe=NAME] --help     the keys that a command reads, and their values",
+        "python -m minitron_train COMMAND [+recipe=NAME] --help     the keys that the command reads, and their values",
         "python -m minitron_train COMMAND … --cfg job --resolve     the resolved configuration; nothing is run",
-        "torchrun --nproc-per-node N -m minitron_train COMMAND …     several processes (or srun)",
+        "torchrun --nproc-per-node N -m minitron_train COMMAND …    N processes (srun starts them on a cluster)",
     ]
     return "\n".join(lines)
 
@@ -42,10 +42,10 @@ def command_help(name: str, config: Config) -> str:
     lines += [key_line(f, "", config) for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(f.type)]
     for section in dict.fromkeys(command.sections):
         lines += ["", f"{section}:", *key_lines(getattr(config, section), f"{section}.")]
-    lines += ["", "groups (NAME=OPTION picks a file of conf/NAME):"]
+    lines += ["", "presets (GROUP=PRESET reads conf/GROUP/PRESET.yaml):"]
     for group in groups:
-        options = " ".join(sorted(path.stem for path in (home() / "conf" / group).glob("*.yaml")))
-        lines.append(f"  {group}: {options}")
+        presets = " ".join(sorted(path.stem for path in (home() / "conf" / group).glob("*.yaml")))
+        lines.append(f"  {group}: {presets}")
     lines += ["", "recipes:", *recipe_lines()]
     return "\n".join(lines)
 
@@ -60,11 +60,17 @@ def key_lines(section: Any, prefix: str) -> Iterator[str]:
 
 
 def key_line(f: dataclasses.Field[Any], prefix: str, section: Any) -> str:
-    """ "  key=value   meaning"."""
+    """ "  key=value   meaning", with the choices of an enum unless the meaning names them all."""
     value, meaning = getattr(section, f.name), f.metadata.get("help", "")
-    if isinstance(f.type, type) and not isinstance(f.type, types.GenericAlias) and issubclass(f.type, Enum):
-        meaning += f" ({', '.join(member.name for member in f.type)})"
+    names = [member.name for kind in (f.type, *get_args(f.type)) for member in members(kind)]
+    if not set(names) <= set(re.findall(r"\w+", meaning)):
+        meaning += f" ({', '.join(names)})"
     return f"  {f'{prefix}{f.name}={shown(value)}':<44} {meaning}"
+
+
+def members(kind: Any) -> list[Enum]:
+    """The choices of an enum; of any other type, none."""
+    return list(kind) if isinstance(kind, type(Enum)) else []
 
 
 def shown(value: Any) -> str:

@@ -17,7 +17,7 @@ def plan(ws: Workspace) -> None:
 
 COMMAND = Command(
     name="plan",
-    summary="parameters, memory, FLOPs and hours; nothing is run",
+    summary="estimate parameters, memory, FLOPs and hours; run nothing else",
     reads="the configuration",
     writes="plan.json",
     run=plan,

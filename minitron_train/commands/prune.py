@@ -93,7 +93,7 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
 NEEDS = Needs(options=options, remedy="run it alone, on a machine with more memory", disk="pruned")
 COMMAND = Command(
     name="prune",
-    summary="cut the teacher to the student's shape (scores first)",
+    summary="cut the teacher to the student's shape and repair it; run score first if needed",
     reads="teacher/, scores/, calibration text",
     writes="pruned/",
     run=prune,

@@ -17,8 +17,8 @@ def report(ws: Workspace) -> None:
 
 COMMAND = Command(
     name="report",
-    summary="one HTML page about everything that was done",
-    reads="the whole output folder",
+    summary="write one HTML page about everything in output_dir",
+    reads="all of output_dir",
     writes="report.html",
     run=report,
     in_chain=lambda config: True,

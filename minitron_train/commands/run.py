@@ -1,4 +1,4 @@
-"""run: the whole chain of a recipe."""
+"""run: the chain, which is every command that a recipe needs, in order."""
 
 from minitron_train.commands import score
 from minitron_train.commands.chain import chain, check_early
@@ -22,9 +22,9 @@ def run(ws: Workspace) -> None:
 
 COMMAND = Command(
     name="run",
-    summary="the whole chain of a recipe",
-    reads="a recipe",
-    writes="all of the above that the recipe needs",
+    summary="run the chain: every command that the recipe needs, in order",
+    reads="what the recipe's commands read",
+    writes="the folders of these commands",
     run=run,
     sections=("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export"),
     job=Job(gpus=True, resumable=True),

@@ -101,7 +101,7 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
 NEEDS = Needs(options=options, remedy=MORE_GPUS)
 COMMAND = Command(
     name="score",
-    summary="measure the importance of channels, heads, neurons, layers",
+    summary="measure the importance of channels, heads, neurons and layers",
     reads="teacher/, calibration text",
     writes="scores/",
     run=score,

@@ -102,7 +102,7 @@ def validation_loss(ws: Workspace, label: str) -> float:
 
 COMMAND = Command(
     name="search",
-    summary="list the shapes that fit a budget",
+    summary="list the student shapes that fit a budget; on request prune, distil and rank them",
     reads="model or teacher/",
     writes="search.json, search/",
     run=search,

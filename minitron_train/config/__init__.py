@@ -48,9 +48,9 @@ class Config:
     """The whole configuration of one invocation."""
 
     name: str = opt("custom", "name of the recipe")
-    output_dir: str = opt("outputs/${name}", "folder for everything that this recipe writes", path=True)
+    output_dir: str = opt("outputs/${name}", "folder for everything that the commands write", path=True)
     seed: int = opt(1234, "seed of data order, initialisation and sampling")
-    force: bool = opt(False, "run finished stages again")
+    force: bool = opt(False, "run finished stages again; overwrite trainings that were started with different settings")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
     model: ModelConfig = opt(ModelConfig, "")
     teacher: TeacherConfig = opt(TeacherConfig, "")

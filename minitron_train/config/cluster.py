@@ -13,7 +13,7 @@ class ClusterConfig:
 
     name: str = opt("local", "name of the hardware; written to plan.json")
     num_nodes: int = opt(1, "number of machines")
-    gpus_per_node: int = opt(1, "GPUs, and so processes, per machine")
+    gpus_per_node: int = opt(1, "GPUs per machine; each has one process")
     memory_gib: float | None = opt(None, "memory of one GPU, GiB; null: the free memory of this machine")
     peak_tflops: float | None = opt(
         None, "dense bf16 peak of one GPU, TFLOP/s; null: time a matrix product on this machine"
@@ -36,7 +36,7 @@ class ClusterConfig:
             "cluster.gemm_efficiency",
             self.gemm_efficiency,
             "must be above 0 and at most 1",
-            "0.4 is usual",
+            "0.85 is usual",
         )
         reserved = self.reserved_gib
         require(reserved >= 0, "cluster.reserved_gib", reserved, "must not be negative", "0 reserves nothing")
@@ -46,11 +46,13 @@ class ClusterConfig:
 class PlanConfig:
     """What `plan` compares, and whether other commands refuse runs that do not fit."""
 
-    check: bool = opt(True, "refuse a run that would not fit into memory or on disk")
+    check: bool = opt(True, "reject a run that does not fit into memory or on disk")
     pretraining_tokens: float | None = opt(
-        None, "tokens of training one model from scratch, to compare the cost of a family"
+        None, "training tokens of one model from scratch; plan compares this cost with pruning and distilling"
     )
-    family: dict[str, StudentConfig] = opt(dict, "students of one teacher, by name; empty: the student of this recipe")
+    family: dict[str, StudentConfig] = opt(
+        dict, "students to compare with pretraining_tokens, by name; empty: the recipe's"
+    )
 
     def validate(self) -> None:
         require_positive(self, "plan", "pretraining_tokens")

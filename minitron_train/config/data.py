@@ -1,4 +1,4 @@
-"""Section data: the training stream, and the parts of its blend."""
+"""Section data: the training stream, and the sources of its blend."""
 
 import math
 from dataclasses import dataclass
@@ -23,20 +23,20 @@ class SourceKind(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One part of the blend."""
+    """One source of the blend."""
 
     path: str | None = opt(
         None,
-        "file, folder or glob; kind=hub: repository id; kind=embedded: prose or code; null: must be given",
+        "file, folder or glob; kind=hub: repository id; kind=embedded: prose or code; null: you must set it",
         path=True,
     )
     kind: SourceKind = opt(SourceKind.auto, "format of the files; auto: by name and content")
     text_key: str = opt("text", "column that holds the text")
     weight: float = opt(1.0, "share of the training tokens; weights of all parts are normalised to 1")
-    late_weight: float | None = opt(None, "share of the tokens in the last phase (data.late_fraction); default: weight")
+    late_weight: float | None = opt(None, "weight in the last data.late_fraction of the tokens; default: weight")
     subset: str | None = opt(None, "kind=hub: configuration name of the data set")
     split: str = opt(
-        "train", "split to read; of files, train means all that no other split's name claims, all means every file"
+        "train", "split to read; for files, train means those that no other split's name claims, all means every file"
     )
     revision: str | None = opt(None, "kind=hub: commit to read; without it the data may change during a run")
     suggestion: str | None = opt(None, "public data set that the error message proposes when path is missing")
@@ -49,18 +49,22 @@ class DataConfig:
     name: str = opt("embedded", "name of the blend; written to provenance.json")
     path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces data.sources", path=True)
     text_key: str = opt("text", "column that holds the text in data.path and data.validation_path")
-    sources: dict[str, SourceConfig] = opt(dict, "weighted parts of the blend, by name; empty: the embedded corpus")
-    late_fraction: float = opt(0.0, "fraction of train.num_tokens at the end of training that uses late_weight")
+    sources: dict[str, SourceConfig] = opt(
+        dict, "sources of the blend, by name, each with a weight; empty: the embedded corpus"
+    )
+    late_fraction: float = opt(0.0, "fraction of train.num_tokens, at the end of training, that uses late_weight")
     document_end: str | None = opt(None, "token that ends each document; default: EOS of the tokenizer")
     document_attention: bool = opt(False, "mask attention between documents of one sequence")
     validation_path: str | None = opt(
-        None, "validation text; default: documents held out of the training stream", path=True
+        None, "validation text; default: held-out documents of the training text", path=True
     )
-    validation_tokens: int = opt(32768, "tokens per validation")
+    validation_tokens: int = opt(32768, "held-out tokens that each evaluation reads")
     validation_fraction: float = opt(0.05, "fraction of the documents held out of training for validation")
     num_workers: int = opt(1, "tokenising processes per rank; 0: tokenise in the training process")
     cache_dir: str | None = opt(
-        None, "folder for seekable copies of compressed files; default: ~/.cache/minitron_train", path=True
+        None,
+        "folder for seekable copies of compressed, CSV, Arrow and JSON array files; default: ~/.cache/minitron_train",
+        path=True,
     )
 
     def validate(self) -> None:

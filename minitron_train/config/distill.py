@@ -94,10 +94,10 @@ class DistillConfig:
         "pairs STUDENT/TEACHER of layers to compare, counted from 0: [embedding/embedding, 13/29]",
     )
     hidden_loss: HiddenLossKind = opt(
-        HiddenLossKind.cosine, "loss between the outputs of those layers; a projection widens the student's"
+        HiddenLossKind.cosine, "loss between the outputs of hidden_layers; a projection widens the student's"
     )
     hidden_weight: float | None = opt(
-        None, "weight of that loss; default: logit loss / hidden loss of the previous step"
+        None, "weight of hidden_loss; default: logit loss / hidden loss of the previous step"
     )
 
     def validate(self) -> None:

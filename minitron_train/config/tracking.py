@@ -20,7 +20,8 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: WandbMode = opt(
-        WandbMode.auto, "auto (WANDB_MODE; else online with WANDB_API_KEY), online, offline, disabled"
+        WandbMode.auto,
+        "online, offline, disabled, or auto: WANDB_MODE, else online if WANDB_API_KEY is set, else offline",
     )
     project: str | None = opt(None, "W&B project; default: WANDB_PROJECT, else minitron_train")
     entity: str | None = opt(None, "W&B user or team; default: WANDB_ENTITY, else your own")

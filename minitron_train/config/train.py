@@ -56,7 +56,7 @@ class TrainConfig:
     clip_grad: float = opt(1.0, "maximum global gradient norm; 0: no clipping")
     precision: Precision = opt(Precision.fp32, "dtype of the weights in forward and backward passes")
     on_non_finite: OnNonFinite = opt(
-        OnNonFinite.stop, "stop the run or skip the step when a loss or gradient is NaN or infinite"
+        OnNonFinite.stop, "stop the run, or skip the step, when a loss or gradient is NaN or infinite"
     )
     recompute: Recompute = opt(
         Recompute.none, "activations to recompute in the backward pass; saves memory, costs time"
@@ -70,8 +70,8 @@ class TrainConfig:
     early_stop_evaluations: int = opt(
         0, "evaluations without improvement of checkpoint.best_metric before training stops; 0: never"
     )
-    log_every_steps: int = opt(1, "steps between rows of metrics.jsonl and W&B")
-    hooks: list[str] = opt(list, "your own hook classes, like my_lab.hooks.MyHook (see train/hooks.py)")
+    log_every_steps: int = opt(1, "steps between lines of metrics.jsonl and W&B")
+    hooks: list[str] = opt(list, "your own hook classes, like my_lab.hooks.MyHook (see minitron_train/train/hooks.py)")
 
     @property
     def step_tokens(self) -> int:
@@ -125,17 +125,15 @@ class CheckpointConfig:
     """Training checkpoints (megatron-core dist_checkpointing)."""
 
     interval_steps: int = opt(100, "steps between checkpoints; the last step is always saved")
-    keep: int = opt(2, "number of latest checkpoints to keep")
+    keep: int = opt(2, "number of newest checkpoints to keep")
     keep_best: int = opt(1, "number of best checkpoints to keep in addition, by best_metric")
     best_metric: str | None = opt(
         None,
-        "validation.perplexity, hellaswag.acc_norm (TASK.METRIC of eval.training_tasks), …; "
-        "default: validation.kl, without a teacher validation.loss",
+        "metric that ranks checkpoints, like validation.perplexity or hellaswag.acc_norm (TASK.METRIC of "
+        "eval.training_tasks); default: validation.kl, or validation.loss without a teacher",
     )
     asynchronous: bool = opt(True, "write checkpoints in a background thread")
-    trust_external: bool = opt(
-        False, "load checkpoints from outside output_dir that eval.model or export.checkpoint names"
-    )
+    trust_external: bool = opt(False, "allow eval.model and export.checkpoint to name a checkpoint outside output_dir")
 
     def validate(self) -> None:
         require_positive(self, "checkpoint", "interval_steps", "keep")

@@ -82,7 +82,7 @@ def check_config(folder: Path) -> None:
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the class depends on the key
-        raise UserError(f"{path}: transformers refuses it ({joined(error)}); correct it") from error
+        raise UserError(f"{path}: transformers rejects it ({joined(error)}); correct it") from error
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -145,7 +145,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
             setattr(tokenizer, NUM_ROWS, num_rows)
             say(
                 f"tokenizer {tokenizer.name_or_path}: the model's embedding has {num_rows} rows and none for "
-                f"{', '.join(map(repr, sorted(beyond)[:3]))} ({len(beyond)} added tokens); a text that holds one is refused"
+                f"{', '.join(map(repr, sorted(beyond)[:3]))} ({len(beyond)} added tokens); a text that holds one is rejected"
             )
             return
         raise UserError(

@@ -62,10 +62,11 @@ def costs(plan: dict[str, Any]) -> list[str]:
     if family:
         per_step = ", ".join(f"{name} {value:.1e}" for name, value in family["flops_per_step"].items())
         lines.append(
-            f"family             {family['saving']:.2f}x less compute than {len(family['flops_per_step'])} trainings on"
+            f"from scratch       training all {len(family['flops_per_step'])} models "
+            f"on {family['pretraining_tokens']:.0e} tokens takes {family['saving']:.2f}x the compute"
         )
         lines.append(
-            f"                   {family['pretraining_tokens']:.0e} tokens (FLOPs per step, full attention: {per_step})"
+            f"                   of training the teacher and distilling (FLOPs per step, full attention: {per_step})"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""Read JSON and YAML records as typed values, or refuse them in one line.
+"""Read JSON and YAML records as typed values, or reject them in one line.
 
 A record is JSON that this program (or a Hugging Face library) wrote earlier. It may have been cut off, edited or
 replaced since. So everything is checked: that the path is a file, its size, its encoding, and the types of its values

@@ -130,7 +130,7 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [
     ("activation that is not the model's", "hidden_act", {"hidden_act": "tanh"}),
     ("model of experts", "is not supported", {"model_type": "mixtral"}),
     ("no model type", "model_type", {"model_type": None}),
-    ("switch that is a word", "transformers refuses it|use_cache", {"use_cache": "yes"}),
+    ("switch that is a word", "transformers rejects it|use_cache", {"use_cache": "yes"}),
 ]
 
 FOLDERS = [

@@ -9,7 +9,7 @@ COMMAND_LINE = [
     Case("key misspelt", "prune student.hiden_size=4", r"unknown key .* \(did you mean 'hidden_size'\?\)", quick=True),
     Case("key below a value", "prune seed.x=4", "seed is a value, not a section"),
     Case("word that is no setting", "prune tiny", "settings look like key=value"),
-    Case("option of a group misspelt", "prune prune=modelop", r"did you mean 'modelopt'\?", quick=True),
+    Case("misspelt preset", "prune prune=modelop", r"did you mean 'modelopt'\?", quick=True),
     Case("loss misspelt", "distill distill.loss=forward_lk", "distill.loss.*forward_kl", quick=True),
     Case("W&B mode misspelt", "distill tracking.wandb.mode=of", "tracking.wandb.mode.*offline"),
     Case("repair misspelt", "prune prune.refit=al", "prune.refit.*outputs"),

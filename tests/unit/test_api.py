@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_over_valid_tokens() -> None:
     ("call", "message"),
     [
         (lambda: mt.prune("models/teacher", "x", settings={"prune.widht": "wanda"}), "unknown key 'prune.widht'"),
-        (lambda: mt.prune("models/teacher", "x", settings={"prune": "papre"}), "unknown option of prune 'papre'"),
+        (lambda: mt.prune("models/teacher", "x", settings={"prune": "papre"}), "unknown preset of prune 'papre'"),
         (lambda: mt.prune("models/teacher", "x", settings={"teacher.path": "y"}), "is an argument of the function too"),
         (lambda: mt.prune("models/teacher", "x", hidden_size=60000), "larger than the teacher's"),
         (lambda: mt.prune("models/absent", "x", hidden_size=8), "teacher.path=models/absent: no such folder"),

@@ -115,7 +115,9 @@ def test_an_added_token_beyond_the_rows_may_not_stand_in_a_text(folder, tmp_path
     """As of many fine-tuned models whose embedding was not resized; transformers opens and runs them."""
     padded = tokenizers.load(with_pad(tmp_path / "padded", folder))
     tokenizers.check_tokenizer(padded, 512)
-    assert "512 rows and none for '[PAD]' (1 added tokens); a text that holds one is refused" in capsys.readouterr().out
+    assert (
+        "512 rows and none for '[PAD]' (1 added tokens); a text that holds one is rejected" in capsys.readouterr().out
+    )
     maker = UnitMaker({}, tokenizers.encoder(padded), Split(held_out=False, fraction=0))
     assert maker.encode(["plain text"]).tokens[:].max() < 512
     with pytest.raises(
@@ -193,7 +195,7 @@ def test_a_config_that_transformers_refuses_is_not_the_tokenizers_fault(folder, 
         "use_return_dict": False,
     }.items():
         (copy / "config.json").write_text(json.dumps({"model_type": "llama", key: value}))
-        with pytest.raises(UserError, match=r"config\.json: transformers refuses it .*; correct it") as caught:
+        with pytest.raises(UserError, match=r"config\.json: transformers rejects it .*; correct it") as caught:
             tokenizers.load(copy)
         assert "\n" not in str(caught.value)
     (copy / "config.json").write_text(json.dumps({"model_type": "of nobody", "use_cache": "yes"}))
