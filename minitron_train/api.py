@@ -253,9 +253,9 @@ def distillation_loss(
         student_hidden, teacher_hidden: inputs of the output layers, [..., H] and [..., D] with the same leading sizes.
         student_weight, teacher_weight: the output layers' weights, [V, H] and [V, D].
         mask: [...], tokens that count; labels: [...] token ids, needed with `ce_weight`.
-        vocab_size, group: see distill.loss.distillation_loss.
+        vocab_size, group: see distillation.loss.distillation_loss.
         logit_memory_fraction: memory beyond inputs and gradients, as a fraction of one fp32 [tokens, V] tensor; default 0.2.
-        options: fields of distill.loss.LossSpec: kind ("forward_kl", "reverse_kl", "jsd", "mse", "cosine", "top_k_kl"),
+        options: fields of distillation.loss.LossSpec: kind ("forward_kl", "reverse_kl", "jsd", "mse", "cosine", "top_k_kl"),
             temperature, top_k, jsd_beta, kd_weight, ce_weight, function.
 
     Returns:
@@ -349,7 +349,7 @@ def configure(values: Mapping[str, Any]) -> Config:
     chosen = [f"{key}={values[key]}" for key in values if is_group[key]]
     chosen += [f"+recipe={values['recipe']}"] if "recipe" in values else []
     keys = {key: value for key, value in values.items() if not is_group[key] and key != "recipe"}
-    recipes.register_recipes()
+    recipes.register_recipes(chosen)
     for choice in chosen:
         configuration.check_override(choice)
     for key in keys:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from minitron_train.config.renamed import current_settings
 
 
-def with_current_names(node: DictConfig, where: str, section: str = "") -> DictConfig:
+def with_current_names(node: DictConfig, where: str | None, section: str = "") -> DictConfig:
     """One file's settings under the new names; what `current_settings` reports and raises."""
     settings = OmegaConf.to_container(node)
     assert isinstance(settings, Mapping)

@@ -1,7 +1,7 @@
 """Recipes: flat YAML files in recipes/, and where this program keeps them and conf/."""
 
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -36,11 +36,11 @@ def recipes() -> dict[str, Path]:
 def register_recipes(arguments: Iterable[str] = ()) -> None:
     """Make `+recipe=NAME` find the flat files of recipes/; each also sets `name`.
 
-    A file that is no recipe is refused when `arguments` name it, and left out otherwise: the working directory's recipes/
-    may be another program's.
+    A damaged file is refused if `arguments` name it, and ignored otherwise: the working directory's recipes/ may belong to
+    another program. Old keys are reported only for the named recipes and for those that they extend.
 
     Raises:
-        UserError: a recipe that is asked for is damaged.
+        UserError: a named recipe is damaged, or gives both names of a key.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -51,15 +51,29 @@ def register_recipes(arguments: Iterable[str] = ()) -> None:
     register()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for stem, path in recipes().items():
+    paths, nodes = recipes(), {}
+    for stem, path in paths.items():
         try:
-            node = with_current_names(read_recipe(path), str(path))
+            nodes[stem] = read_recipe(path)
         except UserError:
             if stem in asked:
                 raise
-            continue
+    used = with_bases(asked, nodes)
+    for stem, node in nodes.items():
+        node = with_current_names(node, str(paths[stem]) if stem in used else None)
         node.setdefault("name", stem)
         store.store(group="recipe", name=stem, node=node, package="_global_")
+
+
+def with_bases(names: Iterable[str], nodes: Mapping[str, "DictConfig"]) -> set[str]:
+    """The recipes of these names, and all recipes that their defaults lists name."""
+    found: set[str] = set()
+    waiting = [name for name in names if name in nodes]
+    while waiting:
+        found.add(name := waiting.pop())
+        bases = (base for base in nodes[name].get("defaults", []) if isinstance(base, str))
+        waiting += [base for base in bases if base in nodes and base not in found]
+    return found
 
 
 def read_recipe(path: Path) -> "DictConfig":

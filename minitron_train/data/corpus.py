@@ -53,8 +53,9 @@ def documents(module: Path, part: str) -> Iterator[str]:
 
 @cache
 def corpus_sha256() -> str:
-    """sha256 over the names and bytes of all modules, and of this one, which makes the text from them."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """sha256 over the names and bytes of all modules, and the code of this one without docstrings and comments."""
+    own = ast.unparse(parse(code(Path(__file__).read_text(encoding="utf-8"))))
+    digest = hashlib.sha256(own.encode())
     for path in modules():
         digest.update(path.relative_to(stdlib_root()).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")

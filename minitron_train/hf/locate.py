@@ -211,8 +211,8 @@ def refuse_rivals(folder: Path, read: set[str], index: dict[str, str]) -> None:
     if rivals:
         chosen = SINGLE if SINGLE in read else f"the shards of {INDEX}"
         raise UserError(
-            f"{folder}: holds {rivals[0]} beside {chosen} ({len(rivals)} such files); readers differ in which they "
-            "take; remove what does not belong to the model"
+            f"{folder}: holds {rivals[0]} as well as {chosen} ({len(rivals)} such files); readers differ in which they "
+            "read; remove what does not belong to the model"
         )
 
 

@@ -109,7 +109,7 @@ class Groups:
             return work()
         # a separate connection, because waiting blocks the store for other threads
         store = cast(Any, _get_default_store()).clone()
-        key = f"on_first/{store.add(f'on_first/{self.rank}', 1)}/value"  # every process counts its calls
+        key = f"on_rank0/{store.add(f'on_rank0/{self.rank}', 1)}/value"  # every process counts its calls
         if not self.is_first:
             store.wait([key], NO_LIMIT)
             value, failure = pickle.loads(store.get(key))

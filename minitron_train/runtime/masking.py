@@ -92,6 +92,11 @@ class Output(io.TextIOWrapper):
         except OSError as error:
             self.end(error)
 
+    def close(self) -> None:
+        """Flush only: the wrapped stream stays open for its owner, also when this object is deleted."""
+        if not self.closed:
+            self.flush()
+
     def end(self, error: OSError) -> NoReturn:
         """Redirect this stream to /dev/null, so that Python's flush at exit cannot fail again, and exit."""
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):

@@ -1,6 +1,9 @@
 """The embedded corpus: whole, the same each time, nothing twice."""
 
 import ast
+from pathlib import Path
+
+import pytest
 
 from minitron_train.data import corpus
 
@@ -58,3 +61,20 @@ def test_corpus_is_large_clean_and_repeatable():
     (prose,), (code,) = corpus.documents(module, "prose"), corpus.documents(module, "code")
     assert prose.startswith("argparse\n\nCommand-line parsing library") and "argparse.ArgumentParser\n\n" in prose
     ast.parse(code)
+
+
+def test_comments_and_docstrings_do_not_decide_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rewritten sentence must not make runs on the embedded corpus stale; changed code must."""
+    monkeypatch.setattr(corpus, "modules", lambda: [])
+    text = Path(corpus.__file__).read_text()
+    found = []
+    for name, changed in (
+        ("same", text),
+        ("words", text.replace("shorter documents are left out", "x").replace('"""A module\'s source.', '"""Y')),
+        ("code", text.replace("MIN_CHARACTERS = 200", "MIN_CHARACTERS = 201")),
+    ):
+        assert name == "same" or changed != text
+        (tmp_path / name).write_text(changed)
+        monkeypatch.setattr(corpus, "__file__", str(tmp_path / name))
+        found.append(corpus.corpus_sha256.__wrapped__())
+    assert found[0] == found[1] != found[2]

@@ -83,6 +83,22 @@ def test_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         configuration.compose(["+recipe=mine"])
 
 
+def test_only_the_recipes_in_use_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """recipes/ of the working directory may belong to another program."""
+    Path("recipes").mkdir()
+    Path("recipes/base.yaml").write_text("distill: {memory_budget_u: 0.5}\n")
+    Path("recipes/mine.yaml").write_text("defaults: [base, _self_]\nseed: 3\n")
+    Path("recipes/other.yaml").write_text("eval: {batch_size: 4, validation_batch_size: 2}\n")
+    assert configuration.compose(["+recipe=tiny"]).name == "tiny"
+    assert capsys.readouterr().err == ""
+    for compose in (lambda: configuration.compose(["+recipe=mine"]), lambda: api.configure({"recipe": "mine"})):
+        assert compose().distill.logit_memory_fraction == 0.5
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert warning.startswith("warning: recipes/base.yaml: distill.memory_budget_u is now called")
+    with pytest.raises(UserError, match=r"recipes/other.yaml: eval.batch_size is the old name"):
+        api.configure({"recipe": "other"})
+
+
 def test_group_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("conf", "recipes"):
         (tmp_path / folder).mkdir()
