@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import jinja2
-
 from minitron_train.reporting import charts, evaluation, page
 from minitron_train.reporting.curves import health_charts, loss_charts
 from minitron_train.reporting.importance import importance_charts
 from minitron_train.reporting.load import MODELS, Run, load_run
 from minitron_train.reporting.summary import notes, summary_table
+from minitron_train.reporting.template import template
 from minitron_train.runtime.files import atomic_write_text
 
 
@@ -34,11 +33,7 @@ def write_report(output_dir: Path, target: Path | None = None) -> Path:
 def render(run: Run) -> str:
     """Return the page as HTML text."""
     teacher = run.models.get("teacher")
-    loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.jinja").render(
+    return template("page.jinja").render(
         run=run,
         page=page,
         evaluation=evaluation,

@@ -25,6 +25,7 @@ from minitron_train.reporting.summary import (
     tasks_of,
     teacher_name,
 )
+from minitron_train.reporting.template import template
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_write_text
@@ -63,12 +64,8 @@ def write_card(student_folder: Path, output_dir: Path) -> Path:
 
 def render(run: Run, student_folder: Path) -> str:
     """Return the card as Markdown text."""
-    loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
-    environment = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
     try:
-        return environment.get_template("card.md.jinja").render(facts_for(run, student_folder))
+        return template("card.md.jinja").render(facts_for(run, student_folder))
     except (KeyError, jinja2.UndefinedError) as error:  # a key that provenance.Settings and Facts do not require
         remedy = "run the stages again with force=true"
         raise damaged(f"{run.folder}", f"a provenance.json lacks a value of the model card: {error}", remedy) from error

@@ -4,11 +4,10 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from minitron_train.reporting.charts import VIEW, Chart
 from minitron_train.reporting.importance import importance_charts
 from minitron_train.reporting.load import load_run
+from minitron_train.reporting.template import template
 
 COLOURS = {  # the light ones of templates/style.css
     "ink": "#16191d",
@@ -29,12 +28,8 @@ class Picture:
     chart: Chart
 
     def __str__(self) -> str:
-        loader = jinja2.PackageLoader("minitron_train.reporting", "templates")
-        environment = jinja2.Environment(
-            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
         lines = textwrap.wrap(self.chart.caption, CAPTION_CHARACTERS)
-        return environment.get_template("picture.jinja").render(c=self.chart, view=VIEW, colours=COLOURS, lines=lines)
+        return template("picture.jinja").render(c=self.chart, view=VIEW, colours=COLOURS, lines=lines)
 
     def __repr__(self) -> str:
         return f"Picture: {self.chart.title}. {self.chart.caption}"
