@@ -93,7 +93,7 @@ def linear(values: Values, label: Label = short, zero: bool = True, num_ticks: i
     if high == low:
         high = low + (abs(low) or 1.0)
     step = round_step((high - low) / num_ticks)
-    first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [(k * step, label(round(k * step, 12))) for k in range(first, last + 1)]
     return Scale(low=first * step, high=last * step, ticks=ticks)
 

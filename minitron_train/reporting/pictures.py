@@ -18,7 +18,7 @@ COLOURS = {  # the light ones of templates/style.css
     "pruned": "#c8590c",
     "student": "#0b6bb5",
 }
-CAPTION_CHARACTERS = 110  # in one line
+CAPTION_CHARACTERS = 105  # in one line
 
 
 @dataclass(frozen=True, slots=True)

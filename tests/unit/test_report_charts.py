@@ -98,3 +98,9 @@ def test_a_rotated_stream_shows_its_directions() -> None:
 )
 def test_numbers(made: str, expected: str) -> None:
     assert made == expected
+
+
+def test_rounding_below_zero_adds_no_tick() -> None:
+    """The smallest variance of a rotation may be -1e-17."""
+    assert charts.linear([0.6, 0.1, -1e-17]).low == 0
+    assert charts.linear([0.6, -0.1]).low < 0
