@@ -203,8 +203,12 @@ def read_offsets(path: Path) -> np.ndarray:
 
 
 def copy_of(source: Path, cache_dir: Path, fingerprint: str) -> CopiedLines:
-    """The copy of a source with this fingerprint, which may not exist yet."""
-    return CopiedLines(cache_dir / f"{source.name}.{fingerprint[:16]}.blocks", source)
+    """The copy of a source with this fingerprint, which may not exist yet.
+
+    The name depends on the format too: an older version that shares the cache keeps its own copy.
+    """
+    digest = hashlib.sha256(fingerprint.encode() + COPY_END).hexdigest()
+    return CopiedLines(cache_dir / f"{source.name}.{digest[:16]}.blocks", source)
 
 
 def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterable[bytes]]) -> None:

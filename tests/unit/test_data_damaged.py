@@ -84,6 +84,18 @@ def test_a_cut_copy_is_made_again(cut, tmp_path, capsys):
     assert "copying" in capsys.readouterr().out
 
 
+def test_copies_of_two_formats_coexist(tmp_path, monkeypatch):
+    """A version with another format neither reads nor replaces this version's copy in a shared cache."""
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(LINES))
+    read(path)
+    copy = copy_in(tmp_path)
+    content = copy.read_bytes()
+    monkeypatch.setattr(lines, "COPY_END", b"blocks-3")
+    assert read(path) == TEXTS
+    assert len(list(copy.parent.glob("*.blocks"))) == 2
+    assert copy.read_bytes() == content
+
+
 def test_every_damaged_byte_of_a_copy_is_noticed(tmp_path):
     """Bytes of a frame, of its head and of the offsets: one line or a new copy, never other text."""
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(LINES))
