@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from minitron_train.commands import distill, evaluate, export, fetch, pretrain, prune, report, score
 from minitron_train.commands.command import Command
-from minitron_train.config import Config
+from minitron_train.config import Config, DataConfig
 
 CHAIN = (
     *(fetch.COMMAND, pretrain.COMMAND, score.COMMAND, prune.COMMAND),
@@ -26,6 +26,21 @@ def check_early(commands: Iterable[Command], config: Config) -> None:
     """
     for check in dict.fromkeys(command.check for command in commands):
         check(config)
+
+
+def check_text(commands: Iterable[Command], config: Config) -> None:
+    """Refuse text or tokens that are missing, before any command reads them.
+
+    Raises:
+        UserError: a part of the data without a path, or a path without files.
+    """
+    from minitron_train.data.sources import files
+
+    checked: list[DataConfig] = []
+    for section in (section for command in commands for section in command.text(config)):
+        if section not in checked:
+            files(section)
+            checked.append(section)
 
 
 def expanded(commands: Sequence[Command], config: Config) -> list[Command]:

@@ -99,6 +99,7 @@ COMMAND = Command(
     run=prune,
     sections=("teacher", "student", *SCORING),
     in_chain=lambda config: config.student.path is None,
+    check=score.check,
     text=score.calibration_text,
     needs_teacher=True,
     needs=NEEDS,

@@ -1,7 +1,7 @@
 """run: the chain, which is every command that a recipe needs, in order."""
 
 from minitron_train.commands import score
-from minitron_train.commands.chain import chain, check_early
+from minitron_train.commands.chain import chain, check_early, check_text
 from minitron_train.commands.command import SCORING, TRAINING, Command, Job
 from minitron_train.commands.workspace import Workspace
 from minitron_train.runtime.console import say
@@ -13,6 +13,7 @@ def run(ws: Workspace) -> None:
 
     commands = chain(ws.config)
     check_early(commands, ws.config)
+    ws.on_rank0(lambda: check_text(commands, ws.config))
     for command in commands:
         if command is not score.COMMAND:  # prune runs it
             command.run(ws)

@@ -13,6 +13,7 @@ from minitron_train.config import Config, DataConfig
 from minitron_train.planning.check import MORE_GPUS, Needs, Option, changed, reserved_bytes
 from minitron_train.planning.memory import score_bytes
 from minitron_train.planning.stages import scoring_layout
+from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import sha256_file
 from minitron_train.runtime.launch import World
 from minitron_train.stages import Stage
@@ -72,6 +73,17 @@ def calibration_text(config: Config) -> list[DataConfig]:
     return [dataclasses.replace(config.data, path=config.calibration.path or config.data.path)]
 
 
+def check(config: Config) -> None:
+    """Refuse a calibration.tokens_path that is not there.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = config.calibration.tokens_path
+    if path and not Path(path).exists():
+        raise UserError(f"calibration.tokens_path={path}: no such file; correct the path, or leave it out")
+
+
 def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
     """The configured way of scoring first, then streamed and in smaller pieces."""
     calibration = config.calibration
@@ -107,6 +119,7 @@ COMMAND = Command(
     run=score,
     sections=("teacher", *SCORING),
     in_chain=lambda config: config.student.path is None,
+    check=check,
     text=calibration_text,
     needs_teacher=True,
     needs=NEEDS,

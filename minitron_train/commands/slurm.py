@@ -12,16 +12,16 @@ Each answers within two seconds. Only rank 0 loads torch, and only to read a mod
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from minitron_train.commands.chain import chain, check_early, expanded
+from minitron_train.commands.chain import chain, check_early, check_text, expanded
 from minitron_train.commands.command import Command
 from minitron_train.commands.configuration import compose
 from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.workspace import Workspace, after_rank0
-from minitron_train.config import Config, DataConfig
+from minitron_train.config import Config
 from minitron_train.pruning.candidates import Candidate, candidates, choose
 from minitron_train.runtime.errors import UserError, did_you_mean, error_line
 from minitron_train.runtime.launch import World, read_world, whole_number
@@ -82,24 +82,12 @@ def accept(commands: Sequence[Command], config: Config) -> None:
         UserError: what `chain.check_early` refuses; a teacher that is missing and that no command brings; a part of the data
             without a path, or a path without files.
     """
-    from minitron_train.data.sources import files
-
     if not config.output_dir.isprintable():  # the shell reads it as one line
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
     parts = expanded(commands, config)
     check_early(parts, config)
     refuse_without_teacher(parts, config)
-    for section in unique(section for command in parts for section in command.text(config)):
-        files(section)
-
-
-def unique(sections: Iterable[DataConfig]) -> list[DataConfig]:
-    """The sections without repetitions, in their order."""
-    found: list[DataConfig] = []
-    for section in sections:
-        if section not in found:
-            found.append(section)
-    return found
+    check_text(parts, config)
 
 
 def refuse_without_teacher(commands: Sequence[Command], config: Config) -> None:

@@ -54,7 +54,7 @@ NO_DATA = ["+recipe=4b_from_8b", "calibration.num_samples=8"]  # data=nemotron4_
         ("eval", ["data.validation_path={text}"], False),
         ("score", ["calibration.path={text}"], False),
         ("score", ["calibration.path={text}s"], True),
-        ("score", ["calibration.tokens_path=x"], False),
+        ("score", [f"calibration.tokens_path={__file__}"], False),
         ("distill", ["data.path={text}"], False),
         ("export", [], False),
     ],

@@ -1,14 +1,18 @@
 """What a chain refuses before its first command, that a later one would refuse after hours."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minitron_train.commands import chain
+from minitron_train.commands.command import execute
+from minitron_train.commands.configuration import compose
 from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.search import retraining
 from minitron_train.config import Config, Recompute
 from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.launch import World
 
 
 def config(**changes: Any) -> Config:
@@ -69,3 +73,15 @@ def test_a_student_is_not_written_into_another_stages_folder(path: str) -> None:
         check_early(["export"], config)
     config.export.path = "models/small"
     check_early(["export"], config)
+
+
+def test_calibration_that_is_missing_is_refused_before_the_chain(tmp_path: Path) -> None:
+    """Before a teacher is trained for hours."""
+    words = ["+recipe=micro", f"output_dir={tmp_path}/out"]
+    for word, message in (
+        ("calibration.tokens_path=/nowhere/a.safetensors", "tokens_path=/nowhere/a.safetensors: no such file"),
+        ("calibration.path=/nowhere/*.txt", r"/nowhere/\*.txt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            execute(COMMANDS["run"], compose([*words, word]), ["run"], World())
+    assert not (tmp_path / "out").exists()
