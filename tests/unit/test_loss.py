@@ -352,9 +352,13 @@ def test_a_function_of_logits_is_chunked_over_tokens(monkeypatch: pytest.MonkeyP
             r"returned a tensor of \[\] for 20 tokens; it must return one loss per token",
         ),
         (lambda s, t: None, "returned NoneType for 20 tokens"),
+        (
+            lambda s, t: (s.detach() - t).square().mean(1),
+            "returned a loss without gradients; compute it from the student's",
+        ),
     ],
 )
-def test_a_function_that_gives_no_loss_per_token_is_refused(function: Any, message: str) -> None:
+def test_a_function_without_a_loss_per_token_or_gradients_is_refused(function: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(make_case(20, 301, 16, 24), LossSpec(function=function))
 
