@@ -131,7 +131,8 @@ def depth_criterion(name: str) -> DepthCriterion:
 def check_width(name: str, found: Any, shape: Shape) -> Width:
     """Reject scores of a wrong size, which would keep the wrong units, and NaN, which has no rank."""
     if not isinstance(found, Width):
-        raise UserError(f"prune.width={name}: returned {described(found)}; return a Width of pruning/criterion.py")
+        rule = "return a Width, see minitron_train/pruning/criterion.py"
+        raise UserError(f"prune.width={name}: returned {described(found)}; {rule}")
     wanted = {
         "heads": (found.heads, [[shape.num_attention_heads]] * shape.num_layers),
         "ffn": (found.ffn, [[shape.ffn_hidden_size]] * shape.num_layers),
