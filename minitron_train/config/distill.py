@@ -26,7 +26,7 @@ class HiddenLossKind(StrEnum):
 
 
 def check_loss(values: Any, kind: LossKind, prefix: str = "") -> None:
-    """The rules of a loss on logits: for this section, and for distill.loss.LossSpec."""
+    """The rules of a loss on logits: for this section, and for distillation.loss.LossSpec."""
     takes_temperature, takes_top_k = kind not in (LossKind.mse, LossKind.cosine), kind is LossKind.top_k_kl
     weighted = values.kd_weight + values.ce_weight > 0
     rules = (  # name, whether it holds, rule, remedy
