@@ -255,8 +255,8 @@ def distillation_loss(
         mask: [...], tokens that count; labels: [...] token ids, needed with `ce_weight`.
         vocab_size, group: see distillation.loss.distillation_loss.
         logit_memory_fraction: memory beyond inputs and gradients, as a fraction of one fp32 [tokens, V] tensor; default 0.2.
-        options: fields of distillation.loss.LossSpec: kind ("forward_kl", "reverse_kl", "jsd", "mse", "cosine", "top_k_kl"),
-            temperature, top_k, jsd_beta, kd_weight, ce_weight, function.
+        options: fields of distillation.loss.LossSpec: kind (a name of config.LossKind, such as "forward_kl"), temperature,
+            temperature_squared, top_k, jsd_beta, kd_weight, ce_weight, function.
 
     Returns:
         A scalar with gradients in the student's two tensors.

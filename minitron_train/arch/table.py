@@ -181,6 +181,7 @@ HARMLESS_KEYS = frozenset(  # keys of transformers' config classes that do not c
         "eos_token_id",
         "pretraining_tp",  # transformers 5 does not read it
         "attention_dropout",  # for training in transformers; this program trains without dropout
+        "residual_dropout",  # likewise
     }
 )
 READ_NORMS = {  # linear -> the norm in front of it

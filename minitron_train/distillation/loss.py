@@ -31,7 +31,7 @@ class LossSpec:
     Both models' logits are divided by `temperature`; the cross-entropy has temperature 1. `temperature_squared` multiplies
     the distillation loss by temperature^2, as in Hinton's paper; ModelOpt's loss for Megatron does not. `top_k` applies to
     top_k_kl. `jsd_beta`, the teacher's share of the mixture, applies to jsd. `function` replaces `kind` by a user-defined
-    loss (see `loss_autograd`).
+    loss (see `loss_autograd`). The other fields have the names of section distill, from which training fills them.
     """
 
     kind: LossKind = LossKind.forward_kl

@@ -70,7 +70,7 @@ def summed_loss(
         vocab_size: output rows without padding, all ranks together; the function never sees the padding.
 
     Raises:
-        UserError: the function does not return one loss per token.
+        UserError: the function does not return one loss per token, or its loss has no gradient.
     """
     dtype = torch.promote_types(torch.promote_types(student[0].dtype, teacher[1].dtype), torch.float32)
     hidden_NH, weight_VH = student[0].to(dtype), student[1].to(dtype)
@@ -92,6 +92,11 @@ def summed_loss(
             raise UserError(
                 f"the loss function returned {found} for {len(hidden_CH)} tokens; it must return one loss per token, "
                 f"[{len(hidden_CH)}]"
+            )
+        if hidden_NH.requires_grad and torch.is_grad_enabled() and not loss_C.requires_grad:
+            raise UserError(
+                "the loss function returned a loss without gradients; compute it from the student's logits, without "
+                "detach() or no_grad()"
             )
         return loss_C.sum()
 

@@ -1,7 +1,7 @@
 """One forward pass of teacher and student over a micro-batch, and the loss."""
 
 # B sequences, S tokens of a sequence, N = S * B tokens, H hidden size (student's or teacher's)
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -25,16 +25,9 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
     """The configured loss; cross-entropy alone without a teacher (`pretrain`)."""
     if not has_teacher:
         return LossSpec(kd_weight=0.0, ce_weight=1.0)
-    return LossSpec(
-        kind=distill.loss,
-        temperature=distill.temperature,
-        temperature_squared=distill.temperature_squared,
-        top_k=distill.top_k,
-        jsd_beta=distill.jsd_beta,
-        function=import_name("distill.loss_function", distill.loss_function) if distill.loss_function else None,
-        kd_weight=distill.kd_weight,
-        ce_weight=distill.ce_weight,
-    )
+    function = import_name("distill.loss_function", distill.loss_function) if distill.loss_function else None
+    others = [field.name for field in fields(LossSpec) if field.name not in ("kind", "function")]
+    return LossSpec(kind=distill.loss, function=function, **{name: getattr(distill, name) for name in others})
 
 
 def chunking(distill: DistillConfig, num_tokens: int, num_rows: int) -> Chunking:

@@ -7,6 +7,15 @@ importable module, named with its dots (`prune.width=my_lab.taylor`). The first 
     def width(evidence: Evidence) -> Width: ...                          # a width criterion
     def depth(evidence: Evidence, num_layers: int) -> Tensor: ...        # a depth criterion: kept layers, ascending
     NEEDS_LAYER_REMOVAL = True      # if a depth criterion reads losses_without or logit_changes (slow to measure)
+
+A criterion reads activations and weights like this:
+
+    moments = evidence.statistics.moments["layers.0.neurons_post"]         # the points are in pruning.collect.POINTS
+    sizes = moments.aggregate(Aggregation.mean, Aggregation.mean)          # mean |x| over tokens, then over sequences
+    row = next(row for row in evidence.table.rows if row.mcore == LAYER + "mlp.linear_fc2.weight")
+    weights = [evidence.source.read(name.format(i=0)).double() for name in row.hf]
+
+`criteria/wanda.py` lists which point sees the input of which linear.
 """
 
 import importlib
@@ -14,6 +23,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +43,7 @@ class Evidence:
 
     Attributes:
         statistics: activation statistics over the calibration tokens (see pruning.collect.POINTS), on the CPU.
-        source: the weights, read one tensor at a time by Hugging Face name: `source.read(name)`.
+        source: the weights in the dtype of the file, read one tensor at a time by Hugging Face name: `source.read(name)`.
         table: all parameters of the model, and the axis of each of their dimensions.
         seed: for criteria that draw random numbers.
     """
@@ -101,7 +111,7 @@ def width_criterion(name: str) -> WidthCriterion:
         UserError: there is no such criterion; the message lists the available ones.
     """
     module = find("prune.width", name, "width")
-    return WidthCriterion(summary(module), module.width)
+    return WidthCriterion(summary(module), lambda evidence: check_width(name, module.width(evidence), evidence.shape))
 
 
 def depth_criterion(name: str) -> DepthCriterion:
@@ -111,7 +121,52 @@ def depth_criterion(name: str) -> DepthCriterion:
         UserError: there is no such criterion; the message lists the available ones.
     """
     module = find("prune.depth", name, "depth")
-    return DepthCriterion(summary(module), module.depth, bool(getattr(module, "NEEDS_LAYER_REMOVAL", False)))
+
+    def depth(evidence: Evidence, num_layers: int) -> Tensor:
+        return check_layers(name, module.depth(evidence, num_layers), num_layers, evidence.shape.num_layers)
+
+    return DepthCriterion(summary(module), depth, bool(getattr(module, "NEEDS_LAYER_REMOVAL", False)))
+
+
+def check_width(name: str, found: Any, shape: Shape) -> Width:
+    """Reject scores of a wrong size, which would keep the wrong units, and NaN, which has no rank."""
+    if not isinstance(found, Width):
+        rule = "return a Width, see minitron_train/pruning/criterion.py"
+        raise UserError(f"prune.width={name}: returned {described(found)}; {rule}")
+    wanted = {
+        "heads": (found.heads, [[shape.num_attention_heads]] * shape.num_layers),
+        "ffn": (found.ffn, [[shape.ffn_hidden_size]] * shape.num_layers),
+        "embedding": ([found.embedding], [[shape.hidden_size]]),
+    }
+    for part, (scores, sizes) in wanted.items():
+        if len(scores) != len(sizes):
+            raise UserError(
+                f"prune.width={name}: {part} has {len(scores)} tensors; return one for each of {len(sizes)} layers"
+            )
+        for score, size in zip(scores, sizes, strict=True):
+            if not isinstance(score, Tensor) or list(score.shape) != size:
+                raise UserError(f"prune.width={name}: {part} holds {described(score)}; return scores of size {size}")
+            if bool(score.isnan().any()):
+                raise UserError(f"prune.width={name}: {part} holds NaN, which has no rank; correct the criterion")
+    return found
+
+
+def check_layers(name: str, found: Any, num_layers: int, num_teacher: int) -> Tensor:
+    """Reject anything but `num_layers` ascending layer numbers of a teacher with `num_teacher` layers."""
+    rule = f"return the numbers of {num_layers} of the {num_teacher} layers, ascending"
+    if not isinstance(found, Tensor) or found.is_floating_point() or found.dim() != 1:
+        raise UserError(f"prune.depth={name}: returned {described(found)}; {rule} (an int64 tensor)")
+    values = found.tolist()
+    if len(values) != num_layers or values != sorted(set(values) & set(range(num_teacher))):
+        raise UserError(f"prune.depth={name}: returned {values}; {rule}")
+    return found
+
+
+def described(value: Any) -> str:
+    """Type and size of a tensor, or the type of anything else, for messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of type {str(value.dtype).removeprefix('torch.')} and size {list(value.shape)}"
+    return type(value).__name__
 
 
 def outside_criteria(prune: PruneConfig) -> dict[str, str]:

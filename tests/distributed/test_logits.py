@@ -9,7 +9,7 @@ from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
-from tests.support.models import exported, hf_logits
+from tests.support.models import COMMON, exported, hf_logits, save_random
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
@@ -39,7 +39,17 @@ def split_logits(rank: int, world_size: int, folders: list[Path], sequence_paral
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, False)])
 def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequence_parallel: bool) -> None:
-    folders = list(tiny_models.values())
+    compare(list(tiny_models.values()), tp, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_qkv_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    families = ("qwen2", "qwen3", "seed_oss")
+    compare([save_random({**COMMON, "model_type": name}, tmp_path / name) for name in families], 2, sequence_parallel)
+
+
+def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:
+    """Assert that each folder's split logits are those of transformers."""
     for answers in zip(folders, *run_ranks(split_logits, tp, folders, sequence_parallel), strict=True):
         wanted = hf_logits(answers[0], TOKENS_BS)
         for found in answers[1:]:

@@ -56,6 +56,17 @@ def evidence_of(teacher: hf.HFFolder, statistics: Statistics, prune: PruneConfig
     )
 
 
+def measured(teacher: hf.HFFolder, tokens: Tensor, groups: Any, **prune: Any) -> Evidence:
+    """What a criterion may look at after scoring `tokens` [batches, sequences, length]."""
+    from minitron_train.pruning.layers import Layers
+    from minitron_train.pruning.scoring import gather_evidence
+    from minitron_train.pruning.shards import RowReader
+
+    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=True)
+    statistics = gather_evidence(layers, tokens, CalibrationConfig(micro_batch_size=3))
+    return evidence_of(teacher, statistics, PruneConfig(**prune))
+
+
 def run_cut(folder: Path, teacher_folder: Path, config: Config, tokens: Tensor, groups: Any, **sizes: int) -> Path:
     """Score and prune a teacher; returns the pruned folder."""
     from minitron_train.pruning.prune import prune_checkpoint

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from minitron_train.config import DistillConfig, LossKind
 from minitron_train.distillation import loss_autograd
-from minitron_train.distillation.loss import LossSpec, distillation_loss
+from minitron_train.distillation.loss import MAKE_TERM, LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking, Projection
+from minitron_train.planning.timing import LOGIT_PASSES
 from minitron_train.runtime.errors import UserError
 from tests.support.loss_reference import Case, huber, make_case, reference, relative_error, row_losses, spec_name, specs
 
@@ -301,6 +303,20 @@ def test_refused_settings(spec: LossSpec, message: str) -> None:
         run(make_case(4, 301, 8, 8), spec)
 
 
+@pytest.mark.parametrize("kind", LossKind)
+def test_a_kind_is_complete(kind: LossKind) -> None:
+    """A new kind needs all of these (CONTRIBUTING.md)."""
+    docs = Path(__file__).parents[2] / "docs"
+    lacking = {
+        "MAKE_TERM of distillation/loss.py": kind not in MAKE_TERM,
+        "LOGIT_PASSES of planning/timing.py": kind.value not in LOGIT_PASSES,
+        "specs() of tests/support/loss_reference.py": kind not in [spec.kind for spec in specs()],
+        "the table of losses in docs/method.md": f"| `{kind.value}` |" not in (docs / "method.md").read_text(),
+        "the row `kind` of docs/python.md": f'`"{kind.value}"`' not in (docs / "python.md").read_text(),
+    }
+    assert not any(lacking.values()), [place for place, missing in lacking.items() if missing]
+
+
 def test_the_section_has_the_rules_of_the_loss() -> None:
     with pytest.raises(UserError, match=r"distill.temperature=2: must be 1 with distill.loss=mse"):
         DistillConfig(loss=LossKind.mse, temperature=2).validate()
@@ -352,9 +368,13 @@ def test_a_function_of_logits_is_chunked_over_tokens(monkeypatch: pytest.MonkeyP
             r"returned a tensor of \[\] for 20 tokens; it must return one loss per token",
         ),
         (lambda s, t: None, "returned NoneType for 20 tokens"),
+        (
+            lambda s, t: (s.detach() - t).square().mean(1),
+            "returned a loss without gradients; compute it from the student's",
+        ),
     ],
 )
-def test_a_function_that_gives_no_loss_per_token_is_refused(function: Any, message: str) -> None:
+def test_a_function_without_a_loss_per_token_or_gradients_is_refused(function: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(make_case(20, 301, 16, 24), LossSpec(function=function))
 

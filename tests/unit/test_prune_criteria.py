@@ -10,15 +10,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
-from minitron_train.config import CalibrationConfig, PruneConfig
+from minitron_train.config import PruneConfig
 from minitron_train.pruning.collect import Statistics
-from minitron_train.pruning.criterion import Evidence, depth_criterion, names, outside_criteria, width_criterion
-from minitron_train.pruning.layers import Layers
-from minitron_train.pruning.scoring import gather_evidence
+from minitron_train.pruning.criterion import (
+    Evidence,
+    Width,
+    check_layers,
+    check_width,
+    depth_criterion,
+    names,
+    outside_criteria,
+    width_criterion,
+)
 from minitron_train.pruning.select import select
-from minitron_train.pruning.shards import RowReader
 from minitron_train.runtime.errors import UserError
-from tests.support.pruning import configuration, evidence_of, random_tokens, run_cut
+from tests.support.pruning import configuration, evidence_of, measured, random_tokens, run_cut
 
 LAYER, HEAD, NEURON, CHANNEL = "model.layers.1.", 5, 17, 40
 
@@ -59,9 +65,7 @@ def test_wanda_is_weight_times_input_norm_as_transformers_computes_it(
     tiny_models: dict[str, Path], groups, include_final_norm: bool
 ) -> None:
     tokens, teacher = random_tokens(), hf.HFFolder(tiny_models["llama"])
-    layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=True)
-    statistics = gather_evidence(layers, tokens, CalibrationConfig(micro_batch_size=3))
-    evidence = evidence_of(teacher, statistics, PruneConfig(include_final_norm=include_final_norm))
+    evidence = measured(teacher, tokens, groups, include_final_norm=include_final_norm)
     scores = width_criterion("wanda").width(evidence)
 
     model = AutoModelForCausalLM.from_pretrained(teacher.folder, dtype=torch.float32).eval()
@@ -99,13 +103,19 @@ def test_criteria_are_found_by_the_names_of_their_files() -> None:
     width, depth = ["activation", "magnitude", "random", "wanda"], ["block", "contiguous", "logit_mse", "perplexity"]
     assert names() == sorted([*width, *depth])
     assert all(width_criterion(name).summary for name in width)
+    method = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    for key, criteria in (("width", width), ("depth", depth)):
+        help_text = PruneConfig.__dataclass_fields__[key].metadata["help"]
+        for name in criteria:
+            assert name in help_text, f"minitron_train/config/prune.py: the help of prune.{key} lacks {name}"
+            assert f"| `{name}`" in method, f"docs/method.md: the table of prune.{key} lacks {name}"
     assert [name for name in depth if depth_criterion(name).needs_layer_removal] == ["logit_mse", "perplexity"]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("taylor", r"prune\.width=taylor: no such criterion; choose one of activation, magnitude, random, wanda, or"),
+        ("taylor", r"prune\.width=taylor: no such criterion; choose one of activation, magnitude, .*wanda, or"),
         ("block", r"prune\.width=block: .*criteria\.block defines no function width"),
         ("no_lab.taylor", r"prune\.width=no_lab\.taylor: cannot be imported \(No module named 'no_lab'\)"),
         ("../x", r"prune\.width=\.\./x: is not the name of a Python module"),
@@ -115,6 +125,31 @@ def test_criteria_are_found_by_the_names_of_their_files() -> None:
 def test_a_wrong_name_is_refused_with_those_that_exist(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         width_criterion(name)
+
+
+CHANNELS, HEADS, NEURONS = torch.arange(64.0), torch.arange(8.0), torch.arange(96.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (CHANNELS, r"returned a tensor of type float32 and size \[64\]; return a Width"),
+        (Width(CHANNELS[:60], [HEADS] * 3, [NEURONS] * 3), r"embedding holds .*size \[60\]; .* size \[64\]"),
+        (Width(CHANNELS, [NEURONS] * 3, [NEURONS] * 3), r"heads holds .*size \[96\]; return scores of size \[8\]"),
+        (Width(CHANNELS, [HEADS] * 2, [NEURONS] * 3), "heads has 2 tensors; return one for each of 3 layers"),
+        (Width(CHANNELS, [HEADS] * 3, [NEURONS * torch.nan] * 3), "ffn holds NaN"),
+    ],
+)
+def test_wrong_scores_are_rejected(tiny_models: dict[str, Path], found: object, message: str) -> None:
+    """A wrong size or NaN would keep the wrong units without any error."""
+    with pytest.raises(UserError, match=rf"prune\.width=my_lab: {message}"):
+        check_width("my_lab", found, hf.HFFolder(tiny_models["llama"]).shape)
+
+
+@pytest.mark.parametrize("found", [[0, 1], torch.tensor([1, 0]), torch.arange(3), torch.tensor([2, 3]), torch.rand(2)])
+def test_wrong_layers_are_rejected(found: object) -> None:
+    with pytest.raises(UserError, match=r"prune\.depth=my_lab: returned .*; return the numbers of 2 of the 3 layers"):
+        check_layers("my_lab", found, 2, 3)
 
 
 WIDTH_FROM_OUTSIDE = '''"""Channels, heads and neurons from the last to the first."""

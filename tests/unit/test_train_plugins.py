@@ -1,5 +1,7 @@
 """Hooks and a loss function from outside the package, named in the settings of a training."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,11 +46,12 @@ def squared(student_logits, teacher_logits):
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "my_lab.py").write_text(LAB)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "my_lab", raising=False)
-    return "my_lab"
+    sys.modules.pop("my_lab", None)
+    yield "my_lab"
+    sys.modules.pop("my_lab", None)  # another test has a package of this name
 
 
 def test_a_hook_is_called_at_its_places(lab: str, training: Material, tmp_path: Path) -> None:
