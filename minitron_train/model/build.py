@@ -49,10 +49,21 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        weight = self.weight + self.offset if self.offset else self.weight
-        if self.bias is not None:
-            return F.layer_norm(x, self.size, weight, self.bias, self.eps)
+        """Normalise the last dimension. The offset is added in fp32: bf16 would round 1 + gain to steps of 0.8 %.
+
+        As Transformer Engine does. torch's CUDA kernels take one dtype only, so there x is widened too.
+        """
+        if not self.offset or x.dtype == torch.float32:
+            weight = self.weight + self.offset if self.offset else self.weight
+            return self.normalised(x, weight, self.bias)
+        wide = x.float() if x.is_cuda or self.bias is None else x
+        bias = None if self.bias is None else self.bias.float()
+        return self.normalised(wide, self.weight.float() + self.offset, bias).to(x.dtype)
+
+    def normalised(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """LayerNorm where there is a bias, else RMSNorm."""
+        if bias is not None:
+            return F.layer_norm(x, self.size, weight, bias, self.eps)
         return F.rms_norm(x, self.size, weight, self.eps)
 
 

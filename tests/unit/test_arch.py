@@ -156,3 +156,14 @@ def test_random_weights_do_not_depend_on_how_they_are_read() -> None:
     assert not torch.equal(weights.read(name), RandomWeights(shape, std=0.02, seed=6).read(name))
     assert weights.read("model.norm.weight").eq(1).all()
     assert abs(weights.read(name).std().item() / 0.02 - 1) < 0.1
+
+
+def test_zero_centred_gains_are_added_in_fp32() -> None:
+    """In bf16, 1 + gain has steps of 0.8 %, so that most updates of a training would not reach the forward pass."""
+    config = build.transformer_config(NEMOTRON_15B, tp=1, sequence_parallel=False, dtype=torch.bfloat16)
+    norm = build.Norm(config, 64)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        norm.weight.fill_(0.001)  # 1.001 is not a bf16 number
+        expected = torch.nn.functional.layer_norm(x.double(), (64,), 1 + norm.weight.double(), norm.bias.double())
+        assert torch.equal(norm(x), expected.bfloat16())
