@@ -121,7 +121,7 @@ def distill_options(
         runtime_bytes=reserved_bytes(config, cuda),
         logit_memory_fraction=config.distill.logit_memory_fraction,
         recompute=train.recompute.name,
-        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        sequence_parallel=config.parallel.splits_sequences(train.seq_length, cuda=cuda),
         sharded_optimizer=train.shards_optimizer(possible=cuda and can_shard_optimizer_here()),
         cuda=cuda,
     )

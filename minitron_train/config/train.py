@@ -145,12 +145,20 @@ class ParallelConfig:
     """How a model is spread over processes; the rest of the processes is data parallel."""
 
     tensor_model_parallel_size: int = opt(1, "ranks that share each layer")
-    sequence_parallel: bool = opt(
-        False, "shard norms and residuals over the tensor-parallel ranks as well; saves memory"
+    sequence_parallel: bool | None = opt(
+        None,
+        "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
+        "train.seq_length is a multiple of the ranks",
     )
     timeout_minutes: float = opt(
         10.0, "minutes without a heartbeat before the other ranks abort and name the missing one"
     )
+
+    def splits_sequences(self, seq_length: int, *, cuda: bool) -> bool:
+        """Whether training shards norms and residuals over the tensor-parallel ranks."""
+        tp = self.tensor_model_parallel_size
+        wanted = cuda and seq_length % tp == 0 if self.sequence_parallel is None else self.sequence_parallel
+        return wanted and tp > 1
 
     def validate(self) -> None:
         require_positive(self, "parallel", "tensor_model_parallel_size", "timeout_minutes")

@@ -53,6 +53,7 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         "hardware": asdict(machine),
         "configured": configured and describe_choice(config, teacher, student, machine, configured),
         "recommended": best and describe_choice(config, teacher, student, machine, best),
+        "overrides": overrides(config, machine, best.layout) if best else None,
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
         "scoring": scoring(config, teacher, machine),
         "slicing": slicing(config, teacher, student, machine),
@@ -74,10 +75,25 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         logit_memory_fraction=config.distill.logit_memory_fraction,
         logit_passes=logit_passes(config.distill),
         recompute=config.train.recompute.name,
-        sequence_parallel=config.parallel.sequence_parallel and tp > 1,
+        sequence_parallel=config.parallel.splits_sequences(config.train.seq_length, cuda=machine.cuda),
         sharded_optimizer=config.train.shards_optimizer(possible=machine.cuda),
         cuda=machine.cuda,
     )
+
+
+def overrides(config: Config, machine: Hardware, layout: Layout) -> list[str]:
+    """Return the settings, as key=value, that turn the configured layout into another one of this hardware."""
+    parallel, train = config.parallel, config.train
+    split = replace(parallel, tensor_model_parallel_size=layout.tp).splits_sequences(
+        train.seq_length, cuda=machine.cuda
+    )
+    found = {
+        "parallel.tensor_model_parallel_size": (parallel.tensor_model_parallel_size, layout.tp),
+        "parallel.sequence_parallel": (split, layout.sequence_parallel),
+        "train.micro_batch_size": (train.micro_batch_size, layout.micro_batch_size),
+        "train.recompute": (train.recompute.name, layout.recompute),
+    }
+    return [f"{key}={str(new).lower()}" for key, (old, new) in found.items() if old != new]
 
 
 def describe(shape: Shape) -> dict[str, Any]:

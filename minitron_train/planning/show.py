@@ -78,7 +78,12 @@ def chosen_layout(plan: dict[str, Any]) -> list[str]:
         return []
     title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
     heading = f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}"
-    return ["", heading, *memory(chosen, machine), *time_lines(chosen, machine)]
+    return ["", heading, *settings_line(plan), *memory(chosen, machine), *time_lines(chosen, machine)]
+
+
+def settings_line(plan: dict[str, Any]) -> list[str]:
+    """Format the settings that select the recommended layout; nothing if the recipe selects it already."""
+    return [f"  set {' '.join(plan['overrides'])}"] if plan["overrides"] else []
 
 
 def layout_text(layout: dict[str, Any]) -> str:

@@ -254,3 +254,26 @@ def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
     assert memory.SMALL_LOGITS_BYTES == step.SMALL_BYTES
     assert memory.SLICE_BLOCK_BYTES == slicing.BLOCK_BYTES
     assert memory.EVAL_LOGIT_BYTES == forward.LOGIT_BYTES
+
+
+@pytest.mark.parametrize(
+    "words", [("+recipe=4b",), ("+recipe=4b", "cluster=h100"), ("+recipe=8b",), ("+recipe=llama31_4b_width",)]
+)
+def test_the_printed_settings_give_the_recommended_layout(words: tuple[str, ...]) -> None:
+    config = load(*words)
+    result = make_plan(config, *shapes(config))
+    chosen = load(*words, *result["overrides"])
+    again = make_plan(chosen, *shapes(chosen))
+    assert again["configured"]["layout"] == result["recommended"]["layout"] and not again["overrides"]
+    line = f"  set {' '.join(result['overrides'])}"
+    assert (line in format_plan(result)) == bool(result["overrides"])
+    assert "  set " not in format_plan(again)
+
+
+def test_sequences_are_split_by_default_on_cuda_alone() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    assert parallel.splits_sequences(64, cuda=True)
+    assert not parallel.splits_sequences(63, cuda=True), "the ranks would get unequal parts"
+    assert not parallel.splits_sequences(64, cuda=False)
+    assert ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True).splits_sequences(64, cuda=False)
+    assert not ParallelConfig(sequence_parallel=True).splits_sequences(64, cuda=True), "one rank has nothing to split"
