@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
 from minitron_train.config import Config
@@ -74,19 +75,7 @@ def assemble(
     """Build all parts of a run, in the state of step 0. `stack` closes them."""
     signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
     train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
-    tokenizer = tokenizers.load(student_files.folder)
-    rows = {
-        name: files.shape.vocab_size
-        for name, files in (("student", student_files), ("teacher", teacher_files))
-        if files is not None
-    }
-    tokenizers.check_tokenizer(tokenizer, min(rows.values()))
-    vocab_size = None
-    if teacher_files is not None:
-        tokenizers.check_same(tokenizer, teacher_files.folder)
-        if len(set(rows.values())) > 1:  # the models pad their vocabularies differently
-            vocab_size = min(tokenizers.vocab_size(tokenizer), *rows.values())
-        real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
+    tokenizer, vocab_size = open_tokenizer(config, groups, student_files, teacher_files)
     stream = TokenStream(
         config.data,
         tokenizer,
@@ -98,15 +87,8 @@ def assemble(
     )
     stack.callback(stream.close)
     student = load_model(student_files, config, groups, **student_arguments(train))
-    teacher = None
-    if teacher_files is not None:
-        teacher = load_model(
-            teacher_files, config, groups, dtype=DTYPES[config.distill.teacher_precision or train.precision]
-        )
-        teacher.requires_grad_(False).eval()
-    hidden = None
-    if teacher is not None and config.distill.hidden_layers:
-        hidden = HiddenPairs.attach(config.distill, student, teacher, config.seed)
+    teacher = load_teacher(teacher_files, config, groups) if teacher_files is not None else None
+    hidden = hidden_pairs(config, student, teacher)
     optimizer = Optimizer(student, train)
     objective = Objective(
         student=optimizer.model,
@@ -144,6 +126,39 @@ def assemble(
         heartbeat=stack.enter_context(Heartbeat(groups.rank, groups.world_size)),
         signals=signals,
     )
+
+
+def open_tokenizer(
+    config: Config, groups: Groups, student: HFFolder, teacher: HFFolder | None
+) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Open the tokenizer, which both models must share.
+
+    Returns:
+        The tokenizer, and the number of real rows of the output layers; None if the models are padded alike.
+    """
+    tokenizer = tokenizers.load(student.folder)
+    rows = {"student": student.shape.vocab_size} | ({} if teacher is None else {"teacher": teacher.shape.vocab_size})
+    tokenizers.check_tokenizer(tokenizer, min(rows.values()))
+    if teacher is None:
+        return tokenizer, None
+    tokenizers.check_same(tokenizer, teacher.folder)
+    padded_alike = len(set(rows.values())) == 1
+    vocab_size = None if padded_alike else min(tokenizers.vocab_size(tokenizer), *rows.values())
+    real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
+    return tokenizer, vocab_size
+
+
+def load_teacher(files: HFFolder, config: Config, groups: Groups) -> LanguageModel:
+    """Load the frozen teacher."""
+    dtype = DTYPES[config.distill.teacher_precision or config.train.precision]
+    return load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+
+
+def hidden_pairs(config: Config, student: LanguageModel, teacher: LanguageModel | None) -> HiddenPairs | None:
+    """Attach the configured pairs of layers, before the optimizer wraps the student; None without any."""
+    if teacher is None or not config.distill.hidden_layers:
+        return None
+    return HiddenPairs.attach(config.distill, student, teacher, config.seed)
 
 
 def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:
