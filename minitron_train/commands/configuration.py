@@ -86,7 +86,12 @@ def check_override(argument: str) -> None:
     elif (home() / "conf" / key).is_dir() and not value.startswith("{"):
         refuse_unknown(value, {path.stem for path in (home() / "conf" / key).glob("*.yaml")}, f"preset of {key}")
     else:
-        check_key(key)
+        kind = check_key(key)
+        if dataclasses.is_dataclass(kind) and not value.startswith(("{", "$")):
+            first = dataclasses.fields(kind)[0].name
+            raise UserError(
+                f"argument {argument!r}: {key} is a section without presets; set its keys, as {key}.{first}=…"
+            )
 
 
 def refuse_unknown(value: str, known: Iterable[str], what: str) -> None:
@@ -98,14 +103,14 @@ def refuse_unknown(value: str, known: Iterable[str], what: str) -> None:
             )
 
 
-def check_key(key: str) -> None:
-    """Walk the dataclasses along a dotted key."""
+def check_key(key: str) -> Any:
+    """Walk the dataclasses along a dotted key, and return the type of its value; None below a mapping or a list."""
     section: Any = Config
     path: list[str] = []
     for part in key.split("."):
         if not dataclasses.is_dataclass(section):
             if typing.get_origin(section) in (dict, list):
-                return  # the user names the entries, as in data.sources
+                return None  # the user names the entries, as in data.sources
             raise UserError(f"key {key}: {'.'.join(path)} is a value, not a section; set it as {'.'.join(path)}=…")
         known = {f.name: f.type for f in dataclasses.fields(section)}
         if part not in known:
@@ -113,3 +118,4 @@ def check_key(key: str) -> None:
             raise UserError(f"unknown key {key!r}{did_you_mean(part, known)}; {where} has: {' '.join(known)}")
         section = known[part]
         path.append(part)
+    return section

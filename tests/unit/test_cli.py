@@ -44,6 +44,7 @@ def test_too_many_open_files_are_one_line(error: Exception) -> None:
         (["prune", "student.hiden_size=4"], "unknown key 'student.hiden_size' (did you mean 'hidden_size'?)"),
         (["prune", "sed=4"], "unknown key 'sed' (did you mean 'seed'?)"),
         (["prune", "seed.x=4"], "seed is a value, not a section"),
+        (["prune", "train=default"], "train is a section without presets; set its keys, as train."),
         (["prune", "prune=modelop"], "unknown preset of prune 'modelop' (did you mean 'modelopt'?)"),
         (["plan", "data.sources.mine.path=x"], "'+data.sources={NAME: {path: FILE, weight: 1}}'"),
         (["prune", "tiny"], "settings look like key=value"),
