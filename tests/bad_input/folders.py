@@ -35,7 +35,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 FILES: list[tuple[str, str, tuple[Step, ...]]] = [
     (
         "shards beside a single file",
-        "beside model.safetensors",
+        "as well as model.safetensors",
         (copy(WEIGHTS, f"{TEACHER}/kept"), shard, copy(f"{TEACHER}/kept", WEIGHTS)),
     ),
     ("index that names another shard", "the index says", (shard, reorder_index)),
