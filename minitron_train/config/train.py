@@ -71,6 +71,10 @@ class TrainConfig:
         0, "evaluations without improvement of checkpoint.best_metric before training stops; 0: never"
     )
     log_every_steps: int = opt(1, "steps between lines of metrics.jsonl and W&B")
+    profile_steps: list[int] = opt(
+        list,
+        "first and last step, like [20,22], whose torch.profiler trace is written to OUTPUT_DIR/train; empty: none",
+    )
     hooks: list[str] = opt(list, "your own hook classes, like my_lab.hooks.MyHook (see minitron_train/train/hooks.py)")
 
     @property
@@ -100,6 +104,9 @@ class TrainConfig:
             "change one of them",
         )
         check_rates(self, "train")
+        steps = self.profile_steps
+        valid = not steps or (len(steps) == 2 and 0 < steps[0] <= steps[1])
+        require(valid, "train.profile_steps", steps, "must be two steps in ascending order", "give [20,22], or []")
         for name in ("weight_decay", "clip_grad", "warmup_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
         for name in ("adam_beta1", "adam_beta2"):

@@ -102,7 +102,8 @@ class Trainer:
 
     def take_step(self) -> Metrics:
         """Train on one global batch and return the step's metrics."""
-        batch = self.stream.next_batch(self.config.train.global_batch_size)
+        with self.reporter.waiting_for_data():
+            batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
         for hook in self.hooks:
             hook.before_optimizer(self)

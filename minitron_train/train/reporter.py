@@ -1,6 +1,8 @@
 """The reporter: sends a run's metrics from rank 0 to metrics.jsonl, Weights & Biases and the console."""
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,14 @@ class Reporter:
         sinks: tuple[MetricsFile | Tracker | Console, ...] = (),
     ) -> None:
         self.groups, self.speed, self.every_steps, self.tracker, self.sinks = groups, speed, every_steps, tracker, sinks
+        self.data_seconds = 0.0  # since the last line
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time of a block as waiting for the stream."""
+        start_s = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - start_s
 
     def resume_clock(self) -> None:
         """Restart the throughput clock, so that time before this call does not count as training."""
@@ -34,7 +44,9 @@ class Reporter:
         evaluated = any(key.startswith("eval.") for key in row)
         if step % self.every_steps and not evaluated:
             return
-        line = {"step": step, **row, **self.speed.read(), "peak_memory_bytes": peak_memory_bytes(self.groups.device)}
+        line = {"step": step, **row, **self.speed.read(), "data_seconds": self.data_seconds}
+        line["peak_memory_bytes"] = peak_memory_bytes(self.groups.device)
+        self.data_seconds = 0.0
         for sink in self.sinks:
             sink.write(line)
 

@@ -18,6 +18,7 @@ from minitron_train.train.assemble import assemble, check
 from minitron_train.train.hooks import Hook, hooks_of
 from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Console, MetricsFile
+from minitron_train.train.profile import ProfileSteps
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.tracking import Tracker
 
@@ -51,7 +52,7 @@ def train(
     for model in filter(None, (student_files, teacher_files)):
         model.announce()
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
-    hooks = [*hooks, *hooks_of(config)]
+    hooks = [*hooks, *profile_hooks(config, folder), *hooks_of(config)]
     with contextlib.ExitStack() as stack:
         trainer = assemble(config, groups, student_files, teacher_files, folder, stack)
         trainer.hooks = hooks
@@ -77,6 +78,14 @@ def train(
         trainer.reporter.close(failed=False)
         groups.barrier()
         return facts
+
+
+def profile_hooks(config: Config, folder: Path) -> list[Hook]:
+    """The hook that train.profile_steps asks for."""
+    if not config.train.profile_steps:
+        return []
+    first, last = config.train.profile_steps
+    return [ProfileSteps(first, last, folder)]
 
 
 def run_guarded(trainer: Trainer) -> str | None:

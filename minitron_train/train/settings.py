@@ -20,6 +20,7 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
         "on_non_finite",  # the remedy for a run that stopped at a NaN
         "early_stop_evaluations",
         "log_every_steps",
+        "profile_steps",
     },
     "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk"},
 }

@@ -78,7 +78,7 @@ def run(material: Material, folder: Path, *, alone: bool = False, **overrides: A
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without the columns that depend on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    machine = ("tokens_per_second", "gemm_utilisation", "mfu", "peak_memory_bytes")
+    machine = ("tokens_per_second", "gemm_utilisation", "mfu", "data_seconds", "peak_memory_bytes")
     return [{key: value for key, value in line.items() if key not in machine} for line in lines]
 
 

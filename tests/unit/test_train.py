@@ -1,9 +1,11 @@
 """The training loop on one process: schedule, accumulation, recomputation, faults in the numbers, validation, metrics."""
 
+import gzip
 import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from minitron_train.config import (
     WandbConfig,
     WandbMode,
 )
+from minitron_train.data.stream import Batch, TokenStream
 from minitron_train.planning.hardware import data_sheet_flops
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -421,3 +424,28 @@ def test_a_mistake_with_force_costs_no_earlier_training(training: Material, tmp_
     with pytest.raises(UserError, match=r"^train\.global_batch_size=.*: must be a multiple of train\.micro_batch_size"):
         execute(COMMANDS["distill"], config, ["distill"], World())
     assert (tmp_path / "train" / "checkpoints" / "step_00000004").is_dir()
+
+
+def test_some_steps_are_profiled(
+    training: Material, plain: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trace changes no figure."""
+    run(training, tmp_path, train__profile_steps=[3, 4])
+    assert rows(tmp_path) == plain
+    (trace,) = tmp_path.glob("trace*")
+    assert trace.name == "trace_steps_3_4.json.gz" and "open it at ui.perfetto.dev" in capsys.readouterr().out
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("mm" in event.get("name", "") for event in events)
+
+
+def test_waiting_for_the_stream_is_logged(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    next_batch = TokenStream.next_batch
+
+    def slow(self: TokenStream, *arguments: Any) -> Batch:
+        time.sleep(0.05)
+        return next_batch(self, *arguments)
+
+    monkeypatch.setattr(TokenStream, "next_batch", slow)
+    run(training, tmp_path, train__log_every_steps=2)
+    waited = [row["data_seconds"] for row in read_rows(tmp_path / "metrics.jsonl").values]
+    assert all(seconds >= 0.1 for seconds in waited), "two steps a line, each at least 0.05 s"
