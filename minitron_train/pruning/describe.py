@@ -5,7 +5,7 @@ from minitron_train.arch.shape import SIZES, Shape
 from minitron_train.config import Merge, PruneConfig, Refit
 from minitron_train.pruning.criterion import depth_criterion, width_criterion
 
-REFITTED = {Refit.outputs: "outputs of attention and MLP", Refit.all: "every linear of a layer"}
+REFITTED = {Refit.outputs: "outputs of attention and MLP", Refit.all: "all linear layers"}
 
 
 def describe(teacher: Shape, student: Shape, prune: PruneConfig) -> list[str]:

@@ -103,7 +103,7 @@ def test_repairs_and_other_splits_are_said_and_folders_are_not(run: Path) -> Non
     (run / "eval" / "student.json").write_text(json.dumps(report))
     text = card(run)
     assert "principal directions (rotation); norm weights are rescaled" in text
-    assert "; refit by least squares: every linear of a layer." in text
+    assert "; refit by least squares: all linear layers." in text
     assert "ARC-E: rows from the validation split (lm-eval uses test)." in text
     assert str(run) not in text and "/models" not in text and "teacher.path=…/Big" in text
 
