@@ -246,7 +246,10 @@ def two_lines(folder: Path) -> None:
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "single file and shards": (lambda folder: shard(folder, keep_single=True), f"holds {SHARDS[0]} as well as {SINGLE}"),
+    "single file and shards": (
+        lambda folder: shard(folder, keep_single=True),
+        f"holds {SHARDS[0]} as well as {SINGLE}",
+    ),
     "a shard that no index names": (shard_outside_index, r"00003.safetensors as well as the shards of"),
     "index names another file": (
         wrong_file_in_index,
