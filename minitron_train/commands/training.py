@@ -11,9 +11,9 @@ from minitron_train.commands.inputs import check_isolated, data_inputs, load_tok
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig
 from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
-from minitron_train.planning.estimate import WEIGHT_BYTES
+from minitron_train.planning.estimate import configured_layout
 from minitron_train.planning.hardware import can_shard_optimizer_here
-from minitron_train.planning.memory import Layout, distill_bytes
+from minitron_train.planning.memory import distill_bytes
 from minitron_train.runtime.launch import World
 from minitron_train.stages import Stage
 
@@ -111,19 +111,12 @@ def distill_options(
 ) -> Iterator[Option]:
     """The configured layout first, then the others that the same processes can take."""
     train, tp = config.train, config.parallel.tensor_model_parallel_size
-    now = Layout(
-        tp=tp,
-        dp=max(world.size // tp, 1),
-        micro_batch_size=train.micro_batch_size,
-        seq_length=train.seq_length,
-        weight_bytes=WEIGHT_BYTES[train.precision],
-        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
-        runtime_bytes=reserved_bytes(config, cuda),
-        logit_memory_fraction=config.distill.logit_memory_fraction,
-        recompute=train.recompute.name,
-        sequence_parallel=config.parallel.splits_sequences(train.seq_length, cuda=cuda),
-        sharded_optimizer=train.shards_optimizer(possible=cuda and can_shard_optimizer_here()),
+    now = configured_layout(
+        config,
+        num_ranks=world.size,
         cuda=cuda,
+        runtime_bytes=reserved_bytes(config, cuda),
+        can_shard_optimizer=cuda and can_shard_optimizer_here(),
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])
     for size in tp_sizes(world, *filter(None, (teacher, student))):

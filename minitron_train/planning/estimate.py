@@ -63,21 +63,34 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
 
 def base_layout(config: Config, machine: Hardware) -> Layout:
     """Return the configured layout on this hardware."""
-    tp = config.parallel.tensor_model_parallel_size
+    return configured_layout(
+        config,
+        num_ranks=machine.num_gpus,
+        cuda=machine.cuda,
+        runtime_bytes=machine.reserved_bytes,
+        can_shard_optimizer=machine.cuda,
+    )
+
+
+def configured_layout(
+    config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int, can_shard_optimizer: bool
+) -> Layout:
+    """Return the layout that the configuration asks for on so many ranks."""
+    train, tp = config.train, config.parallel.tensor_model_parallel_size
     return Layout(
         tp=tp,
-        dp=max(machine.num_gpus // tp, 1),
-        micro_batch_size=config.train.micro_batch_size,
-        seq_length=config.train.seq_length,
-        weight_bytes=WEIGHT_BYTES[config.train.precision],
-        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or config.train.precision],
-        runtime_bytes=machine.reserved_bytes,
+        dp=max(num_ranks // tp, 1),
+        micro_batch_size=train.micro_batch_size,
+        seq_length=train.seq_length,
+        weight_bytes=WEIGHT_BYTES[train.precision],
+        teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
+        runtime_bytes=runtime_bytes,
         logit_memory_fraction=config.distill.logit_memory_fraction,
         logit_passes=logit_passes(config.distill),
-        recompute=config.train.recompute.name,
-        sequence_parallel=config.parallel.splits_sequences(config.train.seq_length, cuda=machine.cuda),
-        sharded_optimizer=config.train.shards_optimizer(possible=machine.cuda),
-        cuda=machine.cuda,
+        recompute=train.recompute.name,
+        sequence_parallel=config.parallel.splits_sequences(train.seq_length, cuda=cuda),
+        sharded_optimizer=train.shards_optimizer(possible=can_shard_optimizer),
+        cuda=cuda,
     )
 
 
