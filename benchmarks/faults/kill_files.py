@@ -50,6 +50,7 @@ VARYING = {  # keys whose values differ between two runs of the same work: times
         "wall_seconds",
         "peak_rss_bytes",
         "tokens_per_second",
+        "data_seconds",
         "gemm_utilisation",
         "mfu",
         "peak_memory_bytes",
