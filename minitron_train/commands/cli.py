@@ -4,8 +4,8 @@ import os
 import sys
 
 from minitron_train.commands.help import command_help, usage
-from minitron_train.commands.registry import COMMANDS
-from minitron_train.runtime.errors import UserError, did_you_mean
+from minitron_train.commands.registry import COMMANDS, find
+from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World, check_hub_variables
 
 
@@ -18,9 +18,7 @@ def run(argv: list[str], world: World) -> None:
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(usage())
         return
-    name = argv[1]
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
+    name = find(argv[1]).name
     from minitron_train.commands.configuration import VALUED_OPTIONS, check_override, compose
     from minitron_train.commands.overrides import quote_words
     from minitron_train.commands.recipes import register_recipes

@@ -17,6 +17,7 @@ from minitron_train.commands import (
     search,
 )
 from minitron_train.commands.command import Command
+from minitron_train.runtime.errors import UserError, did_you_mean
 
 COMMANDS: dict[str, Command] = {
     command.name: command
@@ -34,3 +35,14 @@ COMMANDS: dict[str, Command] = {
         run.COMMAND,
     )
 }
+
+
+def find(name: str) -> Command:
+    """The command of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
+    return COMMANDS[name]

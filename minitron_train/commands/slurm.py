@@ -19,11 +19,11 @@ from pathlib import Path
 from minitron_train.commands.chain import chain, check_early, check_text, expanded
 from minitron_train.commands.command import Command
 from minitron_train.commands.configuration import compose
-from minitron_train.commands.registry import COMMANDS
+from minitron_train.commands.registry import COMMANDS, find
 from minitron_train.commands.workspace import Workspace, after_rank0
 from minitron_train.config import Config
 from minitron_train.pruning.candidates import Candidate, candidates, choose
-from minitron_train.runtime.errors import UserError, did_you_mean, error_line
+from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.launch import World, read_world, whole_number
 from minitron_train.runtime.preflight import host_name, preflight
 from minitron_train.runtime.signals import guard
@@ -62,17 +62,6 @@ def main(argv: Sequence[str]) -> int:
         print(error_line(error, world.rank if world.size > 1 else None), file=sys.stderr)
         return 2
     return 0
-
-
-def find(name: str) -> Command:
-    """The command of this name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; commands: {' '.join(COMMANDS)}")
-    return COMMANDS[name]
 
 
 def accept(commands: Sequence[Command], config: Config) -> None:
