@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.config import Config, ModelConfig, StudentConfig, TrainConfig, WandbMode
+from minitron_train.config import Config, ModelConfig, Precision, StudentConfig, TrainConfig, WandbMode
 from minitron_train.parallel.groups import start
 from minitron_train.runtime.launch import read_world
 from minitron_train.train import checkpoint_files as files
@@ -79,6 +79,7 @@ def tiny_config(folder: Path) -> tuple[Config, Shape, Shape]:
         seq_length=length,
         lr=1e-3,
         warmup_steps=5,
+        precision=Precision.fp32,
     )
     config.eval.every_tokens = 10 * rows * length
     config.checkpoint.interval_steps = INTERVAL_STEPS

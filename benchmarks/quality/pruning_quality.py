@@ -27,7 +27,15 @@ from transformers import AutoTokenizer
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
-from minitron_train.config import CalibrationConfig, Config, DataConfig, ParallelConfig, PruneConfig, TeacherConfig
+from minitron_train.config import (
+    CalibrationConfig,
+    Config,
+    DataConfig,
+    ParallelConfig,
+    Precision,
+    PruneConfig,
+    TeacherConfig,
+)
 from minitron_train.data.calibration import calibration_batches
 from minitron_train.data.stream import validation_tokens
 from minitron_train.fetch.teacher import fetch_teacher
@@ -182,7 +190,9 @@ def embedded_data() -> DataConfig:
 def prepare(folder: Path, groups: Groups, *, local: bool, num_samples: int, num_validation: int) -> Bench:
     """Calibration and validation tokens of one teacher; `local`: from MINITRON_DATA if that is set."""
     teacher, tokenizer = hf.HFFolder(folder), AutoTokenizer.from_pretrained(folder)
-    calibration = CalibrationConfig(num_samples=num_samples, seq_length=512, micro_batch_size=8)
+    calibration = CalibrationConfig(
+        num_samples=num_samples, seq_length=512, micro_batch_size=8, precision=Precision.fp32
+    )
     data, corpus = embedded_data(), os.environ.get("MINITRON_DATA") if local else None
     data.validation_tokens = 512 * num_validation
     if corpus:

@@ -16,6 +16,7 @@ from minitron_train.config import Config
 from minitron_train.planning.check import MORE_GPUS, Needs, Option, changed, reserved_bytes, tp_sizes
 from minitron_train.planning.estimate import WEIGHT_BYTES
 from minitron_train.planning.memory import Layout, eval_bytes
+from minitron_train.planning.precision import recorded
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -24,7 +25,7 @@ from minitron_train.stages import Stage, read_provenance
 if TYPE_CHECKING:
     from minitron_train.train.export import VerifiedCheckpoint
 
-DECIDING = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "precision", "allow_code_execution")
+DECIDING = ("tasks", "limit", "limits", "num_fewshot", "shots", "seed", "allow_code_execution")
 
 
 def evaluate(ws: Workspace) -> None:
@@ -92,11 +93,12 @@ def evaluation_stage(ws: Workspace, label: str, model: Path, weights: "Path | Ve
         ws, validation_data(config.data), "data.validation_path" if config.data.validation_path else None
     )
     inputs["evaluation data"] = ws.identity(ws.eval_data_folder, lambda: listing(ws.eval_data_folder))
+    settings = {**subset(config.eval, *DECIDING), "precision": recorded(config.eval.precision)}
     return Stage(
         name=f"eval {label}",
         folder=ws.eval_folder,
         inputs=inputs,
-        settings={"eval": subset(config.eval, *DECIDING), "validation": held_out, "seed": config.seed},
+        settings={"eval": settings, "validation": held_out, "seed": config.seed},
         parent=model,
         mode="self_managed",
         record=f"{label}.provenance.json",
@@ -123,7 +125,7 @@ def check(config: Config) -> None:
 def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
     """The configured layout first, then other tensor-parallel sizes and fewer sequences at once."""
     settings, tp = config.eval, config.parallel.tensor_model_parallel_size
-    weight_bytes = WEIGHT_BYTES[settings.precision_on(cuda)]
+    weight_bytes = WEIGHT_BYTES[settings.precision]
     now = Layout(
         tp=tp,
         micro_batch_size=settings.validation_batch_size,

@@ -12,6 +12,7 @@ from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import Config, DataConfig
 from minitron_train.planning.check import MORE_GPUS, Needs, Option, changed, reserved_bytes
 from minitron_train.planning.memory import score_bytes
+from minitron_train.planning.precision import recorded
 from minitron_train.planning.stages import scoring_layout
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import sha256_file
@@ -47,7 +48,8 @@ def scoring_stage(ws: Workspace) -> Stage:
     from minitron_train.data.calibration import calibration_data
 
     calibration = ws.config.calibration
-    numbers = subset(calibration, "path", "num_samples", "seq_length", "precision")
+    precision = {"precision": recorded(calibration.precision)}
+    numbers = {**subset(calibration, "path", "num_samples", "seq_length"), **precision}
     if calibration.self_generated_fraction:
         numbers = {**numbers, "self_generated_fraction": calibration.self_generated_fraction}
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
@@ -56,7 +58,7 @@ def scoring_stage(ws: Workspace) -> Stage:
         key = "calibration.path" if calibration.path else None
         inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data), key)
     elif Path(calibration.tokens_path).exists():
-        settings = {"calibration": subset(calibration, "precision")}
+        settings = {"calibration": precision}
         inputs["tokens"] = sha256_file(Path(calibration.tokens_path))
     return Stage(name="score", folder=ws.folder / SCORES, inputs=inputs, settings=settings, parent=ws.teacher_folder)
 

@@ -1,5 +1,6 @@
 """What pretrain and distill share: the training loop as a stage, its early checks, and the memory that it needs."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,13 +10,15 @@ from typing import Any
 from minitron_train.arch import Shape
 from minitron_train.commands.inputs import check_isolated, data_inputs, load_tokenizer
 from minitron_train.commands.workspace import Workspace
-from minitron_train.config import Config, DataConfig
+from minitron_train.config import Config, DataConfig, Precision
 from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
 from minitron_train.planning.estimate import configured_layout
-from minitron_train.planning.hardware import can_shard_optimizer_here
+from minitron_train.planning.hardware import can_shard_optimizer_here, cuda_here
 from minitron_train.planning.memory import distill_bytes
+from minitron_train.planning.precision import settled
+from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.stages import Stage
+from minitron_train.stages import Stage, read_provenance, read_started_record
 
 
 def train_stage(
@@ -28,6 +31,7 @@ def train_stage(
     from minitron_train.train.run import train
 
     check_settings(config)
+    config = with_precision(ws, config, folder)
     stage = training_stage(ws, config, name, folder=folder, student=student, teacher=teacher)
 
     def check_fits() -> None:
@@ -67,6 +71,27 @@ def training_stage(
             inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     settings = deciding_settings(config, distilled=teacher is not None)
     return Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, mode="resumable")
+
+
+def with_precision(ws: Workspace, config: Config, folder: Path) -> Config:
+    """Replace train.precision=auto by what the training in `folder` began with, else by what this machine is faster in."""
+
+    def settle() -> Precision:
+        began = None if config.force else recorded_precision(folder)
+        return began or settled(config.train.precision, cuda=cuda_here())
+
+    if config.train.precision is not Precision.auto:
+        return config
+    return replace(config, train=replace(config.train, precision=ws.on_rank0(settle)))
+
+
+def recorded_precision(folder: Path) -> Precision | None:
+    """What a training began with; None where none began, or where its record is damaged (the stage refuses it later)."""
+    with contextlib.suppress(UserError):
+        record = read_provenance(folder) or read_started_record(folder)
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return Precision(record["settings"]["train"]["precision"]) if record else None
+    return None
 
 
 def task_hook(ws: Workspace, student: Path) -> Any:

@@ -35,12 +35,11 @@ def require_positive(section: Any, prefix: str, *names: str) -> None:
 
 
 class Precision(StrEnum):
-    """Dtype of weights in forward and backward; the optimizer keeps fp32 master weights in any case."""
+    """Dtype of weights and activations; auto is the machine's faster one (planning.precision).
 
+    The optimizer keeps fp32 master weights in any case.
+    """
+
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
-
-
-def precision_on(given: Precision | None, cuda: bool) -> Precision:
-    """The dtype of forward passes without gradients: `given`, else bf16 on a GPU and fp32 on a CPU."""
-    return given or (Precision.bf16 if cuda else Precision.fp32)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
+from minitron_train.config.base import Precision, opt, require, require_positive
 
 UNSAFE = "unsafe"  # eval.allow_code_execution without isolation; no enum, since YAML reads true and false as booleans
 
@@ -45,7 +45,9 @@ class EvalConfig:
         8, "held-out sequences per forward pass; higher values are faster and need more memory"
     )
     batch_tokens: int | None = opt(None, "tokens per forward pass of a task, padding included; default: as many as fit")
-    precision: Precision | None = opt(None, "dtype of the weights; default: bf16 on GPUs, fp32 on CPUs")
+    precision: Precision = opt(
+        Precision.auto, "dtype of the weights; auto: bf16 where this machine multiplies it faster"
+    )
     allow_code_execution: bool | str = opt(
         False,
         "true: run generated programs (HumanEval, MBPP) in Linux namespaces, without network; "
@@ -77,7 +79,3 @@ class EvalConfig:
             require(value is None or value >= 0, f"eval.{key}", value, "must not be negative", "0 is zero-shot")
         for task, value in self.limits.items():
             require(value > 0, f"eval.limits.{task}", value, "must be greater than 0", "leave it out for all rows")
-
-    def precision_on(self, cuda: bool) -> Precision:
-        """The dtype of the forward passes, on a GPU or on a CPU."""
-        return precision_on(self.precision, cuda)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from minitron_train.config.base import Precision, opt, precision_on, require, require_positive
+from minitron_train.config.base import Precision, opt, require, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,8 +21,9 @@ class CalibrationConfig:
     seq_length: int = opt(512, "tokens per sequence")
     micro_batch_size: int = opt(8, "sequences per forward pass")
     chunk_tokens: int = opt(131072, "tokens whose activations are in memory at once; lower values save memory")
-    precision: Precision | None = opt(
-        None, "dtype of the forward passes (statistics are fp32 or fp64); default: bf16 on GPUs, fp32 on CPUs"
+    precision: Precision = opt(
+        Precision.auto,
+        "dtype of the forward passes (statistics are fp32 or fp64); auto: bf16 where this machine multiplies it faster",
     )
     streamed: bool | None = opt(
         None,
@@ -37,10 +38,6 @@ class CalibrationConfig:
         )
         both = bool(share) and self.tokens_path is not None
         require(not both, key, share, "must be 0 with calibration.tokens_path", "leave one of them out")
-
-    def precision_on(self, cuda: bool) -> Precision:
-        """The dtype of the forward passes, on a GPU or on a CPU."""
-        return precision_on(self.precision, cuda)
 
 
 class Aggregation(StrEnum):

@@ -54,7 +54,11 @@ class TrainConfig:
     adam_beta2: float = opt(0.95, "beta2 of AdamW")
     adam_eps: float = opt(1e-8, "epsilon of AdamW")
     clip_grad: float = opt(1.0, "maximum global gradient norm; 0: no clipping")
-    precision: Precision = opt(Precision.fp32, "dtype of the weights in forward and backward passes")
+    precision: Precision = opt(
+        Precision.auto,
+        "dtype of the weights in forward and backward passes, with fp32 master weights; auto: bf16 where this machine "
+        "multiplies it faster",
+    )
     on_non_finite: OnNonFinite = opt(
         OnNonFinite.stop, "stop the run, or skip the step, when a loss or gradient is NaN or infinite"
     )

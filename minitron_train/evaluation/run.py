@@ -18,6 +18,7 @@ from minitron_train.evaluation.task_names import check_keys
 from minitron_train.hf import HFFolder
 from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel.groups import Groups
+from minitron_train.planning.precision import agreed
 from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
 from minitron_train.runtime.records import Count, read_record
@@ -55,7 +56,7 @@ def evaluate_model(
     if isinstance(origin.source, HFFolder):
         origin.source.announce()
     origin.shape.check_parallel(groups.tp_size, label)
-    precision = config.eval.precision_on(groups.device.type == "cuda")
+    precision = agreed(config.eval.precision, groups)
     live = origin.build(groups, DTYPES[precision])
     report = {
         "label": label,

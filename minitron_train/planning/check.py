@@ -9,6 +9,7 @@ from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.planning.hardware import GIB, cuda_here, memory_here
 from minitron_train.planning.layouts import divides
+from minitron_train.planning.precision import concrete
 from minitron_train.planning.stages import disk_bytes
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -58,7 +59,7 @@ def check_fits(
     """
     if not config.plan.check:
         return
-    cuda = not needs.in_one_process and cuda_here()
+    config, cuda = concrete(config), not needs.in_one_process and cuda_here()
     left = memory_here(cuda) // (1 if cuda or needs.in_one_process else world.local_size)
     options = list(needs.options(config, teacher, student, world, cuda))
     as_configured = min((option.needed_bytes for option in options if not option.settings), default=0)

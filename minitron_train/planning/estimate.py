@@ -9,9 +9,10 @@ from minitron_train.arch import Shape
 from minitron_train.arch.shape import SIZES
 from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
-from minitron_train.planning.hardware import Hardware, hardware
+from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
 from minitron_train.planning.memory import Layout
+from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
 from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
 from minitron_train.runtime.files import atomic_write_json
@@ -26,6 +27,8 @@ def make_plan(config: Config, teacher: Shape, student: Shape, target: Path | Non
     Args:
         target: file for the result as JSON (plan.json), written atomically; None writes nothing.
     """
+    on_gpus = is_described(config.cluster)
+    config = with_choice(config, Precision.bf16) if on_gpus else concrete(config)
     result = plan_on(hardware(config.cluster, config.train.precision), config, teacher, student)
     if target is not None:
         atomic_write_json(target, result)

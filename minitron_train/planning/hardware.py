@@ -54,12 +54,13 @@ class Hardware:
 
 def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
     """Return the table's values. Missing ones are measured on this machine; without CUDA its processes share them."""
-    given = (cluster.peak_tflops, cluster.memory_gib, cluster.memory_gb_per_s)
-    measured = None in given
+    measured = not is_described(cluster)
     cuda = cuda_here() if measured else True
     share = 1 if cuda else cluster.gpus_per_node
     peak = cluster.peak_tflops * 1e12 if cluster.peak_tflops else gemm_flops(precision, cuda) / share
     fp32 = cluster.fp32_tflops * 1e12 if cluster.fp32_tflops else peak
+    if measured and not (cuda or cluster.peak_tflops) and precision is not Precision.fp32:
+        fp32 = gemm_flops(Precision.fp32, cuda) / share
     memory = int(cluster.memory_gib * GIB) if cluster.memory_gib else memory_here(cuda) // share
     rate = cluster.memory_gb_per_s * 1e9 if cluster.memory_gb_per_s else copy_rate(cuda) / share
     return Hardware(
@@ -78,6 +79,11 @@ def hardware(cluster: ClusterConfig, precision: Precision) -> Hardware:
         cuda=cuda,
         measured=measured,
     )
+
+
+def is_described(cluster: ClusterConfig) -> bool:
+    """Whether the table has all rates and sizes of a GPU, so that nothing is measured here."""
+    return None not in (cluster.peak_tflops, cluster.memory_gib, cluster.memory_gb_per_s)
 
 
 def cuda_here() -> bool:
@@ -114,7 +120,7 @@ def gemm_flops(
 
     device = "cuda" if cuda else "cpu"
     size = GEMM_SIZE[device]
-    dtype = torch.bfloat16 if precision is Precision.bf16 and cuda else torch.float32
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     left, right, out = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
     return 2 * size**3 / median_seconds(lambda: torch.mm(left, right, out=out), cuda, repeats, clock)
 

@@ -29,7 +29,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
     chosen = min((memory[way] for way in ways), key=lambda parts: parts["total"])
     return {
         "tokens": tokens,
-        "precision": calibration.precision_on(machine.cuda).value,
+        "precision": calibration.precision.value,
         "flops": flops,
         "seconds": score_seconds(teacher, machine, layout, tokens),
         "memory_bytes": memory,
@@ -39,7 +39,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
 
 def scoring_layout(config: Config, *, cuda: bool, runtime_bytes: int) -> Layout:
     """Return the layout of one forward pass of scoring."""
-    weight_bytes = BF16 if config.calibration.precision_on(cuda) is Precision.bf16 else FP32
+    weight_bytes = BF16 if config.calibration.precision is Precision.bf16 else FP32
     return Layout(
         tp=config.parallel.tensor_model_parallel_size,
         micro_batch_size=config.calibration.micro_batch_size,

@@ -93,7 +93,7 @@ def choose(
         chosen = select(evidence, shape)
         keep = keep.then(chosen) if keep else chosen
         if step < num_steps:
-            dtype = scoring_dtype(config.calibration, groups.device)
+            dtype = scoring_dtype(config.calibration, groups)
             source = Sliced(teacher, keep)
             layers = Layers(teacher.table, shape, source, groups, resident=False, dtype=dtype)
             statistics = gather_evidence(layers, tokens(), config.calibration, without_layers=needs_layer_removal)

@@ -72,7 +72,7 @@ def generate_samples(
     Raises:
         UserError: the teacher does not fit in memory, or its logits are not finite.
     """
-    shape, dtype = teacher.shape, scoring_dtype(calibration, groups.device)
+    shape, dtype = teacher.shape, scoring_dtype(calibration, groups)
     shape.check_length(calibration.seq_length + len(prompt), "calibration.seq_length", "teacher")
     if calibration.streamed or not fits(shape, groups, dtype):
         raise UserError(

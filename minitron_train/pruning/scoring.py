@@ -13,6 +13,7 @@ from minitron_train.config import CalibrationConfig, Config
 from minitron_train.model.build import DTYPES
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.hardware import memory_here
+from minitron_train.planning.precision import agreed
 from minitron_train.pruning import importance as scores
 from minitron_train.pruning.collect import Statistics, check_finite, collect, merge_ranks
 from minitron_train.pruning.criterion import Evidence, depth_criterion
@@ -41,7 +42,7 @@ def score_checkpoint(
     teacher.shape.check_parallel(groups.tp_size, "teacher")
     sequences_NS = tokens.flatten(0, 1)
     check_tokens(sequences_NS, teacher, groups.dp_size)
-    dtype = scoring_dtype(calibration, groups.device)
+    dtype = scoring_dtype(calibration, groups)
     streamed = calibration.streamed if calibration.streamed is not None else not fits(teacher.shape, groups, dtype)
     layers = Layers(teacher.table, teacher.shape, RowReader(teacher), groups, resident=not streamed, dtype=dtype)
     criterion = depth_criterion(config.prune.depth)
@@ -88,9 +89,9 @@ def gather_evidence(
     return statistics.cpu()
 
 
-def scoring_dtype(calibration: CalibrationConfig, device: torch.device) -> torch.dtype:
-    """Number type of weights and activations; statistics are always fp32 and fp64."""
-    return DTYPES[calibration.precision_on(device.type == "cuda")]
+def scoring_dtype(calibration: CalibrationConfig, groups: Groups) -> torch.dtype:
+    """Number type of weights and activations; statistics are always fp32 and fp64. Collective."""
+    return DTYPES[agreed(calibration.precision, groups)]
 
 
 def fits(shape: Shape, groups: Groups, dtype: torch.dtype) -> bool:

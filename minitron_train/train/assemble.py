@@ -23,6 +23,7 @@ from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import can_shard_optimizer_here, data_sheet_flops, gemm_flops
+from minitron_train.planning.precision import agreed
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
 from minitron_train.runtime.heartbeat import Heartbeat
@@ -150,7 +151,7 @@ def open_tokenizer(
 
 def load_teacher(files: HFFolder, config: Config, groups: Groups) -> LanguageModel:
     """Load the frozen teacher."""
-    dtype = DTYPES[config.distill.teacher_precision or config.train.precision]
+    dtype = DTYPES[agreed(config.distill.teacher_precision or config.train.precision, groups)]
     return load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
 
 

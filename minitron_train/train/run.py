@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +10,7 @@ from minitron_train.config import Config
 from minitron_train.data.ledger import write_data_files
 from minitron_train.hf import HFFolder
 from minitron_train.parallel.groups import Groups
+from minitron_train.planning.precision import agreed
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.files import atomic_write_json
@@ -51,6 +52,7 @@ def train(
     student_files, teacher_files = HFFolder(student), HFFolder(teacher) if teacher else None
     for model in filter(None, (student_files, teacher_files)):
         model.announce()
+    config = replace(config, train=replace(config.train, precision=agreed(config.train.precision, groups)))
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
     hooks = [*hooks, *profile_hooks(config, folder), *hooks_of(config)]
     with contextlib.ExitStack() as stack:
@@ -68,6 +70,7 @@ def train(
             exit_to_resume(trainer, stopped, folder)
         state = trainer.state
         facts: dict[str, Any] = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
+        facts["precision"] = config.train.precision.value
         facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation, "wandb_id": state.wandb_id}
         facts["data_passes"] = trainer.stream.passes()
         report_passes(facts["data_passes"])

@@ -359,7 +359,7 @@ def test_precision_of_the_forward_passes(
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     found = [
         run(config_of(tasks=[], precision=precision), folders.model, tmp_path, None, tokens)["precision"]
-        for precision in (Precision.bf16, None)
+        for precision in (Precision.bf16, Precision.auto)
     ]
     assert (found, sizes) == (["bf16", "fp32"], [2, 4])
 
