@@ -14,8 +14,7 @@ from minitron_train.commands.training import held_out_text
 from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import Config
 from minitron_train.planning.check import MORE_GPUS, Needs, Option, changed, reserved_bytes, tp_sizes
-from minitron_train.planning.estimate import WEIGHT_BYTES
-from minitron_train.planning.memory import Layout, eval_bytes
+from minitron_train.planning.memory import WEIGHT_BYTES, Layout, eval_bytes
 from minitron_train.planning.precision import recorded
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError

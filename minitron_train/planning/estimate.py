@@ -11,14 +11,13 @@ from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import Layout
+from minitron_train.planning.memory import WEIGHT_BYTES, Layout
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
 from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
 from minitron_train.runtime.files import atomic_write_json
 
 SECONDS_PER_HOUR = 3600
-WEIGHT_BYTES = {Precision.fp32: 4, Precision.bf16: 2}
 
 
 def make_plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:

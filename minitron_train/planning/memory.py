@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import PruneConfig, Refit
+from minitron_train.config import Precision, PruneConfig, Refit
 from minitron_train.planning.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
+WEIGHT_BYTES = {Precision.fp32: FP32, Precision.bf16: 2}  # auto is replaced before (planning.precision.concrete)
 FP64 = 8
 LOGIT_MEMORY_FRACTION = (
     0.2  # distillation.loss_blocks.Chunking.logit_memory_fraction, in units of one [N, V] fp32 logit tensor

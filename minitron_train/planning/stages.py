@@ -7,10 +7,9 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.config import Config, ExportDtype, Precision
 from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.planning.hardware import Hardware
-from minitron_train.planning.memory import FP32, Layout, repair_bytes, score_bytes, slice_bytes
+from minitron_train.planning.memory import FP32, WEIGHT_BYTES, Layout, repair_bytes, score_bytes, slice_bytes
 from minitron_train.planning.timing import score_seconds, slice_seconds
 
-BF16 = 2
 TOKENS_PER_INPUT = 4  # for a repair's least squares; with fewer tokens SmolLM2 gets worse than without the repair
 
 
@@ -39,7 +38,7 @@ def scoring(config: Config, teacher: Shape, machine: Hardware) -> dict[str, Any]
 
 def scoring_layout(config: Config, *, cuda: bool, runtime_bytes: int) -> Layout:
     """Return the layout of one forward pass of scoring."""
-    weight_bytes = BF16 if config.calibration.precision is Precision.bf16 else FP32
+    weight_bytes = WEIGHT_BYTES[config.calibration.precision]
     return Layout(
         tp=config.parallel.tensor_model_parallel_size,
         micro_batch_size=config.calibration.micro_batch_size,
@@ -111,16 +110,16 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
 def checkpoint_bytes(config: Config) -> int:
     """Return the bytes per parameter of a training checkpoint: weight, AdamW's moments, and fp32 master weight for bf16."""
     weight_bytes = file_weight_bytes(config)
-    return weight_bytes + 2 * FP32 + (FP32 if weight_bytes == BF16 else 0)
+    return weight_bytes + 2 * FP32 + (FP32 if weight_bytes < FP32 else 0)
 
 
 def export_weight_bytes(config: Config) -> int:
     """Return the bytes per weight of the exported folder."""
     if config.export.dtype is None:
         return file_weight_bytes(config)
-    return FP32 if config.export.dtype == ExportDtype.float32 else BF16
+    return FP32 if config.export.dtype == ExportDtype.float32 else WEIGHT_BYTES[Precision.bf16]
 
 
 def file_weight_bytes(config: Config) -> int:
     """Return the bytes per weight in Hugging Face folders and checkpoints."""
-    return BF16 if config.train.precision is Precision.bf16 else FP32
+    return WEIGHT_BYTES[config.train.precision]

@@ -18,6 +18,7 @@ from minitron_train.commands import configuration, slurm
 from minitron_train.commands.registry import COMMANDS
 from minitron_train.config import Config
 from minitron_train.planning import check as plan_check
+from minitron_train.planning.precision import concrete
 from minitron_train.planning.stages import disk_bytes
 from minitron_train.runtime import preflight
 from minitron_train.runtime.errors import UserError
@@ -152,7 +153,7 @@ def test_own_student_is_weighed_by_its_own_size(tmp_path: Path, monkeypatch: pyt
     weighed = []
 
     def weigh(config: Config, name: str, needs: plan_check.Needs, teacher: Shape, student: Shape, folder: Path) -> None:
-        weighed.append(disk_bytes(config, teacher, student)[str(needs.disk)])
+        weighed.append(disk_bytes(concrete(config), teacher, student)[str(needs.disk)])
 
     monkeypatch.setattr(plan_check, "refuse_disk", weigh)
     for command, more in (("distill", [f"student.path={student}"]), ("distill", []), ("prune", [])):

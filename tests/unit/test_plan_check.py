@@ -12,6 +12,7 @@ from minitron_train.config import Config, Precision, PruneConfig, Recompute, Ref
 from minitron_train.planning import check
 from minitron_train.planning.counts import parameters
 from minitron_train.planning.hardware import GIB, control_group_left
+from minitron_train.planning.precision import with_choice
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from tests.support.pruning import PLAIN
@@ -41,7 +42,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def config() -> Config:
-    made = Config(prune=PruneConfig(**PLAIN))
+    made = with_choice(Config(prune=PruneConfig(**PLAIN)), Precision.fp32)
     made.train.micro_batch_size, made.train.global_batch_size, made.train.seq_length = 8, 64, 1024
     return made
 
