@@ -16,7 +16,7 @@ from minitron_train.config import Aggregation
 
 # S sequence, B batch, C channels (local shard)
 ORDER = (Aggregation.mean, Aggregation.l2, Aggregation.var)  # order of the per-sequence values in `Moments`
-SCRATCH_BYTES = {"cpu": 2**19, "cuda": 2**23}  # size of a block for each thread; on a CPU it fits the cache
+SCRATCH_BYTES = {"cpu": 2**21, "cuda": 2**23}  # size of a block for each thread; on a CPU it fits the L3 cache
 FP32_TOKENS = 128  # positions that are summed in fp32; sums over more are fp64
 
 
@@ -51,7 +51,10 @@ def over_sequence(x_SBC: Tensor, mask_SB: Tensor | None = None) -> Tensor:
 
 
 def add_sums(sums_3W: Tensor, x_SBC: Tensor, scratch_SW: Tensor, one_1S: Tensor) -> None:
-    """Add Σ x, Σ |x| and Σ x² over the rows of `x` to `sums`. A product with a row of ones is the fastest way to sum."""
+    """Add Σ x, Σ |x| and Σ x² over the rows of `x` to `sums`. A product with a row of ones is the fastest way to sum.
+
+    `x` is read twice at most: x² is |x|², and |x| is still in the cache.
+    """
     if x_SBC.dtype is torch.float32 and x_SBC.is_contiguous():
         x_SW = x_SBC.flatten(1)
     else:
@@ -59,7 +62,7 @@ def add_sums(sums_3W: Tensor, x_SBC: Tensor, scratch_SW: Tensor, one_1S: Tensor)
         x_SW = scratch_SW
     sums_3W[0:1].addmm_(one_1S, x_SW)
     sums_3W[1:2].addmm_(one_1S, torch.abs(x_SW, out=scratch_SW))
-    sums_3W[2:3].addmm_(one_1S, torch.mul(x_SW, x_SW, out=scratch_SW))
+    sums_3W[2:3].addmm_(one_1S, scratch_SW.mul_(scratch_SW))
 
 
 @dataclass(slots=True)
@@ -105,9 +108,19 @@ class Moments:
 
 
 def distance(before_SBH: Tensor, after_SBH: Tensor, mask_SB: Tensor | None = None) -> Tensor:
-    """Σ over tokens of 1 - cos between a layer's input and output, and the number of tokens, fp64 [2]."""
-    before_SBH, after_SBH = before_SBH.float(), after_SBH.float()
-    lengths_SB = torch.linalg.vector_norm(before_SBH, dim=-1) * torch.linalg.vector_norm(after_SBH, dim=-1)
-    gap_SB = 1.0 - torch.linalg.vecdot(before_SBH, after_SBH) / lengths_SB.clamp(min=torch.finfo(torch.float32).tiny)
+    """Σ over tokens of 1 - cos between a layer's input and output, and the number of tokens, fp64 [2].
+
+    The activations are read in blocks of SCRATCH_BYTES; no fp32 copy of them is made.
+    """
+    num_bytes = SCRATCH_BYTES[before_SBH.device.type] * torch.get_num_threads()
+    num_rows = max(1, num_bytes // (4 * before_SBH[0].numel()))
+    pairs = zip(before_SBH.split(num_rows), after_SBH.split(num_rows), strict=True)
+    gap_SB = torch.cat([1.0 - cosine(before.float(), after.float()) for before, after in pairs])
     weight_SB = torch.ones_like(gap_SB) if mask_SB is None else mask_SB
     return torch.stack([(gap_SB * weight_SB).double().sum(), weight_SB.double().sum()])
+
+
+def cosine(a_SBH: Tensor, b_SBH: Tensor) -> Tensor:
+    """Cosine between two fp32 vectors at every token, [S, B]; 0 where one of them is 0."""
+    lengths_SB = torch.linalg.vector_norm(a_SBH, dim=-1) * torch.linalg.vector_norm(b_SBH, dim=-1)
+    return torch.linalg.vecdot(a_SBH, b_SBH) / lengths_SB.clamp(min=torch.finfo(torch.float32).tiny)

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron_train.config import Aggregation
-from minitron_train.pruning.statistics import Moments, over_sequence
+from minitron_train.pruning import statistics
+from minitron_train.pruning.statistics import Moments, distance, over_sequence
 
 S, B, C = 75, 11, 7
 DIRECT = {
@@ -39,3 +41,38 @@ def test_padding_never_counts():
 def test_bfloat16_activations_are_summed_in_higher_precision():
     x = X_SBC.bfloat16()
     torch.testing.assert_close(over_sequence(x), over_sequence(x.float()), rtol=1e-6, atol=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operators that compute something from a tensor's memory."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.memory, self.names = x.untyped_storage().data_ptr(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        reads = any(isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() == self.memory for x in args)
+        if reads and not (func.is_view or func._schema.name == "aten::detach"):
+            self.names.append(func._schema.name)
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_an_activation_is_read_twice_at_most(dtype, most):
+    x = X_SBC.to(dtype)
+    with Reads(x) as reads:
+        over_sequence(x)
+    assert 1 <= len(reads.names) <= most, reads.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distance_does_not_depend_on_the_blocks(monkeypatch, dtype):
+    before, after = X_SBC.to(dtype), (X_SBC + 0.3 * X_SBC.flip(0)).to(dtype)
+    mask_SB = torch.arange(S)[:, None] < torch.arange(S - B, S)
+    wanted = 1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)
+    for num_bytes in (1, 4 * B * C * 16, 2**21):
+        monkeypatch.setitem(statistics.SCRATCH_BYTES, "cpu", num_bytes)
+        for mask, weight in ((None, torch.ones(S, B)), (mask_SB, mask_SB)):
+            expected = torch.stack([(wanted * weight).sum(), weight.double().sum()])
+            torch.testing.assert_close(distance(before, after, mask), expected, rtol=1e-6, atol=1e-4)
