@@ -136,7 +136,7 @@ def _sweep_gradients(
             grad_CH = torch.zeros_like(slice_CH, dtype=blocks.dtype)
         output = student.grad_tile(columns)
         for block in tile:
-            grad_RC = _block_gradient(block, terms, grad_total).to(student.grad_dtype)
+            grad_RC = _block_gradient(block, terms, grad_total, student.grad_dtype)
             output.add_gradients(
                 grad_RC,
                 student.grad_hidden_NH[block.rows],
@@ -150,12 +150,14 @@ def _sweep_gradients(
         weight_grad_VH[blocks.vocab :] = 0
 
 
-def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor) -> Tensor:
-    """d total / d student logits of one block, written to its scratch 0."""
+def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor, dtype: torch.dtype) -> Tensor:
+    """d total / d student logits of one block in `dtype`; scratch 0 if that is the logits' dtype."""
     first, *others = [(weighted.term, grad_total * (weighted.factor * weighted.weight)) for weighted in terms]
     grad_RC = block.scratch_RC(0)
+    if first[0].writes_any_dtype and not others and dtype != grad_RC.dtype:
+        grad_RC = torch.empty_like(grad_RC, dtype=dtype)
     first[0].gradient(block, first[1], grad_RC)
     for term, weight in others:
         term.gradient(block, weight, block.scratch_RC(1))
         grad_RC.add_(block.scratch_RC(1))
-    return grad_RC
+    return grad_RC.to(dtype)
