@@ -256,7 +256,7 @@ def distillation_loss(
         vocab_size, group: see distillation.loss.distillation_loss.
         logit_memory_fraction: memory beyond inputs and gradients, as a fraction of one fp32 [tokens, V] tensor; default 0.2.
         options: fields of distillation.loss.LossSpec: kind (a name of config.LossKind, such as "forward_kl"), temperature,
-            temperature_squared, top_k, jsd_beta, kd_weight, ce_weight, function.
+            temperature_squared, top_k, jsd_beta, kd_weight, ce_weight, compile_loss, function.
 
     Returns:
         A scalar with gradients in the student's two tensors.

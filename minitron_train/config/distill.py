@@ -89,6 +89,9 @@ class DistillConfig:
     )
     vocab_tile: int | None = opt(None, "vocabulary entries per block of the loss; default: from logit_memory_fraction")
     token_chunk: int | None = opt(None, "tokens per block of the loss; default: from logit_memory_fraction")
+    compile_loss: bool | None = opt(
+        None, "loss=forward_kl: fuse its passes over the logits with torch.compile; default: on GPUs only"
+    )
     hidden_layers: list[str] = opt(
         list,
         "pairs STUDENT/TEACHER of layers to compare, counted from 0: [embedding/embedding, 13/29]",

@@ -20,6 +20,7 @@ from minitron_train.config.distill import check_loss
 from minitron_train.distillation import loss_terms
 from minitron_train.distillation.loss_autograd import TokenLoss, summed_loss
 from minitron_train.distillation.loss_blocks import Chunking
+from minitron_train.distillation.loss_compiled import forward_kl
 from minitron_train.distillation.loss_fused import FusedLoss, Problem, WeightedTerm
 from minitron_train.runtime.errors import UserError
 
@@ -30,8 +31,9 @@ class LossSpec:
 
     Both models' logits are divided by `temperature`; the cross-entropy has temperature 1. `temperature_squared` multiplies
     the distillation loss by temperature^2, as in Hinton's paper; ModelOpt's loss for Megatron does not. `top_k` applies to
-    top_k_kl. `jsd_beta`, the teacher's share of the mixture, applies to jsd. `function` replaces `kind` by a user-defined
-    loss (see `loss_autograd`). The other fields have the names of section distill, from which training fills them.
+    top_k_kl. `jsd_beta`, the teacher's share of the mixture, applies to jsd. `compile_loss` fuses the passes of forward_kl
+    (see `loss_compiled`). `function` replaces `kind` by a user-defined loss (see `loss_autograd`). The other fields have the
+    names of section distill, from which training fills them.
     """
 
     kind: LossKind = LossKind.forward_kl
@@ -39,6 +41,7 @@ class LossSpec:
     temperature_squared: bool = False
     top_k: int = 0
     jsd_beta: float = 0.5
+    compile_loss: bool | None = None  # None: on CUDA
     function: TokenLoss | None = None  # replaces `kind`: (student logits, teacher logits) -> loss per token
     kd_weight: float = 1.0
     ce_weight: float = 0.0
@@ -157,7 +160,7 @@ def _with_cross_entropy(
 
 
 MAKE_TERM: dict[LossKind, Callable[[LossSpec, "_Vocabulary", Tensor], loss_terms.Term]] = {
-    LossKind.forward_kl: lambda loss, vocab, like_N: loss_terms.ForwardKL(like_N, loss.temperature),
+    LossKind.forward_kl: lambda loss, vocab, like_N: forward_kl(like_N, loss.temperature, loss.compile_loss),
     LossKind.reverse_kl: lambda loss, vocab, like_N: loss_terms.ReverseKL(like_N, loss.temperature),
     LossKind.jsd: lambda loss, vocab, like_N: loss_terms.JensenShannon(like_N, loss.temperature, loss.jsd_beta),
     LossKind.mse: lambda loss, vocab, like_N: loss_terms.MeanSquaredError(like_N, vocab.size),

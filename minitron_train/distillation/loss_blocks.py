@@ -4,6 +4,7 @@ Legend: N tokens, V vocabulary rows of this rank, H hidden size, R rows (tokens)
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.config.distill import check_blocks
-from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.model.vocabulary import OutputLayer, bf16_operands
 
 Role = Literal["student", "teacher"]
 
@@ -51,40 +52,58 @@ class BlockPlan:
 class Projection:
     """One model's hidden states [N, H] and output layer [V, H], whose product is summed in fp32 (or fp64).
 
-    A GPU multiplies low-precision matrices and sums in fp32. A CPU has no such product, so each tile of the weights is
-    widened first.
+    A GPU multiplies low-precision matrices and sums in fp32. A CPU has no such product. There, bf16 matrices are widened
+    and multiplied with `bf16_operands`, which loses nothing. The gradients of bf16 matrices are products in bf16: they end
+    in bf16 anyway. All other matrices are widened on a CPU and multiplied in fp32.
+
+    Attributes:
+        dtype: dtype of both factors of the logits.
+        grad_dtype: dtype of both factors of the gradients.
     """
 
     def __init__(self, hidden_NH: Tensor, output: OutputLayer, logit_dtype: torch.dtype) -> None:
         weight_dtype = output.weight_VH.dtype
-        widen = hidden_NH.device.type == "cpu" or hidden_NH.dtype == weight_dtype == logit_dtype
-        self.dtype = logit_dtype if widen else weight_dtype  # dtype of both factors
+        on_cpu = hidden_NH.device.type == "cpu"
+        self.is_bf16 = hidden_NH.dtype == weight_dtype == torch.bfloat16
+        self.dtype = logit_dtype if on_cpu else weight_dtype
+        self.grad_dtype = weight_dtype if self.is_bf16 else self.dtype
         self.hidden_NH = hidden_NH.to(self.dtype)
+        self.grad_hidden_NH = hidden_NH.to(self.grad_dtype)
         self.output = output
         self.logit_dtype = logit_dtype
+        self.widened: dict[int, OutputLayer] = {}  # the last tile by its first row, for all its blocks
 
     @property
     def width(self) -> int:
         """The model's hidden size."""
         return self.hidden_NH.shape[1]
 
-    def tile(self, columns: slice) -> OutputLayer:
-        """Some rows of the output layer, in the dtype of the product."""
-        return self.output.rows(columns, self.dtype)
+    @property
+    def widened_width(self) -> int:
+        """Elements of one widened row of the weights; 0 where they are multiplied as they are."""
+        return self.width if self.output.weight_VH.dtype != self.dtype else 0
 
     def logits(self, rows: slice, columns: slice, out_RC: Tensor) -> None:
         """Write the logits of one block."""
-        self.tile(columns).logits(self.hidden_NH[rows], out_RC)
+        if columns.start not in self.widened:
+            self.widened = {columns.start: self.output.rows(columns, self.dtype)}
+        with bf16_operands() if self.is_bf16 else nullcontext():
+            self.widened[columns.start].logits(self.hidden_NH[rows], out_RC)
+
+    def grad_tile(self, columns: slice) -> OutputLayer:
+        """Some rows of the output layer, in the dtype of the gradients' products."""
+        return self.output.rows(columns, self.grad_dtype)
 
 
 def plan_blocks(
-    chunking: Chunking, num_tokens: int, vocab: int, student: Projection, weight_grad_VH: Tensor | None
+    chunking: Chunking, num_tokens: int, vocab: int, projections: dict[Role, Projection], weight_grad_VH: Tensor | None
 ) -> BlockPlan:
     """Choose the block's shape for `num_tokens` x `vocab` logits.
 
     Token chunks are equal parts of the tokens. A chunk's logits fit into the storage of the weight gradient (see
     `LogitBlocks`). Working memory takes at most half of the budget.
     """
+    student = projections["student"]
     weight_VH, dtype, width = student.output.weight_VH, student.logit_dtype, student.width
     device = weight_VH.device.type
     num_tokens, vocab = max(num_tokens, 1), max(vocab, 1)
@@ -94,14 +113,27 @@ def plan_blocks(
     if free_rows >= MIN_TOKEN_CHUNK:
         most = min(most, free_rows)
     rows = min(chunking.token_chunk or _equal_part(num_tokens, most), num_tokens)
-    narrow = weight_VH.dtype != dtype
-    summed_apart = weight_grad_VH is not None and (narrow or rows < num_tokens)
-    column_bytes = (NUM_WORK_BUFFERS * rows + (summed_apart + narrow) * width) * dtype.itemsize
+    column_bytes = _column_bytes(rows, projections, weight_grad_VH, rows < num_tokens)
     elements = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cuda"])
     automatic = max(min(elements // rows, budget // (2 * column_bytes)), MIN_VOCAB_TILE)
     automatic -= automatic % MIN_VOCAB_TILE  # a GPU multiplies unaligned tiles at a third of the speed
     columns = min(chunking.vocab_tile or automatic, vocab)
     return BlockPlan(rows, columns, max(0, budget - column_bytes * columns))
+
+
+def _column_bytes(
+    rows: int, projections: dict[Role, Projection], weight_grad_VH: Tensor | None, several_chunks: bool
+) -> int:
+    """Working memory for each column of a block: buffers, widened weights, and what the gradients' products need."""
+    student = projections["student"]
+    wide, narrow = student.logit_dtype.itemsize, student.grad_dtype.itemsize
+    found = NUM_WORK_BUFFERS * rows * wide
+    found += wide * sum(projection.widened_width for projection in projections.values())
+    if narrow != wide:
+        found += rows * narrow  # the rounded gradient of the logits
+    if weight_grad_VH is not None and (several_chunks or weight_grad_VH.dtype != student.grad_dtype):
+        found += student.width * (wide + (narrow if narrow != wide else 0))  # the chunks' sum, and one product
+    return found
 
 
 def _equal_part(total: int, most: int) -> int:
@@ -196,7 +228,8 @@ class LogitBlocks:
     def release(self) -> Tensor | None:
         """Free all memory, disable the cache, and return the weight gradient."""
         weight_grad_VH, self.weight_grad_VH, self.keep = self.weight_grad_VH, None, False
-        for held in (self.kept, self.work, self.in_work):
+        widened = [projection.widened for projection in self.projections.values()]
+        for held in (self.kept, self.work, self.in_work, *widened):
             held.clear()
         return weight_grad_VH
 

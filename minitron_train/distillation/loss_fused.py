@@ -115,7 +115,7 @@ def _make_blocks(
     if problem.teacher is not None:
         teacher_ND, teacher_VD = problem.teacher
         projections["teacher"] = Projection(teacher_ND, OutputLayer(teacher_VD), dtype)
-    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, student, weight_grad_VH)
+    plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, projections, weight_grad_VH)
     reread = problem.wants_grad and any(weighted.term.gradient_reads_logits for weighted in terms)
     keep = reread or any(weighted.term.num_sweeps > 1 for weighted in terms)
     return LogitBlocks(projections, plan, len(hidden_NH), problem.vocab, dtype, weight_grad_VH, keep)
@@ -126,20 +126,20 @@ def _sweep_gradients(
 ) -> None:
     """Add to `hidden_grad_NH` and fill `blocks.weight_grad_VH`, tile by tile of the vocabulary.
 
-    A tile's slice of the weight gradient stores its logits until all its token chunks are done. With one chunk and one
-    dtype, the product then writes the slice directly. Otherwise a buffer of the tile's size sums the chunks.
+    A tile's slice of the weight gradient stores its logits until all its token chunks are done. With one chunk, the product
+    then writes the slice directly if it has the slice's dtype. Otherwise a buffer of the tile's size sums the chunks.
     """
     student, weight_grad_VH = blocks.projections["student"], blocks.weight_grad_VH
     for columns, tile in blocks.tiles():
         slice_CH = grad_CH = None if weight_grad_VH is None else weight_grad_VH[columns]
-        if slice_CH is not None and (len(tile) != 1 or slice_CH.dtype != blocks.dtype):
+        if slice_CH is not None and (len(tile) != 1 or slice_CH.dtype != student.grad_dtype):
             grad_CH = torch.zeros_like(slice_CH, dtype=blocks.dtype)
-        output = student.tile(columns)
+        output = student.grad_tile(columns)
         for block in tile:
-            grad_RC = _block_gradient(block, terms, grad_total).to(student.hidden_NH.dtype)
+            grad_RC = _block_gradient(block, terms, grad_total, student.grad_dtype)
             output.add_gradients(
                 grad_RC,
-                student.hidden_NH[block.rows],
+                student.grad_hidden_NH[block.rows],
                 hidden_grad_NH=None if hidden_grad_NH is None else hidden_grad_NH[block.rows],
                 weight_grad_VH=grad_CH,
                 overwrite_weight_grad=block.chunk == 0,
@@ -150,12 +150,14 @@ def _sweep_gradients(
         weight_grad_VH[blocks.vocab :] = 0
 
 
-def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor) -> Tensor:
-    """d total / d student logits of one block, written to its scratch 0."""
+def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor, dtype: torch.dtype) -> Tensor:
+    """d total / d student logits of one block in `dtype`; scratch 0 if that is the logits' dtype."""
     first, *others = [(weighted.term, grad_total * (weighted.factor * weighted.weight)) for weighted in terms]
     grad_RC = block.scratch_RC(0)
+    if first[0].writes_any_dtype and not others and dtype != grad_RC.dtype:
+        grad_RC = torch.empty_like(grad_RC, dtype=dtype)
     first[0].gradient(block, first[1], grad_RC)
     for term, weight in others:
         term.gradient(block, weight, block.scratch_RC(1))
         grad_RC.add_(block.scratch_RC(1))
-    return grad_RC
+    return grad_RC.to(dtype)

@@ -44,6 +44,7 @@ class Term(ABC):
 
     num_sweeps: ClassVar[int] = 1
     gradient_reads_logits: ClassVar[bool] = True
+    writes_any_dtype: ClassVar[bool] = False  # `gradient` may get an `out_RC` of a narrower dtype than the logits
     loss_N: Tensor
 
     @abstractmethod
@@ -59,6 +60,7 @@ class Term(ABC):
         """Write weight x d loss / d student logits into `out_RC`, which is the block's scratch 0 or 1.
 
         It is called once per block and may overwrite the teacher's logits. Scratch 1 is free when `out_RC` is scratch 0.
+        A term that `writes_any_dtype` may get another buffer; both scratches are free then.
         """
 
 
@@ -75,11 +77,14 @@ class RunningSoftmax:
 
     def observe(self, rows: slice, logits_RC: Tensor, out_RC: Tensor) -> None:
         """Add a block, and write its exp((x - m) / T) to `out_RC`."""
-        largest_R = torch.maximum(self.max_N[rows], logits_RC.amax(dim=1))
-        self.sums_KN[:, rows] *= ((self.max_N[rows] - largest_R).double() / self.temperature).exp()
-        self.max_N[rows] = largest_R
+        self.rescale(rows, torch.maximum(self.max_N[rows], logits_RC.amax(dim=1)))
         self.exp(rows, logits_RC, out_RC)
         self.sums_KN[0, rows] += out_RC.sum(dim=1)
+
+    def rescale(self, rows: slice, max_R: Tensor) -> None:
+        """Refer the rows' sums to a new maximum, which is not smaller than the old one."""
+        self.sums_KN[:, rows] *= ((self.max_N[rows] - max_R).double() / self.temperature).exp()
+        self.max_N[rows] = max_R
 
     def exp(self, rows: slice, logits_RC: Tensor, out_RC: Tensor) -> None:
         """Probabilities times the normaliser."""

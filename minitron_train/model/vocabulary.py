@@ -7,7 +7,8 @@ A model family that scales or caps its logits adds a field to `OutputLayer`, its
 Legend: N tokens, V vocabulary rows, H hidden size, B batch, S sequence, U distinct tokens of a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +34,7 @@ class OutputLayer:
         """Logits [..., V] of hidden states [..., H].
 
         Without `out_NV`: differentiable, multiplied in the weights' dtype as transformers does, then widened to fp32.
-        With `out_NV`: written there and summed in its dtype, which may be wider than the weights' (CUDA alone).
+        With `out_NV`: written there, with sums in its dtype, which may be wider than the weights' only on CUDA.
         """
         if out_NV is not None:
             multiply(hidden_NH, self.weight_VH.T, out_NV)
@@ -63,13 +64,34 @@ class OutputLayer:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = left @ right, or out += left @ right; operands of one dtype, the result of the same or a wider one."""
+    """out = left @ right, or out += left @ right; operands of one dtype, the result of the same or a wider one.
+
+    A wider result is summed and returned as such on CUDA. A CPU has no such product: it sums in fp32, and rounds the
+    product once to the dtype of the operands.
+    """
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    elif left.device.type == "cpu":
+        product = torch.mm(left, right)
+        out.add_(product) if add else out.copy_(product)
     elif add:
         out.add_(torch.mm(left, right, out_dtype=out.dtype))
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+@contextmanager
+def bf16_operands() -> Iterator[None]:
+    """Products of fp32 matrices inside may round their operands to bf16; sums and results stay fp32.
+
+    Operands that are widened bf16 lose nothing. A CPU with bf16 instructions multiplies them faster; others ignore it.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class StreamedEmbedding(torch.nn.Module):

@@ -7,7 +7,7 @@ benchmarks/plan/plan_check.py (CPU) and benchmarks/plan/plan_gpu.py compare the 
 from dataclasses import dataclass
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import DistillConfig
+from minitron_train.config import DistillConfig, LossKind
 from minitron_train.planning.counts import forward_flops_per_token, parameters_per_rank
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import FP32, Layout, logit_budget
@@ -27,6 +27,7 @@ LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward
     "top_k_kl": (8, 0),
     "cross_entropy": (15, 0),
 }
+COMPILED_PASSES = 7  # those of forward_kl with distill.compile_loss=true, at any temperature
 SUM_PASSES = 3  # adds the gradients of two losses
 WATCH_PASSES = 6  # over each activation that is scored: pruning.statistics reduces it three times
 READ_PASSES = 4  # over each byte that slicing reads
@@ -93,8 +94,14 @@ def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) 
 
 
 def logit_passes(distill: DistillConfig) -> int:
-    """Return the elements that the loss reads or writes outside of matrix products, per token and vocabulary entry."""
+    """Return the elements that the loss reads or writes outside of matrix products, per token and vocabulary entry.
+
+    The default of compile_loss counts as not compiled: no GPU has measured the compiled kernels yet, and the compiler may
+    fail there.
+    """
     passes, more = LOGIT_PASSES[distill.loss.value]
+    if distill.loss is LossKind.forward_kl and distill.compile_loss:
+        passes, more = COMPILED_PASSES, 0
     taught = passes + (more if distill.temperature != 1 else 0) if distill.kd_weight else 0
     labels = LOGIT_PASSES["cross_entropy"][0] if distill.ce_weight else 0
     return taught + labels + (SUM_PASSES if taught and labels else 0)

@@ -22,7 +22,7 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
         "log_every_steps",
         "profile_steps",
     },
-    "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk"},
+    "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk", "compile_loss"},  # these too
 }
 DATA = ("document_attention", "late_fraction")  # deciding settings that the data fingerprint does not cover
 

@@ -1,33 +1,15 @@
 """The plan's passes over the logits are those that the loss makes: every tensor operation of a call is counted."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minitron_train.config import DistillConfig, LossKind
 from minitron_train.distillation.loss import LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking
 from minitron_train.planning.timing import logit_passes
+from tests.support.passes import Traffic
 
-NOT_PASSES = {"mm", "addmm", "empty", "empty_like", "new_empty", "detach"}  # products are counted in FLOPs
 NUM_TOKENS, VOCAB, WIDTH = 256, 4096, 4
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the elements that operations read and write, matrix products and views aside."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in NOT_PASSES:
-            given = {name: value for name, value in (kwargs or {}).items() if name != "out"}
-            tensors = [leaf for leaf in tree_leaves((args, given, result)) if isinstance(leaf, torch.Tensor)]
-            self.elements += sum(tensor.numel() for tensor in tensors)
-        return result
 
 
 LOSSES = [
