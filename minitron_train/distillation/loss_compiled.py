@@ -17,6 +17,8 @@ from minitron_train.distillation.loss_blocks import Block
 from minitron_train.distillation.loss_terms import ForwardKL
 from minitron_train.runtime.console import say
 
+MOST_DIFFERENT = 0.01  # relative error of a compiled kernel: above a bf16 rounding, below any mistake
+
 
 def forward_kl(like_N: Tensor, temperature: float, compile_loss: bool | None) -> ForwardKL:
     """The forward KL, compiled if asked for; None compiles on CUDA.
@@ -63,27 +65,44 @@ class CompiledForwardKL(ForwardKL):
 
 
 class Compiled:
-    """A function that is compiled at its first call, for blocks of any shape. It returns None once the compiler has failed."""
+    """A function that is compiled at its first call, for blocks of any shape, and compared with the plain one there.
+
+    It returns None once the compiler has failed or its first result was wrong.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        self.plain = function
         self.function: Callable[..., Any] | None = torch.compile(function, dynamic=True)
-        self.is_compiled = False
+        self.is_checked = False
 
     def __call__(self, *args: Tensor) -> Any:
         if self.function is None:
             return None
         try:
             result = self.function(*(arg.detach() for arg in args))  # a view's base is a reason to compile again
-            self.is_compiled = True
-            return result
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler fails in many ways: no C++ compiler, no Triton, an unsupported device
-            if self.is_compiled:
+            if self.is_checked:
                 raise
-            self.function = None
-            say(f"distillation loss: not compiled ({type(error).__name__}); its passes are not fused")
-            return None
+            return self.give_up(f"{type(error).__name__}")
+        if not self.is_checked and not agree(self.plain, args, result):
+            return self.give_up("its result was wrong")
+        self.is_checked = True
+        return result
+
+    def give_up(self, reason: str) -> None:
+        """Use the eager path from now on."""
+        self.function = None
+        say(f"distillation loss: not compiled ({reason}); its passes are not fused")
+
+
+def agree(plain: Callable[..., Any], args: tuple[Tensor, ...], result: Any) -> bool:
+    """Whether a compiled function's result is the plain one's; both may write into one of `args`."""
+    found = [value.float() for value in (result if isinstance(result, tuple) else (result.clone(),))]
+    exact = plain(*args)
+    pairs = zip(found, exact if isinstance(exact, tuple) else (exact,), strict=True)
+    return all(bool((one - other.float()).norm() <= MOST_DIFFERENT * other.float().norm()) for one, other in pairs)
 
 
 @cache

@@ -96,6 +96,26 @@ def test_without_a_compiler_the_loss_is_the_eager_one(
     assert lines == ["distillation loss: not compiled (RuntimeError); its passes are not fused"] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_is_compiled_wrongly_is_replaced(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """At its first call; also a kernel that writes into its argument."""
+    lines: list[str] = []
+    monkeypatch.setattr(loss_compiled, "say", lines.append)
+
+    def miscompiled(function: Any, **_: Any) -> Any:
+        def call(*args: Tensor) -> Any:
+            result = function(*args)
+            return result.mul_(1.05) if isinstance(result, Tensor) else (*result[:-1], result[-1] * 1.05)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", miscompiled)
+    case = make_case(100, 700, 16, 24, dtype)
+    for one, other in zip(run(case, COMPILED), run(case, LossSpec(compile_loss=False)), strict=True):
+        assert torch.equal(one, other)
+    assert lines == ["distillation loss: not compiled (its result was wrong); its passes are not fused"] * 2
+
+
 def test_errors_of_a_compiled_kernel_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a failure to compile is replaced by the eager path, and never a lack of memory."""
 
