@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -23,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Precision
+from minitron_train.model.fused import rms_norm, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.rotary import llama3_frequencies
 from minitron_train.model.vocabulary import OutputLayer
@@ -64,7 +66,7 @@ class Norm(torch.nn.Module):
         """LayerNorm where there is a bias, else RMSNorm."""
         if bias is not None:
             return F.layer_norm(x, self.size, weight, bias, self.eps)
-        return F.rms_norm(x, self.size, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
@@ -125,28 +127,13 @@ class SdpaAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
 
 
-class SquaredRelu(torch.autograd.Function):
-    """relu(x)² with two passes over memory forward and one backward; autograd would take three."""
+class Mlp(MLP):
+    """megatron-core's MLP with one function for the whole activation, as megatron-core's fused kernels have on GPUs."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """relu(x)², [...]; saves relu(x) for the backward pass."""
-        positive = F.relu(x)
-        if not x.requires_grad:
-            return positive.square_()
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        """2 relu(x) grad."""
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)², Nemotron-4's activation."""
-    return SquaredRelu.apply(x)  # type: ignore[return-value]
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Output [S, B, H], and no bias."""
+        inner, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu, "silu": F.silu}
@@ -188,8 +175,10 @@ class LanguageModel(GPTModel):
         return self.output.logits(copy_to_tensor_model_parallel_region(hidden_SBH))
 
 
-def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> ModuleSpec:
-    """The modules of one layer: unfused ones, whose norms and attention hooks can observe, or Transformer Engine's."""
+def layer_spec(
+    qk_norm: bool = False, transformer_engine: bool = False, tp_group: ProcessGroup | None = None
+) -> ModuleSpec:
+    """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's."""
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
@@ -197,6 +186,7 @@ def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> Modul
     attention = layer.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.core_attention = SdpaAttention
+    layer.mlp.module, layer.mlp.params = Mlp, {"tp_group": tp_group}  # megatron-core gives it to its own MLP only
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     return spec
@@ -256,12 +246,12 @@ def build(
         extra: further TransformerConfig arguments, such as recompute_granularity.
     """
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
-    spec: Any = layer_spec(config.qk_layernorm, transformer_engine)
-    norm: Any = Norm
-    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
+    spec: Any = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+    norm: Any = Norm
+    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(
         config,
         block,  # type: ignore[arg-type]
