@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Precision
+from minitron_train.model.causal_attention import causal_attention
 from minitron_train.model.fused import rms_norm, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.rotary import llama3_frequencies
@@ -78,6 +79,11 @@ def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
     return query.is_cuda and (mask is not None or query.dtype is torch.float32)
 
 
+def prefers_products(query: Tensor) -> bool:
+    """Whether `causal_attention` is faster than torch's kernel for these queries (docs/results.md)."""
+    return query.device.type == "cpu" and query.dtype is torch.bfloat16
+
+
 def whole_heads(x_BGSD: Tensor, num_heads: int) -> Tensor:
     """Repeat keys or values for every query head that shares them, [B, N, S, D]."""
     return x_BGSD.repeat_interleave(num_heads // x_BGSD.shape[1], dim=1)
@@ -106,8 +112,10 @@ class SdpaAttention(MegatronModule):
 
         Where there are fewer queries than keys, the queries are the last tokens (a key/value cache holds the others).
         """
+        num_queries, num_keys, dropout = len(query_SBND), len(key_SBGD), self.dropout if self.training else 0.0
+        if prefers_products(query_SBND) and attention_mask is None and num_queries == num_keys and not dropout:
+            return causal_attention(query_SBND, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        num_queries, num_keys = query.shape[2], key.shape[2]
         mask = None if attention_mask is None else ~attention_mask
         if mask is None and 1 < num_queries < num_keys:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
@@ -121,7 +129,7 @@ class SdpaAttention(MegatronModule):
             value,
             attn_mask=mask,
             is_causal=mask is None and num_queries == num_keys,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             enable_gqa=is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]

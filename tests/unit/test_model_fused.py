@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_train.config import ParallelConfig, Recompute
+from minitron_train.model import causal_attention as attention
 from minitron_train.model.build import build
 from minitron_train.model.fused import rms_norm, squared_relu, swiglu
 from minitron_train.parallel.groups import start
@@ -27,12 +28,28 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
 
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    heads = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(heads, dim=2) for x in (key, value))
+    scores = torch.einsum("qbnd,kbnd->bnqk", query, key) / query.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
+
+
 CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "squared_relu": (squared_relu, lambda x: x.relu().square(), [(5, 3, 16)]),
     "swiglu": (swiglu, plain_swiglu, [(5, 3, 32)]),
     "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), plain_norm, [(5, 3, 24), (24,)]),
+    "attention": (attention.causal_attention, plain_attention, [(21, 3, 6, 8), (21, 3, 2, 8), (21, 3, 2, 8)]),
 }
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # of the root mean square
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of queries, the last of them shorter."""
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 8)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
