@@ -1,11 +1,15 @@
 """Fraction of the machine's matrix rate that a distillation step reaches, and the time of its parts.
 
-    python benchmarks/speed/step.py [--quick] [--json FILE]
+    python benchmarks/speed/step.py [--quick] [--json FILE] [--model nemotron] [--precision both] [--baseline FOLDER]
 
-A 57 M teacher and a 28 M student of the Nemotron architecture, vocabulary 8192, sequences of 256 tokens. Utilisation is
-the model's FLOPs (teacher forward, student forward and backward; causal attention counted at half) over wall seconds times
-the rate of matrix products, which this process measures in the same minute. Data, loss, optimizer and logging are
-included. `checkpoint_stall` is the loop's time for one asynchronous save over the default interval between saves.
+`--model nemotron` is a 57 M teacher and a 28 M student with a vocabulary of 8192, 8 sequences a step; `smollm2` has the shapes
+and the batch of recipe smollm2. Weights are random, sequences have 256 tokens. `--precision both` measures fp32 and bf16.
+`--baseline` measures the fp32 step of another checkout too. The contestants take their steps in turn, so that ratios hold on a
+busy machine. Utilisation is the model's FLOPs (teacher forward, student forward and backward; causal attention counted at half)
+over wall seconds times the rate of matrix products of the same precision, measured in the same minute; `utilisation_of_best`
+uses the higher rate of both precisions. Data, loss, optimizer and logging are included. `losses_equal`: over the last half of
+the steps, bf16 losses differ less from those of fp32 than fp32 losses with another seed do. `checkpoint_stall` is the loop's time
+for one asynchronous save over the default interval between saves.
 """
 
 import os
@@ -22,23 +26,28 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import CheckpointConfig, Config, ModelConfig, TrainConfig, WandbMode
-from minitron_train.hf import HFFolder
+from minitron_train.arch.init import RandomWeights
+from minitron_train.config import CheckpointConfig, Config, ModelConfig, Precision, TrainConfig, WandbMode
+from minitron_train.data import tokenizers
+from minitron_train.hf import HFFolder, write_folder
+from minitron_train.model.build import DTYPES
 from minitron_train.parallel.groups import start
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.runtime.launch import read_world
 from minitron_train.train.assemble import assemble
 from minitron_train.train.loop import Trainer
-from minitron_train.train.pretrain import write_initial
+from minitron_train.train.pretrain import corpus_sample, fresh_config
 from minitron_train.train.run import open_reporter
 
-SEQ_LENGTH, BATCH, VOCAB, WARMUP_STEPS, GEMM_SIZE = 256, 8, 8192, 2, 2048
+SEQ_LENGTH, BATCH, WARMUP_STEPS, GEMM_SIZE, INIT_STD, VOCAB = 256, 8, 2, 2048, 0.02, 8192
 TEACHER = Shape(
     architecture="nemotron",
     num_layers=7,
@@ -51,48 +60,237 @@ TEACHER = Shape(
     rotary_percent=0.5,
 )
 STUDENT = TEACHER.smaller(hidden_size=512, num_attention_heads=8, ffn_hidden_size=1920)
+SMOLLM2 = Shape(
+    architecture="llama",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    kv_channels=64,
+    vocab_size=49152,
+    rotary_base=100_000.0,
+    tie_embeddings=True,
+)
+MODELS = {  # teacher, student, sequences a step
+    "nemotron": (TEACHER, STUDENT, BATCH),
+    "smollm2": (SMOLLM2, SMOLLM2.smaller(hidden_size=504, num_attention_heads=6, ffn_hidden_size=1056), 4),
+}
 PARTS = ("data", "teacher forward", "student forward", "loss and backward", "optimizer", "logging", "checkpoint")
+SEED = 1
 
 Seconds = dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contestant:
+    """One process that measures steps, or several tensor-parallel ones."""
+
+    benchmark: str  # step.py of the checkout that is measured
+    folder: str
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    batch: int
+    precision: str
+    seed: int
+    num_steps: int
+    in_turns: bool
+
+    def command(self, *launcher: str) -> list[str]:
+        """The command line that measures it."""
+        script = str(Path(__file__).with_name("step_contestant.py"))
+        return [sys.executable, "-W", "ignore", *launcher, script, json.dumps(asdict(self))]
+
+    def result(self, tp: int = 1) -> dict[str, Any]:
+        """What it has measured."""
+        return json.loads((Path(self.folder) / f"tp{tp}.json").read_text())
+
+    def losses(self) -> list[float]:
+        """The loss of every step in turn."""
+        lines = (Path(self.folder) / "run1" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines][: WARMUP_STEPS + self.num_steps]
+
+
 def main() -> None:
-    """Measure one process with all cores, then two tensor-parallel ranks on the same cores."""
+    """Measure the contestants in turn with all cores, then two tensor-parallel ranks on the same cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few steps, within a minute")
+    parser.add_argument("--quick", action="store_true", help="few steps")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # run as one of the two ranks, in this folder
+    parser.add_argument("--model", choices=MODELS, default="nemotron")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="fp32")
+    parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="another checkout, measured in fp32")
     arguments = parser.parse_args()
-    num_steps = 4 if arguments.quick else 12
-    if arguments.measure:
-        measure(arguments.measure, num_steps)
-        return
     with tempfile.TemporaryDirectory(prefix="step-") as name:
-        folder = Path(name)
-        for model, shape in (("teacher", TEACHER), ("student", STUDENT)):
-            write_initial(make_config(folder, 1), shape, folder / model)
-            size = sum(architecture("nemotron").parameters(shape).values())
+        tokenizer = tokenizers.train_bpe(corpus_sample(Config(name="step").data, SEED), VOCAB)
+        for model, shape in zip(("teacher", "student"), MODELS[arguments.model][:2], strict=True):
+            write_model(shape, Path(name) / model, tokenizer)
+            size = sum(architecture(shape.architecture).parameters(shape).values())
             print(f"{model}: {size / 1e6:.1f} M parameters", flush=True)
-        ours = [sys.executable, "-W", "ignore", __file__, *(["--quick"] if arguments.quick else []), "--measure", name]
-        subprocess.run(ours, check=True)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *ours[3:]]
-        subprocess.run(launch, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        whole, split = (json.loads((folder / f"tp{tp}.json").read_text()) for tp in (1, 2))
-    result = {
-        "utilisation": whole["utilisation"],
-        "gemm_gflops": whole["gemm_gflops"],
-        "tp2_ratio": whole["step_s"] / split["step_s"],
-        "checkpoint_stall": whole["checkpoint_stall"],
-        "cases": [whole, split],
-    }
+        contestants = enter(Path(name), arguments)
+        steps_s, rates = race(contestants)
+        fastest = "bf16" if "bf16" in contestants else "fp32"
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+        split = replace_folder(contestants[fastest], Path(name) / "tp2")
+        subprocess.run(split.command(*launcher), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        result = summary(contestants, steps_s, rates, fastest, split.result(tp=2))
     show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def write_model(shape: Shape, folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a Hugging Face folder with random weights; the tokenizer may have fewer entries than the vocabulary."""
+    tokenizers.save(tokenizer, folder, shape.max_position_embeddings)
+    weights = RandomWeights(shape, INIT_STD, SEED)
+    tensors = ((name, weights.read(name)) for name in architecture(shape.architecture).tensors(shape))
+    bos, eos = (tokenizer.token_to_id(token) for token in (tokenizers.BOS, tokenizers.EOS))
+    write_folder(folder, fresh_config(shape, bos, eos, INIT_STD), tensors, tokenizer=None)
+
+
+def enter(folder: Path, arguments: argparse.Namespace) -> dict[str, Contestant]:
+    """The contestants by name, each with a folder of its own that links to both models."""
+    entries = {}
+    if arguments.baseline:
+        files = [arguments.baseline / "benchmarks" / name for name in ("speed/step.py", "step.py")]
+        entries["baseline"] = (next(file for file in files if file.exists()), "fp32", SEED)
+    for precision in ("fp32", "bf16"):
+        if arguments.precision in (precision, "both"):
+            entries[precision] = (Path(__file__), precision, SEED)
+    if arguments.precision == "both":
+        entries["other seed"] = (Path(__file__), "fp32", SEED + 1)
+    teacher, student, batch = MODELS[arguments.model]
+    return {
+        name: Contestant(
+            benchmark=str(file.resolve()),
+            folder=str(link_models(folder, folder / name)),
+            teacher=chosen_fields(teacher),
+            student=chosen_fields(student),
+            batch=batch,
+            precision=precision,
+            seed=seed,
+            num_steps=4 if arguments.quick else 12,
+            in_turns=True,
+        )
+        for name, (file, precision, seed) in entries.items()
+    }
+
+
+def chosen_fields(shape: Shape) -> dict[str, Any]:
+    """The fields without a default value, which older checkouts have too."""
+    return {
+        field.name: getattr(shape, field.name) for field in fields(shape) if getattr(shape, field.name) != field.default
+    }
+
+
+def link_models(models: Path, folder: Path) -> Path:
+    """Make a folder that links to teacher and student; returns it."""
+    folder.mkdir()
+    for model in ("teacher", "student"):
+        (folder / model).symlink_to(models / model)
+    return folder
+
+
+def replace_folder(contestant: Contestant, folder: Path) -> Contestant:
+    """The same contestant in a new folder, without turns."""
+    return replace(contestant, folder=str(link_models(folder.parent, folder)), in_turns=False)
+
+
+def race(contestants: dict[str, Contestant]) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Let the contestants take their steps in turn.
+
+    Returns:
+        Seconds of each contestant's steps after the warm-up, and the machine's matrix rate by precision, in GFLOP/s.
+    """
+    running = {
+        name: subprocess.Popen(
+            entry.command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=checkout(Path(entry.benchmark)),  # also where `python -m` of the data workers looks first
+            env=os.environ | {"PYTHONPATH": checkout(Path(entry.benchmark))},
+        )
+        for name, entry in contestants.items()
+    }
+    steps_s: dict[str, list[float]] = {name: [] for name in running}
+    rates: dict[str, list[float]] = defaultdict(list)
+    for _ in range(WARMUP_STEPS + next(iter(contestants.values())).num_steps):
+        for name, process in running.items():
+            steps_s[name].append(next_step_s(process))
+        for precision in ("fp32", "bf16"):
+            rates[precision] += [gemm_gflops(Precision(precision)) for _ in range(3)]
+    for process in running.values():  # each measures its save alone
+        process.communicate("\n")
+        assert process.returncode == 0, "a contestant failed; its message is above"
+    return (
+        {name: found[WARMUP_STEPS:] for name, found in steps_s.items()},
+        {precision: statistics.median(found) for precision, found in rates.items()},
+    )
+
+
+def checkout(benchmark: Path) -> str:
+    """The folder of the checkout that a benchmark file belongs to."""
+    return str(next(folder for folder in benchmark.parents if (folder / "minitron_train").is_dir()))
+
+
+def next_step_s(process: subprocess.Popen[str]) -> float:
+    """Let a contestant take one step; returns its seconds. Lines that are not ours come from its console."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith('{"step_s"'):
+            return json.loads(line)["step_s"]
+    raise SystemExit("a contestant failed; its message is above")
+
+
+def summary(
+    contestants: dict[str, Contestant],
+    steps_s: dict[str, list[float]],
+    rates: dict[str, float],
+    fastest: str,
+    split: dict[str, Any],
+) -> dict[str, Any]:
+    """The figures of the run; `fastest` names the contestant that the utilisation and the parts are about."""
+    whole = contestants[fastest].result()
+    result = {
+        "precision": fastest,
+        "utilisation": whole["utilisation"],
+        "gemm_gflops": whole["gemm_gflops"],
+        "best_gemm_gflops": max(rates.values()),
+        "utilisation_of_best": whole["model_gflop_per_step"] / (whole["step_s"] * max(rates.values())),
+        "tp2_ratio": whole["step_s"] / split["step_s"],
+        "checkpoint_stall": whole["checkpoint_stall"],
+        "steps_s": steps_s,
+        "cases": [whole, split],
+    }
+    if "other seed" in contestants:
+        result["speedup_vs_fp32"] = speedup(steps_s["fp32"], steps_s["bf16"])
+        result |= compare_losses(*(contestants[name].losses() for name in ("fp32", "bf16", "other seed")))
+    if "baseline" in contestants:
+        result["speedup_vs_baseline"] = speedup(steps_s["baseline"], steps_s[fastest])
+    return result
+
+
+def speedup(before_s: list[float], after_s: list[float]) -> float:
+    """Median ratio of the steps that followed each other."""
+    return statistics.median(before / after for before, after in zip(before_s, after_s, strict=True))
+
+
+def compare_losses(fp32: list[float], bf16: list[float], other_seed: list[float]) -> dict[str, Any]:
+    """Mean absolute difference of the last half of the steps' losses, relative to fp32's."""
+
+    def difference(losses: list[float]) -> float:
+        pairs = list(zip(fp32, losses, strict=True))[len(fp32) // 2 :]
+        return statistics.mean(abs(loss - reference) / reference for reference, loss in pairs)
+
+    precision, seed = difference(bf16), difference(other_seed)
+    return {"loss_difference": precision, "loss_difference_of_seeds": seed, "losses_equal": precision < seed}
+
+
 def make_config(folder: Path, tp: int) -> Config:
     """Configuration of the measured run."""
-    config = Config(name="step", output_dir=str(folder), model=ModelConfig(init_std=0.02))
+    config = Config(name="step", output_dir=str(folder), model=ModelConfig(init_std=INIT_STD))
     config.train = TrainConfig(
         num_tokens=1000 * BATCH * SEQ_LENGTH, global_batch_size=BATCH, micro_batch_size=BATCH, seq_length=SEQ_LENGTH
     )
@@ -115,7 +313,7 @@ def measure(folder: Path, num_steps: int) -> None:
         with watched(trainer) as seconds:
             for _ in range(WARMUP_STEPS + num_steps):
                 steps.append(timed_step(trainer, seconds, save=False))
-                rates += [gemm_gflops() for _ in range(3)]
+                rates += [gemm_gflops(config.train.precision) for _ in range(3)]
             step_s = statistics.median(step["total"] for step in steps[WARMUP_STEPS:])
             stall_s = save_stall(trainer, seconds, step_s)
         if not groups.is_first:
@@ -194,9 +392,9 @@ def watched(trainer: Trainer) -> Iterator[Seconds]:
         handle.remove()
 
 
-def gemm_gflops() -> float:
-    """Rate of one square fp32 product with this process's threads."""
-    left, right, out = (torch.ones(GEMM_SIZE, GEMM_SIZE) for _ in range(3))
+def gemm_gflops(precision: Precision = Precision.fp32) -> float:
+    """Rate of one square product with this process's threads."""
+    left, right, out = (torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=DTYPES[precision]) for _ in range(3))
     begin_s = time.perf_counter()
     torch.mm(left, right, out=out)
     return 2 * GEMM_SIZE**3 / (time.perf_counter() - begin_s) / 1e9
@@ -216,6 +414,12 @@ def show(result: dict[str, Any]) -> None:
         ("save_s", "s"),
     ):
         print(f"{key:20}{whole[key]:10.3f} {unit:4}{split[key]:12.3f} {unit}")
+    print(
+        f"best rate {result['best_gemm_gflops']:.0f} GF/s, of which the step uses {result['utilisation_of_best']:.2f}"
+    )
+    for name in ("speedup_vs_fp32", "losses_equal", "speedup_vs_baseline"):
+        if name in result:
+            print(f"{name:20}{result[name]:10.2f}")
     print(
         f"TP 2 reaches {result['tp2_ratio']:.2f} of one process; a save costs {result['checkpoint_stall']:.2%} of its interval"
     )

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -23,6 +24,8 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Precision
+from minitron_train.model.causal_attention import causal_attention
+from minitron_train.model.fused import rms_norm, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.rotary import llama3_frequencies
 from minitron_train.model.vocabulary import OutputLayer
@@ -64,7 +67,7 @@ class Norm(torch.nn.Module):
         """LayerNorm where there is a bias, else RMSNorm."""
         if bias is not None:
             return F.layer_norm(x, self.size, weight, bias, self.eps)
-        return F.rms_norm(x, self.size, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
@@ -74,6 +77,11 @@ def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
     Flash takes neither masks nor fp32, and math holds the scores.
     """
     return query.is_cuda and (mask is not None or query.dtype is torch.float32)
+
+
+def prefers_products(query: Tensor) -> bool:
+    """Whether `causal_attention` is faster than torch's kernel for these queries (docs/results.md)."""
+    return query.device.type == "cpu" and query.dtype is torch.bfloat16
 
 
 def whole_heads(x_BGSD: Tensor, num_heads: int) -> Tensor:
@@ -104,8 +112,10 @@ class SdpaAttention(MegatronModule):
 
         Where there are fewer queries than keys, the queries are the last tokens (a key/value cache holds the others).
         """
+        num_queries, num_keys, dropout = len(query_SBND), len(key_SBGD), self.dropout if self.training else 0.0
+        if prefers_products(query_SBND) and attention_mask is None and num_queries == num_keys and not dropout:
+            return causal_attention(query_SBND, key_SBGD, value_SBGD)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        num_queries, num_keys = query.shape[2], key.shape[2]
         mask = None if attention_mask is None else ~attention_mask
         if mask is None and 1 < num_queries < num_keys:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
@@ -119,34 +129,19 @@ class SdpaAttention(MegatronModule):
             value,
             attn_mask=mask,
             is_causal=mask is None and num_queries == num_keys,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             enable_gqa=is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
 
 
-class SquaredRelu(torch.autograd.Function):
-    """relu(x)² with two passes over memory forward and one backward; autograd would take three."""
+class Mlp(MLP):
+    """megatron-core's MLP with one function for the whole activation, as megatron-core's fused kernels have on GPUs."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """relu(x)², [...]; saves relu(x) for the backward pass."""
-        positive = F.relu(x)
-        if not x.requires_grad:
-            return positive.square_()
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        """2 relu(x) grad."""
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)², Nemotron-4's activation."""
-    return SquaredRelu.apply(x)  # type: ignore[return-value]
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Output [S, B, H], and no bias."""
+        inner, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu, "silu": F.silu}
@@ -188,8 +183,10 @@ class LanguageModel(GPTModel):
         return self.output.logits(copy_to_tensor_model_parallel_region(hidden_SBH))
 
 
-def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> ModuleSpec:
-    """The modules of one layer: unfused ones, whose norms and attention hooks can observe, or Transformer Engine's."""
+def layer_spec(
+    qk_norm: bool = False, transformer_engine: bool = False, tp_group: ProcessGroup | None = None
+) -> ModuleSpec:
+    """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's."""
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
@@ -197,6 +194,7 @@ def layer_spec(qk_norm: bool = False, transformer_engine: bool = False) -> Modul
     attention = layer.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.core_attention = SdpaAttention
+    layer.mlp.module, layer.mlp.params = Mlp, {"tp_group": tp_group}  # megatron-core gives it to its own MLP only
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     return spec
@@ -256,12 +254,12 @@ def build(
         extra: further TransformerConfig arguments, such as recompute_granularity.
     """
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
-    spec: Any = layer_spec(config.qk_layernorm, transformer_engine)
-    norm: Any = Norm
-    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
+    spec: Any = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+    norm: Any = Norm
+    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(
         config,
         block,  # type: ignore[arg-type]

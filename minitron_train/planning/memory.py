@@ -45,7 +45,7 @@ class Layout:
     recompute: str = "none"  # config.Recompute: the activations that the backward pass recomputes
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
-    cuda: bool = True  # fused RMSNorm keeps no normalised copy
+    cuda: bool = True
 
     @property
     def tokens(self) -> int:
@@ -72,17 +72,16 @@ def sequence_parts(layout: Layout) -> int:
 
 
 def kept_by_norm(shape: Shape, layout: Layout) -> float:
-    """Return the elements per token that a norm saves: its input, and on a CPU also RMSNorm's normalised values."""
-    twice = architecture(shape.architecture).transformer["normalization"] == "RMSNorm" and not layout.cuda
-    return (2 if twice else 1) * shape.hidden_size / sequence_parts(layout)
+    """Return the elements per token that a norm saves: its input."""
+    return shape.hidden_size / sequence_parts(layout)
 
 
 def mlp_elements(shape: Shape) -> int:
     """Return the elements per token that the MLP saves.
 
-    Squared ReLU saves 2 F. A gated MLP saves 5 F: both halves, the activated gate, the second half again, and the product.
+    Squared ReLU saves 2 F. A gated MLP saves 3 F: both halves, and the product.
     """
-    return (5 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
+    return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
 
 
 def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
@@ -107,8 +106,7 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
     """Return the peak bytes inside a layer of a forward pass without gradients: residual, norm, and MLP or attention."""
-    gated = architecture(shape.architecture).transformer["gated_linear_unit"]
-    mlp = (5 if gated else 3) * shape.ffn_hidden_size
+    mlp = 3 * shape.ffn_hidden_size
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
     return int(layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp))
 

@@ -1,0 +1,98 @@
+"""Functions with their own backward pass: values and gradients of the plain formula under autograd."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitron_train.config import ParallelConfig, Recompute
+from minitron_train.model import causal_attention as attention
+from minitron_train.model.build import build
+from minitron_train.model.fused import rms_norm, squared_relu, swiglu
+from minitron_train.parallel.groups import start
+from minitron_train.runtime.launch import World
+from minitron_train.train.optim import RECOMPUTE
+from tests.unit.test_arch import SMOLLM2
+
+Function = Callable[..., Tensor]
+
+
+def plain_swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    heads = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(heads, dim=2) for x in (key, value))
+    scores = torch.einsum("qbnd,kbnd->bnqk", query, key) / query.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
+
+
+CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
+    "squared_relu": (squared_relu, lambda x: x.relu().square(), [(5, 3, 16)]),
+    "swiglu": (swiglu, plain_swiglu, [(5, 3, 32)]),
+    "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), plain_norm, [(5, 3, 24), (24,)]),
+    "attention": (attention.causal_attention, plain_attention, [(21, 3, 6, 8), (21, 3, 2, 8), (21, 3, 2, 8)]),
+}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # of the root mean square
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of queries, the last of them shorter."""
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", 8)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    function, plain, shapes = CASES[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found, wanted = function(*inputs), plain(*wide)
+    grad = torch.randn_like(found)
+    got = [found, *torch.autograd.grad(found, inputs, grad)]
+    for one, other in zip(got, [wanted, *torch.autograd.grad(wanted, wide, grad.double())], strict=True):
+        assert one.dtype == dtype
+        assert (one - other).norm() <= TOLERANCE[dtype] * other.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_more_is_kept_than_the_inputs(name: str) -> None:
+    """Nothing without gradients; otherwise nothing as large as the input, except the input or one tensor in its place."""
+    function, _, shapes = CASES[name]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        function(*(torch.randn(shape) for shape in shapes))
+        assert not kept
+        function(*(torch.randn(shape, requires_grad=True) for shape in shapes))
+    assert len([x for x in kept if x.shape in [torch.Size(shape) for shape in shapes]]) == len(shapes)
+    assert all(x.shape in [torch.Size(shape) for shape in shapes] or x.shape[-1] == 1 for x in kept)
+
+
+def gradients(recompute: Recompute) -> dict[str, Tensor]:
+    """Of a small model in bf16 on fixed tokens."""
+    shape = SMOLLM2.smaller(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=6)
+    torch.manual_seed(0)
+    model = build(shape, dtype=torch.bfloat16, **RECOMPUTE[recompute]).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model(torch.arange(40).view(2, 20)).float().square().sum().backward()
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def test_recomputation_gives_the_same_gradients_in_bf16() -> None:
+    with start(ParallelConfig(), World(), seed=1):
+        kept, *others = (gradients(recompute) for recompute in Recompute)
+    for other in others:
+        assert kept.keys() == other.keys() and all(torch.equal(kept[name], other[name]) for name in kept)
