@@ -68,13 +68,10 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         num_ranks=machine.num_gpus,
         cuda=machine.cuda,
         runtime_bytes=machine.reserved_bytes,
-        can_shard_optimizer=machine.cuda,
     )
 
 
-def configured_layout(
-    config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int, can_shard_optimizer: bool
-) -> Layout:
+def configured_layout(config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int) -> Layout:
     """Return the layout that the configuration asks for on so many ranks."""
     train, tp = config.train, config.parallel.tensor_model_parallel_size
     return Layout(
@@ -89,7 +86,7 @@ def configured_layout(
         logit_passes=logit_passes(config.distill),
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.splits_sequences(train.seq_length, cuda=cuda),
-        sharded_optimizer=train.shards_optimizer(possible=can_shard_optimizer),
+        sharded_optimizer=train.distributed_optimizer,
         cuda=cuda,
     )
 
