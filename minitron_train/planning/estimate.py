@@ -11,7 +11,7 @@ from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import Layout
+from minitron_train.planning.memory import Layout, saved_bytes
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
 from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
 from minitron_train.runtime.files import atomic_write_json
@@ -197,10 +197,12 @@ def describe_choice(
         ]
         for on in ("full", "none")
     )
+    saved = saved_bytes(student, layout)
     return {
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
         "fits": choice.fits,
         "memory_bytes": choice.memory,
+        "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.tp * layout.dp)},
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "tokens_per_second": tokens / choice.step.total,
         **duration_and_price(choice, config.train.num_steps, machine),

@@ -31,7 +31,17 @@ from minitron_train.train.export import (
     find_checkpoint,
 )
 from minitron_train.train.run import exit_to_resume
-from tests.support.training import NUM_STEPS, Interrupted, Material, before_step, interrupt, make_material, rows, run
+from tests.support.training import (
+    NUM_STEPS,
+    Interrupted,
+    Material,
+    before_step,
+    interrupt,
+    make_material,
+    rows,
+    run,
+    student_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +59,6 @@ def broken_off(training: Material, tmp_path: Path) -> Path:
         run(training, tmp_path)
     assert [path.name for path in files.finished(tmp_path / "checkpoints")] == ["step_00000006", "step_00000003"]
     return tmp_path
-
-
-def student_of(folder: Path, target: Path) -> dict[str, torch.Tensor]:
-    """The exported weights."""
-    target.mkdir()
-    export_checkpoint(find_checkpoint(folder, folder, trust_external=True), target)
-    opened = HFFolder(target)
-    return {name: opened.read(name) for name in opened.sizes}
 
 
 def test_resume_is_bit_equal(training: Material, uninterrupted: Path, broken_off: Path, tmp_path: Path) -> None:
