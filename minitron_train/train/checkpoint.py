@@ -127,7 +127,7 @@ def copy_to_host(bucket: WriteBucket, live: set[int]) -> WriteBucket:
     """Copy the tensors of a bucket to host memory, each once.
 
     Args:
-        live: storages that training changes (`live_storages`). megatron-core has already copied other host tensors.
+        live: addresses of the storages that training changes. Other tensors in host memory are copies made by megatron-core.
     """
     path, name, (raw, tensors) = bucket
     copied = [

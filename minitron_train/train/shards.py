@@ -1,8 +1,9 @@
 """Sharded state dicts: each rank saves its own share of the weights and of AdamW's state, as boxes of whole tensors.
 
 megatron-core's distributed optimizer gives every data-parallel rank an interval of each flattened parameter. Its own formats
-do not suit a checkpoint of many ranks. `dp_reshardable` cannot change the tensor-parallel size, `fully_reshardable` gathers
-all state on one rank, and with torch's AdamW both restore a wrong `step`: after loading, all parameters share one counter.
+do not suit a checkpoint of many ranks. `dp_reshardable` cannot change the tensor-parallel size. `fully_reshardable` gathers all
+state on one rank. Without Transformer Engine and Apex, neither can be resumed: megatron-core 0.16 asserts a `step` that a new
+optimizer lacks, and its load_state_dict gives all parameters one step tensor, which each of them then increments.
 
 This module cuts an interval into boxes of the parameter and needs no communication. torch.distributed.checkpoint reads the
 boxes that overlap a request, so any number of ranks can load the result, with a sharded or an unsharded optimizer.
@@ -24,10 +25,7 @@ from torch.nn import Parameter
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"  # fp32 copy of a bf16 weight
 STATE_KEY = "optimizer.state.{name}.{key}"  # a tensor's name in the checkpoint; `key` is the weight's name
-FORMER_NAMES = (
-    "optimizer.state.fp32_param.",
-    "optimizer.state.param.",
-)  # now, and in megatron-core's fully_reshardable
+MASTER_KEYS = ("optimizer.state.fp32_param.", "optimizer.state.param.")  # here, and in `fully_reshardable`
 
 Sharded = ShardedTensor | ShardedTensorFactory
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
@@ -65,15 +63,14 @@ def held_state(optimizers: Iterable[MegatronOptimizer]) -> list[Held]:
 
 def updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Parameter, Tensor]]:
     """Yield each weight and the fp32 tensor that AdamW updates: a shard, a copy, or the weight itself."""
-    own = optimizer
-    if isinstance(own, DistributedOptimizer):
-        weights = (*own.model_float16_groups, *own.model_fp32_groups)
-        mains = (*own.shard_fp32_from_float16_groups, *own.shard_fp32_groups)
-    elif isinstance(own, Float16OptimizerWithFloat16Params):
-        weights = (*own.float16_groups, *own.fp32_from_fp32_groups)
-        mains = (*own.fp32_from_float16_groups, *own.fp32_from_fp32_groups)
+    if isinstance(optimizer, DistributedOptimizer):
+        weights = (*optimizer.model_float16_groups, *optimizer.model_fp32_groups)
+        mains = (*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups)
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        weights = (*optimizer.float16_groups, *optimizer.fp32_from_fp32_groups)
+        mains = (*optimizer.fp32_from_float16_groups, *optimizer.fp32_from_fp32_groups)
     else:
-        weights = mains = tuple(group["params"] for group in own.param_groups)
+        weights = mains = tuple(group["params"] for group in optimizer.param_groups)
     yield from zip(chain.from_iterable(weights), chain.from_iterable(mains), strict=True)
 
 
@@ -120,16 +117,16 @@ def state_to_save(model: dict[str, Any], share: Iterable[Held]) -> dict[str, Any
         share: disjoint over the data-parallel ranks.
     """
     places = sharded_weights(model)
-    boxes: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
     state: dict[str, Any] = {}
     for entry in share:
         place, interval = places[id(entry.weight)], (entry.start, entry.stop)
-        weights = flat(entry.weight)[entry.start : entry.stop]
-        boxes |= sharded_boxes("{key}", place, weights, *interval, replica=0)
+        values = flat(entry.weight)[entry.start : entry.stop]
+        weights |= sharded_boxes("{key}", place, values, *interval, replica=0)
         for name, tensor in entry.state.items():
             state |= sharded_boxes(STATE_KEY.replace("{name}", name), place, tensor, *interval, replica=0)
     rest = {name: value for name, value in model.items() if not is_weight(value)}
-    return {"model": rest | boxes, "optimizer": state}
+    return {"model": rest | weights, "optimizer": state}
 
 
 def state_to_load(model: dict[str, Any], held: list[Held], replica: int) -> dict[str, Any]:
@@ -229,7 +226,7 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
 
 def with_former_names(template: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return `template` with the former names of master weights, if a checkpoint of the tensors `names` uses them."""
-    now, former = FORMER_NAMES
+    now, former = MASTER_KEYS
     if any(name.startswith(now) for name in names) or not any(name.startswith(former) for name in names):
         return template
     state = {name: replace(box, key=box.key.replace(now, former, 1)) for name, box in template["optimizer"].items()}
