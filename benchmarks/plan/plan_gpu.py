@@ -99,7 +99,7 @@ def compare(layers: int, sequences: int, recompute: str, toy: bool) -> dict[str,
         weight_bytes=width,
         teacher_weight_bytes=width,
         recompute=recompute,
-        sharded_optimizer=CUDA,
+        sharded_optimizer=True,
         cuda=CUDA,
     )
     parts = distill_bytes(teacher, student, layout)

@@ -13,7 +13,7 @@ from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig, Precision
 from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
 from minitron_train.planning.estimate import configured_layout
-from minitron_train.planning.hardware import can_shard_optimizer_here, cuda_here
+from minitron_train.planning.hardware import cuda_here
 from minitron_train.planning.memory import distill_bytes
 from minitron_train.planning.precision import settled
 from minitron_train.runtime.errors import UserError
@@ -141,7 +141,6 @@ def distill_options(
         num_ranks=world.size,
         cuda=cuda,
         runtime_bytes=reserved_bytes(config, cuda),
-        can_shard_optimizer=cuda and can_shard_optimizer_here(),
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])
     for size in tp_sizes(world, *filter(None, (teacher, student))):

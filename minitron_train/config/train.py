@@ -68,9 +68,7 @@ class TrainConfig:
     transformer_engine: bool = opt(
         False, "use the fused layers of Transformer Engine (needs CUDA and the package; not tested)"
     )
-    distributed_optimizer: bool | None = opt(
-        None, "shard the optimizer state over data-parallel ranks; default: on GPUs with Transformer Engine or Apex"
-    )
+    distributed_optimizer: bool = opt(True, "shard the optimizer state over the data-parallel ranks; saves memory")
     early_stop_evaluations: int = opt(
         0, "evaluations without improvement of checkpoint.best_metric before training stops; 0: never"
     )
@@ -90,10 +88,6 @@ class TrainConfig:
     def num_steps(self) -> int:
         """Steps of the whole run."""
         return math.ceil(self.num_tokens / self.step_tokens)
-
-    def shards_optimizer(self, *, possible: bool) -> bool:
-        """Whether data-parallel ranks shard the optimizer state: as configured, by default wherever `possible`."""
-        return possible if self.distributed_optimizer is None else self.distributed_optimizer
 
     def validate(self) -> None:
         counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")

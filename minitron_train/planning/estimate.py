@@ -11,7 +11,7 @@ from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import WEIGHT_BYTES, Layout
+from minitron_train.planning.memory import WEIGHT_BYTES, Layout, saved_bytes
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
 from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
@@ -70,13 +70,10 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
         num_ranks=machine.num_gpus,
         cuda=machine.cuda,
         runtime_bytes=machine.reserved_bytes,
-        can_shard_optimizer=machine.cuda,
     )
 
 
-def configured_layout(
-    config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int, can_shard_optimizer: bool
-) -> Layout:
+def configured_layout(config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int) -> Layout:
     """Return the layout that the configuration asks for on so many ranks."""
     train, tp = config.train, config.parallel.tensor_model_parallel_size
     return Layout(
@@ -91,7 +88,7 @@ def configured_layout(
         logit_passes=logit_passes(config.distill),
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.splits_sequences(train.seq_length, cuda=cuda),
-        sharded_optimizer=train.shards_optimizer(possible=can_shard_optimizer),
+        sharded_optimizer=train.distributed_optimizer,
         cuda=cuda,
     )
 
@@ -202,10 +199,12 @@ def describe_choice(
         ]
         for on in ("full", "none")
     )
+    saved = saved_bytes(student, layout)
     return {
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
         "fits": choice.fits,
         "memory_bytes": choice.memory,
+        "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.tp * layout.dp)},
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "tokens_per_second": tokens / choice.step.total,
         **duration_and_price(choice, config.train.num_steps, machine),

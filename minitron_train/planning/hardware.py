@@ -93,17 +93,6 @@ def cuda_here() -> bool:
     return torch.cuda.is_available()
 
 
-def can_shard_optimizer_here() -> bool:
-    """Whether a run with megatron-core's distributed optimizer can be resumed on this machine.
-
-    Without FusedAdam of Transformer Engine or Apex, megatron-core 0.16 (DistributedOptimizer.state_dict) asserts state that
-    a new process does not have yet.
-    """
-    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
-
-    return HAVE_APEX_OR_TE and cuda_here()
-
-
 def data_sheet_flops(device_name: str, precision: Precision, cluster: ClusterConfig) -> float | None:
     """Peak FLOP/s of a GPU on its data sheet: by name, else cluster.peak_tflops; None in fp32 or where neither is known."""
     if precision is not Precision.bf16:

@@ -134,10 +134,23 @@ def loss_bytes(student: Shape, teacher: Shape | None, layout: Layout) -> int:
     return int(blocks + weight_grad + layout.tokens * widths)
 
 
+def state_width(layout: Layout) -> int:
+    """Return the bytes per parameter of AdamW's two fp32 moments, and of an fp32 master weight if the weights are bf16."""
+    return 2 * FP32 + (FP32 if layout.weight_bytes < FP32 else 0)
+
+
 def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
-    """Return the bytes of AdamW's two fp32 moments, and of fp32 master weights if the weights are bf16."""
-    state = 8 + (FP32 if layout.weight_bytes < FP32 else 0)
-    return state * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
+    """Return the bytes of AdamW's state in one process."""
+    return state_width(layout) * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
+
+
+def saved_bytes(student: Shape, layout: Layout) -> int:
+    """Return the bytes that one process copies to host memory for a checkpoint: its share of weights and AdamW's state.
+
+    Data-parallel ranks divide the state equally, also where each holds all of it (train.shards).
+    """
+    width = layout.weight_bytes + state_width(layout)
+    return width * parameters_per_rank(student, layout.tp) // layout.dp
 
 
 def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:

@@ -109,9 +109,13 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     if layout["sharded_optimizer"] and layout["dp"] > 1:
         whole = parts["optimizer"] * layout["dp"] / GIB
         lines[list(rows).index("optimizer")] += (
-            f"   (sharded over DP with Transformer Engine or Apex; otherwise {whole:.2f})"
+            f"   (sharded over DP; {whole:.2f} with train.distributed_optimizer=false)"
         )
-    return lines
+    host = choice["host_bytes_of_save"]
+    return [
+        *lines,
+        f"  a checkpoint copies {host['rank'] / GIB:.2f} GiB per process to host memory, {host['node'] / GIB:.1f} GiB per node",
+    ]
 
 
 def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from minitron_train.model.build import DTYPES, LanguageModel, build
 from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
-from minitron_train.planning.hardware import can_shard_optimizer_here, data_sheet_flops, gemm_flops
+from minitron_train.planning.hardware import data_sheet_flops, gemm_flops
 from minitron_train.planning.precision import agreed
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
@@ -55,10 +55,6 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
-    if train.distributed_optimizer and not can_shard_optimizer_here():
-        raise UserError(
-            "train.distributed_optimizer=true: a run can be resumed only with CUDA and Transformer Engine or Apex; remove it"
-        )
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")

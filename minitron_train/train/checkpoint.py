@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -54,12 +56,14 @@ WriteBucket = tuple[str, str, tuple[list[Any], list[Any]]]  # path, name, (bytes
 class Writing:
     """One checkpoint that is being written: a thread writes this rank's files, `finish` completes it collectively."""
 
-    def __init__(self, request: AsyncRequest, folder: Path, manifest: Mapping[str, Any], rank: int) -> None:
+    def __init__(
+        self, request: AsyncRequest, live: set[int], folder: Path, manifest: Mapping[str, Any], rank: int
+    ) -> None:
         self.finalize, self.folder, self.manifest, self.rank = request.finalize_fns, folder, manifest, rank
         self.thread: threading.Thread | None = None
         if request.async_fn is not None:  # this rank has data to write
             transforms, (_, buckets, results) = request.async_fn.args[0], request.async_fn_args  # type: ignore[attr-defined]
-            arguments = (transforms, [copy_to_host(bucket) for bucket in buckets], results)
+            arguments = (transforms, [copy_to_host(bucket, live) for bucket in buckets], results)
             self.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self.thread.start()
 
@@ -119,11 +123,17 @@ def captured_errors() -> Iterator[list[OSError]]:
         yield errors
 
 
-def copy_to_host(bucket: WriteBucket) -> WriteBucket:
-    """Copy a bucket to host memory. With a GPU, tensors on the host are already copies made by megatron-core."""
+def copy_to_host(bucket: WriteBucket, live: set[int]) -> WriteBucket:
+    """Copy the tensors of a bucket to host memory, each once.
+
+    Args:
+        live: addresses of the storages that training changes. Other tensors in host memory are copies made by megatron-core.
+    """
     path, name, (raw, tensors) = bucket
-    copy = not torch.cuda.is_available()
-    return path, name, (raw, [(item, tensor.detach().to("cpu", copy=copy)) for item, tensor in tensors])
+    copied = [
+        (item, tensor.detach().to("cpu", copy=tensor.untyped_storage().data_ptr() in live)) for item, tensor in tensors
+    ]
+    return path, name, (raw, copied)
 
 
 def write_bucket(transforms: list[Any], k: int, bucket: WriteBucket) -> list[Any]:
@@ -171,7 +181,7 @@ class CheckpointManager:
         """Start writing a checkpoint; collective. The tensors of `state` may change after this returns.
 
         Args:
-            state: sharded state dict (megatron-core).
+            state: sharded state dict (megatron-core). Each rank writes the tensors whose replica number is 0.
             facts: entries for the manifest, such as `tokens` and `evaluation`.
             wait: return only when the checkpoint is on disk.
 
@@ -182,12 +192,15 @@ class CheckpointManager:
         scratch = files.checkpoint_path(self.folder, step).with_suffix(self.suffix)
         if not self._prepare(scratch, state):
             return False
+        live = {tensor.untyped_storage().data_ptr() for tensor, _ in sharded_tensors(state)}
         with cpu.cuda_means_cpu():
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-            request = dist_checkpointing.save(state, str(scratch), strategy, async_sharded_save=True)
+            request = dist_checkpointing.save(  # torch checks that the boxes cover each tensor once
+                state, str(scratch), strategy, validate_access_integrity=False, async_sharded_save=True
+            )
         assert isinstance(request, AsyncRequest)
         manifest = {"step": step, **facts, "belongs_to": self.belongs_to}
-        self.writing = Writing(request, scratch, manifest, self.groups.rank)
+        self.writing = Writing(request, live, scratch, manifest, self.groups.rank)
         return self.poll(wait=wait or not self.settings.asynchronous)
 
     def poll(self, *, wait: bool = False) -> bool:
@@ -208,11 +221,11 @@ class CheckpointManager:
             return False
         return True
 
-    def load(self, make_template: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    def load(self, template: dict[str, Any]) -> dict[str, Any] | None:
         """Load the newest undamaged checkpoint, or return None if no checkpoint exists; collective.
 
         Args:
-            make_template: returns the sharded state dict whose tensors are filled.
+            template: sharded state dict whose tensors are filled.
 
         Raises:
             UserError: its settings differ (they are named), it uses a class that is not allowed, or every checkpoint is damaged.
@@ -226,7 +239,7 @@ class CheckpointManager:
                 continue
             self._check_settings(path)
             with cpu.cuda_means_cpu():
-                loaded = safe_load.load(make_template(), path)
+                loaded = safe_load.load(template, path, self.groups.dp_group)
             self.groups.on_rank0(partial(files.make_newest, path, self.settings, self.best_metric))
             return loaded
         if paths:
@@ -247,7 +260,8 @@ class CheckpointManager:
         megatron-core writes the run state on rank 0 before its first collective, where a failure would leave the other
         ranks waiting. A trial write of the same size finds such a failure here.
         """
-        needed = sum_over_tensors(state) * self.groups.tp_size
+        own = sum(tensor.nbytes for tensor, is_saved in sharded_tensors(state) if is_saved)
+        needed = int(self.groups.sum(torch.tensor(own, device=self.groups.device)))
         short = False
         if self.groups.is_first:
             try:
@@ -295,11 +309,8 @@ class CheckpointManager:
         self.groups.barrier()
 
 
-def sum_over_tensors(state: Any) -> int:
-    """Return the bytes of all tensors in a nested sharded state dict on this rank."""
-    if isinstance(state, dict):
-        return sum(sum_over_tensors(value) for value in state.values())
-    if isinstance(state, list | tuple):
-        return sum(sum_over_tensors(value) for value in state)
-    data = getattr(state, "data", None)
-    return data.numel() * data.element_size() if isinstance(data, Tensor) else 0
+def sharded_tensors(state: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the tensors of a sharded state dict, and whether this rank saves them."""
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, Tensor):
+            yield entry.data, is_main_replica(entry.replica_id)

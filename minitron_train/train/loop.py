@@ -3,7 +3,6 @@
 import contextlib
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,25 +240,18 @@ class Trainer:
         state = self.state
         state.capture(self.groups, self.stream.state_dict())
         facts = {"tokens": state.tokens, "evaluation": state.finite_evaluation if state.is_evaluated else {}}
-        return self.checkpoints.save(state.step, self.sharded_state(loading=False), facts, wait=wait)
-
-    def sharded_state(self, loading: bool) -> dict[str, Any]:
-        """Return model, optimizer and run state as a sharded state dict of megatron-core."""
-        model = self.student.sharded_state_dict()
-        return {
-            "optimizer": self.optimizer.sharded_state_dict(model, loading),
-            "model": model,
-            **({} if loading else {"run": self.state.state_dict()}),
-        }
+        sharded = self.optimizer.state_to_save(self.student.sharded_state_dict()) | {"run": state.state_dict()}
+        return self.checkpoints.save(state.step, sharded, facts, wait=wait)
 
     def resume(self) -> None:
         """Resume from the newest undamaged checkpoint, if one exists."""
-        loaded = self.checkpoints.load(lambda: self.sharded_state(loading=True))
+        template = self.optimizer.state_to_load(self.student.sharded_state_dict())
+        loaded = self.checkpoints.load(template)
         if loaded is None:
             return
-        self.student.load_state_dict(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
         self.state.load_state_dict(loaded["run"])
+        self.student.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(template["optimizer"], loaded["optimizer"], self.state.num_updates)
         self.stream.load_state_dict(self.state.restore(self.groups))
         say(f"resumed at step {self.state.step} of {self.num_steps}")
 

@@ -1,6 +1,7 @@
 """The optimizer: megatron-core's DDP and AdamW, the learning-rate schedule, gradient clipping."""
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,11 +10,13 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
 from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel import cpu
-from minitron_train.planning.hardware import can_shard_optimizer_here
+from minitron_train.train import shards
+from minitron_train.train.shards import Held
 
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
     Recompute.none: {},
@@ -50,17 +53,17 @@ def learning_rate(train: TrainConfig, tokens: int) -> float:
 class Optimizer:
     """The student under DDP, with its AdamW state. Weight decay applies to matrices, not to norms and biases (1-D).
 
-    The distributed optimizer shards its state over the data-parallel ranks. It is the default for several such ranks on
-    GPUs with Transformer Engine or Apex, since a run can be resumed there. No test covers it on GPUs.
+    With train.distributed_optimizer, several data-parallel ranks shard the state: each updates an equal part of the weights.
     """
 
     def __init__(self, student: LanguageModel, train: TrainConfig) -> None:
         self.clip_grad = train.clip_grad
-        several = parallel_state.get_data_parallel_world_size() > 1
-        distributed = train.shards_optimizer(possible=several and can_shard_optimizer_here())
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.is_sharded = train.distributed_optimizer and self.dp_size > 1
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed,
+            use_distributed_optimizer=self.is_sharded,
             overlap_grad_reduce=torch.cuda.is_available(),
         )
         settings = OptimizerConfig(
@@ -73,13 +76,19 @@ class Optimizer:
             clip_grad=train.clip_grad,
             bf16=train.precision is Precision.bf16,
             params_dtype=DTYPES[train.precision],
-            use_distributed_optimizer=distributed,
+            use_distributed_optimizer=self.is_sharded,
         )
         with cpu.cuda_means_cpu():
             self.model = DistributedDataParallel(student.config, ddp, student)
             self.inner: Any = get_megatron_optimizer(settings, [self.model])
         for group in self.inner.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
+        shards.create_state(self.parts)
+
+    @property
+    def parts(self) -> list[MegatronOptimizer]:
+        """megatron-core's optimizers, one for each kind of parameter; a dense model has one."""
+        return self.inner.chained_optimizers
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
@@ -102,20 +111,24 @@ class Optimizer:
             group["lr"] = lr
         with cpu.cuda_means_cpu():
             if self.clip_grad > 0:
-                for part in self.inner.chained_optimizers:
-                    clip_grad_by_total_norm_fp32(part.get_parameters(), self.clip_grad, gradient_norm)
+                for part in self.parts:
+                    clip_grad_by_total_norm_fp32([*part.get_parameters()], self.clip_grad, gradient_norm)
             self.inner.step_with_ready_grads()
 
-    def sharded_state_dict(self, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
-        """Return the state for a megatron-core checkpoint. Only the first data-parallel rank gathers sharded state."""
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": True,
-        }
-        with cpu.cuda_means_cpu():
-            return self.inner.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+    def state_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Return the sharded state dict, `model` and `optimizer`, of the share that this rank saves."""
+        share: Iterable[Held] = shards.held_state(self.parts)
+        if not self.is_sharded:
+            share = shards.own_share(list(share), self.dp_rank, self.dp_size)
+        return shards.state_to_save(model_state, share)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that dist_checkpointing.load filled."""
-        with cpu.cuda_means_cpu():
-            self.inner.load_state_dict(state)
+    def state_to_load(self, model_state: dict[str, Any]) -> dict[str, Any]:
+        """Return the sharded state dict, `model` and `optimizer`, that a checkpoint fills."""
+        return shards.state_to_load(
+            model_state, shards.held_state(self.parts), replica=0 if self.is_sharded else self.dp_rank
+        )
+
+    def load_state_dict(self, template: dict[str, Any], loaded: dict[str, Any], num_updates: int) -> None:
+        """Restore the state that `template` asked for, after `num_updates` updates."""
+        shards.copy_loaded(template, loaded)
+        shards.set_step(self.parts, num_updates)

@@ -14,10 +14,12 @@ from typing import IO, Any, cast
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -27,6 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.records import read_bytes
 from minitron_train.train.checkpoint_files import is_file_name
+from minitron_train.train.shards import with_former_names
 
 METADATA = ".metadata"
 REMEDY = "the file is damaged or was not written by this program; name another checkpoint"
@@ -167,18 +170,21 @@ class SafeCommon(TorchCommonLoadStrategy):
         return read_tensors(path, str(path))
 
 
-def load(template: dict[str, Any], path: Path) -> dict[str, Any]:
+def load(template: dict[str, Any], path: Path, dp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Load a checkpoint with megatron-core's `dist_checkpointing.load`; collective.
 
     Args:
         template: sharded state dict whose tensors are filled.
+        dp_group: ranks that divide among them the reading of tensors which all of them need, and send them to each other.
 
     Raises:
         UserError: on every rank, when a file is rejected (see `read_metadata`, `read_tensors`).
     """
-    read_metadata(path)  # raises on every rank, before the first collective
+    names = read_metadata(path).state_dict_metadata  # raises on every rank, before the first collective
+    template = with_former_names(template, names)
+    reader = FullyParallelLoadStrategyWrapper(SafeShards(), dp_group) if dp_group else SafeShards()
     try:
-        return cast(dict[str, Any], dist_checkpointing.load(template, str(path), SafeShards(), SafeCommon()))
+        return cast(dict[str, Any], dist_checkpointing.load(template, str(path), reader, SafeCommon()))
     except CheckpointException as error:
         refused = [failure for failure, _ in error.failures.values() if isinstance(failure, UserError)]
         if refused:

@@ -48,6 +48,11 @@ class RunState:
             self.sources[name] = self.sources.get(name, 0) + drawn
 
     @property
+    def num_updates(self) -> int:
+        """Updates of the weights so far, AdamW's `step`."""
+        return self.step - self.num_skipped
+
+    @property
     def source_shares(self) -> Metrics:
         """The fraction of all sequences that each source has provided, for the metrics."""
         total = max(1, sum(self.sources.values()))

@@ -10,37 +10,10 @@ import pytest
 
 from minitron_train.train import checkpoint_files as files
 from tests.support.helpers import run_ranks, start_ranks
-from tests.support.training import Interrupted, Material, before_step, interrupt, rows, run
+from tests.support.training import Interrupted, Material, assert_equal, before_step, interrupt, rows, run, train_here
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
 HIDDEN = {"distill__hidden_layers": ["embedding/embedding", "1/2"], "distill__ce_weight": 0.5}
-LOSSES = ("loss", "grad_norm", "eval.validation.kl", "eval.validation.loss")
-
-
-def train_here(rank: int, world_size: int, runs: list[tuple[Material, Path, dict[str, Any]]]) -> None:
-    """Several runs in the same processes, one after the other; `stop_in` breaks a run off in that step."""
-    for number, (material, folder, settings) in enumerate(runs):
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 7 * number)
-        settings = dict(settings)
-        stop_in = settings.pop("stop_in", 0)
-        with before_step(stop_in, interrupt):
-            try:
-                run(material, folder, **settings)
-            except Interrupted:
-                assert stop_in
-
-
-def differences(folder: Path, wanted: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest distance of each logged value from another run's, step by step."""
-    found = rows(folder)
-    assert [row["step"] for row in found] == [row["step"] for row in wanted]
-    pairs = [
-        (key, row[key], other[key]) for row, other in zip(found, wanted, strict=True) for key in LOSSES if key in row
-    ]
-    return {
-        name: max(abs(value - other) for key, value, other in pairs if key == name)
-        for name in {key for key, *_ in pairs}
-    }
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +23,6 @@ def one_rank(training: Material, tmp_path_factory: pytest.TempPathFactory) -> di
     run(training, root / "plain")
     run(training, root / "hidden", **HIDDEN)
     return {name: rows(root / name) for name in ("plain", "hidden")}
-
-
-def assert_equal(folder: Path, wanted: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
-    """Every logged value is within `tolerance` (relative to the wanted one)."""
-    for name, distance in differences(folder, wanted).items():
-        scale = max(abs(row[name]) for row in wanted if name in row)
-        assert distance < tolerance * max(1.0, scale), (folder.name, name, distance)
 
 
 def test_two_ranks_and_changes_of_layout(

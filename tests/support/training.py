@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.support.models import save_tiny
 
 SEQ_LENGTH, ROWS, NUM_STEPS = 32, 8, 8
 VOCAB = 320
+LOSSES = ("loss", "grad_norm", "eval.validation.kl", "eval.validation.loss")
 
 
 @dataclass(frozen=True)
@@ -110,3 +112,59 @@ def interrupt(trainer: Any) -> None:
     """An action for `before_step`: wait until pending checkpoints are on disk, then raise Interrupted."""
     trainer.checkpoints.poll(wait=True)
     raise Interrupted
+
+
+def train_here(rank: int, world_size: int, runs: list[tuple[Material, Path, dict[str, Any]]]) -> None:
+    """Several runs in the same processes, one after the other; `stop_in` breaks a run off in that step."""
+    for number, (material, folder, settings) in enumerate(runs):
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 7 * number)
+        settings = dict(settings)
+        stop_in = settings.pop("stop_in", 0)
+        with before_step(stop_in, interrupt):
+            try:
+                run(material, folder, **settings)
+            except Interrupted:
+                assert stop_in
+
+
+def differences(folder: Path, wanted: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest distance of each logged value from another run's, step by step."""
+    found = rows(folder)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    pairs = [
+        (key, row[key], other[key]) for row, other in zip(found, wanted, strict=True) for key in LOSSES if key in row
+    ]
+    return {
+        name: max(abs(value - other) for key, value, other in pairs if key == name)
+        for name in {key for key, *_ in pairs}
+    }
+
+
+def assert_equal(folder: Path, wanted: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
+    """Every logged value is within `tolerance` (relative to the wanted one)."""
+    for name, distance in differences(folder, wanted).items():
+        scale = max(abs(row[name]) for row in wanted if name in row)
+        assert distance < tolerance * max(1.0, scale), (folder.name, name, distance)
+
+
+def student_of(folder: Path, target: Path) -> dict[str, Any]:
+    """The exported weights."""
+    from minitron_train.hf import HFFolder
+    from minitron_train.train.export import export_checkpoint, find_checkpoint
+
+    target.mkdir()
+    export_checkpoint(find_checkpoint(folder, folder, trust_external=True), target)
+    opened = HFFolder(target)
+    return {name: opened.read(name) for name in opened.sizes}
+
+
+def former_state(self: Any, model: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer.state_to_save in the format of earlier checkpoints: megatron-core's own."""
+    from minitron_train.parallel import cpu
+
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
+    with cpu.cuda_means_cpu():
+        return {"model": model, "optimizer": self.inner.sharded_state_dict(model, is_loading=False, metadata=metadata)}

@@ -207,25 +207,6 @@ def test_masks_that_transformer_engine_would_not_see(training: Material, tmp_pat
         run(training, tmp_path, train__transformer_engine=True, **other)
 
 
-def test_an_optimizer_that_could_not_be_resumed(training: Material, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.distributed_optimizer=true: .* can be resumed only with CUDA"):
-        run(training, tmp_path, train__distributed_optimizer=True)
-
-
-@pytest.mark.parametrize(
-    ("configured", "fused_adam", "sharded"), [(None, True, True), (None, False, False), (False, True, False)]
-)
-def test_the_optimizer_is_sharded_where_it_can_be_resumed(
-    monkeypatch: pytest.MonkeyPatch, configured: bool | None, fused_adam: bool, sharded: bool
-) -> None:
-    from minitron_train.planning import hardware
-
-    monkeypatch.setattr(hardware, "cuda_here", lambda: True)
-    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", fused_adam)
-    train = TrainConfig(distributed_optimizer=configured)
-    assert train.shards_optimizer(possible=hardware.can_shard_optimizer_here()) is sharded
-
-
 def test_metrics_file_holds_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
