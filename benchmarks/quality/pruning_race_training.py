@@ -124,7 +124,7 @@ class Race:
 
     def cut(self, start: Start) -> Path:
         """The pruned folder of a start. `prune` skips a finished cut, and starts with equal settings share one."""
-        output = self.folder / "cuts" / short_hash(start.cut)
+        output = self.folder / "cuts" / short_hash({"prune": "default"} | start.cut)
         return mt.prune(self.teacher, output, text=self.text, settings={**self.settings, **start.cut}).folder
 
     def run(self, run: Run) -> Row:
