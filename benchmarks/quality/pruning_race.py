@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from pruning_race_plan import BUDGETS, MODELOPT, OURS, Grid, Start, plan_lines
+from pruning_race_plan import BUDGETS, MODELOPT, OURS, Grid, Start, minutes, plan_lines
 from pruning_race_report import DASH, Results, as_json, markdown, svg
-from pruning_race_rows import HEADLINE, Row, Rows, Run, amount
+from pruning_race_rows import HEADLINE, Row, Rows, Run, amount, run_of
 
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_write_text, exclusive
@@ -111,11 +111,21 @@ def race(asked: argparse.Namespace, grid: Grid, rows: Rows, deadline_s: float) -
 
 def run_left(runner: "Race", grid: Grid, rows: Rows, only: str = "") -> None:
     """Run what is left until nothing is, or until the deadline; every finished run gets its row at once."""
-    while (left := grid.left(rows.read(), only)) and time.monotonic() < runner.deadline_s:
-        row = runner.run(left[0])
+    for row in rows.read():
+        runner.forget(run_of(row))  # a kill may have come between the row and this
+    while left := grid.left(rows.read(), only):
+        if time.monotonic() > runner.deadline_s:
+            return print(f"time limit: {len(left)} runs left; the same command continues")
+        run = left[0]
+        print(f"{run.name}: begins, about {minutes(run, rows.read()):.0f} min", flush=True)
+        try:
+            row = runner.run(run)
+        except SystemExit:
+            print(f"{run.name}: stopped; the same command resumes it", flush=True)
+            raise
         rows.append(row)
-        runner.forget(left[0])
-        print(f"{progress_line(left[0], row)}, {len(left) - 1} left", flush=True)
+        runner.forget(run)
+        print(f"{progress_line(run, row)}, {len(left) - 1} left", flush=True)
 
 
 def progress_line(run: Run, row: Row) -> str:

@@ -132,10 +132,6 @@ class Rows:
                     "give the new ones another name with --start"
                 )
 
-    def finished(self, run: Run) -> Row | None:
-        """The row of a run."""
-        return next((row for row in self.read() if run_of(row) == run), None)
-
     def append(self, row: Row) -> None:
         """Add one row. A kill leaves the old file or the new one. A row that cannot be compared is refused."""
         rows = self.read()

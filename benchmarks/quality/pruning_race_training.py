@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import platform
@@ -165,11 +166,11 @@ class Race:
 
     def training_folder(self, run: Run, student: Path) -> Path:
         """A run's folder. It changes with the weights of the cut, since a checkpoint of another cut must not be resumed."""
-        return self.folder / "runs" / f"{run.name.replace(' ', '-')}-{hf.fingerprint(student)[:8]}"
+        return self.folder / "runs" / f"{slug(run)}-{hf.fingerprint(student)[:8]}"
 
     def forget(self, run: Run) -> None:
         """Delete the checkpoints of a run that has a row: gigabytes. Its metrics stay."""
-        for folder in (self.folder / "runs").glob(f"{run.name.replace(' ', '-')}-*"):
+        for folder in (self.folder / "runs").glob(f"{glob.escape(slug(run))}-*"):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def row(self, run: Run, config: Config, start_s: float, **facts: Any) -> Row:
@@ -190,6 +191,11 @@ class Race:
             batch=[train_config.global_batch_size, train_config.seq_length],
             settings=sections | deciding_settings(config, distilled=True),
         )
+
+
+def slug(run: Run) -> str:
+    """The run's name in file names."""
+    return run.name.replace(" ", "-")
 
 
 def machine() -> str:
