@@ -21,7 +21,10 @@ TAKES_BEST_OF = {1_000_000: 300_000}  # budget -> the budget whose best rates it
 TWO_SEEDS = (300_000, 1_000_000)  # budgets whose best rates have a second seed
 TRAINING = ("train", "distill")  # sections of settings that change the training and not the cut
 RESERVED = {"train.num_tokens", "train.lr", "train.min_lr", "train.warmup_steps", "seed"}  # the race sets these itself
-UNKNOWN_SECONDS = {"token": 2.2e-3, "untrained": 60.0}  # for a plan without rows: one EPYC core in bf16, otherwise idle
+UNKNOWN_SECONDS = {
+    "token": 0.013,
+    "untrained": 350.0,
+}  # CPU seconds of a busy AMD EPYC in bf16, for a plan without rows
 
 Rate = tuple[float, float]  # learning rate, warm-up
 

@@ -134,12 +134,13 @@ class Race:
         Raises:
             SystemExit: the training was stopped; the same call resumes it.
         """
+        start_s = time.perf_counter()
         student = self.cut(self.starts[run.start]) if run.start in self.starts else self.teacher
-        return self.trained(run, student) if run.budget else self.measured(run, student)
+        return self.trained(run, student, start_s) if run.budget else self.measured(run, student, start_s)
 
-    def measured(self, run: Run, student: Path) -> Row:
+    def measured(self, run: Run, student: Path, start_s: float) -> Row:
         """The row of a student that is not trained."""
-        start_s, config = time.perf_counter(), self.config(run)
+        config = self.config(run)
         with (
             start_groups(config.parallel, World(), config.seed) as groups,
             contextlib.ExitStack() as stack,
@@ -149,9 +150,9 @@ class Race:
             found = HeldOut(self.tokens).evaluate(assemble(config, groups, files, teacher, Path(scratch), stack))
         return self.row(run, config, start_s, tokens=0, steps=0, losses=losses(found, "eval."), curve=[])
 
-    def trained(self, run: Run, student: Path) -> Row:
+    def trained(self, run: Run, student: Path, start_s: float) -> Row:
         """The row of a trained student."""
-        start_s, config, folder = time.perf_counter(), self.config(run), self.training_folder(run, student)
+        config, folder = self.config(run), self.training_folder(run, student)
         hook = HeldOut(self.tokens, self.deadline_s)
         folder.mkdir(parents=True, exist_ok=True)
         with start_groups(config.parallel, World(), config.seed) as groups:
