@@ -12,6 +12,7 @@ so each rank reads only its own rows: convert a large blend once if hundreds of 
 
 # B this rank's sequences, S tokens of a sequence, N validation sequences
 import hashlib
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -41,6 +42,10 @@ class Batch:
     mask_BS: Tensor  # float32: 0 where the label is the first token of another document (data.document_attention)
     documents_BS: Tensor | None  # int64, number of the document in its row (data.document_attention), else None
     sources: dict[str, int]  # sequences of each source in the whole global batch
+
+
+class StreamClosed(Exception):
+    """Another thread closes the stream while it makes a batch."""
 
 
 class TokenStream:
@@ -80,6 +85,7 @@ class TokenStream:
             late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
         self.blend = Blend(weights=[part.weights for part in self.feed.parts], late_start=late_start)
         self.packers = [self.packer(i, None) for i in range(len(self.feed.parts))]
+        self.closing = threading.Event()
 
     def packer(self, i: int, state: dict | None) -> Packer:
         """Source i from a saved state, or from its beginning."""
@@ -95,7 +101,11 @@ class TokenStream:
         )
 
     def next_batch(self, global_batch_size: int) -> Batch:
-        """This rank's rows of the next `global_batch_size` sequences; the size may differ from call to call."""
+        """This rank's rows of the next `global_batch_size` sequences; the size may differ from call to call.
+
+        Raises:
+            StreamClosed: `closing` was set; this is noticed within a unit.
+        """
         if global_batch_size % self.dp_size:
             raise UserError(
                 f"train.global_batch_size={global_batch_size}: must be a multiple of the {self.dp_size} data-parallel "
@@ -104,12 +114,15 @@ class TokenStream:
         drawn = [self.blend.draw() for _ in range(global_batch_size)]
         for source in set(drawn):
             self.packers[source].start()
-        windows = [
-            self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
-            for row, source in enumerate(drawn)
-        ]
+        windows = [self.next_window(source, row) for row, source in enumerate(drawn)]
         counts = Counter(self.feed.parts[source].name for source in drawn)
         return make_batch([window for window in windows if window], self.data.document_attention, dict(counts))
+
+    def next_window(self, source: int, row: int) -> Window | None:
+        """The next window of a source; None if another rank takes this row of the global batch."""
+        if self.closing.is_set():
+            raise StreamClosed
+        return self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
 
     def state_dict(self) -> dict:
         """A small JSON-able state. It is the same on every rank, and valid for any number of ranks and workers."""
@@ -149,16 +162,16 @@ class TokenStream:
 def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
     """Stack windows. Document numbers and the mask are needed only if attention is limited to documents.
 
-    Positions do not restart at a document: rotary embeddings depend only on distances.
+    Positions do not restart at a document: rotary embeddings depend only on distances. numpy does the work: torch would
+    start a second pool of threads in a thread that prefetches.
     """
-    tokens = torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64))
-    documents = torch.from_numpy(np.stack([window.documents for window in windows]).astype(np.int64))
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    tokens = np.stack([window.tokens for window in windows])
+    inputs, labels = (torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
     if not document_attention:
-        mask = torch.ones(inputs.shape)
-        return Batch(inputs, labels, mask, None, counts)
-    mask = (documents[:, :-1] == documents[:, 1:]).float()
-    return Batch(inputs, labels, mask, documents[:, :-1].contiguous(), counts)
+        return Batch(inputs, labels, torch.from_numpy(np.ones(inputs.shape, np.float32)), None, counts)
+    documents = np.stack([window.documents for window in windows])
+    mask = (documents[:, :-1] == documents[:, 1:]).astype(np.float32)
+    return Batch(inputs, labels, torch.from_numpy(mask), torch.from_numpy(documents[:, :-1].astype(np.int64)), counts)
 
 
 def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:

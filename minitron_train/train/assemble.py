@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
+from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.distillation.hidden import HiddenPairs, check_layers
 from minitron_train.distillation.loss import real_rows
@@ -76,14 +77,16 @@ def assemble(
     signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
     train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer, vocab_size = open_tokenizer(config, groups, student_files, teacher_files)
-    stream = TokenStream(
-        config.data,
-        tokenizer,
-        seq_length=train.seq_length,
-        seed=config.seed,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        total_tokens=train.num_tokens,
+    stream = PrefetchingStream(
+        TokenStream(
+            config.data,
+            tokenizer,
+            seq_length=train.seq_length,
+            seed=config.seed,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            total_tokens=train.num_tokens,
+        )
     )
     stack.callback(stream.close)
     student = load_model(student_files, config, groups, **student_arguments(train))
