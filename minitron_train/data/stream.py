@@ -5,9 +5,9 @@ packed into windows and shuffled again. The blend chooses the source of the next
 … of each global batch. The numbers of workers and ranks change no batch.
 
 The state is a few numbers per source. Resuming tokenises the current unit of each source again: a megabyte of text,
-however long the run was. Every rank tokenises all text, because the position of a row depends on the rows before it; a
-worker reaches about 300,000 tokens/s (docs/results.md, benchmarks/speed/stream.py). .bin/.idx sources know their lengths,
-so each rank reads only its own rows: convert a large blend once if hundreds of ranks share it.
+however long the run was. Every rank tokenises all text, because the position of a row depends on the rows before it. A
+worker reaches 400,000 to 500,000 tokens per CPU second (docs/results.md, benchmarks/speed/stream.py). .bin/.idx sources
+know their lengths, so each rank reads only its own rows: convert a large blend once if hundreds of ranks share it.
 """
 
 # B this rank's sequences, S tokens of a sequence, N validation sequences
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
 from minitron_train.data.blend import Blend
-from minitron_train.data.feed import Feed
+from minitron_train.data.feed import Feed, Known
 from minitron_train.data.pack import Packer, Window
 from minitron_train.data.sources import train_split, validation_source
 from minitron_train.data.units import Split, Unit
@@ -51,7 +51,9 @@ class StreamClosed(Exception):
 class TokenStream:
     """Global batches of packed sequences; `next_batch` returns this rank's rows.
 
-    `total_tokens` decides where the late phase begins (data.late_fraction).
+    Args:
+        total_tokens: decides where the late phase begins (data.late_fraction).
+        known: see Feed.
 
     Raises:
         UserError: at once for paths and weights; at the first batch for mistakes that only reading shows.
@@ -67,6 +69,7 @@ class TokenStream:
         dp_rank: int = 0,
         dp_size: int = 1,
         total_tokens: int | None = None,
+        known: Known | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size
         if data.late_fraction and total_tokens is None:
@@ -78,8 +81,8 @@ class TokenStream:
         self.seed = seed
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length)
-        self.identity = self.feed.fingerprint()  # fingerprint of the files at this time
+        self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length, known)
+        self.known = self.feed.known  # of the files at this time
         late_start = None
         if data.late_fraction and total_tokens:
             late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
@@ -151,7 +154,7 @@ class TokenStream:
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""
-        text = f"{self.identity} {self.seed} {self.seq_length} {train_split(self.data).fraction}"
+        text = f"{self.known.fingerprint} {self.seed} {self.seq_length} {train_split(self.data).fraction}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
@@ -199,8 +202,17 @@ def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_
 
     They come from data.validation_path if it is set, otherwise from the documents that `TokenStream` leaves out.
     """
+    return take_held_out(validation_feed(data, tokenizer, seq_length), data, seq_length, seed)
+
+
+def validation_feed(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Feed:
+    """The sources of the held-out tokens."""
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
-    feed = Feed(validation_data(data), tokenizer, split, 0, seq_length)
+    return Feed(validation_data(data), tokenizer, split, 0, seq_length)
+
+
+def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> Tensor:
+    """`validation_tokens` of opened sources."""
     blend = Blend(weights=[part.weights for part in feed.parts], late_start=None)
     quotas = Counter(blend.draw() for _ in range(max(1, data.validation_tokens // seq_length)))
     windows = []

@@ -126,6 +126,20 @@ class Groups:
         store.set(key, pickle.dumps((value, None)))
         return value
 
+    def tensor_from_rank0(self, work: Callable[[], Tensor]) -> Tensor:
+        """`on_rank0` for a large CPU tensor, which is broadcast: the store would hold it and send it to each process."""
+        if self.world_size == 1:
+            return work()
+        made: list[Tensor] = []
+
+        def describe() -> tuple[torch.Size, torch.dtype]:
+            made.append(work())
+            return made[0].shape, made[0].dtype
+
+        shape, dtype = self.on_rank0(describe)
+        value = made[0] if made else torch.empty(shape, dtype=dtype)
+        return self.from_first(value.to(self.device)).cpu()
+
 
 @contextlib.contextmanager
 def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]:
