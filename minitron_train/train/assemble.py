@@ -22,7 +22,7 @@ from minitron_train.distillation.loss import real_rows
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config
 from minitron_train.model.build import DTYPES, LanguageModel, build
-from minitron_train.model.load import load_weights
+from minitron_train.model.load import share_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import can_shard_optimizer_here, data_sheet_flops, gemm_flops
@@ -190,7 +190,7 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
         transformer_engine=config.train.transformer_engine,
         **arguments,
     )
-    load_weights(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
+    share_weights(model, files.table, files.shape, files, groups)
     return model
 
 

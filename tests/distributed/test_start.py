@@ -10,6 +10,7 @@ from unittest import mock
 from minitron_train.data import held_out, tokenizers
 from minitron_train.data.held_out import HELD_OUT, kept_tokens
 from minitron_train.data.stream import TokenStream
+from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
 from tests.support.training import SEQ_LENGTH, Interrupted, Material, make_config, run
@@ -52,13 +53,13 @@ def begin(rank: int, world_size: int, material: Material, folder: Path) -> Count
 
 
 def test_rank_0_reads_for_all(training: Material, tmp_path: Path) -> None:
-    """Rank 1 opens no file to identify the data or to find held-out tokens. The second start searches
+    """Rank 1 opens no file to identify the data or to find held-out tokens, and reads no weights. The second start searches
     no held-out tokens.
     """
     for num_searches in (1, 0):
         first, other = run_ranks(begin, 2, training, tmp_path)
-        assert first["corpus opened"] and first["held-out searched"] == num_searches
-        assert other.keys() <= {"tensors read"}
+        assert first["corpus opened"] and first["held-out searched"] == num_searches and first["tensors read"] > 10
+        assert not other
 
 
 def tokens_and_weights(rank: int, world_size: int, material: Material, folder: Path) -> tuple[Any, ...]:
@@ -100,3 +101,28 @@ def test_a_changed_or_damaged_file_of_held_out_tokens_is_made_again(
     config.data.validation_tokens //= 2
     fewer = kept_tokens(tmp_path, config.data, tokenizer, SEQ_LENGTH, config.seed).tolist()
     assert fewer == wanted[: len(fewer)] and len(fewer) < len(wanted)
+
+
+def damaged_read(rank: int, world_size: int, material: Material, folder: Path) -> str:
+    """The line with which a rank ends if rank 0 cannot read a tensor of the student."""
+    from minitron_train.hf import rows
+
+    read_at, calls = rows.read_at, []
+
+    def fail(file: int, entry: Any, *arguments: Any) -> None:
+        calls.append(entry)
+        if len(calls) == 3:
+            raise UserError(f"{entry.file.name}: ends inside tensor {entry.name}; it was changed while it was read")
+        read_at(file, entry, *arguments)
+
+    with mock.patch.object(rows, "read_at", fail):
+        try:
+            run(material, folder)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_a_rank_that_cannot_read_ends_all(training: Material, tmp_path: Path) -> None:
+    line, other = run_ranks(damaged_read, 2, training, tmp_path)
+    assert line == other and "ends inside tensor" in line
