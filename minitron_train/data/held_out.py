@@ -66,5 +66,5 @@ def read(path: Path, key: str) -> Tensor | None:
 def sha256(tokens: Tensor) -> str:
     """sha256 of shape, dtype and values."""
     digest = hashlib.sha256(f"{tuple(tokens.shape)} {tokens.dtype}".encode())
-    digest.update(tokens.contiguous().view(torch.uint8).numpy())
+    digest.update(tokens.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
