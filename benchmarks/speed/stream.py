@@ -259,7 +259,7 @@ def compute(cpu_s: float) -> None:
     """Multiply matrices until this thread has used so much CPU time."""
     matrix, end_s = torch.ones(512, 512), time.thread_time() + cpu_s
     while time.thread_time() < end_s:
-        matrix @ matrix
+        torch.mm(matrix, matrix)
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:
