@@ -7,6 +7,11 @@ Throughput: packed tokens per second of each kind of source, from the second bat
 on this machine: it computes only the matrix products of a 28 M student's forward and backward pass and a 57 M teacher's
 forward pass, at the rate of the fastest large GEMM on all cores (benchmarks/speed/step.py measures the real one).
 Resume: seconds from a saved state to the next batch, after a fraction of one large JSONL.gz.
+Stall: seconds that each step waits for a global batch of 4.7 M tokens of JSONL, tokenised by one process, with 12 s of
+compute between two calls, with and without prefetching. Compute is matrix products on one thread until that thread has
+used 12 s of CPU time. So other load on the machine delays the step and the stream alike. `producer_to_compute` is the
+tokenising process's CPU time for one batch over those 12 s: the step waits if it exceeds 1. --quick divides tokens and
+compute by 8.
 """
 
 from step import SEQ_LENGTH, STUDENT, TEACHER, VOCAB, gemm_gflops  # isort: skip  # imported first, because it sets the number of threads
@@ -24,17 +29,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from minitron_train.config import DataConfig
 from minitron_train.data import corpus, tokenizers
+from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import TokenStream
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 
 BATCH = 32
 SHARES = (0.01, 0.5, 0.9)  # fractions of the file after which a run is resumed
+STEP_ROWS, STEP_LENGTH, COMPUTE_S, NUM_STEPS = 1152, 4096, 12.0, 4  # NUM_STEPS: steps whose wait is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,8 @@ def main() -> None:
         trainer = trainer_tokens_per_second()
         rows = throughput(folder, documents, tokenizer, budget_s=1.5 if arguments.quick else 8.0)
         resume = resume_seconds(folder, documents * (2 if arguments.quick else 20), tokenizer)
-    figures = summarise(rows, resume, trainer)
+        stalls = stall_seconds(folder, tokenizer, scale=8 if arguments.quick else 1)
+    figures = summarise(rows, resume, trainer) | stalls
     show(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -204,6 +214,59 @@ def seconds(work: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
+def stall_seconds(folder: Path, tokenizer: Any, scale: int) -> dict[str, Any]:
+    """Seconds that the slowest of some steps waits for its batch, and what one batch costs."""
+    num_rows, compute_s = STEP_ROWS // scale, COMPUTE_S / scale
+    data = DataConfig(path=str(folder / "a.jsonl"), num_workers=1, cache_dir=str(folder / "cache"))
+    before, _ = waits(TokenStream(data, tokenizer, seq_length=STEP_LENGTH, seed=1), num_rows, compute_s)
+    stream = PrefetchingStream(TokenStream(data, tokenizer, seq_length=STEP_LENGTH, seed=1))
+    after, worker_s = waits(stream, num_rows, compute_s)
+    indexed = DataConfig(path=str(folder / "a.idx"), num_workers=0, cache_dir=str(folder / "cache"))
+    pairs, _ = waits(
+        PrefetchingStream(TokenStream(indexed, tokenizer, seq_length=STEP_LENGTH, seed=1)), num_rows, compute_s
+    )
+    tokens = num_rows * STEP_LENGTH
+    return {
+        "stall_s": max(after),
+        "stall_without_prefetching_s": max(before),
+        "stall_bin_s": max(pairs),
+        "batch_tokens": tokens,
+        "compute_s": compute_s,
+        "producer_to_compute": worker_s / compute_s,
+        "worker_tokens_per_cpu_second": tokens / worker_s,
+        "waits_s": {"prefetching": after, "without": before, "bin": pairs},
+    }
+
+
+def waits(stream: TokenStream | PrefetchingStream, num_rows: int, compute_s: float) -> tuple[list[float], float]:
+    """Seconds of each call after the first, with compute between calls, and the workers' CPU seconds for one batch."""
+    torch.set_num_threads(1)
+    stream.next_batch(num_rows)
+    feed = stream.feed if isinstance(stream, TokenStream) else stream.stream.feed
+    workers = [psutil.Process(worker.process.pid) for worker in feed.pool.workers]
+    found, cpu_s = [], [cpu_seconds(workers)]
+    for _ in range(NUM_STEPS):
+        compute(compute_s)
+        start_s = time.perf_counter()
+        stream.next_batch(num_rows)
+        found.append(time.perf_counter() - start_s)
+        cpu_s.append(cpu_seconds(workers))
+    stream.close()
+    return found, (cpu_s[-1] - cpu_s[0]) / NUM_STEPS
+
+
+def compute(cpu_s: float) -> None:
+    """Multiply matrices until this thread has used so much CPU time."""
+    matrix, end_s = torch.ones(512, 512), time.thread_time() + cpu_s
+    while time.thread_time() < end_s:
+        torch.mm(matrix, matrix)
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    """CPU time that these processes have used."""
+    return sum(process.cpu_times().user + process.cpu_times().system for process in processes)
+
+
 def summarise(rows: list[Row], resume: dict[str, Any], trainer: float) -> dict[str, Any]:
     """The flat figures and their rows."""
     slowest = min(row.tokens_per_second for row in rows if row.num_workers == 1)
@@ -234,6 +297,12 @@ def show(figures: dict[str, Any]) -> None:
     print(f"{'after':>8} {'ours':>9} {'datasets':>9}")
     for share, ours, peer in zip(SHARES, resume["ours_s"], resume["datasets_s"], strict=True):
         print(f"{share:8.0%} {ours:8.2f}s {peer:8.2f}s")
+    print(
+        f"\nglobal batch of {figures['batch_tokens']:,} tokens, one worker, {figures['compute_s']:g} s of compute: the slowest "
+        f"step waits {figures['stall_s']:.3f} s ({figures['stall_without_prefetching_s']:.2f} s without prefetching, "
+        f"{figures['stall_bin_s']:.3f} s from .bin/.idx)\nworker: {figures['worker_tokens_per_cpu_second']:,.0f} tokens per "
+        f"CPU second, {figures['producer_to_compute']:.2f} of the compute"
+    )
 
 
 if __name__ == "__main__":

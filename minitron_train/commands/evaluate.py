@@ -59,7 +59,8 @@ def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
         origin.shape.check_length(config.train.seq_length, "train.seq_length", label)
         ws.check_fits("eval", NEEDS, origin.shape, teacher=origin.shape)
         tokenizer = load_tokenizer(origin.tokenizer)
-        tokens = validation_tokens(config.data, tokenizer, config.train.seq_length, config.seed)
+        length = config.train.seq_length
+        tokens = ws.groups.tensor_from_rank0(lambda: validation_tokens(config.data, tokenizer, length, config.seed))
         return evaluate_model(
             config,
             ws.groups,

@@ -3,31 +3,52 @@
 import hashlib
 import zlib
 from collections.abc import Iterator
-from functools import partial
-from typing import TypeGuard
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
 from minitron_train.data import sources, tokenizers
-from minitron_train.data.formats import Embedded, FileFormat
 from minitron_train.data.hub import HubSource
-from minitron_train.data.identity import Watch
+from minitron_train.data.identity import FileRecord, Watch, records_of
 from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.pack import Position
 from minitron_train.data.units import UNIT_BYTES, EncodeJob, ReadJob, Split, UnitMaker, permutation
 from minitron_train.data.workers import Deferred, Pending, Pool
+from minitron_train.runtime.errors import UserError
 
 UNIT_WINDOWS = 32  # least windows per unit, since the rest after its last full window is dropped
 BYTES_PER_TOKEN = 4  # typical, of text
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is found out by reading all files of a blend. Rank 0 does it and tells the others."""
+
+    fingerprint: str  # sha256 of sources, weights and tokenizer
+    records: dict[str, FileRecord]  # by path
+
+
 class Feed:
-    """The opened parts of a blend and the processes that tokenise them."""
+    """The opened parts of a blend and the processes that tokenise them.
+
+    Args:
+        known: from rank 0; None: read the files where that is needed.
+
+    Raises:
+        UserError: this rank finds other files than rank 0.
+    """
 
     def __init__(
-        self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split, num_workers: int, seq_length: int
+        self,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        split: Split,
+        num_workers: int,
+        seq_length: int,
+        known: Known | None = None,
     ) -> None:
         self.parts = sources.parts(data)
         self.opened = [part.open(split) for part in self.parts]
@@ -37,7 +58,12 @@ class Feed:
             if isinstance(source, IndexedSource) and not split.held_out:
                 source.warn_without_ends(self.encoder.end)
         self.vocab_size = tokenizers.vocab_size(tokenizer)
-        watches = {i: Watch(source.paths) for i, source in texts.items() if reads_files(source)}
+        self.told = known
+        records = self.told_records()
+        for source in self.opened:
+            if isinstance(source, IndexedSource | HubSource):
+                source.records = records
+        watches = {i: Watch(paths, records) for i, text in texts.items() if (paths := sources.files_to_watch(text))}
         self.pool = Pool(UnitMaker(texts, self.encoder, split, watches), num_workers)
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
@@ -75,12 +101,21 @@ class Feed:
         blocks_per_unit = max(1, self.unit_bytes // source.block_bytes)
         return max(1, round(source.num_blocks / blocks_per_unit))
 
-    def fingerprint(self) -> str:
-        """sha256 of sources, weights and tokenizer."""
+    @cached_property
+    def known(self) -> Known:
+        """What rank 0 has found out, or else what the files say now."""
+        if self.told:
+            return self.told
         text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
-        return hashlib.sha256(text.encode()).hexdigest()
+        records = [record for source in self.opened for record in records_of(sources.files_to_watch(source))]
+        return Known(hashlib.sha256(text.encode()).hexdigest(), {record.path: record for record in records})
 
-
-def reads_files(source: object) -> TypeGuard[FileFormat]:
-    """Whether a source reads files that may change during the run."""
-    return isinstance(source, FileFormat) and not isinstance(source, Embedded)
+    def told_records(self) -> dict[str, FileRecord] | None:
+        """The records of rank 0, which must be of the files that this rank finds; None if this rank reads the files."""
+        if self.told is None:
+            return None
+        found = {str(path) for source in self.opened for path in sources.files_to_watch(source)}
+        if others := sorted(found ^ self.told.records.keys()):
+            where = "not here, but on rank 0" if others[0] in self.told.records else "here, but not on rank 0"
+            raise UserError(f"{others[0]}: is {where}; give all nodes the same files, then start again")
+        return self.told.records

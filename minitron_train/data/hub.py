@@ -4,14 +4,14 @@ Documents come in the data set's order, since a shuffle buffer cannot be resumed
 `datasets` resumes at the beginning of a shard and skips rows, so prefer data sets with many shards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from minitron_train.config import SourceConfig
 from minitron_train.data.formats import combine
-from minitron_train.data.identity import Watch, records_of
+from minitron_train.data.identity import FileRecord, Watch, records_of
 from minitron_train.runtime.errors import UserError, first_line
 
 
@@ -21,6 +21,7 @@ class HubSource:
     def __init__(self, name: str, source: SourceConfig) -> None:
         self.name = name
         self.source = source
+        self.records: Mapping[str, FileRecord] | None = None  # see Watch
         self.initial_state: dict = {}  # state of `rows` before the first row
 
     @cached_property
@@ -47,7 +48,7 @@ class HubSource:
     @cached_property
     def watch(self) -> Watch:
         """The files of a local folder as they were when it was opened; a repository has none."""
-        return Watch(self.files)
+        return Watch(self.files, self.records)
 
     @property
     def files(self) -> list[Path]:

@@ -10,7 +10,7 @@ import datetime
 import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -108,12 +108,32 @@ def content_sha256(path: Path, stamp: Stamp, share_bytes: int) -> str:
 
 
 class Watch:
-    """Files as they were when a run opened them; `check` stops a run before it trains on other content."""
+    """Files as they were when a run opened them; `check` stops a run before it trains on other content.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    Args:
+        records: what rank 0 has found out about these files, by path, so that other ranks need not read them. None: read them.
+
+    Raises:
+        UserError: this rank sees another content than rank 0.
+    """
+
+    def __init__(self, paths: Sequence[Path], records: Mapping[str, FileRecord] | None = None) -> None:
         self.stamps = {path: Stamp.of(path) for path in paths}
         self.total_bytes = sum(stamp.size_bytes for stamp in self.stamps.values())
-        self.records = {record.path: record for record in records_of(paths)}
+        self.records = records or {record.path: record for record in records_of(paths)}
+        for path, stamp in self.stamps.items():
+            self.check_record(path, stamp)
+
+    def check_record(self, path: Path, stamp: Stamp) -> None:
+        """Compare the content with the record if size or time differ; nodes may see different times of one file."""
+        record = self.records[str(path)]
+        if (stamp.size_bytes, stamp.mtime_ns) == (record.size_bytes, record.mtime_ns):
+            return
+        if describe_file(path, stamp, share(stamp, self.total_bytes)).sha256 != record.sha256:
+            raise UserError(
+                f"{path}: had {record.size_bytes:,} bytes on rank 0, has {stamp.size_bytes:,} here or other content; give all "
+                "nodes the same file, then start again"
+            )
 
     def check_all(self) -> None:
         """`check` every file."""

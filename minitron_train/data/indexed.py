@@ -6,7 +6,7 @@ A document of several sequences (--split-sentences) is not split.
 
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,11 +141,12 @@ class IndexedSource:
         self.prefixes = prefixes
         self.split = split
         self.files = [prefix.with_name(prefix.name + suffix) for prefix in prefixes for suffix in (".idx", ".bin")]
+        self.records: Mapping[str, identity.FileRecord] | None = None  # see Watch
 
     @cached_property
     def watch(self) -> identity.Watch:
         """The files as they were when opened; without it, a change would go unnoticed."""
-        return identity.Watch(self.files)
+        return identity.Watch(self.files, self.records)
 
     @cached_property
     def pairs(self) -> list[Pair]:

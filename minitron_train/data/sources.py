@@ -9,7 +9,17 @@ from pathlib import Path
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
 from minitron_train.data.corpus import PARTS
 from minitron_train.data.discover import FileId, file_id, root_of
-from minitron_train.data.formats import Arrow, Csv, Embedded, JsonLines, Parquet, TextFiles, TextFormat, combine
+from minitron_train.data.formats import (
+    Arrow,
+    Csv,
+    Embedded,
+    FileFormat,
+    JsonLines,
+    Parquet,
+    TextFiles,
+    TextFormat,
+    combine,
+)
 from minitron_train.data.hub import HubSource
 from minitron_train.data.identity import FileRecord, records_of
 from minitron_train.data.indexed import IndexedSource
@@ -252,9 +262,15 @@ def file_records(data: DataConfig) -> list[FileRecord]:
     found = parts(data)
     if data.validation_path:
         found += [Part("validation", validation_source(data), cache_folder(data))]
-    opened = [(part, part.open(train_split(data))) for part in found]
-    paths = [source.files if isinstance(source, IndexedSource | HubSource) else part.paths for part, source in opened]
-    return [record for files_of_part in paths for record in records_of(files_of_part)]
+    opened = [part.open(train_split(data)) for part in found]
+    return [record for source in opened for record in records_of(files_to_watch(source))]
+
+
+def files_to_watch(source: "TextFormat | IndexedSource | HubSource") -> Sequence[Path]:
+    """The files of a source that may change during a run; none of the embedded corpus and of the hub's repositories."""
+    if isinstance(source, IndexedSource | HubSource):
+        return source.files
+    return source.paths if isinstance(source, FileFormat) and not isinstance(source, Embedded) else ()
 
 
 def fingerprint(sources: Sequence[Part], opened: Sequence["TextFormat | IndexedSource | HubSource"]) -> str:

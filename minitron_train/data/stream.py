@@ -5,13 +5,14 @@ packed into windows and shuffled again. The blend chooses the source of the next
 … of each global batch. The numbers of workers and ranks change no batch.
 
 The state is a few numbers per source. Resuming tokenises the current unit of each source again: a megabyte of text,
-however long the run was. Every rank tokenises all text, because the position of a row depends on the rows before it; a
-worker reaches about 300,000 tokens/s (docs/results.md, benchmarks/speed/stream.py). .bin/.idx sources know their lengths,
-so each rank reads only its own rows: convert a large blend once if hundreds of ranks share it.
+however long the run was. Every rank tokenises all text, because the position of a row depends on the rows before it. A
+worker reaches 400,000 to 500,000 tokens per CPU second (docs/results.md, benchmarks/speed/stream.py). .bin/.idx sources
+know their lengths, so each rank reads only its own rows: convert a large blend once if hundreds of ranks share it.
 """
 
 # B this rank's sequences, S tokens of a sequence, N validation sequences
 import hashlib
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
 from minitron_train.data.blend import Blend
-from minitron_train.data.feed import Feed
+from minitron_train.data.feed import Feed, Known
 from minitron_train.data.pack import Packer, Window
 from minitron_train.data.sources import train_split, validation_source
 from minitron_train.data.units import Split, Unit
@@ -43,10 +44,16 @@ class Batch:
     sources: dict[str, int]  # sequences of each source in the whole global batch
 
 
+class StreamClosed(Exception):
+    """Another thread closes the stream while it makes a batch."""
+
+
 class TokenStream:
     """Global batches of packed sequences; `next_batch` returns this rank's rows.
 
-    `total_tokens` decides where the late phase begins (data.late_fraction).
+    Args:
+        total_tokens: decides where the late phase begins (data.late_fraction).
+        known: see Feed.
 
     Raises:
         UserError: at once for paths and weights; at the first batch for mistakes that only reading shows.
@@ -62,6 +69,7 @@ class TokenStream:
         dp_rank: int = 0,
         dp_size: int = 1,
         total_tokens: int | None = None,
+        known: Known | None = None,
     ) -> None:
         assert 0 <= dp_rank < dp_size
         if data.late_fraction and total_tokens is None:
@@ -73,13 +81,14 @@ class TokenStream:
         self.seed = seed
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length)
-        self.identity = self.feed.fingerprint()  # fingerprint of the files at this time
+        self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length, known)
+        self.known = self.feed.known  # of the files at this time
         late_start = None
         if data.late_fraction and total_tokens:
             late_start = round((1 - data.late_fraction) * total_tokens / seq_length)
         self.blend = Blend(weights=[part.weights for part in self.feed.parts], late_start=late_start)
         self.packers = [self.packer(i, None) for i in range(len(self.feed.parts))]
+        self.closing = threading.Event()
 
     def packer(self, i: int, state: dict | None) -> Packer:
         """Source i from a saved state, or from its beginning."""
@@ -95,7 +104,11 @@ class TokenStream:
         )
 
     def next_batch(self, global_batch_size: int) -> Batch:
-        """This rank's rows of the next `global_batch_size` sequences; the size may differ from call to call."""
+        """This rank's rows of the next `global_batch_size` sequences; the size may differ from call to call.
+
+        Raises:
+            StreamClosed: `closing` was set; this is noticed within a unit.
+        """
         if global_batch_size % self.dp_size:
             raise UserError(
                 f"train.global_batch_size={global_batch_size}: must be a multiple of the {self.dp_size} data-parallel "
@@ -104,12 +117,15 @@ class TokenStream:
         drawn = [self.blend.draw() for _ in range(global_batch_size)]
         for source in set(drawn):
             self.packers[source].start()
-        windows = [
-            self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
-            for row, source in enumerate(drawn)
-        ]
+        windows = [self.next_window(source, row) for row, source in enumerate(drawn)]
         counts = Counter(self.feed.parts[source].name for source in drawn)
         return make_batch([window for window in windows if window], self.data.document_attention, dict(counts))
+
+    def next_window(self, source: int, row: int) -> Window | None:
+        """The next window of a source; None if another rank takes this row of the global batch."""
+        if self.closing.is_set():
+            raise StreamClosed
+        return self.packers[source].next_window(wanted=row % self.dp_size == self.dp_rank)
 
     def state_dict(self) -> dict:
         """A small JSON-able state. It is the same on every rank, and valid for any number of ranks and workers."""
@@ -138,7 +154,7 @@ class TokenStream:
 
     def fingerprint(self) -> str:
         """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""
-        text = f"{self.identity} {self.seed} {self.seq_length} {train_split(self.data).fraction}"
+        text = f"{self.known.fingerprint} {self.seed} {self.seq_length} {train_split(self.data).fraction}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
@@ -149,16 +165,16 @@ class TokenStream:
 def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
     """Stack windows. Document numbers and the mask are needed only if attention is limited to documents.
 
-    Positions do not restart at a document: rotary embeddings depend only on distances.
+    Positions do not restart at a document: rotary embeddings depend only on distances. numpy does the work: torch would
+    start a second pool of threads in a thread that prefetches.
     """
-    tokens = torch.from_numpy(np.stack([window.tokens for window in windows]).astype(np.int64))
-    documents = torch.from_numpy(np.stack([window.documents for window in windows]).astype(np.int64))
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    tokens = np.stack([window.tokens for window in windows])
+    inputs, labels = (torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
     if not document_attention:
-        mask = torch.ones(inputs.shape)
-        return Batch(inputs, labels, mask, None, counts)
-    mask = (documents[:, :-1] == documents[:, 1:]).float()
-    return Batch(inputs, labels, mask, documents[:, :-1].contiguous(), counts)
+        return Batch(inputs, labels, torch.from_numpy(np.ones(inputs.shape, np.float32)), None, counts)
+    documents = np.stack([window.documents for window in windows])
+    mask = (documents[:, :-1] == documents[:, 1:]).astype(np.float32)
+    return Batch(inputs, labels, torch.from_numpy(mask), torch.from_numpy(documents[:, :-1].astype(np.int64)), counts)
 
 
 def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:
@@ -186,8 +202,17 @@ def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_
 
     They come from data.validation_path if it is set, otherwise from the documents that `TokenStream` leaves out.
     """
+    return take_held_out(validation_feed(data, tokenizer, seq_length), data, seq_length, seed)
+
+
+def validation_feed(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Feed:
+    """The sources of the held-out tokens."""
     split = Split(held_out=not data.validation_path, fraction=0 if data.validation_path else data.validation_fraction)
-    feed = Feed(validation_data(data), tokenizer, split, 0, seq_length)
+    return Feed(validation_data(data), tokenizer, split, 0, seq_length)
+
+
+def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> Tensor:
+    """`validation_tokens` of opened sources."""
     blend = Blend(weights=[part.weights for part in feed.parts], late_start=None)
     quotas = Counter(blend.draw() for _ in range(max(1, data.validation_tokens // seq_length)))
     windows = []

@@ -131,12 +131,12 @@ class Worker:
         return MachineError(f"data.num_workers: tokenising process {self.process.pid} {how}; {RESUME}")
 
     def close(self) -> None:
-        """End the process by closing its input. Unread messages are lost."""
+        """End the process by closing its input. Unread messages are lost, also if another thread waits for them."""
         assert self.process.stdin
-        self.answers.close()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.process.stdin.close()
         self.process.wait()
+        self.answers.close()  # last: it would wait for a thread that reads
 
 
 def ended(code: int) -> str:

@@ -1,10 +1,13 @@
 """Hugging Face tensors into megatron-core parameters, one tensor at a time: the whole model is never held twice."""
 
+from collections.abc import Iterator
+
 import torch
 
 from minitron_train.arch.convert import Source, read_shard
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import FUSED_NORMS, Architecture
+from minitron_train.arch.table import FUSED_NORMS, Architecture, ParamSpec
+from minitron_train.parallel.groups import Groups
 
 
 def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -17,17 +20,44 @@ def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-@torch.no_grad()
-def load_weights(
-    module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1
-) -> None:
-    """Fill a megatron-core GPTModel with the part of `source` that tensor-parallel rank `rank` of `size` holds.
+def places(
+    module: torch.nn.Module, table: Architecture, shape: Shape
+) -> Iterator[tuple[torch.nn.Parameter, ParamSpec, int]]:
+    """Each parameter of a GPTModel with its row and its layer, in the order of the table.
 
     A parameter of the model that the table does not cover is an assertion error.
     """
     parameters = parameters_by_row(module)
     for row in table.rows_of(shape):
         for i in row.layers(shape):
-            parameter = parameters.pop(row.mcore.format(i=i))
-            parameter.copy_(read_shard(row, i, shape, source, rank, size))
+            yield parameters.pop(row.mcore.format(i=i)), row, i
     assert not parameters, f"parameters that the {table.name} table does not cover: {sorted(parameters)}"
+
+
+@torch.no_grad()
+def load_weights(
+    module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, rank: int = 0, size: int = 1
+) -> None:
+    """Fill a megatron-core GPTModel with the part of `source` that tensor-parallel rank `rank` of `size` holds."""
+    for parameter, row, i in places(module, table, shape):
+        parameter.copy_(read_shard(row, i, shape, source, rank, size))
+
+
+@torch.no_grad()
+def share_weights(module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, groups: Groups) -> None:
+    """`load_weights` on all ranks; collective. One rank of each data-parallel group reads, and broadcasts tensor by tensor.
+
+    A rank that cannot read takes part in the broadcasts to the end, so that no other rank waits for it.
+
+    Raises:
+        UserError, MachineError: a rank cannot read its part; raised on every rank.
+    """
+    failure: Exception | None = None
+    for parameter, row, i in places(module, table, shape):
+        if groups.dp_rank == 0 and failure is None:
+            try:
+                parameter.copy_(read_shard(row, i, shape, source, groups.tp_rank, groups.tp_size))
+            except Exception as error:  # of any class: raised below, on all ranks
+                failure = error
+        groups.from_first_replica(parameter)
+    groups.raise_together(failure)

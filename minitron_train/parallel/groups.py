@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.config import ParallelConfig
-from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.errors import MachineError, UserError
 from minitron_train.runtime.launch import World, rendezvous
 
 T = TypeVar("T")
@@ -84,6 +84,12 @@ class Groups:
             dist.broadcast(value, src=0)
         return value
 
+    def from_first_replica(self, value: Tensor) -> None:
+        """Broadcast from the first process of the data-parallel group, in place and bit for bit."""
+        if self.dp_size > 1:
+            flat = value.detach().view(-1).view(torch.uint8)  # gloo and NCCL send bytes of any dtype
+            dist.broadcast(flat, src=dist.get_global_rank(self.dp_group, 0), group=self.dp_group)
+
     def any(self, flag: bool) -> bool:
         """Logical or over all processes."""
         value = torch.tensor([float(flag)], device=self.device)
@@ -125,6 +131,39 @@ class Groups:
             raise
         store.set(key, pickle.dumps((value, None)))
         return value
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """End all processes alike if some have failed; collective. A process that has failed gives its exception.
+
+        Raises:
+            UserError, MachineError: the failure of the first such rank; raised on every process.
+            RuntimeError: a rank has failed otherwise; raised on the other processes.
+        """
+        if not self.any(failure is not None):
+            return
+        is_known = isinstance(failure, UserError | MachineError)
+        told = failure if is_known or failure is None else RuntimeError(f"rank {self.rank} has failed: see its message")
+        everyone: list[Any] = [told]
+        if self.world_size > 1:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, told)
+        if failure is not None and not is_known:
+            raise failure
+        raise next(filter(None, everyone))
+
+    def tensor_from_rank0(self, work: Callable[[], Tensor]) -> Tensor:
+        """`on_rank0` for a large CPU tensor, which is broadcast: the store would hold it and send it to each process."""
+        if self.world_size == 1:
+            return work()
+        made: list[Tensor] = []
+
+        def describe() -> tuple[torch.Size, torch.dtype]:
+            made.append(work())
+            return made[0].shape, made[0].dtype
+
+        shape, dtype = self.on_rank0(describe)
+        value = made[0] if made else torch.empty(shape, dtype=dtype)
+        return self.from_first(value.to(self.device)).cpu()
 
 
 @contextlib.contextmanager

@@ -13,13 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from minitron_train.arch import Shape
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
-from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.data.feed import Known
+from minitron_train.data.held_out import kept_tokens
+from minitron_train.data.prefetch import PrefetchingStream
+from minitron_train.data.stream import TokenStream
 from minitron_train.distillation.hidden import HiddenPairs, check_layers
 from minitron_train.distillation.loss import real_rows
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config
 from minitron_train.model.build import DTYPES, LanguageModel, build
-from minitron_train.model.load import load_weights
+from minitron_train.model.load import share_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import data_sheet_flops, gemm_flops
@@ -73,15 +76,7 @@ def assemble(
     signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
     train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer, vocab_size = open_tokenizer(config, groups, student_files, teacher_files)
-    stream = TokenStream(
-        config.data,
-        tokenizer,
-        seq_length=train.seq_length,
-        seed=config.seed,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        total_tokens=train.num_tokens,
-    )
+    stream = PrefetchingStream(open_stream(config, groups, tokenizer))
     stack.callback(stream.close)
     student = load_model(student_files, config, groups, **student_arguments(train))
     teacher = load_teacher(teacher_files, config, groups) if teacher_files is not None else None
@@ -97,7 +92,7 @@ def assemble(
         vocab_size=vocab_size,
     )
     validation = Validation(
-        validation_tokens(config.data, tokenizer, train.seq_length, config.seed),
+        groups.tensor_from_rank0(lambda: kept_tokens(folder, config.data, tokenizer, train.seq_length, config.seed)),
         objective,
         train.micro_batch_size,
         groups,
@@ -123,6 +118,31 @@ def assemble(
         heartbeat=stack.enter_context(Heartbeat(groups.rank, groups.world_size)),
         signals=signals,
     )
+
+
+def open_stream(config: Config, groups: Groups, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    """Open the training data; collective. Only rank 0 reads the files to identify them."""
+    opened: list[TokenStream] = []
+
+    def open_here(known: Known | None = None) -> Known:
+        opened.append(
+            TokenStream(
+                config.data,
+                tokenizer,
+                seq_length=config.train.seq_length,
+                seed=config.seed,
+                dp_rank=groups.dp_rank,
+                dp_size=groups.dp_size,
+                total_tokens=config.train.num_tokens,
+                known=known,
+            )
+        )
+        return opened[0].known
+
+    known = groups.on_rank0(open_here)
+    if not groups.is_first:
+        open_here(known)
+    return opened[0]
 
 
 def open_tokenizer(
@@ -167,7 +187,7 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
         transformer_engine=config.train.transformer_engine,
         **arguments,
     )
-    load_weights(model, files.table, files.shape, files, groups.tp_rank, groups.tp_size)
+    share_weights(model, files.table, files.shape, files, groups)
     return model
 
 

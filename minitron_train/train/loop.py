@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minitron_train.config import Config, OnNonFinite
-from minitron_train.data.stream import Batch, TokenStream
+from minitron_train.data.prefetch import PrefetchingStream
+from minitron_train.data.stream import Batch
 from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
@@ -38,7 +39,7 @@ class Trainer:
     student: LanguageModel
     objective: Objective
     optimizer: Optimizer
-    stream: TokenStream
+    stream: PrefetchingStream
     validation: Validation
     checkpoints: CheckpointManager
     best_metric: BestMetric

@@ -26,7 +26,8 @@ from minitron_train.config import (
     WandbConfig,
     WandbMode,
 )
-from minitron_train.data.stream import Batch, TokenStream
+from minitron_train.data.prefetch import PrefetchingStream
+from minitron_train.data.stream import Batch
 from minitron_train.planning.hardware import data_sheet_flops
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
@@ -420,13 +421,13 @@ def test_some_steps_are_profiled(
 
 
 def test_waiting_for_the_stream_is_logged(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    next_batch = TokenStream.next_batch
+    next_batch = PrefetchingStream.next_batch
 
-    def slow(self: TokenStream, *arguments: Any) -> Batch:
+    def slow(self: PrefetchingStream, *arguments: Any) -> Batch:
         time.sleep(0.05)
         return next_batch(self, *arguments)
 
-    monkeypatch.setattr(TokenStream, "next_batch", slow)
+    monkeypatch.setattr(PrefetchingStream, "next_batch", slow)
     run(training, tmp_path, train__log_every_steps=2)
     waited = [row["data_seconds"] for row in read_rows(tmp_path / "metrics.jsonl").values]
     assert all(seconds >= 0.1 for seconds in waited), "two steps a line, each at least 0.05 s"
