@@ -161,7 +161,10 @@ class SafePlanner(torch_strategy.MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Load one object that is not a tensor, such as a layer's `_extra_state`."""
         name = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[name], read_tensors(value, name))
+        if self.flatten_state_dict:  # megatron-core 0.16
+            set_element(self.original_state_dict, self.mappings[name], read_tensors(value, name))
+        else:
+            self.state_dict[name] = read_tensors(value, name)
 
 
 def read_common(path: Path) -> Any:
