@@ -16,7 +16,7 @@ from megatron.core import package_info
 
 from minitron_train.parallel import cpu
 
-MEGATRON = (package_info.MAJOR, package_info.MINOR)
+MEGATRON: tuple[int, int] = (package_info.MAJOR, package_info.MINOR)
 
 RANDOM = "megatron.core.tensor_parallel.random"
 CHECKPOINTS = "megatron.core.dist_checkpointing"
