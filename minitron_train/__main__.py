@@ -12,6 +12,7 @@ except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
+import logging
 import os
 import warnings
 
@@ -31,6 +32,7 @@ def answer() -> int:
     sys.stderr = Output(sys.stderr, line_buffering=True)
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # about optional packages
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's to megatron-core: nothing a user can act on
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA compiler without a GPU
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us instead of being printed by Hydra
     world = World()
     try:

@@ -1,8 +1,7 @@
-"""Lets megatron-core 0.16 run on a machine without CUDA. Where CUDA exists, every function here does nothing.
+"""What megatron-core's hard-coded CUDA means on a machine without it: named random states, and literal device names.
 
-megatron-core hard-codes "cuda" in several places. `install` replaces five symbols for the whole process.
-`cuda_means_cpu` rewrites literal device names for a block of code (optimizer construction, steps and state dicts).
-tests/unit/test_cpu.py fails when megatron-core renames one of these symbols.
+`parallel.shims` puts the random states in place. `cuda_means_cpu` rewrites device names for a block of code (optimizer
+construction, steps and state dicts), and does nothing where CUDA exists.
 """
 
 import contextlib
@@ -60,14 +59,3 @@ def is_cuda(device: Any) -> bool:
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
     """Make literal CUDA devices mean the CPU during a block."""
     return contextlib.nullcontext() if torch.cuda.is_available() else CudaMeansCpu()
-
-
-def install() -> None:
-    """Replace the five symbols; call it once per process."""
-    if torch.cuda.is_available():
-        return
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]  # rotary embedding, TP mappings
-    torch.cuda.synchronize = lambda device=None: None  # dist_checkpointing, p2p
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    megatron_random.CudaRNGStatesTracker = CpuRngTracker

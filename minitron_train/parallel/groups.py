@@ -184,9 +184,9 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
         )
     from megatron.core import parallel_state, tensor_parallel
 
-    from minitron_train.parallel import cpu
+    from minitron_train.parallel import shims
 
-    cpu.install()
+    shims.install()
     quiet_libraries()
     device = torch.device("cpu")
     if torch.cuda.is_available():

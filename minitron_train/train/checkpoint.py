@@ -21,10 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -32,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_train.config import CheckpointConfig
-from minitron_train.parallel import cpu
+from minitron_train.parallel import cpu, shims
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
@@ -44,11 +42,6 @@ from minitron_train.train.best import BestMetric
 
 WRITER_NICENESS = 10  # the writer yields its core to the training step
 POLL_S = 0.05  # interval at which `poll` asks whether the writers have finished
-
-RANK0_WRITES = (  # megatron-core functions in which rank 0 writes between two collectives
-    (FileSystemWriterAsync, "finish"),  # .metadata
-    (serialization, "save_config"),  # metadata.json
-)
 
 WriteBucket = tuple[str, str, tuple[list[Any], list[Any]]]  # path, name, (bytes, tensors): the contents of one file
 
@@ -100,9 +93,9 @@ class Writing:
 
 @contextlib.contextmanager
 def captured_errors() -> Iterator[list[OSError]]:
-    """Make the functions of `RANK0_WRITES` append an OSError to the yielded list instead of raising it.
+    """Make the functions of `shims.RANK0_WRITES` append an OSError to the yielded list instead of raising it.
 
-    In megatron-core 0.16 rank 0 raises there, on a full disk for example, while the others wait in the next collective.
+    In megatron-core 0.16 and 0.19 rank 0 raises there, on a full disk for example, while the others wait in the next collective.
     """
     errors: list[OSError] = []
 
@@ -115,11 +108,8 @@ def captured_errors() -> Iterator[list[OSError]]:
 
         return call
 
-    with contextlib.ExitStack() as stack:
-        for owner, name in RANK0_WRITES:
-            original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
-            setattr(owner, name, capturing(original))
+    writes = {shim: capturing(getattr(shim.owner, shim.attribute)) for shim in shims.RANK0_WRITES}
+    with shims.replaced(writes):
         yield errors
 
 
@@ -168,7 +158,7 @@ class CheckpointManager:
         self.folder, self.settings, self.groups = folder, settings, groups
         self.best_metric, self.belongs_to = best_metric, dict(belongs_to)
         self.writing: Writing | None = None
-        filesystem_async._results_queue = queue.Queue()  # replaces megatron-core's queue, which needs a spawned process
+        shims.RESULTS_QUEUE.put(queue.Queue())
         names = [f"{PARTIAL}{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(names, src=0)
         self.suffix = names[0]  # unique to this run: the writer of a killed run may still be active
@@ -195,8 +185,9 @@ class CheckpointManager:
         live = {tensor.untyped_storage().data_ptr() for tensor, _ in sharded_tensors(state)}
         with cpu.cuda_means_cpu():
             strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+            how = shims.save_arguments()
             request = dist_checkpointing.save(  # torch checks that the boxes cover each tensor once
-                state, str(scratch), strategy, validate_access_integrity=False, async_sharded_save=True
+                state, str(scratch), strategy, validate_access_integrity=False, async_sharded_save=True, **how
             )
         assert isinstance(request, AsyncRequest)
         manifest = {"step": step, **facts, "belongs_to": self.belongs_to}

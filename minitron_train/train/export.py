@@ -5,7 +5,6 @@ accepts checkpoints of any parallel layout. megatron-core stacks each parameter 
 one chunk per layer and rank.
 """
 
-import io
 import itertools
 import math
 import os
@@ -26,10 +25,9 @@ from minitron_train.model.build import layer_spec
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import sha256_file
-from minitron_train.runtime.records import open_file
 from minitron_train.stages import read_provenance, read_started_record
 from minitron_train.train import checkpoint_files as files
-from minitron_train.train.safe_load import REMEDY, read_metadata, read_tensors
+from minitron_train.train.safe_load import REMEDY, read_metadata, read_piece
 
 MODEL = "model"  # folder next to the checkpoints, with config.json and tokenizer of the student
 RUNS = ("train", "pretrain/train")  # training folders of an output folder
@@ -99,14 +97,11 @@ class SavedTensors:
 
     def _piece(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self.places[MetadataIndex(name, chunk.offsets)]
-        file = self.path / place.relative_path
-        with open_file(file) as handle:
-            if place.offset + place.length > os.fstat(handle.fileno()).st_size:
-                raise UserError(f"{file}: too short for its chunk of {name}; {REMEDY}")
-            handle.seek(place.offset)
-            piece = read_tensors(io.BytesIO(handle.read(place.length)), f"{file}: {name}")
+        piece = read_piece(self.path, place, name)
         if not isinstance(piece, Tensor) or piece.numel() != math.prod(chunk.sizes):
-            raise UserError(f"{file}: its chunk of {name} is not a tensor of shape {list(chunk.sizes)}; {REMEDY}")
+            raise UserError(
+                f"{self.path / place.relative_path}: its chunk of {name} is not a tensor of shape {list(chunk.sizes)}; {REMEDY}"
+            )
         return piece
 
 

@@ -7,31 +7,32 @@ rejected with one line that names it.
 """
 
 import io
+import os
 import pickle
 import re
 from pathlib import Path
 from typing import IO, Any, cast
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from minitron_train.parallel import shims
 from minitron_train.runtime.errors import UserError, first_line
-from minitron_train.runtime.records import read_bytes
+from minitron_train.runtime.records import open_file, read_bytes
 from minitron_train.train.checkpoint_files import is_file_name
 from minitron_train.train.shards import with_former_names
 
 METADATA = ".metadata"
+COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
 REMEDY = "the file is damaged or was not written by this program; name another checkpoint"
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -125,6 +126,20 @@ def read_tensors(source: Path | IO[bytes], where: str) -> Any:
         raise UserError(f"{where}: damaged ({first_line(error)}); {REMEDY}") from None
 
 
+def read_piece(path: Path, place: _StorageInfo, name: str) -> Any:
+    """Load what `torch.save` wrote into a byte range of one of the checkpoint's files.
+
+    Raises:
+        UserError: see `read_tensors`; or the file is too short.
+    """
+    file = path / place.relative_path
+    with open_file(file) as handle:
+        if place.offset + place.length > os.fstat(handle.fileno()).st_size:
+            raise UserError(f"{file}: too short for its chunk of {name}; {REMEDY}")
+        handle.seek(place.offset)
+        return read_tensors(io.BytesIO(handle.read(place.length)), f"{file}: {name}")
+
+
 def not_allowed(where: Path | str, name: str) -> UserError:
     """Return the error for a file that uses a class which no checkpoint needs."""
     return UserError(
@@ -132,16 +147,15 @@ def not_allowed(where: Path | str, name: str) -> UserError:
     )
 
 
-class SafeReader(CachedMetadataFileSystemReader):
+class SafeReader(FileSystemReader):
     """torch's reader of a checkpoint folder, with the safe `read_metadata` of this module."""
 
     def read_metadata(self) -> Metadata:
-        """Return the metadata, which is read once."""
-        if self._cached_metadata is None:
-            self._cached_metadata = read_metadata(Path(self.path))
-            self._cached_metadata.storage_meta = self._cached_metadata.storage_meta or StorageMeta()
-            self._cached_metadata.storage_meta.load_id = self.load_id
-        return self._cached_metadata
+        """Return the metadata, with the identity that torch gives to each load."""
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class SafePlanner(torch_strategy.MCoreLoadPlanner):
@@ -150,24 +164,31 @@ class SafePlanner(torch_strategy.MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Load one object that is not a tensor, such as a layer's `_extra_state`."""
         name = read_item.dest_index.fqn
-        set_element(self.original_state_dict, self.mappings[name], read_tensors(value, name))
+        if self.flatten_state_dict:  # megatron-core 0.16
+            set_element(self.original_state_dict, self.mappings[name], read_tensors(value, name))
+        else:
+            self.state_dict[name] = read_tensors(value, name)
 
 
-class SafeShards(torch_strategy.TorchDistLoadShardedStrategy):
-    """megatron-core's loader of sharded tensors, with SafeReader and SafePlanner. It has no argument for them."""
+def read_common(path: Path) -> Any:
+    """Read the state that is not sharded: common.pt, or since megatron-core 0.19 an object in one of the chunks.
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
-        reader = mock.patch.object(torch_strategy, "_get_filesystem_reader", lambda path, **_: SafeReader(path))
-        with reader, mock.patch.object(torch_strategy, "MCoreLoadPlanner", SafePlanner):
-            return super().load(sharded_state_dict, checkpoint_dir)
+    Raises:
+        UserError: see `read_tensors`.
+    """
+    file = path / COMMON_FILE
+    places = (read_metadata(path).storage_data or {}).items()
+    place = next((place for index, place in places if index.fqn == COMMON_OBJECT), None)
+    if place is None or file.exists():
+        return read_tensors(file, str(file))
+    return read_piece(path, place, COMMON_OBJECT)[0]
 
 
-class SafeCommon(TorchCommonLoadStrategy):
-    """megatron-core's loader of common.pt (state that is not sharded), with `weights_only`."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        return read_tensors(path, str(path))
+SAFE = {
+    shims.LOAD_READER: lambda path, **_: SafeReader(path),
+    shims.LOAD_PLANNER: SafePlanner,
+    **{shim: lambda *args: read_common(Path(args[-1])) for shim in shims.LOAD_COMMON},  # a method or a function
+}
 
 
 def load(template: dict[str, Any], path: Path, dp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
@@ -182,9 +203,11 @@ def load(template: dict[str, Any], path: Path, dp_group: dist.ProcessGroup | Non
     """
     names = read_metadata(path).state_dict_metadata  # raises on every rank, before the first collective
     template = with_former_names(template, names)
-    reader = FullyParallelLoadStrategyWrapper(SafeShards(), dp_group) if dp_group else SafeShards()
+    reader: Any = torch_strategy.TorchDistLoadShardedStrategy()
+    reader = FullyParallelLoadStrategyWrapper(reader, dp_group) if dp_group else reader
     try:
-        return cast(dict[str, Any], dist_checkpointing.load(template, str(path), reader, SafeCommon()))
+        with shims.replaced(SAFE):
+            return cast(dict[str, Any], dist_checkpointing.load(template, str(path), reader))
     except CheckpointException as error:
         refused = [failure for failure, _ in error.failures.values() if isinstance(failure, UserError)]
         if refused:

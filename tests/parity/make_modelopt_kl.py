@@ -31,9 +31,9 @@ def answer(rank: int, world_size: int, peers: Path) -> dict[str, np.ndarray]:
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    from minitron_train.parallel import cpu
+    from minitron_train.parallel import shims
 
-    cpu.install()
+    shims.install()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     case = make_case(TOKENS, VOCAB, STUDENT_HIDDEN, TEACHER_HIDDEN, torch.float32)

@@ -1,18 +1,8 @@
-"""The compatibility layer: every symbol that it replaces still exists in megatron-core."""
+"""CUDA's meaning on a machine without it."""
 
-import megatron.core.tensor_parallel.random as megatron_random
-import pytest
 import torch
 
 from minitron_train.parallel import cpu
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker", "_MODEL_PARALLEL_RNG_TRACKER_NAME"],
-)
-def test_replaced_symbols_exist(name: str) -> None:
-    assert hasattr(megatron_random, name)
 
 
 def test_cuda_literals_mean_the_cpu_inside_the_block_only() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from minitron_train.commands import configuration
 from minitron_train.commands.command import execute
@@ -84,7 +85,35 @@ def replace_pieces(path: Path, evil: Evil) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("replace", [replace_common, replace_metadata, replace_pieces])
+def replace_common_object(path: Path, evil: Evil) -> None:
+    """megatron-core 0.19 stores the state that is not sharded as an object of a chunk, which it unpickles itself."""
+    torch.save([evil], path / "evil.distcp")
+    place_common(path, "evil.distcp")
+
+
+def place_common(path: Path, name: str) -> None:
+    """Make the file `name` the place of the state that is not sharded, as megatron-core 0.19 does."""
+    metadata = safe_load.read_metadata(path)
+    assert metadata.storage_data is not None
+    place = _StorageInfo(name, 0, (path / name).stat().st_size)
+    metadata.storage_data[MetadataIndex(safe_load.COMMON_OBJECT)] = place
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    (path / safe_load.COMMON_FILE).unlink(missing_ok=True)
+
+
+def test_the_state_of_either_release_of_megatron_core_is_read(trained: tuple[Material, Path], tmp_path: Path) -> None:
+    path = files.checkpoint_path(trained[1] / "checkpoints", 8)
+    state = safe_load.read_common(path)
+    other = tmp_path / path.name
+    shutil.copytree(path, other)
+    torch.save([state], other / "state.distcp")
+    place_common(other, "state.distcp")
+    assert safe_load.read_common(other).keys() == state.keys()
+    torch.save(state | {"whole": True}, other / safe_load.COMMON_FILE)
+    assert safe_load.read_common(other)["whole"]
+
+
+@pytest.mark.parametrize("replace", [replace_common, replace_common_object, replace_metadata, replace_pieces])
 def test_resume_refuses_a_class_that_is_not_allowed(
     trained: tuple[Material, Path], tmp_path: Path, replace: Callable[[Path, Evil], None]
 ) -> None:
