@@ -24,8 +24,8 @@ from minitron_train.commands.workspace import Workspace, after_rank0
 from minitron_train.config import Config
 from minitron_train.pruning.candidates import Candidate, candidates, choose
 from minitron_train.runtime.errors import UserError, error_line
-from minitron_train.runtime.launch import World, read_world, whole_number
-from minitron_train.runtime.preflight import host_name, preflight
+from minitron_train.runtime.launch import World, host_name, read_world, whole_number
+from minitron_train.runtime.preflight import preflight
 from minitron_train.runtime.signals import guard
 from minitron_train.stages import STOPPED
 from minitron_train.stages.layout import SEARCH, TRAINING

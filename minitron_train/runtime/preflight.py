@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypedDict, TypeVar
 from msgspec import Meta
 
 from minitron_train.runtime.errors import UserError
-from minitron_train.runtime.launch import World, rendezvous
+from minitron_train.runtime.launch import World, host_name, rendezvous
 from minitron_train.runtime.records import Count, decode
 
 T = TypeVar("T")
@@ -174,11 +174,6 @@ def absent(arrived: Collection[int], size: int, most: int = 8) -> str:
     """The missing ranks as text: "2, 3, 7 and 12 more"."""
     missing = [str(rank) for rank in range(size) if rank not in arrived]
     return ", ".join(missing[:most]) + (f" and {len(missing) - most} more" if len(missing) > most else "")
-
-
-def host_name(environ: Mapping[str, str]) -> str:
-    """The name under which other nodes reach this one."""
-    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def listen(port: int) -> Listener:

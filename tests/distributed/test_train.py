@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -149,5 +150,6 @@ def test_a_dead_or_hanging_rank_is_named(training: Material, tmp_path: Path, sen
             worker.join(timeout=10)
     assert (rank, trace) == (0, None)
     said, seconds = answer
-    assert said.startswith("rank 0, step 4: rank 1 has ended or hangs, last heartbeat at step")
+    host = socket.gethostname()
+    assert said.startswith(f"rank 0, step 4: rank 1 on {host} has ended or hangs, last heartbeat at step")
     assert seconds < 60
