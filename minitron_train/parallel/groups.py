@@ -91,6 +91,14 @@ class Groups:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def any_shard(self, flag: bool) -> bool:
+        """Logical or over the tensor-parallel group."""
+        if self.tp_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.tp_group)
+        return bool(value.item())
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.world_size > 1:

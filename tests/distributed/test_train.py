@@ -1,5 +1,6 @@
 """Training over ranks: layouts agree with one process, checkpoints change layout, ranks stop together or name the dead."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from minitron_train.distillation.step import Objective
 from minitron_train.train import checkpoint_files as files
 from tests.support.helpers import run_ranks, start_ranks
 from tests.support.training import Interrupted, Material, before_step, interrupt, rows, run
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
 HIDDEN = {"distill__hidden_layers": ["embedding/embedding", "1/2"], "distill__ce_weight": 0.5}
+VALIDATE = {"eval__every_tokens": 4 * 8 * 32}  # every four steps
 LOSSES = ("loss", "grad_norm", "eval.validation.kl", "eval.validation.loss")
 
 
@@ -116,6 +120,41 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(training: Material, tmp
     assert run_ranks(signalled, 2, training, tmp_path) == [0, 0]
     assert files.finished(tmp_path / "checkpoints")[0].name == "step_00000004"
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def signalled_in_validation(
+    rank: int, world_size: int, material: Material, folder: Path, layout: dict[str, Any]
+) -> int:
+    """Rank 1 gets the signal in the first batch of a validation; the number of batches that this rank computes."""
+    num_batches = 0
+    original = Objective.logit_loss
+
+    def counted(self: Objective, *arguments: Any) -> Any:
+        nonlocal num_batches
+        if not torch.is_grad_enabled():
+            num_batches += 1
+            if rank == 1 and num_batches == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, *arguments)
+
+    Objective.logit_loss = counted
+    with contextlib.suppress(SystemExit):
+        run(material, folder, **VALIDATE, **layout)
+        return -1
+    return num_batches
+
+
+@pytest.mark.parametrize(("layout", "batches"), [({}, [2, 1]), (SPLIT, [1, 1])])
+def test_a_signal_ends_a_validation_after_a_batch(
+    training: Material, tmp_path: Path, layout: dict[str, Any], batches: list[int]
+) -> None:
+    """TP ranks end at the same batch; a DP rank without the signal ends its share. The validation is repeated."""
+    assert run_ranks(signalled_in_validation, 2, training, tmp_path / "stopped", layout) == batches
+    assert [row["step"] for row in rows(tmp_path / "stopped")] == [1, 2, 3]
+    assert files.finished(tmp_path / "stopped" / "checkpoints")[0].name == "step_00000004"
+    again, whole = ((training, tmp_path / name, layout | VALIDATE) for name in ("stopped", "whole"))
+    run_ranks(train_here, 2, [again, whole])
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
 
 
 def left_behind(
