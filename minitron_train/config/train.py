@@ -157,6 +157,14 @@ class ParallelConfig:
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
         "train.seq_length is a multiple of the ranks",
     )
+    rendezvous_minutes: float = opt(
+        10.0,
+        "minutes at the start, such as for images of containers, before the other ranks end and name the missing ones",
+    )
+    connect_minutes: float = opt(
+        5.0,
+        "minutes from the rendezvous to the end of the first collective before a rank ends and names the missing ones",
+    )
     timeout_minutes: float = opt(
         10.0, "minutes without a heartbeat before the other ranks abort and name the missing one"
     )
@@ -168,4 +176,5 @@ class ParallelConfig:
         return wanted and tp > 1
 
     def validate(self) -> None:
-        require_positive(self, "parallel", "tensor_model_parallel_size", "timeout_minutes")
+        limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
+        require_positive(self, "parallel", "tensor_model_parallel_size", *limits)

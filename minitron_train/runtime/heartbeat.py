@@ -13,12 +13,16 @@ INTERVAL_S = 1.0
 
 
 class Heartbeat:
-    """Context manager: a thread writes `BEATS STEP HOST` for this rank every second. With one rank it does nothing."""
+    """Context manager: a thread writes `BEATS STEP HOST` for this rank every second. With one rank it does nothing.
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    Args:
+        store: the rendezvous store; by default that of torch.distributed's default group.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Any = None) -> None:
         self.rank, self.world_size, self.step = rank, world_size, 0
         self.ended = threading.Event()
-        self.store: Any = _get_default_store() if world_size > 1 else None
+        self.store = store or (_get_default_store() if world_size > 1 else None)
 
     def __enter__(self) -> "Heartbeat":
         if self.store is not None:
@@ -49,6 +53,8 @@ class Heartbeat:
             return "the rendezvous store does not answer: rank 0, or the launcher that runs it, has ended"
         silent = [rank for rank in after if before[rank] == after[rank] and rank != self.rank]
         if not silent:
+            if len({beat.split()[1] for beat in after.values()}) == 1:
+                return f"all ranks are alive, at step {self.step}"
             steps = ", ".join(f"rank {rank} {beat.split()[1]}" for rank, beat in after.items())
             return f"all ranks are alive; their steps: {steps}"
         return "; ".join(lost(rank, *after[rank].split()[1:]) for rank in silent)
