@@ -71,6 +71,9 @@ class TrainConfig:
         0, "evaluations without improvement of checkpoint.best_metric before training stops; 0: never"
     )
     log_every_steps: int = opt(1, "steps between lines of metrics.jsonl and W&B")
+    straggler_every_steps: int = opt(
+        100, "steps between lines that name the slowest rank and its time above the median; 0: never"
+    )
     profile_steps: list[int] = opt(
         list,
         "first and last step, like [20,22], whose torch.profiler trace is written to OUTPUT_DIR/train; empty: none",
@@ -107,7 +110,7 @@ class TrainConfig:
         steps = self.profile_steps
         valid = not steps or (len(steps) == 2 and 0 < steps[0] <= steps[1])
         require(valid, "train.profile_steps", steps, "must be two steps in ascending order", "give [20,22], or []")
-        for name in ("weight_decay", "clip_grad", "warmup_steps"):
+        for name in ("weight_decay", "clip_grad", "warmup_steps", "straggler_every_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)

@@ -59,6 +59,10 @@ class Heartbeat:
             return f"all ranks are alive; their steps: {steps}"
         return "; ".join(lost(rank, *after[rank].split()[1:]) for rank in silent)
 
+    def host_of(self, rank: int) -> str:
+        """The host of a rank, as its heartbeat names it."""
+        return self._read(self.store)[rank].split()[2]
+
     def _read(self, store: Any) -> dict[int, str]:
         keys = {rank: f"heartbeat/{rank}" for rank in range(self.world_size)}
         return {rank: store.get(key).decode() if store.check([key]) else "0 0" for rank, key in keys.items()}

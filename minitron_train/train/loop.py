@@ -25,6 +25,7 @@ from minitron_train.train.metrics import Metrics
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.state import RunState
+from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
 
 DERIVED = (".teacher", ".kept")  # suffixes of a hook's values that are not the student's own
@@ -46,6 +47,7 @@ class Trainer:
     reporter: Reporter
     state: RunState
     heartbeat: Heartbeat
+    stragglers: Stragglers
     signals: StopSignals
     hooks: list[Hook] = field(default_factory=list)
 
@@ -105,6 +107,7 @@ class Trainer:
 
     def take_step(self) -> Metrics:
         """Train on one global batch and return the step's metrics."""
+        self.stragglers.begin(self.state.step + 1)
         with self.reporter.waiting_for_data():
             batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
@@ -119,13 +122,17 @@ class Trainer:
         """Compute the gradients of the mean loss over the global batch's valid tokens. Returns the mean of each loss part."""
         self.optimizer.zero_grad()
         batch = to_device(batch, self.groups.device)
-        num_tokens = self.groups.sum_over_data(batch.mask_BS.count_nonzero().double()).clamp(min=1)
+        num_tokens = batch.mask_BS.count_nonzero().double()
+        with self.stragglers.waiting():
+            num_tokens = self.groups.sum_over_data(num_tokens).clamp(min=1)
         parts = micro_batches(batch, self.config.train.micro_batch_size)
         weight = self.hidden_weight(parts)
         sums: LossSums = {}
         for k, part in enumerate(parts):
             with self.optimizer.no_sync() if k < len(parts) - 1 else contextlib.nullcontext():
                 losses = self.objective(part, weight)
+                if k == len(parts) - 1:
+                    self.stragglers.end()  # the ranks sum their gradients from here on
                 (losses.total / num_tokens.to(losses.total.dtype)).backward()
             sums = add(sums, losses.sums)
         means = self.total_over_data(sums, num_tokens)

@@ -1,6 +1,7 @@
 """Training over ranks: layouts agree with one process, checkpoints change layout, ranks stop together or name the dead."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import torch
 
 from minitron_train.distillation.step import Objective
 from minitron_train.train import checkpoint_files as files
+from minitron_train.train.stragglers import Stragglers
 from tests.support.helpers import run_ranks, start_ranks
 from tests.support.training import Interrupted, Material, before_step, interrupt, rows, run
 
@@ -155,6 +157,34 @@ def test_a_signal_ends_a_validation_after_a_batch(
     again, whole = ((training, tmp_path / name, layout | VALIDATE) for name in ("stopped", "whole"))
     run_ranks(train_here, 2, [again, whole])
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def straggling(rank: int, world_size: int, material: Material, folder: Path) -> tuple[list[str], int]:
+    """Time runs a thousand times faster on rank 1; the lines about stragglers, and the number of readings of the clock."""
+    num_readings = 0
+
+    def fast(self: Stragglers) -> float:
+        nonlocal num_readings
+        num_readings += 1
+        return time.perf_counter() * (1000 if rank == 1 else 1)
+
+    Stragglers.now = fast
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("minitron_train").addHandler(handler)
+    run(material, folder, train__straggler_every_steps=3)
+    return [line for line in lines if "slowest" in line], num_readings
+
+
+def test_the_slowest_rank_is_named(training: Material, tmp_path: Path) -> None:
+    """Every three of eight steps; the other steps do not even read the clock."""
+    (lines, num_readings), (other, _) = run_ranks(straggling, 2, training, tmp_path)
+    assert [line.split(": ")[:2] for line in lines] == [
+        [f"step {step}", f"slowest rank 1 on {socket.gethostname()}"] for step in (3, 6)
+    ]
+    assert all("% above the median" in line for line in lines)
+    assert not other and num_readings == 2 * 4
 
 
 def left_behind(
