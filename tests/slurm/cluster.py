@@ -28,7 +28,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv")
-NUM_NODES, NUM_CPUS, NUM_GPUS = 3, 8, 8  # of every node; what the scripts ask for, not what this machine has
+NUM_NODES, NUM_CPUS, NUM_GPUS = 3, 64, 8  # of every node; what the scripts ask for, not what this machine has
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 SLURM_CONF = """\
