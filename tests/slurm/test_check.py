@@ -34,7 +34,8 @@ AFTER = ["distill", "export", "eval", "report"]
         (["+recipe=smollm2"], ["fetch", "score", "prune", *AFTER]),
         (["+recipe=smollm2", "teacher.path=/teacher"], ["fetch", "score", "prune", *AFTER]),  # the evaluation data
         (["+recipe=smollm2", "teacher.path=/teacher", "eval.data_dir=/data"], ["score", "prune", *AFTER]),
-        (["+recipe=4b", "teacher.path=/teacher"], ["score", "prune", *AFTER]),
+        (["+recipe=4b", "teacher.path=/teacher"], ["fetch", "score", "prune", *AFTER]),  # data of MMLU, from the hub
+        (["+recipe=4b", "teacher.path=/teacher", "eval.tasks=[]"], ["score", "prune", *AFTER]),
         (["+recipe=micro", "student.path=/student"], ["pretrain", *AFTER]),
     ],
 )
@@ -80,8 +81,11 @@ def test_data_are_looked_for_before_a_job_is_queued(
         (["accept", "distill", "+recipe=tinyy"], "unknown recipe 'tinyy'"),
         (["chain", "+recipe=4b", f"data.path={__file__}"], "teacher.path is not set: "),
         (["accept", "run", "+recipe=4b", f"data.path={__file__}"], "teacher.path is not set: "),
-        (["chain", "+recipe=tiny", "student.hidden_size=100"], "error: student: "),
-        (["chain", "+recipe=tiny", "parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size=3"),
+        (["chain", "+recipe=tiny", "student.num_layers=99"], "student.num_layers=99: larger than the teacher's 6; "),
+        (
+            ["chain", "+recipe=tiny", "parallel.tensor_model_parallel_size=3"],
+            "must divide the teacher's num_attention_heads=8",
+        ),
         (["accept", "prune", "+recipe=tiny", "teacher.path=/nowhere"], "teacher.path=/nowhere: no such folder"),
     ],
 )
