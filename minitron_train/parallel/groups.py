@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.config import ParallelConfig
@@ -170,7 +171,7 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         if world.size == 1:  # opens no port
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            store = dist.FileStore(str(Path(folder) / "rendezvous"), 1)
+            store = FileStore(str(Path(folder) / "rendezvous"), 1)
             connecting = contextlib.nullcontext()
         else:
             store = meeting.meet(world, parallel.rendezvous_minutes)

@@ -6,8 +6,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any, cast
 
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from minitron_train.runtime.errors import MachineError, error_line
 from minitron_train.runtime.heartbeat import Heartbeat
@@ -58,7 +59,7 @@ def first_connections(store: TCPStore, world: World, limit_minutes: float) -> It
 
     After the limit the process ends with one line and code 1, because no exception interrupts NCCL's and gloo's calls.
     """
-    heartbeat = Heartbeat(world.rank, world.size, store.clone())  # a call that waits blocks its connection
+    heartbeat = Heartbeat(world.rank, world.size, cast(Any, store).clone())  # a call that waits blocks its connection
 
     def expire() -> None:
         what = f"the first collective has not ended after {limit_minutes:g} minutes; {heartbeat.explain()}"

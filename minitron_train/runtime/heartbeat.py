@@ -22,7 +22,7 @@ class Heartbeat:
     def __init__(self, rank: int, world_size: int, store: Any = None) -> None:
         self.rank, self.world_size, self.step = rank, world_size, 0
         self.ended = threading.Event()
-        self.store = store or (_get_default_store() if world_size > 1 else None)
+        self.store: Any = store or (_get_default_store() if world_size > 1 else None)
 
     def __enter__(self) -> "Heartbeat":
         if self.store is not None:
