@@ -3,7 +3,8 @@
 #
 # A job reads the site's settings, logs the environment, runs the checks (a short step on all ranks) and then the command
 # (a step on all ranks). It ends with the step's exit code, or requeues itself: after a request to stop, and after a
-# training that saved a checkpoint and then failed.
+# training that saved a checkpoint and then failed, without the node that failed. Slurm itself requeues a job whose node
+# is down.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this with slurm/submit.sh or slurm/chain.sh}"
 source slurm/site.sh
@@ -58,7 +59,7 @@ on_stop() {
   scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null || true # refused while Slurm ends the job and signals the ranks itself
 }
 
-# Run a job step and set rc. The step runs in the background, because bash runs traps only between commands and in `wait`.
+# Run a job step and set rc and failed_node. The step runs in the background, because bash runs traps only between commands and in `wait`.
 # A failing rank ends the step at once (--kill-on-bad-exit). --wait ends it a minute after the first rank exits in any case.
 step() {
   local pid log_size
@@ -70,7 +71,11 @@ step() {
   done
   rc=0
   wait "$pid" || rc=$?
-  ((rc == 0)) || rc=$(first_failure "$log_size")
+  failed_node=""
+  if ((rc != 0)); then
+    failed_node=$(first_failed_node "$log_size")
+    rc=$(first_failure "$log_size")
+  fi
 }
 
 # Print the exit code of the first rank that failed. srun's own exit code is the largest of all ranks: the 143 of ranks that
@@ -84,6 +89,15 @@ first_failure() {
     Killed | "Out Of Memory") echo 137 ;;
     *) echo "$rc" ;;
   esac
+}
+
+# Print the node of the first failure: where srun saw a rank fail, or where the other ranks report that a rank has ended.
+# Print nothing if ranks of several nodes failed together: then no single node is the cause.
+first_failed_node() {
+  local lost='rank [0-9]+ on ([^ ]+) has ended or hangs' failed='^srun: error: ([^ ]+): tasks? [^ ]+: ' nodes
+  nodes=$(tail --bytes="+$(($1 + 1))" /dev/stderr | grep --extended-regexp --max-count=1 "$lost|$failed" |
+    grep --extended-regexp --only-matching "$lost|$failed" | sed -E "s/$lost/\\1/; s/$failed/\\1/" | sort --unique) || true
+  if [[ $nodes != *[$'\n,[']* ]]; then echo "$nodes"; fi
 }
 
 show_job() { scontrol --oneliner show job "$SLURM_JOB_ID"; }
@@ -122,30 +136,55 @@ can_continue() {
   fi
   if ((rc != 2)) && has_saved; then # 2 is a user's mistake, which another start would repeat
     log "failed with exit code $rc, after a checkpoint: resuming from it"
+    bad_node=$failed_node
     return 0
   fi
   # a signal ended the step before it could save (still loading, or a command without checkpoints): restart it
   ((rc >= 128)) && [[ -n $stop_asked || $shown != *" PreemptTime=None "* ]]
 }
 
-requeue() {
+# Exclude a node from later starts of this job, if the partition has enough others. Slurm accepts that for pending jobs.
+exclude() {
+  local excluded others
+  excluded=$(show_job | sed -nE 's/.* ExcNodeList=([^ ]*) .*/\1/p')
+  excluded=$(scontrol show hostnames "$1,${excluded#(null)}")
+  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %t' |
+    grep --invert-match --extended-regexp ' .*(down|drain|drng|fail|maint|unk|[*!%$@^])' | cut --delimiter=' ' --fields=1 |
+    grep --count --invert-match --line-regexp --fixed-strings "$excluded") || true
+  if ((others < SLURM_JOB_NUM_NODES)); then
+    log "$1 failed; not excluded, because too few other nodes of partition $SLURM_JOB_PARTITION are in service ($others)"
+  elif scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${excluded//$'\n'/,}"; then
+    log "$1 failed; the next start excludes it"
+  fi
+}
+
+# End the job if it has been requeued so often.
+give_up_after() {
   local count=${SLURM_RESTART_COUNT:-0}
-  if ((count >= max_requeues)); then
+  if ((count >= $1)); then
     log "unfinished, but already requeued $count times (max_requeues=$max_requeues): giving up"
     exit "$GAVE_UP"
   fi
+}
+
+requeue() {
+  local count=${SLURM_RESTART_COUNT:-0}
+  give_up_after "$max_requeues"
   log "requeued (restart $((count + 1)) of at most $max_requeues)"
+  trap '' TERM USR1 # Slurm now ends this script
   scontrol requeue "$SLURM_JOB_ID"
+  [[ -z $bad_node ]] || exclude "$bad_node"
   exit 0
 }
 
 # run COMMAND [OVERRIDE…]: check and run the command. The overrides reach Python unchanged; no shell parses them again.
 run() {
-  local command=$1 answer rc marks=() saved_before=()
+  local command=$1 answer rc failed_node bad_node="" marks=() saved_before=()
   shift
   log "$command on ${SLURM_JOB_NODELIST} (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0})"
   print_arguments "$@"
   print_environment
+  give_up_after "$((max_requeues + 1))" # requeues by Slurm itself, after failures of nodes, count too
   trap 'on_stop USR1' USR1
   trap 'on_stop TERM' TERM
   site_check

@@ -69,7 +69,7 @@ class HeldOut(Hook):
         found: Metrics = {}
         size = training.config.train.micro_batch_size
         for name, tokens in self.tokens.items():
-            values = Validation(tokens, training.objective, size, training.groups)()
+            values = Validation(tokens, training.objective, size, training.groups)(training.is_stopped)
             found |= {f"eval.{name}.{key}": values[f"eval.validation.{key}"] for key in MEASURED.values()}
         return found
 

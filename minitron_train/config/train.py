@@ -73,6 +73,9 @@ class TrainConfig:
         0, "evaluations without improvement of checkpoint.best_metric before training stops; 0: never"
     )
     log_every_steps: int = opt(1, "steps between lines of metrics.jsonl and W&B")
+    straggler_every_steps: int = opt(
+        100, "steps between lines that name the slowest rank and its time above the median; 0: never"
+    )
     profile_steps: list[int] = opt(
         list,
         "first and last step, like [20,22], whose torch.profiler trace is written to OUTPUT_DIR/train; empty: none",
@@ -105,7 +108,7 @@ class TrainConfig:
         steps = self.profile_steps
         valid = not steps or (len(steps) == 2 and 0 < steps[0] <= steps[1])
         require(valid, "train.profile_steps", steps, "must be two steps in ascending order", "give [20,22], or []")
-        for name in ("weight_decay", "clip_grad", "warmup_steps"):
+        for name in ("weight_decay", "clip_grad", "warmup_steps", "straggler_every_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
@@ -155,6 +158,14 @@ class ParallelConfig:
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
         "train.seq_length is a multiple of the ranks",
     )
+    rendezvous_minutes: float = opt(
+        10.0,
+        "minutes at the start, such as for images of containers, before the other ranks end and name the missing ones",
+    )
+    connect_minutes: float = opt(
+        5.0,
+        "minutes from the rendezvous to the end of the first collective before a rank ends and names the missing ones",
+    )
     timeout_minutes: float = opt(
         10.0, "minutes without a heartbeat before the other ranks abort and name the missing one"
     )
@@ -166,4 +177,5 @@ class ParallelConfig:
         return wanted and tp > 1
 
     def validate(self) -> None:
-        require_positive(self, "parallel", "tensor_model_parallel_size", "timeout_minutes")
+        limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
+        require_positive(self, "parallel", "tensor_model_parallel_size", *limits)

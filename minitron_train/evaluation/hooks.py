@@ -2,8 +2,10 @@
 
 import contextlib
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 
 from minitron_train.config import EvalConfig
+from minitron_train.evaluation.journal import Journal
 from minitron_train.evaluation.metrics import headline, is_share, metrics_in, ratio_text
 from minitron_train.evaluation.run import run_tasks
 from minitron_train.model.build import LanguageModel
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 class TaskHook(Hook):
     """A hook of the training loop that evaluates eval.training_tasks without an export; collective.
 
-    It restores random states and the models' modes, so it does not affect training.
+    It restores random states and the models' modes, so it does not affect training. Its answers are in
+    train/tasks.partial until it is complete, so that an interrupted evaluation resumes there.
 
     Args:
         tokenizer: Hugging Face folder with the student's tokenizer.
@@ -50,8 +54,10 @@ class TaskHook(Hook):
         with same_random_states():
             if self.teacher is None:
                 teacher = training.objective.teacher
-                self.teacher = {} if teacher is None else self.measure(teacher)
-            student = self.measure(training.student)
+                self.teacher = {} if teacher is None else self.measure(teacher, training, "teacher")
+            student = self.measure(training.student, training, "student")
+        if self.groups.is_first:
+            shutil.rmtree(journals(training), ignore_errors=True)
         found: Metrics = {}
         for name, value in student.items():
             found[f"eval.{name}"] = value
@@ -67,10 +73,28 @@ class TaskHook(Hook):
             say(line)
         return found
 
-    def measure(self, model: LanguageModel) -> dict[str, float]:
-        """Return `TASK.METRIC` -> value, the headline metric of each task that has data."""
-        report, _ = run_tasks(model, self.tokenizer, self.max_length, self.evaluation, self.groups, self.data_dir)
+    def measure(self, model: LanguageModel, training: "Trainer", label: str) -> dict[str, float]:
+        """Return `TASK.METRIC` -> value, the headline metric of each task that has data.
+
+        Raises:
+            Interrupted: a signal has ended the evaluation, on every rank.
+        """
+        journal = Journal(journals(training) / label, identity(model, self.groups), self.groups)
+        where = self.tokenizer, self.max_length, self.evaluation, self.groups, self.data_dir
+        report, _ = run_tasks(model, *where, journal, training.is_stopped)
         return main_metrics(report["results"])
+
+
+def journals(training: "Trainer") -> Path:
+    """The folder of the journals of an evaluation that is not complete."""
+    return training.checkpoints.folder.with_name("tasks.partial")
+
+
+def identity(model: LanguageModel, groups: Groups) -> str:
+    """Text that names the weights in memory: their sum in float64 on rank 0, and the versions that answer with them."""
+    weights = list(model.parameters())
+    total = torch.stack([weight.detach().sum(dtype=torch.float64) for weight in weights]).sum()
+    return f"{float(groups.from_first(total)).hex()} {weights[0].dtype} lm_eval {version('lm_eval')}"
 
 
 def main_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from minitron_train.model.build import LanguageModel
 from minitron_train.model.generate import greedy
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.signals import Interrupted
 
 Answer = TypeVar("Answer", Score, str)
 
@@ -34,6 +35,7 @@ class MegatronLM(TemplateLM):
         batch_tokens: tokens of one forward pass, padding included.
         journal: saves answers on disk as they are computed; None saves nothing.
         end_tokens: tokens that end a generated text, in addition to the tokenizer's EOS.
+        is_stopped: called after each batch; true ends the evaluation.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class MegatronLM(TemplateLM):
         batch_tokens: int,
         journal: Journal | None = None,
         end_tokens: frozenset[int] = frozenset(),
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.groups, self.journal = model, tokenizer, groups, journal
         self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.is_stopped = is_stopped
         self.end_tokens = end_tokens | {tokenizer.eos_token_id}
         self.owners: list[str] = []  # task of each current request
         self.num_truncated: Counter[str] = Counter()  # by task
@@ -119,6 +123,7 @@ class MegatronLM(TemplateLM):
 
         Raises:
             UserError: on every rank, if any rank raised it. All ranks finish their share first.
+            Interrupted: on every rank, if `is_stopped` was true on any.
         """
         known = self.journal.known(kind) if self.journal else {}
         left = [index for index, key in enumerate(keys) if key not in known]
@@ -131,11 +136,13 @@ class MegatronLM(TemplateLM):
             if self.journal:
                 self.journal.add({keys[index]: answer for index, answer in new.items()})
             self.bar.advance(len(new) * self.groups.dp_size)
+            if self.is_stopped():
+                raise Interrupted
 
         refusal = None
         try:
             compute(left, on_answers)
-        except UserError as error:  # this rank must still join the gather below
+        except (UserError, Interrupted) as error:  # this rank must still join the gather below
             refusal = error
         everyone: list[Any] = [(mine, refusal)]
         if self.groups.dp_size > 1:

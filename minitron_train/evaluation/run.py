@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -113,11 +114,13 @@ def run_tasks(
     groups: Groups,
     data_dir: Path | None,
     journal: Journal | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run lm-eval's tasks on a model in memory. Every rank returns the same result.
 
     Args:
         tokenizer: Hugging Face folder with the tokenizer.
+        is_stopped: called after each batch; true ends the evaluation.
 
     Returns:
         The fields of eval/LABEL.json about tasks (`results`, `not_run`, `data`, …), and one object per evaluated row.
@@ -143,7 +146,7 @@ def run_tasks(
         ends = end_tokens(tokenizer)
         opened = tokenizers.load(tokenizer)
         tokenizers.check_tokenizer(opened, model.vocab_size)
-        lm = MegatronLM(model, opened, max_length, groups, batch_tokens, journal, ends)
+        lm = MegatronLM(model, opened, max_length, groups, batch_tokens, journal, ends, is_stopped)
         raw = run_lm_eval(lm, chosen, evaluation)
         lm.bar.close()
     report["results"] = collect(raw, chosen.leaves)

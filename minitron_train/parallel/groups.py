@@ -7,7 +7,6 @@ neighbouring ranks form a tensor-parallel group, and these groups are data paral
 import contextlib
 import datetime
 import logging
-import os
 import pickle
 import random
 import tempfile
@@ -19,11 +18,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from minitron_train.config import ParallelConfig
+from minitron_train.parallel import meeting
 from minitron_train.runtime.errors import MachineError, UserError
-from minitron_train.runtime.launch import World, rendezvous
+from minitron_train.runtime.launch import World
 
 T = TypeVar("T")
 
@@ -95,6 +96,14 @@ class Groups:
         value = torch.tensor([float(flag)], device=self.device)
         if self.world_size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def any_shard(self, flag: bool) -> bool:
+        """Logical or over the tensor-parallel group."""
+        if self.tp_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.tp_group)
         return bool(value.item())
 
     def barrier(self) -> None:
@@ -175,6 +184,7 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
 
     Raises:
         UserError: tensor_model_parallel_size does not divide the number of processes, or no rendezvous address is set.
+        MachineError: some ranks are missing after parallel.rendezvous_minutes.
     """
     tp = parallel.tensor_model_parallel_size
     if world.size % tp:
@@ -197,18 +207,24 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
     if dist.is_initialized():  # left by a failed job of a sweep; all processes start the next job
         destroy()
     with contextlib.ExitStack() as stack:
-        method = "env://"
-        if "MASTER_ADDR" in os.environ or world.size > 1:
-            rendezvous(os.environ)
-        else:  # a single process opens no port
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            method = f"file://{Path(folder) / 'rendezvous'}"
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-        dist.init_process_group(backend, init_method=method, rank=world.rank, world_size=world.size, timeout=timeout)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp,
-            distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
-        )
+        if world.size == 1:  # opens no port
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            store = FileStore(str(Path(folder) / "rendezvous"), 1)
+            connecting = contextlib.nullcontext()
+        else:
+            store = meeting.meet(world, parallel.rendezvous_minutes)
+            store.set_timeout(timeout)
+            connecting = meeting.first_connections(store, world, parallel.connect_minutes)
+        with connecting:
+            dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tp,
+                distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
+            )
+            dist.all_reduce(torch.ones(1, device=device))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         random.seed(seed)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

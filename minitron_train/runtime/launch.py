@@ -1,6 +1,7 @@
 """Rank and world size from the launcher's variables, and this process's share of the cores. No torch: it runs before."""
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -70,6 +71,11 @@ def rendezvous(environ: Environ) -> tuple[str, int]:
             "or set MASTER_ADDR and MASTER_PORT as slurm/common.sh does"
         )
     return address, port
+
+
+def host_name(environ: Environ) -> str:
+    """The name under which other nodes reach this one."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def under_torchrun(environ: Environ) -> bool:

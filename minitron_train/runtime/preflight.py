@@ -21,15 +21,13 @@ from typing import Annotated, Any, TypedDict, TypeVar
 from msgspec import Meta
 
 from minitron_train.runtime.errors import UserError
-from minitron_train.runtime.launch import World, rendezvous
+from minitron_train.runtime.launch import World, host_name, rendezvous
 from minitron_train.runtime.records import Count, decode
 
 T = TypeVar("T")
 
-DEADLINE_S = 90  # until all ranks have connected; job steps start within seconds of each other
 CALL_S = 15  # timeout of a connection to the next rank: four SYN packets, in case the first ones are lost
 ANSWER_S = 30  # timeout of the ranks' answers after that
-PATIENCE_S = DEADLINE_S + ANSWER_S  # timeout of rank 0's answer: rank 0 knows more, so it must give up first
 PACKAGES = ("minitron_train", "torch", "megatron-core", "transformers")  # must be the same on all ranks
 
 MAX_MESSAGE_BYTES = 2**26  # far above the messages of 10,000 ranks
@@ -56,13 +54,16 @@ class Notice(TypedDict):
 Complaints = list[str]
 
 
-def preflight(complaints: list[str], folder: Path, world: World, environ: Mapping[str, str]) -> list[str]:
+def preflight(
+    complaints: list[str], folder: Path, world: World, environ: Mapping[str, str], deadline_s: float
+) -> list[str]:
     """Gather the complaints of all ranks, and check the software, the shared folder and the network.
 
     Args:
         complaints: what this rank has found so far.
         folder: rank 0 creates a file in it that the other ranks must see.
         environ: MASTER_ADDR and MASTER_PORT of the rendezvous.
+        deadline_s: until all ranks have connected.
 
     Returns:
         On rank 0 all complaints; on the others the first one, with a reference to rank 0's message. Empty without
@@ -75,37 +76,45 @@ def preflight(complaints: list[str], folder: Path, world: World, environ: Mappin
     with listen(0) as own:  # the previous rank connects to it; the kernel completes that without accept()
         here = {"rank": world.rank, "host": host_name(environ), "port": own.address[1]}
         card = Card(**here, versions=versions(), complaints=complaints)
-        return gather(card, folder, first, world.size) if world.is_first else report(card, folder, first)
+        return (
+            gather(card, folder, first, world.size, deadline_s)
+            if world.is_first
+            else report(card, folder, first, deadline_s)
+        )
 
 
-def report(card: Card, folder: Path, first: tuple[str, int]) -> list[str]:
+def report(card: Card, folder: Path, first: tuple[str, int], deadline_s: float) -> list[str]:
     """The check on the ranks above 0."""
     there = f"{first[0]}:{first[1]}"
-    with deadline(lambda: f"{card['host']} could not reach rank 0 at {there}; check for a firewall between them"):
+    patience_s = deadline_s + ANSWER_S  # rank 0 knows more, so it must give up first
+    with deadline(
+        deadline_s, lambda: f"{card['host']} could not reach rank 0 at {there}; check for a firewall between them"
+    ):
         try:
             connection = call(first)
         except OSError as error:
             raise UserError(f"{card['host']} cannot reach {there}: {error.strerror or error}") from error
     with connection:
         send(connection, card)
-        notice = receive(connection, Notice, "rank 0", PATIENCE_S)
+        notice = receive(connection, Notice, "rank 0", patience_s)
         seen = notice["proof"] is None or Path(notice["proof"]).exists()
         found = [] if seen else [f"{card['host']}: does not see {folder} of rank 0; put output_dir on a shared disk"]
         send(connection, found + call_neighbour(notice["ranks"], card["rank"]))
-        return [f"see the message of rank 0: {text}" for text in receive(connection, Complaints, "rank 0", PATIENCE_S)]
+        return [f"see the message of rank 0: {text}" for text in receive(connection, Complaints, "rank 0", patience_s)]
 
 
-def gather(card: Card, folder: Path, first: tuple[str, int], size: int) -> list[str]:
+def gather(card: Card, folder: Path, first: tuple[str, int], size: int, deadline_s: float) -> list[str]:
     """The check on rank 0."""
     cards, proof = {0: card}, folder / f".preflight-{uuid.uuid4().hex[:8]}"
     others: dict[int, Connection] = {}
     here = f"{first[0]}:{first[1]}"
     with ExitStack() as stack:
         listener = stack.enter_context(listen_at(first))
-        with deadline(lambda: f"ranks {absent(cards, size)} did not reach {here}; check for a firewall between them"):
+        remedy = "check their nodes, a firewall between them, or parallel.rendezvous_minutes"
+        with deadline(deadline_s, lambda: f"ranks {absent(cards, size)} did not reach {here}; {remedy}"):
             while len(cards) < size:
                 connection = stack.enter_context(listener.accept())
-                theirs = receive(connection, Card, "another rank", DEADLINE_S)
+                theirs = receive(connection, Card, "another rank", deadline_s)
                 if theirs["rank"] in cards or theirs["rank"] >= size:
                     who = f"{theirs['host']} claims rank {theirs['rank']} of {size}"
                     raise UserError(f"{who}, which is taken or does not exist; check that no other job uses {here}")
@@ -176,11 +185,6 @@ def absent(arrived: Collection[int], size: int, most: int = 8) -> str:
     return ", ".join(missing[:most]) + (f" and {len(missing) - most} more" if len(missing) > most else "")
 
 
-def host_name(environ: Mapping[str, str]) -> str:
-    """The name under which other nodes reach this one."""
-    return environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def listen(port: int) -> Listener:
     """Listen on all interfaces; port 0 takes any free one."""
     return Listener(("", port), family="AF_INET", backlog=4096)
@@ -231,16 +235,16 @@ def receive(connection: Connection, kind: type[T], who: str, patience_s: float) 
 
 
 @contextmanager
-def deadline(message: Callable[[], str]) -> Iterator[None]:
-    """Raise a UserError when the block takes longer than DEADLINE_S, whatever it waits for."""
+def deadline(limit_s: float, message: Callable[[], str]) -> Iterator[None]:
+    """Raise a UserError when the block takes longer than `limit_s`, whatever it waits for."""
 
     def ring(*_: object) -> None:
-        raise UserError(f"after {DEADLINE_S} s: {message()}")
+        raise UserError(f"after {limit_s:.0f} s: {message()}")
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(DEADLINE_S)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -95,6 +95,10 @@ def guard(command: Callable[[], int]) -> NoReturn:
     sys.exit(handler.exit_code)
 
 
+class Interrupted(Exception):
+    """A recorded signal ended an evaluation inside a training. All ranks raise it; the next start evaluates again."""
+
+
 class StopSignals:
     """Context manager of a training: the first of STOP_SIGNALS is recorded instead of ending the process."""
 

@@ -40,6 +40,7 @@ from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.settings import check_settings, deciding_settings
 from minitron_train.train.state import RunState
+from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
 
 
@@ -101,6 +102,7 @@ def assemble(
     checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint, groups, best_metric, settings)
     if groups.is_first:
         write_model_files(folder / "checkpoints" / MODEL, student_files)
+    heartbeat = stack.enter_context(Heartbeat(groups.rank, groups.world_size))
     return Trainer(
         config=config,
         groups=groups,
@@ -115,7 +117,8 @@ def assemble(
             groups, throughput_meter(config, groups, student_files, teacher_files), train.log_every_steps
         ),
         state=RunState(),
-        heartbeat=stack.enter_context(Heartbeat(groups.rank, groups.world_size)),
+        heartbeat=heartbeat,
+        stragglers=Stragglers(groups, train.straggler_every_steps, heartbeat.host_of),
         signals=signals,
     )
 

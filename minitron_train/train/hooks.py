@@ -26,7 +26,11 @@ class Hook:
         return {}
 
     def evaluate(self, training: "Trainer") -> Metrics:
-        """Called after each validation. Returns `eval.TASK.METRIC` values; checkpoint.best_metric may name one of them."""
+        """Called after each validation. Returns `eval.TASK.METRIC` values; checkpoint.best_metric may name one of them.
+
+        A long evaluation should call `training.is_stopped()` after each batch, and end with runtime.signals.Interrupted on
+        all ranks if it was true on any.
+        """
         return {}
 
     def after_evaluation(self, training: "Trainer", found: Metrics) -> None:

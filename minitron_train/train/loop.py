@@ -16,7 +16,7 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.heartbeat import Heartbeat
-from minitron_train.runtime.signals import StopSignals
+from minitron_train.runtime.signals import Interrupted, StopSignals
 from minitron_train.train.batches import micro_batches, to_device
 from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import CheckpointManager
@@ -25,6 +25,7 @@ from minitron_train.train.metrics import Metrics
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
 from minitron_train.train.state import RunState
+from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
 
 DERIVED = (".teacher", ".kept")  # suffixes of a hook's values that are not the student's own
@@ -46,6 +47,7 @@ class Trainer:
     reporter: Reporter
     state: RunState
     heartbeat: Heartbeat
+    stragglers: Stragglers
     signals: StopSignals
     hooks: list[Hook] = field(default_factory=list)
 
@@ -79,7 +81,8 @@ class Trainer:
     def run(self) -> str | None:
         """Train to the end or until a signal arrives, and save the last step. Returns the signal's name, or None at the end.
 
-        After a signal, a due evaluation is postponed to the next start, because it may exceed the scheduler's grace period.
+        After a signal, a due evaluation is postponed to the next start, because it may exceed the scheduler's grace period. A
+        signal during an evaluation ends it after the current batch.
         """
         if (stop := self.agreed_signal()) is not None and not self.is_over:
             return stop  # the signal arrived while the models loaded, so the last checkpoint is up to date
@@ -87,10 +90,12 @@ class Trainer:
         while not self.is_over:
             row = self.state.unevaluated or self.take_step()
             stop = self.agreed_signal()
+            if stop is None and self.is_evaluation_due:
+                row |= self.evaluate_or_postpone(row)
+                stop = self.agreed_signal()
             if stop is not None and self.is_evaluation_due:
                 self.state.unevaluated = row
             else:
-                row |= self.evaluate_if_due(row)
                 self.reporter.report(self.state.step, row)
             self.save_if_due(last=stop is not None or self.is_over)
             if stop is not None:
@@ -102,6 +107,7 @@ class Trainer:
 
     def take_step(self) -> Metrics:
         """Train on one global batch and return the step's metrics."""
+        self.stragglers.begin(self.state.step + 1)
         with self.reporter.waiting_for_data():
             batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
@@ -116,13 +122,17 @@ class Trainer:
         """Compute the gradients of the mean loss over the global batch's valid tokens. Returns the mean of each loss part."""
         self.optimizer.zero_grad()
         batch = to_device(batch, self.groups.device)
-        num_tokens = self.groups.sum_over_data(batch.mask_BS.count_nonzero().double()).clamp(min=1)
+        num_tokens = batch.mask_BS.count_nonzero().double()
+        with self.stragglers.waiting():
+            num_tokens = self.groups.sum_over_data(num_tokens).clamp(min=1)
         parts = micro_batches(batch, self.config.train.micro_batch_size)
         weight = self.hidden_weight(parts)
         sums: LossSums = {}
         for k, part in enumerate(parts):
             with self.optimizer.no_sync() if k < len(parts) - 1 else contextlib.nullcontext():
                 losses = self.objective(part, weight)
+                if k == len(parts) - 1:
+                    self.stragglers.end()  # the ranks sum their gradients from here on
                 (losses.total / num_tokens.to(losses.total.dtype)).backward()
             sums = add(sums, losses.sums)
         means = self.total_over_data(sums, num_tokens)
@@ -186,19 +196,20 @@ class Trainer:
         self.state.num_skipped += 1
         say(f"{what}, {where}; skipped this update")
 
-    def evaluate_if_due(self, row: Metrics) -> Metrics:
-        """Run validation and hooks every eval.every_tokens and at the end.
+    def evaluate_or_postpone(self, row: Metrics) -> Metrics:
+        """Run validation and hooks. If a signal interrupts them, the evaluation stays due.
 
         If they fail, the step is saved with its metrics `row`, and a restart begins with this evaluation. With several
         ranks this happens only for a UserError: after another error, such as a lack of memory, one rank may have failed
         alone, and the save is collective.
         """
         state = self.state
-        if not self.is_evaluation_due:
-            return {}
         is_saved, state.unevaluated = bool(state.unevaluated), {}
         try:
             return self.evaluate()
+        except Interrupted:
+            state.unevaluated = row
+            return {}
         except Exception as error:
             if not is_saved and (isinstance(error, UserError) or self.groups.world_size == 1):
                 state.unevaluated = row
@@ -207,7 +218,7 @@ class Trainer:
 
     def evaluate(self) -> Metrics:
         """Run validation and hooks, and compare the result with the best one so far."""
-        state, found = self.state, self.validation()
+        state, found = self.state, self.validation(self.is_stopped)
         for hook in self.hooks:
             found |= hook.evaluate(self)
         values = {name.removeprefix("eval."): value for name, value in found.items()}
@@ -216,6 +227,10 @@ class Trainer:
             hook.after_evaluation(self, found)
         self.reporter.resume_clock()
         return found
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has arrived at a rank of this tensor-parallel group, so that an evaluation must end."""
+        return self.groups.any_shard(self.signals.received is not None)
 
     def agreed_signal(self) -> str | None:
         """Return a signal that any rank has received, so that all ranks stop at the same step; collective."""

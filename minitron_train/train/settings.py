@@ -21,6 +21,7 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
         "early_stop_evaluations",
         "log_every_steps",
         "profile_steps",
+        "straggler_every_steps",
     },
     "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk", "compile_loss"},  # these too
 }

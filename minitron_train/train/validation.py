@@ -1,6 +1,7 @@
 """Validation: the student's KL to the teacher and its cross-entropy on held-out tokens."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from minitron_train.config import LossKind
 from minitron_train.distillation.loss import LossSpec
 from minitron_train.distillation.step import Objective
 from minitron_train.parallel.groups import Groups
+from minitron_train.runtime.signals import Interrupted
 from minitron_train.train.batches import held_out_batch
 
 
@@ -23,22 +25,35 @@ class Validation:
     groups: Groups
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, is_stopped: Callable[[], bool]) -> dict[str, float]:
         """Return `eval.validation.kl` (with a teacher), `.loss` and `.perplexity`; collective.
 
         The call changes neither random states nor the model's mode, so it does not affect training.
+
+        Args:
+            is_stopped: called after each batch; the same answer on all ranks of a tensor-parallel group.
+
+        Raises:
+            Interrupted: `is_stopped` was true on any rank; raised on every rank.
         """
         spec = LossSpec(kind=LossKind.forward_kl, kd_weight=float(self.objective.teacher is not None), ce_weight=1.0)
         student, was_training = self.objective.student, self.objective.student.training
-        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
         student.eval()
         try:
             for rows in self.groups.own_parts(self.tokens, self.batch_size):
                 parts = self.objective.logit_loss(held_out_batch(rows), spec)
-                sums += torch.stack([parts.kd_sum.double(), parts.ce_sum.double(), sums.new_tensor(parts.num_valid)])
+                stopped = is_stopped()
+                sums += torch.stack(
+                    [parts.kd_sum.double(), parts.ce_sum.double(), *sums.new_tensor([parts.num_valid, stopped])]
+                )
+                if stopped:
+                    break
         finally:
             student.train(was_training)
-        kl, loss, count = self.groups.sum_over_data(sums).tolist()
+        kl, loss, count, num_stopped = self.groups.sum_over_data(sums).tolist()
+        if num_stopped:
+            raise Interrupted
         kl, loss = kl / count, loss / count
         found = {"eval.validation.loss": loss, "eval.validation.perplexity": math.exp(min(loss, 700.0))}
         return {"eval.validation.kl": kl, **found} if self.objective.teacher is not None else found

@@ -28,7 +28,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv")
-NUM_NODES, NUM_CPUS, NUM_GPUS = 3, 8, 8  # of every node; what the scripts ask for, not what this machine has
+NUM_NODES, NUM_CPUS, NUM_GPUS = 3, 64, 8  # of every node; what the scripts ask for, not what this machine has
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 SLURM_CONF = """\
@@ -62,16 +62,17 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-KillWait=60
+KillWait={kill_wait_s}
 OverTimeLimit=0
 MinJobAge=3600
 SlurmctldTimeout=60
-SlurmdTimeout=60
+SlurmdTimeout={node_timeout_s}
 MailProg=/bin/true
 GresTypes=gpu
 {nodes}
 PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=all Nodes=n1,n2,n3 MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=60 State=UP
 PartitionName=apart Nodes=n3 MaxTime=INFINITE DefaultTime=10 PriorityTier=1 State=UP
 """
 SLURMD = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; exec slurmd -D -N "$1" -f "$2/slurm.conf"'
@@ -90,9 +91,15 @@ def unavailable() -> str | None:
 
 
 class Cluster:
-    """`with Cluster() as cluster:` starts the daemons and ends them, with all jobs."""
+    """`with Cluster() as cluster:` starts the daemons and ends them, with all jobs.
 
-    def __init__(self) -> None:
+    Args:
+        node_timeout_s: until a node that does not answer is down, and its jobs are requeued.
+        kill_wait_s: between SIGTERM and SIGKILL.
+    """
+
+    def __init__(self, *, node_timeout_s: int = 60, kill_wait_s: int = 60) -> None:
+        self.limits = {"node_timeout_s": node_timeout_s, "kill_wait_s": kill_wait_s}
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.environment = {**os.environ, "PATH": SYSTEM_PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -145,7 +152,7 @@ class Cluster:
             for name, port in zip(nodes, ports, strict=True)
         ]
         host = os.uname().nodename.split(".")[0]
-        text = SLURM_CONF.format(host=host, port=own_port, folder=self.folder, nodes="\n".join(lines))
+        text = SLURM_CONF.format(host=host, port=own_port, folder=self.folder, nodes="\n".join(lines), **self.limits)
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "hosts").write_text(
             Path("/etc/hosts").read_text() + "".join(f"\n127.0.0.1 {name}" for name in nodes) + "\n"
@@ -167,6 +174,13 @@ class Cluster:
                 start_new_session=True,
             )
         self.daemons.append(daemon)
+
+    def kill_node(self, node: int) -> None:
+        """End a node as a power failure does: its daemon, and everything that runs on it."""
+        space = namespace(self.daemons[1 + node].pid)
+        for pid in inhabitants({space}):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _num_idle(self) -> int:
         for daemon in self.daemons:

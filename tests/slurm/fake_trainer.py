@@ -55,9 +55,39 @@ def save(number: int, _: object) -> None:
 def crash() -> None:
     """A fault of the machine: in its first life after a checkpoint, in its second one before the next."""
     if life() == 1:
-        (MARK.parent / "checkpoints").mkdir(parents=True)
-        (MARK.parent / "checkpoints" / "latest").write_text("step_00000200\n")
+        advance()
     sys.exit(1)
+
+
+def break_down() -> None:
+    """A GPU fails after a checkpoint, in rank 1's first life; rank 0 waits for it in a collective."""
+    if life() == 1:
+        if RANK == 1:
+            advance()
+            print("RuntimeError: CUDA error: uncorrectable ECC error encountered", file=sys.stderr)
+        else:
+            time.sleep(300)
+        sys.exit(1)
+
+
+def miss() -> None:
+    """The node of rank 1 is gone after a checkpoint: rank 0 reports it, and fails itself."""
+    if life() == 1:
+        if RANK == 0:
+            advance()
+            print(
+                "RuntimeError: rank 0, step 8: rank 1 on n2 has ended or hangs, last heartbeat at step 7",
+                file=sys.stderr,
+            )
+        else:
+            time.sleep(300)
+        sys.exit(1)
+
+
+def advance() -> None:
+    """A checkpoint."""
+    (MARK.parent / "checkpoints").mkdir(parents=True)
+    (MARK.parent / "checkpoints" / "latest").write_text("step_00000200\n")
 
 
 def load() -> None:
@@ -83,7 +113,7 @@ def vanish() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-ACTS = {act.__name__: act for act in (succeed, train, train_late, crash, load, refuse, fail, vanish)}
+ACTS = {act.__name__: act for act in (succeed, train, train_late, crash, break_down, miss, load, refuse, fail, vanish)}
 
 
 def life() -> int:

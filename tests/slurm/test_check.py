@@ -35,7 +35,8 @@ AFTER = ["distill", "export", "eval", "report"]
         (["+recipe=smollm2"], ["fetch", "score", "prune", *AFTER]),
         (["+recipe=smollm2", "teacher.path=/teacher"], ["fetch", "score", "prune", *AFTER]),  # the evaluation data
         (["+recipe=smollm2", "teacher.path=/teacher", "eval.data_dir=/data"], ["score", "prune", *AFTER]),
-        (["+recipe=4b", "teacher.path=/teacher"], ["score", "prune", *AFTER]),
+        (["+recipe=4b", "teacher.path=/teacher"], ["fetch", "score", "prune", *AFTER]),  # data of MMLU, from the hub
+        (["+recipe=4b", "teacher.path=/teacher", "eval.tasks=[]"], ["score", "prune", *AFTER]),
         (["+recipe=micro", "student.path=/student"], ["pretrain", *AFTER]),
     ],
 )
@@ -81,6 +82,11 @@ def test_data_are_looked_for_before_a_job_is_queued(
         (["accept", "distill", "+recipe=tinyy"], "unknown recipe 'tinyy'"),
         (["chain", "+recipe=4b", f"data.path={__file__}"], "teacher.path is not set: "),
         (["accept", "run", "+recipe=4b", f"data.path={__file__}"], "teacher.path is not set: "),
+        (["chain", "+recipe=tiny", "student.num_layers=99"], "student.num_layers=99: larger than the teacher's 6; "),
+        (
+            ["chain", "+recipe=tiny", "parallel.tensor_model_parallel_size=3"],
+            "must divide the teacher's num_attention_heads=8",
+        ),
         (["accept", "prune", "+recipe=tiny", "teacher.path=/nowhere"], "teacher.path=/nowhere: no such folder"),
     ],
 )
@@ -260,7 +266,7 @@ def test_another_program_at_the_port(tmp_path: Path, message: bytes, line: str) 
     thread.start()
     card = preflight.Card(rank=0, host="127.0.0.1", port=first[1], versions={}, complaints=[])
     with pytest.raises(UserError, match=line) as caught:
-        preflight.gather(card, tmp_path, first, 2)
+        preflight.gather(card, tmp_path, first, 2, 90)
     assert "\n" not in str(caught.value)
     thread.join(timeout=10)
 
@@ -285,7 +291,7 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
     others = [threading.Thread(target=other, args=pair, daemon=True) for pair in enumerate(behaviours, 1)]
     for thread in others:
         thread.start()
-    complaints = preflight.gather(card, tmp_path, first, 4)
+    complaints = preflight.gather(card, tmp_path, first, 4, 90)
     for thread in others:
         thread.join(timeout=10)
     silent = "rank 1 on 127.0.0.1 does not answer; check its node"
@@ -294,12 +300,11 @@ def test_what_the_others_found_outlives_a_rank_that_ends(tmp_path: Path, monkeyp
 
 
 @pytest.mark.races
-def test_missing_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "DEADLINE_S", 1)
+def test_missing_rank_is_named(tmp_path: Path) -> None:
     with preflight.listen(0) as probe:
         environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.address[1])}
     with pytest.raises(UserError, match="1 s: ranks 1, 2 did not reach localhost"):
-        preflight.preflight([], tmp_path, World(0, 3), environ)
+        preflight.preflight([], tmp_path, World(0, 3), environ, 1.0)
 
 
 def test_different_software_is_named() -> None:

@@ -2,11 +2,12 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.conftest import Lab
+from tests.slurm.conftest import TWO_NODES, Lab
 
 pytestmark = [pytest.mark.slurm, pytest.mark.races]
 
@@ -155,6 +156,47 @@ def test_a_failure_after_a_checkpoint_goes_on_from_there(lab: Lab) -> None:
     shown = lab.cluster.wait(job, *ENDED, timeout_s=100)
     assert (shown["JobState"], shown["ExitCode"], lives(lab)) == ("FAILED", "1:0", ["1", "2"]), lab.log(job)
     assert "failed with exit code 1, after a checkpoint" in lab.log(job)
+
+
+@pytest.mark.parametrize("act", ["break_down", "miss"])
+def test_a_failed_node_is_left_out(wide_lab: Lab, act: str) -> None:
+    """The node where the first rank failed, or that the other ranks miss: both are n2 here, and n3 takes its place."""
+    job = wide_lab.submit("distill", "--partition=all", f"act.distill={act}")
+    shown = wide_lab.cluster.wait(job, *ENDED, timeout_s=100)
+    log = wide_lab.log(job)
+    assert (shown["JobState"], shown["Restarts"], lives(wide_lab)) == ("COMPLETED", "1", ["1", "2"]), log
+    assert (shown["ExcNodeList"], shown["NodeList"]) == ("n2", "n[1,3]"), log
+    assert "n2 failed; the next start excludes it" in log
+
+
+def test_a_node_without_a_substitute_is_not_left_out(wide_lab: Lab) -> None:
+    """Otherwise the job would wait for ever: its partition has two nodes."""
+    job = wide_lab.submit("distill", "act.distill=break_down")
+    shown = wide_lab.cluster.wait(job, *ENDED, timeout_s=100)
+    assert (shown["JobState"], shown["Restarts"], shown["ExcNodeList"]) == ("COMPLETED", "1", "(null)")
+    assert "too few other nodes of partition batch are in service (1)" in wide_lab.log(job)
+
+
+def test_a_job_survives_the_death_of_its_node(tmp_path: Path) -> None:
+    """Slurm itself requeues it, and the node is down; the cluster is another one, for what it does to its node."""
+    with Cluster(node_timeout_s=15, kill_wait_s=10) as cluster:
+        lab = Lab(tmp_path / "lab", cluster, {"distill": TWO_NODES}, real=False)
+        job = lab.submit("distill", "--partition=all", "act.distill=train")
+        started(lab)
+        cluster.kill_node(2)
+        shown = cluster.wait(job, *ENDED)
+        assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "1", "n[1,3]"), lab.log(job)
+        assert lives(lab) == ["1", "2"]
+
+
+def test_requeues_by_slurm_are_capped_too(lab: Lab) -> None:
+    site = lab.folder / "slurm" / "site.env"
+    site.write_text(site.read_text().replace("max_requeues=3", "max_requeues=0"))
+    job = lab.submit("distill", "act.distill=train")
+    started(lab)
+    lab.cluster.call("scontrol", "requeue", job)
+    shown = lab.cluster.wait(job, *ENDED)
+    assert (shown["JobState"], shown["ExitCode"], lives(lab)) == ("FAILED", "75:0", ["1"]), lab.log(job)
 
 
 def test_failed_stage_cancels_the_rest(lab: Lab) -> None:

@@ -233,9 +233,9 @@ def test_recipes_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_student_of_ones_own_is_not_made() -> None:
     own = configuration.compose(["+recipe=tiny", "student.path=x"])
-    assert [command.name for command in chain(own)] == ["pretrain", "distill", "export", "eval", "report"]
+    assert [command.name for command in chain(own)] == ["fetch", "pretrain", "distill", "export", "eval", "report"]
     whole = [command.name for command in chain(configuration.compose(["+recipe=tiny"]))]
-    assert whole[1:3] == ["score", "prune"]
+    assert whole[2:4] == ["score", "prune"]
 
 
 @pytest.mark.parametrize("name", list(recipes.recipes()))

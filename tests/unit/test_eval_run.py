@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -247,9 +248,12 @@ class Training:
 
     student: LanguageModel
     objective: SimpleNamespace
+    checkpoints: SimpleNamespace
+    is_stopped: Callable[[], bool] = lambda: False
 
 
-def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace) -> None:
+def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoints = SimpleNamespace(folder=tmp_path / "checkpoints")
     evaluation = EvalConfig(training_tasks=["hellaswag", "gsm8k"], training_limit=3, num_fewshot=1)
 
     def train(with_hook: bool) -> tuple[list[float], list[dict[str, float]]]:
@@ -272,7 +276,7 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
                 optimizer.step()
                 losses.append(loss.item())
                 if with_hook:
-                    found.append(hook.evaluate(Training(student, SimpleNamespace(teacher=teacher))))
+                    found.append(hook.evaluate(Training(student, SimpleNamespace(teacher=teacher), checkpoints)))
                     assert student.training and all(not m._forward_pre_hooks for m in student.modules())
             losses += [random.random(), float(np.random.random()), torch.rand(()).item()]
             return losses, found
@@ -280,6 +284,7 @@ def test_training_is_the_same_with_and_without_the_hook(folders: SimpleNamespace
     without, _ = train(False)
     losses, found = train(True)
     assert losses == without
+    assert not list(tmp_path.iterdir()), "a complete evaluation leaves no journal"
     assert {"eval.hellaswag.acc_norm", "eval.hellaswag.acc_norm.teacher"} <= set(found[0])
     assert all(row["eval.hellaswag.acc_norm.teacher"] == found[0]["eval.hellaswag.acc_norm.teacher"] for row in found)
 
@@ -300,8 +305,8 @@ def test_a_task_in_training_is_known_by_its_own_metric() -> None:
 def test_only_shares_are_kept(
     name: str, kept: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(TaskHook, "measure", lambda _, model: {name: model})
-    hook = TaskHook(EvalConfig(), Path(), 8, SimpleNamespace(), None)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(TaskHook, "measure", lambda _, model, *rest: {name: model})
+    hook = TaskHook(EvalConfig(), Path(), 8, SimpleNamespace(is_first=False), None)  # pyright: ignore[reportArgumentType]
     found = hook.evaluate(SimpleNamespace(student=0.5, objective=SimpleNamespace(teacher=0.25)))  # pyright: ignore[reportArgumentType]
     assert found[f"eval.{name}.teacher"] == 0.25
     assert (f"eval.{name}.kept" in found) is kept
@@ -324,7 +329,7 @@ def test_more_ranks_than_held_out_sequences(folders: SimpleNamespace) -> None:
         model = build(checkpoint.shape)
         assert perplexity(model, tokens, last, 2) == pytest.approx(math.exp(-1))
         objective: Any = SimpleNamespace(student=model, teacher=None, logit_loss=None)
-        assert Validation(tokens, objective, 2, last)()["eval.validation.loss"] == 1.0
+        assert Validation(tokens, objective, 2, last)(lambda: False)["eval.validation.loss"] == 1.0
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -1,5 +1,7 @@
 """Evaluation of a training checkpoint without an export, and of the live student in a real training run."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 
 from minitron_train.arch.convert import read_shard
 from minitron_train.config import Config, EvalConfig
+from minitron_train.evaluation import scoring
 from minitron_train.evaluation.hooks import TaskHook
 from minitron_train.evaluation.run import evaluate_model
 from minitron_train.evaluation.source import locate, open_origin
@@ -49,6 +52,36 @@ def test_tasks_on_the_live_student_leave_training_as_it_was(material: Material, 
     assert [row["loss"] for row in hooked] == [row["loss"] for row in plain]
     found = [row for row in hooked if "eval.hellaswag.acc_norm" in row]
     assert len(found) > 1 and all("eval.hellaswag.acc_norm.teacher" in row for row in found)
+
+
+def test_a_signal_ends_tasks_after_a_batch(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start evaluates what is missing, and logs what an uninterrupted run logs."""
+    settings = {"training_tasks": ["hellaswag"], "training_limit": 4, "every_tokens": 1024, "batch_tokens": 64}
+    whole = run(material, tmp_path / "whole", **settings)
+    batches: list[int] = []
+    original = scoring.score_rows
+
+    def counted(*arguments: Any) -> dict[int, scoring.Score]:
+        batches.append(len(batches))
+        if len(batches) == stop_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments)
+
+    monkeypatch.setattr(scoring, "score_rows", counted)
+    stop_at = 0
+    run(material, tmp_path / "counted", **settings)
+    num_batches, stop_at = len(batches), 2
+    batches.clear()
+    with pytest.raises(SystemExit):
+        run(material, tmp_path / "resumed", **settings)
+    assert len(batches) == 2 and (tmp_path / "resumed" / "train" / "tasks.partial" / "teacher").exists()
+    stop_at = 6
+    with pytest.raises(SystemExit):
+        run(material, tmp_path / "resumed", **settings)
+    assert len(batches) == 6
+    assert run(material, tmp_path / "resumed", **settings) == whole
+    assert len(batches) == num_batches, "no batch was computed twice"
+    assert not list((tmp_path / "resumed" / "train").glob("*.partial"))
 
 
 def test_checkpoint_gives_the_exports_tensors_and_figures(trained: Path, tmp_path: Path) -> None:
