@@ -112,7 +112,7 @@ class Contestant:
 
 
 def main() -> None:
-    """Measure the contestants in turn with all cores, then two tensor-parallel ranks on the same cores."""
+    """Measure the contestants in turn with all cores, then two tensor-parallel ranks where the shapes can be split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps")
     parser.add_argument("--json", type=Path)
@@ -129,10 +129,10 @@ def main() -> None:
         contestants = enter(Path(name), arguments)
         steps_s, rates = race(contestants)
         fastest = "bf16" if "bf16" in contestants else "fp32"
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-        split = replace_folder(contestants[fastest], Path(name) / "tp2")
-        subprocess.run(split.command(*launcher), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        result = summary(contestants, steps_s, rates, fastest, split.result(tp=2))
+        split = None
+        if all(shape.num_query_groups % 2 == 0 for shape in MODELS[arguments.model][:2]):
+            split = split_in_two(replace_folder(contestants[fastest], Path(name) / "tp2"))
+        result = summary(contestants, steps_s, rates, fastest, split)
     show(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -188,6 +188,13 @@ def link_models(models: Path, folder: Path) -> Path:
     for model in ("teacher", "student"):
         (folder / model).symlink_to(models / model)
     return folder
+
+
+def split_in_two(contestant: Contestant) -> dict[str, Any]:
+    """What two tensor-parallel ranks measure."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    subprocess.run(contestant.command(*launcher), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return contestant.result(tp=2)
 
 
 def replace_folder(contestant: Contestant, folder: Path) -> Contestant:
@@ -249,9 +256,12 @@ def summary(
     steps_s: dict[str, list[float]],
     rates: dict[str, float],
     fastest: str,
-    split: dict[str, Any],
+    split: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The figures of the run; `fastest` names the contestant that the utilisation and the parts are about."""
+    """The figures of the run; `fastest` names the contestant that the utilisation and the parts are about.
+
+    `split` has those of two ranks, None where the shapes cannot be split.
+    """
     whole = contestants[fastest].result()
     result = {
         "precision": fastest,
@@ -259,10 +269,10 @@ def summary(
         "gemm_gflops": whole["gemm_gflops"],
         "best_gemm_gflops": max(rates.values()),
         "utilisation_of_best": whole["model_gflop_per_step"] / (whole["step_s"] * max(rates.values())),
-        "tp2_ratio": whole["step_s"] / split["step_s"],
+        "tp2_ratio": whole["step_s"] / split["step_s"] if split else None,
         "checkpoint_stall": whole["checkpoint_stall"],
         "steps_s": steps_s,
-        "cases": [whole, split],
+        "cases": [whole, split] if split else [whole],
     }
     if "other seed" in contestants:
         result["speedup_vs_fp32"] = speedup(steps_s["fp32"], steps_s["bf16"])
@@ -401,28 +411,22 @@ def gemm_gflops(precision: Precision = Precision.fp32) -> float:
 
 
 def show(result: dict[str, Any]) -> None:
-    whole, split = result["cases"]
-    print(f"{'':20}{'one process':>14}{'two ranks, TP 2':>18}")
+    cases = result["cases"]
+    print(f"{'':20}" + "".join(f"{name:>18}" for name in ("one process", "two ranks, TP 2")[: len(cases)]))
     for part in PARTS[:-1]:
-        one, two = whole["parts_s"][part], split["parts_s"][part]
-        print(f"{part:20}{one:10.3f} s {one / whole['step_s']:3.0%}{two:12.3f} s {two / split['step_s']:3.0%}")
-    for key, unit in (
-        ("step_s", "s"),
-        ("tokens_per_second", "/s"),
-        ("gemm_gflops", "GF/s"),
-        ("utilisation", ""),
-        ("save_s", "s"),
-    ):
-        print(f"{key:20}{whole[key]:10.3f} {unit:4}{split[key]:12.3f} {unit}")
+        cells = ((case["parts_s"][part], case["parts_s"][part] / case["step_s"]) for case in cases)
+        print(f"{part:20}" + "".join(f"{seconds:11.3f} s {share:4.0%}" for seconds, share in cells))
+    for key in ("step_s", "tokens_per_second", "gemm_gflops", "utilisation", "save_s"):
+        print(f"{key:20}" + "".join(f"{case[key]:13.3f}     " for case in cases))
     print(
         f"best rate {result['best_gemm_gflops']:.0f} GF/s, of which the step uses {result['utilisation_of_best']:.2f}"
     )
     for name in ("speedup_vs_fp32", "losses_equal", "speedup_vs_baseline"):
         if name in result:
             print(f"{name:20}{result[name]:10.2f}")
-    print(
-        f"TP 2 reaches {result['tp2_ratio']:.2f} of one process; a save costs {result['checkpoint_stall']:.2%} of its interval"
-    )
+    if result["tp2_ratio"]:
+        print(f"TP 2 reaches {result['tp2_ratio']:.2f} of one process")
+    print(f"a save costs {result['checkpoint_stall']:.2%} of its interval")
 
 
 if __name__ == "__main__":

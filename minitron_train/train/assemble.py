@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def assemble(
 ) -> Trainer:
     """Build all parts of a run, in the state of step 0. `stack` closes them."""
     signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
+    config = replace(config, train=replace(config.train, precision=agreed(config.train.precision, groups)))
     train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer, vocab_size = open_tokenizer(config, groups, student_files, teacher_files)
     stream = PrefetchingStream(open_stream(config, groups, tokenizer))

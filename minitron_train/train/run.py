@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,7 +10,6 @@ from minitron_train.config import Config
 from minitron_train.data.ledger import write_data_files
 from minitron_train.hf import HFFolder
 from minitron_train.parallel.groups import Groups
-from minitron_train.planning.precision import agreed
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.files import atomic_write_json
@@ -52,7 +51,6 @@ def train(
     student_files, teacher_files = HFFolder(student), HFFolder(teacher) if teacher else None
     for model in filter(None, (student_files, teacher_files)):
         model.announce()
-    config = replace(config, train=replace(config.train, precision=agreed(config.train.precision, groups)))
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
     hooks = [*hooks, *profile_hooks(config, folder), *hooks_of(config)]
     with contextlib.ExitStack() as stack:
@@ -63,14 +61,14 @@ def train(
         if groups.is_first:
             (folder / STOPPED).unlink(missing_ok=True)
             write_data_files(folder, config.data)
-            trainer.reporter = open_reporter(config, trainer, folder)
+            trainer.reporter = open_reporter(trainer.config, trainer, folder)
             trainer.reporter.record({} if first_step else ancestors(student, teacher), consumed=True)
         stopped = run_guarded(trainer)
         if stopped is not None:
             exit_to_resume(trainer, stopped, folder)
         state = trainer.state
         facts: dict[str, Any] = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
-        facts["precision"] = config.train.precision.value
+        facts["precision"] = trainer.config.train.precision.value
         facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation, "wandb_id": state.wandb_id}
         facts["data_passes"] = trainer.stream.passes()
         report_passes(facts["data_passes"])
