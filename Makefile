@@ -1,6 +1,6 @@
 # make quickstart prunes and distils a small language model and writes a report. make test runs the tests. Both make .venv first.
-# PYTHON is the newest supported one that runs here. An existing .venv keeps its Python until make clean.
-PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
+# PYTHON is 3.11 if it runs here, since all tests pass on it, else a newer one. An existing .venv keeps its Python until make clean.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
