@@ -49,7 +49,7 @@ def test_ranks_that_do_not_arrive_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             "init_process_group",
-            "os.kill(os.getpid(), signal.SIGSTOP)",
+            "(time.sleep(2), os.kill(os.getpid(), signal.SIGSTOP))",  # after its first heartbeat
             "rank 1 on HOST has ended or hangs, last heartbeat at step 0",
         ),
         ("all_reduce", "time.sleep(60)", "all ranks are alive, at step 0"),
