@@ -34,7 +34,7 @@ class CausalAttention(torch.autograd.Function):
         ctx.save_for_backward(query_SBND, key_SBGD, value_SBGD)
         key_MSD, value_MSD = by_group(key_SBGD), by_group(value_SBGD)
         context_SBND = torch.empty_like(query_SBND, memory_format=torch.contiguous_format)
-        for block in blocks(query_SBND, key_MSD):
+        for block in blocks(query_SBND, key_MSD, key_SBGD.shape[2]):
             block.scatter(torch.bmm(block.probabilities_MRK, value_MSD[:, block.keys]), context_SBND)
         return context_SBND.flatten(2)
 
@@ -46,7 +46,7 @@ class CausalAttention(torch.autograd.Function):
         key_MSD, value_MSD = by_group(key_SBGD), by_group(value_SBGD)
         query_grad_SBND = torch.empty_like(query_SBND, memory_format=torch.contiguous_format)
         key_grad_MSD, value_grad_MSD = (torch.zeros_like(x, dtype=torch.float32) for x in (key_MSD, value_MSD))
-        for block in blocks(query_SBND, key_MSD):
+        for block in blocks(query_SBND, key_MSD, key_SBGD.shape[2]):
             grad_MRD = block.gather(grad_SBF.view(query_SBND.shape))
             probabilities_MRK = block.probabilities_MRK
             value_grad_MSD[:, block.keys] += torch.bmm(probabilities_MRK.mT, grad_MRD)
@@ -84,10 +84,9 @@ class Block:
         part.copy_(x_MRD.view(batch, groups, heads, length, channels).permute(3, 0, 1, 2, 4))
 
 
-def blocks(query_SBND: Tensor, key_MSD: Tensor) -> Iterator[Block]:
+def blocks(query_SBND: Tensor, key_MSD: Tensor, num_groups: int) -> Iterator[Block]:
     """Yield the blocks of a sequence in order."""
-    length, batch, _, channels = query_SBND.shape
-    num_groups, scale = len(key_MSD) // batch, channels**-0.5
+    length, scale = len(query_SBND), query_SBND.shape[-1] ** -0.5
     for start in range(0, length, BLOCK_TOKENS):
         tokens = slice(start, min(start + BLOCK_TOKENS, length))
         query_MRD = gathered(query_SBND[tokens], num_groups).mul_(scale)

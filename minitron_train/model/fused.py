@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class SquaredRelu(torch.autograd.Function):
@@ -20,6 +21,7 @@ class SquaredRelu(torch.autograd.Function):
         return positive * positive
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         """2 relu(x) grad."""
         (positive,) = ctx.saved_tensors
@@ -42,6 +44,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         """Both halves of the gradient, written in place."""
         (x,) = ctx.saved_tensors
@@ -73,6 +76,7 @@ class RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         """Gradients of x and of the weight, computed in fp32 or wider."""
         x, weight, scale = ctx.saved_tensors

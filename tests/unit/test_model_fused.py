@@ -96,3 +96,29 @@ def test_recomputation_gives_the_same_gradients_in_bf16() -> None:
         kept, *others = (gradients(recompute) for recompute in Recompute)
     for other in others:
         assert kept.keys() == other.keys() and all(torch.equal(kept[name], other[name]) for name in kept)
+
+
+def test_attention_takes_an_empty_batch() -> None:
+    inputs = [torch.randn(21, 0, heads, 8).bfloat16().requires_grad_() for heads in (6, 2, 2)]
+    found = attention.causal_attention(*inputs)
+    assert found.shape == (21, 0, 48)
+    found.sum().backward()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_right_or_refused(name: str) -> None:
+    function, plain, shapes = CASES[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def second(of: Function) -> list[Tensor]:
+        first = torch.autograd.grad(of(*inputs).square().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), inputs))  # type: ignore[arg-type]
+
+    try:
+        found = second(function)
+    except RuntimeError as error:
+        assert "differentia" in str(error)
+        return
+    for one, other in zip(found, second(plain), strict=True):
+        assert (one - other).norm() <= 1e-9 * other.norm()
