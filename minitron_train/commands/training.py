@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from minitron_train.planning.memory import distill_bytes
 from minitron_train.planning.precision import settled
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
-from minitron_train.stages import Stage, read_provenance, read_started_record
+from minitron_train.stages import Stage, begun_before_requeue, read_provenance, read_started_record, resumed_folder
 
 
 def train_stage(
@@ -29,10 +30,12 @@ def train_stage(
     from minitron_train.data.tokenizers import check_same
     from minitron_train.train import assemble
     from minitron_train.train.run import train
+    from minitron_train.train.settings import deciding_settings
 
     check_settings(config)
-    config = with_precision(ws, config, folder)
     stage = training_stage(ws, config, name, folder=folder, student=student, teacher=teacher)
+    config = with_precision(ws, config, stage)
+    stage = replace(stage, settings=deciding_settings(config, distilled=teacher is not None))
 
     def check_fits() -> None:
         shape = ws.shape_of(student)
@@ -73,24 +76,27 @@ def training_stage(
     return Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, mode="resumable")
 
 
-def with_precision(ws: Workspace, config: Config, folder: Path) -> Config:
-    """Replace train.precision=auto by what the training in `folder` began with, else by what this machine is faster in."""
+def with_precision(ws: Workspace, config: Config, stage: Stage) -> Config:
+    """Replace precision=auto of student and teacher by what the training began with, else by this machine's faster one."""
 
-    def settle() -> Precision:
-        began = None if config.force else recorded_precision(folder)
-        return began or settled(config.train.precision, cuda=cuda_here())
+    def settle(section: str, key: str) -> Precision:
+        keeps = not config.force or begun_before_requeue(stage)
+        began = recorded_precision(resumed_folder(stage), section, key) if keeps else None
+        return began or settled(Precision.auto, cuda=cuda_here())
 
-    if config.train.precision is not Precision.auto:
-        return config
-    return replace(config, train=replace(config.train, precision=ws.on_rank0(settle)))
+    for section, key in (("train", "precision"), ("distill", "teacher_precision")):
+        if section in stage.settings and getattr(getattr(config, section), key) is Precision.auto:
+            found = ws.on_rank0(functools.partial(settle, section, key))
+            config = replace(config, **{section: replace(getattr(config, section), **{key: found})})
+    return config
 
 
-def recorded_precision(folder: Path) -> Precision | None:
+def recorded_precision(folder: Path, section: str = "train", key: str = "precision") -> Precision | None:
     """What a training began with; None where none began, or where its record is damaged (the stage refuses it later)."""
     with contextlib.suppress(UserError):
         record = read_provenance(folder) or read_started_record(folder)
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            return Precision(record["settings"]["train"]["precision"]) if record else None
+            return Precision(record["settings"][section][key]) if record else None
     return None
 
 

@@ -46,8 +46,8 @@ def agreed(asked: Precision, groups: "Groups") -> Precision:
 
 def concrete(config: Config) -> Config:
     """Replace every `auto` by this machine's choice, for estimates."""
-    asked = (config.train, config.calibration, config.eval)
-    is_auto = any(section.precision is Precision.auto for section in asked)
+    asked = [section.precision for section in (config.train, config.calibration, config.eval)]
+    is_auto = Precision.auto in (*asked, config.distill.teacher_precision)
     return with_choice(config, fastest(cuda_here()).precision) if is_auto else config
 
 
@@ -60,7 +60,10 @@ def with_choice(config: Config, choice: Precision) -> Config:
     """Replace every `auto` by `choice`."""
     sections = {name: getattr(config, name) for name in ("train", "calibration", "eval")}
     auto = {name: section for name, section in sections.items() if section.precision is Precision.auto}
-    return replace(config, **{name: replace(section, precision=choice) for name, section in auto.items()})
+    changed = {name: replace(section, precision=choice) for name, section in auto.items()}
+    if config.distill.teacher_precision is Precision.auto:
+        changed["distill"] = replace(config.distill, teacher_precision=choice)
+    return replace(config, **changed)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ exported.py     exported.json: where the last export wrote the student
 """
 
 from minitron_train.stages.exported import exported, note_export
+from minitron_train.stages.folders import resumed_folder
 from minitron_train.stages.provenance import (
     PROVENANCE,
     STARTED,
@@ -20,7 +21,7 @@ from minitron_train.stages.provenance import (
     read_provenance,
     read_started_record,
 )
-from minitron_train.stages.run import Invocation, OnFirst, Work, refuse_damaged, run_stage
+from minitron_train.stages.run import Invocation, OnFirst, Work, begun_before_requeue, refuse_damaged, run_stage
 from minitron_train.stages.stage import Stage, State, differences, plain
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Started",
     "State",
     "Work",
+    "begun_before_requeue",
     "differences",
     "exported",
     "note_export",
@@ -42,5 +44,6 @@ __all__ = [
     "read_provenance",
     "read_started_record",
     "refuse_damaged",
+    "resumed_folder",
     "run_stage",
 ]

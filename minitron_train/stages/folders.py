@@ -105,9 +105,18 @@ def started_differently(stage: Stage, why: str) -> UserError:
 def has_better_predecessor(stage: Stage) -> bool:
     """Whether a training has no checkpoint yet, while the run that it is to replace is still kept."""
     latest = stage.folder / "checkpoints" / "latest"
-    kept = stage.folder.with_name(stage.folder.name + REPLACED)
     has_result = latest.exists() or (stage.folder / stage.record).exists()
-    return stage.mode == "resumable" and kept.exists() and not has_result
+    return stage.mode == "resumable" and predecessor(stage).exists() and not has_result
+
+
+def predecessor(stage: Stage) -> Path:
+    """Where the run that a training replaces is kept until the first checkpoint."""
+    return stage.folder.with_name(stage.folder.name + REPLACED)
+
+
+def resumed_folder(stage: Stage) -> Path:
+    """The folder whose records decide how a start without force=true continues; `restore_predecessor` may rename it."""
+    return predecessor(stage) if has_better_predecessor(stage) else stage.folder
 
 
 def restore_predecessor(stage: Stage) -> None:

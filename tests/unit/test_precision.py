@@ -4,17 +4,19 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 import minitron_train as mt
-from minitron_train.commands.training import recorded_precision
+from minitron_train.commands.training import recorded_precision, with_precision
 from minitron_train.config import ClusterConfig, Config, Precision
 from minitron_train.planning import precision
 from minitron_train.planning.hardware import gemm_flops
 from minitron_train.runtime.errors import UserError
+from minitron_train.stages import Stage
+from minitron_train.train.settings import deciding_settings
 from tests.support.training import Material
 
 FAST = {
@@ -80,7 +82,9 @@ def test_estimates_know_the_choice(measured: Any) -> None:
     measured(2.0)
     asked = Config()
     asked.eval.precision = Precision.fp32
+    asked.distill.teacher_precision = Precision.auto
     found = precision.concrete(asked)
+    assert found.distill.teacher_precision == "bf16"
     sections = (found.train, found.calibration, found.eval)
     assert [section.precision for section in sections] == ["bf16", "bf16", "fp32"]
     assert asked.train.precision is Precision.auto, "the configuration itself is unchanged"
@@ -101,11 +105,15 @@ def test_a_described_cluster_trains_in_bf16(measured: Any) -> None:
     from tests.unit.test_plan import load, shapes
 
     measured(0.5)
-    config = load("+recipe=4b", "train.precision=auto", "calibration.precision=auto")
+    config = load("+recipe=4b", "train.precision=auto", "calibration.precision=auto", "distill.teacher_precision=auto")
     assert isinstance(config.cluster, ClusterConfig) and config.cluster.peak_tflops
     teacher, student = shapes(config)
     assert isinstance(teacher, Shape)
-    fixed = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=Precision.bf16))
+    fixed = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, precision=Precision.bf16),
+        distill=dataclasses.replace(config.distill, teacher_precision=Precision.bf16),
+    )
     assert make_plan(config, teacher, student) == make_plan(fixed, teacher, student)
 
 
@@ -144,3 +152,47 @@ def test_what_one_machine_began_another_continues(
 def test_a_damaged_record_tells_no_precision(tmp_path: Path, content: str) -> None:
     (tmp_path / "started.json").write_text(content)
     assert recorded_precision(tmp_path) is None
+
+
+def began(folder: Path, precision: str, teacher: str | None = None, slurm_job: str | None = None) -> None:
+    """The record of a training that began, and was killed before it finished."""
+    folder.mkdir(parents=True)
+    settings = {"train": {"precision": precision}, "distill": {"teacher_precision": teacher}}
+    record = {"inputs": {}, "settings": settings, "slurm_job": slurm_job}
+    (folder / "started.json").write_text(json.dumps(record))
+
+
+def resumed(folder: Path, *, force: bool = False) -> list[Any]:
+    """What a start with both precisions auto takes for student and teacher."""
+    config = Config(force=force)
+    config.distill.teacher_precision = Precision.auto
+    settings = deciding_settings(config, distilled=True)
+    stage = Stage(name="distill", folder=folder, inputs={}, settings=settings, mode="resumable")
+    found = with_precision(cast(Any, SimpleNamespace(on_rank0=lambda work: work())), config, stage)
+    return [found.train.precision, found.distill.teacher_precision]
+
+
+def test_the_teacher_keeps_its_precision_too(measured: Any, tmp_path: Path) -> None:
+    measured(0.5)
+    assert resumed(tmp_path / "train") == ["fp32", "fp32"]
+    began(tmp_path / "train", "fp32", "bf16")
+    assert resumed(tmp_path / "train") == ["fp32", "bf16"]
+    assert resumed(tmp_path / "train", force=True) == ["fp32", "fp32"]
+
+
+def test_a_requeued_job_keeps_what_it_forced(measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(0.5)
+    began(tmp_path / "train", "bf16", "bf16", slurm_job="7")
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert resumed(tmp_path / "train", force=True) == ["bf16", "bf16"]
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert resumed(tmp_path / "train", force=True) == ["fp32", "fp32"]
+
+
+def test_a_restored_training_keeps_its_precision(measured: Any, tmp_path: Path) -> None:
+    """A run with force=true was killed before its first checkpoint: the one that it was to replace is resumed."""
+    measured(0.5)
+    began(tmp_path / "train", "fp32", "fp32")
+    began(tmp_path / "train.replaced", "bf16", "bf16")
+    assert resumed(tmp_path / "train") == ["bf16", "bf16"]
