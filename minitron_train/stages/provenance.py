@@ -148,7 +148,7 @@ def read_started(file: Path) -> Started:
         FileNotFoundError: no training began in this folder.
         UserError: it is damaged.
     """
-    remedy = "restore it from a copy, remove it to resume with today's settings, or start again with force=true"
+    remedy = "restore it from a copy, or start again with force=true"
     return read_whole_record(file, Started, remedy)
 
 

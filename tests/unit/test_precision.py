@@ -15,7 +15,8 @@ from minitron_train.config import ClusterConfig, Config, Precision
 from minitron_train.planning import precision
 from minitron_train.planning.hardware import gemm_flops
 from minitron_train.runtime.errors import UserError
-from minitron_train.stages import Stage
+from minitron_train.stages import Stage, read_started_record
+from minitron_train.stages.stage import refuse_foreign
 from minitron_train.train.settings import deciding_settings
 from tests.support.training import Material
 
@@ -152,6 +153,19 @@ def test_what_one_machine_began_another_continues(
 def test_a_damaged_record_tells_no_precision(tmp_path: Path, content: str) -> None:
     (tmp_path / "started.json").write_text(content)
     assert recorded_precision(tmp_path) is None
+
+
+def test_the_remedy_for_a_damaged_record_helps(tmp_path: Path) -> None:
+    """Without started.json the folder is no longer known as a training's: removing the file is no remedy."""
+    (tmp_path / "started.json").write_text("{")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"restore it from a copy, or start again with force=true$"):
+        read_started_record(tmp_path)
+    stage = Stage(name="distill", folder=tmp_path, inputs={}, settings={}, mode="resumable")
+    refuse_foreign(stage)
+    (tmp_path / "started.json").unlink()
+    with pytest.raises(UserError, match="did not write"):
+        refuse_foreign(stage)
 
 
 def began(folder: Path, precision: str, teacher: str | None = None, slurm_job: str | None = None) -> None:
