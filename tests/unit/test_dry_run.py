@@ -37,7 +37,7 @@ class Said:
 
     def states(self, command: str, *words: str) -> dict[str, str]:
         """Stage -> missing, finished, stale (why)."""
-        lines = [line for line in self(command, *words, "dry_run=true") if not line.startswith(" ")]
+        lines = [line for line in self(command, *words, "dry_run=true") if not line.startswith((" ", "precision auto"))]
         return dict(line.split(": ", 1) for line in lines)
 
 
