@@ -1,5 +1,6 @@
 """The meeting of all ranks: whoever is missing after a deadline is named in one line."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -7,7 +8,9 @@ import sys
 import textwrap
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
+from minitron_train.parallel import meeting
 from minitron_train.parallel.meeting import meet
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.launch import World
@@ -41,6 +44,20 @@ def test_ranks_that_do_not_arrive_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(MachineError, match=r"no connection to the store of rank 0 at 127\.0\.0\.1:"):
         meet(World(1, 3), 0.01)
+
+
+def test_a_meeting_reads_no_keys_of_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps its store after a failed attempt: with the old keys, ranks would connect to ended processes."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(meeting, "STARTS", itertools.count())
+    meet(World(0, 1), 0.1).set("address of rank 0", "ended")
+    assert not meet(World(0, 1), 0.1).check(["address of rank 0"])  # the next job of a sweep
+    monkeypatch.setattr(meeting, "STARTS", itertools.count())  # a new process
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not meet(World(0, 1), 0.1).check(["address of rank 0"])
 
 
 @pytest.mark.races
