@@ -17,6 +17,7 @@ from minitron_train.data.feed import Feed
 from minitron_train.data.stream import take_held_out, validation_feed
 from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
+from minitron_train.runtime.records import open_file
 
 HELD_OUT = "held_out.safetensors"
 ORDER = 1  # raise it when the same sources give other tokens
@@ -45,9 +46,13 @@ def key_of(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> str:
 
 
 def read(path: Path, key: str) -> Tensor | None:
-    """The tokens of a file; None if there is none or it was made from something else. A damaged file is reported."""
+    """The tokens of a file; None if there is none or it was made from something else. A damaged file is reported.
+
+    Raises:
+        UserError: it is a folder or a pipe, or cannot be opened.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_file(path), safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             if found.get("key") != key:
                 return None

@@ -37,6 +37,18 @@ class Hook:
         """Called after validation and all evaluations. `found` holds their values."""
 
 
+def returned(hook: Hook, method: str, values: object) -> Metrics:
+    """What a hook's method has returned.
+
+    Raises:
+        UserError: it is not a dict of numbers by name.
+    """
+    if isinstance(values, dict) and all(isinstance(k, str) and isinstance(v, int | float) for k, v in values.items()):
+        return values
+    name = f"{type(hook).__module__}.{type(hook).__qualname__}.{method}"
+    raise UserError(f"train.hooks: {name} returned {values!r:.80}; return a dict of numbers by name, or {{}}")
+
+
 def hooks_of(config: Config) -> list[Hook]:
     """Import and create the hooks in train.hooks.
 

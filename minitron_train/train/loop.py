@@ -20,7 +20,7 @@ from minitron_train.runtime.signals import Interrupted, StopSignals
 from minitron_train.train.batches import micro_batches, to_device
 from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import CheckpointManager
-from minitron_train.train.hooks import Hook
+from minitron_train.train.hooks import Hook, returned
 from minitron_train.train.metrics import Metrics
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
@@ -115,7 +115,7 @@ class Trainer:
             hook.before_optimizer(self)
         row |= self.update(row, batch)
         for hook in self.hooks:
-            row |= hook.after_step(self, row)
+            row |= returned(hook, "after_step", hook.after_step(self, row))
         return row
 
     def forward_backward(self, batch: Batch) -> Metrics:
@@ -220,7 +220,7 @@ class Trainer:
         """Run validation and hooks, and compare the result with the best one so far."""
         state, found = self.state, self.validation(self.is_stopped)
         for hook in self.hooks:
-            found |= hook.evaluate(self)
+            found |= returned(hook, "evaluate", hook.evaluate(self))
         values = {name.removeprefix("eval."): value for name, value in found.items()}
         state.judge({name: value for name, value in values.items() if not name.endswith(DERIVED)}, self.best_metric)
         for hook in self.hooks:

@@ -1,11 +1,14 @@
 """The start of a training on two ranks: who reads the data and the weights, and what the other rank gets."""
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from minitron_train.data import held_out, tokenizers
 from minitron_train.data.held_out import HELD_OUT, kept_tokens
@@ -98,6 +101,11 @@ def test_a_changed_or_damaged_file_of_held_out_tokens_is_made_again(
         assert "held-out tokens are searched again" in capsys.readouterr().out
         assert kept_tokens(tmp_path, config.data, tokenizer, SEQ_LENGTH, config.seed).tolist() == wanted
         assert not capsys.readouterr().out
+    path.unlink()
+    os.mkfifo(path)  # nobody writes to it: opening it would wait for ever
+    with pytest.raises(UserError, match=r"is not a regular file; remove it"):
+        kept_tokens(tmp_path, config.data, tokenizer, SEQ_LENGTH, config.seed)
+    path.unlink()
     config.data.validation_tokens //= 2
     fewer = kept_tokens(tmp_path, config.data, tokenizer, SEQ_LENGTH, config.seed).tolist()
     assert fewer == wanted[: len(fewer)] and len(fewer) < len(wanted)

@@ -36,6 +36,16 @@ class Watch(Hook):
         CALLS.append(f"evaluation {sorted(name for name in found if 'lab' in name)}")
 
 
+class Silent(Hook):
+    def after_step(self, training, row):
+        pass
+
+
+class Wordy(Hook):
+    def evaluate(self, training):
+        return {"eval.lab.grade": "good"}
+
+
 class NoHook:
     pass
 
@@ -81,6 +91,8 @@ def test_a_loss_function_trains_like_the_fused_one(lab: str, training: Material,
             {"train__hooks": ["my_lab.Absent"]},
             r"train\.hooks=my_lab\.Absent: my_lab defines no function or class Absent",
         ),
+        ({"train__hooks": ["my_lab.Silent"]}, r"my_lab\.Silent\.after_step returned None; return a dict of numbers"),
+        ({"train__hooks": ["my_lab.Wordy"]}, r"my_lab\.Wordy\.evaluate returned \{'eval.lab.grade': 'good'\}; return"),
         ({"train__hooks": ["Watch"]}, r"train\.hooks=Watch: names no module"),
         ({"distill__loss_function": "no_lab.loss"}, r"distill\.loss_function=no_lab: cannot be imported"),
     ],
