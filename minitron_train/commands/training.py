@@ -39,7 +39,7 @@ def train_stage(
 
     def check_fits() -> None:
         shape = ws.shape_of(student)
-        ws.check_fits(name, needs, shape, teacher=None if teacher else shape)
+        ws.check_fits(name, needs, shape, teacher=None if teacher else shape, config=config)
 
     def work(target: Path) -> Mapping[str, Any]:
         check_fits()

@@ -256,13 +256,14 @@ class Workspace:
         *,
         teacher: Shape | None = None,
         folder: Path | None = None,
+        config: Config | None = None,
     ) -> None:
         """Refuse a command that does not fit into memory or on the disk; rank 0 decides for all (planning.check_fits)."""
         from minitron_train.planning import check_fits
 
         where = folder or self.folder
         teacher = teacher or self.teacher_shape
-        self.on_rank0(lambda: check_fits(self.config, name, needs, teacher, student, self.world, where))
+        self.on_rank0(lambda: check_fits(config or self.config, name, needs, teacher, student, self.world, where))
 
     def fingerprint(self, folder: Path) -> str:
         """Of a Hugging Face folder."""
