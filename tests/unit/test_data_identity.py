@@ -24,18 +24,7 @@ from minitron_train.runtime.errors import MachineError, UserError
 from tests.unit.test_data_resume import source
 from tests.unit.test_data_stream import texts, write_source
 
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.save(tokenizers.train_bpe(texts(300), 400), folder / "bpe")
-    return tokenizers.load(folder / "bpe")
-
-
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several units in a pass over a small corpus."""
-    monkeypatch.setattr("minitron_train.data.feed.UNIT_BYTES", 10_000)
+pytestmark = pytest.mark.usefixtures("small_units")
 
 
 def rewrite(path: Path) -> None:

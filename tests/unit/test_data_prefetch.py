@@ -13,27 +13,15 @@ from typing import Any
 import pytest
 
 from minitron_train.config import DataConfig
-from minitron_train.data import tokenizers
 from minitron_train.data.prefetch import AHEAD, PrefetchingStream
 from minitron_train.data.stream import Batch, TokenStream
 from minitron_train.runtime.errors import UserError
 from tests.unit.test_data_resume import data_set, same
 from tests.unit.test_data_stream import texts, write_source
 
+pytestmark = pytest.mark.usefixtures("small_units")
+
 SEQ_LENGTH, ROWS, NUM_BATCHES = 64, 24, 30
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.save(tokenizers.train_bpe(texts(300), 400), folder / "bpe")
-    return tokenizers.load(folder / "bpe")
-
-
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several units in a pass over a small corpus."""
-    monkeypatch.setattr("minitron_train.data.feed.UNIT_BYTES", 10_000)
 
 
 def wait_until_full(stream: PrefetchingStream) -> None:

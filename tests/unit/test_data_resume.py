@@ -12,22 +12,16 @@ import pytest
 import torch
 
 from minitron_train.config import DataConfig, SourceConfig, SourceKind
-from minitron_train.data import tokenizers
 from minitron_train.data.stream import Batch, TokenStream
 from minitron_train.runtime.errors import UserError
 from tests.unit.test_data_stream import texts, write_source
+
+pytestmark = pytest.mark.usefixtures("small_units")
 
 SEQ_LENGTH, NUM_BATCHES = 64, 40
 DATA_SETS = ["hub", "hub_parquet", "hub_blank_rows", "hub_exact_units"]
 FILES = ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet", "bin", "embedded"]
 TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "documents_BS")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.save(tokenizers.train_bpe(texts(300), 400), folder / "bpe")
-    return tokenizers.load(folder / "bpe")
 
 
 def data_set(folder: Path, kind: str) -> DataConfig:
@@ -97,12 +91,6 @@ def boundaries(make: Callable[[], TokenStream], rows: int) -> tuple[list[Batch],
     stream.close()
     assert len(ends) > 2, "the test must leave the first unit"
     return batches, ends, max(place[0] for place in before or () if place)
-
-
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several units in a pass over a small corpus."""
-    monkeypatch.setattr("minitron_train.data.feed.UNIT_BYTES", 10_000)
 
 
 @pytest.mark.parametrize("kind", [*DATA_SETS, *FILES])

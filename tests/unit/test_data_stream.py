@@ -34,13 +34,6 @@ def texts(count: int, tag: str = "") -> list[str]:
     return [f"{tag}{i}: " + " ".join(words[(i * j) % 7] for j in range(1, 10 + i % 50)) for i in range(count)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.save(tokenizers.train_bpe(texts(300), 400), folder / "bpe")
-    return tokenizers.load(folder / "bpe")
-
-
 def write_source(folder: Path, kind: str, documents: list[str], tokenizer) -> DataConfig:
     """A source of the given kind, and a section that reads it."""
     path = folder / f"corpus.{kind}"
