@@ -35,6 +35,8 @@ from tokenizers import Tokenizer
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.init import RandomWeights
+from minitron_train.commands.configuration import compose
+from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import CheckpointConfig, Config, ModelConfig, Precision, TrainConfig, WandbMode
 from minitron_train.data import tokenizers
 from minitron_train.hf import HFFolder, write_folder
@@ -60,22 +62,17 @@ TEACHER = Shape(
     rotary_percent=0.5,
 )
 STUDENT = TEACHER.smaller(hidden_size=512, num_attention_heads=8, ffn_hidden_size=1920)
-SMOLLM2 = Shape(
-    architecture="llama",
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    num_attention_heads=9,
-    num_query_groups=3,
-    kv_channels=64,
-    vocab_size=49152,
-    rotary_base=100_000.0,
-    tie_embeddings=True,
-)
-MODELS = {  # teacher, student, sequences a step
-    "nemotron": (TEACHER, STUDENT, BATCH),
-    "smollm2": (SMOLLM2, SMOLLM2.smaller(hidden_size=504, num_attention_heads=6, ffn_hidden_size=1056), 4),
-}
+
+
+def of_recipe(name: str) -> tuple[Shape, Shape, int]:
+    """The teacher's and the student's shape of a recipe, and its sequences a step."""
+    recipe = compose([f"+recipe={name}"])
+    teacher = shape_of_recipe(recipe)
+    assert teacher is not None
+    return teacher, teacher.smaller(**recipe.student.sizes()), recipe.train.global_batch_size
+
+
+MODELS = {"nemotron": (TEACHER, STUDENT, BATCH), "smollm2": of_recipe("smollm2")}  # teacher, student, sequences a step
 PARTS = ("data", "teacher forward", "student forward", "loss and backward", "optimizer", "logging", "checkpoint")
 SEED = 1
 
