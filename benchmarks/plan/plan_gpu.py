@@ -24,6 +24,7 @@ import torch
 
 from minitron_train.arch import Shape
 from minitron_train.config import Config, DistillConfig, ParallelConfig, Precision, Recompute
+from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel import groups
@@ -65,7 +66,9 @@ def measure(teacher: Shape, student: Shape, config: Config, repeats: int) -> dic
         taught = fill(build(teacher, dtype=dtype)).requires_grad_(False).eval()
         optimizer = Optimizer(fill(build(student, **student_arguments(train))), train)
         spec = loss_spec(config.distill, has_teacher=True)
-        objective = Objective(student=optimizer.model, teacher=taught, spec=spec, distill=DistillConfig(), groups=g)
+        objective = Objective(
+            student=optimizer.model, teacher=taught, spec=spec, memory=LossMemory(DistillConfig()), groups=g
+        )
         tokens = torch.randint(0, student.vocab_size, (train.micro_batch_size, train.seq_length), device=g.device)
         batch: Any = SimpleNamespace(
             tokens_BS=tokens, labels_BS=tokens, mask_BS=torch.ones_like(tokens), documents_BS=None

@@ -22,6 +22,7 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.commands.recipes import home
 from minitron_train.config import DistillConfig, ModelConfig, ParallelConfig, Precision, TrainConfig
 from minitron_train.data.stream import Batch
+from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.parallel.groups import Groups, start
@@ -94,7 +95,7 @@ def measure(options: argparse.Namespace, groups: Groups) -> dict:
         student=optimizer.model,
         teacher=teacher,
         spec=loss_spec(DistillConfig(), has_teacher=True),
-        distill=DistillConfig(),
+        memory=LossMemory(DistillConfig()),
         groups=groups,
     )
     weights = torch.cuda.memory_allocated()

@@ -85,7 +85,8 @@ class DistillConfig:
     jsd_beta: float = opt(0.5, "loss=jsd: weight of the teacher in the mixture")
     logit_memory_fraction: float | None = opt(
         None,
-        "memory of the loss, as a fraction of one fp32 [tokens, vocabulary] tensor; default: 0.2, at least 256 MiB",
+        "memory of the loss, as a fraction of one fp32 [tokens, vocabulary] tensor; default: 0.2, at least 256 MiB; "
+        "on a GPU plus half of what step 2 leaves free",
     )
     vocab_tile: int | None = opt(None, "vocabulary entries per block of the loss; default: from logit_memory_fraction")
     token_chunk: int | None = opt(None, "tokens per block of the loss; default: from logit_memory_fraction")

@@ -13,12 +13,10 @@ from minitron_train.config import DistillConfig
 from minitron_train.data.stream import Batch
 from minitron_train.distillation.hidden import HiddenPairs
 from minitron_train.distillation.loss import LossParts, LossSpec, distillation_loss
-from minitron_train.distillation.loss_blocks import Chunking
+from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.model.build import LanguageModel
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.plugins import import_name
-
-SMALL_BYTES = 256 * 2**20  # caching this many bytes of logits is always acceptable, and avoids recomputing them
 
 
 def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
@@ -28,14 +26,6 @@ def loss_spec(distill: DistillConfig, has_teacher: bool) -> LossSpec:
     function = import_name("distill.loss_function", distill.loss_function) if distill.loss_function else None
     others = [field.name for field in fields(LossSpec) if field.name not in ("kind", "function")]
     return LossSpec(kind=distill.loss, function=function, **{name: getattr(distill, name) for name in others})
-
-
-def chunking(distill: DistillConfig, num_tokens: int, num_rows: int) -> Chunking:
-    """The loss's memory: as configured; else 0.2 logit tensors or SMALL_BYTES, whichever is larger."""
-    fraction = distill.logit_memory_fraction
-    if fraction is None:
-        fraction = max(Chunking().logit_memory_fraction, SMALL_BYTES / (num_tokens * num_rows * 4))
-    return Chunking(logit_memory_fraction=fraction, vocab_tile=distill.vocab_tile, token_chunk=distill.token_chunk)
 
 
 def attention_mask(documents_BS: Tensor | None) -> Tensor | None:
@@ -71,7 +61,7 @@ class Objective:
     student: DistributedDataParallel  # around the LanguageModel
     teacher: LanguageModel | None
     spec: LossSpec
-    distill: DistillConfig  # memory budget and block shape of the loss
+    memory: LossMemory
     groups: Groups
     hidden: HiddenPairs | None = None
     vocab_size: int | None = None  # output rows without padding; set where the models are padded differently
@@ -114,7 +104,7 @@ class Objective:
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,
             group=self.groups.tp_group if self.groups.tp_size > 1 else None,
-            chunking=chunking(self.distill, batch.tokens_BS.numel(), len(self.model.output_weight)),
+            chunking=self.memory.chunking(batch.tokens_BS.numel(), len(self.model.output_weight)),
         )
 
     def _gather(self, hidden_SBH: Tensor) -> Tensor:

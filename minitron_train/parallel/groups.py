@@ -98,6 +98,13 @@ class Groups:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def least(self, value: float) -> float:
+        """The smallest value of all processes."""
+        least = torch.tensor([value], dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return float(least.item())
+
     def any_shard(self, flag: bool) -> bool:
         """Logical or over the tensor-parallel group."""
         if self.tp_size == 1:

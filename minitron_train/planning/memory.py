@@ -18,7 +18,7 @@ FP64 = 8
 LOGIT_MEMORY_FRACTION = (
     0.2  # distillation.loss_blocks.Chunking.logit_memory_fraction, in units of one [N, V] fp32 logit tensor
 )
-SMALL_LOGITS_BYTES = 256 * 2**20  # distillation.step.SMALL_BYTES
+SMALL_LOGITS_BYTES = 256 * 2**20  # distillation.loss_memory.SMALL_BYTES
 EVAL_LOGIT_BYTES = 128 * 2**20  # model.forward.LOGIT_BYTES
 SLICE_BLOCK_BYTES = 16 * 2**20  # pruning.slice.BLOCK_BYTES
 SHARD_BYTES = 4 * 2**30  # hf.MAX_SHARD_BYTES

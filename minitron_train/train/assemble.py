@@ -19,6 +19,7 @@ from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import TokenStream
 from minitron_train.distillation.hidden import HiddenPairs, check_layers
 from minitron_train.distillation.loss import real_rows
+from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config
 from minitron_train.model.build import DTYPES, LanguageModel, build
@@ -89,7 +90,7 @@ def assemble(
         teacher=teacher,
         spec=loss_spec(config.distill, teacher is not None),
         groups=groups,
-        distill=config.distill,
+        memory=LossMemory(config.distill),
         hidden=hidden,
         vocab_size=vocab_size,
     )

@@ -108,15 +108,25 @@ class Trainer:
     def take_step(self) -> Metrics:
         """Train on one global batch and return the step's metrics."""
         self.stragglers.begin(self.state.step + 1)
+        self.objective.memory.begin(self.state.step + 1, self.groups.device)
         with self.reporter.waiting_for_data():
             batch = self.stream.next_batch(self.config.train.global_batch_size)
         row = self.forward_backward(batch)
         for hook in self.hooks:
             hook.before_optimizer(self)
         row |= self.update(row, batch)
+        self.measure_loss_memory()
         for hook in self.hooks:
             row |= returned(hook, "after_step", hook.after_step(self, row))
         return row
+
+    def measure_loss_memory(self) -> None:
+        """After the measured step, record the memory of the loss in the run's state."""
+        train, memory = self.config.train, self.objective.memory
+        num_tokens = train.micro_batch_size * train.seq_length
+        memory.end(self.state.step, num_tokens, len(self.student.output_weight), self.groups)
+        self.state.loss_memory = memory.measured
+        self.state.micro_batch_size = train.micro_batch_size
 
     def forward_backward(self, batch: Batch) -> Metrics:
         """Compute the gradients of the mean loss over the global batch's valid tokens. Returns the mean of each loss part."""
@@ -268,6 +278,10 @@ class Trainer:
         self.state.load_state_dict(loaded["run"])
         self.student.load_state_dict(loaded["model"])
         self.optimizer.load_state_dict(template["optimizer"], loaded["optimizer"], self.state.num_updates)
+        is_alike = (
+            self.state.has_layout(self.groups) and self.state.micro_batch_size == self.config.train.micro_batch_size
+        )
+        self.objective.memory.measured = self.state.loss_memory if is_alike else None
         self.stream.load_state_dict(self.state.restore(self.groups))
         say(f"resumed at step {self.state.step} of {self.num_steps}")
 

@@ -25,6 +25,8 @@ class RunState:
     stream: list[dict[str, Any]] = field(default_factory=list)  # stream position of each data-parallel rank
     rng: list[dict[str, Any]] = field(default_factory=list)  # random states of each rank
     layout: tuple[int, int] = (1, 1)  # TP and DP size when `stream` and `rng` were collected
+    loss_memory: float | None = None  # distillation.loss_memory.LossMemory.measured
+    micro_batch_size: int | None = None  # that `loss_memory` was measured with
     wandb_id: str | None = None
     hidden_weight: float | None = None  # dynamic weight of the hidden-state loss in the next step
     evaluated_tokens: int = 0  # `tokens` at the last validation
@@ -90,9 +92,13 @@ class RunState:
         self.wandb_id = everyone[0]["wandb_id"]  # only rank 0 uses W&B
         self.layout = (groups.tp_size, groups.dp_size)
 
+    def has_layout(self, groups: Groups) -> bool:
+        """Whether the checkpoint was saved by as many ranks in the same layout."""
+        return tuple(self.layout) == (groups.tp_size, groups.dp_size)
+
     def restore(self, groups: Groups) -> dict[str, Any]:
         """Return this rank's stream position, and restore its random states if the parallel layout is unchanged."""
-        if tuple(self.layout) == (groups.tp_size, groups.dp_size):
+        if self.has_layout(groups):
             set_rng_state(self.rng[groups.rank])
             return self.stream[groups.dp_rank]
         return self.stream[0]

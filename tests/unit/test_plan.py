@@ -245,13 +245,13 @@ def test_repair_holds_two_residual_streams() -> None:
 
 def test_the_plan_knows_the_sizes_that_the_stages_use() -> None:
     """plan imports no torch, so it repeats these."""
-    from minitron_train.distillation import loss_blocks, step
+    from minitron_train.distillation import loss_blocks, loss_memory
     from minitron_train.model import forward
     from minitron_train.planning import memory
     from minitron_train.pruning import slice as slicing
 
     assert loss_blocks.Chunking().logit_memory_fraction == memory.LOGIT_MEMORY_FRACTION
-    assert memory.SMALL_LOGITS_BYTES == step.SMALL_BYTES
+    assert memory.SMALL_LOGITS_BYTES == loss_memory.SMALL_BYTES
     assert memory.SLICE_BLOCK_BYTES == slicing.BLOCK_BYTES
     assert memory.EVAL_LOGIT_BYTES == forward.LOGIT_BYTES
 
