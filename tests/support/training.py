@@ -49,6 +49,7 @@ def make_config(material: Material, **overrides: Any) -> Config:
     """Eight steps of eight sequences in micro-batches of two; an override like train__lr=1.0 sets train.lr."""
     config = Config(name="test")
     config.data.path, config.data.num_workers, config.data.validation_tokens = str(material.corpus), 0, 8 * SEQ_LENGTH
+    config.data.validation_fraction = 0.2  # each Python has other text, and 5 % of its 30 passages may be none
     config.train = TrainConfig(
         num_tokens=NUM_STEPS * ROWS * SEQ_LENGTH,
         global_batch_size=ROWS,
