@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from minitron_train.runtime.errors import UserError
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # can be pruned
+FACTORS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,10 @@ class Shape:
         False  # the attention's linears have the biases that the family's table lists under this field
     )
     mlp_bias: bool = False  # likewise the MLP's
+    embedding_multiplier: float = 1.0  # of embeddings (see Architecture.embedding_scale)
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream
+    attention_multiplier: float | None = None  # of query x key; None: 1 / sqrt(kv_channels)
+    logits_divisor: float = 1.0
     window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
 
     @property

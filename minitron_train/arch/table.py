@@ -14,10 +14,10 @@ A row names the axis of every dimension. The axis decides how the dimension is s
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
-from minitron_train.arch.shape import Shape
+from minitron_train.arch.shape import FACTORS, Shape
 
 PARALLEL_AXES = frozenset({"q", "kv", "ffn", "vocab"})
 
@@ -90,6 +90,7 @@ class Architecture:
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
     windows: Windows = Windows.none
+    embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
 
@@ -97,6 +98,15 @@ class Architecture:
         """The rows of one model; with tied embeddings there is no separate output layer."""
         present = (row for row in self.rows if row.when is None or getattr(shape, row.when))
         return tuple(row for row in present if not (shape.tie_embeddings and row.mcore == OUTPUT))
+
+    def embedding_scale(self, shape: Shape) -> float:
+        """The factor between rows of the embedding and the residual stream before the first layer."""
+        return shape.embedding_multiplier * (sqrt(shape.hidden_size) if self.embeddings_times_root else 1.0)
+
+    def default_factors(self) -> dict[str, float]:
+        """The Shape's FACTORS in a new model of this family."""
+        keys = {field: key for field, key in self.config_keys.items() if field in FACTORS}
+        return {field: self.config_defaults[key] for field, key in keys.items()}
 
     def layer_rows(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one layer."""
@@ -130,6 +140,7 @@ class Architecture:
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 LAYER = "decoder.layers.{i}."
 HF = "model.layers.{i}."
 ATTENTION = (  # q, k, v and o of grouped-query attention

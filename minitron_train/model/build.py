@@ -25,12 +25,13 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Precision
+from minitron_train.model.branch import ScaledSum
 from minitron_train.model.causal_attention import causal_attention
-from minitron_train.model.fused import squared_relu, swiglu
+from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.norm import Norm
 from minitron_train.model.rotary import llama3_frequencies
-from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
 
@@ -63,7 +64,7 @@ class SdpaAttention(MegatronModule):
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
     ) -> None:
         super().__init__(config=config)
-        self.dropout = config.attention_dropout
+        self.dropout, self.scale = config.attention_dropout, config.softmax_scale  # a scale of None: 1 / sqrt(D)
 
     def forward(
         self,
@@ -81,7 +82,7 @@ class SdpaAttention(MegatronModule):
         """
         num_queries, num_keys, dropout = len(query_SBND), len(key_SBGD), self.dropout if self.training else 0.0
         if prefers_products(query_SBND) and attention_mask is None and num_queries == num_keys and not dropout:
-            return causal_attention(query_SBND, key_SBGD, value_SBGD)
+            return causal_attention(query_SBND, key_SBGD, value_SBGD, self.scale)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         mask = None if attention_mask is None else ~attention_mask
         if mask is None and 1 < num_queries < num_keys:
@@ -97,6 +98,7 @@ class SdpaAttention(MegatronModule):
             attn_mask=mask,
             is_causal=mask is None and num_queries == num_keys,
             dropout_p=dropout,
+            scale=self.scale,
             enable_gqa=is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
@@ -109,14 +111,28 @@ class Mlp(MLP):
         """Output [S, B, H] without the second linear's bias, and this bias or None."""
         inner, bias = self.linear_fc1(hidden_states)
         inner = inner if bias is None else inner + bias
-        return self.linear_fc2(swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner))
+        gated = GATED.get(self.activation_func) if self.config.gated_linear_unit else None
+        return self.linear_fc2(self.activation_func(inner) if gated is None else gated(inner))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "squared_relu": squared_relu,
+    "silu": F.silu,
+    "gelu_tanh": GELU_TANH.forward,
+}
+GATED: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {F.silu: swiglu, GELU_TANH.forward: geglu}
 
 
 class LanguageModel(GPTModel):
-    """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need."""
+    """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need.
+
+    Attributes:
+        embedding_scale: factor of the embeddings.
+        logit_map: what the family does to the products with the output weights.
+    """
+
+    embedding_scale: float = 1.0
+    logit_map: LogitMap = PLAIN
 
     def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
@@ -129,7 +145,8 @@ class LanguageModel(GPTModel):
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; under sequence parallelism [S / tp, B, H]."""
-        return self.embedding(input_ids=tokens_BS, position_ids=None)  # positions come in through rotary embeddings
+        embedded = self.embedding(input_ids=tokens_BS, position_ids=None)  # positions come in through rotary embeddings
+        return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
     @property
     def output_weight(self) -> Tensor:
@@ -142,7 +159,7 @@ class LanguageModel(GPTModel):
     @property
     def output(self) -> OutputLayer:
         """The output layer, as the function that turns hidden states into this rank's logits."""
-        return OutputLayer(self.output_weight)
+        return OutputLayer(self.output_weight, self.logit_map)
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [S, B, vocab / tp], from what `forward` returns."""
@@ -168,6 +185,14 @@ def layer_spec(
     return spec
 
 
+def family_spec(spec: ModuleSpec, shape: Shape) -> ModuleSpec:
+    """The modules of one layer with those that the family needs in place of the usual ones."""
+    layer: Any = spec.submodules
+    if shape.residual_multiplier != 1:
+        layer.self_attn_bda = layer.mlp_bda = ModuleSpec(ScaledSum, {"multiplier": shape.residual_multiplier})
+    return spec
+
+
 def transformer_config(
     shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any
 ) -> TransformerConfig:
@@ -183,6 +208,7 @@ def transformer_config(
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels,
         layernorm_epsilon=shape.layernorm_epsilon,
+        softmax_scale=shape.attention_multiplier,
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel and tp > 1,
         params_dtype=dtype,
@@ -202,6 +228,18 @@ def transformer_config(
         batch_p2p_sync=False,
         **{**arguments, **extra},
     )
+
+
+def embedding_scale(shape: Shape, dtype: torch.dtype) -> float:
+    """The factor of the embeddings; a root is rounded to their dtype, as in transformers (Gemma)."""
+    table = architecture(shape.architecture)
+    scale = table.embedding_scale(shape)
+    return torch.tensor(scale, dtype=dtype).item() if table.embeddings_times_root else scale
+
+
+def logit_map(shape: Shape) -> LogitMap:
+    """What the family does to the products with the output weights."""
+    return LogitMap(divisor=shape.logits_divisor)
 
 
 LINEAR_BIAS = re.compile(r"\.(linear_\w+)\.bias$")
@@ -243,7 +281,7 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
-    spec: Any = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+    spec: Any = family_spec(layer_spec(config.qk_layernorm, transformer_engine, groups.tp), shape)
     norm: Any = Norm
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(
@@ -258,6 +296,8 @@ def build(
         pg_collection=groups,
     )
     drop_biases(model, shape)
+    model.embedding_scale = embedding_scale(shape, dtype)
+    model.logit_map = logit_map(shape)
     if shape.rope_scaling_factor is not None:
         model.rotary_pos_emb.inv_freq = llama3_frequencies(model.rotary_pos_emb.inv_freq, shape)
     if torch.cuda.is_available():

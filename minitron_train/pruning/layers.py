@@ -64,7 +64,8 @@ class Layers:
     def output_layer(self, start: int, stop: int) -> OutputLayer:
         """Rows [start, stop) of the whole vocabulary's output layer, which is the embedding where they are tied."""
         name = self.table.output_name(self.shape)
-        return OutputLayer(self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype))
+        weight_VH = self.source.read(name, 0, start, stop).to(self.groups.device, self.dtype)
+        return OutputLayer(weight_VH, self.model.logit_map)
 
     def tensor_name(self, mcore: str) -> str:
         """Hugging Face name of a parameter that is a single tensor."""

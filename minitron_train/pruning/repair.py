@@ -22,6 +22,7 @@ from torch import Tensor
 from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
+from minitron_train.model.branch import ScaledSum
 from minitron_train.model.norm import Norm
 from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.basis import effective_gamma
@@ -108,6 +109,11 @@ class Half:
         """The residual stream after this half."""
         output = self.run(layer, layer.get_submodule(self.norm)(stream_SBH), rotary)
         return getattr(layer, self.sum)(False, False)(output, stream_SBH, 0.0)
+
+    def before_sum(self, layer: torch.nn.Module, gap_SBH: Tensor) -> Tensor:
+        """The second linear's output, bias included, that adds `gap_SBH` to the residual stream."""
+        module = getattr(layer, self.sum)
+        return module.before(gap_SBH) if isinstance(module, ScaledSum) else gap_SBH
 
 
 HALVES = (
@@ -211,7 +217,7 @@ class Repair:
         for streams in self.streams:
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
                 half.forward(student, streams.student, self.rotary)
-            yield seen[0], self._narrow(streams.teacher) - streams.student
+            yield seen[0], half.before_sum(student, self._narrow(streams.teacher) - streams.student)
 
     def _narrow(self, stream_SBD: Tensor) -> Tensor:
         """The teacher's residual stream, reduced to the student's channels or directions."""

@@ -13,6 +13,18 @@ from tests.support.models import COMMON, exported, hf_logits, save_random
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
+OTHERS = [
+    {
+        "model_type": "granite",
+        "attention_bias": True,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 8.0,
+    },
+    {"model_type": "gemma"},
+]
+
 
 def split_logits(rank: int, world_size: int, folders: list[Path], sequence_parallel: bool) -> list[torch.Tensor]:
     """Full-vocabulary logits [B, S, V] of each folder at TP = world_size, after the bit-equality of the export."""
@@ -47,6 +59,12 @@ def test_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool
     biases = {"attention_bias": True, "mlp_bias": True}
     families = {"qwen2": {}, "qwen3": {}, "seed_oss": {}, "llama": biases, "nemotron": biases}
     folders = [save_random({**COMMON, "model_type": name, **keys}, tmp_path / name) for name, keys in families.items()]
+    compare(folders, 2, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_multipliers_and_other_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    folders = [save_random({**COMMON, **keys}, tmp_path / keys["model_type"]) for keys in OTHERS]
     compare(folders, 2, sequence_parallel)
 
 

@@ -25,8 +25,18 @@ from tests.support.models import COMMON, exported, hf_logits, save_random
 from tests.support.pruning import configuration, random_tokens, run_cut
 
 TOKENS = random_tokens()
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 8.0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "granite": {"model_type": "granite", **MULTIPLIERS, "tie_word_embeddings": False},
+    "granite, tied": {"model_type": "granite", **MULTIPLIERS, "attention_bias": True, "tie_word_embeddings": True},
+    "gemma": {"model_type": "gemma", "head_dim": 20},
+    "gemma, untied": {"model_type": "gemma", "tie_word_embeddings": False},
 }
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
 CUT = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"}
@@ -45,6 +55,36 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "tie_word_embeddings": True,
         },
         3_482_503_680,
+    ),
+    "granite-3.0-2b-base": (
+        {
+            "model_type": "granite",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.015625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+        2_533_525_504,
+    ),
+    "gemma-2b": (
+        {
+            "model_type": "gemma",
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+        2_506_172_416,
     ),
 }
 
@@ -105,7 +145,7 @@ def mask_layer(layer: Any, kept: dict[str, torch.Tensor], i: int) -> None:
     heads, neurons = (
         torch.tensor([], dtype=torch.int64) if is_dropped else kept[f"layers.{i}.{x}"] for x in ("heads", "ffn")
     )
-    channels = (heads[:, None] * COMMON["head_dim"] + torch.arange(COMMON["head_dim"])).flatten()
+    channels = (heads[:, None] * layer.self_attn.head_dim + torch.arange(layer.self_attn.head_dim)).flatten()
     for linear, keep in ((layer.self_attn.o_proj, channels), (layer.mlp.down_proj, neurons)):
         mask = torch.zeros(linear.weight.shape[1])
         mask[keep] = 1.0
@@ -116,7 +156,7 @@ def mask_layer(layer: Any, kept: dict[str, torch.Tensor], i: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_preset_with_nothing_cut_changes_nothing(tmp_path, models, groups, family):
-    folder = run_cut(tmp_path, models[family], configuration("default"), TOKENS, groups)
+    folder = run_cut(tmp_path, models[family], configuration("default"), random_tokens(sequences=24), groups)
     wanted = hf_logits(models[family], TOKENS[0])
     torch.testing.assert_close(hf_logits(folder, TOKENS[0]), wanted, rtol=0, atol=5e-4)
 
@@ -140,6 +180,22 @@ def test_a_student_is_pruned_and_distilled_and_opens_in_transformers(tmp_path, m
     with torch.no_grad():
         found = model.logits(model(TOKENS[0])).transpose(0, 1)
     torch.testing.assert_close(found, hf_logits(student, TOKENS[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("gemma")])
+def test_a_student_of_another_width_makes_up_for_the_factor_of_its_embeddings(tmp_path, models, groups, family):
+    """transformers multiplies its embeddings by sqrt(48), and the rows were made for sqrt(64)."""
+    folder = run_cut(tmp_path, models[family], configuration(), TOKENS, groups, hidden_size=48)
+    kept, teacher = load_file(folder / "kept.safetensors")["embedding"], hf.HFFolder(models[family])
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    embedding, output = plain.model.embed_tokens, plain.lm_head
+    output.weight = torch.nn.Parameter(teacher.read(teacher.table.output_name(teacher.shape))[:, kept])
+    embedding.weight = torch.nn.Parameter(teacher.read("model.embed_tokens.weight")[:, kept])
+    embedding.embed_scale = torch.tensor(8.0)
+    plain.model.norm.weight = torch.nn.Parameter(teacher.read("model.norm.weight")[kept])
+    with torch.no_grad():
+        wanted = plain(TOKENS[0]).logits
+    torch.testing.assert_close(hf_logits(folder, TOKENS[0]), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
