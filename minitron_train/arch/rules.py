@@ -23,6 +23,8 @@ def check_transformer_engine(shape: Shape, name: str) -> None:
 def beyond_transformer_engine(shape: Shape) -> str | None:
     """What of this model Transformer Engine's layers do not compute, or None."""
     table = architecture(shape.architecture)
+    if table.has_projection_norms:
+        return "norms over all query heads together, and its layers normalise each head"
     has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)
     for row in table.layer_rows(shape):
         *_, linear, kind = row.mcore.split(".")

@@ -112,6 +112,16 @@ class Architecture:
         """The rows of one layer."""
         return tuple(row for row in self.rows_of(shape) if row.per_layer)
 
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether a norm stands between what a layer computes and the residual stream."""
+        return any(row.mcore.endswith("_bda.layernorm.weight") for row in self.rows)
+
+    @property
+    def has_projection_norms(self) -> bool:
+        """Whether a norm covers all query heads, or all key heads, together."""
+        return any("_layernorm" in row.mcore and row.parallel_dim() is not None for row in self.rows)
+
     def output_name(self, shape: Shape) -> str:
         """Hugging Face name of the output layer's weights, which are the embedding's where they are tied."""
         mcore = EMBEDDING if shape.tie_embeddings else OUTPUT
@@ -154,6 +164,10 @@ ATTENTION = (  # q, k, v and o of grouped-query attention
         per_group=True,
     ),
     ParamSpec(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
+)
+POST_NORMS = (  # between a branch and the residual stream
+    ParamSpec(mcore=LAYER + "self_attn_bda.layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
+    ParamSpec(mcore=LAYER + "mlp_bda.layernorm.weight", hf={HF + "post_feedforward_layernorm.weight": ("embd",)}),
 )
 QKV_BIAS = ParamSpec(
     mcore=LAYER + "self_attention.linear_qkv.bias",

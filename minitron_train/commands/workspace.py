@@ -285,7 +285,8 @@ def shape_of_recipe(config: Config) -> Shape | None:
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
-    shape = Shape(**architecture(model.architecture).default_factors() | values)
+    made: dict[str, Any] = architecture(model.architecture).default_factors() | values
+    shape = Shape(**made)
     shape.check("model")
     return shape
 

@@ -4,17 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from minitron_train.model.norm import Norm
 
 Output = tuple[Tensor, Tensor | None]  # of a layer's second linear, [S, B, H], without its bias, and this bias
 
 
-class ScaledSum(torch.nn.Module):
-    """stream + multiplier x (output + bias). It replaces megatron-core's `get_bias_dropout_add`, without dropout."""
+class BranchSum(torch.nn.Module):
+    """stream + multiplier x norm(output + bias). It replaces megatron-core's `get_bias_dropout_add`, without dropout.
 
-    def __init__(self, multiplier: float) -> None:
+    Attributes:
+        layernorm: the norm between the second linear and the residual stream (a post-norm), or None.
+    """
+
+    def __init__(self, config: TransformerConfig, multiplier: float, has_norm: bool) -> None:
         super().__init__()
         self.multiplier = multiplier
+        self.layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon) if has_norm else None
 
     def forward(self, *_: Any) -> Callable[[Output, Tensor, float], Tensor]:
         """Return `add`, as megatron-core's layers expect."""
@@ -25,8 +33,5 @@ class ScaledSum(torch.nn.Module):
         assert not dropout
         output_SBH, bias_H = output_with_bias
         branch_SBH = output_SBH if bias_H is None else output_SBH + bias_H
-        return stream_SBH + branch_SBH * self.multiplier
-
-    def before(self, gap_SBH: Tensor) -> Tensor:
-        """The output with bias that adds `gap_SBH` to the stream."""
-        return gap_SBH / self.multiplier
+        branch_SBH = branch_SBH if self.layernorm is None else self.layernorm(branch_SBH)
+        return stream_SBH + (branch_SBH if self.multiplier == 1 else branch_SBH * self.multiplier)

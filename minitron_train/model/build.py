@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,12 +25,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.table import LAYER
 from minitron_train.config import Precision
-from minitron_train.model.branch import ScaledSum
+from minitron_train.model.branch import BranchSum
 from minitron_train.model.causal_attention import causal_attention
 from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
-from minitron_train.model.norm import Norm
+from minitron_train.model.norm import Norm, ProjectionNorm
 from minitron_train.model.rotary import llama3_frequencies
 from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
 
@@ -185,11 +187,23 @@ def layer_spec(
     return spec
 
 
-def family_spec(spec: ModuleSpec, shape: Shape) -> ModuleSpec:
-    """The modules of one layer with those that the family needs in place of the usual ones."""
+def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_group: ProcessGroup) -> ModuleSpec:
+    """The modules of one layer with those that the rows of the family's table need in place of the usual ones."""
+    rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape)}
     layer: Any = spec.submodules
-    if shape.residual_multiplier != 1:
-        layer.self_attn_bda = layer.mlp_bda = ModuleSpec(ScaledSum, {"multiplier": shape.residual_multiplier})
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        if f"{norm}.weight" not in rows:
+            setattr(layer, norm, IdentityOp)
+    for sum_ in ("self_attn_bda", "mlp_bda"):
+        arguments = {"multiplier": shape.residual_multiplier, "has_norm": f"{sum_}.layernorm.weight" in rows}
+        if arguments != {"multiplier": 1, "has_norm": False}:
+            setattr(layer, sum_, ModuleSpec(BranchSum, {"config": config, **arguments}))
+    heads = {"q_layernorm": shape.num_attention_heads, "k_layernorm": shape.num_query_groups}
+    for norm, num_heads in heads.items():
+        row = rows.get(f"self_attention.{norm}.weight")
+        if row is not None and row.parallel_dim() is not None:
+            arguments = {"num_heads": num_heads, "tp_group": tp_group}
+            setattr(layer.self_attention.submodules, norm, ModuleSpec(ProjectionNorm, arguments))
     return spec
 
 
@@ -281,7 +295,8 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
-    spec: Any = family_spec(layer_spec(config.qk_layernorm, transformer_engine, groups.tp), shape)
+    usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+    spec: Any = family_spec(usual, shape, config, groups.tp)
     norm: Any = Norm
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(

@@ -1,7 +1,7 @@
 """A checkpoint's decoder, one layer at a time, for scoring, rotation and repair of models that do not fit in memory."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -115,3 +115,10 @@ def seeing(module: torch.nn.Module, *, of_input: bool) -> Iterator[list[Tensor]]
         yield seen
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def seeing_all(module: torch.nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of several submodules during a block, by their names."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(seeing(module.get_submodule(name), of_input=True)) for name in names}

@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
+from minitron_train.config import Merge, Refit
 from minitron_train.hf.config import UNTRUE_KEYS
 from minitron_train.model.build import LanguageModel, build
 from minitron_train.model.forward import KeyValueCache, hidden_states, inference
 from minitron_train.model.load import load_weights
 from minitron_train.planning import counts
+from minitron_train.pruning.target import check_target
+from minitron_train.runtime.errors import UserError
 from minitron_train.train.run import train
 from tests.support import training as training_runs
 from tests.support.models import COMMON, exported, hf_logits, save_random
@@ -35,9 +38,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "granite": {"model_type": "granite", **MULTIPLIERS, "tie_word_embeddings": False},
     "granite, tied": {"model_type": "granite", **MULTIPLIERS, "attention_bias": True, "tie_word_embeddings": True},
+    "olmo2": {"model_type": "olmo2", "head_dim": 8},
     "gemma": {"model_type": "gemma", "head_dim": 20},
     "gemma, untied": {"model_type": "gemma", "tie_word_embeddings": False},
 }
+POST_NORMS = ("olmo2",)
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
 CUT = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
@@ -72,6 +77,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "logits_scaling": 8.0,
         },
         2_533_525_504,
+    ),
+    "OLMo-2-0425-1B": (
+        {
+            "model_type": "olmo2",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "vocab_size": 100352,
+            "tie_word_embeddings": False,
+        },
+        1_484_916_736,
     ),
     "gemma-2b": (
         {
@@ -146,6 +164,15 @@ def mask_layer(layer: Any, kept: dict[str, torch.Tensor], i: int) -> None:
         torch.tensor([], dtype=torch.int64) if is_dropped else kept[f"layers.{i}.{x}"] for x in ("heads", "ffn")
     )
     channels = (heads[:, None] * layer.self_attn.head_dim + torch.arange(layer.self_attn.head_dim)).flatten()
+    q_norm = getattr(layer.self_attn, "q_norm", None)
+    if (
+        q_norm is not None and not is_dropped and len(q_norm.weight) > layer.self_attn.head_dim
+    ):  # the mean square is over the kept heads
+        mask = torch.zeros(len(q_norm.weight))
+        mask[channels] = 1.0
+        layer.self_attn.q_proj.weight.data *= mask[:, None]
+        q_norm.weight.data *= mask.mean().sqrt()
+        q_norm.variance_epsilon *= mask.mean().item()
     for linear, keep in ((layer.self_attn.o_proj, channels), (layer.mlp.down_proj, neurons)):
         mask = torch.zeros(linear.weight.shape[1])
         mask[keep] = 1.0
@@ -162,9 +189,13 @@ def test_the_default_preset_with_nothing_cut_changes_nothing(tmp_path, models, g
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_is_pruned_and_distilled_and_opens_in_transformers(tmp_path, models, groups, training, family):
+def test_a_student_is_pruned_and_distilled_and_opens_in_transformers(
+    tmp_path, models, groups, training, family, capsys
+):
     """Cut on every axis with the default preset; its config.json keeps every key of the teacher's."""
     pruned = run_cut(tmp_path, models[family], configuration("default"), random_tokens(sequences=24), groups, **SIZES)
+    said = "weigh single channels of the stream); keeping channels instead" in capsys.readouterr().out
+    assert said == hf.HFFolder(pruned).table.has_post_norms
     config = training_runs.make_config(training, train__num_tokens=2 * training_runs.ROWS * training_runs.SEQ_LENGTH)
     train(config, groups, student=pruned, teacher=models[family], folder=tmp_path / "train")
     row = training_runs.rows(tmp_path / "train")[-1]
@@ -180,6 +211,25 @@ def test_a_student_is_pruned_and_distilled_and_opens_in_transformers(tmp_path, m
     with torch.no_grad():
         found = model.logits(model(TOKENS[0])).transpose(0, 1)
     torch.testing.assert_close(found, hf_logits(student, TOKENS[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", POST_NORMS)
+def test_a_repair_behind_post_norms_brings_the_student_nearer(tmp_path, models, groups, family):
+    wanted, tokens = hf_logits(models[family], TOKENS[0]).log_softmax(-1), random_tokens(sequences=24)
+
+    def divergence(**prune: Any) -> float:
+        cut = configuration(**prune)
+        folder = run_cut(tmp_path / str(prune["refit"]), models[family], cut, tokens, groups, ffn_hidden_size=56)
+        found = hf_logits(folder, TOKENS[0]).log_softmax(-1)
+        return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum").item()
+
+    assert divergence(refit=Refit.all, norm_scale=True) < 0.8 * divergence(refit=Refit.none)
+
+
+def test_queries_are_not_merged_behind_a_norm_over_all_of_them(models):
+    shape = hf.HFFolder(models["olmo2"]).shape
+    with pytest.raises(UserError, match=r"prune\.head_merge=queries: olmo2 has a norm over all query heads"):
+        check_target(shape, shape.smaller(num_attention_heads=4), configuration(head_merge=Merge.queries).prune)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("gemma")])
