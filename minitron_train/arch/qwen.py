@@ -13,6 +13,11 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+WINDOWS = Windows(
+    default=lambda config, i: i >= config["max_window_layers"],
+    switch="use_sliding_window",
+    first_sliding="max_window_layers",
+)
 QKV_BIAS = ParamSpec(
     mcore=LAYER + "self_attention.linear_qkv.bias",
     hf={
@@ -35,7 +40,7 @@ QWEN2 = replace(
     config_defaults=DEFAULTS,
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
-    windows=Windows.chosen,
+    windows=WINDOWS,
     transformer={**LLAMA.transformer, "add_qkv_bias": True},
     rules=(),
 )
@@ -48,7 +53,7 @@ QWEN3 = replace(
     config_defaults={**DEFAULTS, "head_dim": 128},
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
-    windows=Windows.chosen,
+    windows=WINDOWS,
     transformer={**LLAMA.transformer, "qk_layernorm": True},
     rules=(),
 )

@@ -137,7 +137,7 @@ class Repair:
         ]
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
-        self.rotary = teacher.rotary(tokens_NS.shape[1])
+        self.teacher_rotary, self.rotary = (layers.rotary(tokens_NS.shape[1]) for layers in (teacher, student))
         self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.rows if row.per_layer}
 
     @torch.no_grad()
@@ -189,14 +189,14 @@ class Repair:
         for layer in dropped:
             module = self.teacher[layer]
             for streams in self.streams:
-                streams.teacher = forward(module, streams.teacher, self.rotary)
+                streams.teacher = forward(module, streams.teacher, self.teacher_rotary)
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
         norm = teacher.get_submodule(half.norm)
         for streams in self.streams:
             with seeing(teacher.get_submodule(half.first), of_input=False) as seen:
-                streams.teacher = streams.teacher + half.run(teacher, norm(streams.teacher), self.rotary)
+                streams.teacher = streams.teacher + half.run(teacher, norm(streams.teacher), self.teacher_rotary)
             yield seen[0]
 
     def _lacking(self, student: torch.nn.Module, half: Half) -> Iterator[tuple[Tensor, Tensor]]:

@@ -31,6 +31,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
 from minitron_train.runtime.heartbeat import Heartbeat
 from minitron_train.runtime.signals import StopSignals
+from minitron_train.stages import plain
 from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import CheckpointManager
 from minitron_train.train.export import MODEL
@@ -59,6 +60,12 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
+    for name, shape in (("teacher", teacher), ("student", student)) if train.transformer_engine else ():
+        if shape is not None and not shape.is_plain(train.seq_length):
+            raise UserError(
+                f"train.transformer_engine=true: its layers support neither attention windows below train.seq_length nor "
+                f"layers without rotary embedding, which the {name} has; remove it"
+            )
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")
@@ -200,7 +207,7 @@ def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | N
     values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
         if files is not None:
-            values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items()}
+            values |= {f"{label}.{key}": plain(value) for key, value in asdict(files.shape).items()}
     return values
 
 
