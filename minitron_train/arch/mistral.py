@@ -9,7 +9,7 @@ MISTRAL = replace(
     LLAMA,
     name="mistral",
     hf_class="MistralForCausalLM",
-    config_keys={**LLAMA_KEYS, "window": "sliding_window"},
+    config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU},
     config_defaults={
         **CONFIG_DEFAULTS,
@@ -18,6 +18,7 @@ MISTRAL = replace(
         "sliding_window": 4096,
     },
     config_nullable=frozenset({"head_dim", "sliding_window"}),
-    windows=Windows.every,
+    config_read=LLAMA.config_read | {"sliding_window"},
+    windows=Windows(default=lambda config, i: True, layer_types=False),
     rules=(),
 )

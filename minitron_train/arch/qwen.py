@@ -13,6 +13,11 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+WINDOWS = Windows(
+    default=lambda config, i: i >= config["max_window_layers"],
+    switch="use_sliding_window",
+    first_sliding="max_window_layers",
+)
 QK_NORM = tuple(
     ParamSpec(mcore=LAYER + f"self_attention.{x}_layernorm.weight", hf={HF + f"self_attn.{x}_norm.weight": ("head",)})
     for x in "qk"
@@ -27,7 +32,7 @@ QWEN2 = replace(
     config_defaults=DEFAULTS,
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
-    windows=Windows.chosen,
+    windows=WINDOWS,
     rules=(),
 )
 QWEN3 = replace(
@@ -40,7 +45,7 @@ QWEN3 = replace(
     config_defaults={**DEFAULTS, "head_dim": 128, "attention_bias": False},
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
-    windows=Windows.chosen,
+    windows=WINDOWS,
     transformer={**LLAMA.transformer, "qk_layernorm": True},
     rules=(),
 )

@@ -14,15 +14,17 @@ def check_rules(shape: Shape, where: str) -> None:
             )
 
 
-def check_transformer_engine(shape: Shape, name: str) -> None:
+def check_transformer_engine(shape: Shape, name: str, seq_length: int) -> None:
     """Reject a model that Transformer Engine's layers would not reproduce; `name` ("student", …) goes into the message."""
-    if reason := beyond_transformer_engine(shape):
+    if reason := beyond_transformer_engine(shape, seq_length):
         raise UserError(f"train.transformer_engine=true: the {name} has {reason}; remove it")
 
 
-def beyond_transformer_engine(shape: Shape) -> str | None:
+def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
     """What of this model Transformer Engine's layers do not compute, or None."""
     table = architecture(shape.architecture)
+    if not shape.is_plain(seq_length):
+        return "attention windows below train.seq_length, or layers with another rotary embedding or none"
     if table.has_projection_norms:
         return "norms over all query heads together, and its layers normalise each head"
     has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)

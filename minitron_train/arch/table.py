@@ -13,7 +13,6 @@ A row names the axis of every dimension. The axis decides how the dimension is s
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from math import prod, sqrt
 from typing import Any
 
@@ -63,12 +62,17 @@ class ParamSpec:
         return cut[0] if cut else None
 
 
-class Windows(Enum):
-    """Which layers of a family can attend within a sliding window."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """How a family's config.json chooses the layers that attend within sliding_window tokens, where it is a number.
 
-    none = "no layer"
-    every = "every layer, where sliding_window is a number"
-    chosen = "the layers that layer_types or max_window_layers choose, where use_sliding_window is true"
+    `default` takes the config, completed with config_defaults, and a layer.
+    """
+
+    default: Callable[[Mapping[str, Any], int], bool] | None = None  # where layer_types is missing; None: no layer ever
+    layer_types: bool = True  # whether layer_types decides where it is given
+    switch: str | None = None  # key that must be true for any layer to have a window
+    first_sliding: str | None = None  # key with the number of the first layer that `default` gives a window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +93,7 @@ class Architecture:
     config_read: frozenset[str] = frozenset()  # further keys that are supported: rotary embedding, windows
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
-    windows: Windows = Windows.none
+    windows: Windows = Windows()
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated

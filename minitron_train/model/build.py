@@ -14,10 +14,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,85 +23,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.layer_kind import LayerKind
 from minitron_train.arch.table import LAYER
 from minitron_train.config import Precision
+from minitron_train.model.attention import LayerAttention, SdpaAttention, window_masks
 from minitron_train.model.branch import BranchSum
-from minitron_train.model.causal_attention import causal_attention
 from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.norm import Norm, ProjectionNorm
-from minitron_train.model.rotary import llama3_frequencies
+from minitron_train.model.rotary import Rotary
 from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
 
-# B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
+# B batch, S sequence, P keys, H hidden
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-
-
-def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether keys and values must be repeated for every query head, to avoid the kernel that holds the S x S scores.
-
-    On CUDA, grouped queries are supported by the flash and math kernels only (torch 2.13, scaled_dot_product_attention).
-    Flash takes neither masks nor fp32, and math holds the scores.
-    """
-    return query.is_cuda and (mask is not None or query.dtype is torch.float32)
-
-
-def prefers_products(query: Tensor) -> bool:
-    """Whether `causal_attention` is faster than torch's kernel for these queries (docs/results.md)."""
-    return query.device.type == "cpu" and query.dtype is torch.bfloat16
-
-
-def whole_heads(x_BGSD: Tensor, num_heads: int) -> Tensor:
-    """Repeat keys or values for every query head that shares them, [B, N, S, D]."""
-    return x_BGSD.repeat_interleave(num_heads // x_BGSD.shape[1], dim=1)
-
-
-class SdpaAttention(MegatronModule):
-    """Core attention by torch's scaled_dot_product_attention, with kernels that never hold the S x S scores."""
-
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
-    ) -> None:
-        super().__init__(config=config)
-        self.dropout, self.scale = config.attention_dropout, config.softmax_scale  # a scale of None: 1 / sqrt(D)
-
-    def forward(
-        self,
-        query_SBND: Tensor,
-        key_SBGD: Tensor,
-        value_SBGD: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """Causal attention, or attention under a bool mask [B, 1, S, S] (True hides).
-
-        Where there are fewer queries than keys, the queries are the last tokens (a key/value cache holds the others).
-        """
-        num_queries, num_keys, dropout = len(query_SBND), len(key_SBGD), self.dropout if self.training else 0.0
-        if prefers_products(query_SBND) and attention_mask is None and num_queries == num_keys and not dropout:
-            return causal_attention(query_SBND, key_SBGD, value_SBGD, self.scale)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        mask = None if attention_mask is None else ~attention_mask
-        if mask is None and 1 < num_queries < num_keys:
-            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-            mask = ones.tril(num_keys - num_queries)
-        is_grouped = query.shape[1] != key.shape[1]
-        if is_grouped and needs_whole_heads(query, mask):
-            key, value, is_grouped = whole_heads(key, query.shape[1]), whole_heads(value, query.shape[1]), False
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None and num_queries == num_keys,
-            dropout_p=dropout,
-            scale=self.scale,
-            enable_gqa=is_grouped,
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
 
 
 class Mlp(MLP):
@@ -129,10 +62,13 @@ class LanguageModel(GPTModel):
     """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need.
 
     Attributes:
+        windows: the different attention windows of the layers.
         embedding_scale: factor of the embeddings.
         logit_map: what the family does to the products with the output weights.
     """
 
+    rotary_pos_emb: Rotary
+    windows: tuple[int | None, ...]
     embedding_scale: float = 1.0
     logit_map: LogitMap = PLAIN
 
@@ -140,9 +76,12 @@ class LanguageModel(GPTModel):
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
 
         Args:
-            attention_mask: bool [B, 1, S, S], True hides; None is causal.
+            attention_mask: bool [B, 1, S, S], True hides; None is causal. Windows hide further tokens.
         """
         rotary = self.rotary_pos_emb(tokens_BS.shape[1])
+        if attention_mask is not None:
+            places_S = torch.arange(tokens_BS.shape[1], device=attention_mask.device)
+            attention_mask = window_masks(attention_mask[:, 0], places_S[:, None] - places_S, self.windows)
         return self.decoder(hidden_states=self.embed(tokens_BS), attention_mask=attention_mask, rotary_pos_emb=rotary)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
@@ -204,6 +143,14 @@ def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_gr
         if row is not None and row.parallel_dim() is not None:
             arguments = {"num_heads": num_heads, "tp_group": tp_group}
             setattr(layer.self_attention.submodules, norm, ModuleSpec(ProjectionNorm, arguments))
+    return spec
+
+
+def of_kind(spec: ModuleSpec, shape: Shape, kind: LayerKind) -> ModuleSpec:
+    """The layer `spec` with the attention of one of the shape's kinds of layers."""
+    if not shape.is_plain(shape.max_position_embeddings):
+        attention: Any = spec.submodules.self_attention  # type: ignore[union-attr]
+        attention.module, attention.params = LayerAttention, attention.params | {"kind": kind, "shape": shape}
     return spec
 
 
@@ -295,26 +242,27 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
-    usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
-    spec: Any = family_spec(usual, shape, config, groups.tp)
+    specs = []
+    for kind in shape.kinds:
+        usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+        specs.append(of_kind(family_spec(usual, shape, config, groups.tp), shape, kind))
     norm: Any = Norm
-    block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
+    layers: Any = [specs[k] for k in shape.kind_of_layer] or specs * shape.num_layers
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
     model = LanguageModel(
         config,
         block,  # type: ignore[arg-type]
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=shape.rotary_percent,
-        rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+        position_embedding_type="none",
         share_embeddings_and_output_weights=shape.tie_embeddings,
         pg_collection=groups,
     )
     drop_biases(model, shape)
     model.embedding_scale = embedding_scale(shape, dtype)
     model.logit_map = logit_map(shape)
-    if shape.rope_scaling_factor is not None:
-        model.rotary_pos_emb.inv_freq = llama3_frequencies(model.rotary_pos_emb.inv_freq, shape)
+    model.rotary_pos_emb = Rotary(shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"))
+    model.windows = shape.windows
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())
     mark_parallel(model, shape)

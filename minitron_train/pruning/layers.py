@@ -30,8 +30,8 @@ class RowSource(convert.Source, Protocol):
 class Layers:
     """The layers of one model as megatron-core modules, loaded at first access.
 
-    `resident` keeps every loaded layer in memory; otherwise one layer is held at a time. Both run the same code on the
-    same weights, so results are bit-equal. Of the token embeddings, only the rows of a micro-batch's tokens are read.
+    `resident` keeps every loaded layer in memory; otherwise one layer of each kind is held at a time. Both run the same
+    code on the same weights, so results are bit-equal. Of the token embeddings, only the rows of a micro-batch's tokens are read.
 
     Args:
         source: the model's tensors.
@@ -49,11 +49,14 @@ class Layers:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.table, self.shape, self.source, self.groups, self.dtype = table, shape, source, groups, dtype
-        slots = shape.num_layers if resident else 1
-        stub = replace(shape, num_layers=slots, vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
+        held = shape.layer_kinds if resident else shape.kinds
+        self.slot = (
+            range(shape.num_layers) if resident else shape.kind_of_layer or (0,) * shape.num_layers
+        )  # of each layer
+        stub = replace(shape.with_layers(held), vocab_size=groups.tp_size, tie_embeddings=True)  # no vocabulary is held
         self.model = build(stub, tp=groups.tp_size, tp_group=groups.tp_group, dtype=dtype).eval().requires_grad_(False)
         self.model.embedding.word_embeddings = StreamedEmbedding(self._embedding_rows)  # type: ignore[assignment]
-        self.loaded: list[int | None] = [None] * slots
+        self.loaded: list[int | None] = [None] * len(held)
         outside = [row for row in table.rows_of(shape) if not row.per_layer]
         self._fill([row for row in outside if row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
 
@@ -74,11 +77,11 @@ class Layers:
 
     def rotary(self, length: int) -> Tensor:
         """The rotary angles of positions 0 … length - 1."""
-        return self.model.rotary_pos_emb(length)  # type: ignore[operator]
+        return self.model.rotary_pos_emb(length)
 
     def __getitem__(self, i: int) -> torch.nn.Module:
         """Layer `i`, valid until the next access."""
-        slot = i % len(self.loaded)
+        slot = self.slot[i]
         if self.loaded[slot] != i:
             self._fill(self.table.layer_rows(self.shape), i, slot)
             self.loaded[slot] = i

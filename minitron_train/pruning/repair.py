@@ -170,10 +170,9 @@ class Repair:
         ]
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
-        self.rotary = teacher.rotary(tokens_NS.shape[1])
-        self.sizes: dict[
-            str, list[Tensor]
-        ] = {}  # of the teacher's norms inside the current half, [S, B] per micro-batch
+        self.teacher_rotary, self.rotary = (layers.rotary(tokens_NS.shape[1]) for layers in (teacher, student))
+        # of the teacher's norms inside the current half: their denominators, [S, B] per micro-batch
+        self.sizes: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []  # of its second linear where a norm follows, kept channels, [S, B, H] each
         self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.layer_rows(teacher.shape)}
 
@@ -230,7 +229,7 @@ class Repair:
         for layer in dropped:
             module = self.teacher[layer]
             for streams in self.streams:
-                streams.teacher = forward(module, streams.teacher, self.rotary)
+                streams.teacher = forward(module, streams.teacher, self.teacher_rotary)
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
@@ -240,7 +239,7 @@ class Repair:
         self.sizes, self.outputs = {name: [] for name in norms}, []
         for streams in self.streams:
             with seeing(linear, of_input=False) as seen, seeing_all(teacher, norms) as inputs:
-                streams.teacher = half.forward(teacher, streams.teacher, self.rotary)
+                streams.teacher = half.forward(teacher, streams.teacher, self.teacher_rotary)
             for name in norms:
                 self.sizes[name].append(size(inputs[name][0], teacher.get_submodule(name)))
             if half.outer in norms:
