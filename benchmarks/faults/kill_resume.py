@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
+from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import Config, ModelConfig, Precision, StudentConfig, TrainConfig, WandbMode
 from minitron_train.parallel.groups import start
 from minitron_train.runtime.launch import read_world
@@ -64,7 +65,8 @@ def tiny_config(folder: Path) -> tuple[Config, Shape, Shape]:
     model: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / "tiny_nemotron.yaml"))
     recipe: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes" / "tiny.yaml"))
     init_std = model.pop("init_std")
-    teacher = Shape(**model)
+    teacher = shape_of_recipe(Config(model=ModelConfig(**model)))
+    assert teacher is not None
     student = teacher.smaller(
         **{key: value for key, value in recipe["student"].items() if key in StudentConfig.__dataclass_fields__}
     )

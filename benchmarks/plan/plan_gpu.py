@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from minitron_train.arch import Shape
+from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.config import Config, DistillConfig, ParallelConfig, Precision, Recompute
 from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
@@ -40,7 +41,7 @@ NEMOTRON = {
     "num_query_groups": 8,
     "kv_channels": 128,
     "vocab_size": 256_000,
-    "rotary_percent": 0.5,
+    "kinds": (LayerKind(rope=Rope(percent=0.5)),),
 }
 TEACHER = Shape(num_layers=32, hidden_size=4096, ffn_hidden_size=16384, num_attention_heads=48, **NEMOTRON)
 TOY = {"hidden_size": 128, "ffn_hidden_size": 512, "num_attention_heads": 8, "kv_channels": 32, "vocab_size": 1024}

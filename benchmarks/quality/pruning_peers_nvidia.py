@@ -73,7 +73,7 @@ def gpt_model(teacher: hf.HFFolder) -> GPTModel:
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         position_embedding_type="rope",
-        rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+        rotary_base=shape.ropes[0].theta,  # type: ignore[arg-type]
         share_embeddings_and_output_weights=shape.tie_embeddings,
     )
     load_weights(model, teacher.table, shape, teacher)

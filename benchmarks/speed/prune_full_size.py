@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train import hf
 from minitron_train.arch import architecture
+from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.arch.shape import Shape
 from minitron_train.pruning.select import Keep
 from minitron_train.pruning.shards import RowReader, RowWriter, runs
@@ -43,7 +44,7 @@ TEACHER = Shape(
     num_query_groups=8,
     kv_channels=128,
     vocab_size=256000,
-    rotary_percent=0.5,
+    kinds=(LayerKind(rope=Rope(percent=0.5)),),
 )
 STUDENT = {"hidden_size": 3072, "ffn_hidden_size": 9216, "num_attention_heads": 24}
 PERIOD = 2**25 + 1  # the weights repeat after this many values; odd, so that no two rows of a tensor are equal

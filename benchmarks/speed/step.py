@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.init import RandomWeights
+from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.commands.configuration import compose
 from minitron_train.commands.workspace import shape_of_recipe
 from minitron_train.config import CheckpointConfig, Config, ModelConfig, Precision, TrainConfig, WandbMode
@@ -59,7 +60,7 @@ TEACHER = Shape(
     num_query_groups=4,
     kv_channels=64,
     vocab_size=VOCAB,
-    rotary_percent=0.5,
+    kinds=(LayerKind(rope=Rope(percent=0.5)),),
 )
 STUDENT = TEACHER.smaller(hidden_size=512, num_attention_heads=8, ffn_hidden_size=1920)
 

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
 from minitron_train.arch.table import CONFIG_DEFAULTS, Windows
 
 MISTRAL = replace(
     LLAMA,
     name="mistral",
     hf_class="MistralForCausalLM",
-    config_keys={**LLAMA.config_keys, "window": "sliding_window"},
+    config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU},
     config_defaults={
         **CONFIG_DEFAULTS,
@@ -18,6 +18,7 @@ MISTRAL = replace(
         "sliding_window": 4096,
     },
     config_nullable=frozenset({"head_dim", "sliding_window"}),
-    windows=Windows.every,
+    config_read=LLAMA.config_read | {"sliding_window"},
+    windows=Windows(default=lambda config, i: True, layer_types=False),
     rules=(),
 )

@@ -1,10 +1,18 @@
 """The sizes of a model and the rules that they obey. Pure Python: `plan` imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.runtime.errors import UserError
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # can be pruned
+FACTORS = (  # numbers that a family multiplies or divides by
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_divisor",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,19 +29,38 @@ class Shape:
     vocab_size: int
     tie_embeddings: bool = False
     max_position_embeddings: int = 4096
-    rotary_percent: float = 1.0
-    rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5
-    rope_scaling_factor: float | None = None  # Llama 3.1's frequency scaling; None is plain RoPE
-    rope_low_freq_factor: float = 1.0  # llama3: wavelengths above rope_original_length / this are stretched in full
-    rope_high_freq_factor: float = 4.0  # llama3: those below rope_original_length / this are not stretched
-    rope_original_length: int = 8192  # llama3: longest sequence in pretraining, tokens
-    window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
+    attention_bias: bool = False  # whether the attention has the biases that the table lists under this field
+    mlp_bias: bool = False  # likewise the MLP
+    embedding_multiplier: float = 1.0  # of embeddings (see Architecture.embedding_scale)
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream
+    attention_multiplier: float | None = None  # of query x key; None: 1 / sqrt(kv_channels)
+    logits_divisor: float = 1.0
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)  # different ones, in the order of the first layer that has each
+    kind_of_layer: tuple[int, ...] = ()  # each layer's index into `kinds`; empty if there is only one kind
+
+    def __post_init__(self) -> None:
+        assert len(self.kind_of_layer) == (self.num_layers if len(self.kinds) > 1 else 0), "kinds of other layers"
 
     @property
-    def max_length(self) -> int:
-        """The longest supported sequence, tokens. Up to it, sliding windows and dynamic rotary scaling have no effect."""
-        return min(self.max_position_embeddings, self.window or self.max_position_embeddings)
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(self.kinds[k] for k in self.kind_of_layer) or self.kinds * self.num_layers
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different attention windows of the layers."""
+        return tuple(dict.fromkeys(kind.window for kind in self.kinds))
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the layers."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
+
+    def is_plain(self, length: int) -> bool:
+        """Whether all layers have the same rotary embedding and no window that matters in sequences of `length` tokens."""
+        one_rope = len(self.ropes) == 1 and all(kind.rope is not None for kind in self.kinds)
+        return one_rope and all(window is None or window >= length for window in self.windows)
 
     def sizes(self) -> dict[str, int]:
         """The sizes that pruning can change, by name."""
@@ -72,19 +99,17 @@ class Shape:
                 )
 
     def check_length(self, length: int, key: str, name: str) -> None:
-        """Reject sequences that are longer than the model's context or its attention window.
-
-        `key` is the setting that gives the length.
-        """
+        """Reject sequences that are longer than the model's context. `key` is the setting that gives the length."""
         if length > self.max_position_embeddings:
             raise UserError(
                 f"{key}={length}: the {name} was made for {self.max_position_embeddings} positions; shorten it"
             )
-        if length > self.max_length:
-            raise UserError(
-                f"{key}={length}: the {name}'s attention window is {self.window} tokens wide, and longer sequences are "
-                f"not supported; choose at most {self.max_length}"
-            )
+
+    def with_layers(self, kinds: Sequence[LayerKind]) -> "Shape":
+        """This shape with as many layers as there are `kinds`, of these kinds."""
+        different = tuple(dict.fromkeys(kinds)) or self.kinds[:1]
+        places = tuple(map(different.index, kinds)) if len(different) > 1 else ()
+        return replace(self, num_layers=len(kinds), kinds=different, kind_of_layer=places)
 
     def untied(self) -> "Shape":
         """This shape with an output layer that is not tied to the embedding."""
@@ -92,6 +117,8 @@ class Shape:
 
     def smaller(self, **sizes: int | None) -> "Shape":
         """This shape with some sizes reduced; None keeps a size.
+
+        With fewer layers it gets the kinds of the first ones, until pruning chooses the layers (`with_layers`).
 
         Raises:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
@@ -103,7 +130,8 @@ class Shape:
                     f"student.{key}={value}: larger than the teacher's {getattr(self, key)}; pruning only cuts, "
                     f"choose at most {getattr(self, key)}"
                 )
-        shape = replace(self, **changed)
+        first = self.layer_kinds[: max(0, changed.get("num_layers", self.num_layers))]
+        shape = replace(self.with_layers(first), **changed)
         shape.check("student")
         return shape
 

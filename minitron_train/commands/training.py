@@ -104,7 +104,7 @@ def task_hook(ws: Workspace, student: Path) -> Any:
     """lm-eval's tasks on the live student, as eval.training_tasks asks."""
     from minitron_train.evaluation.hooks import TaskHook
 
-    length = ws.shape_of(student).max_length
+    length = ws.shape_of(student).max_position_embeddings
     return TaskHook(ws.config.eval, student, length, ws.groups, ws.local_eval_data)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minitron_train.arch import Shape
+from minitron_train.arch import Shape, architecture
+from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.config import Config
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
@@ -285,7 +286,9 @@ def shape_of_recipe(config: Config) -> Shape | None:
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
-    shape = Shape(**values)
+    rope = Rope(theta=model.rotary_base, percent=model.rotary_percent)
+    made: dict[str, Any] = architecture(model.architecture).default_factors() | values
+    shape = Shape(**made, kinds=(LayerKind(rope=rope),))
     shape.check("model")
     return shape
 

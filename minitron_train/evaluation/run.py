@@ -76,7 +76,7 @@ def evaluate_model(
         report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
     answered_by = f"{origin.identity} {precision.name} lm_eval {version('lm_eval')}"
     journal = Journal(folder / f"{label}.partial", answered_by, groups)
-    max_length = origin.shape.max_length
+    max_length = origin.shape.max_position_embeddings
     results, rows = run_tasks(live, origin.tokenizer, max_length, config.eval, groups, data_dir, journal)
     report |= results
     if groups.is_first:

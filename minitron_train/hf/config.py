@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
-from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture, Windows
+from minitron_train.arch.shape import FACTORS
+from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
 from minitron_train.hf.dtypes import named_dtype
-from minitron_train.hf.rope import read_rope, rope_keys
-from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
+from minitron_train.hf.layers import read_layers, written_layers
+from minitron_train.hf.rope import read_rope, rope_keys, written_rope
+from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
@@ -18,18 +20,15 @@ MAX_LAYERS = 10_000  # far above any model; limits the table of tensors that a d
 READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape fields; other fields are sizes
     "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
     "tie_embeddings": truth,
+    "attention_bias": truth,
+    "mlp_bias": truth,
+    **dict.fromkeys(FACTORS, positive_number),
     "layernorm_epsilon": epsilon,
 }
 ONLINE = {  # quantisation methods that quantise plain weights in every forward pass of transformers
     "bitnet": "transformers quantises weights and activations while it computes",
 }
 OLD_HEAD_DIM = "kv_channels"  # NVIDIA's name for head_dim; transformers does not open such folders
-FULL, SLIDING = "full_attention", "sliding_attention"
-LAYER_TYPES = {
-    FULL: False,
-    "attention": False,
-    SLIDING: True,
-}  # whether such a layer has a window; "attention" is older
 UNTRUE_KEYS = frozenset(  # keys of a teacher's config.json that would be wrong in its student's
     {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
     | {
@@ -65,11 +64,10 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     check_quantisation(config, where)
     values = read_fields(config, table, where)
     check_padding(config, values["vocab_size"], where)
-    values |= read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where).shape_fields()
-    values["window"] = window(config, table, values["num_layers"], where)
+    rope = read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where)
     shape = Shape(architecture=table.name, **values)
     shape.check(where)
-    return shape
+    return shape.with_layers(read_layers(config, table, rope, shape.num_layers, where))
 
 
 def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> None:
@@ -127,54 +125,6 @@ def stated(config: Mapping[str, Any], key: str, table: Architecture) -> Any:
     return config.get(key, table.config_defaults.get(key))
 
 
-def sliding_layers(config: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
-    """Whether each layer has a sliding window, by layer_types or the family's other keys."""
-    named = config.get("layer_types")
-    if named is not None:
-        if not isinstance(named, list) or len(named) != num_layers:
-            raise UserError(
-                f"{where}: layer_types={spoken(named)}: must be a list of {num_layers} names, one for each layer; "
-                f"{as_authors_give_it('it')}"
-            )
-        supported = [kind for kind, slides in LAYER_TYPES.items() if not slides or table.windows is not Windows.none]
-        for kind in named:
-            if kind not in supported:
-                raise UserError(
-                    f"{where}: layer_types holds {spoken(kind)}: only {', '.join(supported)} are supported for "
-                    f"{table.name}; use another teacher"
-                )
-    if table.windows is Windows.every:
-        return [stated(config, "sliding_window", table) is not None or SLIDING in (named or ())] * num_layers
-    if named is not None:
-        return [LAYER_TYPES[kind] for kind in named]
-    if table.windows is Windows.none or not truth(
-        stated(config, "use_sliding_window", table), "use_sliding_window", where
-    ):
-        return [False] * num_layers
-    first = stated(config, "max_window_layers", table)
-    if isinstance(first, bool) or not isinstance(first, int):
-        raise UserError(f"{where}: max_window_layers={spoken(first)} is not a whole number; {as_authors_give_it('it')}")
-    return [stated(config, "sliding_window", table) is not None and i >= first for i in range(num_layers)]
-
-
-def window(config: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> int | None:
-    """Width of the sliding window, tokens; None if no layer has one.
-
-    A query attends to itself and the `window - 1` tokens before it, so the window hides nothing in `window` tokens.
-    """
-    if not any(sliding_layers(config, table, num_layers, where)):
-        return None
-    width = stated(config, "sliding_window", table)
-    if table.windows is Windows.chosen and not stated(config, "use_sliding_window", table):
-        width = None
-    if width is None:
-        raise UserError(
-            f"{where}: layer_types holds {SLIDING!r}, but no window is set; "
-            f"{as_authors_give_it('use_sliding_window and sliding_window')}"
-        )
-    return size(width, "sliding_window", where)
-
-
 def student_config(
     config: Mapping[str, Any],
     shape: Shape,
@@ -199,8 +149,10 @@ def student_config(
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
-    changed |= read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where).written(table)
-    changed |= written_windows(config, table, teacher.num_layers, kept)
+    changed |= written_rope(
+        read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where), table
+    )
+    changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept])
     changed["architectures"] = [table.hf_class]
     stored = named_dtype(config) if dtype is None else str(dtype).removeprefix("torch.")
     if stored is not None:
@@ -214,21 +166,6 @@ def cut(key: str, value: Any, table: Architecture, num_layers: int, kept: Sequen
     if key in known or not isinstance(value, list) or len(value) != num_layers or len(kept) == num_layers:
         return value
     return [value[i] for i in kept]
-
-
-def written_windows(
-    config: Mapping[str, Any], table: Architecture, num_layers: int, kept: Sequence[int]
-) -> dict[str, Any]:
-    """Keys that give the kept layers their windows, for families that choose layers.
-
-    Older readers know max_window_layers only.
-    """
-    if table.windows is not Windows.chosen:
-        return {}
-    slides = sliding_layers(config, table, num_layers, "config.json")
-    slides = [slides[i] for i in kept]
-    keys: dict[str, Any] = {"max_window_layers": slides.index(True) if any(slides) else len(slides)}
-    return keys | ({"layer_types": [SLIDING if one else FULL for one in slides]} if any(slides) else {})
 
 
 def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:

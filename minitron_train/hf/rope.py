@@ -4,74 +4,53 @@ Source: transformers.modeling_rope_utils (RotaryEmbeddingConfigMixin) and the fa
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from minitron_train.arch.layer_kind import Rope
 from minitron_train.arch.table import ROPE_KEYS, Architecture
 from minitron_train.hf.values import as_authors_give_it, positive_float, size, spoken
 from minitron_train.runtime.errors import UserError
 
-DEFAULT_THETA = 10000.0
 NEEDED = {  # keys without which transformers does not open the model
     "default": (),
     "dynamic": ("factor",),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+LENGTH = "original_max_position_embeddings"
+WRITTEN = {  # kind of rope -> fields of Rope, and their keys in rope_scaling
+    "default": {},
+    "dynamic": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_length": LENGTH,
+    },
+}
 PERCENT = "partial_rotary_factor"
 OLD_PERCENTS = ("rope_percent", "rotary_percent", "rope_percentage")  # older names, which transformers 5 ignores
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rope:
-    """One rotary embedding for all layers."""
-
-    kind: str = "default"
-    theta: float = DEFAULT_THETA
-    percent: float = 1.0  # share of each head's channels that is rotated
-    factor: float | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192  # tokens
-
-    def shape_fields(self) -> dict[str, Any]:
-        """Fields of a Shape. Dynamic scaling has no effect up to max_position_embeddings, the longest supported length."""
-        fields: dict[str, Any] = {"rotary_base": self.theta, "rotary_percent": self.percent}
-        if self.kind == "llama3":
-            fields |= {
-                "rope_scaling_factor": self.factor,
-                "rope_low_freq_factor": self.low_freq_factor,
-                "rope_high_freq_factor": self.high_freq_factor,
-                "rope_original_length": self.original_length,
-            }
-        return fields
-
-    def written(self, table: Architecture) -> dict[str, Any]:
-        """Keys of config.json that transformers 4 and 5 read alike.
-
-        transformers 4 reads the top level. transformers 5 reads rope_scaling if it is not null, else rope_parameters, and
-        takes missing keys from the top level.
-        """
-        scaling: dict[str, Any] = {"rope_type": self.kind}
-        if self.kind != "default":
-            scaling["factor"] = self.factor
-        if self.kind == "llama3":
-            scaling |= {
-                "low_freq_factor": self.low_freq_factor,
-                "high_freq_factor": self.high_freq_factor,
-                "original_max_position_embeddings": self.original_length,
-            }
-        common = {"rope_theta": self.theta} | ({PERCENT: self.percent} if table.partial_rotary else {})
-        return {
-            "rope_parameters": {**scaling, **common},
-            "rope_scaling": None if self.kind == "default" else scaling,
-            **common,
-        }
-
-
 def rope_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of config.json about rotary embeddings, which `Rope.written` replaces."""
+    """Keys of config.json about rotary embeddings, which `written_rope` replaces."""
     return (ROPE_KEYS | {PERCENT, *OLD_PERCENTS}) & config.keys()
+
+
+def written_rope(rope: Rope, table: Architecture) -> dict[str, Any]:
+    """Keys of config.json that transformers 4 and 5 read alike.
+
+    transformers 4 reads the top level. transformers 5 reads rope_scaling if it is not null, else rope_parameters, and
+    takes missing keys from the top level.
+    """
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    scaling |= {key: getattr(rope, field) for field, key in WRITTEN[rope.kind].items()}
+    common = {"rope_theta": rope.theta} | ({PERCENT: rope.percent} if table.partial_rotary else {})
+    return {
+        "rope_parameters": {**scaling, **common},
+        "rope_scaling": None if rope.kind == "default" else scaling,
+        **common,
+    }
 
 
 def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int, head_dim: int, where: str) -> Rope:
@@ -90,14 +69,14 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
     for key in NEEDED[kind]:
         if key not in rope:
             raise UserError(f"{where}: rope type {kind!r} without {key}; {as_authors_give_it('it')}")
-    factor = positive_float(rope["factor"], "the factor of rope_scaling", where) if kind != "default" else None
+    factor = positive_float(rope["factor"], "the factor of rope_scaling", where) if kind != "default" else 1.0
     if kind == "linear":
         if factor != 1.0:
             raise UserError(
                 f"{where}: linear rope scaling with factor={factor:g}: only 1 is supported; use another teacher"
             )
-        kind, factor = "default", None
-    theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", DEFAULT_THETA)
+        kind, factor = "default", 1.0
+    theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", Rope().theta)
     return Rope(
         kind=kind,
         theta=positive_float(theta, "rope_theta", where),
@@ -128,9 +107,8 @@ def llama3_constants(
     low, high = (positive_float(rope[key], key, where) for key in ("low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise UserError(f"{where}: high_freq_factor={high:g}: must be above low_freq_factor={low:g}; correct them")
-    key = "original_max_position_embeddings"
-    length = config[key] if key in config else rope.get(key, max_positions)
-    return {"low_freq_factor": low, "high_freq_factor": high, "original_length": size(length, key, where)}
+    length = config[LENGTH] if LENGTH in config else rope.get(LENGTH, max_positions)
+    return {"low_freq_factor": low, "high_freq_factor": high, "original_length": size(length, LENGTH, where)}
 
 
 def read_percent(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from minitron_train.model.attention import window_masks
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.vocabulary import OutputLayer
 
@@ -29,6 +30,7 @@ class KeyValueCache:
 
     def __init__(self) -> None:
         self.layers: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}  # [P, B, G, D] each
+        self.positions_BP = torch.empty(1, 0, dtype=torch.long)
 
     @property
     def num_tokens(self) -> int:
@@ -56,12 +58,19 @@ class KeyValueCache:
             for hook in hooks:
                 hook.remove()
 
+    def positions_with(self, positions_BS: Tensor) -> Tensor:
+        """Positions of the cached tokens and of new ones after them, [B, P + S]."""
+        old_BP = self.positions_BP.to(positions_BS.device).expand(len(positions_BS), -1)
+        return torch.cat([old_BP, positions_BS], dim=1)
+
     def keep_tokens(self, num_tokens: int) -> None:
         """Drop all tokens but the first `num_tokens`."""
+        self.positions_BP = self.positions_BP[:, :num_tokens]
         self.layers = {module: (key[:num_tokens], value[:num_tokens]) for module, (key, value) in self.layers.items()}
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows of the batch but `rows`."""
+        self.positions_BP = self.positions_BP[rows]
         self.layers = {module: (key[:, rows], value[:, rows]) for module, (key, value) in self.layers.items()}
 
 
@@ -77,7 +86,8 @@ def hidden_states(
 
     Args:
         positions_BS: position of each token in its text, for the rotary embedding.
-        hidden_mask_BSP: bool, True hides key P from query S, and cached keys come first; None is causal.
+        hidden_mask_BSP: bool, True hides key P from query S, and cached keys come first; windows hide further keys by their
+            positions. None is causal, and then the positions of cached and new tokens are consecutive.
         cache: earlier tokens that the new ones attend to; a cache of batch size 1 serves any batch size.
         keep: add the new tokens to the cache.
     """
@@ -89,14 +99,18 @@ def hidden_states(
         tokens_BS, positions_BS = F.pad(tokens_BS, padding), F.pad(positions_BS, padding)
         if hidden_mask_BSP is not None:  # padding attends to all tokens: a row that attends to none would be NaN
             hidden_mask_BSP = F.pad(F.pad(hidden_mask_BSP, padding, value=True), (0, 0, *padding), value=False)
-    angles = model.rotary_pos_emb(int(positions_BS.max()) + 1)[:, 0, 0]
+    key_positions_BP, masks_BWSP = cache.positions_with(positions_BS), None
+    if hidden_mask_BSP is not None:
+        ages_BSP = positions_BS[:, :, None] - key_positions_BP[:, None]
+        masks_BWSP = window_masks(hidden_mask_BSP, ages_BSP, model.windows)
     with cache.attached(model, keep):
         hidden_SBH = model.decoder(
             hidden_states=model.embed(tokens_BS),
-            attention_mask=None if hidden_mask_BSP is None else hidden_mask_BSP[:, None],
-            rotary_pos_emb=angles[positions_BS.T][:, :, None],
+            attention_mask=masks_BWSP,
+            rotary_pos_emb=model.rotary_pos_emb.at(positions_BS),
         )
     if keep:
+        cache.positions_BP = key_positions_BP
         cache.keep_tokens(num_keys)
     if model.config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)

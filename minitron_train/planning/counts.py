@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.layer_kind import keys_per_query
 
 MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
 
@@ -30,7 +31,7 @@ def parameters_per_rank(shape: Shape, tp: int) -> int:
 
 def layer_parameters(shape: Shape, tp: int = 1) -> int:
     """Count the parameters of one layer on one tensor-parallel rank."""
-    rows = [row for row in architecture(shape.architecture).rows_of(shape) if row.per_layer]
+    rows = architecture(shape.architecture).layer_rows(shape)
     sizes = [(sum(prod(size) for size in row.sizes(shape).values()), row.parallel_dim()) for row in rows]
     return sum(size if dim is None else size // tp for size, dim in sizes)
 
@@ -39,15 +40,20 @@ def forward_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = Tru
     """Count the FLOPs of a forward pass per token; a multiply-add counts as two.
 
     Matrices cost 2 FLOPs per parameter. Attention costs Q K^T and P V with `seq_length` keys, or half as many if `causal`
-    (the papers' figures count all keys).
+    (the papers' figures count all keys), and fewer in layers with a window.
     """
     parts = architecture(shape.architecture).parameters(shape)
     matrices = sum(parts[name] for name in MATRIX_PARTS)
     if shape.tie_embeddings:
         matrices += parts["embedding"]  # the output layer uses the same matrix
-    keys = seq_length / 2 if causal else seq_length
-    attention = 4 * shape.num_layers * shape.axis_size("q") * keys
-    return int(2 * matrices + attention)
+    return int(2 * matrices + attention_flops_per_token(shape, seq_length, causal=causal))
+
+
+def attention_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> float:
+    """Count the FLOPs of Q K^T and P V in all layers per token."""
+    by_kind = [keys_per_query(kind, seq_length, causal=causal) for kind in shape.kinds]
+    keys = sum(by_kind[k] for k in shape.kind_of_layer) or shape.num_layers * by_kind[0]
+    return 4 * shape.axis_size("q") * keys
 
 
 def training_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:

@@ -59,7 +59,7 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
     replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
-        attention = 4 * query  # rotated Q; K and V repeated for every head (model.build.needs_whole_heads); context
+        attention = 4 * query  # rotated Q; K and V repeated for every head (model.attention.needs_whole_heads); context
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
@@ -190,9 +190,9 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
     Args:
         layout: gives the tokens of one forward pass.
         chunk_tokens: tokens whose hidden states are held between two layers.
-        streamed: hold only one layer's weights at a time.
+        streamed: hold the weights of one layer of each kind at a time.
     """
-    layers = (1 if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
+    layers = (len(teacher.kinds) if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
     channels = (2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size) // layout.tp + 2 * teacher.hidden_size
     vectors = min(chunk_tokens, teacher.vocab_size) + chunk_tokens  # embeddings of distinct tokens, and of all tokens
     parts = {
@@ -223,6 +223,7 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     layout = replace(layout, tp=1, weight_bytes=FP32)
     hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
     gated = architecture(student.architecture).transformer["gated_linear_unit"]
+    has_post_norms = architecture(student.architecture).has_post_norms  # a repair holds the outputs before one norm
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
     # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
@@ -232,7 +233,7 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],
         "layers": (layer_parameters(teacher) + layer_parameters(student)) * FP32,
-        "streams": tokens * (teacher.hidden_size + hidden) * FP32,
+        "streams": tokens * (teacher.hidden_size + (2 if has_post_norms else 1) * hidden) * FP32,
         "working": working_bytes(teacher, layout),
         "squares": max(squares, default=0) * FP64,
     }

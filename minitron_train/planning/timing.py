@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import DistillConfig, LossKind
-from minitron_train.planning.counts import forward_flops_per_token, parameters_per_rank
+from minitron_train.planning.counts import attention_flops_per_token, forward_flops_per_token, parameters_per_rank
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import FP32, Layout, logit_budget
 
@@ -17,6 +17,7 @@ PASSES = {
     "attention": 12,
     "squared_relu": 4,
     "silu": 5,
+    "gelu_tanh": 5,
 }  # tensors of a given width that one layer's forward pass reads or writes
 LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward, extra at a temperature other than 1)
     "forward_kl": (32, 8),
@@ -114,7 +115,7 @@ def num_models(teacher: Shape | None) -> int:
 
 def layer_cost(shape: Shape, seq_length: int, machine: Hardware) -> float:
     """Return the forward FLOPs per token of all layers, with attention weighted by its lower rate."""
-    attention = 2 * shape.num_layers * shape.axis_size("q") * seq_length
+    attention = attention_flops_per_token(shape, seq_length)
     matrices = forward_flops_per_token(shape, seq_length) - attention - 2 * shape.vocab_size * shape.hidden_size
     return matrices + attention / ATTENTION_SHARE[machine.cuda]
 

@@ -55,7 +55,10 @@ def name_of(sizes: Mapping[str, int]) -> str:
 def weigh(shape: Shape, search: SearchConfig) -> Candidate:
     """Compute a shape's parameters, memory and FLOPs."""
     counts = parameters(shape)
-    cache = 2 * shape.num_layers * shape.axis_size("kv") * search.batch_size * search.context
+    cached = sum(
+        min(search.context, kind.window or search.context) for kind in shape.layer_kinds
+    )  # tokens of all layers
+    cache = 2 * cached * shape.axis_size("kv") * search.batch_size
     return Candidate(
         shape,
         counts["parameters"],

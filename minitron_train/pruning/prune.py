@@ -95,7 +95,7 @@ def choose(
         if step < num_steps:
             dtype = scoring_dtype(config.calibration, groups)
             source = Sliced(teacher, keep)
-            layers = Layers(teacher.table, shape, source, groups, resident=False, dtype=dtype)
+            layers = Layers(teacher.table, keep.student, source, groups, resident=False, dtype=dtype)
             statistics = gather_evidence(layers, tokens(), config.calibration, without_layers=needs_layer_removal)
     assert keep is not None
     if config.prune.rotate and student.hidden_size < teacher.shape.hidden_size:
@@ -112,7 +112,7 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
     units = {"ffn_hidden_size": tp, "num_query_groups": tp}
     sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in SIZES}
     per_group = left(*(shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student)))
-    return replace(teacher, **sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})
+    return teacher.smaller(**sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})
 
 
 def rotated(config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, tokens: Tensor) -> Keep:

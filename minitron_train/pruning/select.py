@@ -104,7 +104,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     return Keep(
         teacher,
-        student,
+        student.with_layers([teacher.layer_kinds[i] for i in layers.tolist()]),
         embedding=best(scores.embedding, student.hidden_size),
         layers=layers,
         heads={i: heads for i, (heads, _, _) in chosen.items()},

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
+from minitron_train.arch.rules import check_transformer_engine
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
@@ -32,6 +33,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import atomic_folder, atomic_write_json
 from minitron_train.runtime.heartbeat import Heartbeat
 from minitron_train.runtime.signals import StopSignals
+from minitron_train.stages import plain
 from minitron_train.train.best import BestMetric
 from minitron_train.train.checkpoint import CheckpointManager
 from minitron_train.train.export import MODEL
@@ -60,6 +62,9 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
+    for name, shape in (("teacher", teacher), ("student", student)) if train.transformer_engine else ():
+        if shape is not None:
+            check_transformer_engine(shape, name, train.seq_length)
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")
@@ -201,7 +206,7 @@ def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | N
     values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
         if files is not None:
-            values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items()}
+            values |= {f"{label}.{key}": plain(value) for key, value in asdict(files.shape).items()}
     return values
 
 

@@ -39,6 +39,7 @@ from minitron_train.stages import differences
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train import safe_load
 from minitron_train.train.best import BestMetric
+from minitron_train.train.settings import current_record
 
 WRITER_NICENESS = 10  # the writer yields its core to the training step
 POLL_S = 0.05  # interval at which `poll` asks whether the writers have finished
@@ -238,7 +239,7 @@ class CheckpointManager:
         return None
 
     def _check_settings(self, path: Path) -> None:
-        changed = differences(files.read_manifest(path)["belongs_to"], self.belongs_to, "")
+        changed = differences(current_record(files.read_manifest(path)["belongs_to"]), self.belongs_to, "")
         if changed:
             raise UserError(
                 f"{path}: was saved with different settings ({'; '.join(changed)}); restore these settings, or choose another "

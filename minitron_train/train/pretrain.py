@@ -16,6 +16,8 @@ from minitron_train.data.indexed import IndexedSource
 from minitron_train.data.sources import parts, train_split
 from minitron_train.data.units import permutation
 from minitron_train.hf import student_config, write_folder
+from minitron_train.hf.layers import written_layers
+from minitron_train.hf.rope import written_rope
 from minitron_train.runtime.errors import UserError
 
 TOKENIZER_CHARACTERS = 8_000_000  # enough text for the merges of a small vocabulary
@@ -69,19 +71,19 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
     Raises:
         UserError: rotary_percent below 1 for a family whose heads transformers always rotates completely.
     """
-    table = architecture(shape.architecture)
-    if shape.rotary_percent != 1.0 and not table.partial_rotary:
+    table, (rope,) = architecture(shape.architecture), shape.ropes
+    if rope.percent != 1.0 and not table.partial_rotary:
         raise UserError(
-            f"model.rotary_percent={shape.rotary_percent:g}: transformers always rotates all channels of a "
+            f"model.rotary_percent={rope.percent:g}: transformers always rotates all channels of a "
             f"{shape.architecture} head; remove it"
         )
     sizes = {key: getattr(shape, field) for field, key in table.config_keys.items()}
-    rope = {"rope_type": "default", "rope_theta": shape.rotary_base, "partial_rotary_factor": shape.rotary_percent}
+    settings = written_layers(sizes, table, shape.layer_kinds)
     made = AutoConfig.for_model(
         shape.architecture,
-        **sizes,
+        **sizes | settings,
         **{key: supported[0] for key, supported in table.config_facts.items()},
-        rope_parameters=rope,
+        rope_parameters=written_rope(rope, table)["rope_parameters"],
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=None,

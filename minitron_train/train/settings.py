@@ -3,9 +3,12 @@
 A run can be resumed as long as its deciding settings are unchanged.
 """
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from minitron_train.arch import Shape
+from minitron_train.arch.layer_kind import OLD_FIELDS, kind_of_record
 from minitron_train.config import Config, Recompute
 from minitron_train.runtime.errors import UserError
 from minitron_train.stages import plain
@@ -37,6 +40,21 @@ def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
     for section, neutral in NEUTRAL.items() if distilled else [("train", NEUTRAL["train"])]:
         values = getattr(config, section)
         found[section] = {f.name: plain(getattr(values, f.name)) for f in fields(values) if f.name not in neutral}
+    return found
+
+
+SHAPE_DEFAULTS = {field.name: field.default for field in fields(Shape) if field.default is not MISSING}
+
+
+def current_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint, with the fields of a model's shape that replace those of earlier versions."""
+    found = dict(record)
+    for label in ("student", "teacher"):
+        old = {name: found.pop(f"{label}.{name}") for name in OLD_FIELDS if f"{label}.{name}" in found}
+        if old:
+            found |= {f"{label}.kinds": [plain(asdict(kind_of_record(old)))], f"{label}.kind_of_layer": []}
+        if f"{label}.architecture" in found:
+            found = {f"{label}.{name}": value for name, value in SHAPE_DEFAULTS.items()} | found
     return found
 
 

@@ -13,7 +13,8 @@ from minitron_train.arch.convert import pack, read_shard, shards_to_parts
 from minitron_train.arch.init import RandomWeights
 from minitron_train.arch.rules import check_rules
 from minitron_train.hf import HFFolder
-from minitron_train.model import build
+from minitron_train.model import attention as core
+from minitron_train.model.build import Norm, transformer_config
 from minitron_train.runtime.errors import UserError
 
 NEMOTRON_15B = Shape(
@@ -41,8 +42,8 @@ SMOLLM2 = Shape(
 
 def attention(masked: bool) -> list[torch.Tensor]:
     """Output and gradients of core attention with two query heads per KV group."""
-    layer = build.SdpaAttention(
-        build.transformer_config(SMOLLM2, tp=1, sequence_parallel=False, dtype=torch.float32), 1, AttnMaskType.causal
+    layer = core.SdpaAttention(
+        transformer_config(SMOLLM2, tp=1, sequence_parallel=False, dtype=torch.float32), 1, AttnMaskType.causal
     )
     torch.manual_seed(0)
     inputs = [torch.randn(6, 2, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
@@ -53,9 +54,9 @@ def attention(masked: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_keys_and_values_for_every_head_change_nothing(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
-    shared, expanded, expand = attention(masked), [], build.whole_heads
-    monkeypatch.setattr(build, "needs_whole_heads", lambda query, mask: True)
-    monkeypatch.setattr(build, "whole_heads", lambda x, heads: expanded.append(heads) or expand(x, heads))
+    shared, expanded, expand = attention(masked), [], core.whole_heads
+    monkeypatch.setattr(core, "needs_whole_heads", lambda query, mask: True)
+    monkeypatch.setattr(core, "whole_heads", lambda x, heads: expanded.append(heads) or expand(x, heads))
     for one, other in zip(attention(masked), shared, strict=True):
         torch.testing.assert_close(one, other)
     assert expanded == [4, 4]
@@ -64,9 +65,9 @@ def test_keys_and_values_for_every_head_change_nothing(monkeypatch: pytest.Monke
 def test_which_attention_needs_keys_and_values_for_every_head() -> None:
     bf16, fp32 = (torch.empty(0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     on_gpu: dict[torch.Tensor, Any] = {x: SimpleNamespace(is_cuda=True, dtype=x.dtype) for x in (bf16, fp32)}
-    assert not build.needs_whole_heads(fp32, fp32)
-    assert not build.needs_whole_heads(on_gpu[bf16], None)
-    assert build.needs_whole_heads(on_gpu[bf16], bf16) and build.needs_whole_heads(on_gpu[fp32], None)
+    assert not core.needs_whole_heads(fp32, fp32)
+    assert not core.needs_whole_heads(on_gpu[bf16], None)
+    assert core.needs_whole_heads(on_gpu[bf16], bf16) and core.needs_whole_heads(on_gpu[fp32], None)
 
 
 def total(shape: Shape) -> int:
@@ -160,8 +161,8 @@ def test_random_weights_do_not_depend_on_how_they_are_read() -> None:
 
 def test_zero_centred_gains_are_added_in_fp32() -> None:
     """In bf16, 1 + gain has steps of 0.8 %, so that most updates of a training would not reach the forward pass."""
-    config = build.transformer_config(NEMOTRON_15B, tp=1, sequence_parallel=False, dtype=torch.bfloat16)
-    norm = build.Norm(config, 64)
+    config = transformer_config(NEMOTRON_15B, tp=1, sequence_parallel=False, dtype=torch.bfloat16)
+    norm = Norm(config, 64)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         norm.weight.fill_(0.001)  # 1.001 is not a bf16 number

@@ -14,10 +14,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
-from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch import ARCHITECTURES, architecture
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, WINDOW_KEYS
 from minitron_train.hf import DTYPES, portable_tokenizer_config, read_json, shape_from_config, student_config
-from minitron_train.model.rotary import llama3_frequencies
+from minitron_train.model.rotary import frequencies
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.export import default_dtype
 
@@ -119,13 +119,6 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-def frequencies(shape: Shape) -> torch.Tensor:
-    """As the model gets them."""
-    size = int(shape.kv_channels * shape.rotary_percent)
-    plain = 1.0 / (shape.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    return plain if shape.rope_scaling_factor is None else llama3_frequencies(plain, shape)
-
-
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_frequencies_are_transformers(family: str, name: str) -> None:
@@ -134,10 +127,11 @@ def test_rotary_frequencies_are_transformers(family: str, name: str) -> None:
     rotary = NemotronRotaryEmbedding if family == "nemotron" else LlamaRotaryEmbedding  # the others copy Llama's
     wanted = rotary(theirs(config)).inv_freq
     shape = shape_from_config(config, "config.json")
-    torch.testing.assert_close(frequencies(shape), wanted, rtol=1e-6, atol=0)
+    (rope,) = shape.ropes
+    torch.testing.assert_close(frequencies(rope, shape.kv_channels, torch.device("cpu")), wanted, rtol=1e-6, atol=0)
     student = student_config(config, shape)
     torch.testing.assert_close(rotary(theirs(student)).inv_freq, wanted, rtol=1e-6, atol=0)
-    assert student["rope_theta"] == shape.rotary_base  # transformers 4 reads the top level alone
+    assert student["rope_theta"] == rope.theta  # transformers 4 reads the top level alone
     assert (student["rope_scaling"] or {"rope_type": "default"})["rope_type"] == theirs(student).rope_parameters[
         "rope_type"
     ]
@@ -150,9 +144,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "per_layer_config=.*only None or {}"),
     ("llama", {"attribute_map": {"hidden_size": "width"}}, "attribute_map="),
     ("llama", {"text_config": {"num_hidden_layers": 1}}, "text_config="),
-    ("llama", {"attention_bias": True}, "attention_bias=True: only False"),
+    ("llama", {"attention_bias": "yes"}, "attention_bias='yes' is neither true nor false"),
     ("seed_oss", {"attention_bias": False}, "attention_bias=False: only True is supported for seed_oss"),
-    ("nemotron", {"mlp_bias": None}, "mlp_bias=None: only False"),
+    ("nemotron", {"mlp_bias": None}, "the key 'mlp_bias' is missing or null"),
     ("nemotron", {"hidden_act": "silu"}, "hidden_act='silu': only 'relu2' is supported for nemotron"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu' or 'swish'"),
     ("llama", {"layer_types": ["sliding_attention"] * 4}, "layer_types holds 'sliding_attention': only full_attention"),
@@ -219,28 +213,33 @@ def test_damaged_json_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-WINDOWS: list[tuple[str, dict[str, Any], int | None]] = [
-    ("mistral", {}, 4096),
-    ("mistral", {"sliding_window": None}, None),
-    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, 8),  # Mistral's code ignores the list
-    ("llama", {"sliding_window": 8}, None),
-    ("llama", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, None),
-    ("qwen2", {}, None),
-    ("qwen2", {"sliding_window": 8}, None),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}, None),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, 8),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, None),
+NO: list[int | None] = [None] * 4
+WINDOWS: list[tuple[str, dict[str, Any], list[int | None]]] = [
+    ("mistral", {}, [4096] * 4),
+    ("mistral", {"sliding_window": None}, NO),
+    (
+        "mistral",
+        {"sliding_window": 8, "layer_types": ["full_attention"] * 4},
+        [8] * 4,
+    ),  # Mistral's code ignores the list
+    ("llama", {"sliding_window": 8}, NO),
+    ("llama", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),
+    ("qwen2", {}, NO),
+    ("qwen2", {"sliding_window": 8}, NO),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}, NO),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, [None, None, None, 8]),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, NO),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "width"), WINDOWS)
-def test_windows_limit_the_length(family: str, changes: dict[str, Any], width: int | None) -> None:
+@pytest.mark.parametrize(("family", "changes", "widths"), WINDOWS)
+def test_windows_of_the_layers(family: str, changes: dict[str, Any], widths: list[int | None]) -> None:
     shape = shape_from_config(config_of(family, **changes), "config.json")
-    assert shape.window == width
-    assert shape.max_length == min(512, width or 512)
-    with pytest.raises(UserError, match=f"seq={shape.max_length + 1}: the teacher"):
-        shape.check_length(shape.max_length + 1, "seq", "teacher")
+    assert [kind.window for kind in shape.layer_kinds] == widths
+    shape.check_length(512, "seq", "teacher")
+    with pytest.raises(UserError, match="seq=513: the teacher was made for 512 positions"):
+        shape.check_length(513, "seq", "teacher")
 
 
 def test_a_student_says_nothing_untrue_of_itself() -> None:
@@ -295,7 +294,7 @@ def test_windows_go_with_their_layers() -> None:
     assert student["max_window_layers"] == 1
     student = student_config(config, shape.smaller(num_layers=2), layers=[0, 2])
     assert theirs(student).layer_types == ["full_attention", "full_attention"]
-    assert shape_from_config(student, "config.json").window is None
+    assert shape_from_config(student, "config.json").windows == (None,)
     by_number = config_of("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
     student = student_config(by_number, shape_from_config(by_number, "x").smaller(num_layers=2), layers=[0, 3])
     assert theirs(student).layer_types == ["full_attention", "sliding_attention"]

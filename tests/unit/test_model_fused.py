@@ -1,6 +1,7 @@
 """Functions with their own backward pass: values and gradients of the plain formula under autograd."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -28,20 +29,29 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, window: int = 99) -> Tensor:
     heads = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(heads, dim=2) for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query, key) / query.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril().triu(1 - window)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
 
 
+QKV = [(21, 3, 6, 8), (21, 3, 2, 8), (21, 3, 2, 8)]
 CASES: dict[str, tuple[Function, Function, list[tuple[int, ...]]]] = {
     "squared_relu": (squared_relu, lambda x: x.relu().square(), [(5, 3, 16)]),
     "swiglu": (swiglu, plain_swiglu, [(5, 3, 32)]),
     "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), plain_norm, [(5, 3, 24), (24,)]),
-    "attention": (attention.causal_attention, plain_attention, [(21, 3, 6, 8), (21, 3, 2, 8), (21, 3, 2, 8)]),
+    "attention": (attention.causal_attention, plain_attention, QKV),
+    **{
+        f"attention within {w}": (
+            partial(attention.causal_attention, window=w),
+            partial(plain_attention, window=w),
+            QKV,
+        )
+        for w in (1, 5, 11, 20)
+    },
 }
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # of the root mean square
 
@@ -100,7 +110,8 @@ def test_recomputation_gives_the_same_gradients_in_bf16() -> None:
 
 def test_attention_takes_an_empty_batch() -> None:
     inputs = [torch.randn(21, 0, heads, 8).bfloat16().requires_grad_() for heads in (6, 2, 2)]
-    found = attention.causal_attention(*inputs)
+    query, key, value = inputs
+    found = attention.causal_attention(query, key, value)
     assert found.shape == (21, 0, 48)
     found.sum().backward()
 

@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_keeps(
     architecture: str, whole_heads: bool, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if whole_heads:  # as on a GPU in fp32
-        monkeypatch.setattr("minitron_train.model.build.needs_whole_heads", lambda query, mask: True)
+        monkeypatch.setattr("minitron_train.model.attention.needs_whole_heads", lambda query, mask: True)
     shape = Shape(
         architecture=architecture,
         num_layers=3,

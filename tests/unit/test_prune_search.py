@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 from minitron_train.arch.shape import Shape
-from minitron_train.config import CalibrationConfig, Config, ParallelConfig, PruneConfig, Refit, SearchConfig
+from minitron_train.commands.workspace import shape_of_recipe
+from minitron_train.config import (
+    CalibrationConfig,
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    PruneConfig,
+    Refit,
+    SearchConfig,
+)
 from minitron_train.pruning.candidates import candidates, grid, table, usable
 from minitron_train.runtime.errors import UserError
 from tests.support.pruning import PLAIN
@@ -27,7 +36,9 @@ TABLE_19 = {  # arXiv 2407.14679: layers, heads, MLP, hidden of the 15 candidate
 @pytest.fixture(scope="module")
 def teacher() -> Shape:
     model = yaml.safe_load((ROOT / "conf" / "model" / "nemotron4_15b.yaml").read_text())
-    return Shape(**{key: model[key] for key in model if key not in ("init_std", "layernorm_epsilon")})
+    shape = shape_of_recipe(Config(model=ModelConfig(**model)))
+    assert shape is not None
+    return shape
 
 
 def settings(recipe: str) -> Config:

@@ -1,12 +1,14 @@
 """A run goes on under the settings that decide its result; the others may change."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
 
+from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.config import Config, LossKind, OnNonFinite, Precision, Recompute
-from minitron_train.train.settings import NEUTRAL, deciding_settings
+from minitron_train.stages import plain
+from minitron_train.train.settings import NEUTRAL, current_record, deciding_settings
 
 
 def with_setting(key: str, value: Any) -> Config:
@@ -48,3 +50,21 @@ def test_every_neutral_setting_exists() -> None:
     for section, names in NEUTRAL.items():
         assert names < {f.name for f in fields(getattr(Config(), section))}, section
     assert "distill" not in deciding_settings(Config(), distilled=False)
+
+
+OLD: list[tuple[dict[str, Any], LayerKind]] = [
+    ({"rotary_base": 5e5, "rotary_percent": 0.5, "window": None}, LayerKind(rope=Rope(theta=5e5, percent=0.5))),
+    ({"rotary_base": 1e4, "window": 4096, "rope_scaling_factor": None}, LayerKind(window=4096)),
+    (
+        {"rope_scaling_factor": 6.0, "rope_original_length": 16},
+        LayerKind(rope=Rope(kind="llama3", factor=6.0, original_length=16)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "kind"), OLD)
+def test_records_of_earlier_shapes_are_todays(old: dict[str, Any], kind: LayerKind) -> None:
+    record = {"train.lr": 1.0, "student.hidden_size": 64, **{f"student.{key}": value for key, value in old.items()}}
+    wanted = {"student.kinds": plain([asdict(kind)]), "student.kind_of_layer": []}
+    assert current_record(record) == {"train.lr": 1.0, "student.hidden_size": 64} | wanted
+    assert current_record(current_record(record)) == current_record(record)
