@@ -4,12 +4,22 @@ from dataclasses import dataclass, replace
 
 from minitron_train.runtime.errors import UserError
 
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # can be pruned
+SIZES = (  # can be pruned
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES."""
+    """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES.
+
+    In a mixture of experts, every layer has `num_moe_experts` experts, and `ffn_hidden_size` is the width of one of them.
+    """
 
     architecture: str
     num_layers: int
@@ -28,6 +38,9 @@ class Shape:
     rope_low_freq_factor: float = 1.0  # llama3: wavelengths above rope_original_length / this are stretched in full
     rope_high_freq_factor: float = 4.0  # llama3: those below rope_original_length / this are not stretched
     rope_original_length: int = 8192  # llama3: longest sequence in pretraining, tokens
+    num_moe_experts: int = 0  # experts of each layer; 0: one dense MLP
+    moe_router_topk: int = 0  # experts that process a token, those of its highest router probabilities
+    norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
     window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
 
     @property
@@ -35,12 +48,22 @@ class Shape:
         """The longest supported sequence, tokens. Up to it, sliding windows and dynamic rotary scaling have no effect."""
         return min(self.max_position_embeddings, self.window or self.max_position_embeddings)
 
+    @property
+    def neurons_per_layer(self) -> int:
+        """MLP neurons of a layer, those of all experts together."""
+        return self.ffn_hidden_size * max(self.num_moe_experts, 1)
+
+    @property
+    def neurons_per_token(self) -> int:
+        """MLP neurons of a layer that process a token, those of its experts."""
+        return self.ffn_hidden_size * max(self.moe_router_topk, 1)
+
     def sizes(self) -> dict[str, int]:
-        """The sizes that pruning can change, by name."""
-        return {size: getattr(self, size) for size in SIZES}
+        """The sizes that pruning can change, by name; a dense model has no number of experts."""
+        return {size: getattr(self, size) for size in SIZES if size != "num_moe_experts" or self.num_moe_experts}
 
     def axis_size(self, axis: str) -> int:
-        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab or head."""
+        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab, head or expert."""
         return {
             "embd": self.hidden_size,
             "q": self.num_attention_heads * self.kv_channels,
@@ -48,11 +71,12 @@ class Shape:
             "ffn": self.ffn_hidden_size,
             "vocab": self.vocab_size,
             "head": self.kv_channels,
+            "expert": self.num_moe_experts,
         }[axis]
 
     def check(self, name: str) -> None:
         """Reject a shape that no model can have. `name` ("student", …) goes into the message."""
-        for key in (*SIZES, "kv_channels", "vocab_size"):
+        for key in (*self.sizes(), "kv_channels", "vocab_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"{name}.{key}={getattr(self, key)}: must be at least 1; set a positive number")
         if self.num_attention_heads % self.num_query_groups:
@@ -60,6 +84,11 @@ class Shape:
                 f"{name}.num_attention_heads={self.num_attention_heads}: must be a multiple of "
                 f"num_query_groups={self.num_query_groups} (every KV group keeps the same number of heads); "
                 f"choose {nearest_multiples(self.num_attention_heads, self.num_query_groups)}"
+            )
+        if self.moe_router_topk > self.num_moe_experts:
+            raise UserError(
+                f"{name}.num_moe_experts={self.num_moe_experts}: the router sends each token to {self.moe_router_topk} "
+                f"experts; choose at least {self.moe_router_topk}"
             )
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
@@ -97,6 +126,10 @@ class Shape:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
         """
         changed = {key: value for key, value in sizes.items() if value is not None}
+        if "num_moe_experts" in changed and not self.num_moe_experts:
+            raise UserError(
+                f"student.num_moe_experts={changed['num_moe_experts']}: the teacher has no experts; leave it out"
+            )
         for key, value in changed.items():
             if value > getattr(self, key):
                 raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minitron_train.arch import Shape
+from minitron_train.arch import Shape, architecture
 from minitron_train.config import Config
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
@@ -285,7 +285,11 @@ def shape_of_recipe(config: Config) -> Shape | None:
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
-    shape = Shape(**values)
+    table = architecture(model.architecture)
+    shape = Shape(**values | dict(table.shape_facts))
+    if bool(shape.num_moe_experts) != table.has_experts:
+        rule = "needs experts" if table.has_experts else "has no experts"
+        raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")
     shape.check("model")
     return shape
 

@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import Precision
 from minitron_train.model.causal_attention import causal_attention
+from minitron_train.model.experts import Experts
 from minitron_train.model.fused import rms_norm, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.rotary import llama3_frequencies
@@ -184,10 +185,11 @@ class LanguageModel(GPTModel):
 
 
 def layer_spec(
-    qk_norm: bool = False, transformer_engine: bool = False, tp_group: ProcessGroup | None = None
+    shape: Shape, qk_norm: bool = False, transformer_engine: bool = False, tp_group: ProcessGroup | None = None
 ) -> ModuleSpec:
     """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's."""
     if transformer_engine:
+        assert not shape.num_moe_experts, "train.assemble refuses experts with Transformer Engine"
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
     layer: Any = spec.submodules
@@ -195,6 +197,8 @@ def layer_spec(
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.core_attention = SdpaAttention
     layer.mlp.module, layer.mlp.params = Mlp, {"tp_group": tp_group}  # megatron-core gives it to its own MLP only
+    if shape.num_moe_experts:
+        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     return spec
@@ -257,7 +261,7 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
-    spec: Any = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+    spec: Any = layer_spec(shape, config.qk_layernorm, transformer_engine, groups.tp)
     norm: Any = Norm
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(

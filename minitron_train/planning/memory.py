@@ -57,6 +57,8 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
     """Return the bytes that autograd saves for one layer, per micro-batch and rank, without full recomputation."""
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
     replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
+    if layout.recompute != "selective":
+        replicated += 2 * shape.moe_router_topk * hidden  # every expert's input and output
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
         attention = 4 * query  # rotated Q; K and V repeated for every head (model.build.needs_whole_heads); context
@@ -79,9 +81,9 @@ def kept_by_norm(shape: Shape, layout: Layout) -> float:
 def mlp_elements(shape: Shape) -> int:
     """Return the elements per token that the MLP saves.
 
-    Squared ReLU saves 2 F. A gated MLP saves 3 F: both halves, and the product.
+    Squared ReLU saves 2 F. A gated MLP saves 3 F: both halves, and the product. So does each expert of a token.
     """
-    return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
+    return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.neurons_per_token
 
 
 def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
@@ -106,9 +108,12 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
     """Return the peak bytes inside a layer of a forward pass without gradients: residual, norm, and MLP or attention."""
-    mlp = 3 * shape.ffn_hidden_size
+    mlp = 3 * shape.neurons_per_token
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
-    return int(layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp))
+    experts = 2 * shape.moe_router_topk * shape.hidden_size  # every expert's input and output
+    return int(
+        layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp + experts)
+    )
 
 
 def logit_budget(vocab: int, layout: Layout) -> float:
@@ -193,7 +198,7 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
         streamed: hold only one layer's weights at a time.
     """
     layers = (1 if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
-    channels = (2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size) // layout.tp + 2 * teacher.hidden_size
+    channels = (2 * teacher.axis_size("q") + 2 * teacher.neurons_per_layer) // layout.tp + 2 * teacher.hidden_size
     vectors = min(chunk_tokens, teacher.vocab_size) + chunk_tokens  # embeddings of distinct tokens, and of all tokens
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],

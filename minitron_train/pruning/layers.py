@@ -77,7 +77,7 @@ class Layers:
         """Layer `i`, valid until the next access."""
         slot = i % len(self.loaded)
         if self.loaded[slot] != i:
-            self._fill([row for row in self.table.rows if row.per_layer], i, slot)
+            self._fill([row for row in self.table.rows_of(self.shape) if row.per_layer], i, slot)
             self.loaded[slot] = i
         return self.model.decoder.layers[slot]
 

@@ -57,6 +57,8 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of these settings"
         )
+    if train.transformer_engine and student.num_moe_experts:
+        raise UserError("train.transformer_engine=true: experts run in this program's own layers only; remove it")
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")

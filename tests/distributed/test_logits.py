@@ -9,7 +9,7 @@ from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
-from tests.support.models import COMMON, exported, hf_logits, save_random
+from tests.support.models import COMMON, EXPERTS, exported, hf_logits, save_random
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
@@ -43,9 +43,13 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_qkv_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
-    families = ("qwen2", "qwen3", "seed_oss")
-    compare([save_random({**COMMON, "model_type": name}, tmp_path / name) for name in families], 2, sequence_parallel)
+def test_qkv_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    families = ("qwen2", "qwen3", "seed_oss", "qwen3_moe", "mixtral")
+    compare(
+        [save_random({**COMMON, **EXPERTS, "model_type": name}, tmp_path / name) for name in families],
+        2,
+        sequence_parallel,
+    )
 
 
 def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:
