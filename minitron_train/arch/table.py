@@ -40,6 +40,7 @@ class ParamSpec:
     mcore: str
     hf: Mapping[str, Axes]
     per_group: bool = False
+    expert: int | None = None  # set by `of_expert`
 
     @property
     def per_expert(self) -> bool:
@@ -49,7 +50,7 @@ class ParamSpec:
     def of_expert(self, expert: int) -> "ParamSpec":
         """The row of one expert's parameter."""
         hf = {name.replace("{e}", str(expert)): axes for name, axes in self.hf.items()}
-        return replace(self, mcore=self.mcore.replace("{e}", str(expert)), hf=hf)
+        return replace(self, mcore=self.mcore.replace("{e}", str(expert)), hf=hf, expert=expert)
 
     @property
     def per_layer(self) -> bool:

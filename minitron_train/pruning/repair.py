@@ -22,14 +22,14 @@ from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
 from minitron_train.model.build import Norm
-from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.basis import effective_gamma
 from minitron_train.pruning.layers import Layers, forward, seeing
+from minitron_train.pruning.least_squares import LeastSquares
+from minitron_train.pruning.repair_experts import ExpertFits, Routed
 from minitron_train.pruning.select import Keep
 from minitron_train.pruning.slice import VOCABULARY_ROWS
 from minitron_train.pruning.target import check_enough
 from minitron_train.runtime.console import progress
-from minitron_train.runtime.errors import UserError
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
 
@@ -39,43 +39,6 @@ REFITTED = {
     Refit.outputs: ("linear_proj", "linear_fc2"),
     Refit.all: ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
 }
-
-
-class LeastSquares:
-    """argmin over W of Σ w ‖y - W x‖² + ridge ‖W - W₀‖², from sums over the tokens of all processes."""
-
-    def __init__(self, inputs: int, outputs: int, groups: Groups) -> None:
-        self.groups = groups
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=groups.device)
-        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=groups.device)
-
-    def add(self, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor) -> None:
-        """Add tokens."""
-        weighted_IN = (x_NI * weight_N[:, None]).t()
-        self.gram += weighted_IN @ x_NI
-        self.cross += weighted_IN @ y_NO
-
-    def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
-        """The best weights, regularised towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal.
-
-        If all inputs are zero, as after an embedding of zeros, `start_OI` is returned.
-
-        Raises:
-            UserError: inputs or outputs are not finite; raised on all processes.
-        """
-        for sums in (self.gram, self.cross):
-            self.groups.sum(sums)
-        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
-            raise UserError(
-                "prune.refit: the model's activations are NaN or infinite while it is repaired; check the teacher's weights, "
-                "or prune without repair: prune=paper"
-            )
-        if not self.gram.diagonal().any():
-            return start_OI
-        missing = self.cross - self.gram @ start_OI.double().t()
-        self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
-        change_IO = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))
-        return start_OI + change_IO.t().to(start_OI.dtype)
 
 
 @dataclass(slots=True)
@@ -138,6 +101,7 @@ class Repair:
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
         self.rotary = teacher.rotary(tokens_NS.shape[1])
+        self.expert_fits = ExpertFits(keep, prune, groups)
         self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.rows if row.per_layer}
 
     @torch.no_grad()
@@ -146,14 +110,18 @@ class Repair:
 
         The output layer comes in blocks of rows, and on the first process alone.
         """
-        kept = self.keep.layers.tolist()
+        kept, rows = self.keep.layers.tolist(), self.student.table.rows_of(self.keep.student)
         self._advance_teacher_over(range(kept[0]))
         for i, layer in progress(enumerate(kept), "repair", len(kept)):
             absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
             attention, mlp = HALVES
             self._repair_half(attention, i, layer, range(0))
-            self._repair_half(mlp, i, layer, absorbed)
-            yield from self._parts(self.student[i], [row for row in self.student.table.rows if row.per_layer], i)
+            if self.keep.student.num_moe_experts:
+                self._repair_experts(mlp, i, layer, absorbed)
+            else:
+                self._repair_half(mlp, i, layer, absorbed)
+            yield from self._parts(self.student[i], [row for row in rows if row.per_layer], i)
+        self.expert_fits.report()
         yield from self._last()
 
     def _parts(self, module: torch.nn.Module, rows: list[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
@@ -183,6 +151,23 @@ class Repair:
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
         for streams in self.streams:
             streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
+
+    def _repair_experts(self, half: Half, i: int, layer: int, absorbed: range) -> None:
+        """Fit router and experts, then advance both streams; the teacher's also through the `absorbed` layers."""
+        teacher, student, fits = self.teacher[layer], self.student[i], self.expert_fits
+        before: Norm = teacher.get_submodule(half.norm)  # type: ignore[assignment]
+        after: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
+        if self.prune.norm_scale:
+            self._scale(after)
+        batches = [Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight()) for s in self.streams]
+        fits.fit_inputs(teacher.mlp, student.mlp, layer, batches)  # type: ignore[arg-type]
+        for streams in self.streams:
+            streams.teacher = streams.teacher + half.run(teacher, before(streams.teacher), self.rotary)
+        self._advance_teacher_over(absorbed)
+        lacking = [(self._narrow(s.teacher) - s.student)[s.mask] for s in self.streams]
+        fits.fit_outputs(student.mlp, batches, lacking)  # type: ignore[arg-type]
+        for streams in self.streams:
+            streams.student = streams.student + half.run(student, after(streams.student), self.rotary)
 
     def _advance_teacher_over(self, dropped: range) -> None:
         """Advance the teacher's streams through layers that the student does not have."""
