@@ -12,6 +12,7 @@ SIZES = (  # can be pruned
     "num_query_groups",
     "num_moe_experts",
 )
+EXPERT_FIELDS = ("num_moe_experts", "moe_router_topk", "norm_topk_prob")  # fields of mixtures of experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

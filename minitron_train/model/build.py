@@ -185,11 +185,19 @@ class LanguageModel(GPTModel):
 
 
 def layer_spec(
-    shape: Shape, qk_norm: bool = False, transformer_engine: bool = False, tp_group: ProcessGroup | None = None
+    qk_norm: bool = False,
+    transformer_engine: bool = False,
+    tp_group: ProcessGroup | None = None,
+    shape: Shape | None = None,
 ) -> ModuleSpec:
-    """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's."""
+    """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's.
+
+    Args:
+        shape: the model's, which decides about experts; None: a dense model.
+    """
+    has_experts = shape is not None and shape.num_moe_experts > 0
     if transformer_engine:
-        assert not shape.num_moe_experts, "train.assemble refuses experts with Transformer Engine"
+        assert not has_experts, "train.assemble refuses experts with Transformer Engine"
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
     layer: Any = spec.submodules
@@ -197,7 +205,7 @@ def layer_spec(
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.core_attention = SdpaAttention
     layer.mlp.module, layer.mlp.params = Mlp, {"tp_group": tp_group}  # megatron-core gives it to its own MLP only
-    if shape.num_moe_experts:
+    if has_experts:
         layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
@@ -261,7 +269,7 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
-    spec: Any = layer_spec(shape, config.qk_layernorm, transformer_engine, groups.tp)
+    spec: Any = layer_spec(config.qk_layernorm, transformer_engine, groups.tp, shape)
     norm: Any = Norm
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -51,12 +54,32 @@ class Expert(torch.nn.Module):
         return self.linear_fc2(swiglu(self.linear_fc1(x_TH)))
 
 
+class WithGradient(torch.autograd.Function):
+    """The identity of `x`, whose backward pass gives `loss` the gradient `weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        """x; `loss` is a scalar."""
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """The gradients of x and of the loss."""
+        return grad, grad.new_tensor(ctx.weight, dtype=torch.float32), None
+
+
 class Router(Linear):
-    """Chooses the experts of every token."""
+    """Chooses the experts of every token.
+
+    Attributes:
+        balance_weight: gradient of the objective with respect to the load-balancing loss; 0: that loss is not computed.
+    """
 
     def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None) -> None:
         super().__init__(config, shape.hidden_size, shape.num_moe_experts)
         self.topk, self.normalised, self.tp_group = shape.moe_router_topk, shape.norm_topk_prob, tp_group
+        self.tp_size, self.balance_weight = config.tensor_model_parallel_size, 0.0
 
     def forward(self, x_NH: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Probabilities and numbers of each token's experts, [N, K] each, in transformers' order of operations.
@@ -65,9 +88,14 @@ class Router(Linear):
         """
         weight = copy_to_tensor_model_parallel_region(self.weight, self.tp_group)
         logits_NE = F.linear(x_NH, weight)
-        probs_NK, index_NK = F.softmax(logits_NE, dim=-1, dtype=torch.float32).topk(self.topk)
+        probs_NE = F.softmax(logits_NE, dim=-1, dtype=torch.float32)
+        probs_NK, index_NK = probs_NE.topk(self.topk)
         if self.normalised:
             probs_NK = probs_NK / probs_NK.sum(-1, keepdim=True)
+        if self.balance_weight and torch.is_grad_enabled():  # each rank adds its part: the ranks' gradients are summed
+            probs_NK = WithGradient.apply(
+                probs_NK, balance_loss(probs_NE, index_NK), self.balance_weight / self.tp_size
+            )
         return probs_NK.to(x_NH.dtype), index_NK
 
 
@@ -94,6 +122,23 @@ class Experts(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(out_SBH, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out_SBH, self.tp_group), None
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """What a checkpoint holds: gate and up are separate tensors, so that the tensor-parallel size can change."""
+        values = self.state_dict(prefix="", keep_vars=True)
+        split = {name: 0 if "linear_fc1" in name else 1 for name in values if "linear_fc" in name}
+        found = make_sharded_tensors_for_checkpoint(
+            values,
+            prefix,
+            split,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+        gated = {name: value for name, value in found.items() if "linear_fc1" in name}
+        return found | {name: apply_swiglu_sharded_factory(value, sharded_offsets) for name, value in gated.items()}
+
     def mixed(self, x_NH: Tensor) -> Tensor:
         """The sum of each token's experts by their probabilities, [N, H]; of this rank's neurons."""
         probs_NK, index_NK = self.router(x_NH)
@@ -104,6 +149,20 @@ class Experts(torch.nn.Module):
         chosen = [e for e, count in enumerate(counts) if count or torch.is_grad_enabled()]
         out = torch.cat([self.experts[e](parts[e]) for e in chosen])
         return torch.zeros_like(x_NH).index_add_(0, tokens, out * probs_NK.flatten()[order][:, None])
+
+
+def balance_loss(probs_NE: Tensor, index_NK: Tensor) -> Tensor:
+    """E Σ_e f_e P_e, with f the share of the chosen experts and P the mean probability (arXiv 2101.03961); 1 if even."""
+    num_experts = probs_NE.shape[1]
+    share_E = index_NK.flatten().bincount(minlength=num_experts) / index_NK.numel()
+    return num_experts * (share_E * probs_NE.mean(0)).sum()
+
+
+def set_balance_weight(model: torch.nn.Module, weight: float) -> None:
+    """Set the weight of the load-balancing loss of all routers for the next backward pass."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.balance_weight = weight
 
 
 def by_expert(index_NK: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
+from minitron_train.arch.shape import EXPERT_FIELDS
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
@@ -202,7 +203,8 @@ def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | N
     values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
         if files is not None:
-            values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items()}
+            dense = () if files.shape.num_moe_experts else EXPERT_FIELDS  # older checkpoints lack them
+            values |= {f"{label}.{key}": value for key, value in asdict(files.shape).items() if key not in dense}
     return values
 
 
