@@ -188,6 +188,7 @@ class SearchConfig:
     num_layers: list[int] = opt(list, "numbers of layers to try; empty: the teacher's")
     num_attention_heads: list[int] = opt(list, "numbers of query heads to try; empty: the teacher's")
     hidden_size: list[int] = opt(list, "hidden sizes to try; empty: the teacher's")
+    num_moe_experts: list[int] = opt(list, "numbers of experts per layer to try; empty: the teacher's")
     ffn_expansion: list[float] = opt(
         list, "MLP sizes to try, as multiples of hidden_size; empty: the teacher's MLP size"
     )

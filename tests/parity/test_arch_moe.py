@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from minitron_train import hf
 from minitron_train.config import ExpertImportance, Refit
 from minitron_train.model.build import build
+from minitron_train.model.generate import greedy
 from minitron_train.model.load import load_weights
 from minitron_train.planning.counts import parameters
 from minitron_train.pruning.importance import importance
@@ -71,6 +72,17 @@ def test_logits_and_export(models: dict[str, Path], groups: Any, name: str) -> N
     found = exported(model, checkpoint)
     assert set(found) == set(checkpoint.sizes) and not checkpoint.unexpected
     assert all(torch.equal(tensor, checkpoint.read(name)) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_with_a_cache_is_the_full_pass(models: dict[str, Path], groups: Any, name: str) -> None:
+    checkpoint = hf.HFFolder(models[name])
+    model = build(checkpoint.shape).eval()
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
+    prompts = [TOKENS[0][0, :9].tolist(), TOKENS[0][1, :5].tolist()]
+    for prompt, found in zip(prompts, greedy(model, prompts, 8, [lambda _: False] * 2, groups), strict=True):
+        logits = hf_logits(models[name], torch.tensor([prompt + found]))[0]
+        assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == found
 
 
 @pytest.mark.parametrize(
