@@ -14,7 +14,7 @@ def moe_rows(rows: Iterable[ParamSpec], router: str, expert: str, gate: str, up:
         gate, up, down: Hugging Face names of an expert's linears.
     """
     for row in rows:
-        if not row.mcore.endswith(("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")):
+        if ".mlp." not in row.mcore:
             yield row
     yield ParamSpec(mcore=ROUTER, hf={f"{HF}{router}.weight": ("expert", "embd")})
     first = {f"{HF}{expert}{name}.weight": ("ffn", "embd") for name in (gate, up)}

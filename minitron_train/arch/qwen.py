@@ -5,9 +5,9 @@ Qwen3-MoE replaces the MLP by experts.
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
 from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
-from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, WINDOW_KEYS, ParamSpec, Windows
+from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, QKV_BIAS, WINDOW_KEYS, ParamSpec, Windows
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
@@ -17,15 +17,6 @@ DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-QKV_BIAS = ParamSpec(
-    mcore=LAYER + "self_attention.linear_qkv.bias",
-    hf={
-        HF + "self_attn.q_proj.bias": ("q",),
-        HF + "self_attn.k_proj.bias": ("kv",),
-        HF + "self_attn.v_proj.bias": ("kv",),
-    },
-    per_group=True,
-)
 QK_NORM = tuple(
     ParamSpec(mcore=LAYER + f"self_attention.{x}_layernorm.weight", hf={HF + f"self_attn.{x}_norm.weight": ("head",)})
     for x in "qk"
@@ -35,12 +26,12 @@ QWEN2 = replace(
     name="qwen2",
     hf_class="Qwen2ForCausalLM",
     rows=(*LLAMA.rows, QKV_BIAS),
+    config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU},
     config_defaults=DEFAULTS,
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     windows=Windows.chosen,
-    transformer={**LLAMA.transformer, "add_qkv_bias": True},
     rules=(),
 )
 QWEN3 = replace(
@@ -48,8 +39,9 @@ QWEN3 = replace(
     name="qwen3",
     hf_class="Qwen3ForCausalLM",
     rows=(*LLAMA.rows, *QK_NORM),
-    config_facts={"hidden_act": SILU, "attention_bias": (False,)},
-    config_defaults={**DEFAULTS, "head_dim": 128},
+    config_keys={**LLAMA_KEYS, "attention_bias": "attention_bias"},
+    config_facts={"hidden_act": SILU},
+    config_defaults={**DEFAULTS, "head_dim": 128, "attention_bias": False},
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     windows=Windows.chosen,
@@ -61,16 +53,16 @@ QWEN3_MOE = replace(
     name="qwen3_moe",
     hf_class="Qwen3MoeForCausalLM",
     rows=(*moe_rows(LLAMA.rows, "mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"), *QK_NORM),
-    config_keys=moe_config_keys(LLAMA.config_keys, width="moe_intermediate_size", normalised="norm_topk_prob"),
+    config_keys=moe_config_keys(QWEN3.config_keys, width="moe_intermediate_size", normalised="norm_topk_prob"),
     config_facts={
         "hidden_act": SILU,
-        "attention_bias": (False,),
         "use_sliding_window": (False,),
         "decoder_sparse_step": (1,),  # every layer has experts
         "mlp_only_layers": (None, []),
     },
     config_defaults={
         **CONFIG_DEFAULTS,
+        "attention_bias": False,
         "num_key_value_heads": 4,
         "max_position_embeddings": 32768,
         "moe_intermediate_size": 768,

@@ -13,6 +13,7 @@ SIZES = (  # can be pruned
     "num_moe_experts",
 )
 EXPERT_FIELDS = ("num_moe_experts", "moe_router_topk", "norm_topk_prob")  # fields of mixtures of experts
+FACTORS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_divisor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,14 @@ class Shape:
     num_moe_experts: int = 0  # experts of each layer; 0: one dense MLP
     moe_router_topk: int = 0  # experts that process a token, those of its highest router probabilities
     norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
+    attention_bias: bool = (
+        False  # the attention's linears have the biases that the family's table lists under this field
+    )
+    mlp_bias: bool = False  # likewise the MLP's
+    embedding_multiplier: float = 1.0  # of embeddings (see Architecture.embedding_scale)
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream
+    attention_multiplier: float | None = None  # of query x key; None: 1 / sqrt(kv_channels)
+    logits_divisor: float = 1.0
     window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
 
     @property

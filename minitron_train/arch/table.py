@@ -17,10 +17,10 @@ A row with `{e}` in its names stands for one parameter of every expert.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
-from minitron_train.arch.shape import Shape
+from minitron_train.arch.shape import FACTORS, Shape
 
 PARALLEL_AXES = frozenset({"q", "kv", "ffn", "vocab"})
 
@@ -34,12 +34,14 @@ class ParamSpec:
 
     `{i}` in a name is the layer, `{e}` the expert. With `per_group` the parts are interleaved per KV group, which is
     megatron-core's layout of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are
-    stacked (gate, then up).
+    stacked (gate, then up). `when` names the Shape field that must be true for a model to have this parameter; None: every
+    model has it.
     """
 
     mcore: str
     hf: Mapping[str, Axes]
     per_group: bool = False
+    when: str | None = None
     expert: int | None = None  # set by `of_expert`
 
     @property
@@ -105,6 +107,7 @@ class Architecture:
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
     windows: Windows = Windows.none
+    embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_base: float = 10000.0  # default of rope_theta
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
@@ -116,7 +119,31 @@ class Architecture:
 
     def templates_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model as the table has them; with tied embeddings there is no separate output layer."""
-        return tuple(row for row in self.rows if not (shape.tie_embeddings and row.mcore == OUTPUT))
+        present = (row for row in self.rows if row.when is None or getattr(shape, row.when))
+        return tuple(row for row in present if not (shape.tie_embeddings and row.mcore == OUTPUT))
+
+    def embedding_scale(self, shape: Shape) -> float:
+        """The factor between rows of the embedding and the residual stream before the first layer."""
+        return shape.embedding_multiplier * (sqrt(shape.hidden_size) if self.embeddings_times_root else 1.0)
+
+    def default_factors(self) -> dict[str, float]:
+        """The Shape's FACTORS in a new model of this family."""
+        keys = {field: key for field, key in self.config_keys.items() if field in FACTORS}
+        return {field: self.config_defaults[key] for field, key in keys.items()}
+
+    def layer_rows(self, shape: Shape) -> tuple[ParamSpec, ...]:
+        """The rows of one layer."""
+        return tuple(row for row in self.rows_of(shape) if row.per_layer)
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether a norm stands between what a layer computes and the residual stream."""
+        return any(row.mcore.endswith("_bda.layernorm.weight") for row in self.rows)
+
+    @property
+    def has_projection_norms(self) -> bool:
+        """Whether a norm covers all query heads, or all key heads, together."""
+        return any("_layernorm" in row.mcore and row.parallel_dim() is not None for row in self.rows)
 
     def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model, with a row of its own for each expert's parameter."""
@@ -158,6 +185,7 @@ class Architecture:
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 LAYER = "decoder.layers.{i}."
 HF = "model.layers.{i}."
 ATTENTION = (  # q, k, v and o of grouped-query attention
@@ -172,6 +200,37 @@ ATTENTION = (  # q, k, v and o of grouped-query attention
     ),
     ParamSpec(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
 )
+POST_NORMS = (  # between a branch and the residual stream
+    ParamSpec(mcore=LAYER + "self_attn_bda.layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
+    ParamSpec(mcore=LAYER + "mlp_bda.layernorm.weight", hf={HF + "post_feedforward_layernorm.weight": ("embd",)}),
+)
+QKV_BIAS = ParamSpec(
+    mcore=LAYER + "self_attention.linear_qkv.bias",
+    hf={
+        HF + "self_attn.q_proj.bias": ("q",),
+        HF + "self_attn.k_proj.bias": ("kv",),
+        HF + "self_attn.v_proj.bias": ("kv",),
+    },
+    per_group=True,
+)
+ATTENTION_BIASES = (  # of q, k, v and o
+    replace(QKV_BIAS, when="attention_bias"),
+    ParamSpec(
+        mcore=LAYER + "self_attention.linear_proj.bias",
+        hf={HF + "self_attn.o_proj.bias": ("embd",)},
+        when="attention_bias",
+    ),
+)
+GATED_MLP_BIASES = (
+    ParamSpec(
+        mcore=LAYER + "mlp.linear_fc1.bias",
+        hf={HF + "mlp.gate_proj.bias": ("ffn",), HF + "mlp.up_proj.bias": ("ffn",)},
+        when="mlp_bias",
+    ),
+    ParamSpec(mcore=LAYER + "mlp.linear_fc2.bias", hf={HF + "mlp.down_proj.bias": ("embd",)}, when="mlp_bias"),
+)
+BIAS_KEYS = {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+BIAS_DEFAULTS = {"attention_bias": False, "mlp_bias": False}
 CONFIG_KEYS = {  # common to most families
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",

@@ -286,7 +286,8 @@ def shape_of_recipe(config: Config) -> Shape | None:
     if missing:
         raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
     table = architecture(model.architecture)
-    shape = Shape(**values | dict(table.shape_facts))
+    made: dict[str, Any] = table.default_factors() | values | dict(table.shape_facts)
+    shape = Shape(**made)
     if bool(shape.num_moe_experts) != table.has_experts:
         rule = "needs experts" if table.has_experts else "has no experts"
         raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")

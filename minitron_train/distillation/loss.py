@@ -22,6 +22,7 @@ from minitron_train.distillation.loss_autograd import TokenLoss, summed_loss
 from minitron_train.distillation.loss_blocks import Chunking
 from minitron_train.distillation.loss_compiled import forward_kl
 from minitron_train.distillation.loss_fused import FusedLoss, Problem, WeightedTerm
+from minitron_train.model.vocabulary import PLAIN, LogitMap
 from minitron_train.runtime.errors import UserError
 
 
@@ -73,6 +74,7 @@ def distillation_loss(
     teacher_weight_VD: Tensor | None,
     *,
     loss: LossSpec,
+    maps: tuple[LogitMap, LogitMap] = (PLAIN, PLAIN),
     mask_N: Tensor | None = None,
     labels_N: Tensor | None = None,
     vocab_size: int | None = None,
@@ -88,6 +90,7 @@ def distillation_loss(
             whose backward pass splits.
         student_weight_VH: this rank's rows of the output weights; rank r of the group holds rows r V to (r+1) V.
         teacher_hidden_ND, teacher_weight_VD: the teacher's; no gradients flow to them. None when `loss.kd_weight` is 0.
+        maps: what the student's and the teacher's family do to the products of hidden states and output weights.
         mask_N: valid tokens (bool, or nonzero); other tokens are dropped before any product.
         labels_N: token ids for the cross-entropy, required when `loss.ce_weight` is not 0; ignored at masked tokens.
         vocab_size: number of output rows without padding, all ranks together. Padding rows get no probability and no
@@ -118,11 +121,13 @@ def distillation_loss(
         teacher = teacher_hidden_ND.detach(), teacher_weight_VD.detach()
     if loss.function is not None and teacher is not None:
         student = student_hidden_NH, student_weight_VH
-        kd_sum = summed_loss(loss.function, student, teacher, vocab_size=vocab.size, group=group)
-        return _with_cross_entropy(loss, kd_sum, student, labels_N, vocab, group, chunking)
+        kd_sum = summed_loss(loss.function, student, teacher, maps=maps, vocab_size=vocab.size, group=group)
+        return _with_cross_entropy(loss, kd_sum, student, maps, labels_N, vocab, group, chunking)
     problem = Problem(
         make_terms=lambda like_N: _make_terms(loss, vocab, labels_N, like_N),
         teacher=teacher,
+        student_map=maps[0],
+        teacher_map=maps[1],
         vocab=vocab.local_size,
         group=group,
         chunking=chunking,
@@ -136,6 +141,7 @@ def _with_cross_entropy(
     loss: LossSpec,
     kd_sum: Tensor,
     student: tuple[Tensor, Tensor],
+    maps: tuple[LogitMap, LogitMap],
     labels_N: Tensor | None,
     vocab: "_Vocabulary",
     group: dist.ProcessGroup | None,
@@ -150,6 +156,7 @@ def _with_cross_entropy(
             None,
             None,
             loss=labels_only,
+            maps=maps,
             labels_N=labels_N,
             vocab_size=vocab.size,
             group=group,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minitron_train.distillation.loss_terms import all_reduce
-from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.model.vocabulary import LogitMap, OutputLayer
 from minitron_train.runtime.errors import UserError
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]  # (student logits [C, V], teacher logits [C, V]) -> loss per token [C]
@@ -59,6 +59,7 @@ def summed_loss(
     student: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor],
     *,
+    maps: tuple[LogitMap, LogitMap],
     vocab_size: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
@@ -67,6 +68,7 @@ def summed_loss(
     Args:
         student: hidden states [N, H], the same on every rank of `group`, and this rank's output rows [V, H].
         teacher: the teacher's, [N, D] and [V, D]; no gradients flow to them.
+        maps: the student's and the teacher's.
         vocab_size: output rows without padding, all ranks together; the function never sees the padding.
 
     Raises:
@@ -78,15 +80,15 @@ def summed_loss(
         hidden_NH = SumGradient.apply(hidden_NH, group)
     teacher_ND, teacher_VD = (x.to(dtype) for x in teacher)
 
-    def logits(hidden_CH: Tensor, rows_VH: Tensor) -> Tensor:
-        local_CV = OutputLayer(rows_VH).logits(hidden_CH)
+    def logits(hidden_CH: Tensor, rows_VH: Tensor, map: LogitMap) -> Tensor:
+        local_CV = OutputLayer(rows_VH, map).logits(hidden_CH)
         whole_CV = local_CV if group is None else GatherVocabulary.apply(local_CV, group)
         return whole_CV[:, :vocab_size]
 
     def chunk_loss(hidden_CH: Tensor, rows_VH: Tensor, teacher_CD: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_CV = logits(teacher_CD, teacher_VD)
-        loss_C = function(logits(hidden_CH, rows_VH), teacher_CV)
+            teacher_CV = logits(teacher_CD, teacher_VD, maps[1])
+        loss_C = function(logits(hidden_CH, rows_VH, maps[0]), teacher_CV)
         if not isinstance(loss_C, Tensor) or loss_C.shape != (len(hidden_CH),):
             found = f"a tensor of {list(loss_C.shape)}" if isinstance(loss_C, Tensor) else type(loss_C).__name__
             raise UserError(

@@ -21,7 +21,7 @@ from minitron_train.distillation.loss_blocks import (
     plan_blocks,
 )
 from minitron_train.distillation.loss_terms import Term, all_reduce
-from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.model.vocabulary import LogitMap, OutputLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class Problem:
 
     make_terms: Callable[[Tensor], dict[str, WeightedTerm]]
     teacher: tuple[Tensor, Tensor] | None
+    student_map: LogitMap
+    teacher_map: LogitMap
     vocab: int
     group: dist.ProcessGroup | None
     chunking: Chunking
@@ -110,11 +112,11 @@ def _make_blocks(
 ) -> LogitBlocks:
     """The grid of logit blocks; it caches logits if a later sweep reads them."""
     dtype = _logit_dtype(hidden_NH, problem)
-    student = Projection(hidden_NH.detach(), OutputLayer(weight_VH.detach()), dtype)
+    student = Projection(hidden_NH.detach(), OutputLayer(weight_VH.detach(), problem.student_map), dtype)
     projections: dict[Role, Projection] = {"student": student}
     if problem.teacher is not None:
         teacher_ND, teacher_VD = problem.teacher
-        projections["teacher"] = Projection(teacher_ND, OutputLayer(teacher_VD), dtype)
+        projections["teacher"] = Projection(teacher_ND, OutputLayer(teacher_VD, problem.teacher_map), dtype)
     plan = plan_blocks(problem.chunking, len(hidden_NH), problem.vocab, projections, weight_grad_VH)
     reread = problem.wants_grad and any(weighted.term.gradient_reads_logits for weighted in terms)
     keep = reread or any(weighted.term.num_sweeps > 1 for weighted in terms)
@@ -136,7 +138,7 @@ def _sweep_gradients(
             grad_CH = torch.zeros_like(slice_CH, dtype=blocks.dtype)
         output = student.grad_tile(columns)
         for block in tile:
-            grad_RC = _block_gradient(block, terms, grad_total, student.grad_dtype)
+            grad_RC = _block_gradient(block, terms, grad_total, output.map, student.grad_dtype)
             output.add_gradients(
                 grad_RC,
                 student.grad_hidden_NH[block.rows],
@@ -150,14 +152,18 @@ def _sweep_gradients(
         weight_grad_VH[blocks.vocab :] = 0
 
 
-def _block_gradient(block: Block, terms: list[WeightedTerm], grad_total: Tensor, dtype: torch.dtype) -> Tensor:
-    """d total / d student logits of one block in `dtype`; scratch 0 if that is the logits' dtype."""
+def _block_gradient(
+    block: Block, terms: list[WeightedTerm], grad_total: Tensor, map: LogitMap, dtype: torch.dtype
+) -> Tensor:
+    """d total / d products of the student in one block, in `dtype`; scratch 0 if that is the logits' dtype."""
     first, *others = [(weighted.term, grad_total * (weighted.factor * weighted.weight)) for weighted in terms]
     grad_RC = block.scratch_RC(0)
-    if first[0].writes_any_dtype and not others and dtype != grad_RC.dtype:
+    if first[0].writes_any_dtype and not others and map.is_identity and dtype != grad_RC.dtype:
         grad_RC = torch.empty_like(grad_RC, dtype=dtype)
     first[0].gradient(block, first[1], grad_RC)
     for term, weight in others:
         term.gradient(block, weight, block.scratch_RC(1))
         grad_RC.add_(block.scratch_RC(1))
+    if not map.is_identity:
+        map.pull_back(grad_RC, block.student_RC)
     return grad_RC.to(dtype)

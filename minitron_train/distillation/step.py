@@ -15,6 +15,7 @@ from minitron_train.distillation.hidden import HiddenPairs
 from minitron_train.distillation.loss import LossParts, LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking
 from minitron_train.model.build import LanguageModel
+from minitron_train.model.vocabulary import PLAIN
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.plugins import import_name
 
@@ -110,6 +111,7 @@ class Objective:
             teacher_NH,
             teacher_VH,
             loss=spec,
+            maps=(self.model.logit_map, self.teacher.logit_map if self.teacher is not None else PLAIN),
             mask_N=batch.mask_BS.T.flatten(),
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture, Windows
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.rope import read_rope, rope_keys
-from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
+from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
@@ -19,6 +20,9 @@ MAX_EXPERTS = 10_000  # likewise, per layer
 READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape fields; other fields are sizes
     "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
     "tie_embeddings": truth,
+    "attention_bias": truth,
+    "mlp_bias": truth,
+    **dict.fromkeys(FACTORS, positive_number),
     "layernorm_epsilon": epsilon,
     "num_moe_experts": lambda value, key, where: size(value, key, where, MAX_EXPERTS),
     "norm_topk_prob": truth,

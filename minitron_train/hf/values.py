@@ -63,6 +63,16 @@ def positive_float(value: Any, key: str, where: str) -> float:
     return float(value)
 
 
+def positive_number(value: Any, key: str, where: str) -> int | float:
+    """Check a finite number above 0, and keep its type: transformers' classes reject 256.0 where they want 256.
+
+    Raises:
+        UserError: the value has another type, or is out of range.
+    """
+    positive_float(value, key, where)
+    return value
+
+
 def epsilon(value: Any, key: str, where: str) -> float:
     """Check a norm's epsilon: a float, at least 0 and below 1.
 

@@ -1,5 +1,6 @@
 """Builds megatron-core's GPTModel from a Shape, with layers that also run on a CPU."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,52 +25,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.table import LAYER
 from minitron_train.config import Precision
+from minitron_train.model.branch import BranchSum
 from minitron_train.model.causal_attention import causal_attention
 from minitron_train.model.experts import Experts
-from minitron_train.model.fused import rms_norm, squared_relu, swiglu
+from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
+from minitron_train.model.norm import Norm, ProjectionNorm
 from minitron_train.model.rotary import llama3_frequencies
-from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
 
 # B batch, S sequence, H hidden, N query heads held, G KV groups held, D channels per head
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-
-
-class Norm(torch.nn.Module):
-    """LayerNorm or RMSNorm with optional zero-centred gamma, which megatron-core has only in Transformer Engine."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
-        self.size, self.eps = (hidden_size,), eps
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        make = {"dtype": config.params_dtype, "device": device}
-        self.weight = torch.nn.Parameter(torch.full(self.size, 1.0 - self.offset, **make))
-        layer_norm = config.normalization == "LayerNorm"
-        self.bias: torch.nn.Parameter | None
-        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(self.size, **make)) if layer_norm else None)
-        for parameter in self.parameters():  # megatron-core sums these gradients over the tensor-parallel group
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension. The offset is added in fp32: bf16 would round 1 + gain to steps of 0.8 %.
-
-        As Transformer Engine does. torch's CUDA kernels take one dtype only, so there x is widened too.
-        """
-        if not self.offset or x.dtype == torch.float32:
-            weight = self.weight + self.offset if self.offset else self.weight
-            return self.normalised(x, weight, self.bias)
-        wide = x.float() if x.is_cuda or self.bias is None else x
-        bias = None if self.bias is None else self.bias.float()
-        return self.normalised(wide, self.weight.float() + self.offset, bias).to(x.dtype)
-
-    def normalised(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """LayerNorm where there is a bias, else RMSNorm."""
-        if bias is not None:
-            return F.layer_norm(x, self.size, weight, bias, self.eps)
-        return rms_norm(x, weight, self.eps)
 
 
 def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
@@ -97,7 +67,7 @@ class SdpaAttention(MegatronModule):
         self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, *_: Any, **__: Any
     ) -> None:
         super().__init__(config=config)
-        self.dropout = config.attention_dropout
+        self.dropout, self.scale = config.attention_dropout, config.softmax_scale  # a scale of None: 1 / sqrt(D)
 
     def forward(
         self,
@@ -115,7 +85,7 @@ class SdpaAttention(MegatronModule):
         """
         num_queries, num_keys, dropout = len(query_SBND), len(key_SBGD), self.dropout if self.training else 0.0
         if prefers_products(query_SBND) and attention_mask is None and num_queries == num_keys and not dropout:
-            return causal_attention(query_SBND, key_SBGD, value_SBGD)
+            return causal_attention(query_SBND, key_SBGD, value_SBGD, self.scale)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         mask = None if attention_mask is None else ~attention_mask
         if mask is None and 1 < num_queries < num_keys:
@@ -131,6 +101,7 @@ class SdpaAttention(MegatronModule):
             attn_mask=mask,
             is_causal=mask is None and num_queries == num_keys,
             dropout_p=dropout,
+            scale=self.scale,
             enable_gqa=is_grouped,
         )
         return context.permute(2, 0, 1, 3).flatten(2)  # [S, B, N * D]
@@ -140,16 +111,31 @@ class Mlp(MLP):
     """megatron-core's MLP with one function for the whole activation, as megatron-core's fused kernels have on GPUs."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """Output [S, B, H], and no bias."""
-        inner, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner))
+        """Output [S, B, H] without the second linear's bias, and this bias or None."""
+        inner, bias = self.linear_fc1(hidden_states)
+        inner = inner if bias is None else inner + bias
+        gated = GATED.get(self.activation_func) if self.config.gated_linear_unit else None
+        return self.linear_fc2(self.activation_func(inner) if gated is None else gated(inner))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "squared_relu": squared_relu,
+    "silu": F.silu,
+    "gelu_tanh": GELU_TANH.forward,
+}
+GATED: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {F.silu: swiglu, GELU_TANH.forward: geglu}
 
 
 class LanguageModel(GPTModel):
-    """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need."""
+    """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need.
+
+    Attributes:
+        embedding_scale: factor of the embeddings.
+        logit_map: what the family does to the products with the output weights.
+    """
+
+    embedding_scale: float = 1.0
+    logit_map: LogitMap = PLAIN
 
     def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
@@ -162,7 +148,8 @@ class LanguageModel(GPTModel):
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; under sequence parallelism [S / tp, B, H]."""
-        return self.embedding(input_ids=tokens_BS, position_ids=None)  # positions come in through rotary embeddings
+        embedded = self.embedding(input_ids=tokens_BS, position_ids=None)  # positions come in through rotary embeddings
+        return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
     @property
     def output_weight(self) -> Tensor:
@@ -175,7 +162,7 @@ class LanguageModel(GPTModel):
     @property
     def output(self) -> OutputLayer:
         """The output layer, as the function that turns hidden states into this rank's logits."""
-        return OutputLayer(self.output_weight)
+        return OutputLayer(self.output_weight, self.logit_map)
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [S, B, vocab / tp], from what `forward` returns."""
@@ -188,16 +175,9 @@ def layer_spec(
     qk_norm: bool = False,
     transformer_engine: bool = False,
     tp_group: ProcessGroup | None = None,
-    shape: Shape | None = None,
 ) -> ModuleSpec:
-    """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's.
-
-    Args:
-        shape: the model's, which decides about experts; None: a dense model.
-    """
-    has_experts = shape is not None and shape.num_moe_experts > 0
+    """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's."""
     if transformer_engine:
-        assert not has_experts, "train.assemble refuses experts with Transformer Engine"
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     spec = get_gpt_layer_local_spec()
     layer: Any = spec.submodules
@@ -205,10 +185,30 @@ def layer_spec(
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
     attention.core_attention = SdpaAttention
     layer.mlp.module, layer.mlp.params = Mlp, {"tp_group": tp_group}  # megatron-core gives it to its own MLP only
-    if has_experts:
-        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    return spec
+
+
+def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_group: ProcessGroup) -> ModuleSpec:
+    """The modules of one layer with those that the rows of the family's table need in place of the usual ones."""
+    rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape)}
+    layer: Any = spec.submodules
+    if shape.num_moe_experts:
+        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        if f"{norm}.weight" not in rows:
+            setattr(layer, norm, IdentityOp)
+    for sum_ in ("self_attn_bda", "mlp_bda"):
+        arguments = {"multiplier": shape.residual_multiplier, "has_norm": f"{sum_}.layernorm.weight" in rows}
+        if arguments != {"multiplier": 1, "has_norm": False}:
+            setattr(layer, sum_, ModuleSpec(BranchSum, {"config": config, **arguments}))
+    heads = {"q_layernorm": shape.num_attention_heads, "k_layernorm": shape.num_query_groups}
+    for norm, num_heads in heads.items():
+        row = rows.get(f"self_attention.{norm}.weight")
+        if row is not None and row.parallel_dim() is not None:
+            arguments = {"num_heads": num_heads, "tp_group": tp_group}
+            setattr(layer.self_attention.submodules, norm, ModuleSpec(ProjectionNorm, arguments))
     return spec
 
 
@@ -227,6 +227,7 @@ def transformer_config(
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels,
         layernorm_epsilon=shape.layernorm_epsilon,
+        softmax_scale=shape.attention_multiplier,
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel and tp > 1,
         params_dtype=dtype,
@@ -234,7 +235,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,  # weights always come from a checkpoint or from arch.init
         use_cpu_initialization=on_cpu,
-        add_bias_linear=False,
+        **bias_arguments(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -246,6 +247,36 @@ def transformer_config(
         batch_p2p_sync=False,
         **{**arguments, **extra},
     )
+
+
+def embedding_scale(shape: Shape, dtype: torch.dtype) -> float:
+    """The factor of the embeddings; a root is rounded to their dtype, as in transformers (Gemma)."""
+    table = architecture(shape.architecture)
+    scale = table.embedding_scale(shape)
+    return torch.tensor(scale, dtype=dtype).item() if table.embeddings_times_root else scale
+
+
+def logit_map(shape: Shape) -> LogitMap:
+    """What the family does to the products with the output weights."""
+    return LogitMap(divisor=shape.logits_divisor)
+
+
+LINEAR_BIAS = re.compile(r"\.(linear_\w+)\.bias$")
+
+
+def bias_arguments(shape: Shape) -> dict[str, bool]:
+    """Which linears megatron-core makes with a bias: none, QKV alone, or all (`drop_biases` takes out some of these)."""
+    rows = architecture(shape.architecture).rows_of(shape)
+    names = {match[1] for row in rows if (match := LINEAR_BIAS.search(row.mcore))}
+    return {"add_qkv_bias": "linear_qkv" in names, "add_bias_linear": bool(names - {"linear_qkv"})}
+
+
+def drop_biases(model: LanguageModel, shape: Shape) -> None:
+    """Remove the biases of linears that the family's table has without one."""
+    known = {row.mcore for row in architecture(shape.architecture).rows_of(shape)}
+    for name, _ in list(model.named_parameters()):
+        if LINEAR_BIAS.search(name) and re.sub(r"\.\d+\.", ".{i}.", name, count=1) not in known:
+            model.get_submodule(name.removesuffix(".bias")).register_parameter("bias", None)
 
 
 def build(
@@ -269,7 +300,8 @@ def build(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
         groups.tp = tp_group
-    spec: Any = layer_spec(config.qk_layernorm, transformer_engine, groups.tp, shape)
+    usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
+    spec: Any = family_spec(usual, shape, config, groups.tp)
     norm: Any = Norm
     block = TransformerBlockSubmodules(layer_specs=[spec] * shape.num_layers, layer_norm=norm)
     model = LanguageModel(
@@ -283,6 +315,9 @@ def build(
         share_embeddings_and_output_weights=shape.tie_embeddings,
         pg_collection=groups,
     )
+    drop_biases(model, shape)
+    model.embedding_scale = embedding_scale(shape, dtype)
+    model.logit_map = logit_map(shape)
     if shape.rope_scaling_factor is not None:
         model.rotary_pos_emb.inv_freq = llama3_frequencies(model.rotary_pos_emb.inv_freq, shape)
     if torch.cuda.is_available():

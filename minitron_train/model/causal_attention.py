@@ -20,33 +20,35 @@ from torch.autograd.function import once_differentiable
 BLOCK_TOKENS = 128
 
 
-def causal_attention(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
-    """Context [S, B, N * D] of queries that attend to their own token and earlier ones."""
-    return CausalAttention.apply(query_SBND, key_SBGD, value_SBGD)  # type: ignore[return-value]
+def causal_attention(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, scale: float | None = None) -> Tensor:
+    """Context [S, B, N * D] of queries that attend to their own token and earlier ones; `scale` None is 1 / sqrt(D)."""
+    scale = query_SBND.shape[-1] ** -0.5 if scale is None else scale
+    return CausalAttention.apply(query_SBND, key_SBGD, value_SBGD, scale)  # type: ignore[return-value]
 
 
 class CausalAttention(torch.autograd.Function):
-    """(queries [S, B, N, D], keys and values [S, B, G, D]) -> context [S, B, N * D]; saves its inputs."""
+    """(queries [S, B, N, D], keys and values [S, B, G, D], scale) -> context [S, B, N * D]; saves its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+    def forward(ctx: Any, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, scale: float) -> Tensor:
         """Compute the context block by block."""
         ctx.save_for_backward(query_SBND, key_SBGD, value_SBGD)
+        ctx.scale = scale
         key_MSD, value_MSD = by_group(key_SBGD), by_group(value_SBGD)
         context_SBND = torch.empty_like(query_SBND, memory_format=torch.contiguous_format)
-        for block in blocks(query_SBND, key_MSD, key_SBGD.shape[2]):
+        for block in blocks(query_SBND, key_MSD, key_SBGD.shape[2], scale):
             block.scatter(torch.bmm(block.probabilities_MRK, value_MSD[:, block.keys]), context_SBND)
         return context_SBND.flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SBF: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_SBF: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         """Gradients of queries, keys and values. Those of keys and values are summed in fp32 over the blocks."""
         query_SBND, key_SBGD, value_SBGD = ctx.saved_tensors
         key_MSD, value_MSD = by_group(key_SBGD), by_group(value_SBGD)
         query_grad_SBND = torch.empty_like(query_SBND, memory_format=torch.contiguous_format)
         key_grad_MSD, value_grad_MSD = (torch.zeros_like(x, dtype=torch.float32) for x in (key_MSD, value_MSD))
-        for block in blocks(query_SBND, key_MSD, key_SBGD.shape[2]):
+        for block in blocks(query_SBND, key_MSD, key_SBGD.shape[2], ctx.scale):
             grad_MRD = block.gather(grad_SBF.view(query_SBND.shape))
             probabilities_MRK = block.probabilities_MRK
             value_grad_MSD[:, block.keys] += torch.bmm(probabilities_MRK.mT, grad_MRD)
@@ -55,7 +57,7 @@ class CausalAttention(torch.autograd.Function):
             key_grad_MSD[:, block.keys] += torch.bmm(grad_MRK.mT, block.query_MRD)
             block.scatter(torch.bmm(grad_MRK, key_MSD[:, block.keys]).mul_(block.scale), query_grad_SBND)
         key_grad, value_grad = (from_groups(x, key_SBGD) for x in (key_grad_MSD, value_grad_MSD))
-        return query_grad_SBND, key_grad, value_grad
+        return query_grad_SBND, key_grad, value_grad, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,9 @@ class Block:
         part.copy_(x_MRD.view(batch, groups, heads, length, channels).permute(3, 0, 1, 2, 4))
 
 
-def blocks(query_SBND: Tensor, key_MSD: Tensor, num_groups: int) -> Iterator[Block]:
+def blocks(query_SBND: Tensor, key_MSD: Tensor, num_groups: int, scale: float) -> Iterator[Block]:
     """Yield the blocks of a sequence in order."""
-    length, scale = len(query_SBND), query_SBND.shape[-1] ** -0.5
+    length = len(query_SBND)
     for start in range(0, length, BLOCK_TOKENS):
         tokens = slice(start, min(start + BLOCK_TOKENS, length))
         query_MRD = gathered(query_SBND[tokens], num_groups).mul_(scale)

@@ -1,5 +1,8 @@
 """Elementwise parts of a layer with fewer passes over memory than autograd takes, and fewer tensors kept for it."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,32 +36,52 @@ def squared_relu(x: Tensor) -> Tensor:
     return SquaredRelu.apply(x)  # type: ignore[return-value]
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [..., gate and up]; saves its input alone, and computes silu(gate) again in the backward pass."""
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """An activation function, and its backward pass: (grad, x, grad_input=out)."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[..., Tensor]
+
+
+class GatedUnit(torch.autograd.Function):
+    """f(gate) * up of [..., gate and up]; saves its input alone, and computes f(gate) again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """silu(gate) * up, half as wide as x."""
+    def forward(ctx: Any, x: Tensor, function: Gate) -> Tensor:
+        """f(gate) * up, half as wide as x."""
         ctx.save_for_backward(x)
+        ctx.function = function
         gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return function.forward(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Both halves of the gradient, written in place."""
-        (x,) = ctx.saved_tensors
+        (x,), function = ctx.saved_tensors, ctx.function
         gate, up = x.chunk(2, dim=-1)
         grad_x = torch.empty_like(x)
         grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_x
+        torch.mul(grad, function.forward(gate), out=grad_up)
+        function.backward(grad * up, gate, grad_input=grad_gate)
+        return grad_x, None
+
+
+SILU = Gate(F.silu, torch.ops.aten.silu_backward.grad_input)
+GELU_TANH = Gate(
+    partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh")
+)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up, the activation of Llama and its relatives; `x` holds gate and up side by side."""
-    return SwiGLU.apply(x)  # type: ignore[return-value]
+    return GatedUnit.apply(x, SILU)  # type: ignore[return-value]
+
+
+def geglu(x: Tensor) -> Tensor:
+    """gelu(gate) * up with gelu's tanh approximation, Gemma's activation; `x` holds gate and up side by side."""
+    return GatedUnit.apply(x, GELU_TANH)  # type: ignore[return-value]
 
 
 class RmsNorm(torch.autograd.Function):

@@ -1,8 +1,7 @@
 """The vocabulary's two matrices: where hidden states become logits, and how token embeddings are read one batch at a time.
 
 `OutputLayer` is the only code that multiplies by output weights, `LanguageModel.embed` the only code that embeds tokens.
-A model family that scales or caps its logits adds a field to `OutputLayer`, its effect to `logits` and its derivative to
-`add_gradients`. A family that scales its embeddings adds the factor to `LanguageModel.embed`.
+`LogitMap` is what a family does to their product: its effect is in `apply`, its derivative in `pull_back`.
 
 Legend: N tokens, V vocabulary rows, H hidden size, B batch, S sequence, U distinct tokens of a batch.
 """
@@ -16,10 +15,40 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class LogitMap:
+    """Logits as a function of the products x of hidden states and output weights: x / divisor, or with a soft cap c
+    c tanh(x / divisor / c), as in Gemma 2 (arXiv 2408.00118 §2).
+    """
+
+    divisor: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the products are the logits."""
+        return self == PLAIN
+
+    def apply(self, products: Tensor) -> Tensor:
+        """Logits, differentiable."""
+        scaled = products if self.divisor == 1 else products / self.divisor
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+    def pull_back(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """d loss / d products from `grad`, d loss / d logits; written in place."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits / self.softcap).square())
+        return grad if self.divisor == 1 else grad.div_(self.divisor)
+
+
+PLAIN = LogitMap()
+
+
+@dataclass(frozen=True, slots=True)
 class OutputLayer:
     """Some rows of a model's output weights, [V, H]: one tensor-parallel rank's, or one block of them."""
 
     weight_VH: Tensor
+    map: LogitMap = PLAIN
 
     @property
     def num_rows(self) -> int:
@@ -38,9 +67,9 @@ class OutputLayer:
         """
         if out_NV is not None:
             multiply(hidden_NH, self.weight_VH.T, out_NV)
-            return out_NV
-        logits_NV = hidden_NH @ self.weight_VH.T
-        return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+            return out_NV if self.map.is_identity else out_NV.copy_(self.map.apply(out_NV))
+        products_NV = hidden_NH @ self.weight_VH.T
+        return self.map.apply(products_NV.to(torch.promote_types(products_NV.dtype, torch.float32)))
 
     def add_gradients(
         self,
@@ -51,10 +80,10 @@ class OutputLayer:
         weight_grad_VH: Tensor | None,
         overwrite_weight_grad: bool,
     ) -> None:
-        """Backward pass of `logits`: add d loss / d hidden and d loss / d weight to the given tensors; None skips one.
+        """Backward pass of the product: add d loss / d hidden and d loss / d weight to the given tensors; None skips one.
 
         Args:
-            grad_NV: d loss / d logits, in the dtype of `hidden_NH`.
+            grad_NV: d loss / d products (see LogitMap.pull_back), in the dtype of `hidden_NH`.
             overwrite_weight_grad: write `weight_grad_VH` instead of adding to it.
         """
         if weight_grad_VH is not None:

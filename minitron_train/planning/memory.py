@@ -233,6 +233,7 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     layout = replace(layout, tp=1, weight_bytes=FP32)
     hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
     gated = architecture(student.architecture).transformer["gated_linear_unit"]
+    has_post_norms = architecture(student.architecture).has_post_norms  # a repair holds the outputs before one norm
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
     # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
@@ -243,7 +244,7 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],
         "layers": (layer_parameters(teacher) + layer_parameters(student)) * FP32,
-        "streams": tokens * (teacher.hidden_size + hidden + routed) * FP32,
+        "streams": tokens * (teacher.hidden_size + (2 if has_post_norms else 1) * hidden + routed) * FP32,
         "working": working_bytes(teacher, layout),
         "squares": max(squares, default=0) * FP64,
     }

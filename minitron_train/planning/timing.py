@@ -17,6 +17,7 @@ PASSES = {
     "attention": 12,
     "squared_relu": 4,
     "silu": 5,
+    "gelu_tanh": 5,
 }  # tensors of a given width that one layer's forward pass reads or writes
 LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward, extra at a temperature other than 1)
     "forward_kl": (32, 8),

@@ -38,6 +38,8 @@ class Basis:
 
 def why_not(layers: Layers, hidden_size: int) -> str | None:
     """Why this teacher's stream cannot be rotated, or None."""
+    if layers.table.has_post_norms:
+        return "its norms after attention and MLP weigh single channels of the stream"
     if norm := norm_without_weight(layers):
         return f"{norm} has a bias where its weight is zero, and no linear can take that over"
     if not layers.shape.tie_embeddings:

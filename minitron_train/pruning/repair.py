@@ -10,10 +10,16 @@ So kept parts compensate for dropped parts as far as they predict them, and erro
 linear_fc2 before a dropped layer also compensates for that layer; dropped first layers are compensated by the linears
 after them. Where embeddings are not tied, the output layer is fitted last. Memory: one layer of each model, two residual
 streams of all tokens, one Gram matrix.
+
+Some families have a norm between the second linear and the stream (a post-norm). It fixes the size of what a layer adds, so the
+linear cannot close an arbitrary gap. Its target is then the teacher's output before that norm, at kept channels. Dropped layers
+are not compensated there.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +27,10 @@ from torch import Tensor
 from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
-from minitron_train.model.build import Norm
+from minitron_train.model.branch import BranchSum
+from minitron_train.model.norm import Norm, ProjectionNorm
 from minitron_train.pruning.basis import effective_gamma
-from minitron_train.pruning.layers import Layers, forward, seeing
+from minitron_train.pruning.layers import Layers, forward, seeing, seeing_all
 from minitron_train.pruning.least_squares import LeastSquares
 from minitron_train.pruning.repair_experts import ExpertFits, Routed
 from minitron_train.pruning.select import Keep
@@ -55,27 +62,53 @@ class Streams:
         return rms.clamp(min=1e-6).pow(-TOKEN_WEIGHT_POWER)
 
 
+Case = tuple[Tensor, Tensor, Tensor | None]
+# input and wanted output of a linear, [S, B, …], and by what an error of the output is divided later, [S, B]; None: 1
+
+
 @dataclass(frozen=True, slots=True)
 class Half:
-    """Attention or MLP of a layer: norm, first linear, second linear, residual connection."""
+    """Attention or MLP of a layer: norm, first linear, second linear, and the sum with the residual stream."""
 
     norm: str
     first: str
     second: str
-    run: Callable[
-        [torch.nn.Module, Tensor, Tensor], Tensor
-    ]  # layer, normalised stream, rotary -> what is added to the stream
+    sum: str
+    run: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    # layer, normalised stream, rotary -> the second linear's output without its bias, and this bias
+
+    def forward(self, layer: torch.nn.Module, stream_SBH: Tensor, rotary: Tensor) -> Tensor:
+        """The residual stream after this half."""
+        output = self.run(layer, layer.get_submodule(self.norm)(stream_SBH), rotary)
+        return getattr(layer, self.sum)(False, False)(output, stream_SBH, 0.0)
+
+    @property
+    def outer(self) -> str:
+        """Name of the norm between the second linear and the residual stream."""
+        return f"{self.sum}.layernorm"
+
+    def inner_norms(self, layer: torch.nn.Module) -> tuple[list[str], list[str]]:
+        """Names of this half's norms over the outputs of its first linear, and of its second linear."""
+        branch, parent = self.branch(layer), self.first.rpartition(".")[0]
+        children = layer.get_submodule(parent).named_children()
+        inner = [f"{parent}.{name}" for name, module in children if isinstance(module, ProjectionNorm)]
+        return inner, [] if branch is None or branch.layernorm is None else [self.outer]
+
+    def branch(self, layer: torch.nn.Module) -> BranchSum | None:
+        """The sum with the residual stream, unless it is megatron-core's plain one."""
+        module = getattr(layer, self.sum)
+        return module if isinstance(module, BranchSum) else None
 
 
-# A half adds its second linear's output to the residual stream: no post-norm (as in Gemma 2) may stand between them.
 HALVES = (
     Half(
         "input_layernorm",
         "self_attention.linear_qkv",
         "self_attention.linear_proj",
-        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary)[0],  # type: ignore[operator]
+        "self_attn_bda",
+        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary),
     ),
-    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", lambda layer, x, _: layer.mlp(x)[0]),  # type: ignore[operator],
+    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", "mlp_bda", lambda layer, x, _: layer.mlp(x)),
 )
 
 
@@ -102,7 +135,13 @@ class Repair:
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
         self.rotary = teacher.rotary(tokens_NS.shape[1])
         self.expert_fits = ExpertFits(keep, prune, groups)
-        self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.rows if row.per_layer}
+        self.sizes: dict[
+            str, list[Tensor]
+        ] = {}  # of the teacher's norms inside the current half, [S, B] per micro-batch
+        self.outputs: list[Tensor] = []  # of its second linear where a norm follows, kept channels, [S, B, H] each
+        self.rows = {
+            row.mcore.split("{i}.")[-1]: row for row in teacher.table.templates_of(teacher.shape) if row.per_layer
+        }
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -110,7 +149,7 @@ class Repair:
 
         The output layer comes in blocks of rows, and on the first process alone.
         """
-        kept, rows = self.keep.layers.tolist(), self.student.table.rows_of(self.keep.student)
+        kept = self.keep.layers.tolist()
         self._advance_teacher_over(range(kept[0]))
         for i, layer in progress(enumerate(kept), "repair", len(kept)):
             absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
@@ -120,11 +159,11 @@ class Repair:
                 self._repair_experts(mlp, i, layer, absorbed)
             else:
                 self._repair_half(mlp, i, layer, absorbed)
-            yield from self._parts(self.student[i], [row for row in rows if row.per_layer], i)
+            yield from self._parts(self.student[i], self.student.table.layer_rows(self.keep.student), i)
         self.expert_fits.report()
         yield from self._last()
 
-    def _parts(self, module: torch.nn.Module, rows: list[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
+    def _parts(self, module: torch.nn.Module, rows: Iterable[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
         for row in rows:
             name = row.mcore.split("{i}.")[-1] if row.per_layer else row.mcore.removeprefix("decoder.final_layernorm.")
             shards = [module.get_parameter(name).detach()]
@@ -134,23 +173,27 @@ class Repair:
     def _repair_half(self, half: Half, i: int, layer: int, absorbed: range) -> None:
         """Fit both linears of one half, then advance both streams; the teacher's also through the `absorbed` layers."""
         teacher, student, keep = self.teacher[layer], self.student[i], self.keep
-        student_norm: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
+        student_norm = student.get_submodule(half.norm)
+        inner, outer = half.inner_norms(student)
         rows = kept_rows(self.rows[f"{half.first}.weight"], keep, layer).to(self.groups.device)
-        if self.prune.norm_scale:
+        if self.prune.norm_scale and isinstance(student_norm, Norm):
             self._scale(student_norm)
         wanted = self._advance_teacher(teacher, half)
         if self._fits(half.first):
-            pairs = (
-                (student_norm(streams.student), y[..., rows]) for streams, y in zip(self.streams, wanted, strict=True)
+            cases = (
+                (student_norm(streams.student), y[..., rows], None)
+                for streams, y in zip(self.streams, wanted, strict=True)
             )
-            self._fit(student.get_submodule(half.first), pairs)
+            self._fit(student.get_submodule(half.first), cases)
         for _ in wanted:  # advances the micro-batches that the fit did not use
             pass
+        self._scale_inside(student, half, inner)
         self._advance_teacher_over(absorbed)
         if self._fits(half.second):
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
+        self._scale_inside(student, half, outer)
         for streams in self.streams:
-            streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary)
 
     def _repair_experts(self, half: Half, i: int, layer: int, absorbed: range) -> None:
         """Fit router and experts, then advance both streams; the teacher's also through the `absorbed` layers."""
@@ -162,12 +205,12 @@ class Repair:
         batches = [Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight()) for s in self.streams]
         fits.fit_inputs(teacher.mlp, student.mlp, layer, batches)  # type: ignore[arg-type]
         for streams in self.streams:
-            streams.teacher = streams.teacher + half.run(teacher, before(streams.teacher), self.rotary)
+            streams.teacher = half.forward(teacher, streams.teacher, self.rotary)
         self._advance_teacher_over(absorbed)
         lacking = [(self._narrow(s.teacher) - s.student)[s.mask] for s in self.streams]
         fits.fit_outputs(student.mlp, batches, lacking)  # type: ignore[arg-type]
         for streams in self.streams:
-            streams.student = streams.student + half.run(student, after(streams.student), self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary)
 
     def _advance_teacher_over(self, dropped: range) -> None:
         """Advance the teacher's streams through layers that the student does not have."""
@@ -178,19 +221,34 @@ class Repair:
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
-        norm = teacher.get_submodule(half.norm)
+        linear: Any = teacher.get_submodule(half.first)
+        later_bias = linear.bias if linear.skip_bias_add else None  # megatron-core's MLP adds it after the linear
+        norms = list(chain(*half.inner_norms(teacher)))
+        self.sizes, self.outputs = {name: [] for name in norms}, []
         for streams in self.streams:
-            with seeing(teacher.get_submodule(half.first), of_input=False) as seen:
-                streams.teacher = streams.teacher + half.run(teacher, norm(streams.teacher), self.rotary)
-            yield seen[0]
+            with seeing(linear, of_input=False) as seen, seeing_all(teacher, norms) as inputs:
+                streams.teacher = half.forward(teacher, streams.teacher, self.rotary)
+            for name in norms:
+                self.sizes[name].append(size(inputs[name][0], teacher.get_submodule(name)))
+            if half.outer in norms:
+                self.outputs.append(self._narrow(inputs[half.outer][0]))
+            yield seen[0] if later_bias is None else seen[0] + later_bias
 
-    def _lacking(self, student: torch.nn.Module, half: Half) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the second linear's input and its target output for each micro-batch."""
-        norm = student.get_submodule(half.norm)
-        for streams in self.streams:
+    def _lacking(self, student: torch.nn.Module, half: Half) -> Iterator[Case]:
+        """Yield the second linear's input and its target output for each micro-batch.
+
+        Without a norm between the linear and the stream, the target closes the gap between the two streams. With one, the
+        target is the teacher's output before its norm. An error of it changes the stream by its part 1 / σ.
+        """
+        branch = half.branch(student)
+        for k, streams in enumerate(self.streams):
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
-                half.run(student, norm(streams.student), self.rotary)
-            yield seen[0], self._narrow(streams.teacher) - streams.student
+                half.forward(student, streams.student, self.rotary)
+            if branch is not None and branch.layernorm is not None:
+                yield seen[0], self.outputs[k], self.sizes[half.outer][k]
+            else:
+                gap = self._narrow(streams.teacher) - streams.student
+                yield seen[0], gap if branch is None else gap / branch.multiplier, None
 
     def _narrow(self, stream_SBD: Tensor) -> Tensor:
         """The teacher's residual stream, reduced to the student's channels or directions."""
@@ -199,13 +257,14 @@ class Repair:
     def _fits(self, name: str) -> bool:
         return name.split(".")[-1] in REFITTED[self.prune.refit]
 
-    def _fit(self, linear: torch.nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit one linear to (input, wanted output) of all micro-batches."""
-        weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
+    def _fit(self, linear: Any, cases: Iterable[Case]) -> None:
+        """Fit a linear's weights to the cases of all micro-batches. Its bias is kept."""
+        weight, bias = linear.get_parameter("weight"), linear.bias
         squares = LeastSquares(weight.shape[1], weight.shape[0], self.groups)
-        for streams, (x, y) in zip(self.streams, pairs, strict=True):
+        for streams, (x, y, scale_SB) in zip(self.streams, cases, strict=True):
             y = y if bias is None else y - bias
-            squares.add(x[streams.mask], y[streams.mask], streams.weight())
+            token_weight = streams.weight() if scale_SB is None else streams.weight() / scale_SB[streams.mask].square()
+            squares.add(x[streams.mask], y[streams.mask], token_weight)
         weight.copy_(squares.solve(weight, self.prune.ridge))
 
     def _scale(self, norm: Norm) -> None:
@@ -233,6 +292,21 @@ class Repair:
         if norm.bias is not None and basis is None:
             norm.get_parameter("bias").add_(gamma * shift)
 
+    def _scale_inside(self, student: torch.nn.Module, half: Half, names: Sequence[str]) -> None:
+        """Rescale norms inside a half, as `_scale`: σ is measured on the activations of both models."""
+        if not (names and self.prune.norm_scale):
+            return
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.groups.device)
+        for k, streams in enumerate(self.streams):
+            with seeing_all(student, names) as inputs:
+                half.forward(student, streams.student, self.rotary)
+            sizes = [size(inputs[name][0], student.get_submodule(name)) / self.sizes[name][k] for name in names]
+            sums += torch.stack([ratio[streams.mask].double().sum() for ratio in (*sizes, torch.ones_like(sizes[0]))])
+        self.groups.sum(sums)
+        for name, stretch in zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True):
+            norm: Any = student.get_submodule(name)
+            norm.weight.copy_((norm.weight + norm.offset) * stretch - norm.offset)
+
     def _last(self) -> Iterator[tuple[str, Tensor]]:
         """The last norm and, where embeddings are not tied, the output layer."""
         table, norm = self.student.table, self.student.final_norm
@@ -259,6 +333,11 @@ class Repair:
         for start in vocabulary[::VOCABULARY_ROWS]:
             rows = self.teacher.output_layer(start, min(start + VOCABULARY_ROWS, len(vocabulary))).weight_VH
             yield self.teacher.tensor_name(OUTPUT), rows @ fitted
+
+
+def size(x: Tensor, norm: Any) -> Tensor:
+    """The denominator of an RMSNorm at every token, [S, B]: x is [S, B, …], and all but its first two dimensions count."""
+    return (x.flatten(2).float().square().mean(-1) + norm.eps).sqrt()
 
 
 def channel_moments(x_NC: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ are not read.
 
 import itertools
 import json
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import EMBEDDING, READ_NORMS, Axes
+from minitron_train.arch.table import EMBEDDING, FINAL_NORM, READ_NORMS, Axes
 from minitron_train.config import Merge
 from minitron_train.pruning.basis import Basis
 from minitron_train.pruning.select import ALONE, Keep, spread
@@ -62,6 +63,8 @@ class Sliced:
 
     def __init__(self, teacher: hf.HFFolder, keep: Keep) -> None:
         self.source, self.keep, self.origins = RowReader(teacher), keep, origins(teacher, keep)
+        scales = (teacher.table.embedding_scale(shape) for shape in (keep.teacher, keep.student))
+        self.embedding_ratio = operator.truediv(*scales)
         self.gains: dict[tuple[str, int], Tensor] = {}  # by norm and layer, see _gain
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
@@ -91,7 +94,12 @@ class Sliced:
             tensor = tensor if index is None else tensor.index_select(axis, index)
         if self.is_merged(origin):
             tensor = self._merge(tensor, whole, origin, kept)
-        return self._rotate(tensor.float(), origin) if self.is_rotated(origin) else tensor
+        tensor = self._rotate(tensor.float(), origin) if self.is_rotated(origin) else tensor
+        return self._rescale(tensor.float(), origin) if self.is_rescaled(origin) else tensor
+
+    def is_changed(self, origin: Origin) -> bool:
+        """Whether the student's tensor holds other numbers than the teacher's rows and columns."""
+        return self.is_merged(origin) or self.is_rotated(origin) or self.is_rescaled(origin)
 
     def is_merged(self, origin: Origin) -> bool:
         """Whether dropped heads are merged into kept ones in this tensor."""
@@ -112,6 +120,17 @@ class Sliced:
         merged = own + (own - taken) if self.keep.merge is Merge.queries else own + taken
         return tensor.index_copy(axis, places, merged)
 
+    def is_rescaled(self, origin: Origin) -> bool:
+        """Whether this tensor makes up for a factor of the embeddings that depends on the hidden size."""
+        tied = self.keep.student.tie_embeddings
+        return self.embedding_ratio != 1 and (origin.mcore == EMBEDDING or (tied and origin.mcore == FINAL_NORM))
+
+    def _rescale(self, tensor: Tensor, origin: Origin) -> Tensor:
+        """Multiply the embedding by the ratio of the factors. A tied output layer gets it too: the last norm divides by it."""
+        if origin.mcore == EMBEDDING:
+            return tensor * self.embedding_ratio
+        return (tensor + self._offset) / self.embedding_ratio - self._offset
+
     def is_rotated(self, origin: Origin) -> bool:
         """Whether this tensor has an axis along a rotated residual stream."""
         return self.keep.basis is not None and "embd" in origin.axes
@@ -122,6 +141,8 @@ class Sliced:
         assert basis is not None
         if origin.mcore == EMBEDDING:
             return tensor @ basis.down_DH
+        if axes == ("embd",) and "layernorm" not in origin.mcore:
+            return tensor @ basis.down_DH  # the bias of a linear that writes to the stream
         if axes == ("embd",):
             return self._rotate_norm(tensor, origin, basis)
         if axes[0] == "embd":
@@ -232,7 +253,7 @@ def slice_checkpoint(
         for name, num_rows in num_replaced.items():
             assert num_rows == sizes[name][0], f"{name}: {num_rows} rows repaired, {sizes[name]} planned"
             del found[name]
-        for name in [name for name, origin in found.items() if view.is_merged(origin) or view.is_rotated(origin)]:
+        for name in [name for name, origin in found.items() if view.is_changed(origin)]:
             step = VOCABULARY_ROWS if found.pop(name).axes[0] == "vocab" else sizes[name][0]
             for start in range(0, sizes[name][0], step):
                 stop = min(start + step, sizes[name][0])

@@ -1,5 +1,6 @@
 """Checks whether a teacher can be pruned to a student, before any work and for every shape of a search's grid."""
 
+from minitron_train.arch import architecture
 from minitron_train.arch.rules import check_rules
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Merge, PruneConfig, Refit
@@ -27,6 +28,11 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     for asked, reason, remedy in at_once:
         if asked and prune.iterations > 1:
             raise UserError(f"prune.iterations={prune.iterations}: {reason}; set prune.iterations=1 or prune.{remedy}")
+    if prune.head_merge is Merge.queries and architecture(teacher.architecture).has_projection_norms:
+        raise UserError(
+            f"prune.head_merge=queries: {teacher.architecture} has a norm over all query heads, behind which merged queries are "
+            "not those of the merged weights; set prune.head_merge=none or outputs"
+        )
     before, after = (shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student))
     if after > before:
         raise UserError(

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
+from minitron_train.arch.convert import shards_to_parts
 from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
@@ -12,6 +14,19 @@ from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, EXPERTS, exported, hf_logits, save_random
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
+
+OTHERS = [
+    {
+        "model_type": "granite",
+        "attention_bias": True,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 8.0,
+    },
+    {"model_type": "gemma"},
+    {"model_type": "olmo2"},
+]
 
 
 def split_logits(rank: int, world_size: int, folders: list[Path], sequence_parallel: bool) -> list[torch.Tensor]:
@@ -43,13 +58,18 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_qkv_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
-    families = ("qwen2", "qwen3", "seed_oss", "qwen3_moe", "mixtral")
-    compare(
-        [save_random({**COMMON, **EXPERTS, "model_type": name}, tmp_path / name) for name in families],
-        2,
-        sequence_parallel,
-    )
+def test_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    biases, heads = {"attention_bias": True, "mlp_bias": True}, {"attention_bias": True}
+    families = {"qwen2": {}, "qwen3": {}, "seed_oss": {}, "llama": biases, "nemotron": biases}
+    families |= {"qwen3_moe": EXPERTS | heads, "mixtral": EXPERTS, "olmoe": EXPERTS | {"num_experts": 6, "head_dim": 8}}
+    folders = [save_random({**COMMON, "model_type": name, **keys}, tmp_path / name) for name, keys in families.items()]
+    compare(folders, 2, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_multipliers_and_other_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    folders = [save_random({**COMMON, **keys}, tmp_path / keys["model_type"]) for keys in OTHERS]
+    compare(folders, 2, sequence_parallel)
 
 
 def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:
@@ -58,3 +78,33 @@ def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:
         wanted = hf_logits(answers[0], TOKENS_BS)
         for found in answers[1:]:
             torch.testing.assert_close(torch.from_numpy(found), wanted[:, : found.shape[1]], rtol=0, atol=1e-4)
+
+
+def gradients(rank: int, world_size: int, folder: Path, sequence_parallel: bool) -> dict[str, numpy.ndarray]:
+    """Gradients of one layer's parameters, as exported, after a backward pass of a loss on all logits."""
+    from minitron_train.model.build import build
+    from minitron_train.model.load import load_weights, parameters_by_row
+    from minitron_train.parallel.groups import start
+
+    with start(ParallelConfig(tensor_model_parallel_size=world_size), read_world(), seed=1) as groups:
+        checkpoint = HFFolder(folder)
+        model = build(checkpoint.shape, tp=world_size, sequence_parallel=sequence_parallel)
+        load_weights(model, checkpoint.table, checkpoint.shape, checkpoint, groups.tp_rank, groups.tp_size)
+        model.logits(model(TOKENS_BS[:, :16])).square().sum().backward()
+        for parameter in model.parameters():
+            if getattr(parameter, "sequence_parallel", False) and sequence_parallel:  # as megatron-core does later
+                torch.distributed.all_reduce(parameter.grad)
+        found, parameters = {}, parameters_by_row(model)
+        for row in checkpoint.table.layer_rows(checkpoint.shape):
+            shards = groups.gather(parameters[row.mcore.format(i=1)].grad)  # type: ignore[arg-type]
+            found |= shards_to_parts(row, checkpoint.shape, shards)
+        return {name: tensor.numpy().copy() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_gradients_of_split_norms_are_those_of_whole_ones(tmp_path: Path, sequence_parallel: bool) -> None:
+    folder = save_random({**COMMON, "model_type": "olmo2"}, tmp_path / "olmo2")
+    (whole,) = run_ranks(gradients, 1, folder, False)
+    for split in run_ranks(gradients, 2, folder, sequence_parallel):
+        for name, wanted in whole.items():
+            numpy.testing.assert_allclose(split[name], wanted, rtol=1e-3, atol=1e-3 * abs(wanted).max())

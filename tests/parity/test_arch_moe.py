@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", "tie_word_embeddings": False},
     "qwen3_moe, probabilities as they are": {"model_type": "qwen3_moe", "norm_topk_prob": False},
     "mixtral": {"model_type": "mixtral", "intermediate_size": 24},
+    "olmoe": {"model_type": "olmoe", "intermediate_size": 24, "head_dim": 8},
 }
 TOKENS = random_tokens()
 QWEN3_30B_A3B = {
@@ -40,6 +41,17 @@ QWEN3_30B_A3B = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
     "rope_theta": 1e6,
+}
+OLMOE_1B_7B = {
+    "model_type": "olmoe",
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "vocab_size": 50304,
 }
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
@@ -87,10 +99,14 @@ def test_generation_with_a_cache_is_the_full_pass(models: dict[str, Path], group
 
 @pytest.mark.parametrize(
     ("config", "total", "active"),
-    [(QWEN3_30B_A3B, 30_532_122_624, 3_353_032_704), (MIXTRAL_8X7B, 46_702_792_704, 12_879_925_248)],
+    [
+        (QWEN3_30B_A3B, 30_532_122_624, 3_353_032_704),
+        (MIXTRAL_8X7B, 46_702_792_704, 12_879_925_248),
+        (OLMOE_1B_7B, 6_919_161_856, 1_282_017_280),
+    ],
 )
 def test_counts_of_published_models(config: dict[str, Any], total: int, active: int) -> None:
-    """The hub's figures: 30,532,122,624 and 46,702,792,704 parameters."""
+    """The hub's figures: 30,532,122,624, 46,702,792,704 and 6,919,161,856 parameters."""
     counts = parameters(hf.shape_from_config(config, "config.json"))
     assert (counts["parameters"], counts["active_parameters"]) == (total, active)
 
@@ -107,14 +123,21 @@ def test_sliced_equals_masked(
     tmp_path: Path, models: dict[str, Path], groups: Any, name: str, sizes: dict[str, int]
 ) -> None:
     """The oracle is transformers' teacher, whose router cannot choose dropped experts."""
+    if name == "olmoe":  # its norms over all heads see the dropped ones
+        sizes = {key: value for key, value in sizes.items() if key != "num_attention_heads"}
     folder = run_cut(tmp_path, models[name], configuration(), TOKENS, groups, **sizes)
     kept = load_file(folder / "kept.safetensors")
     masked = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+    size = hf.HFFolder(folder).shape.kv_channels
     num_experts, _, width = masked.model.layers[0].mlp.experts.down_proj.shape
     for i, layer in enumerate(masked.model.layers):
         is_dropped = f"layers.{i}.heads" not in kept
-        rows = torch.arange(0) if is_dropped else (kept[f"layers.{i}.heads"][:, None] * 12 + torch.arange(12)).flatten()
-        layer.self_attn.o_proj.weight.data *= mask(rows, 96)
+        rows = (
+            torch.arange(0)
+            if is_dropped
+            else (kept[f"layers.{i}.heads"][:, None] * size + torch.arange(size)).flatten()
+        )
+        layer.self_attn.o_proj.weight.data *= mask(rows, layer.self_attn.o_proj.weight.shape[1])
         neurons = torch.arange(0) if is_dropped else kept[f"layers.{i}.ffn"]
         layer.mlp.experts.down_proj.data *= mask(neurons, num_experts * width).view(num_experts, 1, width)
         if not is_dropped:
@@ -147,6 +170,8 @@ def test_hidden_channels_are_those_of_every_expert(
     tmp_path: Path, models: dict[str, Path], groups: Any, name: str
 ) -> None:
     sizes = {"hidden_size": 48, "num_moe_experts": 3, "ffn_hidden_size": 16}
+    if name == "olmoe":  # its heads fill the hidden size
+        sizes |= {"num_attention_heads": 6, "num_query_groups": 3}
     folder = run_cut(tmp_path, models[name], configuration(), TOKENS, groups, **sizes)
     teacher, student, kept = hf.HFFolder(models[name]), hf.HFFolder(folder), load_file(folder / "kept.safetensors")
     channels, experts = kept["embedding"], kept["layers.1.experts"].tolist()
@@ -252,6 +277,8 @@ def test_student_of_every_axis_opens_in_transformers(
     tmp_path: Path, models: dict[str, Path], groups: Any, name: str, preset: str
 ) -> None:
     sizes = {"hidden_size": 48, "ffn_hidden_size": 16, "num_attention_heads": 4, "num_layers": 2, "num_moe_experts": 3}
+    if name == "olmoe":  # its heads fill the hidden size
+        sizes |= {"hidden_size": 32}
     folder = run_cut(tmp_path, models[name], configuration(preset), TOKENS, groups, **sizes)
     student, teacher = hf.HFFolder(folder), hf.HFFolder(models[name])
     assert student.shape.sizes() == teacher.shape.sizes() | sizes

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minitron_train.config import LossKind
 from minitron_train.distillation.loss import LossSpec
+from minitron_train.model.vocabulary import PLAIN, LogitMap
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ def make_case(
     )
 
 
-def row_losses(case: Case, spec: LossSpec, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+def row_losses(
+    case: Case, spec: LossSpec, vocab_size: int | None = None, maps: tuple[LogitMap, LogitMap] = (PLAIN, PLAIN)
+) -> tuple[Tensor, Tensor]:
     """Distillation loss (with temperature², if asked for) and cross-entropy of every token, from full logits."""
-    student_NV = case.student_NH @ case.student_VH[:vocab_size].T
-    teacher_NV = case.teacher_ND @ case.teacher_VD[:vocab_size].T
+    student_NV = mapped(case.student_NH @ case.student_VH[:vocab_size].T, maps[0])
+    teacher_NV = mapped(case.teacher_ND @ case.teacher_VD[:vocab_size].T, maps[1])
     ce_N = F.cross_entropy(student_NV, case.labels_N, reduction="none")
     if spec.function is not None:
         return spec.function(student_NV, teacher_NV), ce_N
@@ -78,10 +81,18 @@ def row_losses(case: Case, spec: LossSpec, vocab_size: int | None = None) -> tup
     return (kd_N * spec.temperature**2 if spec.temperature_squared else kd_N), ce_N
 
 
-def reference(case: Case, spec: LossSpec, vocab_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mapped(products: Tensor, map: LogitMap) -> Tensor:
+    """What a family does to the products of hidden states and output weights."""
+    scaled = products / map.divisor
+    return scaled if map.softcap is None else map.softcap * torch.tanh(scaled / map.softcap)
+
+
+def reference(
+    case: Case, spec: LossSpec, vocab_size: int | None = None, maps: tuple[LogitMap, LogitMap] = (PLAIN, PLAIN)
+) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss and its gradients with respect to the student's hidden states and output weights."""
     leaves = case.leaves()
-    kd_N, ce_N = row_losses(case, spec, vocab_size)
+    kd_N, ce_N = row_losses(case, spec, vocab_size, maps)
     total = (spec.kd_weight * kd_N + spec.ce_weight * ce_N).sum()
     hidden_grad, weight_grad = torch.autograd.grad(total, leaves)
     return total.detach(), hidden_grad, weight_grad

@@ -14,7 +14,7 @@ from minitron_train.config import DistillConfig, LossKind
 from minitron_train.distillation import loss_autograd
 from minitron_train.distillation.loss import MAKE_TERM, LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking, Projection
-from minitron_train.model.vocabulary import OutputLayer, bf16_operands
+from minitron_train.model.vocabulary import LogitMap, OutputLayer, bf16_operands
 from minitron_train.planning.timing import LOGIT_PASSES
 from minitron_train.runtime.errors import UserError
 from tests.support.loss_reference import Case, huber, make_case, reference, relative_error, row_losses, spec_name, specs
@@ -59,6 +59,15 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolera
 def test_equals_full_logits(spec: LossSpec, tokens: int, student_hidden: int, chunking: Chunking) -> None:
     case = make_case(tokens, 301, student_hidden, 24)
     assert_equal(run(case, spec, chunking=chunking), reference(case, spec), 1e-12)
+
+
+@pytest.mark.parametrize("spec", specs(), ids=spec_name)
+@pytest.mark.parametrize("chunking", [Chunking(), Chunking(logit_memory_fraction=0, vocab_tile=33, token_chunk=7)])
+def test_logits_that_a_family_divides_or_caps(spec: LossSpec, chunking: Chunking) -> None:
+    """A student of Granite and a teacher of Gemma 2, and the other way round: the cap is near the logits' size."""
+    case, maps = make_case(20, 301, 16, 24), (LogitMap(divisor=0.7), LogitMap(divisor=1.3, softcap=4.0))
+    for pair in (maps, maps[::-1]):
+        assert_equal(run(case, spec, chunking=chunking, maps=pair), reference(case, spec, maps=pair), 1e-12)
 
 
 def test_float32_gradients_are_as_exact_as_the_plain_path() -> None:

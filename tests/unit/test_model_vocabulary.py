@@ -18,7 +18,7 @@ from minitron_train.model.build import LanguageModel, build
 from minitron_train.model.forward import hidden_states, inference
 from minitron_train.model.generate import greedy, sample
 from minitron_train.model.load import load_weights
-from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
 from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.basis import principal_basis
 from minitron_train.pruning.collect import collect
@@ -160,15 +160,23 @@ def test_tokens_are_embedded_by_the_model(
         EMBEDDINGS[consumer](HFFolder(tiny_models["llama_untied"]), groups)
 
 
-def test_gradients_of_the_output_layer_are_autograds() -> None:
-    """`add_gradients` is the derivative of `logits`: whoever changes one must change the other."""
+@pytest.mark.parametrize("map", [PLAIN, LogitMap(divisor=0.5), LogitMap(divisor=2.0, softcap=3.0)])
+def test_gradients_of_the_output_layer_are_autograds(map: LogitMap) -> None:
+    """`pull_back` and `add_gradients` are the derivative of `logits`: whoever changes one must change the other."""
     hidden, weight, grad = (torch.randn(*size, dtype=torch.float64) for size in ((5, 8), (16, 8), (5, 16)))
     hidden.requires_grad_(), weight.requires_grad_()
-    OutputLayer(weight).logits(hidden).backward(grad)
+    output = OutputLayer(weight, map)
+    output.logits(hidden).backward(grad)
     hidden_grad, weight_grad = torch.zeros_like(hidden), torch.empty_like(weight)
     with torch.no_grad():
-        OutputLayer(weight).add_gradients(
-            grad, hidden, hidden_grad_NH=hidden_grad, weight_grad_VH=weight_grad, overwrite_weight_grad=True
+        logits = output.logits(hidden, torch.empty_like(grad))
+        torch.testing.assert_close(logits, output.logits(hidden))
+        output.add_gradients(
+            map.pull_back(grad, logits),
+            hidden,
+            hidden_grad_NH=hidden_grad,
+            weight_grad_VH=weight_grad,
+            overwrite_weight_grad=True,
         )
     torch.testing.assert_close(hidden_grad, hidden.grad)
     torch.testing.assert_close(weight_grad, weight.grad)
