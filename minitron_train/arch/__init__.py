@@ -4,17 +4,17 @@ from minitron_train.arch.gemma import GEMMA
 from minitron_train.arch.granite import GRANITE
 from minitron_train.arch.llama import LLAMA
 from minitron_train.arch.mistral import MISTRAL
+from minitron_train.arch.mixtral import MIXTRAL
 from minitron_train.arch.nemotron import NEMOTRON
-from minitron_train.arch.olmo import OLMO2
-from minitron_train.arch.qwen import QWEN2, QWEN3
+from minitron_train.arch.olmo import OLMO2, OLMOE
+from minitron_train.arch.qwen import QWEN2, QWEN3, QWEN3_MOE
 from minitron_train.arch.seed_oss import SEED_OSS
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import Architecture, ParamSpec
 from minitron_train.runtime.errors import UserError
 
-ARCHITECTURES = {
-    table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, GRANITE, GEMMA, OLMO2)
-}
+FAMILIES = (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, GRANITE, GEMMA, OLMO2, QWEN3_MOE, MIXTRAL, OLMOE)
+ARCHITECTURES = {table.name: table for table in FAMILIES}
 
 
 def architecture(name: str) -> Architecture:

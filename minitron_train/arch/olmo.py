@@ -1,8 +1,13 @@
-"""OLMo 2 (arXiv 2501.00656): norms after attention and MLP instead of before, and over all query and all key heads."""
+"""OLMo 2 (arXiv 2501.00656): norms after attention and MLP instead of before, and over all query and all key heads.
+
+OLMoE (2409.02060) has these norms over heads, Llama's norms before attention and MLP, and experts.
+"""
 
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
+from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, ParamSpec
 
 PRE_NORMS = (LAYER + "input_layernorm.weight", LAYER + "pre_mlp_layernorm.weight")
@@ -10,6 +15,16 @@ PROJECTION_NORMS = (
     ParamSpec(mcore=LAYER + "self_attention.q_layernorm.weight", hf={HF + "self_attn.q_norm.weight": ("q",)}),
     ParamSpec(mcore=LAYER + "self_attention.k_layernorm.weight", hf={HF + "self_attn.k_norm.weight": ("kv",)}),
 )
+
+
+def heads_fill_hidden(shape: Shape) -> str | None:
+    """transformers gives OLMoE's norm over all query heads the hidden size."""
+    width = shape.num_attention_heads * shape.kv_channels
+    if width == shape.hidden_size:
+        return None
+    return f"hidden_size={shape.hidden_size} must be num_attention_heads x head_dim = {width}"
+
+
 OLMO2 = replace(
     LLAMA,
     name="olmo2",
@@ -25,4 +40,24 @@ OLMO2 = replace(
     },
     config_nullable=frozenset({"num_key_value_heads"}),
     rules=(),
+)
+OLMOE = replace(
+    OLMO2,
+    name="olmoe",
+    hf_class="OlmoeForCausalLM",
+    rows=(
+        *moe_rows(LLAMA.rows, "mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *PROJECTION_NORMS,
+    ),
+    config_keys=moe_config_keys(OLMO2.config_keys, width="intermediate_size", normalised="norm_topk_prob"),
+    config_facts={"hidden_act": SILU, "clip_qkv": (None,)},
+    config_defaults={
+        **OLMO2.config_defaults,
+        "max_position_embeddings": 4096,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    config_aliases={"num_experts": "num_local_experts"},
+    rules=(experts_are_given, heads_fill_hidden),
 )

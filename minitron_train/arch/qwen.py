@@ -1,8 +1,12 @@
-"""Qwen2 (arXiv 2407.10671): Llama with biases on query, key and value. Qwen3 (2505.09388): norms on query and key instead."""
+"""Qwen2 (arXiv 2407.10671): Llama with biases on query, key and value. Qwen3 (2505.09388): norms on query and key instead.
+
+Qwen3-MoE replaces the MLP by experts.
+"""
 
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, QKV_BIAS, WINDOW_KEYS, ParamSpec, Windows
 
 DEFAULTS = {
@@ -48,4 +52,33 @@ QWEN3 = replace(
     windows=WINDOWS,
     transformer={**LLAMA.transformer, "qk_layernorm": True},
     rules=(),
+)
+QWEN3_MOE = replace(
+    QWEN3,
+    name="qwen3_moe",
+    hf_class="Qwen3MoeForCausalLM",
+    rows=(*moe_rows(LLAMA.rows, "mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"), *QK_NORM),
+    config_keys=moe_config_keys(QWEN3.config_keys, width="moe_intermediate_size", normalised="norm_topk_prob"),
+    config_facts={
+        "hidden_act": SILU,
+        "use_sliding_window": (False,),
+        "decoder_sparse_step": (1,),  # every layer has experts
+        "mlp_only_layers": (None, []),
+    },
+    config_defaults={
+        **CONFIG_DEFAULTS,
+        "attention_bias": False,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    config_read=LLAMA.config_read
+    | {"sliding_window", "intermediate_size"},  # the width of dense layers, which it lacks
+    config_aliases={"num_experts": "num_local_experts"},
+    config_nullable=frozenset({"sliding_window"}),
+    windows=Windows(),
+    rules=(experts_are_given,),
 )

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.runtime.errors import UserError
 
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")  # can be pruned
+SIZES = (  # can be pruned
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_moe_experts",
+)
+EXPERT_FIELDS = ("num_moe_experts", "moe_router_topk", "norm_topk_prob")  # fields of mixtures of experts
 FACTORS = (  # numbers that a family multiplies or divides by
     "embedding_multiplier",
     "residual_multiplier",
@@ -17,7 +25,10 @@ FACTORS = (  # numbers that a family multiplies or divides by
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES."""
+    """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES.
+
+    In a mixture of experts, every layer has `num_moe_experts` experts, and `ffn_hidden_size` is the width of one of them.
+    """
 
     architecture: str
     num_layers: int
@@ -30,6 +41,9 @@ class Shape:
     tie_embeddings: bool = False
     max_position_embeddings: int = 4096
     layernorm_epsilon: float = 1e-5
+    num_moe_experts: int = 0  # experts of each layer; 0: one dense MLP
+    moe_router_topk: int = 0  # experts that process a token, those of its highest router probabilities
+    norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
     attention_bias: bool = False  # whether the attention has the biases that the table lists under this field
     mlp_bias: bool = False  # likewise the MLP
     embedding_multiplier: float = 1.0  # of embeddings (see Architecture.embedding_scale)
@@ -62,12 +76,22 @@ class Shape:
         one_rope = len(self.ropes) == 1 and all(kind.rope is not None for kind in self.kinds)
         return one_rope and all(window is None or window >= length for window in self.windows)
 
+    @property
+    def neurons_per_layer(self) -> int:
+        """MLP neurons of a layer, those of all experts together."""
+        return self.ffn_hidden_size * max(self.num_moe_experts, 1)
+
+    @property
+    def neurons_per_token(self) -> int:
+        """MLP neurons of a layer that process a token, those of its experts."""
+        return self.ffn_hidden_size * max(self.moe_router_topk, 1)
+
     def sizes(self) -> dict[str, int]:
-        """The sizes that pruning can change, by name."""
-        return {size: getattr(self, size) for size in SIZES}
+        """The sizes that pruning can change, by name; a dense model has no number of experts."""
+        return {size: getattr(self, size) for size in SIZES if size != "num_moe_experts" or self.num_moe_experts}
 
     def axis_size(self, axis: str) -> int:
-        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab or head."""
+        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab, head or expert."""
         return {
             "embd": self.hidden_size,
             "q": self.num_attention_heads * self.kv_channels,
@@ -75,11 +99,12 @@ class Shape:
             "ffn": self.ffn_hidden_size,
             "vocab": self.vocab_size,
             "head": self.kv_channels,
+            "expert": self.num_moe_experts,
         }[axis]
 
     def check(self, name: str) -> None:
         """Reject a shape that no model can have. `name` ("student", …) goes into the message."""
-        for key in (*SIZES, "kv_channels", "vocab_size"):
+        for key in (*self.sizes(), "kv_channels", "vocab_size"):
             if getattr(self, key) < 1:
                 raise UserError(f"{name}.{key}={getattr(self, key)}: must be at least 1; set a positive number")
         if self.num_attention_heads % self.num_query_groups:
@@ -87,6 +112,11 @@ class Shape:
                 f"{name}.num_attention_heads={self.num_attention_heads}: must be a multiple of "
                 f"num_query_groups={self.num_query_groups} (every KV group keeps the same number of heads); "
                 f"choose {nearest_multiples(self.num_attention_heads, self.num_query_groups)}"
+            )
+        if self.moe_router_topk > self.num_moe_experts:
+            raise UserError(
+                f"{name}.num_moe_experts={self.num_moe_experts}: the router sends each token to {self.moe_router_topk} "
+                f"experts; choose at least {self.moe_router_topk}"
             )
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
@@ -124,6 +154,10 @@ class Shape:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
         """
         changed = {key: value for key, value in sizes.items() if value is not None}
+        if "num_moe_experts" in changed and not self.num_moe_experts:
+            raise UserError(
+                f"student.num_moe_experts={changed['num_moe_experts']}: the teacher has no experts; leave it out"
+            )
         for key, value in changed.items():
             if value > getattr(self, key):
                 raise UserError(

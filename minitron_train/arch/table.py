@@ -9,6 +9,9 @@ A row names the axis of every dimension. The axis decides how the dimension is s
     ffn     ffn_hidden_size               yes                         yes
     vocab   vocab_size                    yes                         no
     head    kv_channels                   no                          no
+    expert  num_moe_experts               no                          yes
+
+A row with `{e}` in its names stands for one parameter of every expert.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,15 +31,27 @@ Rule = Callable[[Shape], str | None]  # why a loader of the Hugging Face folder 
 class ParamSpec:
     """One megatron-core parameter and the Hugging Face tensors that it is fused from.
 
-    `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, which is megatron-core's layout
-    of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are stacked (gate, then up).
-    `when` names the Shape field that must be true for a model to have this parameter; None: every model has it.
+    `{i}` in a name is the layer, `{e}` the expert. With `per_group` the parts are interleaved per KV group, which is
+    megatron-core's layout of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are
+    stacked (gate, then up). `when` names the Shape field that must be true for a model to have this parameter; None: every
+    model has it.
     """
 
     mcore: str
     hf: Mapping[str, Axes]
     per_group: bool = False
     when: str | None = None
+    expert: int | None = None  # set by `of_expert`
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether this row stands for one parameter of every expert (see `of_expert`)."""
+        return "{e}" in self.mcore
+
+    def of_expert(self, expert: int) -> "ParamSpec":
+        """The row of one expert's parameter."""
+        hf = {name.replace("{e}", str(expert)): axes for name, axes in self.hf.items()}
+        return replace(self, mcore=self.mcore.replace("{e}", str(expert)), hf=hf, expert=expert)
 
     @property
     def per_layer(self) -> bool:
@@ -91,15 +106,23 @@ class Architecture:
     config_defaults: Mapping[str, Any]  # transformers' value for a key that config.json lacks; None: it is derived
     config_nullable: frozenset[str] = frozenset({"num_key_value_heads", "head_dim"})  # null: derived, or no window
     config_read: frozenset[str] = frozenset()  # further keys that are supported: rotary embedding, windows
+    shape_facts: Mapping[str, Any] = field(default_factory=dict)  # Shape fields that are the same in every model
+    config_aliases: Mapping[str, str] = field(default_factory=dict)  # key -> another name that transformers reads it by
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
     windows: Windows = Windows()
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
+    rotary_base: float = 10000.0  # default of rope_theta
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
 
-    def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
-        """The rows of one model; with tied embeddings there is no separate output layer."""
+    @property
+    def has_experts(self) -> bool:
+        """Whether the family's MLPs are mixtures of experts."""
+        return any(row.per_expert for row in self.rows)
+
+    def templates_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
+        """The rows of one model as the table has them; with tied embeddings there is no separate output layer."""
         present = (row for row in self.rows if row.when is None or getattr(shape, row.when))
         return tuple(row for row in present if not (shape.tie_embeddings and row.mcore == OUTPUT))
 
@@ -126,6 +149,13 @@ class Architecture:
         """Whether a norm covers all query heads, or all key heads, together."""
         return any("_layernorm" in row.mcore and row.parallel_dim() is not None for row in self.rows)
 
+    def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
+        """The rows of one model, with a row of its own for each expert's parameter."""
+        found: list[ParamSpec] = []
+        for row in self.templates_of(shape):
+            found += [row.of_expert(e) for e in range(shape.num_moe_experts)] if row.per_expert else [row]
+        return tuple(found)
+
     def output_name(self, shape: Shape) -> str:
         """Hugging Face name of the output layer's weights, which are the embedding's where they are tied."""
         mcore = EMBEDDING if shape.tie_embeddings else OUTPUT
@@ -143,12 +173,17 @@ class Architecture:
                 for name, size in sizes.items():
                     yield name.format(i=i), size
 
-    def parameters(self, shape: Shape) -> dict[str, int]:
-        """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once)."""
+    def parameters(self, shape: Shape, *, active: bool = False) -> dict[str, int]:
+        """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once).
+
+        Args:
+            active: count only those that process one token, which are moe_router_topk experts of each layer.
+        """
         counts: dict[str, int] = dict.fromkeys(("embedding", "output", "attention", "mlp", "norms"), 0)
-        for row in self.rows_of(shape):
+        num_experts = shape.moe_router_topk if active else shape.num_moe_experts
+        for row in self.templates_of(shape):
             size = sum(prod(size) for size in row.sizes(shape).values())
-            counts[part_of(row.mcore)] += size * row.num_layers(shape)
+            counts[part_of(row.mcore)] += size * row.num_layers(shape) * (num_experts if row.per_expert else 1)
         return counts
 
 
@@ -217,6 +252,8 @@ CONFIG_DEFAULTS = {  # common to most families
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
 }
+ROUTER = LAYER + "mlp.router.weight"
+EXPERT = LAYER + "mlp.experts.{e}."
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"})
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 COMMON_FACTS: Mapping[str, tuple[Any, ...]] = {  # config_facts of every family (transformers' masks and base class)
@@ -245,11 +282,16 @@ HARMLESS_KEYS = frozenset(  # keys of transformers' config classes that do not c
         "pretraining_tp",  # transformers 5 does not read it
         "attention_dropout",  # for training in transformers; this program trains without dropout
         "residual_dropout",  # likewise
+        "router_jitter_noise",  # likewise
+        "output_router_logits",  # returns them, and adds a loss of transformers' own training
+        "router_aux_loss_coef",  # the weight of that loss
     }
 )
 READ_NORMS = {  # linear -> the norm in front of it
     LAYER + "self_attention.linear_qkv.weight": LAYER + "input_layernorm",
     LAYER + "mlp.linear_fc1.weight": LAYER + "pre_mlp_layernorm",
+    ROUTER: LAYER + "pre_mlp_layernorm",
+    EXPERT + "linear_fc1.weight": LAYER + "pre_mlp_layernorm",
     OUTPUT: "decoder.final_layernorm",
 }
 FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the linear that follows it

@@ -286,9 +286,12 @@ def shape_of_recipe(config: Config) -> Shape | None:
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise UserError(f"model.{missing[0]} is not set: a model section needs it; set it or pick model=NAME")
-    rope = Rope(theta=model.rotary_base, percent=model.rotary_percent)
-    made: dict[str, Any] = architecture(model.architecture).default_factors() | values
+    table, rope = architecture(model.architecture), Rope(theta=model.rotary_base, percent=model.rotary_percent)
+    made: dict[str, Any] = table.default_factors() | values | dict(table.shape_facts)
     shape = Shape(**made, kinds=(LayerKind(rope=rope),))
+    if bool(shape.num_moe_experts) != table.has_experts:
+        rule = "needs experts" if table.has_experts else "has no experts"
+        raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")
     shape.check("model")
     return shape
 

@@ -24,6 +24,9 @@ class ModelConfig:
     rotary_base: float = opt(10000.0, "RoPE theta")
     layernorm_epsilon: float = opt(1e-5, "epsilon of the norms")
     tie_embeddings: bool = opt(False, "share weights between embedding and output layer")
+    num_moe_experts: int = opt(0, "experts in each layer; ffn_hidden_size is the width of one; 0: a dense MLP")
+    moe_router_topk: int = opt(0, "experts that process each token; 0: a dense MLP")
+    norm_topk_prob: bool = opt(False, "divide a token's router probabilities by their sum over its experts")
     init_std: float = opt(0.02, "standard deviation of a fresh model's weights")
 
 
@@ -88,10 +91,11 @@ class StudentConfig:
         None, "Hugging Face folder of the student before training; default: OUTPUT_DIR/pruned", path=True
     )
     hidden_size: int | None = opt(None, "embedding channels to keep; default: all")
-    ffn_hidden_size: int | None = opt(None, "MLP neurons to keep per layer; default: all")
+    ffn_hidden_size: int | None = opt(None, "MLP neurons to keep per layer, or per expert; default: all")
     num_attention_heads: int | None = opt(None, "query heads to keep per layer; default: all")
     num_query_groups: int | None = opt(None, "KV groups (key/value heads) to keep per layer; default: all")
     num_layers: int | None = opt(None, "layers to keep; default: all")
+    num_moe_experts: int | None = opt(None, "experts to keep per layer; default: all")
 
     def sizes(self) -> dict[str, int | None]:
         """The sizes that pruning may change, by name; None keeps the teacher's."""

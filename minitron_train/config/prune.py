@@ -81,6 +81,18 @@ class NeuronActivation(StrEnum):
     post = "post"
 
 
+class ExpertImportance(StrEnum):
+    """What ranks experts, on the tokens that the router sends to them.
+
+    reap: mean of router probability x L2 norm of the output (REAP, arXiv 2510.13999); norm: mean L2 norm of the output;
+    tokens: number of tokens.
+    """
+
+    reap = "reap"
+    norm = "norm"
+    tokens = "tokens"
+
+
 class HeadNorm(StrEnum):
     """What the L2 norm over a head's channels is taken of: the aggregated channels, or every token before aggregation."""
 
@@ -107,6 +119,10 @@ class PruneConfig:
     head_norm: HeadNorm = opt(
         HeadNorm.channel,
         "take the L2 norm over a head's channels for each token (token) or after aggregation (channel)",
+    )
+    expert_importance: ExpertImportance = opt(
+        ExpertImportance.reap,
+        "importance of experts with width=activation: reap (router probability x norm of the output), norm or tokens",
     )
     heads_scope: Scope = opt(
         Scope.layer, "rank heads in each layer (layer) or by importance summed over layers (network)"
@@ -172,6 +188,7 @@ class SearchConfig:
     num_layers: list[int] = opt(list, "numbers of layers to try; empty: the teacher's")
     num_attention_heads: list[int] = opt(list, "numbers of query heads to try; empty: the teacher's")
     hidden_size: list[int] = opt(list, "hidden sizes to try; empty: the teacher's")
+    num_moe_experts: list[int] = opt(list, "numbers of experts per layer to try; empty: the teacher's")
     ffn_expansion: list[float] = opt(
         list, "MLP sizes to try, as multiples of hidden_size; empty: the teacher's MLP size"
     )

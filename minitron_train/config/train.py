@@ -37,6 +37,12 @@ def check_rates(section: Any, prefix: str) -> None:
     require(0 <= section.min_lr <= section.lr, f"{prefix}.min_lr", section.min_lr, rule, "lower it")
 
 
+def check_balance(section: Any, prefix: str) -> None:
+    """Refuse a negative weight of the load-balancing loss."""
+    weight = section.router_aux_loss
+    require(weight is None or weight >= 0, f"{prefix}.router_aux_loss", weight, "must not be negative", "null is none")
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Length and shape of a training run."""
@@ -58,6 +64,11 @@ class TrainConfig:
         Precision.auto,
         "dtype of the weights in forward and backward passes, with fp32 master weights; auto: bf16 where this machine "
         "multiplies it faster",
+    )
+    router_aux_loss: float | None = opt(
+        None,
+        "weight of the experts' load-balancing loss E Σ f P of each layer (arXiv 2101.03961); null: none, since the "
+        "teacher's logits already teach the router",
     )
     on_non_finite: OnNonFinite = opt(
         OnNonFinite.stop, "stop the run, or skip the step, when a loss or gradient is NaN or infinite"
@@ -105,6 +116,7 @@ class TrainConfig:
             "change one of them",
         )
         check_rates(self, "train")
+        check_balance(self, "train")
         steps = self.profile_steps
         valid = not steps or (len(steps) == 2 and 0 < steps[0] <= steps[1])
         require(valid, "train.profile_steps", steps, "must be two steps in ascending order", "give [20,22], or []")
@@ -122,10 +134,14 @@ class PretrainConfig:
     num_tokens: int = opt(1_000_000, "number of training tokens of the teacher")
     lr: float = opt(1e-3, "peak learning rate of the teacher")
     min_lr: float = opt(1e-4, "final learning rate of the teacher")
+    router_aux_loss: float | None = opt(
+        0.01, "weight of the load-balancing loss of a teacher with experts; null: none (see train.router_aux_loss)"
+    )
 
     def validate(self) -> None:
         require_positive(self, "pretrain", "num_tokens", "lr")
         check_rates(self, "pretrain")
+        check_balance(self, "pretrain")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
 MAX_LAYERS = 10_000  # far above any model; limits the table of tensors that a damaged config could ask for
+MAX_EXPERTS = 10_000  # likewise, per layer
 READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape fields; other fields are sizes
     "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
     "tie_embeddings": truth,
@@ -24,6 +25,8 @@ READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape field
     "mlp_bias": truth,
     **dict.fromkeys(FACTORS, positive_number),
     "layernorm_epsilon": epsilon,
+    "num_moe_experts": lambda value, key, where: size(value, key, where, MAX_EXPERTS),
+    "norm_topk_prob": truth,
 }
 ONLINE = {  # quantisation methods that quantise plain weights in every forward pass of transformers
     "bitnet": "transformers quantises weights and activations while it computes",
@@ -61,11 +64,12 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
         raise UserError(f"{where}: model_type {spoken(name)} is not supported; supported architectures: {supported}")
     table = architecture(name)
     check_facts(config, table, where)
+    check_aliases(config, table, where)
     check_quantisation(config, where)
     values = read_fields(config, table, where)
     check_padding(config, values["vocab_size"], where)
     rope = read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where)
-    shape = Shape(architecture=table.name, **values)
+    shape = Shape(architecture=table.name, **values, **table.shape_facts)
     shape.check(where)
     return shape.with_layers(read_layers(config, table, rope, shape.num_layers, where))
 
@@ -77,6 +81,16 @@ def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> N
             raise UserError(
                 f"{where}: {key}={spoken(config[key])}: only {' or '.join(map(spoken, supported))} is supported for "
                 f"{table.name}; use another teacher"
+            )
+
+
+def check_aliases(config: Mapping[str, Any], table: Architecture, where: str) -> None:
+    """Reject a key and its alias with two values: the one that transformers takes depends on their order."""
+    for key, alias in table.config_aliases.items():
+        if key in config and alias in config and config[key] != config[alias]:
+            raise UserError(
+                f"{where}: {key}={spoken(config[key])} and {alias}={spoken(config[alias])} are one setting with two "
+                f"values; {as_authors_give_it('it')}"
             )
 
 
@@ -122,6 +136,9 @@ def stated(config: Mapping[str, Any], key: str, table: Architecture) -> Any:
     """The value of a key, or transformers' default if it is missing; None if it is derived from others, or unknown."""
     if key == "head_dim" and config.get(key) is None and table.partial_rotary and OLD_HEAD_DIM in config:
         return config[OLD_HEAD_DIM]
+    alias = table.config_aliases.get(key)
+    if alias is not None and alias in config:  # equal to the key, if both are there
+        return config[alias]
     return config.get(key, table.config_defaults.get(key))
 
 
@@ -149,6 +166,7 @@ def student_config(
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
+    changed |= {alias: changed[key] for key, alias in table.config_aliases.items() if alias in config}
     changed |= written_rope(
         read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where), table
     )

@@ -28,6 +28,7 @@ from minitron_train.arch.table import LAYER
 from minitron_train.config import Precision
 from minitron_train.model.attention import LayerAttention, SdpaAttention, window_masks
 from minitron_train.model.branch import BranchSum
+from minitron_train.model.experts import Experts
 from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
 from minitron_train.model.norm import Norm, ProjectionNorm
@@ -110,7 +111,9 @@ class LanguageModel(GPTModel):
 
 
 def layer_spec(
-    qk_norm: bool = False, transformer_engine: bool = False, tp_group: ProcessGroup | None = None
+    qk_norm: bool = False,
+    transformer_engine: bool = False,
+    tp_group: ProcessGroup | None = None,
 ) -> ModuleSpec:
     """The modules of one layer: ours, whose norms and attention hooks can observe, or Transformer Engine's."""
     if transformer_engine:
@@ -130,6 +133,8 @@ def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_gr
     """The modules of one layer with those that the rows of the family's table need in place of the usual ones."""
     rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape)}
     layer: Any = spec.submodules
+    if shape.num_moe_experts:
+        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         if f"{norm}.weight" not in rows:
             setattr(layer, norm, IdentityOp)

@@ -10,11 +10,17 @@ MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; th
 
 
 def parameters(shape: Shape) -> dict[str, Any]:
-    """Count all parameters, those without embedding and output layer, and by part. Tied weights count once."""
-    parts = architecture(shape.architecture).parameters(shape)
+    """Count all parameters, those without embedding and output layer, and by part. Tied weights count once.
+
+    `active_parameters` process one token: all but the experts that the router does not choose. Dense models lack the key.
+    """
+    table = architecture(shape.architecture)
+    parts = table.parameters(shape)
     total = sum(parts.values())
+    active = {"active_parameters": sum(table.parameters(shape, active=True).values())} if shape.num_moe_experts else {}
     return {
         "parameters": total,
+        **active,
         "non_embedding_parameters": total - parts["embedding"] - parts["output"],
         "parameters_by_part": parts,
     }
@@ -39,10 +45,10 @@ def layer_parameters(shape: Shape, tp: int = 1) -> int:
 def forward_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:
     """Count the FLOPs of a forward pass per token; a multiply-add counts as two.
 
-    Matrices cost 2 FLOPs per parameter. Attention costs Q K^T and P V with `seq_length` keys, or half as many if `causal`
-    (the papers' figures count all keys), and fewer in layers with a window.
+    Matrices cost 2 FLOPs per parameter that processes the token. Attention costs Q K^T and P V with `seq_length` keys, or
+    half as many if `causal` (the papers' figures count all keys), and fewer in layers with a window.
     """
-    parts = architecture(shape.architecture).parameters(shape)
+    parts = architecture(shape.architecture).parameters(shape, active=True)
     matrices = sum(parts[name] for name in MATRIX_PARTS)
     if shape.tie_embeddings:
         matrices += parts["embedding"]  # the output layer uses the same matrix

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.arch.shape import SIZES
 from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
@@ -110,9 +109,9 @@ def overrides(config: Config, machine: Hardware, layout: Layout) -> list[str]:
 
 def describe(shape: Shape) -> dict[str, Any]:
     """Return sizes and exact parameter counts of one model."""
-    return {
-        key: getattr(shape, key) for key in ("architecture", *SIZES, "kv_channels", "vocab_size")
-    } | counts.parameters(shape)
+    sizes = {"architecture": shape.architecture, **shape.sizes()}
+    others = ("kv_channels", "vocab_size", *(["moe_router_topk"] if shape.num_moe_experts else []))
+    return sizes | {key: getattr(shape, key) for key in others} | counts.parameters(shape)
 
 
 def training(config: Config) -> dict[str, Any]:

@@ -57,13 +57,21 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
     """Return the bytes that autograd saves for one layer, per micro-batch and rank, without full recomputation."""
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
     replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
+    if layout.recompute != "selective":
+        replicated += expert_elements(shape)
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
         attention = 4 * query  # rotated Q; K and V repeated for every head (model.attention.needs_whole_heads); context
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
+    small += shape.num_moe_experts + 9 * shape.moe_router_topk  # probabilities, and three int64 numbers of each expert
     return int(layout.tokens * (elements * layout.weight_bytes + small * FP32))
+
+
+def expert_elements(shape: Shape) -> int:
+    """Return the elements per token that surround the experts' neurons: input, output and weighted output of each."""
+    return 3 * shape.moe_router_topk * shape.hidden_size
 
 
 def sequence_parts(layout: Layout) -> int:
@@ -79,9 +87,9 @@ def kept_by_norm(shape: Shape, layout: Layout) -> float:
 def mlp_elements(shape: Shape) -> int:
     """Return the elements per token that the MLP saves.
 
-    Squared ReLU saves 2 F. A gated MLP saves 3 F: both halves, and the product.
+    Squared ReLU saves 2 F. A gated MLP saves 3 F: both halves, and the product. So does each expert of a token.
     """
-    return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.ffn_hidden_size
+    return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.neurons_per_token
 
 
 def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
@@ -106,9 +114,10 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
     """Return the peak bytes inside a layer of a forward pass without gradients: residual, norm, and MLP or attention."""
-    mlp = 3 * shape.ffn_hidden_size
+    mlp = 3 * shape.neurons_per_token
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
-    return int(layout.tokens * layout.weight_bytes * (3 * shape.hidden_size + max(mlp, attention) / layout.tp))
+    elements = 3 * shape.hidden_size + max(mlp, attention) / layout.tp + expert_elements(shape)
+    return int(layout.tokens * layout.weight_bytes * elements)
 
 
 def logit_budget(vocab: int, layout: Layout) -> float:
@@ -193,7 +202,7 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
         streamed: hold the weights of one layer of each kind at a time.
     """
     layers = (len(teacher.kinds) if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
-    channels = (2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size) // layout.tp + 2 * teacher.hidden_size
+    channels = (2 * teacher.axis_size("q") + 2 * teacher.neurons_per_layer) // layout.tp + 2 * teacher.hidden_size
     vectors = min(chunk_tokens, teacher.vocab_size) + chunk_tokens  # embeddings of distinct tokens, and of all tokens
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],
@@ -218,7 +227,8 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
 
     Args:
         layout: gives the tokens of one forward pass.
-        tokens: tokens of the fit; the teacher's and the student's residual streams of all of them are held.
+        tokens: tokens of the fit; the teacher's and the student's residual streams of all of them are held. With experts,
+            both normalised streams and the difference between both models are held too.
     """
     layout = replace(layout, tp=1, weight_bytes=FP32)
     hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
@@ -230,10 +240,11 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     squares = [4 * teacher.hidden_size**2] if prune.rotate else []
     if prune.refit is not Refit.none:
         squares += [2 * inputs**2 + 3 * inputs * outputs for inputs, outputs in linears]
+    routed = teacher.hidden_size + 2 * hidden if student.num_moe_experts else 0
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],
         "layers": (layer_parameters(teacher) + layer_parameters(student)) * FP32,
-        "streams": tokens * (teacher.hidden_size + (2 if has_post_norms else 1) * hidden) * FP32,
+        "streams": tokens * (teacher.hidden_size + (2 if has_post_norms else 1) * hidden + routed) * FP32,
         "working": working_bytes(teacher, layout),
         "squares": max(squares, default=0) * FP64,
     }

@@ -16,6 +16,7 @@ MEMORY_ROWS = {
     "loss": "fused KL: blocks, gradients",
     "total": "peak",
 }
+COUNTS = ("parameters", "active_parameters", "non_embedding_parameters")
 PARTS = ("embedding", "attention", "mlp", "norms", "output")
 
 
@@ -38,7 +39,8 @@ def models(plan: dict[str, Any]) -> list[str]:
     lines = [f"{'':<28}{'teacher':>16}{'student':>16}{'kept':>8}"]
     pairs = [
         (name, teacher[name], student[name])
-        for name in (*SIZES, "kv_channels", "vocab_size", "parameters", "non_embedding_parameters")
+        for name in (*SIZES, "moe_router_topk", "kv_channels", "vocab_size", *COUNTS)
+        if name in teacher
     ]
     pairs += [(f"  {name}", teacher["parameters_by_part"][name], student["parameters_by_part"][name]) for name in PARTS]
     for name, before, after in pairs:

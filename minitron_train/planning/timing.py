@@ -65,7 +65,7 @@ def layer_passes(shape: Shape, layout: Layout) -> float:
 
 def mlp_passes(shape: Shape) -> float:
     """Return the elements that the MLP's activation function reads or writes per token, summed over tensor-parallel ranks."""
-    return PASSES[architecture(shape.architecture).transformer["activation"]] * shape.ffn_hidden_size
+    return PASSES[architecture(shape.architecture).transformer["activation"]] * shape.neurons_per_token
 
 
 def recomputed(layout: Layout, layer: float, mlp: float) -> float:
@@ -150,7 +150,7 @@ def step_time(
     tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
     learnt, mlp = (
         layer_cost(student, length, machine),
-        2 * architecture(student.architecture).parameters(student)["mlp"],
+        2 * architecture(student.architecture).parameters(student, active=True)["mlp"],
     )
     taught = 0 if teacher is None else layer_cost(teacher, length, machine)
     flops = taught + 3 * learnt + recomputed(layout, learnt, mlp)
@@ -178,7 +178,7 @@ def score_network_bytes(teacher: Shape, layout: Layout) -> float:
 def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int) -> float:
     """Estimate the seconds of scoring `tokens` tokens: no output layer, statistics of each scored activation, weights once."""
     flops = layer_cost(teacher, layout.seq_length, machine)
-    parallel = 2 * teacher.axis_size("q") + 2 * teacher.ffn_hidden_size
+    parallel = 2 * teacher.axis_size("q") + 2 * teacher.neurons_per_token
     watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
     traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * layout.weight_bytes
     weights = 2 * parameters_per_rank(teacher, layout.tp) * layout.weight_bytes

@@ -41,15 +41,17 @@ class Candidate:
 
     def row(self) -> dict[str, Any]:
         """The candidate's entry in search.json."""
-        sizes = ("num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size")
+        sizes = ["num_layers", "num_attention_heads", "ffn_hidden_size", "hidden_size"]
+        sizes += ["num_moe_experts"] if self.shape.num_moe_experts else []
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shape"}
         finite = {key: None if value == math.inf else value for key, value in values.items()}
         return {"name": self.name, **{size: getattr(self.shape, size) for size in sizes}, **finite}
 
 
 def name_of(sizes: Mapping[str, int]) -> str:
-    """Layers, heads, MLP and hidden size as a name, like l12-a8-f1024-h512."""
-    return "l{num_layers}-a{num_attention_heads}-f{ffn_hidden_size}-h{hidden_size}".format(**sizes)
+    """Layers, heads, MLP and hidden size as a name, like l12-a8-f1024-h512; with experts l12-a8-f1024-h512-e64."""
+    experts = "-e{num_moe_experts}" if sizes.get("num_moe_experts") else ""
+    return f"l{{num_layers}}-a{{num_attention_heads}}-f{{ffn_hidden_size}}-h{{hidden_size}}{experts}".format(**sizes)
 
 
 def weigh(shape: Shape, search: SearchConfig) -> Candidate:
@@ -73,9 +75,13 @@ def grid(search: SearchConfig, teacher: Shape) -> Iterator[dict[str, int]]:
     axes = [
         getattr(search, key) or [getattr(teacher, key)] for key in ("num_layers", "num_attention_heads", "hidden_size")
     ]
-    for layers, heads, hidden, factor in itertools.product(*axes, search.ffn_expansion or [None]):
+    every_number = search.num_moe_experts or [teacher.num_moe_experts]
+    for layers, heads, hidden, factor, experts in itertools.product(
+        *axes, search.ffn_expansion or [None], every_number
+    ):
         ffn = teacher.ffn_hidden_size if factor is None else round(factor * hidden)
-        yield {"num_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_hidden_size": ffn}
+        sizes = {"num_layers": layers, "num_attention_heads": heads, "hidden_size": hidden, "ffn_hidden_size": ffn}
+        yield sizes | ({"num_moe_experts": experts} if experts else {})
 
 
 def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_train.model.experts import Experts
 from minitron_train.parallel.groups import Groups
+from minitron_train.pruning.collect_experts import NEURONS, Seen, watching_experts
 from minitron_train.pruning.layers import Layers, forward
 from minitron_train.pruning.statistics import Moments, distance, over_sequence
 from minitron_train.runtime.console import progress
@@ -66,6 +68,9 @@ class Statistics:
     num_tokens: int = 0
     moments: dict[str, Moments] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)  # layers.{i}.block: fp64 [2], Σ (1 - cos) and tokens
+    experts: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # layers.{i}.experts: fp64 [3, E], see collect_experts.Seen
     losses_without: Tensor | None = None  # fp64 [L + 1], nats: without layer i; the whole model's is last
     logit_changes: Tensor | None = None  # fp64 [L]: Σ (M - M_without)² / Σ M² of the logits M, for each layer
     spans: Tensor | None = None  # fp64 [L + 1, L + 1]: Σ over last tokens of cos between the inputs of layers i and j
@@ -80,6 +85,7 @@ class Statistics:
             self,
             moments={name: moments.cpu() for name, moments in self.moments.items()},
             blocks={name: block.cpu() for name, block in self.blocks.items()},
+            experts={name: sums.cpu() for name, sums in self.experts.items()},
             losses_without=host(self.losses_without),
             logit_changes=host(self.logit_changes),
             spans=host(self.spans),
@@ -87,8 +93,16 @@ class Statistics:
 
     def add(self, name: str, x_SBC: Tensor, mask_SB: Tensor | None) -> None:
         """Add one micro-batch of one activation."""
-        new = Moments.of(over_sequence(x_SBC, mask_SB))
+        self.add_values(name, over_sequence(x_SBC, mask_SB))
+
+    def add_values(self, name: str, values: Tensor) -> None:
+        """Add mean |x|, L2 and variance per sequence, fp64 [3, B, …]."""
+        new = Moments.of(values)
         self.moments[name] = self.moments[name].merge(new) if name in self.moments else new
+
+    def add_experts(self, name: str, sums: Tensor) -> None:
+        """Add one micro-batch of a layer's experts."""
+        self.experts[name] = self.experts[name] + sums if name in self.experts else sums
 
     @contextlib.contextmanager
     def watching(self, layer: torch.nn.Module, i: int, mask: list[Tensor | None]) -> Iterator[None]:
@@ -104,9 +118,19 @@ class Statistics:
                 return module.register_forward_pre_hook(lambda _, inputs: see(inputs))
             return module.register_forward_hook(lambda _, __, output: see(output))
 
-        handles = [watch(name, point) for name, point in POINTS.items()]
+        experts = layer.mlp if isinstance(layer.mlp, Experts) else None
+        handles = [watch(name, point) for name, point in POINTS.items() if experts is None or name not in NEURONS]
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                if experts is not None:
+                    seen = Seen(
+                        experts,
+                        mask,
+                        add_neurons=lambda name, values: self.add_values(f"layers.{i}.{name}", values),
+                        add_experts=lambda sums: self.add_experts(f"layers.{i}.experts", sums),
+                    )
+                    stack.enter_context(watching_experts(seen))
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,7 +204,7 @@ def merge_ranks(statistics: Statistics, groups: Groups) -> Statistics:
         if point is not None and point.parallel:
             parts = torch.cat(groups.gather(parts), dim=-1)
         statistics.moments[name] = Moments(count, parts[0], parts[1])
-    for block in statistics.blocks.values():
+    for block in (*statistics.blocks.values(), *statistics.experts.values()):
         groups.sum_over_data(block)
     assert statistics.spans is not None
     groups.sum_over_data(statistics.spans)

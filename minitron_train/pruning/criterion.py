@@ -21,10 +21,11 @@ A criterion reads activations and weights like this:
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minitron_train.arch.convert import Source
@@ -62,29 +63,40 @@ class Width:
 
     embedding: Tensor  # [hidden_size], the same channels in all layers
     heads: list[Tensor]  # [num_attention_heads] each
-    ffn: list[Tensor]  # [ffn_hidden_size] each
+    ffn: list[Tensor]  # [ffn_hidden_size] each; with experts [num_moe_experts, ffn_hidden_size]
+    experts: list[Tensor] = field(default_factory=list)  # [num_moe_experts] each; empty without experts
 
 
 class UnitSquares:
-    """Sums of squares per channel, head or neuron, for criteria that are an L2 norm over a unit's weights."""
+    """Sums of squares per channel, head, neuron or expert, for criteria that are an L2 norm over a unit's weights."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self.sums: dict[tuple[str, int], Tensor] = {}  # (axis, layer) -> fp64 [length of the axis]
+        # (axis, layer, expert; None outside of experts) -> fp64 [length of the axis]
+        self.sums: dict[tuple[str, int, int | None], Tensor] = {}
 
-    def add(self, axis: str, layer: int, squares: Tensor) -> None:
-        """Add to the units of one axis (see arch.table); channels are summed over the layers."""
-        key = axis, 0 if axis == "embd" else layer
+    def add(self, axis: str, layer: int, squares: Tensor, expert: int | None = None) -> None:
+        """Add to the units of one axis (see arch.table); channels are summed over layers and experts."""
+        key = ("embd", 0, None) if axis == "embd" else (axis, layer, expert)
         self.sums[key] = self.sums[key] + squares if key in self.sums else squares
 
     def norms(self) -> Width:
         """The square roots of the sums; a head sums over its channels."""
         layers = range(self.shape.num_layers)
-        return Width(
-            embedding=self.sums["embd", 0].sqrt(),
-            heads=[self.sums["q", i].view(-1, self.shape.kv_channels).sum(1).sqrt() for i in layers],
-            ffn=[self.sums["ffn", i].sqrt() for i in layers],
+        width = Width(
+            embedding=self.sums["embd", 0, None].sqrt(),
+            heads=[self.sums["q", i, None].view(-1, self.shape.kv_channels).sum(1).sqrt() for i in layers],
+            ffn=[self._neurons(i).sqrt() for i in layers],
         )
+        if self.shape.num_moe_experts:
+            width.experts.extend(self.sums["expert", i, None].sqrt() for i in layers)
+        return width
+
+    def _neurons(self, layer: int) -> Tensor:
+        experts = range(self.shape.num_moe_experts)
+        if not experts:
+            return self.sums["ffn", layer, None]
+        return torch.stack([self.sums["ffn", layer, e] for e in experts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +145,11 @@ def check_width(name: str, found: Any, shape: Shape) -> Width:
     if not isinstance(found, Width):
         rule = "return a Width, see minitron_train/pruning/criterion.py"
         raise UserError(f"prune.width={name}: returned {described(found)}; {rule}")
+    experts = [shape.num_moe_experts] if shape.num_moe_experts else []
     wanted = {
         "heads": (found.heads, [[shape.num_attention_heads]] * shape.num_layers),
-        "ffn": (found.ffn, [[shape.ffn_hidden_size]] * shape.num_layers),
+        "ffn": (found.ffn, [[*experts, shape.ffn_hidden_size]] * shape.num_layers),
+        "experts": (found.experts, [experts] * shape.num_layers if experts else []),
         "embedding": ([found.embedding], [[shape.hidden_size]]),
     }
     for part, (scores, sizes) in wanted.items():

@@ -1,7 +1,7 @@
 """Describes what pruning would do, for dry_run."""
 
 from minitron_train.arch import architecture
-from minitron_train.arch.shape import SIZES, Shape
+from minitron_train.arch.shape import Shape
 from minitron_train.config import Merge, PruneConfig, Refit
 from minitron_train.pruning.criterion import depth_criterion, width_criterion
 
@@ -12,7 +12,7 @@ def describe(teacher: Shape, student: Shape, prune: PruneConfig) -> list[str]:
     """One line for each size that is kept, each criterion that ranks, and each repair."""
     before, after = (sum(architecture(shape.architecture).parameters(shape).values()) for shape in (teacher, student))
     lines = [f"keeps   {after:,} of {before:,} parameters"]
-    lines += [f"keeps   {size} {getattr(student, size)} of {getattr(teacher, size)}" for size in SIZES]
+    lines += [f"keeps   {size} {kept} of {getattr(teacher, size)}" for size, kept in student.sizes().items()]
     lines.append(f"ranks   {prune.width}: {width_criterion(prune.width).summary}")
     ranked = f"batch {prune.batch_aggregation.value}, sequence {prune.sequence_aggregation.value}"
     scopes = f"heads per {prune.heads_scope.value}, neurons per {prune.ffn_scope.value}"

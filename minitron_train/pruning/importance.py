@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from minitron_train import hf
 from minitron_train.arch.shape import Shape
 from minitron_train.config import Scope
 from minitron_train.pruning.collect import FINAL_NORM, Statistics
+from minitron_train.pruning.collect_experts import NEURONS
 from minitron_train.pruning.criterion import Evidence, width_criterion
 from minitron_train.pruning.statistics import Moments
 from minitron_train.runtime.errors import UserError, first_line
@@ -31,15 +32,17 @@ class Importance:
 
     embedding: Tensor  # [hidden_size]
     heads: list[Tensor]  # [num_attention_heads] each
-    ffn: list[Tensor]  # [ffn_hidden_size] each
+    ffn: list[Tensor]  # [ffn_hidden_size] each; with experts [num_moe_experts, ffn_hidden_size]
     block: list[Tensor]  # [1] each: 1 - cos between a layer's input and output
     loss_without: list[Tensor]  # [1] each: loss without the layer; an empty list where it was not measured
+    experts: list[Tensor] = field(default_factory=list)  # [num_moe_experts] each; an empty list without experts
 
     def tensors(self) -> dict[str, Tensor]:
-        """The scores by their names in scores.safetensors."""
+        """The scores by their names in scores.safetensors; the neurons of all experts of a layer are one row."""
         named = {"embedding": self.embedding}
         for i, (heads, ffn, block) in enumerate(zip(self.heads, self.ffn, self.block, strict=True)):
-            named |= {f"layers.{i}.heads": heads, f"layers.{i}.ffn": ffn, f"layers.{i}.block": block}
+            named |= {f"layers.{i}.heads": heads, f"layers.{i}.ffn": ffn.flatten(), f"layers.{i}.block": block}
+        named |= {f"layers.{i}.experts": scores for i, scores in enumerate(self.experts)}
         return named | {f"layers.{i}.loss_without": loss for i, loss in enumerate(self.loss_without)}
 
 
@@ -55,6 +58,7 @@ def importance(evidence: Evidence) -> Importance:
         ffn=sum_layers(width.ffn) if prune.ffn_scope is Scope.network else width.ffn,
         block=[(total / tokens).view(1) for total, tokens in blocks],
         loss_without=[] if losses is None else list(losses[:-1].split(1)),
+        experts=width.experts,
     )
 
 
@@ -82,7 +86,7 @@ class Scores:
         hf.read_header(path, remedy="remove it and run `score` again")
         with opened(path) as file:
             metadata = dict(file.metadata() or {})
-            for key in SHAPE_KEYS:
+            for key in shape_keys(teacher.shape):
                 if metadata.get(key) != str(getattr(teacher.shape, key)):
                     raise UserError(
                         f"{path}: scores of a model with {key}={metadata.get(key)}, the teacher has "
@@ -99,6 +103,11 @@ class Scores:
         except (KeyError, ValueError) as error:
             why = f"its raw statistics are incomplete: {error}"
             raise damaged(str(path), why, "remove it and run `score` again") from None
+
+
+def shape_keys(shape: Shape) -> tuple[str, ...]:
+    """The sizes that scores depend on."""
+    return (*SHAPE_KEYS, *(["num_moe_experts"] if shape.num_moe_experts else []))
 
 
 @contextlib.contextmanager
@@ -122,25 +131,30 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
     taken = {name: raw.pop(name) for name in ("samples", "spans")}
     taken |= {name: raw.pop(name) for name in ("losses_without", "logit_changes") if name in raw}
     blocks = {f"layers.{i}.block": raw.pop(f"layers.{i}.block") for i in every}
+    of_experts = {f"layers.{i}.experts": raw.pop(f"layers.{i}.experts") for i in every if shape.num_moe_experts}
     whole = shape.num_layers + 1
     sizes = {"samples": (1,), "spans": (whole, whole), "losses_without": (whole,), "logit_changes": (len(every),)}
-    for name, value in (taken | blocks).items():
+    sizes |= dict.fromkeys(of_experts, (3, shape.num_moe_experts))
+    for name, value in (taken | blocks | of_experts).items():
         if tuple(value.shape) != sizes.get(name, (2,)):
             raise ValueError(f"raw.{name} has size {list(value.shape)}")
     channels = shape.num_attention_heads * shape.kv_channels
     widths = {"input_norm": shape.hidden_size, "mlp_norm": shape.hidden_size, "head_channels": channels}
     widths |= {"head_norms": shape.num_attention_heads}
-    widths |= {"neurons_pre": shape.ffn_hidden_size, "neurons_post": shape.ffn_hidden_size}
-    expected = {FINAL_NORM: shape.hidden_size}
-    expected |= {f"layers.{i}.{point}": width for i in every for point, width in widths.items()}
-    for name, width in expected.items():
-        if tuple(raw[name].shape) != (2, 3, width) or not raw[name].is_floating_point():
+    experts = [shape.num_moe_experts] if shape.num_moe_experts else []
+    measured = {point: (width,) for point, width in widths.items()}
+    measured |= dict.fromkeys(NEURONS, (*experts, shape.ffn_hidden_size))
+    expected = {FINAL_NORM: (shape.hidden_size,)}
+    expected |= {f"layers.{i}.{point}": size for i in every for point, size in measured.items()}
+    for name, size in expected.items():
+        if tuple(raw[name].shape) != (2, 3, *size) or not raw[name].is_floating_point():
             raise ValueError(f"raw.{name} has type {raw[name].dtype} and size {list(raw[name].shape)}")
     return Statistics(
         shape.num_layers,
         num_tokens=tokens,
         moments={name: Moments(taken["samples"][0], *raw[name].unbind()) for name in expected},
         blocks=blocks,
+        experts=of_experts,
         losses_without=taken.get("losses_without"),
         logit_changes=taken.get("logit_changes"),
         spans=taken["spans"],
@@ -154,7 +168,7 @@ def write(path: Path, evidence: Evidence, metadata: dict[str, str]) -> None:
     for name, moments in statistics.moments.items():
         tensors[f"raw.{name}"] = torch.stack([moments.mean, moments.deviations])
         tensors["raw.samples"] = moments.count.view(1)
-    tensors |= {f"raw.{name}": block for name, block in statistics.blocks.items()}
+    tensors |= {f"raw.{name}": sums for name, sums in (statistics.blocks | statistics.experts).items()}
     assert statistics.spans is not None
     tensors["raw.spans"] = statistics.spans
     if statistics.losses_without is not None:
@@ -167,7 +181,7 @@ def write(path: Path, evidence: Evidence, metadata: dict[str, str]) -> None:
         "preset": prune.preset,
         "samples": str(int(tensors["raw.samples"])),
         "tokens": str(statistics.num_tokens),
-        **{key: str(getattr(shape, key)) for key in SHAPE_KEYS},
+        **{key: str(getattr(shape, key)) for key in shape_keys(shape)},
         **metadata,
     }
     tensors = {name: value.clone() for name, value in tensors.items()}  # no two share memory

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.arch.shape import SIZES, Shape
+from minitron_train.arch.shape import Shape
 from minitron_train.config import Config
 from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.basis import principal_basis, why_not
@@ -110,7 +110,7 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
         return want + (have - want) * (num_steps - step) // num_steps // unit * unit
 
     units = {"ffn_hidden_size": tp, "num_query_groups": tp}
-    sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in SIZES}
+    sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in teacher.sizes()}
     per_group = left(*(shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student)))
     return teacher.smaller(**sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})
 

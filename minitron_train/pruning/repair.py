@@ -29,14 +29,14 @@ from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
 from minitron_train.model.branch import BranchSum
 from minitron_train.model.norm import Norm, ProjectionNorm
-from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.basis import effective_gamma
 from minitron_train.pruning.layers import Layers, forward, seeing, seeing_all
+from minitron_train.pruning.least_squares import LeastSquares
+from minitron_train.pruning.repair_experts import ExpertFits, Routed
 from minitron_train.pruning.select import Keep
 from minitron_train.pruning.slice import VOCABULARY_ROWS
 from minitron_train.pruning.target import check_enough
 from minitron_train.runtime.console import progress
-from minitron_train.runtime.errors import UserError
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
 
@@ -46,43 +46,6 @@ REFITTED = {
     Refit.outputs: ("linear_proj", "linear_fc2"),
     Refit.all: ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
 }
-
-
-class LeastSquares:
-    """argmin over W of Σ w ‖y - W x‖² + ridge ‖W - W₀‖², from sums over the tokens of all processes."""
-
-    def __init__(self, inputs: int, outputs: int, groups: Groups) -> None:
-        self.groups = groups
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=groups.device)
-        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=groups.device)
-
-    def add(self, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor) -> None:
-        """Add tokens."""
-        weighted_IN = (x_NI * weight_N[:, None]).t()
-        self.gram += weighted_IN @ x_NI
-        self.cross += weighted_IN @ y_NO
-
-    def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
-        """The best weights, regularised towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal.
-
-        If all inputs are zero, as after an embedding of zeros, `start_OI` is returned.
-
-        Raises:
-            UserError: inputs or outputs are not finite; raised on all processes.
-        """
-        for sums in (self.gram, self.cross):
-            self.groups.sum(sums)
-        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
-            raise UserError(
-                "prune.refit: the model's activations are NaN or infinite while it is repaired; check the teacher's weights, "
-                "or prune without repair: prune=paper"
-            )
-        if not self.gram.diagonal().any():
-            return start_OI
-        missing = self.cross - self.gram @ start_OI.double().t()
-        self.gram.diagonal().add_(ridge * self.gram.diagonal().mean())
-        change_IO = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))
-        return start_OI + change_IO.t().to(start_OI.dtype)
 
 
 @dataclass(slots=True)
@@ -171,10 +134,13 @@ class Repair:
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
         self.teacher_rotary, self.rotary = (layers.rotary(tokens_NS.shape[1]) for layers in (teacher, student))
+        self.expert_fits = ExpertFits(keep, prune, groups)
         # of the teacher's norms inside the current half: their denominators, [S, B] per micro-batch
         self.sizes: dict[str, list[Tensor]] = {}
         self.outputs: list[Tensor] = []  # of its second linear where a norm follows, kept channels, [S, B, H] each
-        self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.layer_rows(teacher.shape)}
+        self.rows = {
+            row.mcore.split("{i}.")[-1]: row for row in teacher.table.templates_of(teacher.shape) if row.per_layer
+        }
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -188,8 +154,12 @@ class Repair:
             absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
             attention, mlp = HALVES
             self._repair_half(attention, i, layer, range(0))
-            self._repair_half(mlp, i, layer, absorbed)
+            if self.keep.student.num_moe_experts:
+                self._repair_experts(mlp, i, layer, absorbed)
+            else:
+                self._repair_half(mlp, i, layer, absorbed)
             yield from self._parts(self.student[i], self.student.table.layer_rows(self.keep.student), i)
+        self.expert_fits.report()
         yield from self._last()
 
     def _parts(self, module: torch.nn.Module, rows: Iterable[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
@@ -221,6 +191,23 @@ class Repair:
         if self._fits(half.second):
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
         self._scale_inside(student, half, outer)
+        for streams in self.streams:
+            streams.student = half.forward(student, streams.student, self.rotary)
+
+    def _repair_experts(self, half: Half, i: int, layer: int, absorbed: range) -> None:
+        """Fit router and experts, then advance both streams; the teacher's also through the `absorbed` layers."""
+        teacher, student, fits = self.teacher[layer], self.student[i], self.expert_fits
+        before: Norm = teacher.get_submodule(half.norm)  # type: ignore[assignment]
+        after: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
+        if self.prune.norm_scale:
+            self._scale(after)
+        batches = [Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight()) for s in self.streams]
+        fits.fit_inputs(teacher.mlp, student.mlp, layer, batches)  # type: ignore[arg-type]
+        for streams in self.streams:
+            streams.teacher = half.forward(teacher, streams.teacher, self.rotary)
+        self._advance_teacher_over(absorbed)
+        lacking = [(self._narrow(s.teacher) - s.student)[s.mask] for s in self.streams]
+        fits.fit_outputs(student.mlp, batches, lacking)  # type: ignore[arg-type]
         for streams in self.streams:
             streams.student = half.forward(student, streams.student, self.rotary)
 

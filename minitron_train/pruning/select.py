@@ -1,6 +1,6 @@
 """Selects the channels, heads, neurons and layers to keep: the highest scores that make a valid student."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ ALONE = -1  # partner of a kept head into which no dropped head is merged
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Indices of the teacher that are kept, ascending, int64; `heads`, `kv_groups`, `ffn` and `partners` by teacher layer."""
+    """Indices of the teacher that are kept, ascending, int64; `heads` … `partners` and `experts` by teacher layer."""
 
     teacher: Shape
     student: Shape
@@ -27,20 +27,27 @@ class Keep:
     layers: Tensor
     heads: dict[int, Tensor]
     kv_groups: dict[int, Tensor]
-    ffn: dict[int, Tensor]
+    ffn: dict[int, Tensor]  # with experts [kept experts, ffn_hidden_size], each row inside one expert
     partners: dict[int, Tensor]  # the dropped head that is merged into each kept head, or ALONE
     merge: Merge = Merge.none
     basis: Basis | None = None  # if set, the residual stream is rotated, and `embedding` is not used
     importance: Importance | None = None  # the teacher's scores that chose this; None after several steps
+    experts: dict[int, Tensor] = field(default_factory=dict)  # empty without experts
 
-    def rows(self, axis: str, layer: int) -> Tensor | None:
-        """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None means all."""
+    def rows(self, axis: str, layer: int, expert: int | None = None) -> Tensor | None:
+        """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None means all.
+
+        Args:
+            expert: the student's expert, for an axis inside one.
+        """
         if axis == "embd":
             if self.basis is not None:
                 return None
             kept, size = self.embedding, 1
         elif axis == "ffn":
-            kept, size = self.ffn[layer], 1
+            kept, size = self.ffn[layer] if expert is None else self.ffn[layer][expert], 1
+        elif axis == "expert":
+            kept, size = self.experts[layer], 1
         elif axis == "q":
             kept, size = self.heads[layer], self.teacher.kv_channels
         elif axis == "kv":
@@ -59,6 +66,9 @@ class Keep:
         else:
             named |= {"embedding.basis": self.basis.down_DH, "embedding.variance": self.basis.variance_D}
         kinds = {"heads": self.heads, "groups": self.kv_groups, "ffn": self.ffn}
+        if self.experts:
+            first = {i: kept[:, None] * self.teacher.ffn_hidden_size for i, kept in self.experts.items()}
+            kinds |= {"experts": self.experts, "ffn": {i: (first[i] + self.ffn[i]).flatten() for i in first}}
         if self.merge is not Merge.none:
             kinds["partners"] = self.partners
         for kind, kept in kinds.items():
@@ -74,6 +84,11 @@ class Keep:
         """Combine this selection with `after`, made on its result. Neither may merge heads or rotate (see check_target)."""
         kept = after.layers.tolist()
         origin = {i: int(self.layers[i]) for i in kept}
+        ffn = {i: self.ffn[origin[i]] for i in kept}
+        if self.experts:  # each row of neurons is inside one of the experts that are left
+            ffn = {i: rows[after.experts[i]].gather(1, after.ffn[i]) for i, rows in ffn.items()}
+        else:
+            ffn = {i: rows[after.ffn[i]] for i, rows in ffn.items()}
         return Keep(
             self.teacher,
             after.student,
@@ -81,8 +96,9 @@ class Keep:
             layers=self.layers[after.layers],
             heads={origin[i]: self.heads[origin[i]][after.heads[i]] for i in kept},
             kv_groups={origin[i]: self.kv_groups[origin[i]][after.kv_groups[i]] for i in kept},
-            ffn={origin[i]: self.ffn[origin[i]][after.ffn[i]] for i in kept},
+            ffn={origin[i]: rows for i, rows in ffn.items()},
             partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
+            experts={origin[i]: self.experts[origin[i]][index] for i, index in after.experts.items()},
         )
 
 
@@ -96,12 +112,14 @@ def select(evidence: Evidence, student: Shape) -> Keep:
 
     Heads are ranked inside their KV group, and every group keeps the same number. So the student is a valid
     grouped-query model (arXiv 2407.14679 prunes query heads only). If the student has fewer KV groups, the groups whose
-    kept heads score highest are kept. Embedding channels are the same in all layers. The target must have passed
-    check_target, or lie between such a target and the teacher.
+    kept heads score highest are kept. Experts are ranked inside their layer, and their neurons inside each expert.
+    Embedding channels are the same in all layers. The target must have passed check_target, or lie between such a target
+    and the teacher.
     """
     teacher, scores = evidence.shape, importance(evidence)
     layers = keep_layers(evidence, student.num_layers)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
+    experts = {i: best(scores.experts[i], student.num_moe_experts) for i in layers.tolist() if scores.experts}
     return Keep(
         teacher,
         student.with_layers([teacher.layer_kinds[i] for i in layers.tolist()]),
@@ -109,11 +127,19 @@ def select(evidence: Evidence, student: Shape) -> Keep:
         layers=layers,
         heads={i: heads for i, (heads, _, _) in chosen.items()},
         kv_groups={i: kv_groups for i, (_, kv_groups, _) in chosen.items()},
-        ffn={i: best(scores.ffn[i], student.ffn_hidden_size) for i in layers.tolist()},
+        ffn={i: best_neurons(scores.ffn[i], experts.get(i), student.ffn_hidden_size) for i in layers.tolist()},
         partners={i: partners for i, (_, _, partners) in chosen.items()},
         merge=evidence.prune.head_merge,
         importance=scores,
+        experts=experts,
     )
+
+
+def best_neurons(scores: Tensor, experts: Tensor | None, count: int) -> Tensor:
+    """Neurons to keep of an MLP, or of each kept expert, [experts, count]."""
+    if experts is None:
+        return best(scores, count)
+    return torch.stack([best(scores[e], count) for e in experts.tolist()])
 
 
 def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:

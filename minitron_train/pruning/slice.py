@@ -4,6 +4,7 @@ A few threads read, slice and write blocks of rows. Memory is a few blocks, what
 are not read.
 """
 
+import itertools
 import json
 import operator
 import os
@@ -39,17 +40,21 @@ class Origin:
     name: str  # the teacher's tensor
     layer: int  # the teacher's layer
     axes: Axes
-    mcore: str  # the row of arch/'s table
+    mcore: str  # the row of arch/'s table, with `{e}` where it is one of an expert
+    expert: int | None = None  # the student's expert
 
 
 def origins(teacher: hf.HFFolder, keep: Keep) -> dict[str, Origin]:
     """The origin of every tensor of the student, by its name."""
     found = {}
-    for row in teacher.table.rows_of(keep.student):
-        for i in row.layers(keep.student):
+    for row in teacher.table.templates_of(keep.student):
+        experts = range(keep.student.num_moe_experts) if row.per_expert else [None]
+        for i, expert in itertools.product(row.layers(keep.student), experts):
             layer = int(keep.layers[i])
+            before = None if expert is None else int(keep.experts[layer][expert])
             for name, axes in row.hf.items():
-                found[name.format(i=i)] = Origin(name.format(i=layer), layer, axes, row.mcore)
+                origin = Origin(name.format(i=layer, e=before), layer, axes, row.mcore, expert)
+                found[name.format(i=i, e=expert)] = origin
     return found
 
 
@@ -79,11 +84,11 @@ class Sliced:
     def _shares_rows(self, origin: Origin) -> bool:
         """Whether each of the student's rows is made from the teacher's row at the same position."""
         mixed = self.is_rotated(origin) and origin.axes[0] == "embd"
-        return self.keep.rows(origin.axes[0], origin.layer) is None and not mixed
+        return self.keep.rows(origin.axes[0], origin.layer, origin.expert) is None and not mixed
 
     def _cut(self, whole: Tensor, origin: Origin) -> Tensor:
         """Make the student's tensor from the teacher's, or rows of it from the teacher's rows."""
-        kept = [self.keep.rows(axis, origin.layer) for axis in origin.axes]
+        kept = [self.keep.rows(axis, origin.layer, origin.expert) for axis in origin.axes]
         tensor = whole
         for axis, index in enumerate(kept):
             tensor = tensor if index is None else tensor.index_select(axis, index)
@@ -202,7 +207,8 @@ class Block:
 def blocks(teacher: hf.HFFolder, keep: Keep, names: Mapping[str, Origin]) -> Iterator[Block]:
     """Yield blocks of rows; each reads about BLOCK_BYTES."""
     for name, origin in names.items():
-        size, kept = teacher.sizes[origin.name], [keep.rows(axis, origin.layer) for axis in origin.axes]
+        size = teacher.sizes[origin.name]
+        kept = [keep.rows(axis, origin.layer, origin.expert) for axis in origin.axes]
         rows = np.arange(size[0]) if kept[0] is None else kept[0].numpy()
         columns = kept[1].numpy() if len(kept) > 1 and kept[1] is not None else None
         step = max(1, BLOCK_BYTES // (prod(size[1:]) * ITEM_BYTES[teacher.dtypes[origin.name]]))

@@ -40,6 +40,8 @@ SIZES = {
     "MLP neurons": "ffn_hidden_size",
     "Query heads": "num_attention_heads",
     "Key/value heads": "num_query_groups",
+    "Experts": "num_moe_experts",
+    "Experts of a token": "moe_router_topk",
     "Channels per head": "kv_channels",
     "Vocabulary": "vocab_size",
     "Context, tokens": "max_position_embeddings",
@@ -182,7 +184,8 @@ def share_kept(run: Run, student: Model) -> str | None:
 def architecture_rows(run: Run) -> list[tuple[str, list[str]]]:
     """Return the sizes of student and teacher, from their config.json files."""
     models = [run.models[label] for label in ("student", "teacher") if label in run.models]
-    rows = [(name, [f"{getattr(model.shape, key):,}" for model in models]) for name, key in SIZES.items()]
+    sizes = {name: [getattr(model.shape, key) for model in models] for name, key in SIZES.items()}
+    rows = [(name, [f"{size:,}" for size in values]) for name, values in sizes.items() if any(values)]
     rows.append(("Parameters", [f"{model.parameters:,}" for model in models]))
     inner = [model.parameters - model.parts.get("embedding", 0) - model.parts.get("output", 0) for model in models]
     rows.append(("Parameters without embedding and output layer", [f"{count:,}" for count in inner]))

@@ -25,7 +25,8 @@ KEYS = [Key(kind="fill", role="kept", text="kept"), Key(kind="fill", role="cut",
 def importance_charts(axes: dict[str, Axis], num_query_groups: int | None = None) -> list[Chart]:
     """Draw one figure for each axis that was scored, in reading order. The teacher's KV groups are marked if known."""
     heads = functools.partial(heads_chart, num_query_groups=num_query_groups)
-    made = {"embedding": embedding_chart, "block": block_chart, "heads": heads, "ffn": ffn_chart}
+    experts = functools.partial(heads_chart, title="Experts", unit="expert", column="expert")
+    made = {"embedding": embedding_chart, "block": block_chart, "heads": heads, "experts": experts, "ffn": ffn_chart}
     charts_made = [make(axes[name]) for name, make in made.items() if name in axes]
     widths = {name: axes[name] for name in ("heads", "ffn") if name in axes and axes[name].kept is not None}
     return [*charts_made, share_chart(widths)] if widths else charts_made
@@ -144,8 +145,14 @@ def shade(share: float) -> float:
     return round(0.1 + 0.9 * round(min(max(share, 0.0), 1.0) * (NUM_SHADES - 1)) / (NUM_SHADES - 1), 2)
 
 
-def heads_chart(axis: Axis, num_query_groups: int | None = None) -> Chart:
-    """Draw layers x heads, with importance as shade and kept heads outlined."""
+def heads_chart(
+    axis: Axis,
+    num_query_groups: int | None = None,
+    title: str = "Attention heads",
+    unit: str = "head",
+    column: str = "query head",
+) -> Chart:
+    """Draw layers x heads (or experts), with importance as shade and kept ones outlined."""
     num_layers, num_heads = len(axis.scores), max(map(len, axis.scores))
     x, y = charts.index(num_heads), charts.index(num_layers, down=True)
     outline = legend(axis)
@@ -161,7 +168,7 @@ def heads_chart(axis: Axis, num_query_groups: int | None = None) -> Chart:
                     role=role,
                     path=charts.box(x, y, k + 0.07, k + 0.93, i + 0.12, i + 0.88),
                     opacity=shade(score / largest),
-                    title=f"layer {i}, head {k}: {score / largest:.2f} of the layer's largest{fate}",
+                    title=f"layer {i}, {unit} {k}: {score / largest:.2f} of the layer's largest{fate}",
                 )
             )
     groups = ""
@@ -170,16 +177,16 @@ def heads_chart(axis: Axis, num_query_groups: int | None = None) -> Chart:
         marks.append(Mark(kind="rule", role="ink", path="".join(f"M{edge} 0V{charts.VIEW}" for edge in edges)))
         groups = "; vertical lines separate the KV groups"
     return Chart(
-        title="Attention heads",
-        caption="One row per layer, one column per query head; the shade is the importance relative to the layer's "
-        f"largest{groups}. " + kept_sentence(axis, "heads"),
+        title=title,
+        caption=f"One row per layer, one column per {column}; the shade is the importance relative to the layer's "
+        f"largest{groups}. " + kept_sentence(axis, f"{unit}s"),
         x=x,
         y=y,
         marks=marks,
         keys=outline,
         ramp=("0", "the layer's largest"),
         height_px=map_height(num_layers),
-        x_label="query head",
+        x_label=column,
         grid=False,
     )
 

@@ -69,7 +69,7 @@ class Run:
     folder: Path
     stages: list[StageRecord]  # oldest first
     models: dict[str, Model]
-    axes: dict[str, Axis]  # embedding, heads, ffn, block
+    axes: dict[str, Axis]  # embedding, heads, experts, ffn, block
     metrics: dict[str, dict[str, np.ndarray]]  # train, pretrain -> column -> [T] float64, NaN where not logged
     evals: dict[str, Evaluation]  # eval/LABEL.json by label
 
@@ -166,7 +166,7 @@ def axes_of(scores: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray] | N
     if layers != list(range(len(layers))):
         raise KeyError(f"layers {layers}")
     axes = {}
-    for name in ("embedding", "heads", "ffn", "block"):
+    for name in ("embedding", "heads", "experts", "ffn", "block"):
         keys = ["embedding"] if name == "embedding" else [f"layers.{i}.{name}" for i in layers]
         if not all(key in scores for key in keys) or not keys:
             continue

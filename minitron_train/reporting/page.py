@@ -19,6 +19,8 @@ SIZES = (
     ("ffn_hidden_size", "MLP neurons"),
     ("num_attention_heads", "query heads"),
     ("num_query_groups", "KV groups"),
+    ("num_moe_experts", "experts"),
+    ("moe_router_topk", "experts of a token"),
     ("kv_channels", "channels per head"),
     ("vocab_size", "vocabulary"),
 )
@@ -133,6 +135,7 @@ def shape_rows(run: Run) -> list[tuple[str, str, str]]:
             numbers.count(getattr(student.shape, key)) if student else "–",
         )
         for key, text in SIZES
+        if getattr(teacher.shape, key)
     ]
     sizes = [byte_size(model.weight_bytes) if model else "–" for model in (teacher, student)]
     return [*rows, ("weights on disk", sizes[0], sizes[1])]

@@ -12,6 +12,7 @@ from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import Batch
 from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
+from minitron_train.model.experts import set_balance_weight
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
@@ -139,6 +140,7 @@ class Trainer:
         weight = self.hidden_weight(parts)
         sums: LossSums = {}
         for k, part in enumerate(parts):
+            self.balance_experts(part, num_tokens)
             with self.optimizer.no_sync() if k < len(parts) - 1 else contextlib.nullcontext():
                 losses = self.objective(part, weight)
                 if k == len(parts) - 1:
@@ -152,6 +154,13 @@ class Trainer:
             if math.isfinite(means["loss"]):
                 self.state.hidden_weight = ratio(means["loss"] - weight * means["hidden_loss"], means["hidden_loss"])
         return row
+
+    def balance_experts(self, part: Batch, num_tokens: Tensor) -> None:
+        """Give a micro-batch's load-balancing loss its weight: the configured one x its share of the global batch."""
+        weight = self.config.train.router_aux_loss
+        if weight is not None:
+            share = part.mask_BS.count_nonzero() / num_tokens
+            set_balance_weight(self.student, weight * float(share))
 
     def total_over_data(self, sums: LossSums, num_tokens: Tensor | float = 1.0) -> dict[str, float]:
         """Sum each loss part over the data-parallel ranks and divide it by `num_tokens`; collective."""

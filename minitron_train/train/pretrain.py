@@ -98,5 +98,7 @@ def pretrain_config(config: Config) -> Config:
     """Return the training configuration of the teacher, with the `pretrain` section's tokens and learning rates."""
     names = ("num_tokens", "lr", "min_lr")
     train = dataclasses.replace(config.train, **{name: getattr(config.pretrain, name) for name in names})
+    if config.model.num_moe_experts:
+        train = dataclasses.replace(train, router_aux_loss=config.pretrain.router_aux_loss)
     checkpoint = dataclasses.replace(config.checkpoint, best_metric=None)  # the setting is for the student
     return dataclasses.replace(config, train=train, checkpoint=checkpoint)

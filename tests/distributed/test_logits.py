@@ -11,7 +11,7 @@ from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
-from tests.support.models import COMMON, exported, hf_logits, save_random
+from tests.support.models import COMMON, EXPERTS, exported, hf_logits, save_random
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
@@ -58,9 +58,10 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
-    biases = {"attention_bias": True, "mlp_bias": True}
+def test_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    biases, heads = {"attention_bias": True, "mlp_bias": True}, {"attention_bias": True}
     families = {"qwen2": {}, "qwen3": {}, "seed_oss": {}, "llama": biases, "nemotron": biases}
+    families |= {"qwen3_moe": EXPERTS | heads, "mixtral": EXPERTS, "olmoe": EXPERTS | {"num_experts": 6, "head_dim": 8}}
     folders = [save_random({**COMMON, "model_type": name, **keys}, tmp_path / name) for name, keys in families.items()]
     compare(folders, 2, sequence_parallel)
 

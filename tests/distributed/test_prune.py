@@ -12,7 +12,7 @@ from minitron_train.parallel.groups import Groups
 from minitron_train.pruning import prune
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
-from tests.support.models import hf_logits
+from tests.support.models import COMMON, EXPERTS, hf_logits, save_random
 from tests.support.pruning import configuration, random_tokens, run_cut
 
 FAMILY = "nemotron"
@@ -58,7 +58,31 @@ def test_a_rank_makes_no_group_but_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("world_size", "tp"), [(4, 4), (4, 2)])
 def test_ranks_agree_with_one(tmp_path, tiny_models, alone, world_size, tp):
     run_ranks(prune_on, world_size, tp, tiny_models[FAMILY], tmp_path)
-    (scores, kept, weights), (other_scores, other_kept, other_weights) = alone, results(tmp_path)
+    agree(alone, results(tmp_path))
+
+
+def test_ranks_agree_about_experts(tmp_path):
+    config = COMMON | EXPERTS | {"model_type": "qwen3_moe", "num_hidden_layers": 2}
+    teacher, found = save_random(config, tmp_path / "teacher"), []
+    for world_size, tp in ((1, 1), (4, 2)):
+        folder = tmp_path / str(world_size)
+        run_ranks(cut_experts_on, world_size, tp, teacher, folder)
+        found.append(results(folder))
+    agree(*found)
+
+
+def cut_experts_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path) -> None:
+    """Score, cut and repair a mixture of experts with `tp` ranks per model copy."""
+    from minitron_train.parallel.groups import start
+
+    with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
+        sizes = {"num_moe_experts": 4, "ffn_hidden_size": 16}
+        run_cut(folder, teacher, configuration(refit=Refit.all), random_tokens(sequences=8), groups, **sizes)
+
+
+def agree(one, other):
+    """Assert that two runs found the same scores, indices and weights."""
+    (scores, kept, weights), (other_scores, other_kept, other_weights) = one, other
     for name, tensor in scores.items():
         exact = not name.startswith("raw.") or name in ("raw.losses_without", "raw.logit_changes")
         rtol = 1e-5 if exact else 1e-3  # raw holds variances of variances

@@ -25,6 +25,12 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+EXPERTS: dict[str, Any] = {  # families of dense models ignore these keys
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": {
         "model_type": "nemotron",

@@ -26,7 +26,7 @@ class Material:
     corpus: Path
 
 
-def make_material(root: Path, family: str = "nemotron") -> Material:
+def make_material(root: Path, family: str = "nemotron", **changes: Any) -> Material:
     """A random teacher, a narrower and shallower random student, the standard library's docstrings."""
     import argparse
     import textwrap
@@ -38,10 +38,9 @@ def make_material(root: Path, family: str = "nemotron") -> Material:
     tokenizer = tokenizers.train_bpe(iter([corpus.read_text()]), VOCAB)
     for name in ("student", "teacher"):
         tokenizers.save(tokenizer, root / name)
-    save_tiny(family, root / "teacher", vocab_size=VOCAB, num_hidden_layers=3)
-    save_tiny(
-        family, root / "student", seed=1, vocab_size=VOCAB, num_hidden_layers=2, hidden_size=48, initializer_range=0.05
-    )
+    changes = {"vocab_size": VOCAB, **changes}
+    save_tiny(family, root / "teacher", **changes, num_hidden_layers=3)
+    save_tiny(family, root / "student", seed=1, **changes, num_hidden_layers=2, hidden_size=48, initializer_range=0.05)
     return Material(root / "student", root / "teacher", corpus)
 
 

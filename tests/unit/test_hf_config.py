@@ -188,6 +188,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": 0}, "tie_word_embeddings=0 is neither true nor false"),
     ("llama", {"rms_norm_eps": 1}, "rms_norm_eps=1 is not a number from 0.0 to below 1.0"),
     ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 is not a number"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: only None or \[\] is supported for qwen3_moe"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True: only False"),
+    ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_experts=8 and num_local_experts=4 are one setting"),
+    ("qwen3_moe", {"num_experts": 4}, "num_moe_experts=4: the router sends each token to 8 experts; choose at least 8"),
+    ("mixtral", {"num_local_experts": 10**9}, "num_local_experts=1000000000: must be at least 1 and at most 10,000"),
     ("llama", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
     ("llama", {"model_type": "x" * 10**6}, "model_type 'xx"),
 ]

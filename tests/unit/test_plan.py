@@ -44,6 +44,7 @@ def shapes(config: Config) -> tuple[Shape, Shape]:
         ("8b", 8_271_699_968, 6_174_547_968),
         ("4b_from_8b", 4_190_509_056, 2_617_645_056),
         ("smollm2", 90_121_752, 65_349_144),
+        ("qwen3_30b_a3b_half", 16_030_316_544, 15_407_986_688),
     ],
 )
 def test_published_parameter_counts(recipe: str, total: int, non_embedding: int) -> None:
@@ -57,6 +58,7 @@ def test_teachers_have_their_published_size() -> None:
     assert counts.parameters(shapes(load("+recipe=4b"))[0])["non_embedding_parameters"] == 12_483_047_424
     assert counts.parameters(shapes(load("+recipe=4b_from_8b"))[0])["parameters"] == 8_271_699_968
     assert counts.parameters(shapes(load("+recipe=smollm2"))[0])["parameters"] == 134_515_008
+    assert counts.parameters(shapes(load("+recipe=qwen3_30b_a3b_half"))[0])["parameters"] == 30_532_122_624
     llama = shape_of_recipe(load("model=llama31_8b"))
     assert llama is not None and counts.parameters(llama)["parameters"] == 8_030_261_248
 
@@ -108,7 +110,9 @@ def saved_bytes(model: torch.nn.Module, tokens_BS: torch.Tensor) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-@pytest.mark.parametrize(("architecture", "whole_heads"), [("nemotron", False), ("nemotron", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("architecture", "whole_heads"), [("nemotron", False), ("nemotron", True), ("llama", False), ("mixtral", False)]
+)
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_activations_are_what_autograd_keeps(
     architecture: str, whole_heads: bool, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
@@ -124,6 +128,7 @@ def test_activations_are_what_autograd_keeps(
         num_query_groups=4,
         kv_channels=20,
         vocab_size=512,
+        **({"num_moe_experts": 6, "moe_router_topk": 2, "norm_topk_prob": True} if architecture == "mixtral" else {}),
     )
     layout = Layout(
         micro_batch_size=2,

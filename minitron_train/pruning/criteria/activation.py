@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
-from minitron_train.config import HeadNorm
+from minitron_train.config import ExpertImportance, HeadNorm, PruneConfig
 from minitron_train.pruning.collect import FINAL_NORM
 from minitron_train.pruning.criterion import Evidence, Width
 
 
 def width(evidence: Evidence) -> Width:
-    """Channels by the outputs of all norms, heads by the inputs of the output projection, neurons by their activations."""
+    """Channels by the outputs of all norms, heads by the inputs of the output projection, neurons by their activations.
+
+    Experts, and the neurons of each expert, are measured on the tokens that the router sends to the expert.
+    """
     statistics, shape, prune = evidence.statistics, evidence.shape, evidence.prune
 
     def aggregate(name: str) -> Tensor:
@@ -27,4 +30,14 @@ def width(evidence: Evidence) -> Width:
         embedding=torch.stack([aggregate(name) for name in norms]).sum(0),
         heads=[heads_of(i) for i in every],
         ffn=[aggregate(f"layers.{i}.neurons_{prune.neuron_activation}") for i in every],
+        experts=[experts_of(statistics.experts[f"layers.{i}.experts"], prune) for i in every if statistics.experts],
     )
+
+
+def experts_of(sums_3E: Tensor, prune: PruneConfig) -> Tensor:
+    """Importance of a layer's experts, [E], by prune.expert_importance; 0 without tokens."""
+    tokens, norms, weighted_norms = sums_3E
+    if prune.expert_importance is ExpertImportance.tokens:
+        return tokens
+    total = weighted_norms if prune.expert_importance is ExpertImportance.reap else norms
+    return total / tokens.clamp(min=1)

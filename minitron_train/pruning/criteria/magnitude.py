@@ -1,5 +1,7 @@
 """L2 norm of all weights that belong to a channel, head or neuron (the group norm of arXiv 2305.11627)."""
 
+import torch
+
 from minitron_train.pruning.criterion import Evidence, UnitSquares, Width
 
 
@@ -8,7 +10,7 @@ def width(evidence: Evidence) -> Width:
 
     The weights of a channel are its entries in every tensor along the residual stream, in all layers; a tied embedding
     counts once. Those of a head are its query rows and output columns, those of a neuron its rows of gate and up and its
-    column of down.
+    column of down, those of an expert its MLP and its row of the router.
     """
     sums = UnitSquares(evidence.shape)
     for row in evidence.table.rows_of(evidence.shape):
@@ -17,5 +19,9 @@ def width(evidence: Evidence) -> Width:
                 squares = evidence.source.read(name.format(i=i)).double().square()
                 for dim, axis in enumerate(axes):
                     others = [k for k in range(len(axes)) if k != dim]
-                    sums.add(axis, i, squares.sum(others) if others else squares)
+                    sums.add(axis, i, squares.sum(others) if others else squares, row.expert)
+                if row.expert is not None:
+                    own = torch.zeros(evidence.shape.num_moe_experts, dtype=squares.dtype)
+                    own[row.expert] = squares.sum()
+                    sums.add("expert", i, own)
     return sums.norms()

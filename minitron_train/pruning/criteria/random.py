@@ -10,12 +10,13 @@ def width(evidence: Evidence) -> Width:
     """Uniform noise for every unit."""
     generator, shape = torch.Generator().manual_seed(evidence.seed), evidence.shape
 
-    def noise(count: int) -> Tensor:
-        return torch.rand(count, generator=generator)
+    def noise(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator)
 
-    layers = range(shape.num_layers)
+    layers, experts = range(shape.num_layers), [shape.num_moe_experts] if shape.num_moe_experts else []
     return Width(
         embedding=noise(shape.hidden_size),
         heads=[noise(shape.num_attention_heads) for _ in layers],
-        ffn=[noise(shape.ffn_hidden_size) for _ in layers],
+        ffn=[noise(*experts, shape.ffn_hidden_size) for _ in layers],
+        experts=[noise(*experts) for _ in layers] if experts else [],
     )

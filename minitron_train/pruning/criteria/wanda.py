@@ -4,6 +4,7 @@ from minitron_train.arch.table import LAYER, OUTPUT
 from minitron_train.config import Aggregation
 from minitron_train.pruning.collect import FINAL_NORM
 from minitron_train.pruning.criterion import Evidence, UnitSquares, Width
+from minitron_train.runtime.errors import UserError
 
 INPUTS = {  # a linear -> the hook point (see pruning.collect.POINTS) that sees its input
     LAYER + "self_attention.linear_qkv.weight": "layers.{i}.input_norm",
@@ -18,6 +19,10 @@ def width(evidence: Evidence) -> Width:
 
     With prune.include_final_norm, the output layer's weights count for the channels too.
     """
+    if evidence.shape.num_moe_experts:
+        raise UserError(
+            "prune.width=wanda: the inputs of single experts are not measured; choose activation or magnitude"
+        )
     inputs = INPUTS | ({OUTPUT: FINAL_NORM} if evidence.prune.include_final_norm else {})
     sums, shape = UnitSquares(evidence.shape), evidence.shape
     for row in (row for row in evidence.table.rows if row.mcore in inputs):

@@ -1,0 +1,35 @@
+"""Mixtures of experts: the rows that replace the MLP's, and their keys of config.json."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from minitron_train.arch.shape import Shape
+from minitron_train.arch.table import EXPERT, HF, ROUTER, ParamSpec
+
+
+def moe_rows(rows: Iterable[ParamSpec], router: str, expert: str, gate: str, up: str, down: str) -> Iterator[ParamSpec]:
+    """Replace the dense MLP of a table's rows by a router and experts.
+
+    Args:
+        router, expert: Hugging Face names inside a layer; `expert` is a prefix with `{e}`.
+        gate, up, down: Hugging Face names of an expert's linears.
+    """
+    for row in rows:
+        if ".mlp." not in row.mcore:
+            yield row
+    yield ParamSpec(mcore=ROUTER, hf={f"{HF}{router}.weight": ("expert", "embd")})
+    first = {f"{HF}{expert}{name}.weight": ("ffn", "embd") for name in (gate, up)}
+    yield ParamSpec(mcore=EXPERT + "linear_fc1.weight", hf=first)
+    yield ParamSpec(mcore=EXPERT + "linear_fc2.weight", hf={f"{HF}{expert}{down}.weight": ("embd", "ffn")})
+
+
+def moe_config_keys(
+    dense: Mapping[str, str], *, width: str, experts: str = "num_experts", normalised: str | None = None
+) -> dict[str, str]:
+    """Add the keys of a mixture of experts; `normalised` is None where the family always normalises probabilities."""
+    keys = {"ffn_hidden_size": width, "num_moe_experts": experts, "moe_router_topk": "num_experts_per_tok"}
+    return {**dense, **keys} | ({"norm_topk_prob": normalised} if normalised else {})
+
+
+def experts_are_given(shape: Shape) -> str | None:
+    """A family of mixtures of experts has no dense model."""
+    return None if shape.num_moe_experts else "num_moe_experts=0, but every layer of this family has experts"
