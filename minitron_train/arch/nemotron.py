@@ -12,6 +12,10 @@ from minitron_train.arch.table import (
     ParamSpec,
 )
 
+SQUARED_RELU = (  # a plain MLP
+    ParamSpec(mcore=LAYER + "mlp.linear_fc1.weight", hf={HF + "mlp.up_proj.weight": ("ffn", "embd")}),
+    ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+)
 NEMOTRON = Architecture(
     name="nemotron",
     hf_class="NemotronForCausalLM",
@@ -22,8 +26,7 @@ NEMOTRON = Architecture(
         *ATTENTION,
         ParamSpec(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
         ParamSpec(mcore=LAYER + "pre_mlp_layernorm.bias", hf={HF + "post_attention_layernorm.bias": ("embd",)}),
-        ParamSpec(mcore=LAYER + "mlp.linear_fc1.weight", hf={HF + "mlp.up_proj.weight": ("ffn", "embd")}),
-        ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+        *SQUARED_RELU,
         ParamSpec(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
         ParamSpec(mcore="decoder.final_layernorm.bias", hf={"model.norm.bias": ("embd",)}),
         ParamSpec(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),

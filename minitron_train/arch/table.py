@@ -90,6 +90,7 @@ class Architecture:
     windows: Windows = Windows.none
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
+    rope_theta: float = 10_000.0  # default base of the rotary frequencies
 
     def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model; with tied embeddings there is no separate output layer."""
@@ -181,7 +182,7 @@ HARMLESS_KEYS = frozenset(  # keys of transformers' config classes that do not c
         "eos_token_id",
         "pretraining_tp",  # transformers 5 does not read it
         "attention_dropout",  # for training in transformers; this program trains without dropout
-        "residual_dropout",  # likewise
+        *("residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"),  # likewise
     }
 )
 READ_NORMS = {  # linear -> the norm in front of it

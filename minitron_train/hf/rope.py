@@ -11,7 +11,6 @@ from minitron_train.arch.table import ROPE_KEYS, Architecture
 from minitron_train.hf.values import as_authors_give_it, positive_float, size, spoken
 from minitron_train.runtime.errors import UserError
 
-DEFAULT_THETA = 10000.0
 NEEDED = {  # keys without which transformers does not open the model
     "default": (),
     "dynamic": ("factor",),
@@ -27,7 +26,7 @@ class Rope:
     """One rotary embedding for all layers."""
 
     kind: str = "default"
-    theta: float = DEFAULT_THETA
+    theta: float = 10_000.0
     percent: float = 1.0  # share of each head's channels that is rotated
     factor: float | None = None
     low_freq_factor: float = 1.0
@@ -97,7 +96,7 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
                 f"{where}: linear rope scaling with factor={factor:g}: only 1 is supported; use another teacher"
             )
         kind, factor = "default", None
-    theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", DEFAULT_THETA)
+    theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", table.rope_theta)
     return Rope(
         kind=kind,
         theta=positive_float(theta, "rope_theta", where),
