@@ -1,5 +1,6 @@
 """Model families as tables. To add a family, add its table here."""
 
+from minitron_train.arch.fused import GLM, PHI3
 from minitron_train.arch.llama import LLAMA
 from minitron_train.arch.llama_likes import ARCEE, ERNIE_4_5, HELIUM, INTERNLM3, IQUESTCODER
 from minitron_train.arch.mistral import MISTRAL
@@ -24,6 +25,8 @@ TABLES = (
     IQUESTCODER,
     HELIUM,
     STABLELM,
+    PHI3,
+    GLM,
 )
 ARCHITECTURES = {table.name: table for table in TABLES}
 

@@ -31,11 +31,15 @@ class ParamSpec:
 
     `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, which is megatron-core's layout
     of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are stacked (gate, then up).
+
+    Some families store the parts as one tensor, `stored_as`, one range of rows after the other. Then the names in `hf` are
+    those of the ranges: the reader finds them there, and writers put them there.
     """
 
     mcore: str
     hf: Mapping[str, Axes]
     per_group: bool = False
+    stored_as: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -91,6 +95,7 @@ class Architecture:
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
     rope_theta: float = 10_000.0  # default base of the rotary frequencies
+    rope_types: frozenset[str] | None = None  # those that the family's config class accepts, where it restricts them
 
     def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model; with tied embeddings there is no separate output layer."""
@@ -102,16 +107,22 @@ class Architecture:
         return next(name for row in self.rows if row.mcore == mcore for name in row.hf)
 
     def tensors(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        """Name and size of every tensor of the Hugging Face checkpoint."""
-        return dict(self.each_tensor(shape))
+        """Name and size of every tensor that the rows name."""
+        return {name: size for _, parts in self.each_stored(shape) for name, size in parts.items()}
 
-    def each_tensor(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield name and size of every tensor; lazy, because a damaged config may claim a billion layers."""
+    def each_stored(self, shape: Shape) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+        """Yield every tensor of the Hugging Face checkpoint: its name, and name and size of its parts (usually itself).
+
+        Lazy, because a damaged config may claim a billion layers.
+        """
         for row in self.rows_of(shape):
             sizes = row.sizes(shape)
             for i in row.layers(shape):
-                for name, size in sizes.items():
-                    yield name.format(i=i), size
+                parts = {name.format(i=i): size for name, size in sizes.items()}
+                if row.stored_as is not None:
+                    yield row.stored_as.format(i=i), parts
+                else:
+                    yield from ((name, {name: size}) for name, size in parts.items())
 
     def parameters(self, shape: Shape) -> dict[str, int]:
         """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once)."""
@@ -194,6 +205,12 @@ FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the l
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+
+
+def stacked(parts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Size of the tensor that holds these parts, one range of rows after the other."""
+    sizes = list(parts.values())
+    return (sum(size[0] for size in sizes), *sizes[0][1:])
 
 
 def part_of(mcore: str) -> str:

@@ -17,6 +17,7 @@ NEEDED = {  # keys without which transformers does not open the model
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+LENGTH = "original_max_position_embeddings"  # in pretraining, tokens
 PERCENT = "partial_rotary_factor"
 OLD_PERCENTS = ("rope_percent", "rotary_percent", "rope_percentage")  # older names, which transformers 5 ignores
 
@@ -58,7 +59,7 @@ class Rope:
             scaling |= {
                 "low_freq_factor": self.low_freq_factor,
                 "high_freq_factor": self.high_freq_factor,
-                "original_max_position_embeddings": self.original_length,
+                LENGTH: self.original_length,
             }
         common = {"rope_theta": self.theta} | ({PERCENT: self.percent} if table.partial_rotary else {})
         return {
@@ -69,8 +70,11 @@ class Rope:
 
 
 def rope_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """Keys of config.json about rotary embeddings, which `Rope.written` replaces."""
-    return (ROPE_KEYS | {PERCENT, *OLD_PERCENTS}) & config.keys()
+    """Keys of config.json about rotary embeddings, which `Rope.written` replaces.
+
+    The pretraining length at the top level stays: it takes precedence, so it is the one that was read.
+    """
+    return (ROPE_KEYS - {LENGTH} | {PERCENT, *OLD_PERCENTS}) & config.keys()
 
 
 def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int, head_dim: int, where: str) -> Rope:
@@ -81,10 +85,11 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
     """
     rope = stated(config, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in NEEDED:
+    supported = NEEDED.keys() if table.rope_types is None else table.rope_types
+    if not isinstance(kind, str) or kind not in supported:
         raise UserError(
-            f"{where}: rope type {spoken(kind)} is not supported; supported: {', '.join(sorted(NEEDED))}; "
-            "use another teacher"
+            f"{where}: rope type {spoken(kind)} is not supported for {table.name}; supported: "
+            f"{', '.join(sorted(supported))}; use another teacher"
         )
     for key in NEEDED[kind]:
         if key not in rope:
@@ -127,9 +132,8 @@ def llama3_constants(
     low, high = (positive_float(rope[key], key, where) for key in ("low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise UserError(f"{where}: high_freq_factor={high:g}: must be above low_freq_factor={low:g}; correct them")
-    key = "original_max_position_embeddings"
-    length = config[key] if key in config else rope.get(key, max_positions)
-    return {"low_freq_factor": low, "high_freq_factor": high, "original_length": size(length, key, where)}
+    length = config[LENGTH] if LENGTH in config else rope.get(LENGTH, max_positions)
+    return {"low_freq_factor": low, "high_freq_factor": high, "original_length": size(length, LENGTH, where)}
 
 
 def read_percent(

@@ -11,12 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.arch import Shape, architecture
-from minitron_train.model.build import LanguageModel, build
 from minitron_train.model.forward import KeyValueCache, hidden_states
-from minitron_train.model.load import load_weights
 from minitron_train.runtime.errors import UserError
 from tests.support.families import OWN_SIZES, SIZES, TABLES, save_family
-from tests.support.models import exported, hf_logits
+from tests.support.models import exported, hf_logits, opened
 from tests.support.pruning import configuration, random_tokens, run_cut
 
 TOKENS = random_tokens()
@@ -27,13 +25,6 @@ LAYERS = ({"ffn_hidden_size": 56}, {"num_attention_heads": 4}, {"num_layers": 2}
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("tables")
     return {name: save_family(name, root / name) for name in TABLES}
-
-
-def opened(folder: Path) -> tuple[hf.HFFolder, LanguageModel]:
-    checkpoint = hf.HFFolder(folder)
-    model = build(checkpoint.shape).eval()
-    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
-    return checkpoint, model
 
 
 @pytest.mark.parametrize("family", TABLES)
@@ -114,10 +105,10 @@ PUBLISHED = {  # the number of parameters that the model's page gives
     "InternLM3-8B": (published("internlm3", 48, 4096, 10240, 32, 2, 128512), 8_804_241_408),
     "IQuest-Coder-V1-40B": (published("iquestcoder", 80, 5120, 27648, 40, 8, 76800), 39_794_283_520),
     "Helium-1-preview-2B": (published("helium", 24, 2560, 7040, 20, 20, 48000), 2_172_643_840),
-    "StableLM-3B-4E1T": (
-        published("stablelm", 32, 2560, 6912, 32, 32, 50304, kv_channels=80),
-        2_795_443_200,
-    ),
+    "StableLM-3B-4E1T": (published("stablelm", 32, 2560, 6912, 32, 32, 50304, kv_channels=80), 2_795_443_200),
+    "Phi-3-mini": (published("phi3", 32, 3072, 8192, 32, 32, 32064, kv_channels=96), 3_821_079_552),
+    "Phi-4": (published("phi3", 40, 5120, 17920, 40, 10, 100352), 14_659_507_200),
+    "GLM-4-9B": (published("glm", 40, 4096, 13696, 32, 2, 151552), 9_399_951_360),
 }
 
 

@@ -13,11 +13,13 @@ TABLES: dict[str, dict[str, Any]] = {
     "iquestcoder": {},
     "helium": FULL_HEADS,
     "stablelm": FULL_HEADS,
+    "phi3": {"partial_rotary_factor": 0.75},
+    "glm": {},
 }
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
 OWN_SIZES = dict.fromkeys(("helium", "stablelm"), SIZES | {"hidden_size": 32})  # heads and hidden size together
 
 
-def save_family(family: str, folder: Path, **changes: Any) -> Path:
+def save_family(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny random model of one of TABLES."""
-    return save_random({**COMMON, "model_type": family, **TABLES[family], **changes}, folder)
+    return save_random({**COMMON, "model_type": family, **TABLES[family], **changes}, folder, seed)

@@ -131,6 +131,12 @@ def frequencies(shape: Shape) -> torch.Tensor:
     return plain if shape.rope_scaling_factor is None else llama3_frequencies(plain, shape)
 
 
+def theirs_type(config: Mapping[str, Any]) -> str:
+    """The rope type that config.json names."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def rotary_class(family: str) -> Any:
     """The rotary embedding of the family's code in transformers."""
     module = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]].__module__]
@@ -142,6 +148,11 @@ def rotary_class(family: str) -> Any:
 def test_rotary_frequencies_are_transformers(family: str, name: str) -> None:
     """Also after one more reading of what a student's config.json says."""
     config = config_of(family, **ROPES[name])
+    types = architecture(family).rope_types
+    if types is not None and theirs_type(config) not in types:
+        with pytest.raises(UserError, match=f"is not supported for {family}; supported: {', '.join(sorted(types))}"):
+            shape_from_config(config, "config.json")
+        return
     rotary = rotary_class(family)
     wanted = rotary(theirs(config)).inv_freq
     shape = shape_from_config(config, "config.json")
@@ -235,6 +246,8 @@ WINDOWS: list[tuple[str, dict[str, Any], int | None]] = [
     ("mistral", {"sliding_window": None}, None),
     ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, 8),  # Mistral's code ignores the list
     ("llama", {"sliding_window": 8}, None),
+    ("phi3", {"sliding_window": 8}, 8),
+    ("phi3", {}, None),
     ("llama", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, None),
     ("qwen2", {}, None),
     ("qwen2", {"sliding_window": 8}, None),
