@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
-from minitron_train.arch.qwen import QKV_BIAS
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.llama_likes import without_output_bias
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, ParamSpec, Windows
 
 QKV = {LAYER + "self_attention.linear_qkv.weight": HF + "self_attn.qkv_proj.weight"}
@@ -22,7 +22,7 @@ PHI3 = replace(
     rows=stored_together(QKV | GATE_UP),
     partial_rotary=True,
     rope_types=frozenset({"default"}),  # its config class accepts longrope besides
-    config_keys={**LLAMA.config_keys, "window": "sliding_window"},
+    config_keys={**LLAMA_KEYS, "window": "sliding_window"},
     config_facts={"hidden_act": SILU},
     config_defaults={
         **CONFIG_DEFAULTS,
@@ -39,11 +39,12 @@ GLM = replace(  # rotates pairs of neighbouring channels, in half of each head
     LLAMA,
     name="glm",
     hf_class="GlmForCausalLM",
-    rows=(*stored_together(GATE_UP), QKV_BIAS),
+    rows=without_output_bias(stored_together(GATE_UP)),
     partial_rotary=True,
     rotary_percent=0.5,
-    config_facts={"hidden_act": SILU, "attention_bias": (True,)},
+    config_keys={**LLAMA_KEYS, "attention_bias": "attention_bias"},
     config_defaults={
+        "attention_bias": True,
         "num_key_value_heads": 2,
         "head_dim": 128,
         "tie_word_embeddings": False,
@@ -51,6 +52,6 @@ GLM = replace(  # rotates pairs of neighbouring channels, in half of each head
         "max_position_embeddings": 131072,
     },
     config_read=LLAMA.config_read | {"partial_rotary_factor"},
-    transformer={**LLAMA.transformer, "add_qkv_bias": True, "rotary_interleaved": True},
+    transformer={**LLAMA.transformer, "rotary_interleaved": True},
     rules=(),
 )

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
 from minitron_train.arch.table import CONFIG_DEFAULTS, Windows
 
 MISTRAL = replace(
     LLAMA,
     name="mistral",
     hf_class="MistralForCausalLM",
-    config_keys={**LLAMA.config_keys, "window": "sliding_window"},
+    config_keys={**LLAMA_KEYS, "window": "sliding_window"},
     config_facts={"hidden_act": SILU},
     config_defaults={
         **CONFIG_DEFAULTS,

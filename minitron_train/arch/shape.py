@@ -28,6 +28,10 @@ class Shape:
     rope_low_freq_factor: float = 1.0  # llama3: wavelengths above rope_original_length / this are stretched in full
     rope_high_freq_factor: float = 4.0  # llama3: those below rope_original_length / this are not stretched
     rope_original_length: int = 8192  # llama3: longest sequence in pretraining, tokens
+    attention_bias: bool = (
+        False  # the attention's linears have the biases that the family's table lists under this field
+    )
+    mlp_bias: bool = False  # likewise the MLP's
     window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
 
     @property

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
-from minitron_train.arch.llama_likes import heads_fill_hidden
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.llama_likes import heads_fill_hidden, without_output_bias
 from minitron_train.arch.table import HF, LAYER, ParamSpec
 
 NORM_BIASES = (
@@ -15,21 +15,22 @@ STABLELM = replace(
     LLAMA,
     name="stablelm",
     hf_class="StableLmForCausalLM",
-    rows=(*LLAMA.rows, *NORM_BIASES),
+    rows=(*without_output_bias(LLAMA.rows), *NORM_BIASES),
     partial_rotary=True,
     rotary_percent=0.25,
     config_keys={
-        **{field: key for field, key in LLAMA.config_keys.items() if field != "kv_channels"},  # hidden / heads, always
+        **{field: key for field, key in LLAMA_KEYS.items() if field != "kv_channels"},  # hidden / heads, always
         "layernorm_epsilon": "layer_norm_eps",
+        "attention_bias": "use_qkv_bias",
     },
     config_facts={
         "hidden_act": SILU,
-        "use_qkv_bias": (False,),
         "qk_layernorm": (False,),
         "use_parallel_residual": (False,),
     },
     config_defaults={
         "num_key_value_heads": 32,
+        "use_qkv_bias": False,
         "tie_word_embeddings": False,
         "layer_norm_eps": 1e-5,
         "max_position_embeddings": 4096,

@@ -12,7 +12,7 @@ A row names the axis of every dimension. The axis decides how the dimension is s
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 from typing import Any
@@ -31,6 +31,7 @@ class ParamSpec:
 
     `{i}` in a name is the layer. With `per_group` the parts are interleaved per KV group, which is megatron-core's layout
     of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are stacked (gate, then up).
+    `when` names the Shape field that must be true for a model to have this parameter; None: every model has it.
 
     Some families store the parts as one tensor, `stored_as`, one range of rows after the other. Then the names in `hf` are
     those of the ranges: the reader finds them there, and writers put them there.
@@ -39,6 +40,7 @@ class ParamSpec:
     mcore: str
     hf: Mapping[str, Axes]
     per_group: bool = False
+    when: str | None = None
     stored_as: str | None = None
 
     @property
@@ -99,7 +101,12 @@ class Architecture:
 
     def rows_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model; with tied embeddings there is no separate output layer."""
-        return tuple(row for row in self.rows if not (shape.tie_embeddings and row.mcore == OUTPUT))
+        present = (row for row in self.rows if row.when is None or getattr(shape, row.when))
+        return tuple(row for row in present if not (shape.tie_embeddings and row.mcore == OUTPUT))
+
+    def layer_rows(self, shape: Shape) -> tuple[ParamSpec, ...]:
+        """The rows of one layer."""
+        return tuple(row for row in self.rows_of(shape) if row.per_layer)
 
     def output_name(self, shape: Shape) -> str:
         """Hugging Face name of the output layer's weights, which are the embedding's where they are tied."""
@@ -149,6 +156,33 @@ ATTENTION = (  # q, k, v and o of grouped-query attention
     ),
     ParamSpec(mcore=LAYER + "self_attention.linear_proj.weight", hf={HF + "self_attn.o_proj.weight": ("embd", "q")}),
 )
+QKV_BIAS = ParamSpec(
+    mcore=LAYER + "self_attention.linear_qkv.bias",
+    hf={
+        HF + "self_attn.q_proj.bias": ("q",),
+        HF + "self_attn.k_proj.bias": ("kv",),
+        HF + "self_attn.v_proj.bias": ("kv",),
+    },
+    per_group=True,
+)
+ATTENTION_BIASES = (  # of q, k, v and o
+    replace(QKV_BIAS, when="attention_bias"),
+    ParamSpec(
+        mcore=LAYER + "self_attention.linear_proj.bias",
+        hf={HF + "self_attn.o_proj.bias": ("embd",)},
+        when="attention_bias",
+    ),
+)
+GATED_MLP_BIASES = (
+    ParamSpec(
+        mcore=LAYER + "mlp.linear_fc1.bias",
+        hf={HF + "mlp.gate_proj.bias": ("ffn",), HF + "mlp.up_proj.bias": ("ffn",)},
+        when="mlp_bias",
+    ),
+    ParamSpec(mcore=LAYER + "mlp.linear_fc2.bias", hf={HF + "mlp.down_proj.bias": ("embd",)}, when="mlp_bias"),
+)
+BIAS_KEYS = {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+BIAS_DEFAULTS = {"attention_bias": False, "mlp_bias": False}
 CONFIG_KEYS = {  # common to most families
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",

@@ -18,6 +18,8 @@ MAX_LAYERS = 10_000  # far above any model; limits the table of tensors that a d
 READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape fields; other fields are sizes
     "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
     "tie_embeddings": truth,
+    "attention_bias": truth,
+    "mlp_bias": truth,
     "layernorm_epsilon": epsilon,
 }
 ONLINE = {  # quantisation methods that quantise plain weights in every forward pass of transformers

@@ -117,6 +117,8 @@ class Sliced:
         assert basis is not None
         if origin.mcore == EMBEDDING:
             return tensor @ basis.down_DH
+        if axes == ("embd",) and "layernorm" not in origin.mcore:
+            return tensor @ basis.down_DH  # the bias of a linear that writes to the stream
         if axes == ("embd",):
             return self._rotate_norm(tensor, origin, basis)
         if axes[0] == "embd":

@@ -44,9 +44,11 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_qkv_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
-    families = ("qwen2", "qwen3", "seed_oss")
-    compare([save_random({**COMMON, "model_type": name}, tmp_path / name) for name in families], 2, sequence_parallel)
+def test_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True}
+    families = {"qwen2": {}, "qwen3": {}, "seed_oss": {}, "llama": biases, "nemotron": biases}
+    folders = [save_random({**COMMON, "model_type": name, **keys}, tmp_path / name) for name, keys in families.items()]
+    compare(folders, 2, sequence_parallel)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

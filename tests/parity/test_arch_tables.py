@@ -68,6 +68,9 @@ def masked_logits(folder: Path, kept: dict[str, Tensor]) -> Tensor:
         channels = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
         for weight, keep in ((layer.self_attn.o_proj.weight, channels), (layer.mlp.down_proj.weight, neurons)):
             weight.data *= torch.zeros(weight.shape[1]).index_fill(0, keep, 1.0)
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            if linear.bias is not None and f"layers.{i}.heads" not in kept:
+                linear.bias.data.zero_()
     with torch.no_grad():
         return model(TOKENS[0]).logits
 
@@ -92,11 +95,11 @@ def test_the_default_preset_changes_nothing_where_nothing_is_cut(tmp_path, model
     assert difference <= 5e-4
 
 
-def published(family: str, *sizes: int, kv_channels: int = 128, tied: bool = False) -> Shape:
+def published(family: str, *sizes: int, kv_channels: int = 128, tied: bool = False, bias: bool = False) -> Shape:
     """A published model's shape; sizes are layers, hidden, MLP, heads, KV groups and vocabulary."""
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
     values: dict[str, Any] = dict(zip(names, sizes, strict=True))
-    return Shape(architecture=family, kv_channels=kv_channels, tie_embeddings=tied, **values)
+    return Shape(architecture=family, kv_channels=kv_channels, tie_embeddings=tied, attention_bias=bias, **values)
 
 
 PUBLISHED = {  # the number of parameters that the model's page gives
@@ -108,7 +111,7 @@ PUBLISHED = {  # the number of parameters that the model's page gives
     "StableLM-3B-4E1T": (published("stablelm", 32, 2560, 6912, 32, 32, 50304, kv_channels=80), 2_795_443_200),
     "Phi-3-mini": (published("phi3", 32, 3072, 8192, 32, 32, 32064, kv_channels=96), 3_821_079_552),
     "Phi-4": (published("phi3", 40, 5120, 17920, 40, 10, 100352), 14_659_507_200),
-    "GLM-4-9B": (published("glm", 40, 4096, 13696, 32, 2, 151552), 9_399_951_360),
+    "GLM-4-9B": (published("glm", 40, 4096, 13696, 32, 2, 151552, bias=True), 9_399_951_360),
 }
 
 

@@ -7,12 +7,12 @@ from tests.support.models import COMMON, save_random
 
 FULL_HEADS = {"head_dim": 8}  # heads x head_dim is the hidden size, as the family's class requires
 TABLES: dict[str, dict[str, Any]] = {
-    "arcee": {},
-    "ernie4_5": {"tie_word_embeddings": True},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "ernie4_5": {"tie_word_embeddings": True, "use_bias": True},
     "internlm3": {},
     "iquestcoder": {},
-    "helium": FULL_HEADS,
-    "stablelm": FULL_HEADS,
+    "helium": FULL_HEADS | {"attention_bias": True, "mlp_bias": True},
+    "stablelm": FULL_HEADS | {"use_qkv_bias": True},
     "phi3": {"partial_rotary_factor": 0.75},
     "glm": {},
 }
