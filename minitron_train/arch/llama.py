@@ -1,11 +1,15 @@
-"""Llama (arXiv 2302.13971; 2407.21783): SwiGLU, RMSNorm, rotary, GQA, no biases; SmolLM2 is one of them."""
+"""Llama (arXiv 2302.13971; 2407.21783): SwiGLU, RMSNorm, rotary, GQA, optional biases; SmolLM2 is one of them."""
 
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import (
     ATTENTION,
+    ATTENTION_BIASES,
+    BIAS_DEFAULTS,
+    BIAS_KEYS,
     CONFIG_DEFAULTS,
     CONFIG_KEYS,
     EMBEDDING,
+    GATED_MLP_BIASES,
     HF,
     LAYER,
     OUTPUT,
@@ -15,6 +19,7 @@ from minitron_train.arch.table import (
 )
 
 SILU = ("silu", "swish")  # one function, two names
+LLAMA_KEYS = {**CONFIG_KEYS, "layernorm_epsilon": "rms_norm_eps"}  # also of Llama's relatives
 
 
 def heads_divide_hidden(shape: Shape) -> str | None:
@@ -31,18 +36,20 @@ LLAMA = Architecture(
         ParamSpec(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
         ParamSpec(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),
         *ATTENTION,
+        *ATTENTION_BIASES,
         ParamSpec(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
         ParamSpec(
             mcore=LAYER + "mlp.linear_fc1.weight",
             hf={HF + "mlp.gate_proj.weight": ("ffn", "embd"), HF + "mlp.up_proj.weight": ("ffn", "embd")},
         ),
         ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+        *GATED_MLP_BIASES,
         ParamSpec(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
         ParamSpec(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),
     ),
-    config_keys={**CONFIG_KEYS, "layernorm_epsilon": "rms_norm_eps"},
-    config_facts={"hidden_act": SILU, "attention_bias": (False,), "mlp_bias": (False,)},
-    config_defaults={**CONFIG_DEFAULTS, "max_position_embeddings": 2048},
+    config_keys={**LLAMA_KEYS, **BIAS_KEYS},
+    config_facts={"hidden_act": SILU},
+    config_defaults={**CONFIG_DEFAULTS, **BIAS_DEFAULTS, "max_position_embeddings": 2048},
     config_read=ROPE_KEYS | {"layer_types"},
     transformer={
         "normalization": "RMSNorm",

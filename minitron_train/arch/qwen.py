@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
-from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, WINDOW_KEYS, ParamSpec, Windows
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, QKV_BIAS, WINDOW_KEYS, ParamSpec, Windows
 
 DEFAULTS = {
     **CONFIG_DEFAULTS,
@@ -18,15 +18,6 @@ WINDOWS = Windows(
     switch="use_sliding_window",
     first_sliding="max_window_layers",
 )
-QKV_BIAS = ParamSpec(
-    mcore=LAYER + "self_attention.linear_qkv.bias",
-    hf={
-        HF + "self_attn.q_proj.bias": ("q",),
-        HF + "self_attn.k_proj.bias": ("kv",),
-        HF + "self_attn.v_proj.bias": ("kv",),
-    },
-    per_group=True,
-)
 QK_NORM = tuple(
     ParamSpec(mcore=LAYER + f"self_attention.{x}_layernorm.weight", hf={HF + f"self_attn.{x}_norm.weight": ("head",)})
     for x in "qk"
@@ -36,12 +27,12 @@ QWEN2 = replace(
     name="qwen2",
     hf_class="Qwen2ForCausalLM",
     rows=(*LLAMA.rows, QKV_BIAS),
+    config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU},
     config_defaults=DEFAULTS,
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     windows=WINDOWS,
-    transformer={**LLAMA.transformer, "add_qkv_bias": True},
     rules=(),
 )
 QWEN3 = replace(
@@ -49,8 +40,9 @@ QWEN3 = replace(
     name="qwen3",
     hf_class="Qwen3ForCausalLM",
     rows=(*LLAMA.rows, *QK_NORM),
-    config_facts={"hidden_act": SILU, "attention_bias": (False,)},
-    config_defaults={**DEFAULTS, "head_dim": 128},
+    config_keys={**LLAMA_KEYS, "attention_bias": "attention_bias"},
+    config_facts={"hidden_act": SILU},
+    config_defaults={**DEFAULTS, "head_dim": 128, "attention_bias": False},
     config_read=LLAMA.config_read | WINDOW_KEYS,
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     windows=WINDOWS,

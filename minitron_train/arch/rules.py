@@ -1,4 +1,4 @@
-"""Rules of the programs that load an exported folder, checked before any work is done."""
+"""Rules of the programs that load an exported folder, and of Transformer Engine, checked before any work is done."""
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.runtime.errors import UserError
@@ -12,3 +12,25 @@ def check_rules(shape: Shape, where: str) -> None:
             raise UserError(
                 f"{where}: {broken} (a rule of transformers' {shape.architecture} config); change the target"
             )
+
+
+def check_transformer_engine(shape: Shape, name: str, seq_length: int) -> None:
+    """Reject a model that Transformer Engine's layers would not reproduce; `name` ("student", …) goes into the message."""
+    if reason := beyond_transformer_engine(shape, seq_length):
+        raise UserError(f"train.transformer_engine=true: the {name} has {reason}; remove it")
+
+
+def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
+    """What of this model Transformer Engine's layers do not compute, or None."""
+    table = architecture(shape.architecture)
+    has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)
+    for row in table.layer_rows(shape):
+        *_, linear, kind = row.mcore.split(".")
+        if kind == "bias" and linear in has_bias:
+            has_bias[linear] = True
+    rest = set(list(has_bias.values())[1:])
+    if len(rest) > 1 or (rest == {True} and not has_bias["linear_qkv"]):
+        return "biases on some linears, and its layers have them on all linears or on query, key and value"
+    if not shape.is_plain(seq_length):
+        return "attention windows or rotary embeddings that its layers do not support"
+    return None

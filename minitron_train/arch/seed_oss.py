@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-from minitron_train.arch.llama import LLAMA, SILU
-from minitron_train.arch.qwen import QKV_BIAS
-from minitron_train.arch.table import CONFIG_DEFAULTS
+from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.table import CONFIG_DEFAULTS, QKV_BIAS
 
 SEED_OSS = replace(
     LLAMA,
     name="seed_oss",
     hf_class="SeedOssForCausalLM",
     rows=(*LLAMA.rows, QKV_BIAS),
+    config_keys=LLAMA_KEYS,
     config_facts={
         "hidden_act": SILU,
         "attention_bias": (True,),
@@ -18,6 +18,5 @@ SEED_OSS = replace(
         "mlp_bias": (False,),
     },
     config_defaults={**CONFIG_DEFAULTS, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288},
-    transformer={**LLAMA.transformer, "add_qkv_bias": True},
     rules=(),
 )

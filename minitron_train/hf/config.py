@@ -19,6 +19,8 @@ MAX_LAYERS = 10_000  # far above any model; limits the table of tensors that a d
 READERS: dict[str, Callable[[Any, str, str], Any]] = {  # parsers of Shape fields; other fields are sizes
     "num_layers": lambda value, key, where: size(value, key, where, MAX_LAYERS),
     "tie_embeddings": truth,
+    "attention_bias": truth,
+    "mlp_bias": truth,
     "layernorm_epsilon": epsilon,
 }
 ONLINE = {  # quantisation methods that quantise plain weights in every forward pass of transformers
@@ -145,10 +147,10 @@ def student_config(
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
-    changed |= written_rope(
-        read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where), table
-    )
-    changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept])
+    rope = read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where)
+    changed |= written_rope(config, table, rope)
+    is_listed = config.get("layer_types") is not None
+    changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept], is_listed=is_listed)
     changed["architectures"] = [table.hf_class]
     stored = named_dtype(config) if dtype is None else str(dtype).removeprefix("torch.")
     if stored is not None:

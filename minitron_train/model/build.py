@@ -1,5 +1,6 @@
 """Builds megatron-core's GPTModel from a Shape, with layers that also run on a CPU."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.arch.layer_kind import LayerKind
 from minitron_train.config import Precision
 from minitron_train.model.attention import LayerAttention, SdpaAttention, window_masks
-from minitron_train.model.fused import rms_norm, squared_relu, swiglu
+from minitron_train.model.fused import squared_relu, swiglu
 from minitron_train.model.load import parameters_by_row
+from minitron_train.model.norm import Norm
 from minitron_train.model.rotary import Rotary
 from minitron_train.model.vocabulary import OutputLayer
 
@@ -34,47 +36,13 @@ from minitron_train.model.vocabulary import OutputLayer
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
-class Norm(torch.nn.Module):
-    """LayerNorm or RMSNorm with optional zero-centred gamma, which megatron-core has only in Transformer Engine."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
-        self.size, self.eps = (hidden_size,), eps
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        make = {"dtype": config.params_dtype, "device": device}
-        self.weight = torch.nn.Parameter(torch.full(self.size, 1.0 - self.offset, **make))
-        layer_norm = config.normalization == "LayerNorm"
-        self.bias: torch.nn.Parameter | None
-        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(self.size, **make)) if layer_norm else None)
-        for parameter in self.parameters():  # megatron-core sums these gradients over the tensor-parallel group
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension. The offset is added in fp32: bf16 would round 1 + gain to steps of 0.8 %.
-
-        As Transformer Engine does. torch's CUDA kernels take one dtype only, so there x is widened too.
-        """
-        if not self.offset or x.dtype == torch.float32:
-            weight = self.weight + self.offset if self.offset else self.weight
-            return self.normalised(x, weight, self.bias)
-        wide = x.float() if x.is_cuda or self.bias is None else x
-        bias = None if self.bias is None else self.bias.float()
-        return self.normalised(wide, self.weight.float() + self.offset, bias).to(x.dtype)
-
-    def normalised(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """LayerNorm where there is a bias, else RMSNorm."""
-        if bias is not None:
-            return F.layer_norm(x, self.size, weight, bias, self.eps)
-        return rms_norm(x, weight, self.eps)
-
-
 class Mlp(MLP):
     """megatron-core's MLP with one function for the whole activation, as megatron-core's fused kernels have on GPUs."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """Output [S, B, H], and no bias."""
-        inner, _ = self.linear_fc1(hidden_states)
+        """Output [S, B, H] without the second linear's bias, and this bias or None."""
+        inner, bias = self.linear_fc1(hidden_states)
+        inner = inner if bias is None else inner + bias
         return self.linear_fc2(swiglu(inner) if self.config.gated_linear_unit else self.activation_func(inner))
 
 
@@ -174,7 +142,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,  # weights always come from a checkpoint or from arch.init
         use_cpu_initialization=on_cpu,
-        add_bias_linear=False,
+        **bias_arguments(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -186,6 +154,24 @@ def transformer_config(
         batch_p2p_sync=False,
         **{**arguments, **extra},
     )
+
+
+LINEAR_BIAS = re.compile(r"\.(linear_\w+)\.bias$")
+
+
+def bias_arguments(shape: Shape) -> dict[str, bool]:
+    """Which linears megatron-core makes with a bias: none, QKV alone, or all (`drop_biases` takes out some of these)."""
+    rows = architecture(shape.architecture).rows_of(shape)
+    names = {match[1] for row in rows if (match := LINEAR_BIAS.search(row.mcore))}
+    return {"add_qkv_bias": "linear_qkv" in names, "add_bias_linear": bool(names - {"linear_qkv"})}
+
+
+def drop_biases(model: LanguageModel, shape: Shape) -> None:
+    """Remove the biases of linears that the family's table has without one."""
+    known = {row.mcore for row in architecture(shape.architecture).rows_of(shape)}
+    for name, _ in list(model.named_parameters()):
+        if LINEAR_BIAS.search(name) and re.sub(r"\.\d+\.", ".{i}.", name, count=1) not in known:
+            model.get_submodule(name.removesuffix(".bias")).register_parameter("bias", None)
 
 
 def build(
@@ -222,7 +208,10 @@ def build(
         share_embeddings_and_output_weights=shape.tie_embeddings,
         pg_collection=groups,
     )
-    model.rotary_pos_emb = Rotary(shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"))
+    drop_biases(model, shape)
+    model.rotary_pos_emb = Rotary(
+        shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"), interleaved=config.rotary_interleaved
+    )
     model.windows = shape.windows
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())

@@ -31,7 +31,7 @@ def parameters_per_rank(shape: Shape, tp: int) -> int:
 
 def layer_parameters(shape: Shape, tp: int = 1) -> int:
     """Count the parameters of one layer on one tensor-parallel rank."""
-    rows = [row for row in architecture(shape.architecture).rows_of(shape) if row.per_layer]
+    rows = architecture(shape.architecture).layer_rows(shape)
     sizes = [(sum(prod(size) for size in row.sizes(shape).values()), row.parallel_dim()) for row in rows]
     return sum(size if dim is None else size // tp for size, dim in sizes)
 

@@ -31,6 +31,8 @@ class Point:
 
 def gate_half(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """The input of the activation function: the gate half of a gated MLP's first linear, or all of a plain one."""
+    bias: Tensor | None = layer.get_submodule("mlp.linear_fc1").bias  # type: ignore[assignment]
+    x = x if bias is None else x + bias  # megatron-core's linear leaves the bias to the MLP
     return x.chunk(2, dim=-1)[0] if layer.config.gated_linear_unit else x  # type: ignore[union-attr]
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's decoder, one layer at a time, for scoring, rotation and repair of models that do not fit in memory."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from minitron_train.arch import ParamSpec, convert
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
-from minitron_train.model.build import Norm, build
+from minitron_train.model.build import build
+from minitron_train.model.norm import Norm
 from minitron_train.model.vocabulary import OutputLayer, StreamedEmbedding
 from minitron_train.parallel.groups import Groups
 
@@ -56,7 +57,8 @@ class Layers:
         self.model = build(stub, tp=groups.tp_size, tp_group=groups.tp_group, dtype=dtype).eval().requires_grad_(False)
         self.model.embedding.word_embeddings = StreamedEmbedding(self._embedding_rows)  # type: ignore[assignment]
         self.loaded: list[int | None] = [None] * len(held)
-        self._fill([row for row in table.rows if not row.per_layer and row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
+        outside = [row for row in table.rows_of(shape) if not row.per_layer]
+        self._fill([row for row in outside if row.mcore not in (EMBEDDING, OUTPUT)], 0, 0)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; a negative token is padding and gets the first row."""
@@ -80,7 +82,7 @@ class Layers:
         """Layer `i`, valid until the next access."""
         slot = self.slot[i]
         if self.loaded[slot] != i:
-            self._fill([row for row in self.table.rows if row.per_layer], i, slot)
+            self._fill(self.table.layer_rows(self.shape), i, slot)
             self.loaded[slot] = i
         return self.model.decoder.layers[slot]
 
@@ -92,7 +94,7 @@ class Layers:
     def _embedding_rows(self, index_U: Tensor) -> Tensor:
         return self.source.rows(self.tensor_name(EMBEDDING), index_U).to(self.groups.device, self.dtype)
 
-    def _fill(self, rows: list[ParamSpec], i: int, slot: int) -> None:
+    def _fill(self, rows: Iterable[ParamSpec], i: int, slot: int) -> None:
         for row in rows:
             shard = convert.read_shard(row, i, self.shape, self.source, self.groups.tp_rank, self.groups.tp_size)
             self.model.get_parameter(row.mcore.format(i=slot)).copy_(shard)

@@ -14,6 +14,7 @@ streams of all tokens, one Gram matrix.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
-from minitron_train.model.build import Norm
+from minitron_train.model.norm import Norm
 from minitron_train.parallel.groups import Groups
 from minitron_train.pruning.basis import effective_gamma
 from minitron_train.pruning.layers import Layers, forward, seeing
@@ -94,25 +95,30 @@ class Streams:
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """Attention or MLP of a layer: norm, first linear, second linear, residual connection."""
+    """Attention or MLP of a layer: norm, first linear, second linear, and the sum with the residual stream."""
 
     norm: str
     first: str
     second: str
-    run: Callable[
-        [torch.nn.Module, Tensor, Tensor], Tensor
-    ]  # layer, normalised stream, rotary -> what is added to the stream
+    sum: str
+    run: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    # layer, normalised stream, rotary -> the second linear's output without its bias, and this bias
+
+    def forward(self, layer: torch.nn.Module, stream_SBH: Tensor, rotary: Tensor) -> Tensor:
+        """The residual stream after this half."""
+        output = self.run(layer, layer.get_submodule(self.norm)(stream_SBH), rotary)
+        return getattr(layer, self.sum)(False, False)(output, stream_SBH, 0.0)
 
 
-# A half adds its second linear's output to the residual stream: no post-norm (as in Gemma 2) may stand between them.
 HALVES = (
     Half(
         "input_layernorm",
         "self_attention.linear_qkv",
         "self_attention.linear_proj",
-        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary)[0],  # type: ignore[operator]
+        "self_attn_bda",
+        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary),
     ),
-    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", lambda layer, x, _: layer.mlp(x)[0]),  # type: ignore[operator],
+    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", "mlp_bda", lambda layer, x, _: layer.mlp(x)),
 )
 
 
@@ -138,7 +144,7 @@ class Repair:
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
         self.teacher_rotary, self.rotary = (layers.rotary(tokens_NS.shape[1]) for layers in (teacher, student))
-        self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.rows if row.per_layer}
+        self.rows = {row.mcore.split("{i}.")[-1]: row for row in teacher.table.layer_rows(teacher.shape)}
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -153,10 +159,10 @@ class Repair:
             attention, mlp = HALVES
             self._repair_half(attention, i, layer, range(0))
             self._repair_half(mlp, i, layer, absorbed)
-            yield from self._parts(self.student[i], [row for row in self.student.table.rows if row.per_layer], i)
+            yield from self._parts(self.student[i], self.student.table.layer_rows(self.keep.student), i)
         yield from self._last()
 
-    def _parts(self, module: torch.nn.Module, rows: list[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
+    def _parts(self, module: torch.nn.Module, rows: Iterable[ParamSpec], i: int) -> Iterator[tuple[str, Tensor]]:
         for row in rows:
             name = row.mcore.split("{i}.")[-1] if row.per_layer else row.mcore.removeprefix("decoder.final_layernorm.")
             shards = [module.get_parameter(name).detach()]
@@ -182,7 +188,7 @@ class Repair:
         if self._fits(half.second):
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
         for streams in self.streams:
-            streams.student = streams.student + half.run(student, student_norm(streams.student), self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary)
 
     def _advance_teacher_over(self, dropped: range) -> None:
         """Advance the teacher's streams through layers that the student does not have."""
@@ -193,18 +199,18 @@ class Repair:
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
-        norm = teacher.get_submodule(half.norm)
+        linear: Any = teacher.get_submodule(half.first)
+        later_bias = linear.bias if linear.skip_bias_add else None  # megatron-core's MLP adds it after the linear
         for streams in self.streams:
-            with seeing(teacher.get_submodule(half.first), of_input=False) as seen:
-                streams.teacher = streams.teacher + half.run(teacher, norm(streams.teacher), self.teacher_rotary)
-            yield seen[0]
+            with seeing(linear, of_input=False) as seen:
+                streams.teacher = half.forward(teacher, streams.teacher, self.teacher_rotary)
+            yield seen[0] if later_bias is None else seen[0] + later_bias
 
     def _lacking(self, student: torch.nn.Module, half: Half) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the second linear's input and its target output for each micro-batch."""
-        norm = student.get_submodule(half.norm)
         for streams in self.streams:
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
-                half.run(student, norm(streams.student), self.rotary)
+                half.forward(student, streams.student, self.rotary)
             yield seen[0], self._narrow(streams.teacher) - streams.student
 
     def _narrow(self, stream_SBD: Tensor) -> Tensor:
@@ -214,9 +220,9 @@ class Repair:
     def _fits(self, name: str) -> bool:
         return name.split(".")[-1] in REFITTED[self.prune.refit]
 
-    def _fit(self, linear: torch.nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit one linear to (input, wanted output) of all micro-batches."""
-        weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
+    def _fit(self, linear: Any, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit a linear's weights to (input, wanted output) of all micro-batches. Its bias is kept."""
+        weight, bias = linear.get_parameter("weight"), linear.bias
         squares = LeastSquares(weight.shape[1], weight.shape[0], self.groups)
         for streams, (x, y) in zip(self.streams, pairs, strict=True):
             y = y if bias is None else y - bias

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
+from minitron_train.arch.rules import check_transformer_engine
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
@@ -60,12 +61,9 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
-    for name, shape in (("teacher", teacher), ("student", student)) if train.transformer_engine else ():
-        if shape is not None and not shape.is_plain(train.seq_length):
-            raise UserError(
-                f"train.transformer_engine=true: its layers support neither attention windows below train.seq_length nor "
-                f"layers without rotary embedding, which the {name} has; remove it"
-            )
+    if train.transformer_engine:
+        for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
+            check_transformer_engine(shape, name, train.seq_length)
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")

@@ -8,6 +8,7 @@ import torch
 from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
+from tests.support.families import TABLES, save_family
 from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, exported, hf_logits, save_random
 
@@ -43,9 +44,16 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequen
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_qkv_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
-    families = ("qwen2", "qwen3", "seed_oss")
-    compare([save_random({**COMMON, "model_type": name}, tmp_path / name) for name in families], 2, sequence_parallel)
+def test_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True}
+    families = {"qwen2": {}, "qwen3": {}, "seed_oss": {}, "llama": biases, "nemotron": biases}
+    folders = [save_random({**COMMON, "model_type": name, **keys}, tmp_path / name) for name, keys in families.items()]
+    compare(folders, 2, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_families_of_one_table_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    compare([save_family(name, tmp_path / name) for name in TABLES], 2, sequence_parallel)
 
 
 def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:

@@ -10,7 +10,13 @@ from minitron_train.model.load import load_weights
 from tests.support.models import COMMON, exported, hf_logits, save_random
 from tests.support.pruning import configuration, random_tokens, run_cut
 
+BIASES = {"attention_bias": True, "mlp_bias": True}
 FAMILIES = {
+    "llama with biases": {"model_type": "llama", **BIASES, "tie_word_embeddings": False},
+    "llama with attention biases": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True},
+    "llama with MLP biases": {"model_type": "llama", "mlp_bias": True, "tie_word_embeddings": False},
+    "nemotron with biases": {"model_type": "nemotron", **BIASES},
+    "qwen3 with biases": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 12},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},

@@ -24,6 +24,8 @@ from tests.support.pruning import configuration, evidence_of, random_tokens, run
 TOKENS = random_tokens(sequences=24)
 MODELS = {
     **FAMILIES,
+    "biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "nemotron with biases": {**FAMILIES["nemotron"], "attention_bias": True, "mlp_bias": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False, "head_dim": 12},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},
 }
