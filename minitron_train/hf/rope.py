@@ -34,7 +34,7 @@ class Stated:
         if value is None and default is not None:
             return default
         if key not in self.values:
-            kind = self.values.get("rope_type", self.values.get("type"))
+            kind = self.values.get("rope_type", self.values.get("type", "default"))
             raise UserError(f"{self.where}: rope type {spoken(kind)} without {key}; {as_authors_give_it('it')}")
         return positive_float(value, f"{key} of rope_scaling" if key == "factor" else key, self.where)
 
@@ -133,6 +133,8 @@ def written_rope(config: Mapping[str, Any], table: Architecture, rope: Rope) -> 
     scaling = {"rope_type": rope.kind} | {key: value for key, value in given.items() if key not in own}
     if rope.kind in WITH_LENGTH or table.query_growth:
         scaling[LENGTH] = rope.original_length
+    if rope.kind == "yarn":
+        scaling["factor"] = rope.factor  # null in config.json: the ratio of the lengths
     is_plain = rope.kind == "default" and table.query_growth is None
     common = {"rope_theta": rope.theta} | ({PERCENT: rope.percent} if table.partial_rotary else {})
     return {
