@@ -122,15 +122,20 @@ def rope_keys(config: Mapping[str, Any]) -> frozenset[str]:
     return (ROPE_KEYS - {LENGTH} | {PERCENT, *OLD_PERCENTS}) & config.keys()
 
 
-def written_rope(config: Mapping[str, Any], table: Architecture, rope: Rope) -> dict[str, Any]:
-    """Keys of config.json that transformers 4 and 5 read alike, from the rope that `read_rope` found in `config`.
+def written_rope(rope: Rope, table: Architecture, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of config.json that transformers 4 and 5 read alike.
 
     transformers 4 reads the top level. transformers 5 reads rope_scaling if it is not null, else rope_parameters, and
     takes missing keys from the top level.
+
+    Args:
+        given: the object of config.json from which `read_rope` made `rope`; empty for a new model.
     """
-    given = {key: value for key, value in given_rope(config, table, "config.json").items() if value is not None}
     own = {"type", "rope_type", "rope_theta", PERCENT, *OLD_PERCENTS}
-    scaling = {"rope_type": rope.kind} | {key: value for key, value in given.items() if key not in own}
+    constants = {key: value for key, value in given.items() if key not in own and value is not None}
+    scaling: dict[str, Any] = {"rope_type": rope.kind, **constants}
+    if table.query_growth is not None:
+        scaling[table.query_growth] = rope.query_growth
     if rope.kind in WITH_LENGTH or table.query_growth:
         scaling[LENGTH] = rope.original_length
     if rope.kind == "yarn":

@@ -85,7 +85,7 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
         shape.architecture,
         **sizes | settings,
         **{key: supported[0] for key, supported in table.config_facts.items()},
-        rope_parameters=written_rope({}, table, rope)["rope_parameters"],
+        rope_parameters=written_rope(rope, table, {})["rope_parameters"],
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=None,

@@ -8,7 +8,7 @@ import torch
 from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
-from tests.support.families import TABLES, save_family
+from tests.support.families import LAYERED, TABLES, save_family, save_layered
 from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, exported, hf_logits, save_random
 
@@ -54,6 +54,11 @@ def test_biases_and_head_norms_are_split(tmp_path: Path, sequence_parallel: bool
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_families_of_one_table_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
     compare([save_family(name, tmp_path / name) for name in TABLES], 2, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_layers_of_several_kinds_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    compare([save_layered(name, tmp_path / name) for name in LAYERED], 2, sequence_parallel)
 
 
 def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:

@@ -20,81 +20,20 @@ from minitron_train.model.generate import greedy
 from minitron_train.model.load import load_weights
 from minitron_train.pruning.layers import Layers, forward
 from minitron_train.pruning.shards import RowReader
-from tests.support.models import COMMON, exported, hf_logits, save_random
+from minitron_train.runtime.errors import UserError
+from tests.support.families import LAYERED, save_layered
+from tests.support.models import exported, hf_logits
 from tests.support.pruning import configuration, random_tokens, run_cut
 
-GROWTH = {"llama_4_scaling_beta": 0.4}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.5}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.2, 1.5, 2.0],
-    "long_factor": [1.5, 3.0, 5.0, 8.0],
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "mistral": {"model_type": "mistral", "sliding_window": 7},
-    "qwen2": {
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 2,
-        "head_dim": 12,
-    },
-    "qwen3": {
-        "model_type": "qwen3",
-        "use_sliding_window": True,
-        "sliding_window": 6,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
-    "smollm3 with windows": {
-        "model_type": "smollm3",
-        "no_rope_layer_interval": 2,
-        "use_sliding_window": True,
-        "sliding_window": 6,
-    },
-    "ministral": {"model_type": "ministral", "sliding_window": 9},
-    "ministral with full layers": {
-        "model_type": "ministral",
-        "sliding_window": 5,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-    },
-    "ministral3": {"model_type": "ministral3", "rope_parameters": YARN | GROWTH},
-    "ministral3 with a window": {
-        "model_type": "ministral3",
-        "sliding_window": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "original_max_position_embeddings": 8} | GROWTH,
-    },
-    "cwm": {"model_type": "cwm", "sliding_window": 6, "hidden_size": 64, "rope_parameters": LLAMA3},
-    "phi3": {
-        "model_type": "phi3",
-        "partial_rotary_factor": 0.67,
-        "original_max_position_embeddings": 32,
-        "hidden_size": 96,
-        "rope_parameters": LONGROPE,
-    },
-    "phi3 with a window": {"model_type": "phi3", "sliding_window": 6, "hidden_size": 96},
-}
 TOKENS = random_tokens()
 LONG = torch.randint(0, 128, (2, 300), generator=torch.Generator().manual_seed(5))
-EVERY = pytest.mark.parametrize("name", MODELS)
+EVERY = pytest.mark.parametrize("name", LAYERED)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("layers")
-    return {
-        name: save_random({**COMMON, "max_position_embeddings": 512, "initializer_range": 0.2, **config}, root / name)
-        for name, config in MODELS.items()
-    }
+    return {name: save_layered(name, root / name) for name in LAYERED}
 
 
 def opened(folder: Path, **arguments: Any) -> tuple[hf.HFFolder, LanguageModel]:
@@ -247,3 +186,17 @@ def test_repair_of_a_dropped_layer(tmp_path: Path, folders: dict[str, Path], gro
         folder = run_cut(tmp_path / refit.name, folders[name], config, TOKENS, groups, num_layers=2)
         errors.append((hf_logits(folder, TOKENS[0]) - hf_logits(folders[name], TOKENS[0])).square().mean())
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_cached_text_does_not_cross_longropes_length(folders: dict[str, Path], groups: Any) -> None:
+    """Neither grown token by token nor as a prefix; each alone is computed."""
+    _, model = opened(folders["phi3"])
+    with pytest.raises(UserError, match=r"a text grows beyond 32 tokens, where .* \(longrope\) changes"):
+        greedy(model, [LONG[0, :31].tolist()], 4, [lambda text: False], groups)
+    assert len(greedy(model, [LONG[0, :33].tolist()], 4, [lambda text: False], groups)[0]) == 4
+    cache = KeyValueCache()
+    with inference(model):
+        start, rest = (torch.arange(first, stop)[None] for first, stop in ((0, 20), (20, 50)))
+        hidden_states(model, LONG[:1, :20], start, cache=cache, keep=True, min_length=33)
+        found = model.output.logits(hidden_states(model, LONG[:1, 20:50], rest, cache=cache))
+    close(found, hf_logits(folders["phi3"], LONG[:1, :50])[:, 20:])
