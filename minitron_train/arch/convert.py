@@ -1,6 +1,6 @@
 """Converts Hugging Face tensors to megatron-core parameters and back, one tensor at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -64,7 +64,7 @@ def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[
 def export_tensors(
     table: Architecture, shape: Shape, shards: Callable[[ParamSpec, int], list[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and value of every tensor of the Hugging Face checkpoint.
+    """Yield name and value of every tensor that the rows name; see `stored` for those that are written.
 
     Args:
         shards: takes a row and a layer, and returns the parameter's shards of all tensor-parallel ranks.
@@ -73,3 +73,14 @@ def export_tensors(
         for i in row.layers(shape):
             for name, part in shards_to_parts(row, shape, shards(row, i)).items():
                 yield name.format(i=i), part.contiguous()
+
+
+def stored(table: Architecture, shape: Shape, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors as the checkpoint stores them. Parts of one tensor must come one after the other, in order."""
+    lasts = {list(parts)[-1]: name for name, parts in table.each_stored(shape)}
+    parts: list[Tensor] = []
+    for name, tensor in tensors:
+        parts.append(tensor)
+        if name in lasts:
+            yield lasts[name], torch.cat(parts) if len(parts) > 1 else tensor
+            parts = []

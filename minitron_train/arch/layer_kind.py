@@ -25,7 +25,19 @@ class Rope:
     factor: float = 1.0  # stretches wavelengths; dynamic: only beyond max_position_embeddings
     low_freq_factor: float = 1.0  # llama3: wavelengths above original_length / this are stretched in full
     high_freq_factor: float = 4.0  # llama3: those below original_length / this are not stretched
-    original_length: int = 8192  # llama3: longest sequence in pretraining, tokens
+    original_length: int = 8192  # llama3, yarn, longrope: longest sequence in pretraining, tokens
+    attention_factor: float = 1.0  # yarn, longrope: multiplies rotated channels of queries and keys
+    beta_fast: float = 32.0  # yarn: channels with more rotations in original_length are not stretched
+    beta_slow: float = 1.0  # yarn: those with fewer are stretched in full
+    truncate: bool = True  # yarn: whether the channels between are rounded to whole ones
+    short_factors: tuple[float, ...] = ()  # longrope: stretch of each wavelength in sequences up to original_length
+    long_factors: tuple[float, ...] = ()  # longrope: in longer ones
+    query_growth: float = 0.0  # queries are multiplied by 1 + this x log(1 + floor(position / original_length))
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether attention scores are scaled."""
+        return self.attention_factor != 1.0 or self.query_growth != 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

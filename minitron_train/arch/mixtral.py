@@ -21,7 +21,7 @@ MIXTRAL = replace(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    rotary_base=1e6,
+    rope_theta=1e6,
     config_aliases={"num_local_experts": "num_experts"},
     shape_facts={"norm_topk_prob": True},
     rules=(experts_are_given,),

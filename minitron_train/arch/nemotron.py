@@ -15,6 +15,12 @@ from minitron_train.arch.table import (
     ParamSpec,
 )
 
+SQUARED_RELU = (  # a plain MLP
+    ParamSpec(mcore=LAYER + "mlp.linear_fc1.weight", hf={HF + "mlp.up_proj.weight": ("ffn", "embd")}),
+    ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
+    ParamSpec(mcore=LAYER + "mlp.linear_fc1.bias", hf={HF + "mlp.up_proj.bias": ("ffn",)}, when="mlp_bias"),
+    ParamSpec(mcore=LAYER + "mlp.linear_fc2.bias", hf={HF + "mlp.down_proj.bias": ("embd",)}, when="mlp_bias"),
+)
 NEMOTRON = Architecture(
     name="nemotron",
     hf_class="NemotronForCausalLM",
@@ -26,10 +32,7 @@ NEMOTRON = Architecture(
         *ATTENTION_BIASES,
         ParamSpec(mcore=LAYER + "pre_mlp_layernorm.weight", hf={HF + "post_attention_layernorm.weight": ("embd",)}),
         ParamSpec(mcore=LAYER + "pre_mlp_layernorm.bias", hf={HF + "post_attention_layernorm.bias": ("embd",)}),
-        ParamSpec(mcore=LAYER + "mlp.linear_fc1.weight", hf={HF + "mlp.up_proj.weight": ("ffn", "embd")}),
-        ParamSpec(mcore=LAYER + "mlp.linear_fc2.weight", hf={HF + "mlp.down_proj.weight": ("embd", "ffn")}),
-        ParamSpec(mcore=LAYER + "mlp.linear_fc1.bias", hf={HF + "mlp.up_proj.bias": ("ffn",)}, when="mlp_bias"),
-        ParamSpec(mcore=LAYER + "mlp.linear_fc2.bias", hf={HF + "mlp.down_proj.bias": ("embd",)}, when="mlp_bias"),
+        *SQUARED_RELU,
         ParamSpec(mcore="decoder.final_layernorm.weight", hf={"model.norm.weight": ("embd",)}),
         ParamSpec(mcore="decoder.final_layernorm.bias", hf={"model.norm.bias": ("embd",)}),
         ParamSpec(mcore=OUTPUT, hf={"lm_head.weight": ("vocab", "embd")}),

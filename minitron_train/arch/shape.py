@@ -72,8 +72,9 @@ class Shape:
         return tuple(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
 
     def is_plain(self, length: int) -> bool:
-        """Whether all layers have the same rotary embedding and no window that matters in sequences of `length` tokens."""
-        one_rope = len(self.ropes) == 1 and all(kind.rope is not None for kind in self.kinds)
+        """Whether megatron-core's attention suffices for `length` tokens: one rope that scales nothing, no window below."""
+        ropes = {kind.rope for kind in self.kinds}
+        one_rope = len(ropes) == 1 and all(rope is not None and not rope.scales_queries for rope in ropes)
         return one_rope and all(window is None or window >= length for window in self.windows)
 
     @property

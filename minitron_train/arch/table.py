@@ -35,12 +35,16 @@ class ParamSpec:
     megatron-core's layout of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are
     stacked (gate, then up). `when` names the Shape field that must be true for a model to have this parameter; None: every
     model has it.
+
+    Some families store the parts as one tensor, `stored_as`, one range of rows after the other. Then the names in `hf` are
+    those of the ranges: the reader finds them there, and writers put them there.
     """
 
     mcore: str
     hf: Mapping[str, Axes]
     per_group: bool = False
     when: str | None = None
+    stored_as: str | None = None
     expert: int | None = None  # set by `of_expert`
 
     @property
@@ -91,6 +95,15 @@ class Windows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unrotated:
+    """How a family's config.json chooses the layers without rotary embedding."""
+
+    key: str  # a list with 0 for each of these layers, and 1 for each other one
+    interval: str  # where the list is missing, key of a number n: every n-th layer
+    has: Callable[[Mapping[str, Any], int], bool]  # takes the config, completed with config_defaults, and a layer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Everything that this program knows about one family of models.
 
@@ -113,8 +126,13 @@ class Architecture:
     windows: Windows = Windows()
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
-    rotary_base: float = 10000.0  # default of rope_theta
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
+    rope_theta: float = 10_000.0  # default base of the rotary frequencies
+    rope_types: Mapping[str, str] | None = (
+        None  # types that its config class accepts, and what it takes them for; None: all
+    )
+    query_growth: str | None = None  # key of the rope with which queries grow with their position (Rope.query_growth)
+    unrotated: Unrotated | None = None  # how layers without rotary embedding are chosen; None: there are none
 
     @property
     def has_experts(self) -> bool:
@@ -162,16 +180,22 @@ class Architecture:
         return next(name for row in self.rows if row.mcore == mcore for name in row.hf)
 
     def tensors(self, shape: Shape) -> dict[str, tuple[int, ...]]:
-        """Name and size of every tensor of the Hugging Face checkpoint."""
-        return dict(self.each_tensor(shape))
+        """Name and size of every tensor that the rows name."""
+        return {name: size for _, parts in self.each_stored(shape) for name, size in parts.items()}
 
-    def each_tensor(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield name and size of every tensor; lazy, because a damaged config may claim a billion layers."""
+    def each_stored(self, shape: Shape) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+        """Yield every tensor of the Hugging Face checkpoint: its name, and name and size of its parts (usually itself).
+
+        Lazy, because a damaged config may claim a billion layers.
+        """
         for row in self.rows_of(shape):
             sizes = row.sizes(shape)
             for i in row.layers(shape):
-                for name, size in sizes.items():
-                    yield name.format(i=i), size
+                parts = {name.format(i=i): size for name, size in sizes.items()}
+                if row.stored_as is not None:
+                    yield row.stored_as.format(i=i), parts
+                else:
+                    yield from ((name, {name: size}) for name, size in parts.items())
 
     def parameters(self, shape: Shape, *, active: bool = False) -> dict[str, int]:
         """Exact parameter counts by part: embedding, output, attention, mlp, norms (tied weights count once).
@@ -187,6 +211,7 @@ class Architecture:
         return counts
 
 
+EVERY_LAYER = Windows(default=lambda config, i: True, layer_types=False)
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
@@ -281,7 +306,7 @@ HARMLESS_KEYS = frozenset(  # keys of transformers' config classes that do not c
         "eos_token_id",
         "pretraining_tp",  # transformers 5 does not read it
         "attention_dropout",  # for training in transformers; this program trains without dropout
-        "residual_dropout",  # likewise
+        *("residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"),  # likewise
         "router_jitter_noise",  # likewise
         "output_router_logits",  # returns them, and adds a loss of transformers' own training
         "router_aux_loss_coef",  # the weight of that loss
@@ -298,6 +323,12 @@ FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the l
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+
+
+def stacked(parts: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Size of the tensor that holds these parts, one range of rows after the other."""
+    sizes = list(parts.values())
+    return (sum(size[0] for size in sizes), *sizes[0][1:])
 
 
 def part_of(mcore: str) -> str:

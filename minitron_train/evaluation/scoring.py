@@ -1,6 +1,7 @@
 """Log-likelihoods of token continuations, computed from packed rows."""
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -32,22 +33,37 @@ def score(
         on_scores: called after each forward pass with request index -> score.
     """
     with inference(model):
-        for unit in share(plan(requests, batch_tokens), groups.dp_rank, groups.dp_size):
-            cache = KeyValueCache()
-            if unit.prefix:
-                tokens = torch.tensor([unit.prefix], device=groups.device)
-                places = torch.arange(len(unit.prefix), device=groups.device)[None]
-                hidden_states(model, tokens, places, cache=cache, keep=True)
-            for batch in unit.batches:
-                on_scores(score_rows(model, batch, cache, groups))
+        for min_length, together in by_length(requests, model.rotary_pos_emb.switch):
+            for unit in share(plan(together, batch_tokens), groups.dp_rank, groups.dp_size):
+                cache = KeyValueCache()
+                if unit.prefix:
+                    tokens = torch.tensor([unit.prefix], device=groups.device)
+                    places = torch.arange(len(unit.prefix), device=groups.device)[None]
+                    hidden_states(model, tokens, places, cache=cache, keep=True, min_length=min_length)
+                for batch in unit.batches:
+                    on_scores(score_rows(model, batch, cache, groups, min_length))
 
 
-def score_rows(model: LanguageModel, rows: list[PackedRow], cache: KeyValueCache, groups: Groups) -> dict[int, Score]:
+def by_length(requests: list[Request], switch: list[int]) -> list[tuple[int, list[Request]]]:
+    """Requests whose tokens may be computed together, and the least length of their inputs.
+
+    Args:
+        switch: lengths, ascending, beyond which the model computes all tokens of a text differently.
+    """
+    groups: dict[int, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(bisect_left(switch, len(request.inputs)), []).append(request)
+    return [(switch[k - 1] + 1 if k else 0, together) for k, together in groups.items()]
+
+
+def score_rows(
+    model: LanguageModel, rows: list[PackedRow], cache: KeyValueCache, groups: Groups, min_length: int
+) -> dict[int, Score]:
     """Score a batch in one forward pass. The output layer is applied only to scored positions."""
     device = groups.device
     tokens, positions, mask = (None if x is None else x.to(device) for x in to_tensors(rows, cache.num_tokens))
     assert tokens is not None and positions is not None
-    hidden = hidden_states(model, tokens, positions, mask, cache)
+    hidden = hidden_states(model, tokens, positions, mask, cache, min_length=min_length)
     scored = [(b, *target) for b, row in enumerate(rows) for target in row.targets]
     row_N, place_N, target_N, _ = torch.tensor(scored, device=device).unbind(1)
     group = groups.tp_group if groups.tp_size > 1 else None

@@ -11,7 +11,7 @@ from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.layers import read_layers, written_layers
-from minitron_train.hf.rope import read_rope, rope_keys, written_rope
+from minitron_train.hf.rope import given_rope, read_rope, rope_keys, written_rope
 from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
@@ -167,10 +167,10 @@ def student_config(
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
     changed |= {alias: changed[key] for key, alias in table.config_aliases.items() if alias in config}
-    changed |= written_rope(
-        read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where), table
-    )
-    changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept])
+    rope = read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where)
+    changed |= written_rope(rope, table, given_rope(config, table, where))
+    is_listed = config.get("layer_types") is not None
+    changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept], is_listed=is_listed)
     changed["architectures"] = [table.hf_class]
     stored = named_dtype(config) if dtype is None else str(dtype).removeprefix("torch.")
     if stored is not None:

@@ -27,7 +27,27 @@ def read_layers(
     stated = {**table.config_defaults, **config}
     slides = sliding_layers(stated, table, num_layers, where)
     width = window(stated, table, where) if any(slides) else None
-    return [LayerKind(window=width if one else None, rope=rope) for one in slides]
+    rotates = rotated_layers(stated, table, num_layers, where)
+    return [
+        LayerKind(window=width if has_window else None, rope=rope if has_rope else None)
+        for has_window, has_rope in zip(slides, rotates, strict=True)
+    ]
+
+
+def rotated_layers(stated: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
+    """Whether each layer has a rotary embedding. `stated` has the family's defaults for missing keys."""
+    rule = table.unrotated
+    if rule is None:
+        return [True] * num_layers
+    listed = stated[rule.key]
+    if listed is None:
+        size(stated[rule.interval], rule.interval, where)
+    elif not isinstance(listed, list) or len(listed) < num_layers or not set(map(str, listed)) <= {"0", "1"}:
+        raise UserError(
+            f"{where}: {rule.key}={spoken(listed)}: must be a list of {num_layers} numbers, 0 for a layer without rotary "
+            f"embedding and 1 for another one; {as_authors_give_it('it')}"
+        )
+    return [not rule.has(stated, i) for i in range(num_layers)]
 
 
 def window(stated: Mapping[str, Any], table: Architecture, where: str) -> int:
@@ -82,12 +102,25 @@ def layer_types(stated: Mapping[str, Any], table: Architecture, num_layers: int,
     return named
 
 
-def written_layers(config: Mapping[str, Any], table: Architecture, kinds: Sequence[LayerKind]) -> dict[str, Any]:
-    """Keys that give a model's layers these kinds.
+def written_layers(
+    config: Mapping[str, Any], table: Architecture, kinds: Sequence[LayerKind], *, is_listed: bool = False
+) -> dict[str, Any]:
+    """Keys that give a model's layers these kinds (their rope is written by `written_rope`).
 
     Args:
         config: the other keys of its config.json, which decide what a missing layer_types would mean.
+        is_listed: write layer_types even where the other keys say the same.
     """
+    keys: dict[str, Any] = {}
+    if table.unrotated is not None:
+        keys[table.unrotated.key] = [int(kind.rope is not None) for kind in kinds]
+    return keys | written_windows({**config, **keys}, table, kinds, is_listed=is_listed)
+
+
+def written_windows(
+    config: Mapping[str, Any], table: Architecture, kinds: Sequence[LayerKind], *, is_listed: bool
+) -> dict[str, Any]:
+    """Keys that give a model's layers their windows."""
     rule, slides = table.windows, [kind.window is not None for kind in kinds]
     if rule.default is None:
         return {}
@@ -97,6 +130,6 @@ def written_layers(config: Mapping[str, Any], table: Architecture, kinds: Sequen
     if rule.first_sliding is not None:  # older readers know this key only
         keys[rule.first_sliding] = slides.index(True) if any(slides) else len(slides)
     without = {**table.config_defaults, **config, **keys, "layer_types": None}
-    if any(slides) or any(sliding_layers(without, table, len(kinds), "config.json")):
+    if is_listed or any(slides) or any(sliding_layers(without, table, len(kinds), "config.json")):
         keys["layer_types"] = [SLIDING if one else FULL for one in slides]
     return keys

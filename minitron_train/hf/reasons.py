@@ -116,7 +116,7 @@ def is_embedding(name: str) -> bool:
 
 def closest_foreign(name: str, shape: Shape, tensors: Collection[str]) -> str | None:
     """The stored tensor outside the model whose name shares the longest prefix with `name`; None if there is none."""
-    known = {bare(own) for own in architecture(shape.architecture).tensors(shape)}
+    known = {bare(own) for own, _ in architecture(shape.architecture).each_stored(shape)}
     foreign = sorted(stored for stored in tensors if bare(stored) not in known)
 
     def likeness(stored: str) -> int:

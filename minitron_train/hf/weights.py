@@ -2,12 +2,14 @@
 
 import functools
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture
+from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture, stacked
 from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import STORED_DTYPES, named_dtype
 from minitron_train.hf.headers import Entry, shown
@@ -28,7 +30,8 @@ class HFFolder:
     `shape.tie_embeddings` follows the weights: a stored output layer that differs from the embedding is not tied.
 
     Attributes:
-        stored: the position of each tensor of the model, by its name in the architecture's table.
+        stored: the position of each tensor of the model, by its name in the architecture's table. It may be a range of rows
+            of the stored tensor that the position names.
         unexpected: names of stored tensors that are not part of the model.
         notes: one-line warnings, for `announce`.
 
@@ -52,16 +55,16 @@ class HFFolder:
         self.notes = (*weights.notes, *self._notes(shape))
 
     def _find_tensors(self, weights: Weights) -> dict[str, Entry]:
-        found = {}
-        for name, size in self.table.each_tensor(self.shape):  # lazily: a hostile config names a billion layers
-            entry = find(name, self.shape, self.table, weights)
+        found: dict[str, Entry] = {}
+        for name, parts in self.table.each_stored(self.shape):  # lazily: a hostile config names a billion layers
+            entry, size = find(name, self.shape, self.table, weights), stacked(parts)
             if entry is None:
                 raise missing_tensor(self.folder, name, self.shape, weights.tensors, self.config)
             if entry.size != size:
                 raise wrong_size(self.folder, name, size, entry, self.shape, weights.tensors, self.config)
             if entry.dtype not in STORED_DTYPES:
                 raise wrong_type(self.folder, entry, self.config)
-            found[name] = entry
+            found |= row_ranges(entry, parts)
         return found
 
     def _unexpected(self, weights: Weights) -> tuple[str, ...]:
@@ -107,6 +110,16 @@ class HFFolder:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """See RowReader.read."""
         return self.reader.read(name, dim, start, stop)
+
+
+def row_ranges(entry: Entry, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """The ranges of rows of a stored tensor that hold its parts, by the parts' names."""
+    found, start = {}, entry.start
+    for name, size in parts.items():
+        num_bytes = entry.num_bytes // entry.size[0] * size[0]
+        found[name] = replace(entry, size=size, start=start, num_bytes=num_bytes)
+        start += num_bytes
+    return found
 
 
 def output_name(table: Architecture) -> str:

@@ -148,7 +148,12 @@ class LayerAttention(SelfAttention):
         self.kind, self.mask_row = kind, shape.windows.index(kind.window)
         self.core_attention.window = kind.window  # type: ignore[assignment]
         self.columns = None if kind.rope is None else columns(shape, kind.rope)
-        self.num_rotated = 0 if kind.rope is None else num_rotated(kind.rope, shape.kv_channels)
+        scale_D = torch.ones(shape.kv_channels, device=self.linear_proj.weight.device)
+        if kind.rope is not None:  # a factor of rotated queries and keys is its square on queries
+            scale_D[: num_rotated(kind.rope, shape.kv_channels)] = kind.rope.attention_factor**2
+        scales = kind.rope is not None and kind.rope.scales_queries
+        self.query_scale_D: Tensor | None
+        self.register_buffer("query_scale_D", scale_D if scales else None, persistent=False)
 
     def forward(  # type: ignore[override]
         self,
@@ -161,7 +166,12 @@ class LayerAttention(SelfAttention):
         """Output [S, B, H] and the bias of the output projection."""
         if attention_mask is not None and attention_mask.shape[1] > 1:
             attention_mask = attention_mask[:, self.mask_row, None]
-        own = None if self.columns is None or rotary_pos_emb is None else rotary_pos_emb[..., self.columns]
+        own, scale = None, self.query_scale_D
+        if self.columns is not None and rotary_pos_emb is not None:
+            own = rotary_pos_emb[..., self.columns]
+        if own is not None and scale is not None and own.shape[-1] % 2:  # the last column is the queries' factor
+            own, scale = own[..., :-1], own[..., -1:] * scale
+        kwargs["attention_bias"] = scale
         return super().forward(
             hidden_states,
             attention_mask,  # type: ignore[arg-type]

@@ -266,7 +266,9 @@ def build(
     drop_biases(model, shape)
     model.embedding_scale = embedding_scale(shape, dtype)
     model.logit_map = logit_map(shape)
-    model.rotary_pos_emb = Rotary(shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"))
+    model.rotary_pos_emb = Rotary(
+        shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"), interleaved=config.rotary_interleaved
+    )
     model.windows = shape.windows
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())

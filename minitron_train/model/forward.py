@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron_train.model.attention import window_masks
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.vocabulary import OutputLayer
+from minitron_train.runtime.errors import UserError
 
 # B batch, S tokens of one row, P tokens in the cache, H hidden, N positions, V vocab (local shard)
 # G KV groups held, D channels per head
@@ -31,6 +32,7 @@ class KeyValueCache:
     def __init__(self) -> None:
         self.layers: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}  # [P, B, G, D] each
         self.positions_BP = torch.empty(1, 0, dtype=torch.long)
+        self.lengths_B = torch.zeros(1, dtype=torch.long)  # of the texts, when the tokens were computed
 
     @property
     def num_tokens(self) -> int:
@@ -70,7 +72,7 @@ class KeyValueCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows of the batch but `rows`."""
-        self.positions_BP = self.positions_BP[rows]
+        self.positions_BP, self.lengths_B = self.positions_BP[rows], self.lengths_B[rows]
         self.layers = {module: (key[:, rows], value[:, rows]) for module, (key, value) in self.layers.items()}
 
 
@@ -81,6 +83,7 @@ def hidden_states(
     hidden_mask_BSP: Tensor | None = None,
     cache: KeyValueCache | None = None,
     keep: bool = False,
+    min_length: int = 0,
 ) -> Tensor:
     """Final hidden states [B, S, H] of tokens at given positions.
 
@@ -90,6 +93,10 @@ def hidden_states(
             positions. None is causal, and then the positions of cached and new tokens are consecutive.
         cache: earlier tokens that the new ones attend to; a cache of batch size 1 serves any batch size.
         keep: add the new tokens to the cache.
+        min_length: the texts have at least this many tokens, where later calls continue them. LongRoPE depends on it.
+
+    Raises:
+        UserError: a text of the cache grows beyond the length at which its cached tokens would change.
     """
     cache = KeyValueCache() if cache is None else cache
     num_tokens = tokens_BS.shape[1]
@@ -100,6 +107,8 @@ def hidden_states(
         if hidden_mask_BSP is not None:  # padding attends to all tokens: a row that attends to none would be NaN
             hidden_mask_BSP = F.pad(F.pad(hidden_mask_BSP, padding, value=True), (0, 0, *padding), value=False)
     key_positions_BP, masks_BWSP = cache.positions_with(positions_BS), None
+    lengths_B = (positions_BS.amax(1) + 1).clamp(min=min_length)
+    check_switch(model, cache, lengths_B)
     if hidden_mask_BSP is not None:
         ages_BSP = positions_BS[:, :, None] - key_positions_BP[:, None]
         masks_BWSP = window_masks(hidden_mask_BSP, ages_BSP, model.windows)
@@ -107,14 +116,24 @@ def hidden_states(
         hidden_SBH = model.decoder(
             hidden_states=model.embed(tokens_BS),
             attention_mask=masks_BWSP,
-            rotary_pos_emb=model.rotary_pos_emb.at(positions_BS),
+            rotary_pos_emb=model.rotary_pos_emb.at(positions_BS, lengths_B),
         )
     if keep:
-        cache.positions_BP = key_positions_BP
+        cache.positions_BP, cache.lengths_B = key_positions_BP, lengths_B
         cache.keep_tokens(num_keys)
     if model.config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
     return hidden_SBH[:num_tokens].transpose(0, 1)
+
+
+def check_switch(model: LanguageModel, cache: KeyValueCache, lengths_B: Tensor) -> None:
+    """Reject texts that grow beyond a length at which the angles of all their tokens change."""
+    for switch in model.rotary_pos_emb.switch if cache.num_tokens else ():
+        if ((cache.lengths_B.to(lengths_B.device) <= switch) & (lengths_B > switch)).any():
+            raise UserError(
+                f"a text grows beyond {switch} tokens, where this model's rotary embedding (longrope) changes for all its "
+                f"tokens, and cached ones cannot follow; use prompts and generated texts of together at most {switch} tokens"
+            )
 
 
 def target_logprobs(

@@ -46,7 +46,8 @@ def greedy(
     growing = torch.arange(len(prompts), device=device)
     cache = KeyValueCache()
     with inference(model):
-        hidden_BSH = hidden_states(model, tokens, places.expand_as(tokens), cache=cache, keep=True)
+        positions_BS = torch.minimum(places, lengths[:, None] - 1)  # of padding: its text's length decides the angles
+        hidden_BSH = hidden_states(model, tokens, positions_BS, cache=cache, keep=True)
         hidden_BH = hidden_BSH[growing, lengths - 1]
         hidden_keys_BP = places >= lengths[:, None]
         for step in range(max_new_tokens):

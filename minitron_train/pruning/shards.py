@@ -38,6 +38,7 @@ class RowWriter:
 
     Args:
         tensors: dtype (as safetensors spells it) and size of every tensor, in the order of the files.
+        parts: name and size of the ranges of rows of a tensor that are written under names of their own.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class RowWriter:
         folder: Path,
         tensors: Mapping[str, tuple[str, tuple[int, ...]]],
         max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+        parts: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder, self.parts = folder, parts or {}
         self.places: dict[str, Place] = {}
         self.files: list[int] = []
         shards = list(hf.in_shards(tensors.items(), lambda tensor: num_bytes(*tensor), max_shard_bytes))
@@ -72,7 +74,10 @@ class RowWriter:
         os.posix_fallocate(file, 0, start + end)
         os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
         for name, (dtype, size) in tensors.items():
-            self.places[name] = Place(file, start + offsets[name], prod(size[1:]) * ITEM_BYTES[dtype])
+            row_bytes, offset = prod(size[1:]) * ITEM_BYTES[dtype], start + offsets[name]
+            for part, part_size in self.parts.get(name, {name: size}).items():
+                self.places[part] = Place(file, offset, row_bytes)
+                offset += part_size[0] * row_bytes
 
     def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
         """Write contiguous `rows`, of any dtype, starting at row `first_row` of tensor `name`. Thread-safe."""

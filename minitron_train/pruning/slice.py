@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minitron_train import hf
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import EMBEDDING, FINAL_NORM, READ_NORMS, Axes
+from minitron_train.arch.table import EMBEDDING, FINAL_NORM, READ_NORMS, Axes, stacked
 from minitron_train.config import Merge
 from minitron_train.pruning.basis import Basis
 from minitron_train.pruning.select import ALONE, Keep, spread
@@ -241,10 +241,12 @@ def slice_checkpoint(
     """
     found = origins(teacher, keep)
     sizes = teacher.table.tensors(student)
-    layout = {name: (teacher.dtypes[origin.name], sizes[name]) for name, origin in found.items()}
-    dtypes = {name: hf.STORED_DTYPES[stored] for name, (stored, _) in layout.items()}
+    types = {name: teacher.dtypes[origin.name] for name, origin in found.items()}
+    dtypes = {name: hf.STORED_DTYPES[stored] for name, stored in types.items()}
+    parts = dict(teacher.table.each_stored(student))
+    layout = {name: (types[next(iter(held))], stacked(held)) for name, held in parts.items()}
     reader, view = RowReader(teacher), Sliced(teacher, keep)
-    with RowWriter(folder, layout) as writer:
+    with RowWriter(folder, layout, parts=parts) as writer:
         num_replaced: Counter[str] = Counter()
         for name, rows in replaced:
             assert rows.shape[1:] == sizes[name][1:], f"{name}: {tuple(rows.shape)} repaired, {sizes[name]} planned"
@@ -260,7 +262,7 @@ def slice_checkpoint(
                 write_tensor(writer, name, start, view.read(name, 0, start, stop), dtypes[name])
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             jobs = blocks(teacher, keep, found)
-            for _ in pool.map(lambda block: copy_block(block, reader, writer, layout[block.name][0]), jobs):
+            for _ in pool.map(lambda block: copy_block(block, reader, writer, types[block.name]), jobs):
                 pass
     config = hf.student_config(teacher.config, student, layers=keep.layers.tolist())
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

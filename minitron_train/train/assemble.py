@@ -63,8 +63,8 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
-    for name, shape in (("teacher", teacher), ("student", student)) if train.transformer_engine else ():
-        if shape is not None:
+    if train.transformer_engine:
+        for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
             check_transformer_engine(shape, name, train.seq_length)
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:

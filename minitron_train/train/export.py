@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from minitron_train.arch import ParamSpec, architecture
-from minitron_train.arch.convert import export_tensors
+from minitron_train.arch.convert import export_tensors, stored
 from minitron_train.hf import DTYPES, cast, named_dtype, read_json, shape_from_config, student_config, write_folder
 from minitron_train.model.build import layer_spec
 from minitron_train.runtime.console import say
@@ -202,7 +202,7 @@ def export_checkpoint(checkpoint: VerifiedCheckpoint, target: Path, dtype: str |
         (tensor_name, cast(tensor, DTYPES[name], f"export.dtype={name}: tensor {tensor_name}", remedy))
         for tensor_name, tensor in export_tensors(table, shape, read)
     )
-    write_folder(target, student_config(config, shape, DTYPES[name]), tensors, model)
+    write_folder(target, student_config(config, shape, DTYPES[name]), stored(table, shape, tensors), model)
     return {
         "checkpoint": checkpoint.path.name,
         "step": files.read_manifest(checkpoint.path)["step"],

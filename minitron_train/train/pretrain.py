@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.convert import stored
 from minitron_train.arch.init import RandomWeights
 from minitron_train.config import Config, DataConfig
 from minitron_train.data import tokenizers
@@ -41,7 +42,8 @@ def write_initial(config: Config, shape: Shape, folder: Path) -> Mapping[str, An
             yield name, weights.read(name)
 
     bos, eos = tokenizer.token_to_id(tokenizers.BOS), tokenizer.token_to_id(tokenizers.EOS)
-    write_folder(folder, fresh_config(shape, bos, eos, config.model.init_std), tensors(), tokenizer=None)
+    written = stored(table, shape, tensors())
+    write_folder(folder, fresh_config(shape, bos, eos, config.model.init_std), written, tokenizer=None)
     return {"parameters": sum(table.parameters(shape).values()), "vocab_size": shape.vocab_size}
 
 
@@ -83,7 +85,7 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
         shape.architecture,
         **sizes | settings,
         **{key: supported[0] for key, supported in table.config_facts.items()},
-        rope_parameters=written_rope(rope, table)["rope_parameters"],
+        rope_parameters=written_rope(rope, table, {})["rope_parameters"],
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
         pad_token_id=None,

@@ -120,7 +120,7 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "rotary embedding of an unknown type",
         "is not supported; supported",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "axial", "factor": 2.0, "rope_theta": 1e4}},
     ),
     (
         "rotary base of zero",

@@ -10,6 +10,7 @@ from minitron_train.arch.convert import shards_to_parts
 from minitron_train.config import ParallelConfig
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.launch import read_world
+from tests.support.families import LAYERED, TABLES, save_family, save_layered
 from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, EXPERTS, exported, hf_logits, save_random
 
@@ -70,6 +71,15 @@ def test_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parall
 def test_multipliers_and_other_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
     folders = [save_random({**COMMON, **keys}, tmp_path / keys["model_type"]) for keys in OTHERS]
     compare(folders, 2, sequence_parallel)
+
+
+def test_families_of_one_table_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    compare([save_family(name, tmp_path / name) for name in TABLES], 2, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_layers_of_several_kinds_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    compare([save_layered(name, tmp_path / name) for name in LAYERED], 2, sequence_parallel)
 
 
 def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_train.arch.convert import export_tensors
 from minitron_train.hf import HFFolder
-from minitron_train.model.load import parameters_by_row
+from minitron_train.model.build import LanguageModel, build
+from minitron_train.model.load import load_weights, parameters_by_row
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -67,6 +68,14 @@ def save_random(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.to(torch.float32).save_pretrained(folder)
     return folder
+
+
+def opened(folder: Path) -> tuple[HFFolder, LanguageModel]:
+    """A folder, and its model in megatron-core on one rank."""
+    checkpoint = HFFolder(folder)
+    model = build(checkpoint.shape).eval()
+    load_weights(model, checkpoint.table, checkpoint.shape, checkpoint)
+    return checkpoint, model
 
 
 def exported(

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ class Material:
     corpus: Path
 
 
-def make_material(root: Path, family: str = "nemotron", **changes: Any) -> Material:
-    """A random teacher, a narrower and shallower random student, the standard library's docstrings."""
+def make_material(
+    root: Path, family: str = "nemotron", save: Callable[..., Path] = save_tiny, **changes: Any
+) -> Material:
+    """A random teacher, a narrower and shallower random student, the standard library's docstrings.
+
+    `save` takes the family, a folder and settings (`changes` among them), and writes a random model.
+    """
     import argparse
     import textwrap
 
@@ -39,8 +44,11 @@ def make_material(root: Path, family: str = "nemotron", **changes: Any) -> Mater
     for name in ("student", "teacher"):
         tokenizers.save(tokenizer, root / name)
     changes = {"vocab_size": VOCAB, **changes}
-    save_tiny(family, root / "teacher", **changes, num_hidden_layers=3)
-    save_tiny(family, root / "student", seed=1, **changes, num_hidden_layers=2, hidden_size=48, initializer_range=0.05)
+    narrower: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 48, "initializer_range": 0.05}
+    if save is not save_tiny:  # some families' heads must fill the hidden size
+        narrower |= {"hidden_size": 32, "num_attention_heads": 4}
+    save(family, root / "teacher", **changes, num_hidden_layers=3)
+    save(family, root / "student", seed=1, **changes, **narrower)
     return Material(root / "student", root / "teacher", corpus)
 
 

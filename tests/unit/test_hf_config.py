@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 import typing
 from collections.abc import Mapping
@@ -11,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from minitron_train.arch import ARCHITECTURES, architecture
+from minitron_train.arch import ARCHITECTURES, Architecture, architecture
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, WINDOW_KEYS
 from minitron_train.hf import DTYPES, portable_tokenizer_config, read_json, shape_from_config, student_config
 from minitron_train.model.rotary import frequencies
@@ -34,11 +34,12 @@ SIZES = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ABSENT = "ABSENT"
+OWN_SIZES: dict[str, dict[str, Any]] = {"stablelm": {"head_dim": ABSENT, "num_attention_heads": 4}}
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
     """A small model's config.json without its norm's epsilon, which has a default."""
-    values = {"model_type": family, **SIZES, **changes}
+    values = {"model_type": family, **SIZES, **OWN_SIZES.get(family, {}), **changes}
     return {key: value for key, value in values.items() if value != ABSENT}
 
 
@@ -80,13 +81,17 @@ def test_missing_keys_have_transformers_defaults(family: str) -> None:
     nullable = {key for key in {*table.config_keys.values(), *WINDOW_KEYS} if type(None) in types.get(key, ())}
     assert table.config_nullable == nullable - needed
     for key, supported in table.config_facts.items():
-        assert known[key] == supported[0], key
+        assert known.get(key, supported[0]) == supported[0], key  # some keys are read by code, and are no fields
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"])
 def test_a_missing_key_reads_as_in_transformers(family: str, key: str) -> None:
-    config = config_of(family, **{key: ABSENT, "num_attention_heads": 32 if key == "num_key_value_heads" else 8})
+    changes: dict[str, Any] = {key: ABSENT}
+    if key == "num_key_value_heads":  # as many heads as the family's default for the missing key needs
+        heads = architecture(family).config_defaults.get(key) or 32
+        changes |= {"num_attention_heads": heads, "hidden_size": heads * 8}
+    config = config_of(family, **changes)
     if (family, key) == ("nemotron", "num_key_value_heads"):
         with pytest.raises(UserError, match="the key 'num_key_value_heads' is missing or null"):
             shape_from_config(config, "config.json")
@@ -98,6 +103,7 @@ def test_a_missing_key_reads_as_in_transformers(family: str, key: str) -> None:
     assert shape.tie_embeddings == wanted.tie_word_embeddings
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
 ROPES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "top level": {"rope_theta": 5e5},
@@ -115,18 +121,67 @@ ROPES: dict[str, dict[str, Any]] = {
     "llama3, other constants": {"rope_parameters": {**LLAMA3, "low_freq_factor": 2, "high_freq_factor": 3}},
     "partial": {"partial_rotary_factor": 0.25},
     "partial, inside": {"partial_rotary_factor": 0.25, "rope_parameters": {"partial_rotary_factor": 0.75}},
-    "linear of factor 1": {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 3}},
+    "yarn": {"rope_scaling": {**YARN, "original_max_position_embeddings": 32}},
+    "yarn, no length": {"rope_theta": 1e6, "rope_scaling": YARN},
+    "yarn, factor from the lengths": {
+        "rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}
+    },
+    "yarn, everything": {
+        "rope_parameters": {
+            **{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "truncate": False},
+            **{"beta_fast": 8, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.8, "rope_theta": 500.0},
+        }
+    },
+    "yarn, attention factor": {"rope_scaling": {**YARN, "attention_factor": 1.25, "mscale": 2.0, "beta_fast": None}},
 }
+
+
+def theirs_type(config: Mapping[str, Any]) -> str:
+    """The rope type that config.json names."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def rotary_class(family: str) -> Any:
+    """The rotary embedding of the family's code in transformers."""
+    module = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]].__module__]
+    return next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))
+
+
+def is_refused(config: Mapping[str, Any], table: Architecture) -> bool:
+    """Whether transformers cannot run the family with this rope: partial and scaled, or without its factors."""
+    given = (
+        config.get("rope_scaling") or config.get("rope_parameters") or table.config_defaults.get("rope_parameters", {})
+    )
+    kind = given.get("rope_type", given.get("type", "default"))
+    is_partial = "partial_rotary_factor" in {*config, *given}
+    is_longrope = (table.rope_types or {}).get(kind) == "longrope"  # whose factors ROPES does not give
+    return (kind != "default" and is_partial and not table.partial_rotary) or is_longrope
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_frequencies_are_transformers(family: str, name: str) -> None:
     """Also after one more reading of what a student's config.json says."""
-    config = config_of(family, **ROPES[name])
-    rotary = NemotronRotaryEmbedding if family == "nemotron" else LlamaRotaryEmbedding  # the others copy Llama's
-    wanted = rotary(theirs(config)).inv_freq
+    table = architecture(family)
+    needed = {table.query_growth: 0.2, "original_max_position_embeddings": 99} if table.query_growth else {}
+    given = {key: needed | value if isinstance(value, dict) and value else value for key, value in ROPES[name].items()}
+    config = config_of(family, **given)
+    types = table.rope_types
+    if types is not None and theirs_type(config) not in types:
+        with pytest.raises(UserError, match=f"is not supported for {family}; supported: {', '.join(sorted(types))}"):
+            shape_from_config(config, "config.json")
+        return
+    if is_refused(config, table):
+        with pytest.raises(UserError, match=r"partial_rotary_factor|short_factor"):
+            shape_from_config(config, "config.json")
+        return
+    rotary = rotary_class(family)
+    oracle = rotary(theirs(config))
+    wanted = oracle.inv_freq
     shape = shape_from_config(config, "config.json")
+    assert shape.ropes[0].attention_factor == pytest.approx(oracle.attention_scaling)
     (rope,) = shape.ropes
     torch.testing.assert_close(frequencies(rope, shape.kv_channels, torch.device("cpu")), wanted, rtol=1e-6, atol=0)
     student = student_config(config, shape)
@@ -159,10 +214,30 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": "4096"}, "sliding_window='4096' is not a whole number"),
     ("qwen2", {"use_sliding_window": 1}, "use_sliding_window=1 is neither true nor false"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers=None is not a whole number"),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "rope type 'axial' is not supported"),
+    ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported for phi3"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' without factor"),
+    ("llama", {"rope_scaling": {**YARN, "beta_fast": "32"}}, "beta_fast='32' is not a number"),
+    ("llama", {"rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 is neither true nor false"),
+    ("glm", {"head_dim": 10, "rope_scaling": YARN}, "rotates 5 of 10 channels: rope type 'yarn' needs an even number"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+        r"short_factor=\[1.0\]: must be a list of 6",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6}},
+        "long_factor=None: must be a list of 6",
+    ),
+    ("ministral3", {"rope_parameters": YARN}, "rope type 'yarn' without llama_4_scaling_beta"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]: must be a list of 4 numbers"),
+    ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers=.*0 for a layer without rotary embedding"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0: must be at least 1"),
+    ("cwm", {"sliding_window": None, "layer_types": ["sliding_attention"] * 4}, "no window is set; set sliding_window"),
     ("llama", {"rope_scaling": {"type": None}}, "rope type None is not supported"),
     ("llama", {"rope_scaling": {"type": ["llama3"]}}, r"rope type \['llama3'\] is not supported"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear rope scaling with factor=2: only 1"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor of rope_scaling=-2.0: must be above 0"),
     ("llama", {"rope_scaling": {"type": "dynamic"}}, "rope type 'dynamic' without factor"),
     ("llama", {"rope_scaling": {**LLAMA3, "factor": 0}}, "factor of rope_scaling=0: must be above 0"),
     ("llama", {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor=1: must be above"),
@@ -223,12 +298,22 @@ NO: list[int | None] = [None] * 4
 WINDOWS: list[tuple[str, dict[str, Any], list[int | None]]] = [
     ("mistral", {}, [4096] * 4),
     ("mistral", {"sliding_window": None}, NO),
-    (
-        "mistral",
-        {"sliding_window": 8, "layer_types": ["full_attention"] * 4},
-        [8] * 4,
-    ),  # Mistral's code ignores the list
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, [8] * 4),  # its code ignores the list
+    ("phi3", {"sliding_window": 8}, [8] * 4),
+    ("phi3", {}, NO),
     ("llama", {"sliding_window": 8}, NO),
+    ("ministral", {"sliding_window": 8}, [8] * 4),
+    ("ministral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),
+    ("ministral3", {}, NO),
+    ("ministral3", {"sliding_window": 8}, [8] * 4),
+    ("cwm", {"sliding_window": 8}, [None, 8, 8, 8]),
+    ("smollm3", {}, NO),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, [None, None, None, 8]),
+    (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [0, 1, 1, 1]},
+        [8, None, None, None],
+    ),
     ("llama", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),
     ("qwen2", {}, NO),
     ("qwen2", {"sliding_window": 8}, NO),
@@ -317,3 +402,33 @@ def test_the_tokenizers_class_has_its_older_name() -> None:
     assert portable_tokenizer_config(older) == older
     listed = {"extra_special_tokens": ["<|im_end|>"], "is_local": True}
     assert portable_tokenizer_config(listed) == {"additional_special_tokens": ["<|im_end|>"]}
+
+
+def test_layers_without_rope_go_with_their_layers() -> None:
+    config = config_of("smollm3", num_hidden_layers=8)
+    shape = shape_from_config(config, "config.json")
+    assert [kind.rope is not None for kind in shape.layer_kinds] == [True, True, True, False] * 2
+    student = student_config(config, shape.smaller(num_layers=3), layers=[0, 3, 6])
+    assert theirs(student).no_rope_layers == [1, 0, 1]
+    kinds = shape_from_config(student, "config.json").layer_kinds
+    assert kinds == tuple(shape.layer_kinds[i] for i in (0, 3, 6))
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron"])
+@pytest.mark.parametrize(
+    "more", [{}, {"factor": 8.0}, {"attention_factor": 1.5}, {"original_max_position_embeddings": 64}]
+)
+def test_longrope(family: str, more: dict[str, Any]) -> None:
+    """Frequencies of short and long texts, and the factor of attention."""
+    short, long = [1.0, 1.1, 1.5, 2.0, 3.0, 4.0], [1.5, 2.0, 4.0, 8.0, 9.0, 9.5]
+    if family == "nemotron":
+        short, long = short[:3], long[:3]
+    config = config_of(family, rope_scaling={"type": "longrope", "short_factor": short, "long_factor": long, **more})
+    shape, oracle = shape_from_config(config, "config.json"), rotary_class(family)(theirs(config))
+    (rope,) = shape.ropes
+    for length in (rope.original_length, rope.original_length + 1):
+        oracle(torch.zeros(1), torch.arange(length)[None])
+        found = frequencies(rope, 12, torch.device("cpu"), is_long=length > rope.original_length)
+        torch.testing.assert_close(found, oracle.inv_freq, rtol=1e-6, atol=0)
+    assert rope.attention_factor == pytest.approx(oracle.attention_scaling)
+    assert shape_from_config(student_config(config, shape), "config.json") == shape
