@@ -19,6 +19,7 @@ PHI3 = replace(
     LLAMA,
     name="phi3",
     hf_class="Phi3ForCausalLM",
+    models="Phi-3, Phi-4",
     rows=stored_together(QKV | GATE_UP),
     partial_rotary=True,
     rope_types=frozenset({"default"}),  # its config class accepts longrope besides
@@ -39,6 +40,7 @@ GLM = replace(  # rotates pairs of neighbouring channels, in half of each head
     LLAMA,
     name="glm",
     hf_class="GlmForCausalLM",
+    models="GLM-4-9B, GLM-Edge",
     rows=without_output_bias(stored_together(GATE_UP)),
     partial_rotary=True,
     rotary_percent=0.5,

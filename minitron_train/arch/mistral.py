@@ -9,6 +9,7 @@ MISTRAL = replace(
     LLAMA,
     name="mistral",
     hf_class="MistralForCausalLM",
+    models="Mistral 7B, Mistral NeMo",
     config_keys={**LLAMA_KEYS, "window": "sliding_window"},
     config_facts={"hidden_act": SILU},
     config_defaults={

@@ -60,8 +60,7 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"{where}: model_type {spoken(name)} is not supported; supported architectures: {supported}")
+        raise unsupported(config, where)
     table = architecture(name)
     check_facts(config, table, where)
     check_quantisation(config, where)
@@ -72,6 +71,14 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     shape = Shape(architecture=table.name, **values)
     shape.check(where)
     return shape
+
+
+def unsupported(config: Mapping[str, Any], where: str) -> UserError:
+    """The error for a model_type without a table."""
+    return UserError(
+        f"{where}: model_type {spoken(config.get('model_type'))} is not supported; "
+        "`python -m minitron_train families` lists the supported ones"
+    )
 
 
 def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> None:

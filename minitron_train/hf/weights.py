@@ -14,6 +14,7 @@ from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import STORED_DTYPES, named_dtype
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
+from minitron_train.hf.nearest import check_family
 from minitron_train.hf.reasons import method, missing_tensor, wrong_size, wrong_type
 from minitron_train.hf.rows import RowReader, have_equal_values
 from minitron_train.runtime.console import say
@@ -43,6 +44,7 @@ class HFFolder:
         check_folder(folder)
         self.folder = folder
         self.config = read_json(folder / "config.json")
+        check_family(folder, self.config)
         shape = shape_from_config(self.config, str(folder / "config.json"))
         self.table = architecture(shape.architecture)
         weights = read_weights(folder, self.config)
