@@ -10,6 +10,7 @@ from minitron_train.arch.seed_oss import SEED_OSS
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.stablelm import STABLELM
 from minitron_train.arch.table import Architecture, ParamSpec
+from minitron_train.arch.wrappers import TEXTS
 from minitron_train.runtime.errors import UserError
 
 TABLES = (
@@ -27,6 +28,7 @@ TABLES = (
     STABLELM,
     PHI3,
     GLM,
+    *TEXTS,
 )
 ARCHITECTURES = {table.name: table for table in TABLES}
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from minitron_train.arch import ARCHITECTURES, Architecture, Shape
+from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
 from minitron_train.arch.shape import SIZES
 from minitron_train.arch.table import LAYER, READ_NORMS
+from minitron_train.arch.wrappers import TEXTS, WRAPPERS, Wrapper
 
 AXES = {
     "num_layers": "layers",
@@ -23,19 +24,27 @@ HEADER = (
     "tensor parallelism",
     "exported class",
 )
-PROBE = {  # a shape that every family accepts, and with each of its axes halved
-    "num_layers": 4,
-    "hidden_size": 64,
-    "ffn_hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-}
 
 
 def families_table() -> str:
-    """All families as a table in Markdown."""
-    rows = [HEADER, ("---",) * len(HEADER), *(row_of(table) for table in ARCHITECTURES.values())]
+    """All families as a table in Markdown: text models, then vision-language models around one of them."""
+    alone = [table for table in ARCHITECTURES.values() if table not in TEXTS]
+    rows = [HEADER, ("---",) * len(HEADER), *map(row_of, alone), *map(wrapper_row, WRAPPERS.values())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def wrapper_row(wrapper: Wrapper) -> tuple[str, ...]:
+    """The cells of a vision-language model, whose text model alone is cut; its hidden size is fixed, so nothing rotates."""
+    table = architecture(next(iter(wrapper.texts.values())))
+    return (
+        f"{wrapper.models}: text model",
+        f"`{wrapper.name}`",
+        named(size for size in cut_alone(table) if size != "hidden_size"),
+        "no",
+        repair(table),
+        tensor_parallelism(table),
+        f"`{wrapper.hf_class}`",
+    )
 
 
 def row_of(table: Architecture) -> tuple[str, ...]:
@@ -53,14 +62,27 @@ def row_of(table: Architecture) -> tuple[str, ...]:
 
 def axes(table: Architecture) -> str:
     """The axes that can be cut; those that the family's loader accepts only together are named so."""
-    whole = Shape(architecture=table.name, kv_channels=8, vocab_size=64, **PROBE)
-    assert loads(table, whole), table.name
-    alone = [size for size in SIZES if loads(table, replace(whole, **{size: PROBE[size] // 2}))]
+    alone = cut_alone(table)
     rest = [size for size in SIZES if size not in alone]
     if not rest:
         return "all"
-    assert loads(table, replace(whole, **{size: PROBE[size] // 2 for size in rest})), table.name
-    return f"{named(alone)}; {' and '.join([AXES.get(size, size) for size in rest])} together"
+    return f"{named(alone)}; {' and '.join(AXES.get(size, size) for size in rest)} together"
+
+
+def cut_alone(table: Architecture) -> list[str]:
+    """The sizes that can be cut alone."""
+    whole = Shape(
+        architecture=table.name,
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=8,
+        vocab_size=64,
+    )
+    assert loads(table, whole), table.name
+    return [size for size in SIZES if loads(table, replace(whole, **{size: getattr(whole, size) // 2}))]
 
 
 def loads(table: Architecture, shape: Shape) -> bool:

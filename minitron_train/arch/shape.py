@@ -33,6 +33,8 @@ class Shape:
     )
     mlp_bias: bool = False  # likewise the MLP's
     window: int | None = None  # sliding attention window, tokens, the query's own included; None: no layer has one
+    wrapper: str | None = None  # model_type of the vision-language model around this text model
+    num_bound_layers: int = 0  # first layers that the vision model adds image features to
 
     @property
     def max_length(self) -> int:

@@ -1,6 +1,7 @@
 """Reads config.json of a Hugging Face folder into a Shape, and writes a student's."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture, Windows
+from minitron_train.arch.wrappers import TEXTS
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.rope import read_rope, rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
+from minitron_train.hf.wrapped import bound_layers, text_config, wrapped_student, wrapper_of
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
@@ -58,6 +61,18 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     Raises:
         UserError: the architecture or a feature is not supported, a required key is missing, or a value has a wrong type.
     """
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        check_quantisation(config, where)
+        shape = shape_of_text(text_config(config, wrapper, where), where)
+        return replace(shape, wrapper=wrapper.name, num_bound_layers=bound_layers(config))
+    if config.get("model_type") in [table.name for table in TEXTS]:
+        raise unsupported(config, where)
+    return shape_of_text(config, where)
+
+
+def shape_of_text(config: Mapping[str, Any], where: str) -> Shape:
+    """`shape_from_config` of a text model."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise unsupported(config, where)
@@ -203,6 +218,9 @@ def student_config(
     teacher = shape_from_config(config, where)
     kept = list(range(shape.num_layers) if layers is None else layers)
     assert len(kept) == shape.num_layers, f"{len(kept)} layers kept, {shape.num_layers} planned"
+    if (wrapper := wrapper_of(config)) is not None:
+        named = None if dtype is None else str(dtype).removeprefix("torch.")
+        return wrapped_student(config, wrapper, table, shape, kept, named)
     dropped = UNTRUE_KEYS | rope_keys(config)
     changed = {
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped

@@ -11,6 +11,7 @@ from minitron_train.hf.config import shape_from_config, unsupported
 from minitron_train.hf.headers import Entry
 from minitron_train.hf.locate import has_weights, read_weights
 from minitron_train.hf.reasons import bare
+from minitron_train.hf.wrapped import wrapper_of
 from minitron_train.runtime.errors import UserError
 
 BUFFERS = ".inv_freq"  # end of the names of stored buffers, which are no parameters
@@ -22,7 +23,7 @@ def check_family(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: it is not; the message names the nearest supported family.
     """
-    if config.get("model_type") in ARCHITECTURES:
+    if config.get("model_type") in ARCHITECTURES or wrapper_of(config) is not None:
         return
     error = unsupported(config, str(folder / "config.json"))
     near = nearest_family(folder, config)

@@ -12,6 +12,7 @@ from minitron_train.config import Merge
 from minitron_train.pruning.basis import Basis
 from minitron_train.pruning.criterion import Evidence, best, depth_criterion
 from minitron_train.pruning.importance import Importance, importance
+from minitron_train.runtime.errors import UserError
 
 FILE = "kept.safetensors"
 ALONE = -1  # partner of a kept head into which no dropped head is merged
@@ -101,6 +102,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
     """
     teacher, scores = evidence.shape, importance(evidence)
     layers = keep_layers(evidence, student.num_layers)
+    check_bound_layers(layers, teacher)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     return Keep(
         teacher,
@@ -114,6 +116,17 @@ def select(evidence: Evidence, student: Shape) -> Keep:
         merge=evidence.prune.head_merge,
         importance=scores,
     )
+
+
+def check_bound_layers(layers: Tensor, teacher: Shape) -> None:
+    """Reject a choice of layers without one of the first layers, to which the vision model adds image features."""
+    bound = range(teacher.num_bound_layers)
+    missing = next((i for i in bound if i not in layers.tolist()), None)
+    if missing is not None:
+        raise UserError(
+            f"prune: layer {missing} would be dropped, but {teacher.wrapper} adds image features to the first "
+            f"{len(bound)} layers; name later layers in prune.drop_layers"
+        )
 
 
 def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:

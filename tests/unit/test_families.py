@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron_train.arch import ARCHITECTURES
 from minitron_train.arch.families import HEADER, families_table
+from minitron_train.arch.wrappers import TEXTS, WRAPPERS
 from minitron_train.hf import HFFolder
 from minitron_train.runtime.errors import UserError
 from tests.support.families import TABLES, save_family
@@ -19,7 +20,7 @@ README = Path(__file__).parents[2] / "README.md"
 def test_the_readme_holds_the_table() -> None:
     table = families_table()
     assert table in README.read_text(), f"README.md must hold what `python -m minitron_train families` prints:\n{table}"
-    assert len(table.splitlines()) == len(ARCHITECTURES) + 2
+    assert len(table.splitlines()) == 2 + len(ARCHITECTURES) - len(TEXTS) + len(WRAPPERS)
     assert {line.count("|") for line in table.splitlines()} == {len(HEADER) + 1}
 
 
@@ -31,6 +32,10 @@ def test_every_family_names_its_models() -> None:
 def test_sizes_that_a_loader_accepts_together_only_are_named_so() -> None:
     rows = {line.split("`")[1]: line for line in families_table().splitlines()[2:]}
     assert "layers, MLP, KV groups; hidden size and heads together" in rows["helium"]
+    assert (
+        "| layers, MLP, heads, KV groups | no |" in rows["llava"]
+        and "| layers, MLP, KV groups | no |" in rows["qwen2_5_vl"]
+    )
     assert "| all |" in rows["phi3"] and "| where untied |" in rows["stablelm"]
 
 
