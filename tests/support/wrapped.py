@@ -53,10 +53,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_wrapped(name: str, folder: Path, **text: Any) -> Path:
+def save_wrapped(name: str, folder: Path, seed: int = 0, **text: Any) -> Path:
     """Write a model in which every parameter is random; `text` changes its text_config."""
     config = CONFIGS[name] | {"text_config": CONFIGS[name]["text_config"] | text}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **config))
     with torch.no_grad():
         for parameter in model.parameters():
