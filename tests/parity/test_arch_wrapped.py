@@ -153,3 +153,11 @@ def test_the_default_rotary_base_is_transformers(name):
     config = {"model_type": name, "text_config": text}
     wanted = CONFIG_MAPPING[name].from_dict(json.loads(json.dumps(config))).text_config.rope_parameters["rope_theta"]
     assert hf.shape_from_config(config, "config.json").rotary_base == wanted
+
+
+def test_the_card_and_the_serving_rules_know_the_folder(models):
+    from minitron_train.evaluation.serving import serving_problems
+    from minitron_train.reporting.card import loader
+
+    assert loader(models["mistral3"]) == "AutoModelForImageTextToText"
+    assert not [problem for problem in serving_problems(models["mistral3"]) if "tokenizer" not in problem]
