@@ -13,7 +13,7 @@ from minitron_train.arch.wrappers import TEXTS
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.rope import read_rope, rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, size, spoken, truth
-from minitron_train.hf.wrapped import bound_layers, text_config, wrapped_student, wrapper_of
+from minitron_train.hf.wrapped import FOLDER_KEYS, bound_layers, text_config, wrapped_student, wrapper_of
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
@@ -35,16 +35,9 @@ LAYER_TYPES = {
     "attention": False,
     SLIDING: True,
 }  # whether such a layer has a window; "attention" is older
-UNTRUE_KEYS = frozenset(  # keys of a teacher's config.json that would be wrong in its student's
-    {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
-    | {
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_attn_implementation_autoset",
-    }
-    | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
-)
+UNTRUE_KEYS = FOLDER_KEYS | {  # keys of a teacher's config.json that would be wrong in its student's
+    *("_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM)
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minitron_train.arch.shape import SIZES, Shape
-from minitron_train.arch.table import Architecture
+from minitron_train.arch.table import HARMLESS_KEYS, Architecture
 from minitron_train.arch.wrappers import WRAPPERS, Wrapper
 from minitron_train.hf.values import as_authors_give_it, spoken
 from minitron_train.runtime.errors import UserError
 
 TEXT, VISION, TIED = "text_config", "vision_config", "tie_word_embeddings"
+FOLDER_KEYS = frozenset(  # keys about the teacher's files or one process, untrue of a student
+    {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
+    | {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"}
+)
 MULTIMODAL_ROPE = "mrope"  # three positions for each token; a text's are equal, and the embedding is the plain one
 
 
@@ -80,13 +84,18 @@ def wrapped_student(
     lists = {
         key: [value[i] for i in kept]
         for key, value in text.items()
-        if isinstance(value, list) and len(value) == num_layers and len(kept) != num_layers
+        if isinstance(value, list) and len(value) == num_layers and len(kept) != num_layers and key not in HARMLESS_KEYS
     }
     changed = lists | sizes | (written_dtype(text, dtype))
     outer = {"architectures": [wrapper.hf_class], **written_dtype(config, dtype)}
     if config.get(TEXT) is None:
-        return {**config, **changed, **outer}
-    return {**config, TEXT: {**text, **changed}, **outer}
+        return {**true_of_student(config), **changed, **outer}
+    return {**true_of_student(config), TEXT: {**true_of_student(text), **changed}, **outer}
+
+
+def true_of_student(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are not about the teacher's files."""
+    return {key: value for key, value in config.items() if key not in FOLDER_KEYS}
 
 
 def written_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

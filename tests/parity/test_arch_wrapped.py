@@ -124,6 +124,21 @@ def test_a_flat_config_is_read_and_written_flat(tmp_path, models, groups):
     torch.testing.assert_close(logits_of(pruned), wrapped_logits(pruned, TOKENS[0]), rtol=0, atol=1e-4)
 
 
+def test_a_students_config_says_what_is_true_of_it():
+    text = CONFIGS["llava"]["text_config"] | {"eos_token_id": [1, 2, 3], "per_layer": [5, 6, 7], "_name_or_path": "/x"}
+    config = {
+        **CONFIGS["llava"],
+        "model_type": "llava",
+        "text_config": text,
+        "quantization_config": {"quant_method": "x"},
+    }
+    shape = hf.shape_from_config(config, "config.json").smaller(num_layers=2)
+    student = hf.student_config(config, shape, layers=[0, 2])
+    assert "quantization_config" not in student and "_name_or_path" not in student["text_config"]
+    assert student["text_config"]["eos_token_id"] == [1, 2, 3] and student["text_config"]["per_layer"] == [5, 7]
+    assert student["vision_config"] == config["vision_config"]
+
+
 REFUSED = [
     (
         {"model_type": "llava", "text_config": {"model_type": "gpt2"}},
