@@ -16,12 +16,14 @@ from minitron_train.arch.shape import Shape
 from minitron_train.arch.smollm3 import SMOLLM3
 from minitron_train.arch.stablelm import STABLELM
 from minitron_train.arch.table import Architecture, ParamSpec
+from minitron_train.arch.wrappers import TEXTS
 from minitron_train.runtime.errors import UserError
 
 TABLES = (
     *(NEMOTRON, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SEED_OSS, SMOLLM3, CWM),
     *(ARCEE, ERNIE_4_5, INTERNLM3, IQUESTCODER, HELIUM, STABLELM, PHI3, GLM, GRANITE, GEMMA, OLMO2),
     *(QWEN3_MOE, MIXTRAL, OLMOE),
+    *TEXTS,
 )
 ARCHITECTURES = {table.name: table for table in TABLES}
 

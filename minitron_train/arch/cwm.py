@@ -9,6 +9,7 @@ CWM = replace(
     LLAMA,
     name="cwm",
     hf_class="CwmForCausalLM",
+    models="Code World Model",
     config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU, "mlp_bias": (False,)},
     config_defaults={

@@ -10,6 +10,7 @@ GEMMA = replace(
     LLAMA,
     name="gemma",
     hf_class="GemmaForCausalLM",
+    models="Gemma",
     config_keys={**LLAMA_KEYS, "attention_bias": "attention_bias"},
     config_facts={
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # transformers reads both as the tanh approximation

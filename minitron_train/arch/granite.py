@@ -14,6 +14,7 @@ GRANITE = replace(
     LLAMA,
     name="granite",
     hf_class="GraniteForCausalLM",
+    models="Granite 3",
     config_keys={**LLAMA.config_keys, **FACTOR_KEYS},
     config_defaults={**LLAMA.config_defaults, **dict.fromkeys(FACTOR_KEYS.values(), 1.0)},
     config_nullable=frozenset({"num_key_value_heads"}),

@@ -32,6 +32,7 @@ def heads_divide_hidden(shape: Shape) -> str | None:
 LLAMA = Architecture(
     name="llama",
     hf_class="LlamaForCausalLM",
+    models="Llama 2 and 3, SmolLM2, Granite Code",
     rows=(
         ParamSpec(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
         ParamSpec(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),

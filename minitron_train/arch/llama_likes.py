@@ -27,6 +27,7 @@ ARCEE = replace(  # arXiv 2002.05202's plain MLP with Nemotron's squared ReLU
     LLAMA,
     name="arcee",
     hf_class="ArceeForCausalLM",
+    models="AFM",
     rows=(*(row for row in LLAMA.rows if "mlp." not in row.mcore), *SQUARED_RELU),
     config_facts={"hidden_act": ("relu2",)},
     config_defaults={**CONFIG_DEFAULTS, **BIAS_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
@@ -36,6 +37,7 @@ ERNIE_4_5 = replace(  # rotates pairs of neighbouring channels
     LLAMA,
     name="ernie4_5",
     hf_class="Ernie4_5ForCausalLM",
+    models="ERNIE 4.5 (dense)",
     config_keys={**LLAMA_KEYS, "attention_bias": "use_bias", "mlp_bias": "use_bias"},
     config_defaults={
         "use_bias": False,
@@ -54,6 +56,7 @@ INTERNLM3 = replace(  # transformers runs it with Llama's code
     LLAMA,
     name="internlm3",
     hf_class="LlamaForCausalLM",
+    models="InternLM3",
     config_keys=LLAMA_KEYS,
     config_facts={  # no published model has biases; the last two are older names of the first two
         **LLAMA.config_facts,
@@ -71,6 +74,7 @@ IQUESTCODER = replace(  # transformers runs it with Llama's code
     LLAMA,
     name="iquestcoder",
     hf_class="LlamaForCausalLM",
+    models="IQuest-Coder-V1",
     config_facts={**LLAMA.config_facts, "clip_qkv": (None,), "use_sliding_window": (False, None)},
     config_defaults={
         **BIAS_DEFAULTS,
@@ -85,6 +89,7 @@ HELIUM = replace(  # rotates pairs of neighbouring channels
     LLAMA,
     name="helium",
     hf_class="HeliumForCausalLM",
+    models="Helium 1",
     rows=without_output_bias(LLAMA.rows),
     config_defaults={
         **BIAS_DEFAULTS,

@@ -9,6 +9,7 @@ MISTRAL = replace(
     LLAMA,
     name="mistral",
     hf_class="MistralForCausalLM",
+    models="Mistral 7B, Mistral NeMo",
     config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU},
     config_defaults={
@@ -26,12 +27,14 @@ MINISTRAL = replace(  # Ministral 8B, 2410
     MISTRAL,
     name="ministral",
     hf_class="MinistralForCausalLM",
+    models="Ministral 8B",
     windows=Windows(default=lambda config, i: True),
 )
 MINISTRAL3 = replace(  # Ministral 3 3B, 8B and 14B, 2512
     MISTRAL,
     name="ministral3",
     hf_class="Ministral3ForCausalLM",
+    models="text model of Ministral 3",
     config_defaults={
         **MISTRAL.config_defaults,
         "head_dim": 128,

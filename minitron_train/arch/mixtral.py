@@ -10,6 +10,7 @@ MIXTRAL = replace(
     MISTRAL,
     name="mixtral",
     hf_class="MixtralForCausalLM",
+    models="Mixtral 8x7B, 8x22B",
     rows=tuple(moe_rows(MISTRAL.rows, "block_sparse_moe.gate", "block_sparse_moe.experts.{e}.", "w1", "w3", "w2")),
     config_keys=moe_config_keys(MISTRAL.config_keys, width="intermediate_size", experts="num_local_experts"),
     config_defaults={

@@ -24,6 +24,7 @@ SQUARED_RELU = (  # a plain MLP
 NEMOTRON = Architecture(
     name="nemotron",
     hf_class="NemotronForCausalLM",
+    models="Nemotron-4, Minitron",
     rows=(
         ParamSpec(mcore=EMBEDDING, hf={"model.embed_tokens.weight": ("vocab", "embd")}),
         ParamSpec(mcore=LAYER + "input_layernorm.weight", hf={HF + "input_layernorm.weight": ("embd",)}),

@@ -29,6 +29,7 @@ OLMO2 = replace(
     LLAMA,
     name="olmo2",
     hf_class="Olmo2ForCausalLM",
+    models="OLMo 2",
     rows=(*(row for row in LLAMA.rows if row.mcore not in PRE_NORMS), *PROJECTION_NORMS, *POST_NORMS),
     config_keys={**LLAMA_KEYS, "attention_bias": "attention_bias"},
     config_facts={"hidden_act": SILU},
@@ -45,6 +46,7 @@ OLMOE = replace(
     OLMO2,
     name="olmoe",
     hf_class="OlmoeForCausalLM",
+    models="OLMoE",
     rows=(
         *moe_rows(LLAMA.rows, "mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
         *PROJECTION_NORMS,

@@ -30,6 +30,7 @@ QWEN2 = replace(
     LLAMA,
     name="qwen2",
     hf_class="Qwen2ForCausalLM",
+    models="Qwen2, Qwen2.5",
     rows=(*LLAMA.rows, QKV_BIAS),
     config_keys=LLAMA_KEYS,
     config_facts={"hidden_act": SILU},
@@ -43,6 +44,7 @@ QWEN3 = replace(
     LLAMA,
     name="qwen3",
     hf_class="Qwen3ForCausalLM",
+    models="Qwen3 (dense)",
     rows=(*LLAMA.rows, *QK_NORM),
     config_keys={**LLAMA_KEYS, "attention_bias": "attention_bias"},
     config_facts={"hidden_act": SILU},
@@ -57,6 +59,7 @@ QWEN3_MOE = replace(
     QWEN3,
     name="qwen3_moe",
     hf_class="Qwen3MoeForCausalLM",
+    models="Qwen3 30B-A3B, 235B-A22B",
     rows=(*moe_rows(LLAMA.rows, "mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"), *QK_NORM),
     config_keys=moe_config_keys(QWEN3.config_keys, width="moe_intermediate_size", normalised="norm_topk_prob"),
     config_facts={

@@ -1,6 +1,7 @@
 """Rules of the programs that load an exported folder, and of Transformer Engine, checked before any work is done."""
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.wrappers import WRAPPERS
 from minitron_train.runtime.errors import UserError
 
 
@@ -12,6 +13,23 @@ def check_rules(shape: Shape, where: str) -> None:
             raise UserError(
                 f"{where}: {broken} (a rule of transformers' {shape.architecture} config); change the target"
             )
+
+
+def check_wrapper(teacher: Shape, student: Shape) -> None:
+    """Reject sizes that the vision model around a text model would have to follow."""
+    if teacher.wrapper is None:
+        return
+    if student.hidden_size != teacher.hidden_size:
+        reason = WRAPPERS[teacher.wrapper].hidden_size
+        raise UserError(
+            f"student.hidden_size={student.hidden_size}: cannot be cut inside {teacher.wrapper}, because {reason}; "
+            f"keep {teacher.hidden_size}"
+        )
+    if student.num_layers < teacher.num_bound_layers:
+        raise UserError(
+            f"student.num_layers={student.num_layers}: {teacher.wrapper} adds image features to the first "
+            f"{teacher.num_bound_layers} layers; keep at least {teacher.num_bound_layers}"
+        )
 
 
 def check_transformer_engine(shape: Shape, name: str, seq_length: int) -> None:

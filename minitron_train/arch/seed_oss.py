@@ -9,6 +9,7 @@ SEED_OSS = replace(
     LLAMA,
     name="seed_oss",
     hf_class="SeedOssForCausalLM",
+    models="Seed-OSS",
     rows=(*LLAMA.rows, QKV_BIAS),
     config_keys=LLAMA_KEYS,
     config_facts={

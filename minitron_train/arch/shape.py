@@ -50,6 +50,8 @@ class Shape:
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream
     attention_multiplier: float | None = None  # of query x key; None: 1 / sqrt(kv_channels)
     logits_divisor: float = 1.0
+    wrapper: str | None = None  # model_type of the vision-language model around this text model
+    num_bound_layers: int = 0  # first layers that the vision model adds image features to
     kinds: tuple[LayerKind, ...] = (LayerKind(),)  # different ones, in the order of the first layer that has each
     kind_of_layer: tuple[int, ...] = ()  # each layer's index into `kinds`; empty if there is only one kind
 

@@ -18,6 +18,7 @@ SMOLLM3 = replace(
     LLAMA,
     name="smollm3",
     hf_class="SmolLM3ForCausalLM",
+    models="SmolLM3",
     config_defaults={
         **LLAMA.config_defaults,
         "num_key_value_heads": 4,

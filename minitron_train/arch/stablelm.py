@@ -15,6 +15,7 @@ STABLELM = replace(
     LLAMA,
     name="stablelm",
     hf_class="StableLmForCausalLM",
+    models="StableLM 3B, StableLM 2 1.6B",
     rows=(*without_output_bias(LLAMA.rows), *NORM_BIASES),
     partial_rotary=True,
     rotary_percent=0.25,

@@ -7,6 +7,7 @@ from minitron_train.commands import (
     distill,
     evaluate,
     export,
+    families,
     fetch,
     plan,
     pretrain,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Command] = {
         export.COMMAND,
         evaluate.COMMAND,
         plan.COMMAND,
+        families.COMMAND,
         report.COMMAND,
         run.COMMAND,
     )

@@ -1,6 +1,7 @@
 """Reads config.json of a Hugging Face folder into a Shape, and writes a student's."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
 from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
+from minitron_train.arch.wrappers import TEXTS
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.layers import read_layers, written_layers
 from minitron_train.hf.rope import given_rope, read_rope, rope_keys, written_rope
 from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
+from minitron_train.hf.wrapped import FOLDER_KEYS, bound_layers, text_config, wrapped_student, wrapper_of
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
 
@@ -32,16 +35,9 @@ ONLINE = {  # quantisation methods that quantise plain weights in every forward 
     "bitnet": "transformers quantises weights and activations while it computes",
 }
 OLD_HEAD_DIM = "kv_channels"  # NVIDIA's name for head_dim; transformers does not open such folders
-UNTRUE_KEYS = frozenset(  # keys of a teacher's config.json that would be wrong in its student's
-    {"quantization_config", "compression_config", "sparsity_config", "auto_map", "_name_or_path", "name_or_path"}
-    | {
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_attn_implementation_autoset",
-    }
-    | {"_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM}
-)
+UNTRUE_KEYS = FOLDER_KEYS | {  # keys of a teacher's config.json that would be wrong in its student's
+    *("_commit_hash", "pretraining_tp", "torch_dtype", "dtype", "layer_types", "max_window_layers", OLD_HEAD_DIM)
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,10 +54,21 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     Raises:
         UserError: the architecture or a feature is not supported, a required key is missing, or a value has a wrong type.
     """
+    wrapper = wrapper_of(config)
+    if wrapper is not None:
+        check_quantisation(config, where)
+        shape = shape_of_text(text_config(config, wrapper, where), where)
+        return replace(shape, wrapper=wrapper.name, num_bound_layers=bound_layers(config))
+    if config.get("model_type") in [table.name for table in TEXTS]:
+        raise unsupported(config, where)
+    return shape_of_text(config, where)
+
+
+def shape_of_text(config: Mapping[str, Any], where: str) -> Shape:
+    """`shape_from_config` of a text model."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"{where}: model_type {spoken(name)} is not supported; supported architectures: {supported}")
+        raise unsupported(config, where)
     table = architecture(name)
     check_facts(config, table, where)
     check_aliases(config, table, where)
@@ -72,6 +79,14 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     shape = Shape(architecture=table.name, **values, **table.shape_facts)
     shape.check(where)
     return shape.with_layers(read_layers(config, table, rope, shape.num_layers, where))
+
+
+def unsupported(config: Mapping[str, Any], where: str) -> UserError:
+    """The error for a model_type without a table."""
+    return UserError(
+        f"{where}: model_type {spoken(config.get('model_type'))} is not supported; "
+        "`python -m minitron_train families` lists the supported ones"
+    )
 
 
 def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> None:
@@ -161,6 +176,9 @@ def student_config(
     teacher = shape_from_config(config, where)
     kept = list(range(shape.num_layers) if layers is None else layers)
     assert len(kept) == shape.num_layers, f"{len(kept)} layers kept, {shape.num_layers} planned"
+    if (wrapper := wrapper_of(config)) is not None:
+        named = None if dtype is None else str(dtype).removeprefix("torch.")
+        return wrapped_student(config, wrapper, table, shape, kept, named)
     dropped = UNTRUE_KEYS | rope_keys(config)
     changed = {
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture, stacked
+from minitron_train.hf.around import split, stored_name
 from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import STORED_DTYPES, named_dtype
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
+from minitron_train.hf.nearest import check_family
 from minitron_train.hf.reasons import method, missing_tensor, wrong_size, wrong_type
 from minitron_train.hf.rows import RowReader, have_equal_values
+from minitron_train.hf.wrapped import wrapper_of
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 
@@ -32,6 +35,7 @@ class HFFolder:
     Attributes:
         stored: the position of each tensor of the model, by its name in the architecture's table. It may be a range of rows
             of the stored tensor that the position names.
+        rest: tensors around a text model, by stored name: the vision model and the projector.
         unexpected: names of stored tensors that are not part of the model.
         notes: one-line warnings, for `announce`.
 
@@ -43,9 +47,13 @@ class HFFolder:
         check_folder(folder)
         self.folder = folder
         self.config = read_json(folder / "config.json")
+        check_family(folder, self.config)
         shape = shape_from_config(self.config, str(folder / "config.json"))
         self.table = architecture(shape.architecture)
-        weights = read_weights(folder, self.config)
+        self.wrapper = wrapper_of(self.config)
+        weights, self.rest = read_weights(folder, self.config), {}
+        if self.wrapper is not None:
+            weights, self.rest = split(weights)
         self.shape = shape_as_stored(shape, self.table, weights)
         self.stored = self._find_tensors(weights)
         self.files = {name: entry.file for name, entry in self.stored.items()}
@@ -71,7 +79,8 @@ class HFFolder:
         used = {entry.name for entry in self.stored.values()}
         if self.shape.tie_embeddings:
             used |= {PREFIX + output_name(self.table), output_name(self.table)}  # equal to the embedding
-        return tuple(name for name in weights.tensors if name not in used and not HARMLESS.search(name))
+        stored = {name: entries[0].name for name, entries in weights.tensors.items() if name not in used}
+        return tuple(name for name in stored.values() if name not in used and not HARMLESS.search(name))
 
     def _notes(self, configured: Shape) -> list[str]:
         notes = []
@@ -96,6 +105,10 @@ class HFFolder:
                 f"config.json says dtype={shown(str(dtype))}; export writes float32 unless export.dtype names another"
             )
         return [f"{self.folder}: {note}" for note in notes]
+
+    def written_name(self, name: str) -> str:
+        """The name under which a student's folder stores the tensor `name` of the table."""
+        return stored_name(name, self.wrapper, self.rest)
 
     def announce(self) -> None:
         """Print the warnings about this folder; call it once per command."""

@@ -12,6 +12,7 @@ from minitron_train.config import Merge
 from minitron_train.pruning.basis import Basis
 from minitron_train.pruning.criterion import Evidence, best, depth_criterion
 from minitron_train.pruning.importance import Importance, importance
+from minitron_train.runtime.errors import UserError
 
 FILE = "kept.safetensors"
 ALONE = -1  # partner of a kept head into which no dropped head is merged
@@ -118,6 +119,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
     """
     teacher, scores = evidence.shape, importance(evidence)
     layers = keep_layers(evidence, student.num_layers)
+    check_bound_layers(layers, teacher)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     experts = {i: best(scores.experts[i], student.num_moe_experts) for i in layers.tolist() if scores.experts}
     return Keep(
@@ -140,6 +142,17 @@ def best_neurons(scores: Tensor, experts: Tensor | None, count: int) -> Tensor:
     if experts is None:
         return best(scores, count)
     return torch.stack([best(scores[e], count) for e in experts.tolist()])
+
+
+def check_bound_layers(layers: Tensor, teacher: Shape) -> None:
+    """Reject a choice of layers without one of the first layers, to which the vision model adds image features."""
+    bound = range(teacher.num_bound_layers)
+    missing = next((i for i in bound if i not in layers.tolist()), None)
+    if missing is not None:
+        raise UserError(
+            f"prune: layer {missing} would be dropped, but {teacher.wrapper} adds image features to the first "
+            f"{len(bound)} layers; name later layers in prune.drop_layers"
+        )
 
 
 def best_heads(scores: Tensor, teacher: Shape, student: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ class RowWriter:
             row_bytes, offset = prod(size[1:]) * ITEM_BYTES[dtype], start + offsets[name]
             for part, part_size in self.parts.get(name, {name: size}).items():
                 self.places[part] = Place(file, offset, row_bytes)
-                offset += part_size[0] * row_bytes
+                offset += prod(part_size[:1]) * row_bytes
 
     def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
         """Write contiguous `rows`, of any dtype, starting at row `first_row` of tensor `name`. Thread-safe."""

@@ -243,8 +243,9 @@ def slice_checkpoint(
     sizes = teacher.table.tensors(student)
     types = {name: teacher.dtypes[origin.name] for name, origin in found.items()}
     dtypes = {name: hf.STORED_DTYPES[stored] for name, stored in types.items()}
-    parts = dict(teacher.table.each_stored(student))
+    parts = {teacher.written_name(name): held for name, held in teacher.table.each_stored(student)}
     layout = {name: (types[next(iter(held))], stacked(held)) for name, held in parts.items()}
+    layout |= {name: (entry.dtype, entry.size) for name, entry in teacher.rest.items()}
     reader, view = RowReader(teacher), Sliced(teacher, keep)
     with RowWriter(folder, layout, parts=parts) as writer:
         num_replaced: Counter[str] = Counter()
@@ -264,6 +265,8 @@ def slice_checkpoint(
             jobs = blocks(teacher, keep, found)
             for _ in pool.map(lambda block: copy_block(block, reader, writer, types[block.name]), jobs):
                 pass
+        for name, entry in teacher.rest.items():
+            writer.write(name, 0, hf.values(entry).flatten().view(torch.uint8).numpy())
     config = hf.student_config(teacher.config, student, layers=keep.layers.tolist())
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     hf.copy_tokenizer(teacher.folder, folder)

@@ -1,7 +1,7 @@
 """Checks whether a teacher can be pruned to a student, before any work and for every shape of a search's grid."""
 
 from minitron_train.arch import architecture
-from minitron_train.arch.rules import check_rules
+from minitron_train.arch.rules import check_rules, check_wrapper
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Merge, PruneConfig, Refit
 from minitron_train.planning.stages import TOKENS_PER_INPUT, least_tokens
@@ -19,6 +19,7 @@ def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibratio
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
     """Reject a student that the teacher cannot be pruned to."""
     teacher.smaller(**student.sizes())
+    check_wrapper(teacher, student)
     check_rules(student, "student")
     at_once = (
         (prune.rotate, "channels are cut in steps, directions at once", "rotate=false"),

@@ -23,7 +23,7 @@ from minitron_train.distillation.hidden import HiddenPairs, check_layers
 from minitron_train.distillation.loss import real_rows
 from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
-from minitron_train.hf import HFFolder, copy_tokenizer, student_config
+from minitron_train.hf import HFFolder, copy_tokenizer, student_config, write_rest
 from minitron_train.model.build import DTYPES, LanguageModel, build
 from minitron_train.model.load import share_weights
 from minitron_train.parallel.groups import Groups
@@ -222,10 +222,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_model_files(target: Path, student: HFFolder) -> None:
-    """Write what `export` needs besides weights: config.json and the tokenizer."""
+    """Write what `export` needs besides weights: config.json, the tokenizer, and the tensors around a text model."""
     with atomic_folder(target) as scratch:
         atomic_write_json(scratch / "config.json", student_config(student.config, student.shape))
         copy_tokenizer(student.folder, scratch)
+        write_rest(scratch, student.rest)
 
 
 def throughput_meter(config: Config, groups: Groups, student: HFFolder, teacher: HFFolder | None) -> ThroughputMeter:

@@ -20,7 +20,18 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from minitron_train.arch import ParamSpec, architecture
 from minitron_train.arch.convert import export_tensors, stored
-from minitron_train.hf import DTYPES, cast, named_dtype, read_json, shape_from_config, student_config, write_folder
+from minitron_train.hf import (
+    DTYPES,
+    cast,
+    named_dtype,
+    read_json,
+    read_rest,
+    shape_from_config,
+    student_config,
+    with_rest,
+    wrapper_of,
+    write_folder,
+)
 from minitron_train.model.build import layer_spec
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
@@ -188,7 +199,8 @@ def export_checkpoint(checkpoint: VerifiedCheckpoint, target: Path, dtype: str |
     """
     model = checkpoint.model
     config = read_json(model / "config.json")
-    shape, table = shape_from_config(config, str(model / "config.json")), architecture(str(config["model_type"]))
+    shape = shape_from_config(config, str(model / "config.json"))
+    table = architecture(shape.architecture)
     name = dtype or default_dtype(config)
     if name not in DTYPES:
         raise UserError(f"export.dtype={name}: must be one of {', '.join(DTYPES)}; choose one")
@@ -202,7 +214,8 @@ def export_checkpoint(checkpoint: VerifiedCheckpoint, target: Path, dtype: str |
         (tensor_name, cast(tensor, DTYPES[name], f"export.dtype={name}: tensor {tensor_name}", remedy))
         for tensor_name, tensor in export_tensors(table, shape, read)
     )
-    write_folder(target, student_config(config, shape, DTYPES[name]), stored(table, shape, tensors), model)
+    written = with_rest(stored(table, shape, tensors), wrapper_of(config), read_rest(model))
+    write_folder(target, student_config(config, shape, DTYPES[name]), written, model)
     return {
         "checkpoint": checkpoint.path.name,
         "step": files.read_manifest(checkpoint.path)["step"],

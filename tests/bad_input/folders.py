@@ -119,7 +119,7 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [
     ("width of yes in config", "hidden_size", {"hidden_size": True}),
     (
         "rotary embedding of an unknown type",
-        "is not supported; supported",
+        "is not supported for llama; supported",
         {"rope_parameters": {"rope_type": "axial", "factor": 2.0, "rope_theta": 1e4}},
     ),
     (

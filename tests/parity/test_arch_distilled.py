@@ -5,12 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 from minitron_train.config import ParallelConfig
+from minitron_train.hf.around import text_name
 from minitron_train.parallel.groups import start
 from minitron_train.runtime.launch import read_world
 from tests.support.families import LAYERED, save_family, save_layered
 from tests.support.models import hf_logits, opened
 from tests.support.pruning import random_tokens
 from tests.support.training import ROWS, SEQ_LENGTH, make_material, run, student_of
+from tests.support.wrapped import save_wrapped, wrapped_logits
 
 TOKENS = random_tokens()
 DISTILLED = ("mistral", "qwen2", "smollm3 with windows", "ministral", "ministral3 with a window", "cwm")
@@ -30,3 +32,21 @@ def test_a_distilled_student_opens_in_transformers(tmp_path, family):
         with torch.no_grad():
             logits = model.logits(model(TOKENS[0])).transpose(0, 1)
     torch.testing.assert_close(logits, hf_logits(tmp_path / "exported", TOKENS[0]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_distilled_text_model_keeps_the_vision_model(tmp_path, name):
+    """Bit for bit, from the student's folder through a training to the export; the text model is the trained one."""
+    material = make_material(tmp_path, name, save_wrapped)
+    run(material, tmp_path / "run", train__num_tokens=2 * ROWS * SEQ_LENGTH, train__warmup_steps=1)
+    student_of(tmp_path / "run", tmp_path / "exported")
+    before, after = (load_file(folder / "model.safetensors") for folder in (material.student, tmp_path / "exported"))
+    assert set(after) == set(before)
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor) == (text_name(key) is None), key
+    with start(ParallelConfig(), read_world(), seed=1):
+        model = opened(tmp_path / "exported")[1]
+        with torch.no_grad():
+            logits = model.logits(model(TOKENS[0] % 120)).transpose(0, 1)
+    wanted = wrapped_logits(tmp_path / "exported", TOKENS[0] % 120)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)

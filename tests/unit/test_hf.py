@@ -90,7 +90,10 @@ def missing_shard(folder: Path) -> None:
             lambda folder: (folder / "config.json").write_text("{"),
             "config.json: damaged .*correct it, or copy the file again",
         ),
-        (lambda folder: edit_config(folder, model_type="gpt2"), "'gpt2' is not supported; supported architectures"),
+        (
+            lambda folder: edit_config(folder, model_type="gpt2"),
+            "'gpt2' is not supported; `python -m",
+        ),
         (lambda folder: edit_config(folder, hidden_size="DELETE"), "the key 'hidden_size' is missing or null"),
         (lambda folder: edit_config(folder, num_hidden_layers=2.5), "num_hidden_layers=2.5 is not a whole number"),
         (lambda folder: edit_config(folder, hidden_size="64"), "hidden_size='64' is not a whole number"),

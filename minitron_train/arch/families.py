@@ -1,0 +1,125 @@
+"""What this program can do with each family: the table that `families` prints and that README.md holds."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
+from minitron_train.arch.shape import SIZES
+from minitron_train.arch.table import ROUTER
+from minitron_train.arch.wrappers import TEXTS, WRAPPERS, Wrapper
+
+AXES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden size",
+    "ffn_hidden_size": "MLP",
+    "num_attention_heads": "heads",
+    "num_query_groups": "KV groups",
+    "num_moe_experts": "experts",
+}
+HEADER = (
+    "family",
+    "`model_type`",
+    "axes that can be cut",
+    "rotation",
+    "repair",
+    "tensor parallelism",
+    "exported class",
+)
+
+
+def families_table() -> str:
+    """All families as a table in Markdown: text models, then vision-language models around one of them."""
+    alone = [table for table in ARCHITECTURES.values() if table not in TEXTS]
+    rows = [HEADER, ("---",) * len(HEADER), *map(row_of, alone), *map(wrapper_row, WRAPPERS.values())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def wrapper_row(wrapper: Wrapper) -> tuple[str, ...]:
+    """The cells of a vision-language model, whose text model alone is cut; its hidden size is fixed, so nothing rotates."""
+    table = architecture(next(iter(wrapper.texts.values())))
+    return (
+        f"{wrapper.models}: text model",
+        f"`{wrapper.name}`",
+        named(size for size in cut_alone(table) if size != "hidden_size"),
+        "no",
+        repair(table),
+        tensor_parallelism(table),
+        f"`{wrapper.hf_class}`",
+    )
+
+
+def row_of(table: Architecture) -> tuple[str, ...]:
+    """One family's cells, in the order of HEADER."""
+    return (
+        table.models or table.hf_class.removesuffix("ForCausalLM"),
+        f"`{table.name}`",
+        axes(table),
+        rotation(table),
+        repair(table),
+        tensor_parallelism(table),
+        f"`{table.hf_class}`",
+    )
+
+
+def axes(table: Architecture) -> str:
+    """The axes that can be cut; those that the family's loader accepts only together are named so."""
+    alone = cut_alone(table)
+    rest = [size for size in sizes(table) if size not in alone]
+    if not rest:
+        return "all"
+    return f"{named(alone)}; {' and '.join(AXES.get(size, size) for size in rest)} together"
+
+
+def sizes(table: Architecture) -> list[str]:
+    """The sizes that the family has."""
+    return [size for size in SIZES if size != "num_moe_experts" or table.has_experts]
+
+
+def cut_alone(table: Architecture) -> list[str]:
+    """The sizes that can be cut alone."""
+    whole = Shape(
+        architecture=table.name,
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=8,
+        vocab_size=64,
+        num_moe_experts=8 if table.has_experts else 0,
+        moe_router_topk=2 if table.has_experts else 0,
+    )
+    assert loads(table, whole), table.name
+    return [size for size in sizes(table) if loads(table, replace(whole, **{size: getattr(whole, size) // 2}))]
+
+
+def loads(table: Architecture, shape: Shape) -> bool:
+    """Whether the family's class in transformers accepts a shape."""
+    return not any(rule(shape) for rule in table.rules)
+
+
+def named(sizes: Iterable[str]) -> str:
+    """Names of axes, for a reader."""
+    return ", ".join(AXES.get(size, size) for size in sizes)
+
+
+def rotation(table: Architecture) -> str:
+    """Whether the residual stream can be rotated (pruning.basis.why_not also looks at the weights)."""
+    if table.has_post_norms:
+        return "no"
+    return "where untied" if table.transformer["normalization"] == "LayerNorm" else "yes"
+
+
+def repair(table: Architecture) -> str:
+    """Which halves of a layer have the linears that the repair fits."""
+    linears = {row.mcore for row in table.rows}
+    mlp = "experts.{e}.linear_fc1" if table.has_experts else "mlp.linear_fc1"
+    fitted = [half for half, name in (("attention", "linear_qkv"), ("MLP", mlp)) if any(name in row for row in linears)]
+    return "yes" if len(fitted) == 2 else " and ".join(fitted)
+
+
+def tensor_parallelism(table: Architecture) -> str:
+    """Whether every matrix is split over the ranks; a router is small, and each rank holds it."""
+    matrices = [row for row in table.rows if max(map(len, row.hf.values())) > 1 and row.mcore != ROUTER]
+    split = all(row.parallel_dim() is not None for row in matrices)
+    return "yes" if split else "no"
