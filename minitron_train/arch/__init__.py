@@ -1,6 +1,6 @@
 """Model families as tables. To add a family, add its table here."""
 
-from minitron_train.arch.gemma import GEMMA
+from minitron_train.arch.gemma import GEMMA, GEMMA2
 from minitron_train.arch.granite import GRANITE
 from minitron_train.arch.llama import LLAMA
 from minitron_train.arch.mistral import MISTRAL
@@ -13,7 +13,7 @@ from minitron_train.arch.table import Architecture, ParamSpec
 from minitron_train.runtime.errors import UserError
 
 ARCHITECTURES = {
-    table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, GRANITE, GEMMA, OLMO2)
+    table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, GRANITE, GEMMA, GEMMA2, OLMO2)
 }
 
 

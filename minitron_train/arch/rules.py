@@ -25,6 +25,8 @@ def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
     table = architecture(shape.architecture)
     if not shape.is_plain(seq_length):
         return "attention windows below train.seq_length, or layers with another rotary embedding or none"
+    if shape.attention_softcap is not None:
+        return "a soft cap on attention scores, and its kernels have none"
     if table.has_projection_norms:
         return "norms over all query heads together, and its layers normalise each head"
     has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)
