@@ -1,11 +1,11 @@
 """Model families as tables. To add a family, add its table here."""
 
-from minitron_train.arch.gemma import GEMMA, GEMMA2
+from minitron_train.arch.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
 from minitron_train.arch.granite import GRANITE
 from minitron_train.arch.llama import LLAMA
 from minitron_train.arch.mistral import MISTRAL
 from minitron_train.arch.nemotron import NEMOTRON
-from minitron_train.arch.olmo import OLMO2
+from minitron_train.arch.olmo import OLMO2, OLMO3
 from minitron_train.arch.qwen import QWEN2, QWEN3
 from minitron_train.arch.seed_oss import SEED_OSS
 from minitron_train.arch.shape import Shape
@@ -13,7 +13,8 @@ from minitron_train.arch.table import Architecture, ParamSpec
 from minitron_train.runtime.errors import UserError
 
 ARCHITECTURES = {
-    table.name: table for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, GRANITE, GEMMA, GEMMA2, OLMO2)
+    table.name: table
+    for table in (NEMOTRON, LLAMA, MISTRAL, QWEN2, QWEN3, SEED_OSS, GRANITE, GEMMA, GEMMA2, GEMMA3_TEXT, OLMO2, OLMO3)
 }
 
 

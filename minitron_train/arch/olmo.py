@@ -1,9 +1,12 @@
-"""OLMo 2 (arXiv 2501.00656): norms after attention and MLP instead of before, and over all query and all key heads."""
+"""OLMo 2 (arXiv 2501.00656): norms after attention and MLP instead of before, and over all query and all key heads.
+
+OLMo 3 (arXiv 2512.13961): a window in three of four layers, which have a rotary embedding without scaling.
+"""
 
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
-from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, ParamSpec
+from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, LocalRope, ParamSpec, Windows
 
 PRE_NORMS = (LAYER + "input_layernorm.weight", LAYER + "pre_mlp_layernorm.weight")
 PROJECTION_NORMS = (
@@ -25,4 +28,15 @@ OLMO2 = replace(
     },
     config_nullable=frozenset({"num_key_value_heads"}),
     rules=(),
+)
+OLMO3 = replace(
+    OLMO2,
+    name="olmo3",
+    hf_class="Olmo3ForCausalLM",
+    config_defaults={**OLMO2.config_defaults, "sliding_window": 4096},
+    config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+    config_read=LLAMA.config_read | {"sliding_window"},
+    windows=Windows(default=lambda config, i: (i + 1) % 4 != 0),
+    rope_theta=5e5,
+    local_rope=LocalRope(key=None, theta=5e5),
 )

@@ -11,7 +11,8 @@ from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.layers import read_layers, written_layers
-from minitron_train.hf.rope import read_rope, rope_keys, written_rope
+from minitron_train.hf.local_rope import read_ropes, with_local_rope, written_ropes
+from minitron_train.hf.rope import rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.records import decode, read_bytes
@@ -64,10 +65,10 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
     check_quantisation(config, where)
     values = read_fields(config, table, where)
     check_padding(config, values["vocab_size"], where)
-    rope = read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where)
+    rope, local = read_ropes(config, table, values["max_position_embeddings"], values["kv_channels"], where)
     shape = Shape(architecture=table.name, **values)
     shape.check(where)
-    return shape.with_layers(read_layers(config, table, rope, shape.num_layers, where))
+    return shape.with_layers(with_local_rope(read_layers(config, table, rope, shape.num_layers, where), local))
 
 
 def check_facts(config: Mapping[str, Any], table: Architecture, where: str) -> None:
@@ -149,9 +150,8 @@ def student_config(
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
-    changed |= written_rope(
-        read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where), table
-    )
+    ropes = read_ropes(config, table, teacher.max_position_embeddings, teacher.kv_channels, where)
+    changed |= written_ropes(ropes, table)
     changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept])
     changed["architectures"] = [table.hf_class]
     stored = named_dtype(config) if dtype is None else str(dtype).removeprefix("torch.")

@@ -76,7 +76,7 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
                 f"{where}: linear rope scaling with factor={factor:g}: only 1 is supported; use another teacher"
             )
         kind, factor = "default", 1.0
-    theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", Rope().theta)
+    theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", table.rope_theta)
     return Rope(
         kind=kind,
         theta=positive_float(theta, "rope_theta", where),
