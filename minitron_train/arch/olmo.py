@@ -1,6 +1,7 @@
 """OLMo 2 (arXiv 2501.00656): norms after attention and MLP instead of before, and over all query and all key heads.
 
 OLMoE (2409.02060) has these norms over heads, Llama's norms before attention and MLP, and experts.
+OLMo 3 (arXiv 2512.13961): a window in three of four layers, which have a rotary embedding without scaling.
 """
 
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
 from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, ParamSpec
+from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, LocalRope, ParamSpec, Windows
 
 PRE_NORMS = (LAYER + "input_layernorm.weight", LAYER + "pre_mlp_layernorm.weight")
 PROJECTION_NORMS = (
@@ -62,4 +63,16 @@ OLMOE = replace(
     },
     config_aliases={"num_experts": "num_local_experts"},
     rules=(experts_are_given, heads_fill_hidden),
+)
+OLMO3 = replace(
+    OLMO2,
+    name="olmo3",
+    hf_class="Olmo3ForCausalLM",
+    models="OLMo 3",
+    config_defaults={**OLMO2.config_defaults, "sliding_window": 4096},
+    config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
+    config_read=LLAMA.config_read | {"sliding_window"},
+    windows=Windows(default=lambda config, i: (i + 1) % 4 != 0),
+    rope_theta=5e5,
+    local_rope=LocalRope(key=None, theta=5e5),
 )

@@ -45,6 +45,8 @@ def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
         return "attention windows below train.seq_length, or layers with another rotary embedding or none"
     if table.has_experts:
         return "experts, which run in this program's own layers only"
+    if shape.attention_softcap is not None:
+        return "a soft cap on attention scores, and its kernels have none"
     if table.has_projection_norms:
         return "norms over all query heads together, and its layers normalise each head"
     has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)

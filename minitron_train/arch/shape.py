@@ -19,7 +19,10 @@ FACTORS = (  # numbers that a family multiplies or divides by
     "embedding_multiplier",
     "residual_multiplier",
     "attention_multiplier",
+    "query_scalar",
     "logits_divisor",
+    "attention_softcap",
+    "logits_softcap",
 )
 
 
@@ -49,7 +52,10 @@ class Shape:
     embedding_multiplier: float = 1.0  # of embeddings (see Architecture.embedding_scale)
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream
     attention_multiplier: float | None = None  # of query x key; None: 1 / sqrt(kv_channels)
+    query_scalar: float | None = None  # query x key is divided by its root; None: by that of kv_channels
     logits_divisor: float = 1.0
+    attention_softcap: float | None = None  # scores x become c tanh(x / c)
+    logits_softcap: float | None = None  # likewise the logits
     wrapper: str | None = None  # model_type of the vision-language model around this text model
     num_bound_layers: int = 0  # first layers that the vision model adds image features to
     kinds: tuple[LayerKind, ...] = (LayerKind(),)  # different ones, in the order of the first layer that has each
@@ -57,6 +63,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         assert len(self.kind_of_layer) == (self.num_layers if len(self.kinds) > 1 else 0), "kinds of other layers"
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """Factor of query x key; None: 1 / sqrt(kv_channels)."""
+        return self.attention_multiplier if self.query_scalar is None else self.query_scalar**-0.5
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -104,6 +104,14 @@ class Unrotated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRope:
+    """The rotary embedding of layers with a window, where it is another one: its base."""
+
+    key: str | None  # in config.json; None: only rope_parameters can name it
+    theta: float  # default
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Everything that this program knows about one family of models.
 
@@ -125,6 +133,8 @@ class Architecture:
     transformer: Mapping[str, Any] = field(default_factory=dict)  # TransformerConfig arguments (see model.build)
     rules: tuple[Rule, ...] = ()
     windows: Windows = Windows()
+    rope_theta: float = 10_000.0  # default base of the rotary frequencies
+    local_rope: LocalRope | None = None  # None: layers with a window have the same rotary embedding as the others
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated

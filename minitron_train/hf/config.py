@@ -13,7 +13,8 @@ from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
 from minitron_train.arch.wrappers import TEXTS
 from minitron_train.hf.dtypes import named_dtype
 from minitron_train.hf.layers import read_layers, written_layers
-from minitron_train.hf.rope import given_rope, read_rope, rope_keys, written_rope
+from minitron_train.hf.local_rope import read_ropes, with_local_rope, written_ropes
+from minitron_train.hf.rope import rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
 from minitron_train.hf.wrapped import FOLDER_KEYS, bound_layers, text_config, wrapped_student, wrapper_of
 from minitron_train.runtime.errors import UserError
@@ -75,10 +76,10 @@ def shape_of_text(config: Mapping[str, Any], where: str) -> Shape:
     check_quantisation(config, where)
     values = read_fields(config, table, where)
     check_padding(config, values["vocab_size"], where)
-    rope = read_rope(config, table, values["max_position_embeddings"], values["kv_channels"], where)
+    rope, local = read_ropes(config, table, values["max_position_embeddings"], values["kv_channels"], where)
     shape = Shape(architecture=table.name, **values, **table.shape_facts)
     shape.check(where)
-    return shape.with_layers(read_layers(config, table, rope, shape.num_layers, where))
+    return shape.with_layers(with_local_rope(read_layers(config, table, rope, shape.num_layers, where), local))
 
 
 def unsupported(config: Mapping[str, Any], where: str) -> UserError:
@@ -185,8 +186,8 @@ def student_config(
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
     changed |= {alias: changed[key] for key, alias in table.config_aliases.items() if alias in config}
-    rope = read_rope(config, table, teacher.max_position_embeddings, teacher.kv_channels, where)
-    changed |= written_rope(rope, table, given_rope(config, table, where))
+    ropes = read_ropes(config, table, teacher.max_position_embeddings, teacher.kv_channels, where)
+    changed |= written_ropes(ropes, config, table, where)
     is_listed = config.get("layer_types") is not None
     changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept], is_listed=is_listed)
     changed["architectures"] = [table.hf_class]

@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minitron_train.arch.layer_kind import LayerKind
 from minitron_train.arch.shape import Shape
@@ -18,6 +19,7 @@ from minitron_train.model.rotary import columns, num_rotated
 
 # B batch, S sequence, P keys, N query heads held, G KV groups held, D channels per head, C columns of all ropes, W windows
 
+CAPPED_QUERIES = 256  # queries whose scores are held at once where they are capped
 BLOCK_QUERIES = 1024  # largest block of queries that meets its keys within a window at once
 
 
@@ -134,6 +136,58 @@ class SdpaAttention(MegatronModule):
             )
             parts.append(self._attend(block, key[:, :, seen], value[:, :, seen], bias))
         return torch.cat(parts, dim=2)
+
+
+class CappedAttention(SdpaAttention):
+    """Core attention whose scores x become c tanh(x / c), as in Gemma 2 (arXiv 2408.00118 §2).
+
+    torch's kernels have no cap. Scores are computed here in fp32 for a block of queries, which the backward pass repeats.
+    """
+
+    def __init__(self, *args: Any, softcap: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.softcap = softcap
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None,
+        *_: Any,
+        attention_bias: Tensor | None = None,
+        **__: Any,
+    ) -> Tensor:
+        """As SdpaAttention.forward."""
+        query_SBND = query_SBND if attention_bias is None else query_SBND * attention_bias.to(query_SBND.dtype)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        num_queries, num_keys, parts = query.shape[2], key.shape[2], []
+        for start in range(0, num_queries, CAPPED_QUERIES):
+            block = query[:, :, start : start + CAPPED_QUERIES]
+            last = num_keys - num_queries + start + block.shape[2]
+            seen = slice(0, last)
+            if attention_mask is None:
+                if self.window is not None:
+                    seen = slice(max(0, last - block.shape[2] - self.window + 1), last)
+                bias = window_bias(block.shape[2], last - seen.start, self.window, torch.float32, query.device)
+            else:
+                seen, hidden = slice(0, num_keys), attention_mask[:, :, start : start + CAPPED_QUERIES]
+                bias = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -torch.inf)
+            arguments = block, key[:, :, seen], value[:, :, seen], bias
+            again = torch.is_grad_enabled() and query.requires_grad
+            parts.append(
+                checkpoint(self._capped, *arguments, use_reentrant=False) if again else self._capped(*arguments)
+            )
+        return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
+
+    def _capped(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Context [B, N, S, D] of one block; the query heads of a group share its keys and values."""
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = (grouped @ key[:, :, None].mT).float() * scale
+        scores = torch.tanh(scores / self.softcap) * self.softcap + (bias if bias.dim() == 2 else bias[:, :, None])
+        weights = F.dropout(scores.softmax(-1).to(value.dtype), self.dropout, self.training)
+        return (weights @ value[:, :, None]).flatten(1, 2)
 
 
 class LayerAttention(SelfAttention):

@@ -1,5 +1,6 @@
 """Builds megatron-core's GPTModel from a Shape, with layers that also run on a CPU."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from minitron_train.arch import Shape, architecture
 from minitron_train.arch.layer_kind import LayerKind
 from minitron_train.arch.table import LAYER
 from minitron_train.config import Precision
-from minitron_train.model.attention import LayerAttention, SdpaAttention, window_masks
+from minitron_train.model.attention import CappedAttention, LayerAttention, SdpaAttention, window_masks
 from minitron_train.model.branch import BranchSum
 from minitron_train.model.experts import Experts
 from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
@@ -148,6 +149,10 @@ def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_gr
         if row is not None and row.parallel_dim() is not None:
             arguments = {"num_heads": num_heads, "tp_group": tp_group}
             setattr(layer.self_attention.submodules, norm, ModuleSpec(ProjectionNorm, arguments))
+    if shape.attention_softcap is not None:
+        layer.self_attention.submodules.core_attention = functools.partial(
+            CappedAttention, softcap=shape.attention_softcap
+        )
     return spec
 
 
@@ -174,7 +179,7 @@ def transformer_config(
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels,
         layernorm_epsilon=shape.layernorm_epsilon,
-        softmax_scale=shape.attention_multiplier,
+        softmax_scale=shape.softmax_scale,
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel and tp > 1,
         params_dtype=dtype,
@@ -205,7 +210,7 @@ def embedding_scale(shape: Shape, dtype: torch.dtype) -> float:
 
 def logit_map(shape: Shape) -> LogitMap:
     """What the family does to the products with the output weights."""
-    return LogitMap(divisor=shape.logits_divisor)
+    return LogitMap(divisor=shape.logits_divisor, softcap=shape.logits_softcap)
 
 
 LINEAR_BIAS = re.compile(r"\.(linear_\w+)\.bias$")

@@ -74,6 +74,10 @@ def fresh_config(shape: Shape, bos_token_id: int | None, eos_token_id: int | Non
         UserError: rotary_percent below 1 for a family whose heads transformers always rotates completely.
     """
     table, (rope,) = architecture(shape.architecture), shape.ropes
+    if table.local_rope is not None:
+        raise UserError(
+            f"model.architecture={table.name}: has two rotary embeddings, and section model names one; choose another"
+        )
     if rope.percent != 1.0 and not table.partial_rotary:
         raise UserError(
             f"model.rotary_percent={rope.percent:g}: transformers always rotates all channels of a "

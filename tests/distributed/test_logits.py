@@ -27,6 +27,9 @@ OTHERS = [
     },
     {"model_type": "gemma"},
     {"model_type": "olmo2"},
+    {"model_type": "gemma3_text", "sliding_window": 9, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    {"model_type": "olmo3", "sliding_window": 9, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    {"model_type": "gemma2", "sliding_window": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
 ]
 
 

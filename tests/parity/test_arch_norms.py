@@ -34,15 +34,20 @@ MULTIPLIERS = {
     "attention_multiplier": 0.1,
     "logits_scaling": 8.0,
 }
+CAPS = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "granite": {"model_type": "granite", **MULTIPLIERS, "tie_word_embeddings": False},
     "granite, tied": {"model_type": "granite", **MULTIPLIERS, "attention_bias": True, "tie_word_embeddings": True},
     "olmo2": {"model_type": "olmo2", "head_dim": 8},
     "gemma": {"model_type": "gemma", "head_dim": 20},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 9, **CAPS},
+    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 9, "layer_types": TYPES},
+    "olmo3": {"model_type": "olmo3", "head_dim": 8, "sliding_window": 9, "layer_types": TYPES},
     "gemma, untied": {"model_type": "gemma", "tie_word_embeddings": False},
 }
-POST_NORMS = ("olmo2",)
+POST_NORMS = ("olmo2", "gemma2", "gemma3_text", "olmo3")
 SIZES = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4, "num_layers": 2}
 CUT = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
@@ -90,6 +95,50 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "tie_word_embeddings": False,
         },
         1_484_916_736,
+    ),
+    "OLMo-3-1025-7B without its rope": (
+        {
+            "model_type": "olmo3",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 100278,
+            "tie_word_embeddings": False,
+        },
+        7_298_011_136,
+    ),
+    "gemma-3-1b-pt": (
+        {
+            "model_type": "gemma3_text",
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262144,
+            "rope_theta": 1000000,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+        999_885_952,
+    ),
+    "gemma-2-2b": (
+        {
+            "model_type": "gemma2",
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 256000,
+        },
+        2_614_341_888,
     ),
     "gemma-2b": (
         {

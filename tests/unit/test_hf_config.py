@@ -167,7 +167,7 @@ def is_refused(config: Mapping[str, Any], table: Architecture) -> bool:
     return (kind != "default" and is_partial and not table.partial_rotary) or is_longrope
 
 
-@pytest.mark.parametrize("family", ALONE)
+@pytest.mark.parametrize("family", [name for name in ALONE if architecture(name).local_rope is None])
 @pytest.mark.parametrize("name", ROPES)
 def test_rotary_frequencies_are_transformers(family: str, name: str) -> None:
     """Also after one more reading of what a student's config.json says."""
