@@ -9,6 +9,11 @@ from tests.bad_input.scene import MICRO, PRUNED, TAUGHT, Case, cut_off, tensors,
 
 SCORE = f"score {MICRO}"
 ROWS = "".join(json.dumps({"text": f"row {k} of a small corpus"}) + "\n" for k in range(50))
+CHAT = f"{SCORE} +data.sources.a.path=a.jsonl +data.sources.a.kind=chat"
+CHATS = 30 * (
+    json.dumps({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}) + "\n"
+)
+TEMPLATE = "{% for turn in messages %}{{ turn.role + ': ' + turn.content }}\n{% endfor %}"
 DATA = [
     Case("corpus of no bytes", f"{SCORE} data.path=a.txt", "a.txt", (*TAUGHT, write("a.txt", ""))),
     Case("corpus of blanks", f"{SCORE} data.path=a.txt", "", (*TAUGHT, write("a.txt", "\n \n\n"))),
@@ -36,6 +41,50 @@ DATA = [
         f"{SCORE} data.path=a.jsonl",
         "not a JSON object",
         (*TAUGHT, write("a.jsonl", ROWS + '{"text": "cut o\n')),
+    ),
+    Case(
+        "conversations without a kind",
+        f"{SCORE} data.path=a.jsonl",
+        "but conversations .messages.; set kind=chat",
+        (*TAUGHT, write("a.jsonl", CHATS)),
+    ),
+    Case("conversations without a template", f"{CHAT}", "has no chat template", (*TAUGHT, write("a.jsonl", CHATS))),
+    Case(
+        "chat template that is not there",
+        f"{CHAT} +data.sources.a.template=nowhere",
+        "data.sources.a.template=nowhere: cannot be read",
+        (*TAUGHT, write("a.jsonl", CHATS)),
+    ),
+    Case(
+        "chat template that raises",
+        f"{CHAT} +data.sources.a.template=t",
+        "a.jsonl, line .*the chat template rejects it .no thanks",
+        (*TAUGHT, write("a.jsonl", CHATS), write("t", "{{ raise_exception('no thanks') }}")),
+    ),
+    Case(
+        "chat template that cannot be parsed",
+        f"{CHAT} +data.sources.a.template=t",
+        "a.jsonl, line .*the chat template rejects it",
+        (*TAUGHT, write("a.jsonl", CHATS), write("t", "{% for x in %}")),
+    ),
+    *(
+        Case(
+            f"conversation with {name}",
+            f"{CHAT} +data.sources.a.template=t",
+            f"a.jsonl, line 31: {says}",
+            (*TAUGHT, write("a.jsonl", CHATS + json.dumps(row) + "\n"), write("t", TEMPLATE)),
+        )
+        for name, row, says in (
+            (
+                "an unknown role",
+                {"messages": [{"role": "narrator", "content": "x"}]},
+                "messages.0. has the role 'narrator'",
+            ),
+            ("an empty turn", {"messages": [{"role": "user", "content": ""}]}, "messages.0. is empty"),
+            ("null content", {"messages": [{"role": "user", "content": None}]}, "messages.0. has no content"),
+            ("no list", {"messages": "hello"}, "messages is not a list of messages: hello"),
+            ("no turns", {"messages": []}, "messages has no messages"),
+        )
     ),
     Case(
         "text that is not UTF-8",

@@ -135,7 +135,7 @@ def test_a_killed_worker_is_one_line(number, tokenizer):
     )
     for is_busy in (True, False):
         with contextlib.closing(pool_of(tokenizer)) as pool:
-            worker, job = pool.workers[0], EncodeJob(("some words " * 300_000,), (1,))
+            worker, job = pool.workers[0], EncodeJob(0, ("some words " * 300_000,), (1,))
             pending = pool.submit(job) if is_busy else None
             os.kill(worker.process.pid, number)
             if not is_busy:

@@ -334,7 +334,7 @@ def test_workers_end_when_a_job_is_cut_off(tokenizer):
     pool.submit(EncodeJob(0, ("some words",), (1,))).result()
     process = pool.workers[0].process
     assert process.stdin
-    process.stdin.write(pickle.dumps(EncodeJob(("x" * 1000,), (1,)))[:500])
+    process.stdin.write(pickle.dumps(EncodeJob(0, ("x" * 1000,), (1,)))[:500])
     process.stdin.close()
     try:
         assert process.wait(30) == 0
