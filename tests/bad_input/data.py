@@ -9,7 +9,8 @@ from tests.bad_input.scene import MICRO, PRUNED, TAUGHT, Case, cut_off, tensors,
 
 SCORE = f"score {MICRO}"
 ROWS = "".join(json.dumps({"text": f"row {k} of a small corpus"}) + "\n" for k in range(50))
-CHAT = f"{SCORE} +data.sources.a.path=a.jsonl +data.sources.a.kind=chat"
+CHAT = ("+data.sources={a: {path: a.jsonl, kind: chat}}",)
+TEMPLATE_CHAT = ("+data.sources={a: {path: a.jsonl, kind: chat, template: t.jinja}}",)
 CHATS = 30 * (
     json.dumps({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}) + "\n"
 )
@@ -48,31 +49,41 @@ DATA = [
         "but conversations .messages.; set kind=chat",
         (*TAUGHT, write("a.jsonl", CHATS)),
     ),
-    Case("conversations without a template", f"{CHAT}", "has no chat template", (*TAUGHT, write("a.jsonl", CHATS))),
+    Case(
+        "conversations without a template",
+        SCORE,
+        "has no chat template; set data.sources.a.template",
+        (*TAUGHT, write("a.jsonl", CHATS)),
+        words=CHAT,
+    ),
     Case(
         "chat template that is not there",
-        f"{CHAT} +data.sources.a.template=nowhere",
-        "data.sources.a.template=nowhere: cannot be read",
+        SCORE,
+        "data.sources.a.template=t.jinja: cannot be read",
         (*TAUGHT, write("a.jsonl", CHATS)),
+        words=TEMPLATE_CHAT,
     ),
     Case(
         "chat template that raises",
-        f"{CHAT} +data.sources.a.template=t",
+        SCORE,
         "a.jsonl, line .*the chat template rejects it .no thanks",
-        (*TAUGHT, write("a.jsonl", CHATS), write("t", "{{ raise_exception('no thanks') }}")),
+        (*TAUGHT, write("a.jsonl", CHATS), write("t.jinja", "{{ raise_exception('no thanks') }}")),
+        words=TEMPLATE_CHAT,
     ),
     Case(
         "chat template that cannot be parsed",
-        f"{CHAT} +data.sources.a.template=t",
+        SCORE,
         "a.jsonl, line .*the chat template rejects it",
-        (*TAUGHT, write("a.jsonl", CHATS), write("t", "{% for x in %}")),
+        (*TAUGHT, write("a.jsonl", CHATS), write("t.jinja", "{% for x in %}")),
+        words=TEMPLATE_CHAT,
     ),
     *(
         Case(
             f"conversation with {name}",
-            f"{CHAT} +data.sources.a.template=t",
+            SCORE,
             f"a.jsonl, line 31: {says}",
-            (*TAUGHT, write("a.jsonl", CHATS + json.dumps(row) + "\n"), write("t", TEMPLATE)),
+            (*TAUGHT, write("a.jsonl", CHATS + json.dumps(row) + "\n"), write("t.jinja", TEMPLATE)),
+            words=TEMPLATE_CHAT,
         )
         for name, row, says in (
             (
