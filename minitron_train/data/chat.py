@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
 
-from minitron_train.config import ChatLoss, SourceConfig, TooLong
+from minitron_train.config import ChatLoss, TooLong
 from minitron_train.data.conversations import Conversation
 from minitron_train.runtime.errors import UserError, first_line
 
@@ -72,6 +71,8 @@ class ChatFormat:
                 return_assistant_tokens_mask=marks,
                 **values,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # templates are programs: they raise any class
             raise ValueError(
                 f"the chat template rejects it ({first_line(error)}); correct the row or the template"
@@ -138,38 +139,6 @@ def with_fixed_date(template: str) -> str:
         return template
     dates = json.dumps({name: DATE.strftime(name) for name in sorted(formats)})
     return f"{{% macro strftime_now(format) %}}{{{{ {dates}[format] }}}}{{% endmacro %}}\n{template}"  # \n: trim_blocks
-
-
-def chat_format(name: str, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> ChatFormat:
-    """The format of a source of conversations.
-
-    Raises:
-        UserError: there is no template, or its file cannot be read.
-    """
-    where = f"data.sources.{name}.template"
-    if source.template is not None:
-        template = tool_template = read_template(Path(source.template), where)
-    else:
-        own = tokenizer.chat_template or {}
-        own = {"default": own} if isinstance(own, str) else own
-        if "default" not in own:
-            raise UserError(
-                f"data.sources.{name}: the tokenizer {tokenizer.name_or_path} has no chat template; set {where} to a file"
-            )
-        template, tool_template = own["default"], own.get("tool_use", own["default"])
-    return ChatFormat(
-        template=template,
-        tool_template=tool_template,
-        special_tokens={key: plain(value) for key, value in tokenizer.special_tokens_map.items()},
-        loss=source.loss,
-        too_long=source.too_long,
-        seq_length=seq_length,
-    )
-
-
-def plain(value: Any) -> Any:
-    """A special token, or a list of them, as text."""
-    return [str(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def read_template(path: Path, where: str) -> str:

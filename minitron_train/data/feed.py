@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import DataConfig
 from minitron_train.data import sources, tokenizers
-from minitron_train.data.chat import chat_format
 from minitron_train.data.hub import HubSource
 from minitron_train.data.identity import FileRecord, Watch, records_of
 from minitron_train.data.indexed import IndexedSource
@@ -66,7 +65,7 @@ class Feed:
                 source.records = records
         watches = {i: Watch(paths, records) for i, text in texts.items() if (paths := sources.files_to_watch(text))}
         self.chats = {
-            i: chat_format(part.name, part.config, tokenizer, seq_length)
+            i: tokenizers.chat_format(part.name, part.config, tokenizer, seq_length)
             for i, part in enumerate(self.parts)
             if part.is_chat
         }

@@ -52,7 +52,7 @@ DATA = [
     Case(
         "conversations without a template",
         SCORE,
-        "has no chat template; set data.sources.a.template",
+        "a.jsonl: the tokenizer .* has no chat template for conversations; set data.sources.NAME.template",
         (*TAUGHT, write("a.jsonl", CHATS)),
         words=CHAT,
     ),

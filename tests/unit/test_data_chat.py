@@ -14,13 +14,14 @@ import torch
 
 from minitron_train.config import CalibrationConfig, ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
 from minitron_train.data.calibration import calibration_batches
-from minitron_train.data.chat import COUNTED, PADDING, SILENT, chat_format, pack
+from minitron_train.data.chat import COUNTED, PADDING, SILENT, pack
 from minitron_train.data.conversations import Conversation, conversation
 from minitron_train.data.held_out import kept_tokens
 from minitron_train.data.pack import PAD, cut, num_windows
 from minitron_train.data.pretokenise import pretokenise
 from minitron_train.data.sources import describe, identity
 from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.data.tokenizers import chat_format
 from minitron_train.data.units import Unit
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.batches import held_out_batch
@@ -354,7 +355,9 @@ def test_a_malformed_row_is_named(tmp_path, tokenizer, name):
 def test_other_mistakes(tmp_path, tokenizer):
     data = write(tmp_path, [{"messages": messages} for messages in many_chats(3)])
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"has no chat template; set data\.sources\.own\.template to a file"):
+    with pytest.raises(
+        UserError, match=r"has no chat template for conversations; set data\.sources\.NAME\.template to a file"
+    ):
         TokenStream(data, tokenizer, seq_length=64, seed=1)
     data.sources["own"].template = str(tmp_path / "nowhere.jinja")
     with pytest.raises(UserError, match=r"own\.template=.*nowhere\.jinja: cannot be read \(No such file"):
