@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from minitron_train.config.base import Precision, opt
 from minitron_train.config.cluster import ClusterConfig, PlanConfig
-from minitron_train.config.data import DataConfig, SourceConfig, SourceKind
+from minitron_train.config.data import ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
 from minitron_train.config.distill import DistillConfig, HiddenLossKind, LossKind
 from minitron_train.config.evaluation import EvalConfig
 from minitron_train.config.model import (
@@ -83,6 +83,7 @@ __all__ = [
     "Aggregation",
     "Budget",
     "CalibrationConfig",
+    "ChatLoss",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
@@ -114,6 +115,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TeacherSource",
+    "TooLong",
     "TrackingConfig",
     "TrainConfig",
     "WandbConfig",

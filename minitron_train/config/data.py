@@ -8,7 +8,10 @@ from minitron_train.config.base import opt, require, require_positive
 
 
 class SourceKind(StrEnum):
-    """Formats of a source; auto goes by file names and content, bin is megatron-core's IndexedDataset (.bin/.idx)."""
+    """Formats of a source; auto goes by file names and content, bin is megatron-core's IndexedDataset (.bin/.idx).
+
+    chat is conversations in JSON Lines, JSON arrays, Parquet or Arrow; the format of the files is recognised as with auto.
+    """
 
     auto = "auto"
     embedded = "embedded"
@@ -19,6 +22,25 @@ class SourceKind(StrEnum):
     arrow = "arrow"
     bin = "bin"
     hub = "hub"
+    chat = "chat"
+
+
+class ChatLoss(StrEnum):
+    """The tokens of a conversation that the loss counts."""
+
+    assistant = "assistant"
+    last_turn = "last_turn"
+    all = "all"
+
+
+class TooLong(StrEnum):
+    """What happens to a conversation of more than train.seq_length tokens."""
+
+    cut = "cut"
+    drop = "drop"
+
+
+HUB_PREFIX = "hf://datasets/"  # Hugging Face's own scheme: a path of kind=chat that begins so is a repository
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,10 +49,13 @@ class SourceConfig:
 
     path: str | None = opt(
         None,
-        "file, folder or glob; kind=hub: repository id; kind=embedded: prose or code; null: you must set it",
+        "file, folder or glob; kind=hub: repository id; kind=chat also takes hf://datasets/ID; kind=embedded: prose or "
+        "code; null: you must set it",
         path=True,
     )
-    kind: SourceKind = opt(SourceKind.auto, "format of the files; auto: by name and content")
+    kind: SourceKind = opt(
+        SourceKind.auto, "format of the files; auto: by name and content; chat: conversations in any of these formats"
+    )
     text_key: str = opt("text", "column that holds the text")
     weight: float = opt(1.0, "share of the training tokens; weights of all parts are normalised to 1")
     late_weight: float | None = opt(None, "weight in the last data.late_fraction of the tokens; default: weight")
@@ -40,6 +65,14 @@ class SourceConfig:
     )
     revision: str | None = opt(None, "kind=hub: commit to read; without it the data may change during a run")
     suggestion: str | None = opt(None, "public data set that the error message proposes when path is missing")
+    loss: ChatLoss = opt(
+        ChatLoss.assistant,
+        "kind=chat: tokens that the loss counts; of a prompt and completion, at most the completion's",
+    )
+    template: str | None = opt(
+        None, "kind=chat: file with a chat template (Jinja); default: the tokenizer's own", path=True
+    )
+    too_long: TooLong = opt(TooLong.cut, "kind=chat: cut or drop conversations of more than train.seq_length tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +81,9 @@ class DataConfig:
 
     name: str = opt("embedded", "name of the blend; written to provenance.json")
     path: str | None = opt(None, "your own text or tokens (file, folder or glob); replaces data.sources", path=True)
+    kind: SourceKind = opt(
+        SourceKind.auto, "format of data.path and data.validation_path; auto: by name and content; chat: conversations"
+    )
     text_key: str = opt("text", "column that holds the text in data.path and data.validation_path")
     sources: dict[str, SourceConfig] = opt(
         dict, "sources of the blend, by name, each with a weight; empty: the embedded corpus"
@@ -67,6 +103,13 @@ class DataConfig:
         path=True,
     )
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether training or validation reads conversations."""
+        own = self.kind is SourceKind.chat and bool(self.path or self.validation_path)
+        sources = [] if self.path else self.sources.values()
+        return own or any(source.kind is SourceKind.chat for source in sources if source.weight or source.late_weight)
+
     def validate(self) -> None:
         """Check ranges and weights; paths are checked when the stream is opened."""
         require_positive(self, "data", "validation_tokens")
@@ -82,3 +125,8 @@ class DataConfig:
             key = f"data.sources.{name}.weight"
             is_share = all(weight >= 0 and math.isfinite(weight) for weight in weights)
             require(is_share, key, weights, "must be a finite number of at least 0", "0 leaves the part out")
+            is_used = source.kind is SourceKind.chat or source.template is None
+            key = f"data.sources.{name}.template"
+            require(is_used, key, source.template, "applies to conversations alone", "set kind=chat, or remove it")
+        no_path = self.kind not in (SourceKind.embedded, SourceKind.hub)
+        require(no_path, "data.kind", self.kind, "is not a format of files", "name such a source in data.sources")

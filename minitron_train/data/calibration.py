@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import CalibrationConfig, DataConfig
+from minitron_train.data.pack import PAD
 from minitron_train.data.stream import TokenStream
 from minitron_train.runtime.errors import UserError
 
@@ -23,6 +24,7 @@ def calibration_batches(
 
     Scores are aggregated over these three axes. The file `calibration.tokens_path` gives its own batches. Otherwise they are
     `num_samples` sequences of `calibration.path` or of the training stream (never of its held-out part), in micro-batches.
+    A negative token is padding, at the end of a sequence of conversations.
 
     Raises:
         UserError: no tokenizer, a smaller last micro-batch, or a file without such tokens.
@@ -36,7 +38,10 @@ def calibration_batches(
     size = batch_size(calibration)
     blend = calibration_data(calibration, data)
     stream = TokenStream(blend, tokenizer, seq_length=calibration.seq_length, seed=(seed + SEED_OFFSET) % 2**32)
-    tokens = stream.next_batch(calibration.num_samples).tokens_BS
+    batch = stream.next_batch(calibration.num_samples)
+    tokens = batch.tokens_BS
+    if batch.documents_BS is not None:
+        tokens = tokens.masked_fill(batch.documents_BS == PAD, -1)
     return tokens.view(-1, size, calibration.seq_length)
 
 

@@ -64,7 +64,12 @@ class Feed:
             if isinstance(source, IndexedSource | HubSource):
                 source.records = records
         watches = {i: Watch(paths, records) for i, text in texts.items() if (paths := sources.files_to_watch(text))}
-        self.pool = Pool(UnitMaker(texts, self.encoder, split, watches), num_workers)
+        self.chats = {
+            i: tokenizers.chat_format(part.name, part.config, tokenizer, seq_length)
+            for i, part in enumerate(self.parts)
+            if part.is_chat
+        }
+        self.pool = Pool(UnitMaker(texts, self.encoder, split, watches, self.chats), num_workers)
         self.unit_bytes = max(UNIT_BYTES, UNIT_WINDOWS * BYTES_PER_TOKEN * seq_length)
 
     def units(self, i: int, seed: int, start: Position | None) -> Iterator[tuple[Position, Pending]]:
@@ -79,7 +84,7 @@ class Feed:
         source, epoch, first = self.opened[i], start["epoch"], start["unit"]
         if isinstance(source, HubSource):
             for unit, (rows, texts) in enumerate(source.units(start.get("rows"), self.unit_bytes), start=first):
-                job = EncodeJob(texts, (*seed, epoch, unit))
+                job = EncodeJob(i, texts, (*seed, epoch, unit))
                 yield {"epoch": epoch, "unit": unit, "rows": rows}, self.pool.submit(job)
             return
         num_units = self.num_units(i)
@@ -107,6 +112,7 @@ class Feed:
         if self.told:
             return self.told
         text = sources.fingerprint(self.parts, self.opened) + self.encoder.sha256()
+        text += "".join(form.sha256() for form in self.chats.values())
         records = [record for source in self.opened for record in records_of(sources.files_to_watch(source))]
         return Known(hashlib.sha256(text.encode()).hexdigest(), {record.path: record for record in records})
 

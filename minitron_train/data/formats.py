@@ -8,17 +8,18 @@ tokenising processes read their blocks themselves.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow
 import pyarrow.parquet
 
 from minitron_train.data import corpus, identity, packed, rows
+from minitron_train.data.columns import Columns, TextColumn
 from minitron_train.data.lines import (
     BLOCK_BYTES,
     PIECE_BYTES,
@@ -74,7 +75,7 @@ class FileFormat:
     """Base class of formats over several files: block numbers run through all files, in the order of `paths`."""
 
     paths: tuple[Path, ...]
-    text_key: str = "text"
+    columns: Columns = TextColumn("text")
     cache_dir: Path
 
     @cached_property
@@ -123,7 +124,7 @@ class FileFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(FileFormat):
-    """JSON Lines, or files of one JSON array: each object is a document, its text in the column `text_key`."""
+    """JSON Lines, or files of one JSON array: each object is a row."""
 
     def open(self, path: Path) -> "PlainLines | CopiedLines | RowGroups":
         """A file of one JSON array is copied into blocks: it may be a single line."""
@@ -134,17 +135,29 @@ class JsonLines(FileFormat):
         return rows.array_lines(path) if is_array(path) else super().lines_to_copy(path)
 
     def read(self, block: int) -> Iterator[Sequence[str]]:
+        yield from ([text] for _, text in self.numbered(block))
+
+    def numbered(self, block: int) -> Iterator[tuple[int, str]]:
+        """The block's documents, each with the number of its line in the block."""
         file, inner = self.locate(block)
         for number, line in enumerate(self.files[file].read(inner)):
             if line.strip():
                 try:
-                    text = text_of(line, self.text_key)
+                    text = self.columns.document(object_of(line))
                 except ValueError as error:
                     raise UserError(f"{self.place(file, inner, number)}: {error}") from error
-                yield [text]
+                yield number, text
+
+    def place_of(self, document: str, blocks: Iterable[int]) -> str | None:
+        """File and line of a document, for a message; None if it is not in these blocks."""
+        for block in blocks:
+            for number, text in self.numbered(block):
+                if text == document:
+                    return self.place(*self.locate(block), number)
+        return None
 
     def fingerprint(self) -> str:
-        return combine([super().fingerprint(), self.text_key])
+        return combine([super().fingerprint(), self.columns.identity])
 
     def place(self, file: int, block: int, number: int) -> str:
         """File and line for a message; the block instead of the line where counting would take minutes."""
@@ -159,11 +172,11 @@ def is_array(path: Path) -> bool:
     return packed.head(path).removeprefix(BOM).lstrip().startswith(b"[")
 
 
-def text_of(line: bytes, text_key: str) -> str:
-    """The text of one JSON object; null is an empty text.
+def object_of(line: bytes) -> dict[str, Any]:
+    """One JSON object.
 
     Raises:
-        ValueError: it has none; the caller adds the file to the message.
+        ValueError: the line is none; the caller adds the file to the message.
     """
     try:
         row = json.loads(line)
@@ -177,18 +190,7 @@ def text_of(line: bytes, text_key: str) -> str:
         raise ValueError(f"cannot be parsed ({first_line(error)}): {line[:60]!r}; take the line out") from error
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object: {line[:60]!r}; each line must be one")
-    if text_key not in row:
-        raise ValueError(rows.no_column(text_key, ", ".join(row)))
-    text = row[text_key]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"column {text_key} is not text: {str(text)[:60]}; choose another text_key")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, such as "\\ud83d": JSON allows it, UTF-8 does not
-        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    return text
+    return row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,18 +233,22 @@ class RowGroups:
     """Blocks of a Parquet file: its row groups."""
 
     path: Path
-    text_key: str
-    sizes: tuple[int, ...]  # bytes of each group's text
+    columns: Columns
+    names: tuple[str, ...]  # of the columns to read
+    sizes: tuple[int, ...]  # bytes of these columns in each group
 
     @classmethod
-    def of(cls, path: Path, text_key: str, metadata: pyarrow.parquet.FileMetaData) -> "RowGroups":
-        """The row groups of a file with this footer."""
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        texts = [
-            [chunk for i in range(group.num_columns) if (chunk := group.column(i)).path_in_schema == text_key]
-            for group in groups
-        ]
-        return cls(path, text_key, tuple(sum(chunk.total_uncompressed_size for chunk in chunks) for chunks in texts))
+    def of(cls, path: Path, columns: Columns, file: pyarrow.parquet.ParquetFile) -> "RowGroups":
+        """The row groups of an opened file, whose columns were checked."""
+        names = tuple(columns.of(file.schema_arrow.names))
+        parts = tuple(f"{name}." for name in names)  # the leaves of a nested column
+        sizes = []
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            chunks = [group.column(i) for i in range(group.num_columns)]
+            read = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(parts)]
+            sizes.append(sum(chunk.total_uncompressed_size for chunk in read))
+        return cls(path, columns, names, tuple(sizes))
 
     @property
     def num_blocks(self) -> int:
@@ -255,14 +261,14 @@ class RowGroups:
         return sum(self.sizes)
 
     def read(self, block: int) -> Iterator[bytes]:
-        """The text column of one row group, as JSON lines; damaged pages are a UserError."""
+        """The rows of one row group, as JSON lines; damaged pages are a UserError."""
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                texts = file.read_row_group(block, columns=[self.text_key]).column(0).to_pylist()
+                found = file.read_row_group(block, columns=list(self.names)).to_pylist()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise packed.unreadable(self.path, error, f"row group {block} cannot be read") from error
-        for text in texts:
-            yield json.dumps({self.text_key: text or ""}).encode()
+        for row in found:
+            yield self.columns.line(row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,18 +279,18 @@ class Parquet(JsonLines):
         """Check the column, and whether the row groups are small enough to be blocks."""
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                metadata, schema = file.metadata, file.schema_arrow
+                self.columns.check(path, file.schema_arrow)
+                groups = RowGroups.of(path, self.columns, file)
         except (pyarrow.ArrowException, OSError) as error:
             raise packed.unreadable(path, error, "not a Parquet file") from error
-        rows.check_column(path, self.text_key, schema)
-        groups = RowGroups.of(path, self.text_key, metadata)
         if max(groups.sizes, default=0) <= ROW_GROUP_BYTES:
             return groups
-        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.columns.identity]))
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
-        """The text column of all row groups, as JSON lines."""
-        groups = RowGroups.of(path, self.text_key, pyarrow.parquet.read_metadata(path))
+        """The rows of all row groups, as JSON lines."""
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = RowGroups.of(path, self.columns, file)
         for group in progress(range(groups.num_blocks), f"copy of {path.name} by row groups", groups.num_blocks):
             yield from groups.read(group)
 
@@ -296,11 +302,11 @@ class Csv(JsonLines):
     def open(self, path: Path) -> CopiedLines:
         """Check the header."""
         FileFormat.open(self, path)
-        rows.csv_column(path, self.text_key)
-        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+        rows.csv_column(path, self.columns.identity)
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.columns.identity]))
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
-        return rows.csv_lines(path, self.text_key)
+        return rows.csv_lines(path, self.columns.identity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,11 +315,11 @@ class Arrow(JsonLines):
 
     def open(self, path: Path) -> CopiedLines:
         """Check the column."""
-        rows.check_arrow(path, self.text_key)
-        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.text_key]))
+        self.columns.check(path, rows.arrow_schema(path))
+        return copy_of(path, self.cache_dir, combine([sample_sha256(path), self.columns.identity]))
 
     def lines_to_copy(self, path: Path) -> Iterator[bytes]:
-        return rows.arrow_lines(path, self.text_key)
+        yield from map(self.columns.line, rows.arrow_rows(path, self.columns.of))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +331,7 @@ class Embedded(JsonLines):
     @cached_property
     def files(self) -> Sequence[CopiedLines]:
         texts = (text for module in corpus.modules() for text in corpus.documents(module, self.part))
-        lines = (json.dumps({self.text_key: text}).encode() for text in texts)
+        lines = (self.columns.line({self.columns.identity: text}) for text in texts)
         copy = copy_of(self.paths[0], self.cache_dir, self.fingerprint())
         make_copy(copy, lines)
         return [copy]

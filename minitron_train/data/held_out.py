@@ -1,4 +1,4 @@
-"""held_out.safetensors of a training: the tokens of validation, so that a resumed run does not search the corpus again.
+"""held_out.safetensors of a training: the sequences of validation, so that a resumed run does not search the corpus again.
 
 With a held-out fraction of 0.2 %, a million held-out tokens are found in 500 million tokens of text.
 """

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron_train.config import SourceConfig
+from minitron_train.config.data import HUB_PREFIX, SourceConfig
+from minitron_train.data.columns import Columns
 from minitron_train.data.formats import combine
 from minitron_train.data.identity import FileRecord, Watch, records_of
 from minitron_train.runtime.errors import UserError, first_line
@@ -18,9 +19,11 @@ from minitron_train.runtime.errors import UserError, first_line
 class HubSource:
     """One streamed data set: a repository id, or a local folder in the same form."""
 
-    def __init__(self, name: str, source: SourceConfig) -> None:
+    def __init__(self, name: str, source: SourceConfig, columns: Columns) -> None:
         self.name = name
         self.source = source
+        self.columns = columns
+        self.path = str(source.path).removeprefix(HUB_PREFIX)
         self.records: Mapping[str, FileRecord] | None = None  # see Watch
         self.initial_state: dict = {}  # state of `rows` before the first row
 
@@ -32,16 +35,18 @@ class HubSource:
         source, _ = self.source, self.watch  # records the files before they are opened
         try:
             rows: Any = datasets.load_dataset(
-                str(source.path), name=source.subset, split=source.split, revision=source.revision, streaming=True
+                self.path, name=source.subset, split=source.split, revision=source.revision, streaming=True
             )
         except Exception as error:  # datasets and huggingface_hub raise dozens of classes
             raise UserError(
                 f"data.sources.{self.name}: {source.path} cannot be opened on the hub ({type(error).__name__}: "
                 f"{first_line(error)}); check the name, the network and HF_TOKEN, or download it and give its path"
             ) from error
-        columns = rows.column_names
-        if columns and source.text_key not in columns:
-            raise UserError(f"{source.path}: no column {source.text_key}: it has {', '.join(columns)}; set text_key")
+        if rows.column_names:
+            try:
+                self.columns.of(rows.column_names)
+            except ValueError as error:
+                raise UserError(f"{source.path}: {error}") from error
         self.initial_state = rows.state_dict()
         return rows
 
@@ -53,7 +58,7 @@ class HubSource:
     @property
     def files(self) -> list[Path]:
         """The files of a local folder, sorted, without hidden ones."""
-        folder = Path(str(self.source.path)).expanduser()
+        folder = Path(self.path).expanduser()
         found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
         hidden = [path for path in found if any(name.startswith(".") for name in path.relative_to(folder).parts)]
         return sorted(set(found).difference(hidden))
@@ -100,17 +105,13 @@ class HubSource:
                     f"{where}: reading failed ({type(error).__name__}: {first_line(error)}); check the files or the "
                     "network, then start again to resume at the last checkpoint"
                 ) from error
-            if source.text_key not in row:
-                raise UserError(
-                    f"{source.path}: no column {source.text_key}: it has {', '.join(row) or 'none'}; set text_key"
-                )
-            text = row[source.text_key] or ""
-            if not isinstance(text, str):
-                raise UserError(f"{source.path}: column {source.text_key} is not text; set text_key")
-            yield text
+            try:
+                yield self.columns.document(row)
+            except ValueError as error:
+                raise UserError(f"{source.path}: {error}") from error
 
     def fingerprint(self) -> str:
         """sha256 of repository, subset, split, revision and column; of a local folder, also of its files."""
         source = self.source
-        keys = (source.path, source.subset, source.split, source.revision, source.text_key)
+        keys = (source.path, source.subset, source.split, source.revision, self.columns.identity)
         return combine([*(str(key) for key in keys), *(record.sha256 for record in records_of(self.files))])

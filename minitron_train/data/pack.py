@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minitron_train.data.chat import COUNTED, PADDING
 from minitron_train.data.units import Unit, permutation
 from minitron_train.data.workers import Pending
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 
 REPORTED_PASSES = 4  # each of the first passes is reported, then every doubling
+NOT_WHOLE = {  # number in a Unit -> what is reported
+    "num_blank": "documents of a unit are null, empty or blank; such documents are left out",
+    "num_long": "conversations of a unit have more than {seq_length:,} tokens; such conversations are cut or dropped "
+    "(too_long)",
+    "num_silent": "conversations of a unit have no token that the loss counts; such conversations are left out",
+}
+PAD = -1  # document number of padding between conversations
 Position = dict  # {"epoch", "unit"} of a unit, and "rows" (the state of `datasets`) for a hub source
 
 
@@ -21,7 +29,8 @@ class Window:
     """S + 1 consecutive tokens of one unit."""
 
     tokens: np.ndarray  # [S + 1] int32
-    documents: np.ndarray  # [S + 1] int32: 0 for the first document in the window, 1 for the next, …
+    documents: np.ndarray  # [S + 1] int32: 0 for the first document in the window, 1 for the next, …; PAD for padding
+    counts: np.ndarray | None = None  # [S + 1] bool: tokens that count as labels; None: all (text)
 
 
 def num_windows(unit: Unit, seq_length: int) -> int:
@@ -39,7 +48,12 @@ def cut(unit: Unit, index: int, seq_length: int) -> Window:
     first, last = np.searchsorted(unit.ends, [start, start + seq_length], side="right")
     begins = np.zeros(seq_length + 1, np.int32)
     begins[unit.ends[first:last] - start] = 1
-    return Window(tokens, np.cumsum(begins, dtype=np.int32))
+    documents = np.cumsum(begins, dtype=np.int32)
+    if unit.counts is None:
+        return Window(tokens, documents)
+    counts = unit.counts[start : start + seq_length + 1]
+    documents[counts == PADDING] = PAD
+    return Window(tokens, documents, counts == COUNTED)
 
 
 class Packer:
@@ -72,7 +86,7 @@ class Packer:
         self.taken = state["taken"] if state else 0  # windows of the unit
         self.before = state["before"] if state else 0  # windows of the epoch's earlier units
         self.pass_windows: int | None = state["pass_windows"] if state else None  # windows of the last complete epoch
-        self.reported_blank = False  # whether documents without text were reported
+        self.reported: set[str] = set()  # kinds of NOT_WHOLE
         self.longest = 0  # tokens of the longest unit in this epoch
 
     def state_dict(self) -> dict | None:
@@ -123,7 +137,7 @@ class Packer:
             if self.position["epoch"] > previous["epoch"]:
                 self.begin_pass(self.position["epoch"] + 1)
         self.unit, self.taken = pending.result(), 0
-        self.report_blank(self.unit)
+        self.report(self.unit)
         while len(self.waiting) < self.ahead:
             self.waiting.append(next(self.units))
         self.order = permutation(
@@ -131,14 +145,12 @@ class Packer:
         )
         self.longest = max(self.longest, len(self.unit.tokens))
 
-    def report_blank(self, unit: Unit) -> None:
-        """Report once that documents without text are left out, with their number in the first such unit."""
-        if unit.num_blank and not self.reported_blank:
-            self.reported_blank = True
-            say(
-                f"data: {self.name}: {unit.num_blank:,} of {unit.num_read:,} documents of a unit are null, empty or blank; "
-                "such documents are left out"
-            )
+    def report(self, unit: Unit) -> None:
+        """Report once each kind of document that is not read whole, with their number in the first such unit."""
+        for name, message in NOT_WHOLE.items():
+            if (count := getattr(unit, name)) and name not in self.reported:
+                self.reported.add(name)
+                say(f"data: {self.name}: {count:,} of {unit.num_read:,} {message.format(seq_length=self.seq_length)}")
 
     def begin_pass(self, number: int) -> None:
         """Record the windows of the pass that has ended, and report the next pass (see REPORTED_PASSES).

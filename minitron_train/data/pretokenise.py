@@ -39,6 +39,10 @@ def pretokenise(data: DataConfig, tokenizer: PreTrainedTokenizerBase, prefix: Pa
         raise UserError(
             "pretokenise takes one source of text files, not tokens or the hub; convert the sources one by one"
         )
+    if feed.chats:
+        raise UserError(
+            "pretokenise: .bin/.idx holds no loss mask, which conversations (kind=chat) need; train on the files themselves"
+        )
     say(feed.parts[0].describe("input") or "")
     with contextlib.closing(feed.pool), disk_errors(prefix), parent_folders(prefix):
         return write_pair(prefix, units(feed, seed), feed.vocab_size)

@@ -2,9 +2,10 @@
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pyarrow
@@ -76,7 +77,7 @@ def csv_column(path: Path, text_key: str) -> tuple[int, list[str], str]:
         if text_key in header:
             check_once(path, text_key, header)
             return header.index(text_key), header, delimiter
-    raise missing_column(path, text_key, ", ".join(max(headers.values(), key=len)))
+    raise UserError(f"{path}: {no_column(text_key, ', '.join(max(headers.values(), key=len)))}")
 
 
 def not_csv(path: Path, line: int, error: csv.Error) -> UserError:
@@ -99,14 +100,17 @@ def text_lines(path: Path) -> Iterator[str]:
             raise not_utf8(f"{path}, line {number}", error) from error
 
 
-def arrow_lines(path: Path, text_key: str) -> Iterator[bytes]:
-    """The text column of an Arrow file (stream or file format), as JSON lines. Damaged batches raise a UserError."""
+def arrow_rows(path: Path, columns: Callable[[Sequence[str]], list[str]]) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow file (stream or file format). Damaged batches raise a UserError.
+
+    Args:
+        columns: returns the columns to read among all.
+    """
     try:
         with pyarrow.memory_map(str(path)) as file:
             for batch in arrow_batches(file):
                 batch.validate(full=True)  # damaged offsets would point outside of the file
-                for text in batch.column(text_key).to_pylist():
-                    yield json.dumps({text_key: text or ""}).encode()
+                yield from batch.select(columns(batch.schema.names)).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise packed.unreadable(path, error, "not a whole Arrow file") from error
 
@@ -127,23 +131,13 @@ def open_arrow(file: pyarrow.NativeFile) -> pyarrow.RecordBatchFileReader | pyar
     return pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
 
 
-def check_arrow(path: Path, text_key: str) -> None:
-    """Refuse a file that is not Arrow, or has no such column of text."""
+def arrow_schema(path: Path) -> pyarrow.Schema:
+    """The columns of an Arrow file; a UserError if it is none."""
     try:
         with pyarrow.memory_map(str(path)) as file:
-            schema = open_arrow(file).schema
+            return open_arrow(file).schema
     except (pyarrow.ArrowException, OSError) as error:
         raise packed.unreadable(path, error, "not an Arrow file") from error
-    check_column(path, text_key, schema)
-
-
-def check_column(path: Path, text_key: str, schema: pyarrow.Schema) -> None:
-    """Refuse a table that lacks the column, has two of that name, or has another type in it."""
-    check_once(path, text_key, schema.names)
-    if text_key not in schema.names:
-        raise missing_column(path, text_key, ", ".join(schema.names))
-    if not is_text(kind := schema.types[schema.names.index(text_key)]):
-        raise UserError(f"{path}: column {text_key} is not text but {kind}; choose another text_key")
 
 
 def check_once(path: Path, text_key: str, columns: Sequence[str]) -> None:
@@ -165,15 +159,14 @@ def is_text(kind: pyarrow.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def missing_column(path: Path | str, text_key: str, columns: str) -> UserError:
-    """The error for a wrong text_key."""
-    return UserError(f"{path}: {no_column(text_key, columns)}")
-
-
 def no_column(text_key: str, columns: str) -> str:
     """The message about a wrong text_key, with the columns of the table."""
-    columns = columns if len(columns) <= MAX_SHOWN else columns[:MAX_SHOWN] + " …"
-    return f"no column {text_key}: it has {columns or 'none'}; set text_key"
+    return f"no column {text_key}: it has {shortened(columns) or 'none'}; set text_key"
+
+
+def shortened(columns: str) -> str:
+    """Column names, cut to a readable length."""
+    return columns if len(columns) <= MAX_SHOWN else columns[:MAX_SHOWN] + " …"
 
 
 def not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:

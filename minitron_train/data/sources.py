@@ -1,12 +1,16 @@
 """Turn the `data` section into opened sources: their files, formats and weights."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from minitron_train.config import DataConfig, SourceConfig, SourceKind
+from minitron_train.config import ChatLoss, DataConfig, SourceConfig, SourceKind
+from minitron_train.config.data import HUB_PREFIX
+from minitron_train.data.chat import read_template
+from minitron_train.data.columns import ChatColumns, Columns, TextColumn
 from minitron_train.data.corpus import PARTS
 from minitron_train.data.discover import FileId, file_id, root_of
 from minitron_train.data.formats import (
@@ -35,6 +39,12 @@ FORMATS = {
     SourceKind.arrow: Arrow,
     SourceKind.text: TextFiles,
 }
+CHAT_FORMATS = {SourceKind.jsonl, SourceKind.parquet, SourceKind.arrow}
+LOSS_ON = {
+    ChatLoss.assistant: "assistant turns",
+    ChatLoss.last_turn: "the last assistant turn",
+    ChatLoss.all: "all tokens",
+}
 COPIED = (SourceKind.csv, SourceKind.arrow)  # always copied into blocks, compressed or not
 EMBEDDED_WEIGHTS = {
     "prose": 0.7,
@@ -60,9 +70,26 @@ class Part:
     @cached_property
     def inventory(self) -> Inventory | None:
         """The files of the path; None for the hub and the embedded corpus."""
-        if self.config.kind in (SourceKind.embedded, SourceKind.hub):
+        if self.is_hub or self.config.kind is SourceKind.embedded:
             return None
-        return take(str(self.config.path), self.config.kind, split=self.config.split, held_out=self.held_out)
+        kind = SourceKind.auto if self.is_chat else self.config.kind
+        return take(str(self.config.path), kind, split=self.config.split, held_out=self.held_out)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the documents are conversations."""
+        return self.config.kind is SourceKind.chat
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the path is a repository of the hub."""
+        on_hub = self.is_chat and str(self.config.path).startswith(HUB_PREFIX)
+        return on_hub or self.config.kind is SourceKind.hub
+
+    @property
+    def columns(self) -> Columns:
+        """What of a row is its document."""
+        return ChatColumns() if self.is_chat else TextColumn(self.config.text_key)
 
     @property
     def paths(self) -> list[Path]:
@@ -71,9 +98,9 @@ class Part:
 
     @cached_property
     def kind(self) -> SourceKind:
-        """The configured format; if that is `auto`, the format of the files."""
+        """The configured format; if that is `auto` or `chat`, the format of the files."""
         if not self.inventory:
-            return self.config.kind
+            return SourceKind.hub if self.is_hub else self.config.kind
         kinds = set(self.inventory.kinds.values())
         if len(kinds) > 1:
             names = ", ".join(sorted(kind.value for kind in kinds))
@@ -81,16 +108,22 @@ class Part:
                 f"{self.config.path}: files of several formats ({names}); give a narrower glob, like FOLDER/**/*.jsonl, "
                 "or data.sources.NAME.kind"
             )
+        if self.is_chat and not kinds <= CHAT_FORMATS:
+            raise UserError(
+                f"{self.config.path}: {kinds.pop().value} holds no conversations (kind=chat); give JSON Lines, a JSON array, "
+                "Parquet or Arrow"
+            )
         return kinds.pop()
 
     def describe(self, label: str) -> str | None:
         """One line for the user: what is read and what is left out; None for the embedded corpus."""
-        if self.config.kind is SourceKind.hub:
+        chat = f"; conversations, loss on {LOSS_ON[self.config.loss]}" if self.is_chat else ""
+        if self.is_hub:
             names = [
                 f"{key} {value}" for key in ("subset", "split", "revision") if (value := getattr(self.config, key))
             ]
-            return f"{label}: {self.config.path} of the hub, {', '.join(names)}"
-        return f"{label}: {self.config.path}: {self.inventory.summary()}" if self.inventory else None
+            return f"{label}: {self.config.path} of the hub, {', '.join(names)}{chat}"
+        return f"{label}: {self.config.path}: {self.inventory.summary()}{chat}" if self.inventory else None
 
     def open(self, split: Split) -> "TextFormat | IndexedSource | HubSource":
         """The source, with only the file names checked. Files are opened, and copied if needed, when blocks are read."""
@@ -99,7 +132,7 @@ class Part:
                 part = str(self.config.path)
                 return Embedded(paths=(Path(f"embedded-{part}"),), cache_dir=self.cache_dir, part=part)
             case SourceKind.hub:
-                return HubSource(self.name, self.config)
+                return HubSource(self.name, self.config, self.columns)
             case SourceKind.bin:
                 prefixes = [path.with_suffix("") for path in self.paths]
                 missing = [prefix for prefix in prefixes if not prefix.with_name(prefix.name + ".bin").exists()]
@@ -108,7 +141,7 @@ class Part:
                 return IndexedSource(prefixes, split)
             case kind:
                 make = FORMATS[kind]
-                return make(paths=tuple(self.paths), text_key=self.config.text_key, cache_dir=self.cache_dir)
+                return make(paths=tuple(self.paths), columns=self.columns, cache_dir=self.cache_dir)
 
 
 def parts(data: DataConfig) -> list[Part]:
@@ -135,7 +168,7 @@ def cache_folder(data: DataConfig) -> Path:
 def blend(data: DataConfig) -> dict[str, SourceConfig]:
     """`data.path` alone if it is set, otherwise `data.sources`, otherwise the embedded corpus."""
     if data.path:
-        return {"own": SourceConfig(path=data.path, text_key=data.text_key)}
+        return {"own": SourceConfig(path=data.path, kind=data.kind, text_key=data.text_key)}
     return data.sources or {
         name: SourceConfig(path=name, kind=SourceKind.embedded, weight=weight)
         for name, weight in EMBEDDED_WEIGHTS.items()
@@ -188,7 +221,7 @@ def validation_source(data: DataConfig) -> SourceConfig:
         UserError: the path has no files.
     """
     path = str(data.validation_path)
-    return SourceConfig(path=path, text_key=data.text_key, split=held_out_split(path))
+    return SourceConfig(path=path, kind=data.kind, text_key=data.text_key, split=held_out_split(path))
 
 
 def held_out_files(data: DataConfig) -> frozenset[FileId]:
@@ -247,12 +280,24 @@ def identity(data: DataConfig) -> dict[str, str]:
     for part in blended:
         found[f"data {part.name}"] = part.open(split).fingerprint()
         weight, late_weight = part.weights
+        if part.is_chat:
+            found |= {f"data {part.name} {key}": value for key, value in chat_settings(part).items()}
         if len(blended) > 1:
             found[f"data {part.name} weight"] = f"{weight:g}"
         if data.late_fraction:
             found[f"data {part.name} late_weight"] = f"{late_weight:g}"
     found["data validation_fraction"] = f"{split.fraction:g}"
     return found | ({"data document_end": data.document_end} if data.document_end else {})
+
+
+def chat_settings(part: Part) -> dict[str, str]:
+    """What decides the tokens of conversations besides the files and the tokenizer, by the name of its setting."""
+    config = part.config
+    found = {"loss": config.loss.value, "too_long": config.too_long.value}
+    if config.template is None:
+        return found
+    text = read_template(Path(config.template), f"data.sources.{part.name}.template")
+    return found | {"template": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def file_records(data: DataConfig) -> list[FileRecord]:

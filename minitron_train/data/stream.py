@@ -15,9 +15,10 @@ import hashlib
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from minitron_train.config import DataConfig
 from minitron_train.data.blend import Blend
 from minitron_train.data.feed import Feed, Known
-from minitron_train.data.pack import Packer, Window
+from minitron_train.data.pack import Packer, Window, cut, num_windows
 from minitron_train.data.sources import train_split, validation_source
 from minitron_train.data.units import Split, Unit
 from minitron_train.runtime.errors import UserError
@@ -39,8 +40,8 @@ class Batch:
 
     tokens_BS: Tensor  # int64
     labels_BS: Tensor  # int64: the next token
-    mask_BS: Tensor  # float32: 0 where the label is the first token of another document (data.document_attention)
-    documents_BS: Tensor | None  # int64, number of the document in its row (data.document_attention), else None
+    mask_BS: Tensor  # float32: 0 where the label belongs to another document than its token, or does not count
+    documents_BS: Tensor | None  # int64, number of the document in its row; None: attention over whole rows
     sources: dict[str, int]  # sequences of each source in the whole global batch
 
 
@@ -163,17 +164,23 @@ class TokenStream:
 
 
 def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
-    """Stack windows. Document numbers and the mask are needed only if attention is limited to documents.
+    """Stack windows.
 
-    Positions do not restart at a document: rotary embeddings depend only on distances. numpy does the work: torch would
-    start a second pool of threads in a thread that prefetches.
+    Attention is limited to documents in windows of conversations, and in all with `document_attention`; otherwise a window
+    of text counts as one document. Positions do not restart at a document: rotary embeddings depend only on distances.
+    numpy does the work: torch would start a second pool of threads in a thread that prefetches.
     """
     tokens = np.stack([window.tokens for window in windows])
     inputs, labels = (torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
-    if not document_attention:
+    limited = [document_attention or window.counts is not None for window in windows]
+    if not any(limited):
         return Batch(inputs, labels, torch.from_numpy(np.ones(inputs.shape, np.float32)), None, counts)
-    documents = np.stack([window.documents for window in windows])
+    pairs = zip(windows, limited, strict=True)
+    documents = np.stack([window.documents if by_document else 0 * window.documents for window, by_document in pairs])
     mask = (documents[:, :-1] == documents[:, 1:]).astype(np.float32)
+    for row, window in zip(mask, windows, strict=True):
+        if window.counts is not None:
+            row *= window.counts[1:]
     return Batch(inputs, labels, torch.from_numpy(mask), torch.from_numpy(documents[:, :-1].astype(np.int64)), counts)
 
 
@@ -189,6 +196,19 @@ def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np
     return [joined[start : start + seq_length + 1] for start in range(0, len(joined) - seq_length, seq_length)]
 
 
+def first_chat_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[Window]:
+    """At most `quota` windows of conversations, which are packed within their unit."""
+    windows = (cut(unit, index, seq_length) for unit in units for index in range(num_windows(unit, seq_length)))
+    return list(islice(windows, quota))
+
+
+def with_counts(windows: Sequence[Window | np.ndarray]) -> np.ndarray:
+    """Windows as int64 [N, 3, S + 1]: the tokens, whether each counts as a label, and the number of its document."""
+    plain = [w if isinstance(w, Window) else Window(w, np.zeros(len(w), np.int32)) for w in windows]
+    planes = [(w.tokens, np.ones(len(w.tokens)) if w.counts is None else w.counts, w.documents) for w in plain]
+    return np.asarray(planes, np.int64)
+
+
 def validation_data(data: DataConfig) -> DataConfig:
     """The source of the held-out tokens: data.validation_path, or else the training data."""
     if not data.validation_path:
@@ -198,8 +218,10 @@ def validation_data(data: DataConfig) -> DataConfig:
 
 
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
-    """Held-out tokens [N, S + 1] int64, N <= data.validation_tokens / S. Each source gives its share, in at most one pass.
+    """Held-out sequences, int64, N <= data.validation_tokens / S. Each source gives its share, in at most one pass.
 
+    The shape is [N, S + 1]; with conversations it is [N, 3, S + 1] (see `with_counts`). `train.batches.held_out_batch` reads
+    both.
     They come from data.validation_path if it is set, otherwise from the documents that `TokenStream` leaves out.
     """
     return take_held_out(validation_feed(data, tokenizer, seq_length), data, seq_length, seed)
@@ -215,13 +237,15 @@ def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> T
     """`validation_tokens` of opened sources."""
     blend = Blend(weights=[part.weights for part in feed.parts], late_start=None)
     quotas = Counter(blend.draw() for _ in range(max(1, data.validation_tokens // seq_length)))
-    windows = []
+    windows: list[Window | np.ndarray] = []
     for i, part in enumerate(feed.parts):
-        units = feed.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
-        windows += first_windows((pending.result() for _, pending in units), quotas[i], seq_length)
+        pending = feed.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
+        units = (unit.result() for _, unit in pending)
+        windows += (first_chat_windows if part.is_chat else first_windows)(units, quotas[i], seq_length)
     if not windows:
         raise UserError(
             f"data.validation_fraction={data.validation_fraction}: the held-out slice has fewer tokens than one "
             f"sequence of {seq_length}; raise it, give more text, or set data.validation_path"
         )
-    return torch.from_numpy(np.stack(windows).astype(np.int64))
+    has_chat = any(isinstance(window, Window) for window in windows)
+    return torch.from_numpy(with_counts(windows) if has_chat else np.asarray(windows, np.int64))

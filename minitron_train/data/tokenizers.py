@@ -9,6 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from minitron_train.config import SourceConfig
+from minitron_train.data.chat import ChatFormat, read_template
 from minitron_train.data.units import Encoder, check_ids
 from minitron_train.hf import read_json
 from minitron_train.runtime.console import say
@@ -119,6 +121,38 @@ def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None)
         split_special=tokenizer.split_special_tokens,
         num_rows=getattr(tokenizer, NUM_ROWS, None),
     )
+
+
+def chat_format(name: str, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> ChatFormat:
+    """The format of a source of conversations.
+
+    Raises:
+        UserError: there is no template, or its file cannot be read.
+    """
+    if source.template is not None:
+        template = tool_template = read_template(Path(source.template), f"data.sources.{name}.template")
+    else:
+        own = tokenizer.chat_template or {}
+        own = {"default": own} if isinstance(own, str) else own
+        if "default" not in own:
+            raise UserError(
+                f"{source.path}: the tokenizer {tokenizer.name_or_path} has no chat template for conversations; set "
+                "data.sources.NAME.template to a file"
+            )
+        template, tool_template = own["default"], own.get("tool_use", own["default"])
+    return ChatFormat(
+        template=template,
+        tool_template=tool_template,
+        special_tokens={key: plain(value) for key, value in tokenizer.special_tokens_map.items()},
+        loss=source.loss,
+        too_long=source.too_long,
+        seq_length=seq_length,
+    )
+
+
+def plain(value: Any) -> Any:
+    """A special token, or a list of them, as text."""
+    return [str(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None) -> list[int]:

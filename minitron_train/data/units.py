@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from minitron_train.data.formats import FileFormat, TextFormat
+from minitron_train.config import TooLong
+from minitron_train.data.chat import ChatFormat, Span, pack
+from minitron_train.data.conversations import Conversation
+from minitron_train.data.formats import FileFormat, JsonLines, TextFormat
 from minitron_train.data.identity import Watch, read_failed
 from minitron_train.data.lines import CopiedLines
 from minitron_train.runtime.errors import MachineError, UserError
@@ -35,8 +38,11 @@ class Unit:
 
     tokens: TokenArray  # [T] int32
     ends: np.ndarray  # [documents] int64, rising; the last is T
+    counts: np.ndarray | None = None  # [T] int8 of conversations (see chat.py); None: every token counts as a label
     num_read: int = 0  # documents read for this unit, held out or not
     num_blank: int = 0  # those of them without text (null, empty or white space), which are left out
+    num_long: int = 0  # conversations longer than a sequence, which are cut or dropped
+    num_silent: int = 0  # conversations without a token that counts, which are left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +120,9 @@ class ReadJob:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """Keep the split's documents among these, shuffle and tokenise them."""
+    """Keep the split's documents among these of one source, shuffle and tokenise them."""
 
+    source: int
     texts: tuple[str, ...]
     seed: tuple[int, ...]
 
@@ -124,9 +131,15 @@ class UnitMaker:
     """Runs jobs, in this process or in a worker."""
 
     def __init__(
-        self, formats: dict[int, TextFormat], encoder: Encoder, split: Split, watches: dict[int, Watch] | None = None
+        self,
+        formats: dict[int, TextFormat],
+        encoder: Encoder,
+        split: Split,
+        watches: dict[int, Watch] | None = None,
+        chats: dict[int, ChatFormat] | None = None,
     ) -> None:
         self.formats = formats
+        self.chats = chats or {}  # the sources of conversations
         self.watches = watches or {}  # only sources whose files may change
         self.encoder = encoder
         self.split = split
@@ -136,7 +149,8 @@ class UnitMaker:
         documents: Sequence[Sequence[str]]
         documents = self.read(job) if isinstance(job, ReadJob) else [[text] for text in job.texts]
         texts = [text for passages in documents for text in self.split.documents(passages)]
-        unit = self.encode([texts[i] for i in permutation(len(texts), *job.seed)])
+        texts = [texts[i] for i in permutation(len(texts), *job.seed)]
+        unit = self.encode_chat(texts, job) if job.source in self.chats else self.encode(texts)
         num_blank = sum(not any(passage.strip() for passage in passages) for passages in documents)
         return replace(unit, num_read=len(documents), num_blank=num_blank)
 
@@ -170,6 +184,44 @@ class UnitMaker:
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
         check_ids(tokens, self.encoder.num_rows, self.tokenizer.id_to_token)
         return Unit(tokens, ends)
+
+    def encode_chat(self, documents: list[str], job: ReadJob | EncodeJob) -> Unit:
+        """Tokens of conversations, packed into rows (see chat.pack).
+
+        Raises:
+            UserError: the template rejects a conversation, or does not tell whose a token is.
+        """
+        form = self.chats[job.source]
+        rendered = [self.render(document, job) for document in documents]
+        encodings = self.tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        found = [
+            (np.asarray(encoding.ids, np.int32), form.counted(encoding, spans))
+            for encoding, (_, spans) in zip(encodings, rendered, strict=True)
+        ]
+        num_long = sum(len(ids) > form.seq_length for ids, _ in found)
+        if form.too_long is TooLong.drop:
+            found = [(ids, counts) for ids, counts in found if len(ids) <= form.seq_length]
+        found = [(ids[: form.seq_length], counts[: form.seq_length]) for ids, counts in found]
+        kept = [(ids, counts) for ids, counts in found if counts.any()]
+        packed = pack([ids for ids, _ in kept], [counts for _, counts in kept], form.seq_length, self.encoder.end)
+        check_ids(packed.tokens, self.encoder.num_rows, self.tokenizer.id_to_token)
+        num_silent = len(found) - len(kept)
+        return Unit(packed.tokens, packed.ends, packed.counts, num_long=num_long, num_silent=num_silent)
+
+    def render(self, document: str, job: ReadJob | EncodeJob) -> tuple[str, list[Span]]:
+        """The text of a conversation and the characters that count; a UserError names its file and line."""
+        form, chat = self.chats[job.source], Conversation.of(document)
+        try:
+            text, marked = form.render(chat)
+            return text, form.spans(chat, text, marked)
+        except ValueError as error:
+            source = self.formats.get(job.source)
+            place = (
+                source.place_of(document, job.blocks)
+                if isinstance(source, JsonLines) and isinstance(job, ReadJob)
+                else None
+            )
+            raise UserError(f"{place or f'the conversation {document[:60]}'}: {error}") from error
 
 
 def files_read(source: FileFormat, blocks: Iterable[int]) -> set[Path]:

@@ -56,7 +56,8 @@ class Pool:
         if not self.num_workers:
             return Deferred(lambda: self.maker.run(job))
         if not self.workers:
-            arguments = (self.maker.formats, self.maker.encoder, self.maker.split, self.maker.watches)
+            maker = self.maker
+            arguments = (maker.formats, maker.encoder, maker.split, maker.watches, maker.chats)
             self.workers = [Worker(arguments) for _ in range(self.num_workers)]
         worker = self.workers[self.num_jobs % self.num_workers]
         self.num_jobs += 1

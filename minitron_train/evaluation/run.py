@@ -24,6 +24,7 @@ from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
 from minitron_train.runtime.records import Count, read_record
 from minitron_train.stages import PROVENANCE
+from minitron_train.train.batches import held_out_batch
 from minitron_train.train.export import VerifiedCheckpoint
 
 
@@ -44,7 +45,7 @@ def evaluate_model(
     Args:
         model: Hugging Face folder or training checkpoint, as returned by evaluation.source.locate.
         data_dir: local evaluation data (see evaluation.local_data); data of other tasks come from the hub.
-        validation_tokens: int64 [sequences, length + 1] for the perplexity; None skips it.
+        validation_tokens: sequences for the perplexity (see data.stream.validation_tokens); None skips it.
 
     Returns:
         The contents of LABEL.json: perplexity, results, tasks that were not run with the reason, sizes, versions, data hashes.
@@ -73,7 +74,7 @@ def evaluate_model(
         if not math.isfinite(value):
             report["perplexity_reason"] = f"{value}: the model's log-likelihoods overflow or are not numbers"
             say(f"{label}: perplexity is {report['perplexity_reason']}; continuing with the tasks")
-        report["perplexity_tokens"] = validation_tokens[:, 1:].numel()
+        report["perplexity_tokens"] = int(held_out_batch(validation_tokens).mask_BS.count_nonzero())
     answered_by = f"{origin.identity} {precision.name} lm_eval {version('lm_eval')}"
     journal = Journal(folder / f"{label}.partial", answered_by, groups)
     max_length = origin.shape.max_position_embeddings

@@ -28,12 +28,18 @@ def micro_batches(batch: Batch, num_rows: int) -> list[Batch]:
 
 
 def held_out_batch(rows: Tensor) -> Batch:
-    """Turn sequences [B, S + 1] into a batch without masked tokens."""
-    inputs = rows[:, :-1].contiguous()
+    """Turn held-out sequences into a batch: [B, S + 1] without masked tokens, or [B, 3, S + 1] with conversations (see
+    data.stream.with_counts).
+    """
+    tokens, counts, documents = rows.unbind(1) if rows.dim() == 3 else (rows, None, None)
+    inputs = tokens[:, :-1].contiguous()
+    mask = torch.ones(inputs.shape, device=rows.device)
+    if counts is not None and documents is not None:
+        mask *= counts[:, 1:] * (documents[:, 1:] == documents[:, :-1])
     return Batch(
         tokens_BS=inputs,
-        labels_BS=rows[:, 1:].contiguous(),
-        mask_BS=torch.ones(inputs.shape, device=rows.device),
-        documents_BS=None,
+        labels_BS=tokens[:, 1:].contiguous(),
+        mask_BS=mask,
+        documents_BS=None if documents is None else documents[:, :-1].contiguous(),
         sources={},
     )

@@ -70,10 +70,12 @@ def check_settings(config: Config, *, distilled: bool) -> None:
             f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it, or raise "
             "train.num_tokens"
         )
-    if train.transformer_engine and (config.data.document_attention or config.eval.training_tasks):
+    if train.transformer_engine and (
+        config.data.document_attention or config.data.has_chat or config.eval.training_tasks
+    ):
         raise UserError(
-            "train.transformer_engine=true: its attention supports only a causal mask, but data.document_attention and "
-            "eval.training_tasks need another one; remove one of these settings"
+            "train.transformer_engine=true: its attention supports only a causal mask, but data.document_attention, "
+            "conversations (kind=chat) and eval.training_tasks need another one; remove one of these settings"
         )
     if train.early_stop_evaluations and not config.eval.every_tokens:
         raise UserError(

@@ -17,7 +17,7 @@ from minitron_train.train.batches import held_out_batch
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Computes forward KL(teacher || student) and cross-entropy on held-out sequences [N, S + 1]."""
+    """Computes forward KL(teacher || student) and cross-entropy on held-out sequences (see data.stream.validation_tokens)."""
 
     tokens: Tensor
     objective: Objective

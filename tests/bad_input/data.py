@@ -9,6 +9,12 @@ from tests.bad_input.scene import MICRO, PRUNED, TAUGHT, Case, cut_off, tensors,
 
 SCORE = f"score {MICRO}"
 ROWS = "".join(json.dumps({"text": f"row {k} of a small corpus"}) + "\n" for k in range(50))
+CHAT = ("+data.sources={a: {path: a.jsonl, kind: chat}}",)
+TEMPLATE_CHAT = ("+data.sources={a: {path: a.jsonl, kind: chat, template: t.jinja}}",)
+CHATS = 30 * (
+    json.dumps({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}) + "\n"
+)
+TEMPLATE = "{% for turn in messages %}{{ turn.role + ': ' + turn.content }}\n{% endfor %}"
 DATA = [
     Case("corpus of no bytes", f"{SCORE} data.path=a.txt", "a.txt", (*TAUGHT, write("a.txt", ""))),
     Case("corpus of blanks", f"{SCORE} data.path=a.txt", "", (*TAUGHT, write("a.txt", "\n \n\n"))),
@@ -36,6 +42,60 @@ DATA = [
         f"{SCORE} data.path=a.jsonl",
         "not a JSON object",
         (*TAUGHT, write("a.jsonl", ROWS + '{"text": "cut o\n')),
+    ),
+    Case(
+        "conversations without a kind",
+        f"{SCORE} data.path=a.jsonl",
+        "but conversations .messages.; set kind=chat",
+        (*TAUGHT, write("a.jsonl", CHATS)),
+    ),
+    Case(
+        "conversations without a template",
+        SCORE,
+        "a.jsonl: the tokenizer .* has no chat template for conversations; set data.sources.NAME.template",
+        (*TAUGHT, write("a.jsonl", CHATS)),
+        words=CHAT,
+    ),
+    Case(
+        "chat template that is not there",
+        SCORE,
+        "data.sources.a.template=t.jinja: cannot be read",
+        (*TAUGHT, write("a.jsonl", CHATS)),
+        words=TEMPLATE_CHAT,
+    ),
+    Case(
+        "chat template that raises",
+        SCORE,
+        "a.jsonl, line .*the chat template rejects it .no thanks",
+        (*TAUGHT, write("a.jsonl", CHATS), write("t.jinja", "{{ raise_exception('no thanks') }}")),
+        words=TEMPLATE_CHAT,
+    ),
+    Case(
+        "chat template that cannot be parsed",
+        SCORE,
+        "a.jsonl, line .*the chat template rejects it",
+        (*TAUGHT, write("a.jsonl", CHATS), write("t.jinja", "{% for x in %}")),
+        words=TEMPLATE_CHAT,
+    ),
+    *(
+        Case(
+            f"conversation with {name}",
+            SCORE,
+            f"a.jsonl, line 31: {says}",
+            (*TAUGHT, write("a.jsonl", CHATS + json.dumps(row) + "\n"), write("t.jinja", TEMPLATE)),
+            words=TEMPLATE_CHAT,
+        )
+        for name, row, says in (
+            (
+                "an unknown role",
+                {"messages": [{"role": "narrator", "content": "x"}]},
+                "messages.0. has the role 'narrator'",
+            ),
+            ("an empty turn", {"messages": [{"role": "user", "content": ""}]}, "messages.0. is empty"),
+            ("null content", {"messages": [{"role": "user", "content": None}]}, "messages.0. has no content"),
+            ("no list", {"messages": "hello"}, "messages is not a list of messages: hello"),
+            ("no turns", {"messages": []}, "messages has no messages"),
+        )
     ),
     Case(
         "text that is not UTF-8",

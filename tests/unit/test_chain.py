@@ -10,7 +10,7 @@ from minitron_train.commands.command import execute
 from minitron_train.commands.configuration import compose
 from minitron_train.commands.registry import COMMANDS
 from minitron_train.commands.search import retraining
-from minitron_train.config import Config, Recompute
+from minitron_train.config import Config, Recompute, SourceKind
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 
@@ -42,6 +42,10 @@ def check_early(names: list[str], config: Config) -> None:
             r"train\.recompute=full: does not keep the hidden",
         ),
         ({"train__transformer_engine": True, "data__document_attention": True}, r"supports only a causal mask"),
+        (
+            {"train__transformer_engine": True, "data__kind": SourceKind.chat, "data__path": "a"},
+            r"conversations \(kind=chat\)",
+        ),
         ({"parallel__sequence_parallel": True, "parallel__tensor_model_parallel_size": 7}, r"must be a multiple of"),
         ({"checkpoint__best_metric": "validation.kll"}, r"best_metric=validation\.kll: must be one of"),
         ({"eval__training_tasks": ["hellaswagg"]}, "hellaswagg"),

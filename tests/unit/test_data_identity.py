@@ -123,7 +123,7 @@ def pool_of(tokenizer) -> Pool:
     """One tokenising process that has done one job."""
     split = Split(held_out=False, fraction=0)
     pool = Pool(UnitMaker({}, tokenizers.encoder(tokenizer, None), split), 1)
-    assert len(pool.submit(EncodeJob(("some words",), (1,))).result().tokens)
+    assert len(pool.submit(EncodeJob(0, ("some words",), (1,))).result().tokens)
     return pool
 
 
@@ -135,7 +135,7 @@ def test_a_killed_worker_is_one_line(number, tokenizer):
     )
     for is_busy in (True, False):
         with contextlib.closing(pool_of(tokenizer)) as pool:
-            worker, job = pool.workers[0], EncodeJob(("some words " * 300_000,), (1,))
+            worker, job = pool.workers[0], EncodeJob(0, ("some words " * 300_000,), (1,))
             pending = pool.submit(job) if is_busy else None
             os.kill(worker.process.pid, number)
             if not is_busy:
@@ -159,7 +159,7 @@ def test_a_damaged_answer_is_one_line(tokenizer):
             with pytest.raises(
                 MachineError, match=r"tokenising process \d+ sent a damaged answer \(\w+\); start again"
             ):
-                pool.submit(EncodeJob(("some words",), (1,))).result()
+                pool.submit(EncodeJob(0, ("some words",), (1,))).result()
             assert worker.process.poll() is not None and time.monotonic() - start_s < 10
 
 
@@ -170,7 +170,7 @@ def test_a_worker_that_cannot_start_is_one_line(tokenizer, monkeypatch):
     pool = Pool(UnitMaker({}, tokenizers.encoder(tokenizer, None), Split(held_out=False, fraction=0)), 1)
     monkeypatch.setattr("subprocess.Popen", refuse)
     with pytest.raises(MachineError, match=r"cannot be started \(Resource temporarily unavailable\); .*num_workers=0"):
-        pool.submit(EncodeJob(("some words",), (1,)))
+        pool.submit(EncodeJob(0, ("some words",), (1,)))
 
 
 def test_a_fault_of_the_machine_is_one_line_and_code_1(monkeypatch, capsys):

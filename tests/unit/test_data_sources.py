@@ -324,17 +324,17 @@ def test_any_error_of_a_worker_reaches_the_training_process(tokenizer):
     pool = Pool(UnitMaker({}, tokenizers.encoder(tokenizer, None), ALL), 1)
     with contextlib.closing(pool):
         with pytest.raises(RuntimeError, match=r"in a tokenising process: Traceback(.|\n)*AttributeError"):
-            pool.submit(EncodeJob((None,), (1,))).result()  # type: ignore[arg-type]
-        assert len(pool.submit(EncodeJob(("some words",), (1,))).result().tokens)
+            pool.submit(EncodeJob(0, (None,), (1,))).result()  # type: ignore[arg-type]
+        assert len(pool.submit(EncodeJob(0, ("some words",), (1,))).result().tokens)
 
 
 def test_workers_end_when_a_job_is_cut_off(tokenizer):
     """A training process that is killed while it writes leaves half a job in the pipe."""
     pool = Pool(UnitMaker({}, tokenizers.encoder(tokenizer, None), ALL), 1)
-    pool.submit(EncodeJob(("some words",), (1,))).result()
+    pool.submit(EncodeJob(0, ("some words",), (1,))).result()
     process = pool.workers[0].process
     assert process.stdin
-    process.stdin.write(pickle.dumps(EncodeJob(("x" * 1000,), (1,)))[:500])
+    process.stdin.write(pickle.dumps(EncodeJob(0, ("x" * 1000,), (1,)))[:500])
     process.stdin.close()
     try:
         assert process.wait(30) == 0
