@@ -14,7 +14,6 @@ SIZES = (  # can be pruned
     "num_query_groups",
     "num_moe_experts",
 )
-EXPERT_FIELDS = ("num_moe_experts", "moe_router_topk", "norm_topk_prob")  # fields of mixtures of experts
 FACTORS = (  # numbers that a family multiplies or divides by
     "embedding_multiplier",
     "residual_multiplier",

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
 from minitron_train.arch.rules import check_transformer_engine
-from minitron_train.arch.shape import EXPERT_FIELDS
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
@@ -207,9 +206,7 @@ def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | N
     values = flat(deciding_settings(config, distilled=teacher is not None))
     for label, files in (("student", student), ("teacher", teacher)):
         if files is not None:
-            dense = () if files.shape.num_moe_experts else EXPERT_FIELDS  # older checkpoints lack them
-            fields = {key: plain(value) for key, value in asdict(files.shape).items() if key not in dense}
-            values |= {f"{label}.{key}": value for key, value in fields.items()}
+            values |= {f"{label}.{key}": plain(value) for key, value in asdict(files.shape).items()}
     return values
 
 
