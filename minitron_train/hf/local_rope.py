@@ -71,5 +71,5 @@ def written_ropes(
 
 
 def with_local_rope(kinds: list[LayerKind], local: Rope) -> list[LayerKind]:
-    """`kinds`, those with a window with the rope `local`."""
-    return [kind if kind.window is None else replace(kind, rope=local) for kind in kinds]
+    """`kinds`, those with a window and a rotary embedding with the rope `local`."""
+    return [kind if kind.window is None or kind.rope is None else replace(kind, rope=local) for kind in kinds]

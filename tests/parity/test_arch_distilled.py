@@ -8,7 +8,7 @@ from minitron_train.config import ParallelConfig
 from minitron_train.hf.around import text_name
 from minitron_train.parallel.groups import start
 from minitron_train.runtime.launch import read_world
-from tests.support.families import LAYERED, save_family, save_layered
+from tests.support.families import save_family, save_layered
 from tests.support.models import hf_logits, opened
 from tests.support.pruning import random_tokens
 from tests.support.training import ROWS, SEQ_LENGTH, make_material, run, student_of
@@ -21,7 +21,7 @@ DISTILLED = ("mistral", "qwen2", "smollm3 with windows", "ministral", "ministral
 @pytest.mark.parametrize("family", ["phi3", "glm", "stablelm", "helium", *DISTILLED])
 def test_a_distilled_student_opens_in_transformers(tmp_path, family):
     """After three steps and an export: the names of the teacher's tensors, and the logits that this program computes."""
-    material = make_material(tmp_path, family, save_layered if family in LAYERED else save_family)
+    material = make_material(tmp_path, family, save_layered if family in DISTILLED else save_family)
     run(material, tmp_path / "run", train__num_tokens=3 * ROWS * SEQ_LENGTH, train__warmup_steps=1)
     student_of(tmp_path / "run", tmp_path / "exported")
     before, after = (load_file(folder / "model.safetensors") for folder in (material.student, tmp_path / "exported"))

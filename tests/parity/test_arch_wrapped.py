@@ -167,7 +167,7 @@ def test_the_default_rotary_base_is_transformers(name):
     del text["rope_parameters"]
     config = {"model_type": name, "text_config": text}
     wanted = CONFIG_MAPPING[name].from_dict(json.loads(json.dumps(config))).text_config.rope_parameters["rope_theta"]
-    assert hf.shape_from_config(config, "config.json").rotary_base == wanted
+    assert hf.shape_from_config(config, "config.json").ropes[0].theta == wanted
 
 
 def test_the_card_and_the_serving_rules_know_the_folder(models):
