@@ -87,6 +87,11 @@ class Objective:
         """The student without its DDP wrapper."""
         return cast(LanguageModel, self.student.module)
 
+    @property
+    def num_rows(self) -> int:
+        """Vocabulary rows of this rank."""
+        return len(self.model.output_weight)
+
     def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
         """The loss `spec` on the logits of both models; the teacher runs only if the loss uses it."""
         mask = attention_mask(batch.documents_BS)
@@ -106,7 +111,7 @@ class Objective:
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,
             group=self.groups.tp_group if self.groups.tp_size > 1 else None,
-            chunking=self.memory.chunking(batch.tokens_BS.numel(), len(self.model.output_weight)),
+            chunking=self.memory.chunking(batch.tokens_BS.numel(), self.num_rows),
         )
 
     def _gather(self, hidden_SBH: Tensor) -> Tensor:

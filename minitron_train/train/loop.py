@@ -125,7 +125,7 @@ class Trainer:
         """After the measured step, record the memory of the loss in the run's state."""
         train, memory = self.config.train, self.objective.memory
         num_tokens = train.micro_batch_size * train.seq_length
-        memory.end(self.state.step, num_tokens, len(self.student.output_weight), self.groups)
+        memory.end(self.state.step, num_tokens, self.objective.num_rows, self.groups)
         self.state.loss_memory = memory.measured
         self.state.micro_batch_size = train.micro_batch_size
 
