@@ -80,7 +80,21 @@ def chosen_layout(plan: dict[str, Any]) -> list[str]:
         return []
     title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
     heading = f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}"
-    return ["", heading, *settings_line(plan), *memory(chosen, machine), *time_lines(chosen, machine)]
+    return [
+        "",
+        heading,
+        *settings_line(plan),
+        *memory(chosen, machine),
+        *time_lines(chosen, machine),
+        *expert_line(plan),
+    ]
+
+
+def expert_line(plan: dict[str, Any]) -> list[str]:
+    """Say what the estimate leaves out for mixtures of experts."""
+    if not plan["student"].get("num_moe_experts"):
+        return []
+    return ["  experts run one after the other, which this estimate does not count; expect fewer tokens/s"]
 
 
 def settings_line(plan: dict[str, Any]) -> list[str]:

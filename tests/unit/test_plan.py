@@ -173,6 +173,11 @@ def planned(*overrides: str) -> dict[str, Any]:
     return make_plan(config, *shapes(config))
 
 
+def test_a_plan_says_that_experts_take_longer() -> None:
+    assert "experts run one after the other" in format_plan(planned("+recipe=qwen3_30b_a3b_half"))
+    assert "experts" not in format_plan(planned("+recipe=smollm2", "train.global_batch_size=8"))
+
+
 def test_pretraining_is_planned_where_a_recipe_has_it() -> None:
     """Of `miniature`, 96 % of the operations: 6 per weight outside the embedding, and attention, for 12 M tokens."""
     result = planned("+recipe=miniature")
