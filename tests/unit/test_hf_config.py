@@ -270,6 +270,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": 0}, "tie_word_embeddings=0 is neither true nor false"),
     ("llama", {"rms_norm_eps": 1}, "rms_norm_eps=1 is not a number from 0.0 to below 1.0"),
     ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 is not a number"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: only None is supported"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: only None or \[\] is supported for qwen3_moe"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True: only False"),
