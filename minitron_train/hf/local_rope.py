@@ -22,7 +22,7 @@ def read_ropes(
     """The rotary embeddings of layers without and with a window; most families have one for both.
 
     Raises:
-        UserError: see `read_rope`; or rope_parameters has not one object for each type of layer.
+        UserError: see `read_rope`; or rope_parameters has not one object for each type of layer, or transformers ignores a key.
     """
     if table.local_rope is None:
         rope = read_rope(config, table, max_positions, head_dim, where)
@@ -32,6 +32,11 @@ def read_ropes(
         read_rope({**rest, "rope_parameters": one}, table, max_positions, head_dim, where)
         for one in given_ropes(config, table, where)
     )
+    if not (full.truncate and local.truncate):
+        raise UserError(
+            f"{where}: truncate=False: transformers ignores it where layers with a window have a rotary embedding of their "
+            "own; use another teacher"
+        )
     return full, local
 
 

@@ -53,3 +53,9 @@ def test_a_rope_for_all_layers_is_refused() -> None:
         shape_from_config(config, "config.json")
     with pytest.raises(UserError, match="sliding_window_pattern=0: must be a whole number from 1"):
         shape_from_config(config_of("gemma3_text", sliding_window_pattern=0), "config.json")
+
+
+def test_a_key_that_transformers_ignores_is_refused() -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    with pytest.raises(UserError, match="truncate=False: transformers ignores it"):
+        shape_from_config(config_of("olmo3", rope_scaling=yarn), "config.json")
