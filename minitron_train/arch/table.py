@@ -138,7 +138,6 @@ class Architecture:
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
-    rope_theta: float = 10_000.0  # default base of the rotary frequencies
     rope_types: Mapping[str, str] | None = (
         None  # types that its config class accepts, and what it takes them for; None: all
     )
