@@ -65,7 +65,7 @@ GEMMA2 = replace(
     },
     config_nullable=frozenset({"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"}),
     config_read=LLAMA.config_read | {"sliding_window"},
-    windows=Windows(default=lambda config, i: i % 2 == 0),
+    windows=Windows(default=lambda config, i: i % 2 == 0, is_needed=True),
     rules=(heads_divide_hidden,),
 )
 
@@ -97,7 +97,7 @@ GEMMA3_TEXT = replace(
     },
     config_nullable=GEMMA2.config_nullable - {"attn_logit_softcapping"},
     transformer={**GEMMA_TRANSFORMER, "qk_layernorm": True},
-    windows=Windows(default=slides_in_gemma3),
+    windows=Windows(default=slides_in_gemma3, is_needed=True),
     rope_theta=1e6,
     local_rope=LocalRope(key="rope_local_base_freq", theta=1e4),
 )

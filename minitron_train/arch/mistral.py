@@ -28,7 +28,7 @@ MINISTRAL = replace(  # Ministral 8B, 2410
     name="ministral",
     hf_class="MinistralForCausalLM",
     models="Ministral 8B",
-    windows=Windows(default=lambda config, i: True),
+    windows=Windows(default=lambda config, i: True, is_needed=True),
 )
 MINISTRAL3 = replace(  # Ministral 3 3B, 8B and 14B, 2512
     MISTRAL,

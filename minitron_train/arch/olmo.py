@@ -72,7 +72,7 @@ OLMO3 = replace(
     config_defaults={**OLMO2.config_defaults, "sliding_window": 4096},
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     config_read=LLAMA.config_read | {"sliding_window"},
-    windows=Windows(default=lambda config, i: (i + 1) % 4 != 0),
+    windows=Windows(default=lambda config, i: (i + 1) % 4 != 0, is_needed=True),
     rope_theta=5e5,
     local_rope=LocalRope(key=None, theta=5e5),
 )

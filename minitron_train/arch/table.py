@@ -92,6 +92,7 @@ class Windows:
     layer_types: bool = True  # whether layer_types decides where it is given
     switch: str | None = None  # key that must be true for any layer to have a window
     first_sliding: str | None = None  # key with the number of the first layer that `default` gives a window
+    is_needed: bool = False  # whether the class in transformers makes the mask of a window even if no layer has one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

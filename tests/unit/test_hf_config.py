@@ -241,7 +241,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]: must be a list of 4 numbers"),
     ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers=.*0 for a layer without rotary embedding"),
     ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0: must be at least 1"),
-    ("cwm", {"sliding_window": None, "layer_types": ["sliding_attention"] * 4}, "no window is set; set sliding_window"),
+    *(
+        (
+            family,
+            {"sliding_window": None, "layer_types": types},
+            "no window is set, and transformers.* set sliding_window",
+        )
+        for family in ("cwm", "gemma2", "gemma3_text", "olmo3", "ministral")
+        for types in (ABSENT, ["full_attention"] * 4)
+    ),
     ("llama", {"rope_scaling": {"type": None}}, "rope type None is not supported"),
     ("llama", {"rope_scaling": {"type": ["llama3"]}}, r"rope type \['llama3'\] is not supported"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor of rope_scaling=-2.0: must be above 0"),
