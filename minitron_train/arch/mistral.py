@@ -56,3 +56,6 @@ MINISTRAL3 = replace(  # Ministral 3 3B, 8B and 14B, 2512
     config_nullable=frozenset({"sliding_window"}),
     query_growth="llama_4_scaling_beta",
 )
+WITH_LAYER_TYPES = {
+    MISTRAL.name: MINISTRAL
+}  # what transformers' AutoConfig takes for what if config.json has layer_types

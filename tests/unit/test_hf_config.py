@@ -314,7 +314,9 @@ NO: list[int | None] = [None] * 4
 WINDOWS: list[tuple[str, dict[str, Any], list[int | None]]] = [
     ("mistral", {}, [4096] * 4),
     ("mistral", {"sliding_window": None}, NO),
-    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, [8] * 4),  # its code ignores the list
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),  # AutoConfig takes it for Ministral
+    ("mistral", {"sliding_window": 8, "layer_types": None}, [8] * 4),
+    ("mixtral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, [8] * 4),  # its code ignores the list
     ("phi3", {"sliding_window": 8}, [8] * 4),
     ("phi3", {}, NO),
     ("llama", {"sliding_window": 8}, NO),
@@ -418,6 +420,14 @@ def test_the_tokenizers_class_has_its_older_name() -> None:
     assert portable_tokenizer_config(older) == older
     listed = {"extra_special_tokens": ["<|im_end|>"], "is_local": True}
     assert portable_tokenizer_config(listed) == {"additional_special_tokens": ["<|im_end|>"]}
+
+
+def test_mistral_with_layer_types_is_exported_as_what_transformers_takes_it_for() -> None:
+    config = config_of("mistral", sliding_window=8, layer_types=["full_attention", *["sliding_attention"] * 3])
+    shape = shape_from_config(config, "config.json")
+    student = student_config(config, shape.with_layers(shape.layer_kinds[1:]), layers=[1, 2, 3])
+    assert (student["model_type"], student["architectures"]) == ("ministral", ["MinistralForCausalLM"])
+    assert theirs(student).layer_types == ["sliding_attention"] * 3
 
 
 def test_layers_without_rope_go_with_their_layers() -> None:
