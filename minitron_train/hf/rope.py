@@ -165,6 +165,9 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
         )
     kind = supported[kind]
     theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", table.rope_theta)
+    theta = positive_float(theta, "rope_theta", where)
+    if kind == "yarn" and theta == 1:
+        raise UserError(f"{where}: rope_theta=1, by whose logarithm YaRN divides; {as_authors_give_it('it')}")
     percent = read_percent(config, rope, table, head_dim, where)
     num_rotated = int(head_dim * percent)
     if kind in EVEN and num_rotated % 2:
@@ -177,7 +180,7 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
     stated = Stated(rope, length, max_positions, len(range(0, num_rotated, 2)), where)
     return Rope(
         kind=kind,
-        theta=positive_float(theta, "rope_theta", where),
+        theta=theta,
         percent=percent,
         **CONSTANTS[kind](stated) | query_growth(stated, table, kind),
     )
