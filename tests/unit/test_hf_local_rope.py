@@ -51,6 +51,8 @@ def test_a_rope_for_all_layers_is_refused() -> None:
         UserError, match="gemma3_text needs one object for full_attention and one for sliding_attention"
     ):
         shape_from_config(config, "config.json")
+    with pytest.raises(UserError, match="rope_scaling=8 is not an object"):
+        shape_from_config(config_of("olmo3", rope_scaling=8), "config.json")
     with pytest.raises(UserError, match="sliding_window_pattern=0: must be a whole number from 1"):
         shape_from_config(config_of("gemma3_text", sliding_window_pattern=0), "config.json")
 
