@@ -76,6 +76,7 @@ def test_multipliers_and_other_norms_are_split(tmp_path: Path, sequence_parallel
     compare(folders, 2, sequence_parallel)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_families_of_one_table_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
     compare([save_family(name, tmp_path / name) for name in TABLES], 2, sequence_parallel)
 
