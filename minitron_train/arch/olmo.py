@@ -7,7 +7,7 @@ OLMo 3 (arXiv 2512.13961): a window in three of four layers, which have a rotary
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
-from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
+from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, LocalRope, ParamSpec, Windows
 
@@ -62,7 +62,7 @@ OLMOE = replace(
         "norm_topk_prob": False,
     },
     config_aliases={"num_experts": "num_local_experts"},
-    rules=(experts_are_given, heads_fill_hidden),
+    rules=(*MOE_RULES, heads_fill_hidden),
 )
 OLMO3 = replace(
     OLMO2,
