@@ -31,5 +31,5 @@ CWM = replace(
     config_nullable=frozenset(),
     config_read=LLAMA.config_read | {"sliding_window"},
     rope_theta=1_000_000.0,
-    windows=Windows(default=lambda config, i: i % 4 != 0),
+    windows=Windows(default=lambda config, i: i % 4 != 0, is_needed=True),
 )

@@ -65,7 +65,7 @@ GEMMA2 = replace(
     },
     config_nullable=frozenset({"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"}),
     config_read=LLAMA.config_read | {"sliding_window"},
-    windows=Windows(default=lambda config, i: i % 2 == 0),
+    windows=Windows(default=lambda config, i: i % 2 == 0, is_needed=True),
     rules=(heads_divide_hidden,),
 )
 
@@ -84,15 +84,20 @@ GEMMA3_TEXT = replace(
     hf_class="Gemma3ForCausalLM",
     models="Gemma 3 (text)",
     rows=(*GEMMA2_ROWS, *QK_NORM),
-    config_facts={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False, None)},
+    config_keys={field: key for field, key in GEMMA2.config_keys.items() if field != "attention_softcap"},
+    config_facts={
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "use_bidirectional_attention": (False, None),
+        "attn_logit_softcapping": (None,),  # transformers' class ignores other values
+    },
     config_defaults={
-        **GEMMA2.config_defaults,
+        **{key: value for key, value in GEMMA2.config_defaults.items() if key != "attn_logit_softcapping"},
         "max_position_embeddings": 131072,
-        "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     },
+    config_nullable=GEMMA2.config_nullable - {"attn_logit_softcapping"},
     transformer={**GEMMA_TRANSFORMER, "qk_layernorm": True},
-    windows=Windows(default=slides_in_gemma3),
+    windows=Windows(default=slides_in_gemma3, is_needed=True),
     rope_theta=1e6,
     local_rope=LocalRope(key="rope_local_base_freq", theta=1e4),
 )

@@ -28,7 +28,7 @@ MINISTRAL = replace(  # Ministral 8B, 2410
     name="ministral",
     hf_class="MinistralForCausalLM",
     models="Ministral 8B",
-    windows=Windows(default=lambda config, i: True),
+    windows=Windows(default=lambda config, i: True, is_needed=True),
 )
 MINISTRAL3 = replace(  # Ministral 3 3B, 8B and 14B, 2512
     MISTRAL,
@@ -56,3 +56,6 @@ MINISTRAL3 = replace(  # Ministral 3 3B, 8B and 14B, 2512
     config_nullable=frozenset({"sliding_window"}),
     query_growth="llama_4_scaling_beta",
 )
+WITH_LAYER_TYPES = {
+    MISTRAL.name: MINISTRAL
+}  # what transformers' AutoConfig takes for what if config.json has layer_types

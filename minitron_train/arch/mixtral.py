@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from minitron_train.arch.mistral import MISTRAL
-from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
+from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows
 from minitron_train.arch.table import CONFIG_DEFAULTS
 
 MIXTRAL = replace(
@@ -25,5 +25,5 @@ MIXTRAL = replace(
     rope_theta=1e6,
     config_aliases={"num_local_experts": "num_experts"},
     shape_facts={"norm_topk_prob": True},
-    rules=(experts_are_given,),
+    rules=MOE_RULES,
 )

@@ -33,3 +33,14 @@ def moe_config_keys(
 def experts_are_given(shape: Shape) -> str | None:
     """A family of mixtures of experts has no dense model."""
     return None if shape.num_moe_experts else "num_moe_experts=0, but every layer of this family has experts"
+
+
+def rows_fill_products(shape: Shape) -> str | None:
+    """transformers multiplies all experts at once, with products that take rows of 16 bytes: 8 numbers in bf16."""
+    for key in ("hidden_size", "ffn_hidden_size"):
+        if getattr(shape, key) % 8:
+            return f"{key}={getattr(shape, key)} must be a multiple of 8, or its products of all experts at once fail"
+    return None
+
+
+MOE_RULES = (experts_are_given, rows_fill_products)

@@ -7,7 +7,7 @@ OLMo 3 (arXiv 2512.13961): a window in three of four layers, which have a rotary
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
-from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
+from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, LocalRope, ParamSpec, Windows
 
@@ -62,7 +62,7 @@ OLMOE = replace(
         "norm_topk_prob": False,
     },
     config_aliases={"num_experts": "num_local_experts"},
-    rules=(experts_are_given, heads_fill_hidden),
+    rules=(*MOE_RULES, heads_fill_hidden),
 )
 OLMO3 = replace(
     OLMO2,
@@ -72,7 +72,7 @@ OLMO3 = replace(
     config_defaults={**OLMO2.config_defaults, "sliding_window": 4096},
     config_nullable=frozenset({"num_key_value_heads", "sliding_window"}),
     config_read=LLAMA.config_read | {"sliding_window"},
-    windows=Windows(default=lambda config, i: (i + 1) % 4 != 0),
+    windows=Windows(default=lambda config, i: (i + 1) % 4 != 0, is_needed=True),
     rope_theta=5e5,
     local_rope=LocalRope(key=None, theta=5e5),
 )

@@ -6,7 +6,7 @@ Qwen3-MoE replaces the MLP by experts.
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
-from minitron_train.arch.moe import experts_are_given, moe_config_keys, moe_rows
+from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, QKV_BIAS, WINDOW_KEYS, ParamSpec, Windows
 
 DEFAULTS = {
@@ -83,5 +83,5 @@ QWEN3_MOE = replace(
     config_aliases={"num_experts": "num_local_experts"},
     config_nullable=frozenset({"sliding_window"}),
     windows=Windows(),
-    rules=(experts_are_given,),
+    rules=MOE_RULES,
 )

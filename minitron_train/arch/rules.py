@@ -57,6 +57,4 @@ def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
     rest = set(list(has_bias.values())[1:])
     if len(rest) > 1 or (rest == {True} and not has_bias["linear_qkv"]):
         return "biases on some linears, and its layers have them on all linears or on query, key and value"
-    if not shape.is_plain(seq_length):
-        return "attention windows or rotary embeddings that its layers do not support"
     return None

@@ -92,6 +92,7 @@ class Windows:
     layer_types: bool = True  # whether layer_types decides where it is given
     switch: str | None = None  # key that must be true for any layer to have a window
     first_sliding: str | None = None  # key with the number of the first layer that `default` gives a window
+    is_needed: bool = False  # whether the class in transformers makes the mask of a window even if no layer has one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +139,6 @@ class Architecture:
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
-    rope_theta: float = 10_000.0  # default base of the rotary frequencies
     rope_types: Mapping[str, str] | None = (
         None  # types that its config class accepts, and what it takes them for; None: all
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.mistral import WITH_LAYER_TYPES
 from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
 from minitron_train.arch.wrappers import TEXTS
@@ -62,6 +63,9 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
         return replace(shape, wrapper=wrapper.name, num_bound_layers=bound_layers(config))
     if config.get("model_type") in [table.name for table in TEXTS]:
         raise unsupported(config, where)
+    name = config.get("model_type")
+    if "layer_types" in config and isinstance(name, str) and name in WITH_LAYER_TYPES:
+        config = {**config, "model_type": WITH_LAYER_TYPES[name].name}
     return shape_of_text(config, where)
 
 
@@ -190,7 +194,7 @@ def student_config(
     changed |= written_ropes(ropes, config, table, where)
     is_listed = config.get("layer_types") is not None
     changed |= written_layers(changed, table, [teacher.layer_kinds[i] for i in kept], is_listed=is_listed)
-    changed["architectures"] = [table.hf_class]
+    changed |= {"model_type": table.name, "architectures": [table.hf_class]}
     stored = named_dtype(config) if dtype is None else str(dtype).removeprefix("torch.")
     if stored is not None:
         changed |= {"dtype": stored, "torch_dtype": stored}  # transformers 5 and 4

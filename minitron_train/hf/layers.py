@@ -68,6 +68,10 @@ def is_on(stated: Mapping[str, Any], table: Architecture, where: str) -> bool:
 def sliding_layers(stated: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
     """Whether each layer has a sliding window. `stated` has the family's defaults for missing keys."""
     rule, named = table.windows, layer_types(stated, table, num_layers, where)
+    if rule.is_needed and stated["sliding_window"] is None:
+        raise UserError(
+            f"{where}: no window is set, and transformers' {table.hf_class} needs one; {as_authors_give_it('sliding_window')}"
+        )
     if named is not None and rule.layer_types:
         return [LAYER_TYPES[kind] for kind in named]
     if not rule.layer_types and SLIDING in (named or ()):

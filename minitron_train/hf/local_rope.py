@@ -11,7 +11,7 @@ from typing import Any
 from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.arch.table import ROPE_KEYS, Architecture
 from minitron_train.hf.layers import FULL, SLIDING
-from minitron_train.hf.rope import LENGTH, given_rope, read_rope, written_rope
+from minitron_train.hf.rope import LENGTH, an_object, given_rope, read_rope, written_rope
 from minitron_train.hf.values import as_authors_give_it, spoken
 from minitron_train.runtime.errors import UserError
 
@@ -22,7 +22,7 @@ def read_ropes(
     """The rotary embeddings of layers without and with a window; most families have one for both.
 
     Raises:
-        UserError: see `read_rope`; or rope_parameters has not one object for each type of layer.
+        UserError: see `read_rope`; or rope_parameters has not one object for each type of layer, or transformers ignores a key.
     """
     if table.local_rope is None:
         rope = read_rope(config, table, max_positions, head_dim, where)
@@ -32,6 +32,11 @@ def read_ropes(
         read_rope({**rest, "rope_parameters": one}, table, max_positions, head_dim, where)
         for one in given_ropes(config, table, where)
     )
+    if not (full.truncate and local.truncate):
+        raise UserError(
+            f"{where}: truncate=False: transformers ignores it where layers with a window have a rotary embedding of their "
+            "own; use another teacher"
+        )
     return full, local
 
 
@@ -48,7 +53,7 @@ def given_ropes(config: Mapping[str, Any], table: Architecture, where: str) -> t
             f"{as_authors_give_it('it')}"
         )
     full, local = ({"rope_type": "default"} | dict(nested.get(kind) or {}) for kind in (FULL, SLIDING))
-    full |= config.get("rope_scaling") or {}
+    full |= an_object(config, "rope_scaling", where) or {}
     full.setdefault("rope_theta", config.get("rope_theta", table.rope_theta))
     local.setdefault("rope_theta", config.get(table.local_rope.key or "", table.local_rope.theta))
     return full, local

@@ -165,6 +165,9 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
         )
     kind = supported[kind]
     theta = rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta", table.rope_theta)
+    theta = positive_float(theta, "rope_theta", where)
+    if kind == "yarn" and theta == 1:
+        raise UserError(f"{where}: rope_theta=1, by whose logarithm YaRN divides; {as_authors_give_it('it')}")
     percent = read_percent(config, rope, table, head_dim, where)
     num_rotated = int(head_dim * percent)
     if kind in EVEN and num_rotated % 2:
@@ -177,18 +180,24 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
     stated = Stated(rope, length, max_positions, len(range(0, num_rotated, 2)), where)
     return Rope(
         kind=kind,
-        theta=positive_float(theta, "rope_theta", where),
+        theta=theta,
         percent=percent,
         **CONSTANTS[kind](stated) | query_growth(stated, table, kind),
     )
 
 
+def an_object(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any] | None:
+    """The value of a key, which is an object, or null or missing."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{where}: {key}={spoken(value)} is not an object; {as_authors_give_it('it')}")
+    return value
+
+
 def given_rope(config: Mapping[str, Any], table: Architecture, where: str) -> Mapping[str, Any]:
     """The object that transformers reads: rope_scaling if it is not empty, else rope_parameters, else the family's."""
     for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key)
-        if rope is not None and not isinstance(rope, Mapping):
-            raise UserError(f"{where}: {key}={spoken(rope)} is not an object; {as_authors_give_it('it')}")
+        rope = an_object(config, key, where)
         if rope and any(isinstance(value, Mapping) for value in rope.values()):
             raise UserError(
                 f"{where}: {key} holds one rotary embedding per type of layer: only one for all layers is supported; "

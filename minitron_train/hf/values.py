@@ -7,7 +7,7 @@ from typing import Any
 from minitron_train.runtime.errors import UserError
 
 MAX_SIZE = 2**31 - 1
-MAX_FLOAT = 1e30
+MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
@@ -44,7 +44,7 @@ def size(value: Any, key: str, where: str, largest: int = MAX_SIZE) -> int:
 
 
 def positive_float(value: Any, key: str, where: str) -> float:
-    """Check a finite number above 0.
+    """Check a finite number above 0, which fp32 holds.
 
     Raises:
         UserError: the value has another type, or is out of range.
@@ -56,9 +56,10 @@ def positive_float(value: Any, key: str, where: str) -> float:
         or value in (math.inf, -math.inf)
     ):
         raise UserError(f"{where}: {key}={spoken(value)} is not a number; {as_authors_give_it('it')}")
-    if not 0 < value <= MAX_FLOAT:
+    if not MIN_FLOAT <= value <= MAX_FLOAT:
         raise UserError(
-            f"{where}: {key}={spoken(value)}: must be above 0 and at most {MAX_FLOAT:g}; {as_authors_give_it('it')}"
+            f"{where}: {key}={spoken(value)}: must be above 0, from {MIN_FLOAT:g} to {MAX_FLOAT:g}; "
+            f"{as_authors_give_it('it')}"
         )
     return float(value)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
+from minitron_train.arch.rules import check_rules
 from minitron_train.config import ExpertImportance, Refit
 from minitron_train.model.build import build
 from minitron_train.model.generate import greedy
@@ -244,6 +245,14 @@ def test_wanda_is_refused_in_one_line(models: dict[str, Path], groups: Any) -> N
         importance(measured(hf.HFFolder(models["mixtral"]), TOKENS, groups, width="wanda"))
 
 
+def test_a_width_with_which_transformers_products_fail_is_refused(models: dict[str, Path]) -> None:
+    shape = hf.HFFolder(models["mixtral"]).shape
+    for changes in ({"ffn_hidden_size": 20}, {"hidden_size": 60}):
+        with pytest.raises(UserError, match=r"=[26]0 must be a multiple of 8, or"):
+            check_rules(shape.smaller(**changes), "student")
+    check_rules(shape.smaller(ffn_hidden_size=16, hidden_size=56), "student")
+
+
 def test_targets_without_enough_experts_are_refused(models: dict[str, Path], tiny_models: dict[str, Path]) -> None:
     with pytest.raises(
         UserError, match=r"student\.num_moe_experts=1: the router sends each token to 2 experts; choose"
@@ -261,8 +270,8 @@ def test_repair_of_nothing_changes_nothing(tmp_path: Path, models: dict[str, Pat
 
 
 def test_repair_makes_up_for_dropped_experts(tmp_path: Path, models: dict[str, Path], groups: Any) -> None:
-    """On the tokens that it is fitted to. Half of the experts are dropped, and half of the neurons of the others."""
-    sizes, wanted = {"num_moe_experts": 3, "ffn_hidden_size": 12}, hf_logits(models["qwen3_moe"], TOKENS[0])
+    """On the tokens that it is fitted to. Half of the experts are dropped, and a third of the neurons of the others."""
+    sizes, wanted = {"num_moe_experts": 3, "ffn_hidden_size": 16}, hf_logits(models["qwen3_moe"], TOKENS[0])
     errors = []
     for refit in (Refit.none, Refit.outputs, Refit.all):
         folder = tmp_path / refit.value

@@ -241,7 +241,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]: must be a list of 4 numbers"),
     ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers=.*0 for a layer without rotary embedding"),
     ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0: must be at least 1"),
-    ("cwm", {"sliding_window": None, "layer_types": ["sliding_attention"] * 4}, "no window is set; set sliding_window"),
+    *(
+        (
+            family,
+            {"sliding_window": None, "layer_types": types},
+            "no window is set, and transformers.* set sliding_window",
+        )
+        for family in ("cwm", "gemma2", "gemma3_text", "olmo3", "ministral")
+        for types in (ABSENT, ["full_attention"] * 4)
+    ),
     ("llama", {"rope_scaling": {"type": None}}, "rope type None is not supported"),
     ("llama", {"rope_scaling": {"type": ["llama3"]}}, r"rope type \['llama3'\] is not supported"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor of rope_scaling=-2.0: must be above 0"),
@@ -253,7 +261,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one rotary embedding per type of layer"),
     ("llama", {"rope_theta": None}, "rope_theta=None is not a number"),
     ("llama", {"rope_theta": -1.0}, "rope_theta=-1.0: must be above 0"),
-    ("llama", {"rope_theta": 10**400}, "rope_theta=.*must be above 0 and at most"),
+    ("llama", {"rope_theta": 10**400}, "rope_theta=.*must be above 0, from 1e-30 to 1e.30"),
+    ("llama", {"rope_scaling": {**YARN, "beta_fast": 1e-320}}, "beta_fast=1e-320: must be above 0, from 1e-30"),
+    ("llama", {"rope_theta": 1.0, "rope_scaling": YARN}, "rope_theta=1, by whose logarithm YaRN divides"),
     ("nemotron", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 rotates 18 of 12"),
     ("nemotron", {"partial_rotary_factor": 0.01}, "rotates 0 of 12"),
     ("nemotron", {"rope_percent": 1.0}, "rope_percent=1.0: transformers reads partial_rotary_factor alone, 0.5 here"),
@@ -270,6 +280,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": 0}, "tie_word_embeddings=0 is neither true nor false"),
     ("llama", {"rms_norm_eps": 1}, "rms_norm_eps=1 is not a number from 0.0 to below 1.0"),
     ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 is not a number"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: only None is supported"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: only None or \[\] is supported for qwen3_moe"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True: only False"),
@@ -305,7 +316,9 @@ NO: list[int | None] = [None] * 4
 WINDOWS: list[tuple[str, dict[str, Any], list[int | None]]] = [
     ("mistral", {}, [4096] * 4),
     ("mistral", {"sliding_window": None}, NO),
-    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, [8] * 4),  # its code ignores the list
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),  # AutoConfig takes it for Ministral
+    ("mistral", {"sliding_window": 8, "layer_types": None}, [8] * 4),
+    ("mixtral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}, [8] * 4),  # its code ignores the list
     ("phi3", {"sliding_window": 8}, [8] * 4),
     ("phi3", {}, NO),
     ("llama", {"sliding_window": 8}, NO),
@@ -409,6 +422,14 @@ def test_the_tokenizers_class_has_its_older_name() -> None:
     assert portable_tokenizer_config(older) == older
     listed = {"extra_special_tokens": ["<|im_end|>"], "is_local": True}
     assert portable_tokenizer_config(listed) == {"additional_special_tokens": ["<|im_end|>"]}
+
+
+def test_mistral_with_layer_types_is_exported_as_what_transformers_takes_it_for() -> None:
+    config = config_of("mistral", sliding_window=8, layer_types=["full_attention", *["sliding_attention"] * 3])
+    shape = shape_from_config(config, "config.json")
+    student = student_config(config, shape.with_layers(shape.layer_kinds[1:]), layers=[1, 2, 3])
+    assert (student["model_type"], student["architectures"]) == ("ministral", ["MinistralForCausalLM"])
+    assert theirs(student).layer_types == ["sliding_attention"] * 3
 
 
 def test_layers_without_rope_go_with_their_layers() -> None:

@@ -51,5 +51,13 @@ def test_a_rope_for_all_layers_is_refused() -> None:
         UserError, match="gemma3_text needs one object for full_attention and one for sliding_attention"
     ):
         shape_from_config(config, "config.json")
+    with pytest.raises(UserError, match="rope_scaling=8 is not an object"):
+        shape_from_config(config_of("olmo3", rope_scaling=8), "config.json")
     with pytest.raises(UserError, match="sliding_window_pattern=0: must be a whole number from 1"):
         shape_from_config(config_of("gemma3_text", sliding_window_pattern=0), "config.json")
+
+
+def test_a_key_that_transformers_ignores_is_refused() -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    with pytest.raises(UserError, match="truncate=False: transformers ignores it"):
+        shape_from_config(config_of("olmo3", rope_scaling=yarn), "config.json")
