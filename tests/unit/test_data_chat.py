@@ -20,7 +20,7 @@ from minitron_train.data.held_out import kept_tokens
 from minitron_train.data.pack import PAD, cut, num_windows
 from minitron_train.data.pretokenise import pretokenise
 from minitron_train.data.sources import describe, identity
-from minitron_train.data.stream import TokenStream, validation_tokens
+from minitron_train.data.stream import TokenStream, run_shares, validation_tokens
 from minitron_train.data.tokenizers import chat_format
 from minitron_train.data.units import Unit
 from minitron_train.runtime.errors import UserError
@@ -293,6 +293,21 @@ def test_held_out_conversations_keep_masks_and_are_kept(tmp_path, tokenizer):
     text = replace(data, sources={}, path=str(tmp_path / "plain.jsonl"))
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(200)))
     assert validation_tokens(text, tokenizer, SEQ_LENGTH, seed=1).shape == (8, SEQ_LENGTH + 1)
+
+
+def test_held_out_shares_are_those_of_both_phases(tmp_path, tokenizer):
+    """A source that begins late takes part in the validation, with its share of the whole run."""
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    data = write(tmp_path, [{"messages": messages} for messages in many_chats(200)], weight=0.0, late_weight=0.6)
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(300)))
+    data.sources["text"] = SourceConfig(path=str(tmp_path / "plain.jsonl"), weight=2.0, late_weight=0.2)
+    data = replace(data, validation_fraction=0.4, validation_tokens=8 * SEQ_LENGTH)
+    for late_fraction, wanted in [(0.0, 0), (0.5, 3), (0.9, 5)]:  # 0.75 of the late tokens are conversations
+        phased = replace(data, late_fraction=late_fraction)
+        rows = kept_tokens(tmp_path, phased, tokenizer, SEQ_LENGTH, 1)
+        assert len(rows) == 8
+        assert (int((rows[:, 1] == 0).any(1).sum()) if rows.dim() == 3 else 0) == wanted
+    assert run_shares([(2.0, 1.0), (1.0, 9.0)], 0.0) == [2.0, 1.0]
 
 
 def test_calibration_marks_padding(tmp_path, tokenizer):
