@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,13 @@ class ChatFormat:
         texts, spans = rendered
         return texts[0], spans[0] if marks else []
 
-    def spans(self, chat: Conversation, text: str, marked: list[Span]) -> list[Span]:
+    def spans(self, chat: Conversation, text: str, marked: list[Span], num_read: int) -> list[Span]:
         """The characters that the loss counts.
 
         Args:
             text: the rendered conversation.
             marked: what the template marks in it; empty if it marks nothing.
+            num_read: characters that are read. Turns beyond them are not searched: each costs two more renderings.
 
         Raises:
             ValueError: the template does not tell what belongs to which message.
@@ -98,7 +100,10 @@ class ChatFormat:
         if self.loss is ChatLoss.all:
             return [(self.prefix(chat, text, chat.num_prompt, prompt=True), len(text))]
         if not marked or not answers:
-            return [(self.prefix(chat, text, i, prompt=True), self.prefix(chat, text, i + 1)) for i in answers]
+            begins = ((i, self.prefix(chat, text, i, prompt=True)) for i in answers)
+            return [
+                (begin, self.prefix(chat, text, i + 1)) for i, begin in takewhile(lambda b: b[1] < num_read, begins)
+            ]
         if self.loss is ChatLoss.assistant and not chat.num_prompt:
             return marked
         start = self.prefix(chat, text, answers[0], prompt=True)

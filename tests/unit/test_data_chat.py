@@ -14,15 +14,15 @@ import torch
 
 from minitron_train.config import CalibrationConfig, ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
 from minitron_train.data.calibration import calibration_batches
-from minitron_train.data.chat import COUNTED, PADDING, SILENT, pack
+from minitron_train.data.chat import COUNTED, PADDING, SILENT, ChatFormat, pack
 from minitron_train.data.conversations import Conversation, conversation
 from minitron_train.data.held_out import kept_tokens
 from minitron_train.data.pack import PAD, cut, num_windows
 from minitron_train.data.pretokenise import pretokenise
 from minitron_train.data.sources import describe, identity
 from minitron_train.data.stream import TokenStream, run_shares, validation_tokens
-from minitron_train.data.tokenizers import chat_format
-from minitron_train.data.units import Unit
+from minitron_train.data.tokenizers import chat_format, encoder
+from minitron_train.data.units import EncodeJob, Split, Unit, UnitMaker
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.batches import held_out_batch
 from tests.support.chats import CHATS, FORGETFUL, MARKED, TEMPLATES, chat_tokenizer, many_chats, turn
@@ -48,7 +48,7 @@ def encode(tokenizer: Any, form: Any, messages: list[dict], num_prompt: int = 0)
     """Ids and counts of a conversation."""
     chat = Conversation(messages, None, num_prompt)
     text, marked = form.render(chat)
-    spans = form.spans(chat, text, marked)
+    spans = form.spans(chat, text, marked, len(text))
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, form.counted(encoding, spans)
 
@@ -268,6 +268,23 @@ def test_too_long_conversations_are_cut_or_dropped(tmp_path, tokenizer, capsys):
         assert unit.counts is not None
         lengths[choice] = int(sizes[unit.counts[starts] != PADDING].max())
     assert lengths[TooLong.drop] < lengths[TooLong.cut] == 128
+
+
+def test_thousands_of_turns_are_rendered_as_far_as_they_are_read(tokenizer, monkeypatch):
+    """Each turn costs two renderings of all turns before it, so a conversation that is cut must not render them all."""
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    messages = [turn(("user", "assistant")[i % 2], f"word {i}") for i in range(600)]
+    calls, render = [], ChatFormat.render
+    monkeypatch.setattr(ChatFormat, "render", lambda *arguments: calls.append(arguments) or render(*arguments))
+    found = {}
+    for choice, length in [(TooLong.cut, 128), (TooLong.drop, 128), (TooLong.cut, 20_000)]:
+        form = chat_format("own", SourceConfig(too_long=choice), tokenizer, length)
+        maker = UnitMaker({}, encoder(tokenizer), Split(held_out=False, fraction=0), None, {0: form})
+        calls.clear()
+        unit = maker.run(EncodeJob(0, (conversation({"messages": messages}),), (1,)))
+        found[choice, length] = unit.counts
+        assert len(calls) <= {128: 30, 20_000: 602}[length] and bool(len(unit.tokens)) == (choice is TooLong.cut)
+    assert (found[TooLong.cut, 128][:128] == found[TooLong.cut, 20_000][:128]).all()
 
 
 def test_held_out_conversations_keep_masks_and_are_kept(tmp_path, tokenizer):
