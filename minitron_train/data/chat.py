@@ -10,7 +10,9 @@ generation prompt.
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -23,10 +25,12 @@ from tokenizers import Encoding
 from minitron_train.config import ChatLoss, TooLong
 from minitron_train.data.conversations import Conversation
 from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.preflight import deadline
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
 DATE = datetime(2024, 7, 26)  # for templates that write today's date, which would change the stream every day
+RENDER_S = 60.0  # of one conversation; 10 MB take less than a second
 COUNTED, SILENT, PADDING = 1, 0, -1  # of a token as a label: counts, does not count, is padding
 
 Span = tuple[int, int]  # characters of a rendered conversation
@@ -66,14 +70,15 @@ class ChatFormat:
         values: dict[str, Any] = {"add_generation_prompt": prompt, "tools": chat.tools} | self.special_tokens
         marks = not prompt and GENERATION.search(template) is not None
         try:
-            rendered: Any = render_jinja_template(  # its annotation says text alone
-                [chat.messages[:num_messages]],
-                chat_template=with_fixed_date(template),
-                return_assistant_tokens_mask=marks,
-                **values,
-            )
-        except MemoryError:
-            raise
+            with time_limit():
+                rendered: Any = render_jinja_template(  # its annotation says text alone
+                    [chat.messages[:num_messages]],
+                    chat_template=with_fixed_date(template),
+                    return_assistant_tokens_mask=marks,
+                    **values,
+                )
+        except MemoryError as error:
+            raise ValueError("the chat template needs more memory than there is; correct it, or free memory") from error
         except Exception as error:  # templates are programs: they raise any class
             raise ValueError(
                 f"the chat template rejects it ({first_line(error)}); correct the row or the template"
@@ -135,6 +140,14 @@ class ChatFormat:
             found[(offsets[:, 0] < end) & (offsets[:, 1] > start)] = COUNTED
         found[:1] = SILENT
         return found
+
+
+def time_limit() -> AbstractContextManager[None]:
+    """Stops a template that loops for ever, which the sandbox allows. Signals reach a process's main thread alone: the
+    workers have no other, and in the training process the first batch is made there.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    return deadline(RENDER_S, lambda: "it has not ended") if in_main else nullcontext()
 
 
 def with_fixed_date(template: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minitron_train.config import CalibrationConfig, ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
+from minitron_train.data import chat
 from minitron_train.data.calibration import calibration_batches
 from minitron_train.data.chat import COUNTED, PADDING, SILENT, ChatFormat, pack
 from minitron_train.data.conversations import Conversation, conversation
@@ -46,9 +47,9 @@ def with_template(tokenizer: Any, template: str, **settings: Any) -> Any:
 
 def encode(tokenizer: Any, form: Any, messages: list[dict], num_prompt: int = 0) -> tuple[list[int], np.ndarray]:
     """Ids and counts of a conversation."""
-    chat = Conversation(messages, None, num_prompt)
-    text, marked = form.render(chat)
-    spans = form.spans(chat, text, marked, len(text))
+    given = Conversation(messages, None, num_prompt)
+    text, marked = form.render(given)
+    spans = form.spans(given, text, marked, len(text))
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, form.counted(encoding, spans)
 
@@ -381,6 +382,34 @@ def test_a_malformed_row_is_named(tmp_path, tokenizer, name):
     data = replace(data, validation_fraction=1e-9)
     with pytest.raises(UserError, match=rf"chats\.jsonl, line {len(good) + 1}: {says}") as error:
         TokenStream(data, tokenizer, seq_length=64, seed=1).next_batch(1)
+    assert "\n" not in str(error.value)
+
+
+HOSTILE = {
+    "loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        r"rejects it \(after 0 s: it has not ended\); correct",
+    ),
+    "is huge": ("{{ 'a' * 10**18 }}", r"needs more memory than there is; correct it, or free memory"),
+    "reads objects": ("{{ messages.__init__.__globals__ }}", r"rejects it \(access to attribute '__init__'"),
+    "reads files": ("{% include '/etc/passwd' %}", r"rejects it \(no loader"),
+    "raises lines": ("{{ raise_exception('a\\nb') }}", r"rejects it \(a\); correct"),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_ends_in_one_line(tmp_path, tokenizer, monkeypatch, name, num_workers):
+    template, says = HOSTILE[name]
+    if num_workers and name == "loops":
+        pytest.skip("a worker has the limit of a minute")
+    monkeypatch.setattr(chat, "RENDER_S", 0.2)
+    tokenizer.chat_template = template
+    data = replace(write(tmp_path, [{"messages": CHATS[0]}]), num_workers=num_workers, validation_fraction=1e-9)
+    stream = TokenStream(data, tokenizer, seq_length=64, seed=1)
+    with pytest.raises(UserError, match=rf"chats\.jsonl, line 1: the chat template {says}") as error:
+        stream.next_batch(1)
+    stream.close()
     assert "\n" not in str(error.value)
 
 
