@@ -159,6 +159,12 @@ def test_forms_of_rows():
     assert (texts_only.messages, texts_only.num_prompt) == (messages[1:], 1)
     lists = Conversation.of(conversation({"prompt": messages[:2], "completion": messages[2:]}))
     assert (lists.messages, lists.num_prompt) == (messages, 2)
+    from_nulls = conversation({"messages": None, "conversations": sharegpt[1:], "system": "s"})
+    assert from_nulls == conversation({"conversations": sharegpt})
+    both = [{"role": None, "content": None, **message} for message in sharegpt]  # columns of a table with both forms
+    assert conversation({"messages": both}) == conversation({"conversations": sharegpt})
+    nothing = {"messages": None, "prompt": "a", "completion": "b"}
+    assert conversation(nothing) == conversation({"prompt": "a", "completion": "b"})
     assert conversation({"messages": None}) == conversation({"prompt": None, "completion": None}) == ""
     assert "\ufffd" in conversation({"messages": [turn("user", "\ud83d"), turn("assistant", "b")]})
 
@@ -362,6 +368,9 @@ BAD = {
     "image": ({"messages": [turn("user", [{"type": "image"}])]}, r"messages\[0\] has content of type 'image'"),  # type: ignore[arg-type]
     "no turns": ({"messages": []}, r"messages has no messages"),
     "text": ({"messages": "hello"}, r"messages is not a list of messages: hello"),
+    "lines": ({"messages": "hel\nlo"}, r"messages is not a list of messages: hel lo;"),
+    "tool lines": ({"messages": CHATS[0], "tools": "{\n}}"}, r"tools is not JSON: { }};"),
+    "long role": ({"messages": [turn("x" * 999, "x")]}, r"messages\[0\] has the role 'x{59}; it must be"),
     "turn": ({"conversations": ["hello"]}, r"conversations\[0\] is not an object: hello"),
     "completion": ({"prompt": "a", "completion": None}, r"completion is not a list of messages: None"),
     "tools": ({"messages": CHATS[0], "tools": "{"}, r"tools is not JSON"),
