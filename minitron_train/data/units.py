@@ -43,6 +43,7 @@ class Unit:
     num_read: int = 0  # documents read for this unit, held out or not
     num_blank: int = 0  # those of them without text (null, empty or white space), which are left out
     num_long: int = 0  # conversations longer than a sequence, which are cut or dropped
+    drops_long: bool = False  # they are dropped
     num_silent: int = 0  # conversations without a token that counts, which are left out
 
 
@@ -213,7 +214,14 @@ class UnitMaker:
         packed = pack([ids for ids, _ in kept], [counts for _, counts in kept], form.seq_length, self.encoder.end)
         check_ids(packed.tokens, self.encoder.num_rows, self.tokenizer.id_to_token)
         num_silent = len(found) - len(kept)
-        return Unit(packed.tokens, packed.ends, packed.counts, num_long=num_long, num_silent=num_silent)
+        return Unit(
+            packed.tokens,
+            packed.ends,
+            packed.counts,
+            num_long=num_long,
+            drops_long=form.too_long is TooLong.drop,
+            num_silent=num_silent,
+        )
 
     @contextmanager
     def naming(self, document: str, job: ReadJob | EncodeJob) -> Iterator[None]:
