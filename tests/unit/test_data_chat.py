@@ -20,7 +20,7 @@ from minitron_train.data.conversations import Conversation, conversation
 from minitron_train.data.held_out import kept_tokens
 from minitron_train.data.pack import PAD, cut, num_windows
 from minitron_train.data.pretokenise import pretokenise
-from minitron_train.data.sources import describe, identity
+from minitron_train.data.sources import describe, identity, validation_source
 from minitron_train.data.stream import TokenStream, run_shares, validation_tokens
 from minitron_train.data.tokenizers import chat_format, encoder
 from minitron_train.data.units import EncodeJob, Split, Unit, UnitMaker
@@ -333,6 +333,20 @@ def test_held_out_shares_are_those_of_both_phases(tmp_path, tokenizer):
         assert len(rows) == 8
         assert (int((rows[:, 1] == 0).any(1).sum()) if rows.dim() == 3 else 0) == wanted
     assert run_shares([(2.0, 1.0), (1.0, 9.0)], 0.0) == [2.0, 1.0]
+
+
+def test_a_validation_path_is_read_with_the_settings_of_the_sources(tmp_path, tokenizer):
+    tokenizer.chat_template = None
+    (tmp_path / "own.jinja").write_text(TEMPLATES["headers"])
+    rows = [{"messages": messages} for messages in many_chats(60)]
+    settings = {"loss": ChatLoss.last_turn, "template": str(tmp_path / "own.jinja"), "too_long": TooLong.drop}
+    data = write(tmp_path, rows, **settings)
+    other = write(tmp_path, rows, "held.jsonl").sources["own"].path
+    data = replace(data, validation_path=other, kind=SourceKind.chat, validation_tokens=2 * SEQ_LENGTH)
+    source = validation_source(data)
+    assert source.path == other and {name: getattr(source, name) for name in settings} == settings
+    tokens = validation_tokens(data, tokenizer, SEQ_LENGTH, seed=1)
+    assert "<|head|>user<|/head|>" in tokenizer.decode(tokens[0, 0])
 
 
 def test_calibration_marks_padding(tmp_path, tokenizer):
