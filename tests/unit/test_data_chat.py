@@ -335,6 +335,17 @@ def test_held_out_shares_are_those_of_both_phases(tmp_path, tokenizer):
     assert run_shares([(2.0, 1.0), (1.0, 9.0)], 0.0) == [2.0, 1.0]
 
 
+def test_a_conversation_of_exactly_a_sequence_is_whole(tokenizer):
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    document = conversation({"messages": CHATS[0]})
+    length = len(tokenizer.apply_chat_template(CHATS[0], tokenize=True, return_dict=False))
+    for seq_length, is_long in [(length, False), (length - 1, True)]:
+        form = chat_format("own", SourceConfig(too_long=TooLong.drop), tokenizer, seq_length)
+        maker = UnitMaker({}, encoder(tokenizer), Split(held_out=False, fraction=0), None, {0: form})
+        unit = maker.run(EncodeJob(0, (document,), (1,)))
+        assert (unit.num_long, len(unit.tokens)) == (is_long, 0 if is_long else length + 1)
+
+
 def test_a_validation_path_is_read_with_the_settings_of_the_sources(tmp_path, tokenizer):
     tokenizer.chat_template = None
     (tmp_path / "own.jinja").write_text(TEMPLATES["headers"])
