@@ -87,7 +87,9 @@ def evaluation_stage(ws: Workspace, label: str, model: Path, weights: "Path | Ve
     from minitron_train.evaluation.source import open_origin
 
     config = ws.config
-    held_out = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
+    held_out: dict[str, float] = {"tokens": config.data.validation_tokens, "seq_length": config.train.seq_length}
+    if config.data.late_fraction and not config.data.validation_path:
+        held_out["late_fraction"] = config.data.late_fraction
     inputs = {"model": ws.identity(model, lambda: open_origin(weights).identity)}
     inputs |= data_inputs(
         ws, validation_data(config.data), "data.validation_path" if config.data.validation_path else None

@@ -10,9 +10,12 @@ generation prompt.
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ from tokenizers import Encoding
 from minitron_train.config import ChatLoss, TooLong
 from minitron_train.data.conversations import Conversation
 from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.preflight import deadline
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
 DATE = datetime(2024, 7, 26)  # for templates that write today's date, which would change the stream every day
+RENDER_S = 60.0  # of one conversation; 10 MB take less than a second
 COUNTED, SILENT, PADDING = 1, 0, -1  # of a token as a label: counts, does not count, is padding
 
 Span = tuple[int, int]  # characters of a rendered conversation
@@ -65,14 +70,15 @@ class ChatFormat:
         values: dict[str, Any] = {"add_generation_prompt": prompt, "tools": chat.tools} | self.special_tokens
         marks = not prompt and GENERATION.search(template) is not None
         try:
-            rendered: Any = render_jinja_template(  # its annotation says text alone
-                [chat.messages[:num_messages]],
-                chat_template=with_fixed_date(template),
-                return_assistant_tokens_mask=marks,
-                **values,
-            )
-        except MemoryError:
-            raise
+            with time_limit():
+                rendered: Any = render_jinja_template(  # its annotation says text alone
+                    [chat.messages[:num_messages]],
+                    chat_template=with_fixed_date(template),
+                    return_assistant_tokens_mask=marks,
+                    **values,
+                )
+        except MemoryError as error:
+            raise ValueError("the chat template needs more memory than there is; correct it, or free memory") from error
         except Exception as error:  # templates are programs: they raise any class
             raise ValueError(
                 f"the chat template rejects it ({first_line(error)}); correct the row or the template"
@@ -80,12 +86,13 @@ class ChatFormat:
         texts, spans = rendered
         return texts[0], spans[0] if marks else []
 
-    def spans(self, chat: Conversation, text: str, marked: list[Span]) -> list[Span]:
+    def spans(self, chat: Conversation, text: str, marked: list[Span], num_read: int) -> list[Span]:
         """The characters that the loss counts.
 
         Args:
             text: the rendered conversation.
             marked: what the template marks in it; empty if it marks nothing.
+            num_read: characters that are read. Turns beyond them are not searched: each costs two more renderings.
 
         Raises:
             ValueError: the template does not tell what belongs to which message.
@@ -98,7 +105,10 @@ class ChatFormat:
         if self.loss is ChatLoss.all:
             return [(self.prefix(chat, text, chat.num_prompt, prompt=True), len(text))]
         if not marked or not answers:
-            return [(self.prefix(chat, text, i, prompt=True), self.prefix(chat, text, i + 1)) for i in answers]
+            begins = ((i, self.prefix(chat, text, i, prompt=True)) for i in answers)
+            return [
+                (begin, self.prefix(chat, text, i + 1)) for i, begin in takewhile(lambda b: b[1] < num_read, begins)
+            ]
         if self.loss is ChatLoss.assistant and not chat.num_prompt:
             return marked
         start = self.prefix(chat, text, answers[0], prompt=True)
@@ -130,6 +140,14 @@ class ChatFormat:
             found[(offsets[:, 0] < end) & (offsets[:, 1] > start)] = COUNTED
         found[:1] = SILENT
         return found
+
+
+def time_limit() -> AbstractContextManager[None]:
+    """Stops a template that loops for ever, which the sandbox allows. Signals reach a process's main thread alone: the
+    workers have no other, and in the training process the first batch is made there.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    return deadline(RENDER_S, lambda: "it has not ended") if in_main else nullcontext()
 
 
 def with_fixed_date(template: str) -> str:

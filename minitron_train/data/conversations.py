@@ -1,7 +1,8 @@
 """Rows with a conversation in one of the usual forms, each as canonical JSON.
 
 A row has `messages` (role and content), or ShareGPT's `conversations` (from and value), or `prompt` and `completion` (texts
-or lists of messages). The first of these forms that a row has counts. `tools` goes to the template; `system` is ShareGPT's.
+or lists of messages). The first of these forms that is not null counts. `tools` goes to the template; `system` is
+ShareGPT's.
 The canonical JSON is the document: it is held out, shuffled and fingerprinted like a text.
 """
 
@@ -16,6 +17,7 @@ ROLES = {  # ShareGPT's names, and the templates' own
     "gpt": "assistant",
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
 }
+KEYS = (("role", "from"), ("content", "value"))  # the templates' name, and ShareGPT's
 MAY_BE_EMPTY = ("system", "developer", "tool")  # roles whose content may be empty
 INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # an assistant's message may have only these
 OUT = "take the row out"
@@ -47,17 +49,16 @@ def conversation(row: Mapping[str, Any]) -> str:
         ValueError: the row is malformed; the caller adds the file and the row to the message.
     """
     num_prompt = 0
-    if "messages" in row or "conversations" in row:
-        name = "messages" if "messages" in row else "conversations"
-        if row[name] is None:
-            return ""
+    name = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if name:
         found = messages(row[name], name)
         if name == "conversations" and isinstance(system := row.get("system"), str) and system.strip():
             found.insert(0, {"role": "system", "content": system})
+    elif row.get("prompt") is None and row.get("completion") is None:
+        return ""
     else:
-        if row["prompt"] is None and row["completion"] is None:
-            return ""
-        prompt, completion = part(row["prompt"], "prompt", "user"), part(row["completion"], "completion", "assistant")
+        prompt = part(row.get("prompt"), "prompt", "user")
+        completion = part(row.get("completion"), "completion", "assistant")
         found, num_prompt = prompt + completion, len(prompt)
     canonical = {"messages": found, "tools": tools(row.get("tools")), "num_prompt": num_prompt}
     return without_surrogates(json.dumps(canonical, ensure_ascii=False))
@@ -71,7 +72,7 @@ def part(value: Any, name: str, role: str) -> list[dict[str, Any]]:
 def messages(value: Any, name: str) -> list[dict[str, Any]]:
     """The messages of a list, with the templates' roles and keys and without null values, as transformers leaves them out."""
     if not isinstance(value, list):
-        raise ValueError(f"{name} is not a list of messages: {str(value)[:60]}; {OUT}, or correct it")
+        raise ValueError(f"{name} is not a list of messages: {shown(value)}; {OUT}, or correct it")
     if not value:
         raise ValueError(f"{name} has no messages; {OUT}")
     return [message(turn, f"{name}[{number}]") for number, turn in enumerate(value)]
@@ -80,14 +81,13 @@ def messages(value: Any, name: str) -> list[dict[str, Any]]:
 def message(turn: Any, where: str) -> dict[str, Any]:
     """One message with a known role and some content."""
     if not isinstance(turn, dict):
-        raise ValueError(f"{where} is not an object: {str(turn)[:60]}; give each message a role and content")
+        raise ValueError(f"{where} is not an object: {shown(turn)}; give each message a role and content")
     kept = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
-    role = turn.get("role", turn.get("from"))
+    role, content = (turn[a] if turn.get(a) is not None else turn.get(b) for a, b in KEYS)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(
-            f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}; {OUT}, or rename the role"
+            f"{where} has the role {shown(repr(role))}; it must be one of {', '.join(ROLES)}; {OUT}, or rename the role"
         )
-    content = turn.get("content", turn.get("value"))
     says_otherwise = role in ("assistant", "gpt") and any(turn.get(key) for key in INSTEAD_OF_CONTENT)
     check_content(content, where, may_be_empty=says_otherwise or role in MAY_BE_EMPTY, may_be_null=says_otherwise)
     kept["role"] = ROLES[role]
@@ -103,10 +103,10 @@ def check_content(content: Any, where: str, *, may_be_empty: bool, may_be_null: 
     if isinstance(content, list):
         kinds = [item.get("type") if isinstance(item, dict) else item for item in content]
         if others := [kind for kind in kinds if kind != "text"]:
-            raise ValueError(f"{where} has content of type {str(others[0])[:60]!r}; only text is read: {OUT}")
+            raise ValueError(f"{where} has content of type {shown(repr(others[0]))}; only text is read: {OUT}")
         content = "".join(str(item.get("text") or "") for item in content)
     if not isinstance(content, str):
-        raise ValueError(f"{where} has content that is not text: {str(content)[:60]}; {OUT}")
+        raise ValueError(f"{where} has content that is not text: {shown(content)}; {OUT}")
     if not content.strip() and not may_be_empty:
         raise ValueError(f"{where} is empty; {OUT}")
 
@@ -117,12 +117,17 @@ def tools(value: Any) -> list[Any] | None:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"tools is not JSON: {str(value)[:60]}; {OUT}, or correct it") from error
+            raise ValueError(f"tools is not JSON: {shown(value)}; {OUT}, or correct it") from error
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"tools is not a list of objects: {str(value)[:60]}; {OUT}, or correct it")
+        raise ValueError(f"tools is not a list of objects: {shown(value)}; {OUT}, or correct it")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message: one line of at most 60 characters."""
+    return " ".join(str(value)[:60].split())
 
 
 def without_surrogates(text: str) -> str:

@@ -42,6 +42,7 @@ def key_of(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> str:
     """sha256 of all that decides the tokens."""
     split = feed.pool.maker.split
     text = f"{ORDER} {feed.known.fingerprint} {split} {feed.unit_bytes} {data.validation_tokens} {seq_length} {seed}"
+    text += f" {data.late_fraction}" if data.late_fraction else ""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -16,10 +16,10 @@ from minitron_train.runtime.errors import UserError
 REPORTED_PASSES = 4  # each of the first passes is reported, then every doubling
 NOT_WHOLE = {  # number in a Unit -> what is reported
     "num_blank": "documents of a unit are null, empty or blank; such documents are left out",
-    "num_long": "conversations of a unit have more than {seq_length:,} tokens; such conversations are cut or dropped "
-    "(too_long)",
+    "num_long": "conversations of a unit have more than {seq_length:,} tokens; those are {too_long}",
     "num_silent": "conversations of a unit have no token that the loss counts; such conversations are left out",
 }
+CUT_OR_DROPPED = {False: "cut (too_long)", True: "dropped (too_long)"}  # Unit.drops_long -> what is reported
 PAD = -1  # document number of padding between conversations
 Position = dict  # {"epoch", "unit"} of a unit, and "rows" (the state of `datasets`) for a hub source
 
@@ -147,10 +147,11 @@ class Packer:
 
     def report(self, unit: Unit) -> None:
         """Report once each kind of document that is not read whole, with their number in the first such unit."""
+        values = {"seq_length": self.seq_length, "too_long": CUT_OR_DROPPED[unit.drops_long]}
         for name, message in NOT_WHOLE.items():
             if (count := getattr(unit, name)) and name not in self.reported:
                 self.reported.add(name)
-                say(f"data: {self.name}: {count:,} of {unit.num_read:,} {message.format(seq_length=self.seq_length)}")
+                say(f"data: {self.name}: {count:,} of {unit.num_read:,} {message.format_map(values)}")
 
     def begin_pass(self, number: int) -> None:
         """Record the windows of the pass that has ended, and report the next pass (see REPORTED_PASSES).

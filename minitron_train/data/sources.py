@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,6 +45,7 @@ LOSS_ON = {
     ChatLoss.last_turn: "the last assistant turn",
     ChatLoss.all: "all tokens",
 }
+CHAT_SETTINGS = ("loss", "template", "too_long")
 COPIED = (SourceKind.csv, SourceKind.arrow)  # always copied into blocks, compressed or not
 EMBEDDED_WEIGHTS = {
     "prose": 0.7,
@@ -217,11 +218,17 @@ def matching_files(pattern: str, kind: SourceKind) -> list[Path]:
 def validation_source(data: DataConfig) -> SourceConfig:
     """data.validation_path as a source: the validation split of a downloaded data set, else its test split, else all files.
 
+    Conversations are read with the settings of the first source of conversations in the blend.
+
     Raises:
         UserError: the path has no files.
     """
     path = str(data.validation_path)
-    return SourceConfig(path=path, kind=data.kind, text_key=data.text_key, split=held_out_split(path))
+    found = SourceConfig(path=path, kind=data.kind, text_key=data.text_key, split=held_out_split(path))
+    chats = [source for source in blend(data).values() if source.kind is SourceKind.chat]
+    if found.kind is not SourceKind.chat or not chats:
+        return found
+    return replace(found, **{name: getattr(chats[0], name) for name in CHAT_SETTINGS})
 
 
 def held_out_files(data: DataConfig) -> frozenset[FileId]:

@@ -218,7 +218,8 @@ def validation_data(data: DataConfig) -> DataConfig:
 
 
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
-    """Held-out sequences, int64, N <= data.validation_tokens / S. Each source gives its share, in at most one pass.
+    """Held-out sequences, int64, N <= data.validation_tokens / S. Each source gives its share of the whole run,
+    in at most one pass.
 
     The shape is [N, S + 1]; with conversations it is [N, 3, S + 1] (see `with_counts`). `train.batches.held_out_batch` reads
     both.
@@ -233,9 +234,25 @@ def validation_feed(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_le
     return Feed(validation_data(data), tokenizer, split, 0, seq_length)
 
 
+def run_shares(weights: Sequence[tuple[float, float]], late_fraction: float) -> list[float]:
+    """Each source's share of a whole run, at any scale: the shares of both phases, weighted with their lengths.
+
+    Args:
+        weights: of each source in the first and in the late phase.
+    """
+    first, late = zip(*weights, strict=True)
+    if not late_fraction:
+        return list(first)
+    return [
+        (1 - late_fraction) * early / sum(first) + late_fraction * last / sum(late)
+        for early, last in zip(first, late, strict=True)
+    ]
+
+
 def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> Tensor:
     """`validation_tokens` of opened sources."""
-    blend = Blend(weights=[part.weights for part in feed.parts], late_start=None)
+    shares = run_shares([part.weights for part in feed.parts], data.late_fraction)
+    blend = Blend(weights=[(share,) for share in shares], late_start=None)
     quotas = Counter(blend.draw() for _ in range(max(1, data.validation_tokens // seq_length)))
     windows: list[Window | np.ndarray] = []
     for i, part in enumerate(feed.parts):

@@ -5,6 +5,7 @@ A unit depends only on its job, so any process may make it.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from minitron_train.config import TooLong
-from minitron_train.data.chat import ChatFormat, Span, pack
+from minitron_train.data.chat import ChatFormat, pack
 from minitron_train.data.conversations import Conversation
 from minitron_train.data.formats import FileFormat, JsonLines, TextFormat
 from minitron_train.data.identity import Watch, read_failed
@@ -42,6 +43,7 @@ class Unit:
     num_read: int = 0  # documents read for this unit, held out or not
     num_blank: int = 0  # those of them without text (null, empty or white space), which are left out
     num_long: int = 0  # conversations longer than a sequence, which are cut or dropped
+    drops_long: bool = False  # they are dropped
     num_silent: int = 0  # conversations without a token that counts, which are left out
 
 
@@ -192,28 +194,40 @@ class UnitMaker:
             UserError: the template rejects a conversation, or does not tell whose a token is.
         """
         form = self.chats[job.source]
-        rendered = [self.render(document, job) for document in documents]
+        rendered = []
+        for document in documents:
+            with self.naming(document, job):
+                rendered.append(form.render(Conversation.of(document)))
         encodings = self.tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        found = [
-            (np.asarray(encoding.ids, np.int32), form.counted(encoding, spans))
-            for encoding, (_, spans) in zip(encodings, rendered, strict=True)
-        ]
-        num_long = sum(len(ids) > form.seq_length for ids, _ in found)
-        if form.too_long is TooLong.drop:
-            found = [(ids, counts) for ids, counts in found if len(ids) <= form.seq_length]
-        found = [(ids[: form.seq_length], counts[: form.seq_length]) for ids, counts in found]
+        found, num_long = [], 0
+        for document, (text, marked), encoding in zip(documents, rendered, encodings, strict=True):
+            is_long = len(encoding.ids) > form.seq_length
+            num_long += is_long
+            if is_long and form.too_long is TooLong.drop:
+                continue
+            num_read = max(end for _, end in encoding.offsets[: form.seq_length]) if is_long else len(text)
+            with self.naming(document, job):
+                spans = form.spans(Conversation.of(document), text, marked, num_read)
+            ids, counts = np.asarray(encoding.ids, np.int32), form.counted(encoding, spans)
+            found.append((ids[: form.seq_length], counts[: form.seq_length]))
         kept = [(ids, counts) for ids, counts in found if counts.any()]
         packed = pack([ids for ids, _ in kept], [counts for _, counts in kept], form.seq_length, self.encoder.end)
         check_ids(packed.tokens, self.encoder.num_rows, self.tokenizer.id_to_token)
         num_silent = len(found) - len(kept)
-        return Unit(packed.tokens, packed.ends, packed.counts, num_long=num_long, num_silent=num_silent)
+        return Unit(
+            packed.tokens,
+            packed.ends,
+            packed.counts,
+            num_long=num_long,
+            drops_long=form.too_long is TooLong.drop,
+            num_silent=num_silent,
+        )
 
-    def render(self, document: str, job: ReadJob | EncodeJob) -> tuple[str, list[Span]]:
-        """The text of a conversation and the characters that count; a UserError names its file and line."""
-        form, chat = self.chats[job.source], Conversation.of(document)
+    @contextmanager
+    def naming(self, document: str, job: ReadJob | EncodeJob) -> Iterator[None]:
+        """Turn a ValueError about a conversation into a UserError that names its file and line."""
         try:
-            text, marked = form.render(chat)
-            return text, form.spans(chat, text, marked)
+            yield
         except ValueError as error:
             source = self.formats.get(job.source)
             place = (

@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from minitron_train.config import CalibrationConfig, ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
+from minitron_train.data import chat
 from minitron_train.data.calibration import calibration_batches
-from minitron_train.data.chat import COUNTED, PADDING, SILENT, pack
+from minitron_train.data.chat import COUNTED, PADDING, SILENT, ChatFormat, pack
 from minitron_train.data.conversations import Conversation, conversation
 from minitron_train.data.held_out import kept_tokens
 from minitron_train.data.pack import PAD, cut, num_windows
 from minitron_train.data.pretokenise import pretokenise
-from minitron_train.data.sources import describe, identity
-from minitron_train.data.stream import TokenStream, validation_tokens
-from minitron_train.data.tokenizers import chat_format
-from minitron_train.data.units import Unit
+from minitron_train.data.sources import describe, identity, validation_source
+from minitron_train.data.stream import TokenStream, run_shares, validation_tokens
+from minitron_train.data.tokenizers import chat_format, encoder
+from minitron_train.data.units import EncodeJob, Split, Unit, UnitMaker
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.batches import held_out_batch
 from tests.support.chats import CHATS, FORGETFUL, MARKED, TEMPLATES, chat_tokenizer, many_chats, turn
@@ -46,9 +47,9 @@ def with_template(tokenizer: Any, template: str, **settings: Any) -> Any:
 
 def encode(tokenizer: Any, form: Any, messages: list[dict], num_prompt: int = 0) -> tuple[list[int], np.ndarray]:
     """Ids and counts of a conversation."""
-    chat = Conversation(messages, None, num_prompt)
-    text, marked = form.render(chat)
-    spans = form.spans(chat, text, marked)
+    given = Conversation(messages, None, num_prompt)
+    text, marked = form.render(given)
+    spans = form.spans(given, text, marked, len(text))
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, form.counted(encoding, spans)
 
@@ -158,6 +159,12 @@ def test_forms_of_rows():
     assert (texts_only.messages, texts_only.num_prompt) == (messages[1:], 1)
     lists = Conversation.of(conversation({"prompt": messages[:2], "completion": messages[2:]}))
     assert (lists.messages, lists.num_prompt) == (messages, 2)
+    from_nulls = conversation({"messages": None, "conversations": sharegpt[1:], "system": "s"})
+    assert from_nulls == conversation({"conversations": sharegpt})
+    both = [{"role": None, "content": None, **message} for message in sharegpt]  # columns of a table with both forms
+    assert conversation({"messages": both}) == conversation({"conversations": sharegpt})
+    nothing = {"messages": None, "prompt": "a", "completion": "b"}
+    assert conversation(nothing) == conversation({"prompt": "a", "completion": "b"})
     assert conversation({"messages": None}) == conversation({"prompt": None, "completion": None}) == ""
     assert "\ufffd" in conversation({"messages": [turn("user", "\ud83d"), turn("assistant", "b")]})
 
@@ -259,7 +266,8 @@ def test_too_long_conversations_are_cut_or_dropped(tmp_path, tokenizer, capsys):
         stream = TokenStream(data, tokenizer, seq_length=128, seed=1)
         stream.next_batch(1)
         printed = capsys.readouterr().out
-        assert "2 of 33 conversations of a unit have more than 128 tokens" in printed
+        done = {TooLong.cut: "cut", TooLong.drop: "dropped"}[choice]
+        assert f"2 of 33 conversations of a unit have more than 128 tokens; those are {done} (too_long)\n" in printed
         assert "1 of 33 documents of a unit are null" in printed
         silent = "1 of 33 conversations of a unit have no token that the loss counts"
         assert (silent in printed) == (choice is TooLong.cut)
@@ -268,6 +276,23 @@ def test_too_long_conversations_are_cut_or_dropped(tmp_path, tokenizer, capsys):
         assert unit.counts is not None
         lengths[choice] = int(sizes[unit.counts[starts] != PADDING].max())
     assert lengths[TooLong.drop] < lengths[TooLong.cut] == 128
+
+
+def test_thousands_of_turns_are_rendered_as_far_as_they_are_read(tokenizer, monkeypatch):
+    """Each turn costs two renderings of all turns before it, so a conversation that is cut must not render them all."""
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    messages = [turn(("user", "assistant")[i % 2], f"word {i}") for i in range(600)]
+    calls, render = [], ChatFormat.render
+    monkeypatch.setattr(ChatFormat, "render", lambda *arguments: calls.append(arguments) or render(*arguments))
+    found = {}
+    for choice, length in [(TooLong.cut, 128), (TooLong.drop, 128), (TooLong.cut, 20_000)]:
+        form = chat_format("own", SourceConfig(too_long=choice), tokenizer, length)
+        maker = UnitMaker({}, encoder(tokenizer), Split(held_out=False, fraction=0), None, {0: form})
+        calls.clear()
+        unit = maker.run(EncodeJob(0, (conversation({"messages": messages}),), (1,)))
+        found[choice, length] = unit.counts
+        assert len(calls) <= {128: 30, 20_000: 602}[length] and bool(len(unit.tokens)) == (choice is TooLong.cut)
+    assert (found[TooLong.cut, 128][:128] == found[TooLong.cut, 20_000][:128]).all()
 
 
 def test_held_out_conversations_keep_masks_and_are_kept(tmp_path, tokenizer):
@@ -293,6 +318,46 @@ def test_held_out_conversations_keep_masks_and_are_kept(tmp_path, tokenizer):
     text = replace(data, sources={}, path=str(tmp_path / "plain.jsonl"))
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(200)))
     assert validation_tokens(text, tokenizer, SEQ_LENGTH, seed=1).shape == (8, SEQ_LENGTH + 1)
+
+
+def test_held_out_shares_are_those_of_both_phases(tmp_path, tokenizer):
+    """A source that begins late takes part in the validation, with its share of the whole run."""
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    data = write(tmp_path, [{"messages": messages} for messages in many_chats(200)], weight=0.0, late_weight=0.6)
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(300)))
+    data.sources["text"] = SourceConfig(path=str(tmp_path / "plain.jsonl"), weight=2.0, late_weight=0.2)
+    data = replace(data, validation_fraction=0.4, validation_tokens=8 * SEQ_LENGTH)
+    for late_fraction, wanted in [(0.0, 0), (0.5, 3), (0.9, 5)]:  # 0.75 of the late tokens are conversations
+        phased = replace(data, late_fraction=late_fraction)
+        rows = kept_tokens(tmp_path, phased, tokenizer, SEQ_LENGTH, 1)
+        assert len(rows) == 8
+        assert (int((rows[:, 1] == 0).any(1).sum()) if rows.dim() == 3 else 0) == wanted
+    assert run_shares([(2.0, 1.0), (1.0, 9.0)], 0.0) == [2.0, 1.0]
+
+
+def test_a_conversation_of_exactly_a_sequence_is_whole(tokenizer):
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    document = conversation({"messages": CHATS[0]})
+    length = len(tokenizer.apply_chat_template(CHATS[0], tokenize=True, return_dict=False))
+    for seq_length, is_long in [(length, False), (length - 1, True)]:
+        form = chat_format("own", SourceConfig(too_long=TooLong.drop), tokenizer, seq_length)
+        maker = UnitMaker({}, encoder(tokenizer), Split(held_out=False, fraction=0), None, {0: form})
+        unit = maker.run(EncodeJob(0, (document,), (1,)))
+        assert (unit.num_long, len(unit.tokens)) == (is_long, 0 if is_long else length + 1)
+
+
+def test_a_validation_path_is_read_with_the_settings_of_the_sources(tmp_path, tokenizer):
+    tokenizer.chat_template = None
+    (tmp_path / "own.jinja").write_text(TEMPLATES["headers"])
+    rows = [{"messages": messages} for messages in many_chats(60)]
+    settings = {"loss": ChatLoss.last_turn, "template": str(tmp_path / "own.jinja"), "too_long": TooLong.drop}
+    data = write(tmp_path, rows, **settings)
+    other = write(tmp_path, rows, "held.jsonl").sources["own"].path
+    data = replace(data, validation_path=other, kind=SourceKind.chat, validation_tokens=2 * SEQ_LENGTH)
+    source = validation_source(data)
+    assert source.path == other and {name: getattr(source, name) for name in settings} == settings
+    tokens = validation_tokens(data, tokenizer, SEQ_LENGTH, seed=1)
+    assert "<|head|>user<|/head|>" in tokenizer.decode(tokens[0, 0])
 
 
 def test_calibration_marks_padding(tmp_path, tokenizer):
@@ -329,6 +394,9 @@ BAD = {
     "image": ({"messages": [turn("user", [{"type": "image"}])]}, r"messages\[0\] has content of type 'image'"),  # type: ignore[arg-type]
     "no turns": ({"messages": []}, r"messages has no messages"),
     "text": ({"messages": "hello"}, r"messages is not a list of messages: hello"),
+    "lines": ({"messages": "hel\nlo"}, r"messages is not a list of messages: hel lo;"),
+    "tool lines": ({"messages": CHATS[0], "tools": "{\n}}"}, r"tools is not JSON: { }};"),
+    "long role": ({"messages": [turn("x" * 999, "x")]}, r"messages\[0\] has the role 'x{59}; it must be"),
     "turn": ({"conversations": ["hello"]}, r"conversations\[0\] is not an object: hello"),
     "completion": ({"prompt": "a", "completion": None}, r"completion is not a list of messages: None"),
     "tools": ({"messages": CHATS[0], "tools": "{"}, r"tools is not JSON"),
@@ -349,6 +417,34 @@ def test_a_malformed_row_is_named(tmp_path, tokenizer, name):
     data = replace(data, validation_fraction=1e-9)
     with pytest.raises(UserError, match=rf"chats\.jsonl, line {len(good) + 1}: {says}") as error:
         TokenStream(data, tokenizer, seq_length=64, seed=1).next_batch(1)
+    assert "\n" not in str(error.value)
+
+
+HOSTILE = {
+    "loops": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        r"rejects it \(after 0 s: it has not ended\); correct",
+    ),
+    "is huge": ("{{ 'a' * 10**18 }}", r"needs more memory than there is; correct it, or free memory"),
+    "reads objects": ("{{ messages.__init__.__globals__ }}", r"rejects it \(access to attribute '__init__'"),
+    "reads files": ("{% include '/etc/passwd' %}", r"rejects it \(no loader"),
+    "raises lines": ("{{ raise_exception('a\\nb') }}", r"rejects it \(a\); correct"),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_ends_in_one_line(tmp_path, tokenizer, monkeypatch, name, num_workers):
+    template, says = HOSTILE[name]
+    if num_workers and name == "loops":
+        pytest.skip("a worker has the limit of a minute")
+    monkeypatch.setattr(chat, "RENDER_S", 0.2)
+    tokenizer.chat_template = template
+    data = replace(write(tmp_path, [{"messages": CHATS[0]}]), num_workers=num_workers, validation_fraction=1e-9)
+    stream = TokenStream(data, tokenizer, seq_length=64, seed=1)
+    with pytest.raises(UserError, match=rf"chats\.jsonl, line 1: the chat template {says}") as error:
+        stream.next_batch(1)
+    stream.close()
     assert "\n" not in str(error.value)
 
 
