@@ -9,7 +9,7 @@ from minitron_train.arch.table import BIAS_DEFAULTS, CONFIG_DEFAULTS, LAYER, Par
 
 
 def heads_fill_hidden(shape: Shape) -> str | None:
-    """The class in transformers has an output projection of [hidden_size, hidden_size], whatever head_dim is."""
+    """In transformers the output projection, or OLMoE's norm over all heads, has hidden_size inputs, whatever head_dim is."""
     if shape.num_attention_heads * shape.kv_channels == shape.hidden_size:
         return None
     return (

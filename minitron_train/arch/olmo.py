@@ -7,8 +7,8 @@ OLMo 3 (arXiv 2512.13961): a window in three of four layers, which have a rotary
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
+from minitron_train.arch.llama_likes import heads_fill_hidden
 from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows
-from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, POST_NORMS, LocalRope, ParamSpec, Windows
 
 PRE_NORMS = (LAYER + "input_layernorm.weight", LAYER + "pre_mlp_layernorm.weight")
@@ -16,15 +16,6 @@ PROJECTION_NORMS = (
     ParamSpec(mcore=LAYER + "self_attention.q_layernorm.weight", hf={HF + "self_attn.q_norm.weight": ("q",)}),
     ParamSpec(mcore=LAYER + "self_attention.k_layernorm.weight", hf={HF + "self_attn.k_norm.weight": ("kv",)}),
 )
-
-
-def heads_fill_hidden(shape: Shape) -> str | None:
-    """transformers gives OLMoE's norm over all query heads the hidden size."""
-    width = shape.num_attention_heads * shape.kv_channels
-    if width == shape.hidden_size:
-        return None
-    return f"hidden_size={shape.hidden_size} must be num_attention_heads x head_dim = {width}"
-
 
 OLMO2 = replace(
     LLAMA,
