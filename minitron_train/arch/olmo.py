@@ -32,6 +32,7 @@ OLMO2 = replace(
         "max_position_embeddings": 2048,
     },
     config_nullable=frozenset({"num_key_value_heads"}),
+    transformer={**LLAMA.transformer, "qk_layernorm": True},  # megatron-core 0.19 rejects these norms without it
     rules=(),
 )
 OLMOE = replace(

@@ -102,8 +102,8 @@ class Router(Linear):
 class Experts(torch.nn.Module):
     """The MLP of a layer with experts. Every tensor-parallel rank holds a part of each expert's neurons."""
 
-    def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None) -> None:
-        super().__init__()
+    def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None, **_: Any) -> None:
+        super().__init__()  # megatron-core 0.19 gives further arguments to every MLP
         self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
         num_neurons = shape.ffn_hidden_size // config.tensor_model_parallel_size
         self.router = Router(config, shape, tp_group)
