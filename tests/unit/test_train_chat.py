@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -78,10 +80,22 @@ def test_the_loss_is_that_of_each_conversation_alone(training: Material, setting
     assert taught[-1]["loss"] < taught[0]["loss"] and math.isfinite(taught[-1]["eval.validation.kl"])
 
 
-def test_perplexity_counts_answers_alone(training: Material, settings: dict) -> None:
-    data = replace(make_config(training, **settings).data, validation_tokens=8 * SEQ_LENGTH, validation_fraction=0.5)
-    tokens = validation_tokens(data, tokenizers.load(training.teacher), SEQ_LENGTH, seed=1)
-    wanted, _ = mean_losses(held_out_batch(tokens), training.teacher, training.teacher)
+def with_strong_attention(model: Path, folder: Path) -> Path:
+    """A copy of a model whose logits depend on the tokens before: a random model's attention hardly changes them."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor * 20 if "self_attn" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_perplexity_counts_answers_alone(training: Material, settings: dict, tmp_path: Path) -> None:
+    """Each after its own conversation, though sequences hold several."""
+    teacher = with_strong_attention(training.teacher, tmp_path / "teacher")
+    data = replace(make_config(training, **settings).data, validation_tokens=32 * SEQ_LENGTH, validation_fraction=0.5)
+    tokens = validation_tokens(data, tokenizers.load(teacher), 4 * SEQ_LENGTH, seed=1)
+    assert max(len(set(row[2].tolist()) - {PAD}) for row in tokens) > 2
+    wanted, _ = mean_losses(held_out_batch(tokens), teacher, teacher)
     with start(ParallelConfig(), World(), seed=1) as groups:
-        model = open_origin(training.teacher).build(groups, torch.float32)
-        assert math.log(perplexity(model, tokens, groups, 3)) == pytest.approx(wanted, rel=1e-4)
+        model = open_origin(teacher).build(groups, torch.float32)
+        assert math.log(perplexity(model, tokens, groups, 3)) == pytest.approx(wanted, rel=1e-5)
