@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
-from minitron_train.arch.shape import SIZES
 from minitron_train.arch.table import ROUTER
 from minitron_train.arch.wrappers import TEXTS, WRAPPERS, Wrapper
 
@@ -64,20 +63,22 @@ def row_of(table: Architecture) -> tuple[str, ...]:
 def axes(table: Architecture) -> str:
     """The axes that can be cut; those that the family's loader accepts only together are named so."""
     alone = cut_alone(table)
-    rest = [size for size in sizes(table) if size not in alone]
+    rest = [size for size in example(table).sizes() if size not in alone]
     if not rest:
         return "all"
     return f"{named(alone)}; {' and '.join(AXES.get(size, size) for size in rest)} together"
 
 
-def sizes(table: Architecture) -> list[str]:
-    """The sizes that the family has."""
-    return [size for size in SIZES if size != "num_moe_experts" or table.has_experts]
-
-
 def cut_alone(table: Architecture) -> list[str]:
     """The sizes that can be cut alone."""
-    whole = Shape(
+    whole = example(table)
+    assert loads(table, whole), table.name
+    return [size for size, value in whole.sizes().items() if loads(table, replace(whole, **{size: value // 2}))]
+
+
+def example(table: Architecture) -> Shape:
+    """A model of the family."""
+    return Shape(
         architecture=table.name,
         num_layers=4,
         hidden_size=64,
@@ -89,8 +90,6 @@ def cut_alone(table: Architecture) -> list[str]:
         num_moe_experts=8 if table.has_experts else 0,
         moe_router_topk=2 if table.has_experts else 0,
     )
-    assert loads(table, whole), table.name
-    return [size for size in sizes(table) if loads(table, replace(whole, **{size: getattr(whole, size) // 2}))]
 
 
 def loads(table: Architecture, shape: Shape) -> bool:
