@@ -50,7 +50,7 @@ def wrapper_row(wrapper: Wrapper) -> tuple[str, ...]:
 def row_of(table: Architecture) -> tuple[str, ...]:
     """One family's cells, in the order of HEADER."""
     return (
-        table.models or table.hf_class.removesuffix("ForCausalLM"),
+        table.models,
         f"`{table.name}`",
         axes(table),
         rotation(table),

@@ -122,7 +122,7 @@ class Architecture:
 
     name: str  # Hugging Face model_type
     hf_class: str  # the `architectures` entry of config.json
-    models: str = ""  # published models, for the table of families; empty: named after the class
+    models: str  # published models, for the table of families
     rows: tuple[ParamSpec, ...]
     config_keys: Mapping[str, str]  # Shape field -> key of config.json
     config_facts: Mapping[str, tuple[Any, ...]]  # key that changes the logits -> supported values, the usual one first
