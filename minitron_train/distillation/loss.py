@@ -22,6 +22,7 @@ from minitron_train.distillation.loss_autograd import TokenLoss, summed_loss
 from minitron_train.distillation.loss_blocks import Chunking
 from minitron_train.distillation.loss_compiled import forward_kl
 from minitron_train.distillation.loss_fused import FusedLoss, Problem, WeightedTerm
+from minitron_train.distillation.samples import SampledKL, Samples
 from minitron_train.model.vocabulary import PLAIN, LogitMap
 from minitron_train.runtime.errors import UserError
 
@@ -74,6 +75,7 @@ def distillation_loss(
     teacher_weight_VD: Tensor | None,
     *,
     loss: LossSpec,
+    samples: Samples | None = None,
     maps: tuple[LogitMap, LogitMap] = (PLAIN, PLAIN),
     mask_N: Tensor | None = None,
     labels_N: Tensor | None = None,
@@ -90,6 +92,8 @@ def distillation_loss(
             whose backward pass splits.
         student_weight_VH: this rank's rows of the output weights; rank r of the group holds rows r V to (r+1) V.
         teacher_hidden_ND, teacher_weight_VD: the teacher's; no gradients flow to them. None when `loss.kd_weight` is 0.
+        samples: what the teacher says about the tokens, in place of its hidden states; the loss is then the forward KL at
+            the temperature that they were drawn at.
         maps: what the student's and the teacher's family do to the products of hidden states and output weights.
         mask_N: valid tokens (bool, or nonzero); other tokens are dropped before any product.
         labels_N: token ids for the cross-entropy, required when `loss.ce_weight` is not 0; ignored at masked tokens.
@@ -105,7 +109,9 @@ def distillation_loss(
     loss.validate()
     chunking.validate()
     if loss.kd_weight == 0:
-        teacher_hidden_ND = teacher_weight_VD = None
+        teacher_hidden_ND = teacher_weight_VD = samples = None
+    elif samples is not None:
+        assert teacher_hidden_ND is None and loss.function is None and loss.kind is LossKind.forward_kl
     elif teacher_hidden_ND is None or teacher_weight_VD is None:
         raise UserError(f"kd_weight={loss.kd_weight}: needs a teacher; give one, or set kd_weight=0")
     vocab = _Vocabulary.of(student_weight_VH, teacher_weight_VD, vocab_size, group, loss.top_k)
@@ -114,6 +120,7 @@ def distillation_loss(
         student_hidden_NH = student_hidden_NH[valid]
         teacher_hidden_ND = None if teacher_hidden_ND is None else teacher_hidden_ND[valid]
         labels_N = None if labels_N is None else labels_N[valid]
+        samples = None if samples is None else samples.of_tokens(valid)
     if loss.ce_weight:
         _check_labels(labels_N, len(student_hidden_NH), vocab.size)
     teacher = None
@@ -124,7 +131,7 @@ def distillation_loss(
         kd_sum = summed_loss(loss.function, student, teacher, maps=maps, vocab_size=vocab.size, group=group)
         return _with_cross_entropy(loss, kd_sum, student, maps, labels_N, vocab, group, chunking)
     problem = Problem(
-        make_terms=lambda like_N: _make_terms(loss, vocab, labels_N, like_N),
+        make_terms=lambda like_N: _make_terms(loss, vocab, labels_N, samples, like_N),
         teacher=teacher,
         student_map=maps[0],
         teacher_map=maps[1],
@@ -177,13 +184,17 @@ MAKE_TERM: dict[LossKind, Callable[[LossSpec, "_Vocabulary", Tensor], loss_terms
 
 
 def _make_terms(
-    loss: LossSpec, vocab: "_Vocabulary", labels_N: Tensor | None, like_N: Tensor
+    loss: LossSpec, vocab: "_Vocabulary", labels_N: Tensor | None, samples: Samples | None, like_N: Tensor
 ) -> dict[str, WeightedTerm]:
     """The terms with a weight that is not zero. The logged loss includes temperature^2."""
     terms = {}
     if loss.kd_weight:
         factor = loss.temperature**2 if loss.temperature_squared else 1.0
-        terms["kd"] = WeightedTerm(MAKE_TERM[loss.kind](loss, vocab, like_N), factor, loss.kd_weight)
+        if samples is None:
+            term = MAKE_TERM[loss.kind](loss, vocab, like_N)
+        else:
+            term = SampledKL(like_N, loss.temperature, samples, vocab.start)
+        terms["kd"] = WeightedTerm(term, factor, loss.kd_weight)
     if loss.ce_weight:
         assert labels_N is not None
         terms["ce"] = WeightedTerm(loss_terms.CrossEntropy(like_N, labels_N - vocab.start), 1.0, loss.ce_weight)
