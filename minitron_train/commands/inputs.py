@@ -55,6 +55,17 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None =
     return ws.on_rank0(lambda: identity(chosen))
 
 
+def stream_inputs(ws: Workspace) -> dict[str, str]:
+    """What the stream gives, and the text of data.validation_path."""
+    from minitron_train.data.stream import validation_data
+
+    inputs = data_inputs(ws)
+    if ws.config.data.validation_path:
+        held_out = data_inputs(ws, validation_data(ws.config.data), "data.validation_path")
+        inputs |= {f"validation {label}": value for label, value in held_out.items()}
+    return inputs
+
+
 def check_isolated(evaluation: EvalConfig, tasks: Sequence[str]) -> None:
     """Refuse tasks that run generated programs where this system cannot isolate them.
 

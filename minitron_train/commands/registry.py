@@ -16,6 +16,7 @@ from minitron_train.commands import (
     run,
     score,
     search,
+    teach,
 )
 from minitron_train.commands.command import Command
 from minitron_train.runtime.errors import UserError, did_you_mean
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Command] = {
         score.COMMAND,
         prune.COMMAND,
         search.COMMAND,
+        teach.COMMAND,
         distill.COMMAND,
         export.COMMAND,
         evaluate.COMMAND,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.commands.inputs import check_isolated, data_inputs, load_tokenizer
+from minitron_train.commands.inputs import check_isolated, load_tokenizer, stream_inputs
+from minitron_train.commands.teacher_cache import cache_input
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig, Precision
 from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
@@ -60,16 +61,14 @@ def training_stage(
     ws: Workspace, config: Config, name: str, *, folder: Path, student: Path, teacher: Path | None
 ) -> Stage:
     """What a training reads, and which settings decide what it learns."""
-    from minitron_train.data.stream import validation_data
     from minitron_train.runtime.plugins import code_hash, import_name
     from minitron_train.train.settings import deciding_settings
 
-    inputs = {"student": ws.fingerprint(student)} | data_inputs(ws)
-    if config.data.validation_path:
-        held_out = data_inputs(ws, validation_data(config.data), "data.validation_path")
-        inputs |= {f"validation {label}": value for label, value in held_out.items()}
+    inputs = {"student": ws.fingerprint(student)} | stream_inputs(ws)
     if teacher is not None:
         inputs["teacher"] = ws.fingerprint(teacher)
+        if config.teacher.cache:
+            inputs |= cache_input(ws)
         if config.distill.loss_function:
             inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     settings = deciding_settings(config, distilled=teacher is not None)
@@ -141,14 +140,14 @@ def distill_options(
     config: Config, teacher: Shape | None, student: Shape, world: World, cuda: bool
 ) -> Iterator[Option]:
     """The configured layout first, then the others that the same processes can take."""
-    train, tp = config.train, config.parallel.tensor_model_parallel_size
+    train, tp, is_cached = config.train, config.parallel.tensor_model_parallel_size, bool(config.teacher.cache)
     now = configured_layout(
         config,
         num_ranks=world.size,
         cuda=cuda,
         runtime_bytes=reserved_bytes(config, cuda),
     )
-    yield Option((), distill_bytes(teacher, student, now)["total"])
+    yield Option((), distill_bytes(teacher, student, now, is_cached=is_cached)["total"])
     for size in tp_sizes(world, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
@@ -160,4 +159,4 @@ def distill_options(
                     "train.micro_batch_size": (train.micro_batch_size, micro),
                     "train.recompute": (train.recompute.name, recompute),
                 }
-                yield Option(changed(names), distill_bytes(teacher, student, other)["total"])
+                yield Option(changed(names), distill_bytes(teacher, student, other, is_cached=is_cached)["total"])

@@ -32,6 +32,7 @@ from minitron_train.config.prune import (
     Scope,
     SearchConfig,
 )
+from minitron_train.config.teach import TeachConfig, TeachKind
 from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
     CheckpointConfig,
@@ -60,6 +61,7 @@ class Config:
     data: DataConfig = opt(DataConfig, "")
     prune: PruneConfig = opt(PruneConfig, "")
     search: SearchConfig = opt(SearchConfig, "")
+    teach: TeachConfig = opt(TeachConfig, "")
     distill: DistillConfig = opt(DistillConfig, "")
     pretrain: PretrainConfig = opt(PretrainConfig, "")
     train: TrainConfig = opt(TrainConfig, "")
@@ -113,6 +115,8 @@ __all__ = [
     "SourceConfig",
     "SourceKind",
     "StudentConfig",
+    "TeachConfig",
+    "TeachKind",
     "TeacherConfig",
     "TeacherSource",
     "TooLong",

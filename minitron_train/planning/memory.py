@@ -19,6 +19,8 @@ LOGIT_MEMORY_FRACTION = (
     0.2  # distillation.loss_blocks.Chunking.logit_memory_fraction, in units of one [N, V] fp32 logit tensor
 )
 SMALL_LOGITS_BYTES = 256 * 2**20  # distillation.loss_memory.SMALL_BYTES
+TEACH_LOGITS = 1 << 22  # train.teach.CHUNK_LOGITS
+TEACH_LOGIT_BYTES = 48  # one fp32 logit, and five copies in fp64 (distillation.sampling)
 EVAL_LOGIT_BYTES = 128 * 2**20  # model.forward.LOGIT_BYTES
 SLICE_BLOCK_BYTES = 16 * 2**20  # pruning.slice.BLOCK_BYTES
 SHARD_BYTES = 4 * 2**30  # hf.MAX_SHARD_BYTES
@@ -162,13 +164,18 @@ def saved_bytes(student: Shape, layout: Layout) -> int:
     return width * parameters_per_rank(student, layout.tp) // layout.dp
 
 
-def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
+def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout, *, is_cached: bool = False) -> dict[str, int]:
     """Return the memory of one distillation process by part, or of pretraining if `teacher` is None.
+
+    With a teacher cache (`is_cached`), the teacher's output layer alone is in memory. The loss is counted as with hidden
+    states; samples need less.
 
     `total` is the peak over the teacher's forward pass and the step. AdamW's fused update works in place.
     """
     own = parameters_per_rank(student, layout.tp)
     taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
+    if teacher is not None and is_cached:
+        taught = teacher.vocab_size // layout.tp * teacher.hidden_size
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "student_weights": own * layout.weight_bytes,
@@ -178,8 +185,20 @@ def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict
     }
     moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
     teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
-    teacher_forward = 0 if teacher is None else working_bytes(teacher, teacher_layout)
+    teacher_forward = 0 if teacher is None or is_cached else working_bytes(teacher, teacher_layout)
     return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
+
+
+def teach_bytes(teacher: Shape, layout: Layout) -> dict[str, int]:
+    """Return the memory of one process that writes a teacher cache: libraries, weights, one forward pass, draws."""
+    layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
+    parts = {
+        "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
+        "weights": parameters_per_rank(teacher, layout.tp) * layout.weight_bytes,
+        "working": working_bytes(teacher, layout),
+        "draws": max(TEACH_LOGITS, teacher.vocab_size // layout.tp) * TEACH_LOGIT_BYTES,
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:

@@ -12,6 +12,7 @@ exported.py     exported.json: where the last export wrote the student
 from minitron_train.stages.exported import exported, note_export
 from minitron_train.stages.folders import resumed_folder
 from minitron_train.stages.provenance import (
+    POSITION,
     PROVENANCE,
     STARTED,
     STOPPED,
@@ -25,6 +26,7 @@ from minitron_train.stages.run import Invocation, OnFirst, Work, begun_before_re
 from minitron_train.stages.stage import Stage, State, differences, plain
 
 __all__ = [
+    "POSITION",
     "PROVENANCE",
     "STARTED",
     "STOPPED",

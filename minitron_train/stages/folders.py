@@ -24,7 +24,7 @@ from minitron_train.runtime.files import (
     set_folder_aside,
     unfinished,
 )
-from minitron_train.stages.provenance import STARTED, STOPPED, read_started_record
+from minitron_train.stages.provenance import POSITION, STARTED, STOPPED, read_started_record
 from minitron_train.stages.stage import Stage, changes_since, contents, plain
 
 
@@ -126,9 +126,10 @@ def restore_predecessor(stage: Stage) -> None:
 
 
 def has_steps(folder: Path) -> bool:
-    """Whether a training has taken a step."""
+    """Whether a training has taken a step, or a teacher cache has begun to grow."""
     steps = folder / "metrics.jsonl"
-    return (steps.exists() and steps.stat().st_size > 0) or any(folder.glob("checkpoints/step_*"))
+    has_metrics = steps.exists() and steps.stat().st_size > 0
+    return has_metrics or (folder / POSITION).exists() or any(folder.glob("checkpoints/step_*"))
 
 
 def clean_finished(stage: Stage) -> None:

@@ -6,6 +6,7 @@ INITIAL = "pretrain/init"  # pretrain: the tokenizer and random weights
 PRETRAINING = "pretrain/train"  # pretrain: checkpoints and metrics.jsonl
 SCORES = "scores"
 PRUNED = "pruned"
+TEACHER_CACHE = "teacher_cache"  # teach
 TRAINING = "train"  # distill: checkpoints and metrics.jsonl
 STUDENT = "student"  # export
 EVALUATION = "eval"
@@ -17,6 +18,7 @@ STAGE_FOLDERS = (
     "pretrain",
     SCORES,
     PRUNED,
+    TEACHER_CACHE,
     TRAINING,
     EVALUATION,
     SEARCH,

@@ -13,6 +13,7 @@ from minitron_train.runtime.records import Count, Seconds, read_whole_record
 
 PROVENANCE = "provenance.json"
 STARTED = "started.json"  # the inputs and settings that a resumable stage was started with
+POSITION = "position.json"  # how far a teacher cache is written
 STOPPED = "stopped.json"  # {"signal", "step", "num_steps"} of a training that a signal stopped
 
 PathText = Annotated[str, Meta(pattern="^[^\\0]*$")]  # no file system takes a NUL byte

@@ -15,9 +15,10 @@ from minitron_train.arch.rules import check_transformer_engine
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
-from minitron_train.data.held_out import kept_tokens
+from minitron_train.data.held_out import kept_tokens, sha256
 from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import TokenStream
+from minitron_train.distillation import cache
 from minitron_train.distillation.hidden import HiddenPairs, check_layers
 from minitron_train.distillation.loss import real_rows
 from minitron_train.distillation.loss_memory import LossMemory
@@ -87,21 +88,32 @@ def assemble(
     stream = PrefetchingStream(open_stream(config, groups, tokenizer))
     stack.callback(stream.close)
     student = load_model(student_files, config, groups, **student_arguments(train))
-    teacher = load_teacher(teacher_files, config, groups) if teacher_files is not None else None
+    held_out = groups.tensor_from_rank0(
+        lambda: kept_tokens(folder, config.data, tokenizer, train.seq_length, config.seed)
+    )
+    cached = teacher = None
+    if teacher_files is not None and config.teacher.cache:
+        facts = cache.Reading(
+            stream=stream.stream.fingerprint(), held_out=sha256(held_out), student_rows=student_files.shape.vocab_size
+        )
+        cached = cache.open_cache(config, groups, teacher_files, facts)
+    elif teacher_files is not None:
+        teacher = load_teacher(teacher_files, config, groups)
     hidden = hidden_pairs(config, student, teacher)
     optimizer = Optimizer(student, train)
     objective = Objective(
         student=optimizer.model,
         teacher=teacher,
-        spec=loss_spec(config.distill, teacher is not None),
+        spec=loss_spec(config.distill, teacher_files is not None),
         groups=groups,
         memory=LossMemory(config.distill),
         hidden=hidden,
         vocab_size=vocab_size,
+        cached=cached and cached.training,
     )
     validation = Validation(
-        groups.tensor_from_rank0(lambda: kept_tokens(folder, config.data, tokenizer, train.seq_length, config.seed)),
-        objective,
+        held_out,
+        objective if cached is None else replace(objective, cached=cached.held_out),
         train.micro_batch_size,
         groups,
     )

@@ -1,14 +1,16 @@
 """Batches for the training step: moved to the device, split into micro batches, or made from held-out sequences."""
 
 # B sequences, S tokens of a sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from minitron_train.data.stream import Batch
+from minitron_train.parallel.groups import Groups
 
-TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "documents_BS")
+TENSORS = ("tokens_BS", "labels_BS", "mask_BS", "documents_BS", "numbers_B")
 
 
 def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -27,9 +29,9 @@ def micro_batches(batch: Batch, num_rows: int) -> list[Batch]:
     return [replace(batch, **{name: cut[k] for name, cut in cuts.items()}) for k in range(len(cuts["tokens_BS"]))]
 
 
-def held_out_batch(rows: Tensor) -> Batch:
+def held_out_batch(rows: Tensor, numbers_B: Tensor | None = None) -> Batch:
     """Turn held-out sequences into a batch: [B, S + 1] without masked tokens, or [B, 3, S + 1] with conversations (see
-    data.stream.with_counts).
+    data.stream.with_counts). `numbers_B` counts them among all held-out sequences.
     """
     tokens, counts, documents = rows.unbind(1) if rows.dim() == 3 else (rows, None, None)
     inputs = tokens[:, :-1].contiguous()
@@ -42,4 +44,11 @@ def held_out_batch(rows: Tensor) -> Batch:
         mask_BS=mask,
         documents_BS=None if documents is None else documents[:, :-1].contiguous(),
         sources={},
+        numbers_B=numbers_B,
     )
+
+
+def held_out_batches(rows: Tensor, num_rows: int, groups: Groups) -> Iterator[Batch]:
+    """Yield this data-parallel rank's share of the held-out sequences on the device, at most `num_rows` at a time."""
+    for numbers in groups.own_parts(torch.arange(len(rows)), num_rows):
+        yield held_out_batch(rows[numbers.cpu()].to(groups.device), numbers)

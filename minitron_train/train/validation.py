@@ -12,7 +12,7 @@ from minitron_train.distillation.loss import LossSpec
 from minitron_train.distillation.step import Objective
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.signals import Interrupted
-from minitron_train.train.batches import held_out_batch
+from minitron_train.train.batches import held_out_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Validation:
         Raises:
             Interrupted: `is_stopped` was true on any rank; raised on every rank.
         """
-        spec = LossSpec(kind=LossKind.forward_kl, kd_weight=float(self.objective.teacher is not None), ce_weight=1.0)
+        spec = LossSpec(kind=LossKind.forward_kl, kd_weight=float(self.objective.has_teacher), ce_weight=1.0)
         student, was_training = self.objective.student, self.objective.student.training
         sums = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
         student.eval()
         try:
-            for rows in self.groups.own_parts(self.tokens, self.batch_size):
-                parts = self.objective.logit_loss(held_out_batch(rows), spec)
+            for batch in held_out_batches(self.tokens, self.batch_size, self.groups):
+                parts = self.objective.logit_loss(batch, spec)
                 stopped = is_stopped()
                 sums += torch.stack(
                     [parts.kd_sum.double(), parts.ce_sum.double(), *sums.new_tensor([parts.num_valid, stopped])]
@@ -56,4 +56,4 @@ class Validation:
             raise Interrupted
         kl, loss = kl / count, loss / count
         found = {"eval.validation.loss": loss, "eval.validation.perplexity": math.exp(min(loss, 700.0))}
-        return {"eval.validation.kl": kl, **found} if self.objective.teacher is not None else found
+        return {"eval.validation.kl": kl, **found} if self.objective.has_teacher else found

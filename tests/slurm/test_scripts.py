@@ -43,7 +43,7 @@ def test_resources_and_warnings() -> None:
     """A warning before the time limit for what goes on where it stopped; scores would begin again, for ever."""
     texts = {Path(name).stem: (ROOT / "slurm" / name).read_text() for name in JOBS}
     warned = {command for command, text in texts.items() if "\n#SBATCH --signal=B:USR1@300\n" in text}
-    assert warned == {"pretrain", "distill", "search", "run", "eval"}
+    assert warned == {"pretrain", "teach", "distill", "search", "run", "eval"}
     alone = {command for command, text in texts.items() if "\n#SBATCH --ntasks=1\n" in text}
     assert alone == {"fetch", "export", "report"}
     assert all(("--gpus-per-node=8" in text) == (command not in alone) for command, text in texts.items())

@@ -85,6 +85,16 @@ def run(material: Material, folder: Path, *, alone: bool = False, **overrides: A
         return train(config, groups, student=material.student, teacher=teacher, folder=folder)
 
 
+def teach(material: Material, folder: Path, **overrides: Any) -> dict[str, Any]:
+    """Write a teacher cache in this process, with process groups of its own."""
+    from minitron_train.parallel.groups import start
+    from minitron_train.train.teach import teach as write_cache
+
+    config = make_config(material, **overrides)
+    with start(config.parallel, read_world(), config.seed) as groups:
+        return write_cache(config, groups, teacher=material.teacher, folder=folder)
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without the columns that depend on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

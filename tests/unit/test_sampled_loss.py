@@ -1,6 +1,7 @@
 """The forward KL from samples: equal to the plain formula, unbiased, and split over vocabulary shards."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +29,15 @@ def as_samples(draws: Draws, dtype: torch.dtype = torch.float64) -> Samples:
     return Samples(ids_NK=draws.ids_NK, weights_NK=weights_NK, entropy=float(draws.entropy_N.sum()))
 
 
-def sampled(case: Case, samples: Samples, spec: LossSpec, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+def sampled(case: Case, samples: Samples, spec: LossSpec, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients by the function under test."""
     leaves = case.leaves()
     parts = distillation_loss(
         *(case.student_NH, case.student_VH, None, None),
         **{"labels_N": case.labels_N, "loss": spec, "samples": samples, **options},
     )
-    return (parts.total.detach(), *torch.autograd.grad(parts.total, leaves))
+    hidden_grad, weight_grad = torch.autograd.grad(parts.total, leaves)
+    return parts.total.detach(), hidden_grad, weight_grad
 
 
 def dense(case: Case, samples: Samples, spec: LossSpec, map: LogitMap, mask_N: Tensor) -> tuple[Tensor, ...]:
@@ -109,7 +111,7 @@ def split(rank: int, world_size: int) -> list[str]:
     logits_NV = case.teacher_ND @ case.teacher_VD.T
     shard = slice(rank * 96 // world_size, (rank + 1) * 96 // world_size)
     for exponent in (1.0, 0.8):
-        options = {"temperature": 1.3, "exponent": exponent}
+        options: dict[str, Any] = {"temperature": 1.3, "exponent": exponent}
         whole = draw(logits_NV, uniforms(24, 11), **options)
         parts = draw(logits_NV[:, shard], uniforms(24, 11), **options, start=shard.start, group=group)
         if not torch.equal(whole.ids_NK, parts.ids_NK):
