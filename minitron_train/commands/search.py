@@ -5,8 +5,9 @@ import math
 import shutil
 from pathlib import Path
 
-from minitron_train.commands import distill, evaluate, export, prune, score
+from minitron_train.commands import distill, evaluate, export, prune, score, teach
 from minitron_train.commands.command import SCORING, TRAINING, Command, Job
+from minitron_train.commands.teacher_cache import has_cache
 from minitron_train.commands.training import check_settings, held_out_text
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig
@@ -22,6 +23,7 @@ def search(ws: Workspace) -> None:
 
     Each candidate is a run of its own in OUTPUT_DIR/search/NAME, and a second search resumes it. The tasks of a job array
     can try one candidate each (search.only); a search after them finds all of them finished and ranks them.
+    With teacher.cache, all candidates read one cache, which is written first. Tasks of an array only read it.
     """
     settings = ws.config.search
     check(ws.config)
@@ -32,6 +34,8 @@ def search(ws: Workspace) -> None:
     chosen = choose(found, settings.only)
     if (settings.evaluate or settings.retrain_tokens) and not ws.config.dry_run:
         score.score(ws)
+        if settings.retrain_tokens and ws.config.teacher.cache and settings.only is None and not has_cache(ws):
+            teach.teach(ws.sibling(retraining(ws.config)))
         for candidate in chosen:
             if ws.world.is_first:
                 say(f"search: {candidate.name} ({found.index(candidate) + 1} of {len(found)})")
@@ -106,7 +110,7 @@ COMMAND = Command(
     reads="model or teacher/",
     writes="search.json, search/",
     run=search,
-    sections=("model", "teacher", "search", *SCORING, "distill", *TRAINING),
+    sections=("model", "teacher", "search", *SCORING, "teach", "distill", *TRAINING),
     check=check,
     text=text,
     needs_teacher=True,

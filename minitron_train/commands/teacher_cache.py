@@ -20,6 +20,11 @@ def cache_folder(ws: Workspace) -> Path:
     return Path(ws.config.teacher.cache) if ws.config.teacher.cache else ws.folder / layout.TEACHER_CACHE
 
 
+def has_cache(ws: Workspace) -> bool:
+    """Whether the cache is finished, for whatever length; `distill` checks that it fits."""
+    return ws.on_rank0(lambda: read_provenance(cache_folder(ws)) is not None)
+
+
 def teaching_stage(ws: Workspace) -> Stage:
     """What `teach` reads, and which settings decide what it writes."""
     config = ws.config

@@ -7,6 +7,8 @@ import pytest
 
 from minitron_train.commands.command import execute
 from minitron_train.commands.registry import COMMANDS
+from minitron_train.config import TeachKind
+from minitron_train.model.build import LanguageModel
 from minitron_train.runtime.launch import World
 from tests.support.pruning import PLAIN
 from tests.support.training import Interrupted, Material, before_step, interrupt, make_config
@@ -95,3 +97,22 @@ def test_one_candidate_alone_is_not_ranked_and_is_not_done_again(training, undis
     assert [printed.count(f"{stage}: already finished") for stage in stages] == [1] * len(stages)
     assert ranked(tmp_path) == ranked(undisturbed)
     assert name in {row["name"] for row in ranked(tmp_path)}
+
+
+def test_all_candidates_read_one_teacher_cache(training, undisturbed, tmp_path, monkeypatch):
+    """The teacher runs over the tokens of one retraining only, and hidden states give the same losses to the last bit."""
+    num_tokens = [0]
+    original = LanguageModel.forward
+
+    def counted(self, tokens_BS, *arguments):
+        if not self.training and not any(parameter.requires_grad for parameter in self.parameters()):
+            num_tokens[0] += tokens_BS.numel()
+        return original(self, tokens_BS, *arguments)
+
+    monkeypatch.setattr(LanguageModel, "forward", counted)
+    config = search_config(training, tmp_path / "runs")
+    config.teacher.cache, config.teach.kind = str(tmp_path / "cache"), TeachKind.hidden
+    execute(COMMANDS["search"], config, ["search"], World())
+    assert ranked(tmp_path / "runs") == ranked(undisturbed)
+    held_out = config.data.validation_tokens
+    assert num_tokens[0] == STEPS * SEQUENCES * LENGTH + held_out
