@@ -21,5 +21,5 @@ COMMAND = Command(
     reads="the configuration",
     writes="plan.json",
     run=plan,
-    sections=("model", "teacher", "student", "cluster", *SCORING, "distill", "train", "checkpoint"),
+    sections=("model", "teacher", "student", "cluster", *SCORING, "teach", "distill", "train", "checkpoint"),
 )

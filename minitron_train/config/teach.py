@@ -14,6 +14,14 @@ class TeachKind(StrEnum):
 
 
 MOST_DRAWS = 65536
+WEIGHT_BITS = 16  # float16
+
+
+def most_sample_bytes(vocab_size: int, draws: int, *, has_weights: bool) -> float:
+    """Bytes of a token's samples where all draws differ (the layout is in distillation.sample_codec)."""
+    count_bits = (draws - 1).bit_length()
+    each = (vocab_size - 1).bit_length() + (WEIGHT_BITS if has_weights else count_bits)
+    return (count_bits + draws * each) / 8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +39,11 @@ class TeachConfig:
     )
     num_tokens: int | None = opt(None, "tokens of the stream to store, from its beginning; default: train.num_tokens")
     file_mib: float = opt(256.0, "size of each file, MiB; a killed `teach` repeats the work of its unfinished files")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether draws have unequal weights, which are then stored."""
+        return self.proposal_exponent != 1
 
     def validate(self) -> None:
         require_positive(self, "teach", "draws", "proposal_exponent", "num_tokens", "file_mib")

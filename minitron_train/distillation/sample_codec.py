@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minitron_train.config.teach import most_sample_bytes
 from minitron_train.distillation import bits
 
 WEIGHT = np.dtype("<f2")  # a relative error below 2^-11
@@ -44,8 +45,7 @@ class SampleLayout:
     @property
     def most_bytes(self) -> float:
         """Bytes of a token all of whose draws differ."""
-        each = self.id_bits + (8 * WEIGHT.itemsize if self.has_weights else self.count_bits)
-        return (self.count_bits + self.draws * each) / 8
+        return most_sample_bytes(self.vocab_size, self.draws, has_weights=self.has_weights)
 
     def encode(self, ids_TK: np.ndarray, ratios_TK: np.ndarray) -> bytes:
         """Bytes of the draws of T tokens; each draw weighs its ratio / K."""

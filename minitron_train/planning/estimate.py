@@ -7,13 +7,14 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.config import Config, DistillConfig, Precision
+from minitron_train.config.teach import most_sample_bytes
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
 from minitron_train.planning.memory import WEIGHT_BYTES, Layout, saved_bytes
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
-from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
+from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, step_time, tp_bytes_per_token
 from minitron_train.runtime.files import atomic_write_json
 
 SECONDS_PER_HOUR = 3600
@@ -58,8 +59,35 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
         "scoring": scoring(config, teacher, machine),
         "slicing": slicing(config, teacher, student, machine),
+        "teacher_cache": teacher_cache(config, teacher, student, machine, chosen and chosen.layout),
         "disk": disk_bytes(config, teacher, student),
     }
+
+
+def teacher_cache(
+    config: Config, teacher: Shape, student: Shape, machine: Hardware, layout: Layout | None
+) -> dict[str, Any]:
+    """Return the bytes of a teacher on disk, and the time that each training saves that reads samples from it.
+
+    `bytes_per_token` of samples is the most: repeated draws are stored once. The time is that of the teacher's forward pass
+    and its half of the logits, in the layout of the training; `teach` itself takes it once.
+    """
+    teach, train = config.teach, config.train
+    weight_bytes = WEIGHT_BYTES[config.distill.teacher_precision or train.precision]
+    each = {
+        "samples": most_sample_bytes(teacher.vocab_size, teach.draws, has_weights=teach.has_weights),
+        "hidden": float(teacher.hidden_size * weight_bytes),
+    }
+    num_tokens = teach.num_tokens or train.num_tokens
+    found: dict[str, Any] = {"draws": teach.draws, "num_tokens": num_tokens, "bytes_per_token": each}
+    found["bytes"] = {kind: size * num_tokens for kind, size in each.items()}
+    if layout is None:
+        return found
+    with_teacher, alone = (
+        step_time(model, student, machine, layout, train.global_batch_size).total for model in (teacher, None)
+    )
+    hours = (with_teacher - alone) * train.num_steps / SECONDS_PER_HOUR
+    return found | {"saved_hours": hours, "saved_gpu_hours": hours * layout.tp * layout.dp}
 
 
 def base_layout(config: Config, machine: Hardware) -> Layout:

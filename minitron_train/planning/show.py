@@ -4,6 +4,7 @@ from typing import Any
 
 from minitron_train.arch.shape import SIZES
 from minitron_train.planning.timing import DISK_RATE
+from minitron_train.runtime.files import byte_size
 
 GIB = 2**30
 MEMORY_ROWS = {
@@ -199,7 +200,22 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
             f"repair             {slicing['repair_tokens']:,} tokens, {repair['total'] / GIB:.1f} GiB on one process "
             f"({repair['streams'] / GIB:.1f} of it divided among several)"
         )
-    return [*pretraining_lines(plan), *lines, disk_line(plan["disk"])]
+    return [*pretraining_lines(plan), *lines, *cache_lines(plan["teacher_cache"]), disk_line(plan["disk"])]
+
+
+def cache_lines(cache: dict[str, Any]) -> list[str]:
+    """Format the size of a teacher on disk, and what each training saves that reads it."""
+    each, size = cache["bytes_per_token"], {kind: byte_size(round(value)) for kind, value in cache["bytes"].items()}
+    lines = [
+        f"teacher on disk    {cache['draws']} draws: at most {each['samples']:,.1f} bytes a token, {size['samples']}; "
+        f"hidden states: {each['hidden']:,.0f} bytes, {size['hidden']}"
+    ]
+    if "saved_hours" in cache:
+        lines.append(
+            f"                   a training that reads draws saves {cache['saved_hours']:,.1f} hours, "
+            f"{cache['saved_gpu_hours']:,.0f} GPU-hours; teach takes about as long, once"
+        )
+    return lines
 
 
 def pretraining_lines(plan: dict[str, Any]) -> list[str]:

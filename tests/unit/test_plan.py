@@ -287,3 +287,17 @@ def test_sequences_are_split_by_default_on_cuda_alone() -> None:
     assert not parallel.splits_sequences(64, cuda=False)
     assert ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True).splits_sequences(64, cuda=False)
     assert not ParallelConfig(sequence_parallel=True).splits_sequences(64, cuda=True), "one rank has nothing to split"
+
+
+def test_a_teacher_on_disk_states_its_bytes_and_the_hours_that_it_saves() -> None:
+    """18 bits for an id of 256,000 and 6 for a number of 50 draws; the teacher is more than half of the step's FLOPs."""
+    config = load("+recipe=4b")
+    plan = make_plan(config, *shapes(config))
+    cache, tokens = plan["teacher_cache"], config.train.num_tokens
+    assert cache["bytes_per_token"] == {"samples": (6 + 50 * (18 + 6)) / 8, "hidden": 6144 * 2}
+    assert cache["bytes"]["samples"] == 150.75 * tokens
+    assert 0.45 < cache["saved_hours"] / plan["recommended"]["hours"] < 0.6
+    weighted = load("+recipe=4b", "teach.proposal_exponent=0.8", "teach.num_tokens=1000")
+    cache = make_plan(weighted, *shapes(weighted))["teacher_cache"]
+    assert cache["bytes"]["samples"] == 1000 * (6 + 50 * (18 + 16)) / 8
+    assert "at most 150.8 bytes a token, 14.2 TB" in format_plan(plan)
