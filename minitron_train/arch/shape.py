@@ -1,7 +1,8 @@
 """The sizes of a model and the rules that they obey. Pure Python: `plan` imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.runtime.errors import UserError
@@ -115,21 +116,30 @@ class Shape:
             "expert": self.num_moe_experts,
         }[axis]
 
-    def check(self, name: str) -> None:
-        """Reject a shape that no model can have. `name` ("student", …) goes into the message."""
-        for key in (*self.sizes(), "kv_channels", "vocab_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{name}.{key}={getattr(self, key)}: must be at least 1; set a positive number")
+    def check(self, prefix: str, keys: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Reject a shape that no model can have.
+
+        Args:
+            prefix: what a message puts before a size: "student.", or a file and a colon.
+            keys: the names of sizes that messages use, by field; a field without one has its own name.
+        """
+
+        def told(field: str) -> str:
+            return f"{keys.get(field, field)}={getattr(self, field)}"
+
+        for field in (*self.sizes(), "kv_channels", "vocab_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{prefix}{told(field)}: must be at least 1; set a positive number")
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
-                f"{name}.num_attention_heads={self.num_attention_heads}: must be a multiple of "
-                f"num_query_groups={self.num_query_groups} (every KV group keeps the same number of heads); "
+                f"{prefix}{told('num_attention_heads')}: must be a multiple of {told('num_query_groups')} "
+                "(every KV group keeps the same number of heads); "
                 f"choose {nearest_multiples(self.num_attention_heads, self.num_query_groups)}"
             )
         if self.moe_router_topk > self.num_moe_experts:
             raise UserError(
-                f"{name}.num_moe_experts={self.num_moe_experts}: the router sends each token to {self.moe_router_topk} "
-                f"experts; choose at least {self.moe_router_topk}"
+                f"{prefix}{told('num_moe_experts')}: the router sends each token to {self.moe_router_topk} experts; "
+                f"choose at least {self.moe_router_topk}"
             )
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
@@ -179,7 +189,7 @@ class Shape:
                 )
         first = self.layer_kinds[: max(0, changed.get("num_layers", self.num_layers))]
         shape = replace(self.with_layers(first), **changed)
-        shape.check("student")
+        shape.check("student.")
         return shape
 
 

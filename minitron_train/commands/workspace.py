@@ -292,7 +292,7 @@ def shape_of_recipe(config: Config) -> Shape | None:
     if bool(shape.num_moe_experts) != table.has_experts:
         rule = "needs experts" if table.has_experts else "has no experts"
         raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")
-    shape.check("model")
+    shape.check("model.")
     return shape
 
 
