@@ -2,6 +2,9 @@
 
 megatron-core's MoELayer does not fit here: it trains with tensor parallelism only under sequence parallelism, and it sends
 tokens through fused kernels or dispatchers whose experts hooks cannot observe.
+
+Under expert parallelism a rank holds some experts. It gathers the tokens of all ranks of its expert group, computes its own
+experts, and each rank gets the sum of its tokens' outputs: the exchange of megatron-core's MoEAllGatherTokenDispatcher.
 """
 
 from typing import Any
@@ -23,8 +26,10 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape
 from minitron_train.model.fused import swiglu
+from minitron_train.parallel.groups import own_experts
 
-# S sequence, B batch, H hidden, N tokens, E experts, K experts of a token, T tokens of one expert
+# S sequence, B batch, H hidden, N tokens, M tokens of the whole expert group, E experts, K experts of a token
+# T tokens of one expert
 
 
 class Linear(torch.nn.Module):
@@ -100,16 +105,30 @@ class Router(Linear):
 
 
 class Experts(torch.nn.Module):
-    """The MLP of a layer with experts. Every tensor-parallel rank holds a part of each expert's neurons."""
+    """The MLP of a layer with experts. Every tensor-parallel rank holds a part of each expert's neurons.
 
-    def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None, **_: Any) -> None:
+    Attributes:
+        experts: the experts of this rank, by their number among all experts.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        shape: Shape,
+        tp_group: ProcessGroup | None,
+        ep_group: ProcessGroup | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()  # megatron-core 0.19 gives further arguments to every MLP
-        self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
+        self.tp_group, self.ep_group, self.sequence_parallel = tp_group, ep_group, config.sequence_parallel
         num_neurons = shape.ffn_hidden_size // config.tensor_model_parallel_size
+        self.num_experts = shape.num_moe_experts
+        rank, size = (ep_group.rank(), ep_group.size()) if ep_group is not None else (0, 1)
+        self.own = own_experts(self.num_experts, rank, size)
         self.router = Router(config, shape, tp_group)
-        self.experts = torch.nn.ModuleList(
-            Expert(config, shape.hidden_size, num_neurons) for _ in range(shape.num_moe_experts)
-        )
+        self.experts = torch.nn.ModuleDict({str(e): Expert(config, shape.hidden_size, num_neurons) for e in self.own})
+        for parameter in self.experts.parameters() if ep_group is not None else ():
+            parameter.allreduce = False  # type: ignore[attr-defined]  # to megatron-core: split over the expert group
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """Output [S, B, H], and no bias. All tokens are routed, padding too."""
@@ -142,13 +161,24 @@ class Experts(torch.nn.Module):
     def mixed(self, x_NH: Tensor) -> Tensor:
         """The sum of each token's experts by their probabilities, [N, H]; of this rank's neurons."""
         probs_NK, index_NK = self.router(x_NH)
-        order, counts = by_expert(index_NK, len(self.experts))
-        tokens = order // index_NK.shape[1]
-        parts = x_NH[tokens].split(counts)
+        if self.ep_group is None:
+            return self.weighted_sum(x_NH, probs_NK, index_NK)
+        gathered = (
+            gather_from_sequence_parallel_region(tensor, group=self.ep_group) for tensor in (x_NH, probs_NK, index_NK)
+        )
+        return reduce_scatter_to_sequence_parallel_region(self.weighted_sum(*gathered), group=self.ep_group)
+
+    def weighted_sum(self, x_MH: Tensor, probs_MK: Tensor, index_MK: Tensor) -> Tensor:
+        """The sum over each token's experts on this rank of probability x output, [M, H]."""
+        order, counts = by_expert(index_MK, self.num_experts)
+        start, counts = sum(counts[: self.own.start]), counts[self.own.start : self.own.stop]
+        order = order[start : start + sum(counts)]
+        tokens = order // index_MK.shape[1]
+        parts = dict(zip(self.experts, x_MH[tokens].split(counts), strict=True))
         # in training, experts without tokens run too, so that each of their weights has a gradient, of zeros
-        chosen = [e for e, count in enumerate(counts) if count or torch.is_grad_enabled()]
+        chosen = [e for e, part in parts.items() if len(part) or torch.is_grad_enabled()] or list(parts)[:1]
         out = torch.cat([self.experts[e](parts[e]) for e in chosen])
-        return torch.zeros_like(x_NH).index_add_(0, tokens, out * probs_NK.flatten()[order][:, None])
+        return torch.zeros_like(x_MH).index_add_(0, tokens, out * probs_MK.flatten()[order][:, None])
 
 
 def balance_loss(probs_NE: Tensor, index_NK: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Routed:
     def route(self, experts: Experts) -> None:
         """Sort the tokens by the student's experts."""
         probs_NK, index_NK = experts.router(self.student_NH)
-        order, counts = by_expert(index_NK, len(experts.experts))
+        order, counts = by_expert(index_NK, experts.num_experts)
         self.tokens = (order // index_NK.shape[1]).split(counts)
         self.probs = probs_NK.flatten()[order].split(counts)
 
@@ -63,7 +63,8 @@ class ExpertFits:
         for batch in batches:
             batch.route(student)
         for e, before in enumerate(kept) if self.prune.refit is Refit.all else ():
-            self._fit_first(teacher.experts[before].linear_fc1, student.experts[e].linear_fc1, layer, e, batches)  # type: ignore[arg-type]
+            whole, cut = (model.experts[str(k)].linear_fc1 for model, k in ((teacher, before), (student, e)))
+            self._fit_first(whole, cut, layer, e, batches)  # type: ignore[arg-type]
 
     def _fit_first(self, teacher: Linear, student: Linear, layer: int, e: int, batches: list[Routed]) -> None:
         if not self._sees_enough(e, batches, student):
@@ -83,7 +84,7 @@ class ExpertFits:
             return
         for batch, wanted_NH in zip(batches, wanted, strict=True):
             batch.lacking_NH = wanted_NH - student.mixed(batch.student_NH)
-        for e, expert in enumerate(student.experts):
+        for e, expert in enumerate(student.experts.values()):
             first: Linear = expert.linear_fc1  # type: ignore[assignment]
             second: Linear = expert.linear_fc2  # type: ignore[assignment]
             self.num_experts += 1

@@ -193,6 +193,7 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
     model = build(
         files.shape,
         tp=groups.tp_size,
+        ep=groups.ep_size,
         sequence_parallel=config.parallel.splits_sequences(config.train.seq_length, cuda=groups.device.type == "cuda"),
         transformer_engine=config.train.transformer_engine,
         **arguments,
