@@ -141,6 +141,16 @@ class Shape:
                     f"{key}={getattr(self, key)}; choose a divisor"
                 )
 
+    def check_experts(self, expert_model_parallel_size: int, name: str) -> None:
+        """Reject an expert-parallel size that does not divide the experts, or a dense model with one above 1."""
+        what = f"parallel.expert_model_parallel_size={expert_model_parallel_size}"
+        if not self.num_moe_experts and expert_model_parallel_size > 1:
+            raise UserError(f"{what}: the {name} has no experts; set it to 1")
+        if self.num_moe_experts % expert_model_parallel_size:
+            raise UserError(
+                f"{what}: must divide the {name}'s num_moe_experts={self.num_moe_experts}; choose a divisor"
+            )
+
     def check_length(self, length: int, key: str, name: str) -> None:
         """Reject sequences that are longer than the model's context. `key` is the setting that gives the length."""
         if length > self.max_position_embeddings:

@@ -233,14 +233,15 @@ class Workspace:
 
     @functools.cached_property
     def student_shape(self) -> Shape:
-        """The target, checked against the teacher, the loaders' rules and the tensor-parallel size."""
+        """The target, checked against the teacher, the loaders' rules and the parallel sizes."""
         from minitron_train.arch.rules import check_rules
 
         student = self.teacher_shape.smaller(**self.config.student.sizes())
         check_rules(student, "student")
-        tp = self.config.parallel.tensor_model_parallel_size
-        self.teacher_shape.check_parallel(tp, "teacher")
-        student.check_parallel(tp, "student")
+        parallel = self.config.parallel
+        for shape, name in ((self.teacher_shape, "teacher"), (student, "student")):
+            shape.check_parallel(parallel.tensor_model_parallel_size, name)
+            shape.check_experts(parallel.expert_model_parallel_size, name)
         return student
 
     def shape_of(self, folder: Path) -> Shape:

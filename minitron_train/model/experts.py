@@ -109,6 +109,8 @@ class Experts(torch.nn.Module):
 
     Attributes:
         experts: the experts of this rank, by their number among all experts.
+        ep_group: the ranks that share the experts; None: every rank holds all of them.
+        edp_group: with an ep_group, the ranks that hold the same experts.
     """
 
     def __init__(
@@ -117,10 +119,12 @@ class Experts(torch.nn.Module):
         shape: Shape,
         tp_group: ProcessGroup | None,
         ep_group: ProcessGroup | None = None,
+        edp_group: ProcessGroup | None = None,
         **_: Any,
     ) -> None:
         super().__init__()  # megatron-core 0.19 gives further arguments to every MLP
-        self.tp_group, self.ep_group, self.sequence_parallel = tp_group, ep_group, config.sequence_parallel
+        self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
+        self.ep_group, self.edp_group = ep_group, edp_group
         num_neurons = shape.ffn_hidden_size // config.tensor_model_parallel_size
         self.num_experts = shape.num_moe_experts
         rank, size = (ep_group.rank(), ep_group.size()) if ep_group is not None else (0, 1)
@@ -147,14 +151,13 @@ class Experts(torch.nn.Module):
         """What a checkpoint holds: gate and up are separate tensors, so that the tensor-parallel size can change."""
         values = self.state_dict(prefix="", keep_vars=True)
         split = {name: 0 if "linear_fc1" in name else 1 for name in values if "linear_fc" in name}
-        found = make_sharded_tensors_for_checkpoint(
-            values,
-            prefix,
-            split,
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
+        dp_group = (metadata or {}).get("dp_cp_group")
+        found: ShardedStateDict = {}
+        for names, group in ((values.keys() - split, dp_group), (split, self.edp_group or dp_group)):
+            part = {name: values[name] for name in names}
+            found |= make_sharded_tensors_for_checkpoint(
+                part, prefix, split, sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
+            )
         gated = {name: value for name, value in found.items() if "linear_fc1" in name}
         return found | {name: apply_swiglu_sharded_factory(value, sharded_offsets) for name, value in gated.items()}
 

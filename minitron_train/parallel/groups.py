@@ -81,6 +81,19 @@ class Groups:
             if len(part):
                 yield part.to(self.device)
 
+    def even_parts(self, rows: Tensor, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Like own_parts, but with as many parts of the same sizes on every data-parallel rank.
+
+        The ranks of an expert group need this, because each forward pass takes all of them.
+
+        Yields:
+            Rows, and a bool for each: False where it fills up the part and another rank has it too.
+        """
+        last = -(-len(rows) // self.dp_size) * self.dp_size
+        places = torch.arange(self.dp_rank, last, self.dp_size)
+        for part in places.split(num_rows):
+            yield rows[part % len(rows)].to(self.device), (part < len(rows)).to(self.device)
+
     def sum_over_data(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel group, in place."""
         if self.dp_size > 1:
