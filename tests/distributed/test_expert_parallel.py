@@ -12,6 +12,7 @@ from minitron_train.arch.convert import shards_to_parts
 from minitron_train.config import ParallelConfig, Recompute
 from minitron_train.hf import HFFolder
 from minitron_train.model.load import places
+from minitron_train.planning.counts import parameters_per_rank
 from minitron_train.runtime.launch import read_world
 from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, EXPERTS, opened, save_random
@@ -49,6 +50,8 @@ def split_models(rank: int, world_size: int, folders: list[Path], layout: dict[s
             experts = groups.own_experts(files.shape.num_moe_experts)
             model = build(files.shape, tp=groups.tp_size, ep=groups.ep_size)
             share_weights(model, files.table, files.shape, files, groups)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            assert count == parameters_per_rank(files.shape, groups.tp_size, groups.ep_size)
             logits = model.logits(model(TOKENS_BS[groups.dp_rank, None]))
             logits.square().sum().backward()
             given = {"logits": torch.cat(groups.gather(logits.detach()), dim=-1)[:, 0]}
