@@ -293,6 +293,10 @@ def shape_of_recipe(config: Config) -> Shape | None:
     if bool(shape.num_moe_experts) != table.has_experts:
         rule = "needs experts" if table.has_experts else "has no experts"
         raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")
+    if bool(shape.moe_shared_expert_intermediate_size) != table.has_shared_expert:
+        what, rule = "model.moe_shared_expert_intermediate_size", "needs a" if table.has_shared_expert else "has no"
+        value = shape.moe_shared_expert_intermediate_size
+        raise UserError(f"{what}={value}: {shape.architecture} {rule} shared expert; correct it")
     shape.check("model")
     return shape
 

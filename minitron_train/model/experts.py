@@ -59,6 +59,28 @@ class Expert(torch.nn.Module):
         return self.linear_fc2(swiglu(self.linear_fc1(x_TH)))
 
 
+class SharedExpert(Expert):
+    """An expert that processes every token. Its output is multiplied by the sigmoid of a linear of its input.
+
+    Attributes:
+        gate_weight: [1, H], the linear, under megatron-core's name.
+    """
+
+    def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None) -> None:
+        width = shape.moe_shared_expert_intermediate_size // config.tensor_model_parallel_size
+        super().__init__(config, shape.hidden_size, width)
+        self.tp_group, self.gate_weight = tp_group, Linear(config, shape.hidden_size, 1).weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the size of x, […, H], to be summed over the tensor-parallel ranks."""
+        return self.gate(x) * super().forward(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The factors of the output, […, 1]. The weight's gradient is summed over the tensor-parallel ranks, as a router's."""
+        weight = copy_to_tensor_model_parallel_region(self.gate_weight, self.tp_group)
+        return F.sigmoid(F.linear(x, weight))
+
+
 class WithGradient(torch.autograd.Function):
     """The identity of `x`, whose backward pass gives `loss` the gradient `weight`."""
 
@@ -109,6 +131,7 @@ class Experts(torch.nn.Module):
 
     Attributes:
         experts: the experts of this rank, by their number among all experts.
+        shared_experts: the shared expert, under megatron-core's name, or None. Every rank of an expert group holds it.
         ep_group: the ranks that share the experts; None: every rank holds all of them.
         edp_group: with an ep_group, the ranks that hold the same experts.
     """
@@ -131,6 +154,8 @@ class Experts(torch.nn.Module):
         self.own = own_experts(self.num_experts, rank, size)
         self.router = Router(config, shape, tp_group)
         self.experts = torch.nn.ModuleDict({str(e): Expert(config, shape.hidden_size, num_neurons) for e in self.own})
+        has_shared = shape.moe_shared_expert_intermediate_size > 0
+        self.shared_experts = SharedExpert(config, shape, tp_group) if has_shared else None
         for parameter in self.experts.parameters() if ep_group is not None else ():
             parameter.allreduce = False  # type: ignore[attr-defined]  # to megatron-core: split over the expert group
 
@@ -140,7 +165,7 @@ class Experts(torch.nn.Module):
             x_SBH = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             x_SBH = copy_to_tensor_model_parallel_region(hidden_states, self.tp_group)
-        out_SBH = self.mixed(x_SBH.flatten(0, 1)).view_as(x_SBH)
+        out_SBH = self.mixed(x_SBH)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBH, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out_SBH, self.tp_group), None
@@ -153,15 +178,20 @@ class Experts(torch.nn.Module):
         split = {name: 0 if "linear_fc1" in name else 1 for name in values if "linear_fc" in name}
         dp_group = (metadata or {}).get("dp_cp_group")
         found: ShardedStateDict = {}
-        for names, group in ((values.keys() - split, dp_group), (split, self.edp_group or dp_group)):
-            part = {name: values[name] for name in names}
+        for of_experts, group in ((False, dp_group), (True, self.edp_group or dp_group)):
+            part = {name: value for name, value in values.items() if name.startswith("experts.") == of_experts}
             found |= make_sharded_tensors_for_checkpoint(
                 part, prefix, split, sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
             )
         gated = {name: value for name, value in found.items() if "linear_fc1" in name}
         return found | {name: apply_swiglu_sharded_factory(value, sharded_offsets) for name, value in gated.items()}
 
-    def mixed(self, x_NH: Tensor) -> Tensor:
+    def mixed(self, x: Tensor) -> Tensor:
+        """The sum of each token's experts by their probabilities, and of the shared one, […, H]; of this rank's neurons."""
+        routed = self.routed(x.flatten(0, -2)).view_as(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def routed(self, x_NH: Tensor) -> Tensor:
         """The sum of each token's experts by their probabilities, [N, H]; of this rank's neurons."""
         probs_NK, index_NK = self.router(x_NH)
         if self.ep_group is None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minitron_train.arch import Shape
+from minitron_train.arch.shape import SPLIT_SIZES
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import Layout, distill_bytes
 from minitron_train.planning.timing import StepTime, step_time
@@ -54,8 +55,7 @@ def splits_experts(shape: Shape, ep: int) -> bool:
 
 def divides(shape: Shape, tp: int) -> bool:
     """Whether the tensor-parallel size `tp` divides the shape evenly (the rule of Shape.check_parallel)."""
-    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, shape.vocab_size)
-    return all(size % tp == 0 for size in sizes)
+    return all(getattr(shape, size) % tp == 0 for size in SPLIT_SIZES)
 
 
 def shares(global_batch_size: int, dp: int, micro_batch_size: int) -> bool:

@@ -72,7 +72,8 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
 
 def expert_elements(shape: Shape) -> int:
     """Return the elements per token that surround the experts' neurons: input, output and weighted output of each."""
-    return 3 * shape.moe_router_topk * shape.hidden_size
+    shared = 2 * shape.hidden_size if shape.moe_shared_expert_intermediate_size else 0  # output, and after the gate
+    return 3 * shape.moe_router_topk * shape.hidden_size + shared
 
 
 def sequence_parts(layout: Layout) -> int:
@@ -248,6 +249,8 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     has_post_norms = architecture(student.architecture).has_post_norms  # a repair holds the outputs before one norm
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
+    if shared := student.moe_shared_expert_intermediate_size:
+        linears += [(hidden, 2 * shared), (shared, hidden)]
     # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
     squares = [4 * teacher.hidden_size**2] if prune.rotate else []
     if prune.refit is not Refit.none:

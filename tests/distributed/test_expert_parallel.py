@@ -70,16 +70,16 @@ def split_models(rank: int, world_size: int, folders: list[Path], layout: dict[s
 @pytest.mark.parametrize(
     ("world_size", "layout", "families"),
     [
-        (2, {"expert_model_parallel_size": 2}, ["qwen3_moe", "mixtral", "olmoe"]),
+        (2, {"expert_model_parallel_size": 2}, ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"]),
         (4, {"expert_model_parallel_size": 2}, ["qwen3_moe"]),
         # megatron-core sums the gradients of norms over one head later, so Mixtral, which has none
-        (4, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, ["mixtral"]),
+        (4, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, ["mixtral", "qwen2_moe"]),
     ],
 )
 def test_logits_and_gradients_are_those_of_one_process(
     tmp_path: Path, groups: Any, world_size: int, layout: dict[str, Any], families: list[str]
 ) -> None:
-    keys = COMMON | EXPERTS | {"head_dim": 8}
+    keys = COMMON | EXPERTS | {"head_dim": 8, "shared_expert_intermediate_size": 40}
     folders = [save_random({**keys, "model_type": name}, tmp_path / name) for name in families]
     answers = run_ranks(split_models, world_size, folders, layout)
     num_rows = world_size // layout.get("tensor_model_parallel_size", 1)
