@@ -14,6 +14,18 @@ SIZES = (  # can be pruned
     "num_attention_heads",
     "num_query_groups",
     "num_moe_experts",
+    "moe_shared_expert_intermediate_size",
+)
+ABSENT = {
+    "num_moe_experts": "experts",
+    "moe_shared_expert_intermediate_size": "shared expert",
+}  # 0 where there are none
+SPLIT_SIZES = (  # that tensor parallelism divides
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "vocab_size",
 )
 FACTORS = (  # numbers that a family multiplies or divides by
     "embedding_multiplier",
@@ -31,6 +43,7 @@ class Shape:
     """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES.
 
     In a mixture of experts, every layer has `num_moe_experts` experts, and `ffn_hidden_size` is the width of one of them.
+    Some families add a shared expert, which processes every token.
     """
 
     architecture: str
@@ -46,6 +59,7 @@ class Shape:
     layernorm_epsilon: float = 1e-5
     num_moe_experts: int = 0  # experts of each layer; 0: one dense MLP
     moe_router_topk: int = 0  # experts that process a token, those of its highest router probabilities
+    moe_shared_expert_intermediate_size: int = 0  # neurons of each layer's shared expert; 0: there is none
     norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
     attention_bias: bool = False  # whether the attention has the biases that the table lists under this field
     mlp_bias: bool = False  # likewise the MLP
@@ -93,19 +107,19 @@ class Shape:
     @property
     def neurons_per_layer(self) -> int:
         """MLP neurons of a layer, those of all experts together."""
-        return self.ffn_hidden_size * max(self.num_moe_experts, 1)
+        return self.ffn_hidden_size * max(self.num_moe_experts, 1) + self.moe_shared_expert_intermediate_size
 
     @property
     def neurons_per_token(self) -> int:
         """MLP neurons of a layer that process a token, those of its experts."""
-        return self.ffn_hidden_size * max(self.moe_router_topk, 1)
+        return self.ffn_hidden_size * max(self.moe_router_topk, 1) + self.moe_shared_expert_intermediate_size
 
     def sizes(self) -> dict[str, int]:
-        """The sizes that pruning can change, by name; a dense model has no number of experts."""
-        return {size: getattr(self, size) for size in SIZES if size != "num_moe_experts" or self.num_moe_experts}
+        """The sizes that pruning can change, by name; without experts, and those of experts that the model lacks."""
+        return {size: getattr(self, size) for size in SIZES if size not in ABSENT or getattr(self, size)}
 
     def axis_size(self, axis: str) -> int:
-        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab, head or expert."""
+        """Length of a named axis (see arch.table)."""
         return {
             "embd": self.hidden_size,
             "q": self.num_attention_heads * self.kv_channels,
@@ -114,6 +128,8 @@ class Shape:
             "vocab": self.vocab_size,
             "head": self.kv_channels,
             "expert": self.num_moe_experts,
+            "shared": self.moe_shared_expert_intermediate_size,
+            "one": 1,
         }[axis]
 
     def check(self, prefix: str, keys: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -144,12 +160,22 @@ class Shape:
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
         """Reject a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
-        for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        for key in SPLIT_SIZES:
             if getattr(self, key) % tensor_model_parallel_size:
                 raise UserError(
                     f"parallel.tensor_model_parallel_size={tensor_model_parallel_size}: must divide the {name}'s "
                     f"{key}={getattr(self, key)}; choose a divisor"
                 )
+
+    def check_experts(self, expert_model_parallel_size: int, name: str) -> None:
+        """Reject an expert-parallel size that does not divide the experts, or a dense model with one above 1."""
+        what = f"parallel.expert_model_parallel_size={expert_model_parallel_size}"
+        if not self.num_moe_experts and expert_model_parallel_size > 1:
+            raise UserError(f"{what}: the {name} has no experts; set it to 1")
+        if self.num_moe_experts % expert_model_parallel_size:
+            raise UserError(
+                f"{what}: must divide the {name}'s num_moe_experts={self.num_moe_experts}; choose a divisor"
+            )
 
     def check_length(self, length: int, key: str, name: str) -> None:
         """Reject sequences that are longer than the model's context. `key` is the setting that gives the length."""
@@ -177,10 +203,9 @@ class Shape:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
         """
         changed = {key: value for key, value in sizes.items() if value is not None}
-        if "num_moe_experts" in changed and not self.num_moe_experts:
-            raise UserError(
-                f"student.num_moe_experts={changed['num_moe_experts']}: the teacher has no experts; leave it out"
-            )
+        for key, what in ABSENT.items():
+            if key in changed and not getattr(self, key):
+                raise UserError(f"student.{key}={changed[key]}: the teacher has no {what}; leave it out")
         for key, value in changed.items():
             if value > getattr(self, key):
                 raise UserError(

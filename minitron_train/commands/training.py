@@ -12,9 +12,10 @@ from minitron_train.arch import Shape
 from minitron_train.commands.inputs import check_isolated, data_inputs, load_tokenizer
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig, Precision
-from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
+from minitron_train.planning.check import Needs, Option, changed, reserved_bytes
 from minitron_train.planning.estimate import configured_layout
 from minitron_train.planning.hardware import cuda_here
+from minitron_train.planning.layouts import parallel_sizes
 from minitron_train.planning.memory import distill_bytes
 from minitron_train.planning.precision import settled
 from minitron_train.runtime.errors import UserError
@@ -149,14 +150,15 @@ def distill_options(
         runtime_bytes=reserved_bytes(config, cuda),
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])
-    for size in tp_sizes(world, *filter(None, (teacher, student))):
+    for size, ep in parallel_sizes(world.size, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
                 other = dataclasses.replace(
-                    now, tp=size, dp=world.size // size, micro_batch_size=micro, recompute=recompute
+                    now, tp=size, dp=world.size // size, ep=ep, micro_batch_size=micro, recompute=recompute
                 )
                 names = {
                     "parallel.tensor_model_parallel_size": (tp, size),
+                    "parallel.expert_model_parallel_size": (config.parallel.expert_model_parallel_size, ep),
                     "train.micro_batch_size": (train.micro_batch_size, micro),
                     "train.recompute": (train.recompute.name, recompute),
                 }

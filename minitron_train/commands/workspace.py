@@ -233,14 +233,15 @@ class Workspace:
 
     @functools.cached_property
     def student_shape(self) -> Shape:
-        """The target, checked against the teacher, the loaders' rules and the tensor-parallel size."""
+        """The target, checked against the teacher, the loaders' rules and the parallel sizes."""
         from minitron_train.arch.rules import check_rules
 
         student = self.teacher_shape.smaller(**self.config.student.sizes())
         check_rules(student, "student")
-        tp = self.config.parallel.tensor_model_parallel_size
-        self.teacher_shape.check_parallel(tp, "teacher")
-        student.check_parallel(tp, "student")
+        parallel = self.config.parallel
+        for shape, name in ((self.teacher_shape, "teacher"), (student, "student")):
+            shape.check_parallel(parallel.tensor_model_parallel_size, name)
+            shape.check_experts(parallel.expert_model_parallel_size, name)
         return student
 
     def shape_of(self, folder: Path) -> Shape:
@@ -292,6 +293,10 @@ def shape_of_recipe(config: Config) -> Shape | None:
     if bool(shape.num_moe_experts) != table.has_experts:
         rule = "needs experts" if table.has_experts else "has no experts"
         raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")
+    if bool(shape.moe_shared_expert_intermediate_size) != table.has_shared_expert:
+        what, rule = "model.moe_shared_expert_intermediate_size", "needs a" if table.has_shared_expert else "has no"
+        value = shape.moe_shared_expert_intermediate_size
+        raise UserError(f"{what}={value}: {shape.architecture} {rule} shared expert; correct it")
     shape.check("model.")
     return shape
 

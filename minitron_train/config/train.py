@@ -169,6 +169,11 @@ class ParallelConfig:
     """How a model is spread over processes; the rest of the processes is data parallel."""
 
     tensor_model_parallel_size: int = opt(1, "ranks that share each layer")
+    expert_model_parallel_size: int = opt(
+        1,
+        "data-parallel ranks that share the experts of each layer, of teacher and student, in pretrain and distill; other "
+        "commands hold all experts on each rank",
+    )
     sequence_parallel: bool | None = opt(
         None,
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
@@ -194,4 +199,4 @@ class ParallelConfig:
 
     def validate(self) -> None:
         limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
-        require_positive(self, "parallel", "tensor_model_parallel_size", *limits)
+        require_positive(self, "parallel", "tensor_model_parallel_size", "expert_model_parallel_size", *limits)

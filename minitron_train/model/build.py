@@ -130,12 +130,19 @@ def layer_spec(
     return spec
 
 
-def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_group: ProcessGroup) -> ModuleSpec:
+def family_spec(
+    spec: ModuleSpec,
+    shape: Shape,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    splits_experts: bool,
+) -> ModuleSpec:
     """The modules of one layer with those that the rows of the family's table need in place of the usual ones."""
     rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape)}
     layer: Any = spec.submodules
     if shape.num_moe_experts:
-        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
+        expert_groups = {"ep_group": groups.ep, "edp_group": groups.expt_dp} if splits_experts else {}
+        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": groups.tp, "shape": shape, **expert_groups})
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         if f"{norm}.weight" not in rows:
             setattr(layer, norm, IdentityOp)
@@ -147,7 +154,7 @@ def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_gr
     for norm, num_heads in heads.items():
         row = rows.get(f"self_attention.{norm}.weight")
         if row is not None and row.parallel_dim() is not None:
-            arguments = {"num_heads": num_heads, "tp_group": tp_group}
+            arguments = {"num_heads": num_heads, "tp_group": groups.tp}
             setattr(layer.self_attention.submodules, norm, ModuleSpec(ProjectionNorm, arguments))
     if shape.attention_softcap is not None:
         layer.self_attention.submodules.core_attention = functools.partial(
@@ -236,6 +243,7 @@ def build(
     *,
     tp: int = 1,
     tp_group: ProcessGroup | None = None,
+    ep: int = 1,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     transformer_engine: bool = False,
@@ -245,6 +253,7 @@ def build(
 
     Args:
         tp: tensor-parallel size. Start megatron-core's groups with this size, or give a `tp_group` of this size.
+        ep: expert-parallel size: that of megatron-core's groups, or 1, with which every rank holds all experts.
         transformer_engine: use Transformer Engine's fused layers, which need CUDA and the installed package.
         extra: further TransformerConfig arguments, such as recompute_granularity.
     """
@@ -255,7 +264,7 @@ def build(
     specs = []
     for kind in shape.kinds:
         usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
-        specs.append(of_kind(family_spec(usual, shape, config, groups.tp), shape, kind))
+        specs.append(of_kind(family_spec(usual, shape, config, groups, ep > 1), shape, kind))
     norm: Any = Norm
     layers: Any = [specs[k] for k in shape.kind_of_layer] or specs * shape.num_layers
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -21,14 +21,19 @@ def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def places(
-    module: torch.nn.Module, table: Architecture, shape: Shape
+    module: torch.nn.Module, table: Architecture, shape: Shape, experts: range | None = None
 ) -> Iterator[tuple[torch.nn.Parameter, ParamSpec, int]]:
     """Each parameter of a GPTModel with its row and its layer, in the order of the table.
 
     A parameter of the model that the table does not cover is an assertion error.
+
+    Args:
+        experts: those that the model holds under expert parallelism; None: all.
     """
     parameters = parameters_by_row(module)
     for row in table.rows_of(shape):
+        if row.expert is not None and experts is not None and row.expert not in experts:
+            continue
         for i in row.layers(shape):
             yield parameters.pop(row.mcore.format(i=i)), row, i
     assert not parameters, f"parameters that the {table.name} table does not cover: {sorted(parameters)}"
@@ -47,17 +52,20 @@ def load_weights(
 def share_weights(module: torch.nn.Module, table: Architecture, shape: Shape, source: Source, groups: Groups) -> None:
     """`load_weights` on all ranks; collective. One rank of each data-parallel group reads, and broadcasts tensor by tensor.
 
+    Under expert parallelism a rank loads its own experts, and those that hold the same experts share them.
+
     A rank that cannot read takes part in the broadcasts to the end, so that no other rank waits for it.
 
     Raises:
         UserError, MachineError: a rank cannot read its part; raised on every rank.
     """
     failure: Exception | None = None
-    for parameter, row, i in places(module, table, shape):
-        if groups.dp_rank == 0 and failure is None:
+    for parameter, row, i in places(module, table, shape, groups.own_experts(shape.num_moe_experts)):
+        split = row.expert is not None and groups.ep_size > 1
+        if (groups.edp_rank if split else groups.dp_rank) == 0 and failure is None:
             try:
                 parameter.copy_(read_shard(row, i, shape, source, groups.tp_rank, groups.tp_size))
             except Exception as error:  # of any class: raised below, on all ranks
                 failure = error
-        groups.from_first_replica(parameter)
+        groups.from_first_replica(parameter, of_experts=split)
     groups.raise_together(failure)

@@ -44,6 +44,14 @@ class Groups:
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     device: torch.device
+    ep_rank: int = (
+        0  # among the ranks that share each layer's experts: the expert group, a part of the data-parallel group
+    )
+    ep_size: int = 1
+    edp_rank: int = 0  # among the ranks that hold the same experts
+    edp_size: int = 1
+    ep_group: dist.ProcessGroup | None = None
+    edp_group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -73,6 +81,19 @@ class Groups:
             if len(part):
                 yield part.to(self.device)
 
+    def even_parts(self, rows: Tensor, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Like own_parts, but with as many parts of the same sizes on every data-parallel rank.
+
+        The ranks of an expert group need this, because each forward pass takes all of them.
+
+        Yields:
+            Rows, and a bool for each: False where it fills up the part and another rank has it too.
+        """
+        last = -(-len(rows) // self.dp_size) * self.dp_size
+        places = torch.arange(self.dp_rank, last, self.dp_size)
+        for part in places.split(num_rows):
+            yield rows[part % len(rows)].to(self.device), (part < len(rows)).to(self.device)
+
     def sum_over_data(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel group, in place."""
         if self.dp_size > 1:
@@ -85,11 +106,20 @@ class Groups:
             dist.broadcast(value, src=0)
         return value
 
-    def from_first_replica(self, value: Tensor) -> None:
-        """Broadcast from the first process of the data-parallel group, in place and bit for bit."""
-        if self.dp_size > 1:
+    def from_first_replica(self, value: Tensor, *, of_experts: bool = False) -> None:
+        """Broadcast from the first process of the data-parallel group, in place and bit for bit.
+
+        Args:
+            of_experts: the value is that of the experts of this process; broadcast it among those that hold the same ones.
+        """
+        group = self.edp_group if of_experts else self.dp_group
+        if group is not None and group.size() > 1:
             flat = value.detach().view(-1).view(torch.uint8)  # gloo and NCCL send bytes of any dtype
-            dist.broadcast(flat, src=dist.get_global_rank(self.dp_group, 0), group=self.dp_group)
+            dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
+
+    def own_experts(self, num_experts: int) -> range:
+        """The experts of each layer that this process holds; all of them without expert parallelism."""
+        return own_experts(num_experts, self.ep_rank, self.ep_size)
 
     def any(self, flag: bool) -> bool:
         """Logical or over all processes."""
@@ -106,11 +136,11 @@ class Groups:
         return float(least.item())
 
     def any_shard(self, flag: bool) -> bool:
-        """Logical or over the tensor-parallel group."""
-        if self.tp_size == 1:
-            return flag
+        """Logical or over the ranks that compute together: those of the tensor-parallel and of the expert group."""
         value = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.tp_group)
+        for size, group in ((self.tp_size, self.tp_group), (self.ep_size, self.ep_group)):
+            if size > 1:
+                dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
         return bool(value.item())
 
     def barrier(self) -> None:
@@ -190,14 +220,19 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
     ranks inside a collective (pytorch#141510) and delay the message.
 
     Raises:
-        UserError: tensor_model_parallel_size does not divide the number of processes, or no rendezvous address is set.
+        UserError: the parallel sizes do not divide the number of processes, or no rendezvous address is set.
         MachineError: some ranks are missing after parallel.rendezvous_minutes.
     """
-    tp = parallel.tensor_model_parallel_size
+    tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     if world.size % tp:
         raise UserError(
             f"parallel.tensor_model_parallel_size={tp}: must divide the number of processes, {world.size}; "
             f"start a multiple of {tp} (torchrun --nproc-per-node {tp} -m minitron_train …)"
+        )
+    if world.size % (tp * ep):
+        raise UserError(
+            f"parallel.expert_model_parallel_size={ep}: must divide the number of data-parallel ranks, {world.size // tp}; "
+            f"choose a divisor, or start a multiple of {tp * ep} processes"
         )
     from megatron.core import parallel_state, tensor_parallel
 
@@ -227,6 +262,7 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tp,
+                expert_model_parallel_size=ep,
                 distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
             )
             dist.all_reduce(torch.ones(1, device=device))
@@ -245,8 +281,20 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
             tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
             dp_group=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()),
             device=device,
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=ep,
+            edp_rank=parallel_state.get_expert_data_parallel_rank(),
+            edp_size=parallel_state.get_expert_data_parallel_world_size(),
+            ep_group=cast(dist.ProcessGroup, parallel_state.get_expert_model_parallel_group()),
+            edp_group=cast(dist.ProcessGroup, parallel_state.get_expert_data_parallel_group()),
         )
         destroy()
+
+
+def own_experts(num_experts: int, rank: int, size: int) -> range:
+    """The experts of each layer that rank `rank` of an expert group of `size` ranks holds."""
+    count = num_experts // size
+    return range(rank * count, (rank + 1) * count)
 
 
 def destroy() -> None:

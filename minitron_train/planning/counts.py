@@ -26,13 +26,20 @@ def parameters(shape: Shape) -> dict[str, Any]:
     }
 
 
-def parameters_per_rank(shape: Shape, tp: int) -> int:
-    """Count the parameters of one tensor-parallel rank: its shard of split matrices, and replicated norms."""
+def parameters_per_rank(shape: Shape, tp: int, ep: int = 1) -> int:
+    """Count the parameters of one rank: its shard of split matrices, replicated norms, and its part of the experts."""
     total = 0
     for row in architecture(shape.architecture).rows_of(shape):
-        size = sum(prod(size) for size in row.sizes(shape).values())
-        total += (size // tp if row.parallel_dim() is not None else size) * len(list(row.layers(shape)))
+        size = sum(prod(size) for size in row.sizes(shape).values()) * row.num_layers(shape)
+        total += (size // tp if row.parallel_dim() is not None else size) // (ep if row.expert is not None else 1)
     return total
+
+
+def expert_parameters_per_rank(shape: Shape, tp: int, ep: int) -> int:
+    """Count the parameters of the experts that one rank holds."""
+    rows = [row for row in architecture(shape.architecture).templates_of(shape) if row.per_expert]
+    size = sum(prod(size) for row in rows for size in row.sizes(shape).values())
+    return size // tp * shape.num_moe_experts // ep * shape.num_layers
 
 
 def layer_parameters(shape: Shape, tp: int = 1) -> int:

@@ -10,10 +10,10 @@ from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import WEIGHT_BYTES, Layout, saved_bytes
+from minitron_train.planning.memory import WEIGHT_BYTES, Layout, optimizer_bytes, saved_bytes
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
-from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, tp_bytes_per_token
+from minitron_train.planning.timing import dp_bytes_per_step, ep_bytes_per_token, logit_passes, tp_bytes_per_token
 from minitron_train.runtime.files import atomic_write_json
 
 SECONDS_PER_HOUR = 3600
@@ -77,6 +77,7 @@ def configured_layout(config: Config, *, num_ranks: int, cuda: bool, runtime_byt
     train, tp = config.train, config.parallel.tensor_model_parallel_size
     return Layout(
         tp=tp,
+        ep=config.parallel.expert_model_parallel_size,
         dp=max(num_ranks // tp, 1),
         micro_batch_size=train.micro_batch_size,
         seq_length=train.seq_length,
@@ -100,6 +101,7 @@ def overrides(config: Config, machine: Hardware, layout: Layout) -> list[str]:
     )
     found = {
         "parallel.tensor_model_parallel_size": (parallel.tensor_model_parallel_size, layout.tp),
+        "parallel.expert_model_parallel_size": (parallel.expert_model_parallel_size, layout.ep),
         "parallel.sequence_parallel": (split, layout.sequence_parallel),
         "train.micro_batch_size": (train.micro_batch_size, layout.micro_batch_size),
         "train.recompute": (train.recompute.name, layout.recompute),
@@ -203,12 +205,14 @@ def describe_choice(
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
         "fits": choice.fits,
         "memory_bytes": choice.memory,
+        "unsharded_optimizer_bytes": optimizer_bytes(student, replace(layout, sharded_optimizer=False)),
         "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.tp * layout.dp)},
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "tokens_per_second": tokens / choice.step.total,
         **duration_and_price(choice, config.train.num_steps, machine),
         "network_bytes_per_step": {
             "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
+            "expert_parallel": tokens / layout.dp * ep_bytes_per_token(teacher, student, layout),
             "data_parallel": dp_bytes_per_step(student, layout),
         },
     }

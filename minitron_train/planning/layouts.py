@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minitron_train.arch import Shape
+from minitron_train.arch.shape import SPLIT_SIZES
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import Layout, distill_bytes
 from minitron_train.planning.timing import StepTime, step_time
@@ -14,10 +15,8 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 def candidates(
     teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
 ) -> Iterator[Layout]:
-    """Yield every valid combination of tensor-parallel size (within a node), micro-batch size and recompute setting."""
-    for tp in range(1, machine.gpus_per_node + 1):
-        if machine.gpus_per_node % tp or not all(divides(shape, tp) for shape in (teacher, student)):
-            continue
+    """Yield every valid combination of tensor- and expert-parallel size (within a node), micro-batch size, recompute setting."""
+    for tp, ep in parallel_sizes(machine.gpus_per_node, teacher, student):
         dp = machine.num_gpus // tp
         for micro in MICRO_BATCH_SIZES:
             if not shares(global_batch_size, dp, micro):
@@ -26,6 +25,7 @@ def candidates(
                 yield Layout(
                     tp=tp,
                     dp=dp,
+                    ep=ep,
                     micro_batch_size=micro,
                     seq_length=base.seq_length,
                     weight_bytes=base.weight_bytes,
@@ -40,10 +40,22 @@ def candidates(
                 )
 
 
+def parallel_sizes(num_ranks: int, *shapes: Shape) -> Iterator[tuple[int, int]]:
+    """Yield the tensor- and expert-parallel sizes that divide `num_ranks` ranks together, and all shapes."""
+    for tp in range(1, num_ranks + 1):
+        if num_ranks % tp == 0 and all(divides(shape, tp) for shape in shapes):
+            sizes = (ep for ep in range(1, num_ranks // tp + 1) if num_ranks // tp % ep == 0)
+            yield from ((tp, ep) for ep in sizes if all(splits_experts(shape, ep) for shape in shapes))
+
+
+def splits_experts(shape: Shape, ep: int) -> bool:
+    """Whether the expert-parallel size `ep` is possible (the rule of Shape.check_experts)."""
+    return ep == 1 or (shape.num_moe_experts > 0 and shape.num_moe_experts % ep == 0)
+
+
 def divides(shape: Shape, tp: int) -> bool:
     """Whether the tensor-parallel size `tp` divides the shape evenly (the rule of Shape.check_parallel)."""
-    sizes = (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, shape.vocab_size)
-    return all(size % tp == 0 for size in sizes)
+    return all(getattr(shape, size) % tp == 0 for size in SPLIT_SIZES)
 
 
 def shares(global_batch_size: int, dp: int, micro_batch_size: int) -> bool:

@@ -35,6 +35,7 @@ class Layout:
 
     tp: int = 1
     dp: int = 1
+    ep: int = 1  # data-parallel ranks that share the experts of each layer
     micro_batch_size: int
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
@@ -71,7 +72,8 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
 
 def expert_elements(shape: Shape) -> int:
     """Return the elements per token that surround the experts' neurons: input, output and weighted output of each."""
-    return 3 * shape.moe_router_topk * shape.hidden_size
+    shared = 2 * shape.hidden_size if shape.moe_shared_expert_intermediate_size else 0  # output, and after the gate
+    return 3 * shape.moe_router_topk * shape.hidden_size + shared
 
 
 def sequence_parts(layout: Layout) -> int:
@@ -92,6 +94,11 @@ def mlp_elements(shape: Shape) -> int:
     return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.neurons_per_token
 
 
+def dispatch_bytes(shape: Shape, layout: Layout) -> int:
+    """Return the bytes of a layer's exchange under expert parallelism: the expert group's tokens, and their outputs."""
+    return 2 * layout.ep * layout.tokens * shape.hidden_size * layout.weight_bytes if layout.ep > 1 else 0
+
+
 def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
     """Return the bytes that autograd saves in a forward pass, without the final hidden states, which belong to the loss.
 
@@ -109,6 +116,7 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
             if layout.recompute == "selective"
             else 0
         )
+    working += dispatch_bytes(shape, layout)
     return int(layers + final_norm + (working if with_working_layer else 0))
 
 
@@ -117,7 +125,7 @@ def working_bytes(shape: Shape, layout: Layout) -> int:
     mlp = 3 * shape.neurons_per_token
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
     elements = 3 * shape.hidden_size + max(mlp, attention) / layout.tp + expert_elements(shape)
-    return int(layout.tokens * layout.weight_bytes * elements)
+    return int(layout.tokens * layout.weight_bytes * elements) + dispatch_bytes(shape, layout)
 
 
 def logit_budget(vocab: int, layout: Layout) -> float:
@@ -148,15 +156,20 @@ def state_width(layout: Layout) -> int:
     return 2 * FP32 + (FP32 if layout.weight_bytes < FP32 else 0)
 
 
-def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
-    """Return the bytes of AdamW's state in one process."""
-    return state_width(layout) * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
+def optimizer_bytes(student: Shape, layout: Layout) -> int:
+    """Return the bytes of AdamW's state in one process.
+
+    All data-parallel ranks share it equally if it is sharded: those that hold the same experts are fewer, but so are these.
+    """
+    if layout.sharded_optimizer and layout.dp > 1:
+        return state_width(layout) * parameters_per_rank(student, layout.tp) // layout.dp
+    return state_width(layout) * parameters_per_rank(student, layout.tp, layout.ep)
 
 
 def saved_bytes(student: Shape, layout: Layout) -> int:
     """Return the bytes that one process copies to host memory for a checkpoint: its share of weights and AdamW's state.
 
-    Data-parallel ranks divide the state equally, also where each holds all of it (train.shards).
+    Data-parallel ranks divide the state equally, also where each holds all of it or of its experts (train.shards).
     """
     width = layout.weight_bytes + state_width(layout)
     return width * parameters_per_rank(student, layout.tp) // layout.dp
@@ -167,14 +180,14 @@ def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict
 
     `total` is the peak over the teacher's forward pass and the step. AdamW's fused update works in place.
     """
-    own = parameters_per_rank(student, layout.tp)
-    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
+    own = parameters_per_rank(student, layout.tp, layout.ep)
+    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp, layout.ep)
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "student_weights": own * layout.weight_bytes,
         "teacher_weights": taught * layout.teacher_weight_bytes,
         "gradients": own * FP32,
-        "optimizer": optimizer_bytes(own, layout),
+        "optimizer": optimizer_bytes(student, layout),
     }
     moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
     teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
@@ -236,6 +249,8 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     has_post_norms = architecture(student.architecture).has_post_norms  # a repair holds the outputs before one norm
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
+    if shared := student.moe_shared_expert_intermediate_size:
+        linears += [(hidden, 2 * shared), (shared, hidden)]
     # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
     squares = [4 * teacher.hidden_size**2] if prune.rotate else []
     if prune.refit is not Refit.none:

@@ -108,7 +108,8 @@ def layout_text(layout: dict[str, Any]) -> str:
     extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
-    text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
+    experts = f" (EP {layout['ep']})" if layout["ep"] > 1 else ""
+    text = f"TP {layout['tp']}, DP {layout['dp']}{experts}, micro-batch {layout['micro_batch_size']}"
     return ", ".join([text, *extra])
 
 
@@ -123,7 +124,7 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     )
     layout = choice["layout"]
     if layout["sharded_optimizer"] and layout["dp"] > 1:
-        whole = parts["optimizer"] * layout["dp"] / GIB
+        whole = choice["unsharded_optimizer_bytes"] / GIB
         lines[list(rows).index("optimizer")] += (
             f"   (sharded over DP; {whole:.2f} with train.distributed_optimizer=false)"
         )
@@ -146,7 +147,8 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         f"  at {machine['gemm_efficiency']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
         f"one step: {step['total']:.2f} s = {parts}",
         f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
-        f"{network['data_parallel'] / GIB:.1f} GiB for DP",
+        + (f"{network['expert_parallel'] / GIB:.1f} GiB for EP, " if choice["layout"]["ep"] > 1 else "")
+        + f"{network['data_parallel'] / GIB:.1f} GiB for DP",
     ]
 
 

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.config import DistillConfig, LossKind
-from minitron_train.planning.counts import attention_flops_per_token, forward_flops_per_token, parameters_per_rank
+from minitron_train.planning.counts import (
+    attention_flops_per_token,
+    expert_parameters_per_rank,
+    forward_flops_per_token,
+    parameters_per_rank,
+)
 from minitron_train.planning.hardware import Hardware
-from minitron_train.planning.memory import FP32, Layout, logit_budget
+from minitron_train.planning.memory import FP32, Layout, logit_budget, optimizer_bytes, state_width
 
 PASSES = {
     "hidden": 12,
@@ -48,12 +53,14 @@ class StepTime:
     loss: float
     optimizer: float
     tp_network: float
+    ep_network: float
     dp_network: float
 
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return self.matrices + self.elementwise + self.loss + self.optimizer + self.tp_network + self.dp_network
+        network = self.tp_network + self.ep_network + self.dp_network
+        return self.matrices + self.elementwise + self.loss + self.optimizer + network
 
 
 def layer_passes(shape: Shape, layout: Layout) -> float:
@@ -132,15 +139,29 @@ def tp_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) ->
     return ring * 2 * (taught + student_passes * student.num_layers * student.hidden_size * layout.weight_bytes)
 
 
+def ep_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
+    """Return the bytes that one rank sends per token of its own for expert parallelism.
+
+    Each layer all-gathers the tokens of the expert group and reduce-scatters their outputs, and the backward pass does both
+    again. A ring sends ep - 1 tokens for each one.
+    """
+    student_passes = 2 + recomputed(layout, 1, 1)
+    taught = 0 if teacher is None else teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
+    learnt = student_passes * student.num_layers * student.hidden_size * layout.weight_bytes
+    return 2 * (layout.ep - 1) * (taught + learnt)
+
+
 def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
     """Return the bytes that one rank sends per step for data parallelism.
 
     An all-reduce sums the fp32 gradients. A sharded optimizer uses a reduce-scatter instead, and all-gathers the weights.
+    Those of experts go to the ranks that hold the same ones.
     """
-    own, ring = parameters_per_rank(student, layout.tp), (layout.dp - 1) / layout.dp
-    if layout.sharded_optimizer:
-        return ring * own * (FP32 + layout.weight_bytes)
-    return 2 * ring * own * FP32
+    experts = expert_parameters_per_rank(student, layout.tp, layout.ep)
+    others = parameters_per_rank(student, layout.tp, layout.ep) - experts
+    replicas = max(layout.dp // layout.ep, 1)
+    sent = (layout.dp - 1) / layout.dp * others + (replicas - 1) / replicas * experts
+    return sent * (FP32 + layout.weight_bytes if layout.sharded_optimizer else 2 * FP32)
 
 
 def step_time(
@@ -155,7 +176,7 @@ def step_time(
     taught = 0 if teacher is None else layer_cost(teacher, length, machine)
     flops = taught + 3 * learnt + recomputed(layout, learnt, mlp)
     logits = student.vocab_size * layout.logit_passes * FP32
-    updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
+    updated = optimizer_bytes(student, layout) // state_width(layout)
     across_nodes = machine.num_gpus > machine.gpus_per_node
     network = machine.inter_node_rate if across_nodes else machine.intra_node_rate
     return StepTime(
@@ -166,6 +187,7 @@ def step_time(
         * (loss_flops_per_token(teacher, student, layout) / machine.flops + logits / machine.memory_rate),
         optimizer=updated * UPDATE_PASSES * FP32 / machine.memory_rate,
         tp_network=tokens * tp_bytes_per_token(teacher, student, layout) / machine.link_rate(layout.tp),
+        ep_network=tokens * ep_bytes_per_token(teacher, student, layout) / machine.link_rate(layout.tp * layout.ep),
         dp_network=dp_bytes_per_step(student, layout) / network,
     )
 

@@ -109,7 +109,7 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
     def left(have: int, want: int, unit: int = 1) -> int:
         return want + (have - want) * (num_steps - step) // num_steps // unit * unit
 
-    units = {"ffn_hidden_size": tp, "num_query_groups": tp}
+    units = {"ffn_hidden_size": tp, "num_query_groups": tp, "moe_shared_expert_intermediate_size": tp}
     sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in teacher.sizes()}
     per_group = left(*(shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student)))
     return teacher.smaller(**sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})

@@ -54,7 +54,7 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
                 f"needs {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
                 "change one of them"
             )
-    for key in ("hidden_size", "ffn_hidden_size"):
+    for key in ("hidden_size", "ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         value = getattr(student, key)
         if value != getattr(teacher, key) and value % prune.multiple_of:
             raise UserError(

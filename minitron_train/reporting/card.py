@@ -42,6 +42,7 @@ SIZES = {
     "Query heads": "num_attention_heads",
     "Key/value heads": "num_query_groups",
     "Experts": "num_moe_experts",
+    "Shared expert's neurons": "moe_shared_expert_intermediate_size",
     "Experts of a token": "moe_router_topk",
     "Channels per head": "kv_channels",
     "Vocabulary": "vocab_size",

@@ -21,6 +21,7 @@ SIZES = (
     ("num_query_groups", "KV groups"),
     ("num_moe_experts", "experts"),
     ("moe_router_topk", "experts of a token"),
+    ("moe_shared_expert_intermediate_size", "shared expert's neurons"),
     ("kv_channels", "channels per head"),
     ("vocab_size", "vocabulary"),
 )

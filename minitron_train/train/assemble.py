@@ -54,6 +54,8 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
         UserError: names the setting and the remedy.
     """
     check_settings(config, distilled=teacher is not None)
+    for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
+        shape.check_experts(groups.ep_size, name)
     train, rows = config.train, config.train.micro_batch_size * groups.dp_size
     if train.global_batch_size % rows:
         raise UserError(
@@ -193,6 +195,7 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
     model = build(
         files.shape,
         tp=groups.tp_size,
+        ep=groups.ep_size,
         sequence_parallel=config.parallel.splits_sequences(config.train.seq_length, cuda=groups.device.type == "cuda"),
         transformer_engine=config.train.transformer_engine,
         **arguments,

@@ -248,7 +248,7 @@ class Trainer:
         return found
 
     def is_stopped(self) -> bool:
-        """Whether a signal has arrived at a rank of this tensor-parallel group, so that an evaluation must end."""
+        """Whether a signal has arrived at a rank that computes with this one, so that an evaluation must end."""
         return self.groups.any_shard(self.signals.received is not None)
 
     def agreed_signal(self) -> str | None:

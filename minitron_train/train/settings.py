@@ -91,4 +91,9 @@ def check_settings(config: Config, *, distilled: bool) -> None:
             f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
             f"{tp} with parallel.sequence_parallel; change one of these settings"
         )
+    if config.eval.training_tasks and config.parallel.expert_model_parallel_size > 1:
+        raise UserError(
+            "eval.training_tasks: cannot run with parallel.expert_model_parallel_size above 1, because each forward pass "
+            "takes all ranks of an expert group, and these get different requests; remove the tasks, and run eval afterwards"
+        )
     BestMetric.of(config, distilled=distilled)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Validation:
         The call changes neither random states nor the model's mode, so it does not affect training.
 
         Args:
-            is_stopped: called after each batch; the same answer on all ranks of a tensor-parallel group.
+            is_stopped: called after each batch; the same answer on all ranks of a tensor-parallel and of an expert group.
 
         Raises:
             Interrupted: `is_stopped` was true on any rank; raised on every rank.
@@ -41,8 +41,10 @@ class Validation:
         sums = torch.zeros(4, dtype=torch.float64, device=self.groups.device)
         student.eval()
         try:
-            for rows in self.groups.own_parts(self.tokens, self.batch_size):
-                parts = self.objective.logit_loss(held_out_batch(rows), spec)
+            for rows, is_own_B in self.groups.even_parts(self.tokens, self.batch_size):
+                batch = held_out_batch(rows)
+                batch = replace(batch, mask_BS=batch.mask_BS * is_own_B[:, None])
+                parts = self.objective.logit_loss(batch, spec)
                 stopped = is_stopped()
                 sums += torch.stack(
                     [parts.kd_sum.double(), parts.ce_sum.double(), *sums.new_tensor([parts.num_valid, stopped])]

@@ -151,6 +151,18 @@ SHAPES = [
         "vocab_size=1023",
     ),
     Case(
+        "EP of a dense model",
+        f"prune {MICRO} parallel.expert_model_parallel_size=2",
+        "expert_model_parallel_size=2: the teacher has no experts; set it to 1",
+        TAUGHT,
+    ),
+    Case(
+        "EP on too few processes",
+        f"score {MICRO} parallel.expert_model_parallel_size=2",
+        "must divide the number of data-parallel ranks, 1",
+        TAUGHT,
+    ),
+    Case(
         "TP on too few processes",
         f"score {MICRO} parallel.tensor_model_parallel_size=2",
         "must divide the number of processes, 1",

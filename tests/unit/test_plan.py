@@ -173,6 +173,24 @@ def planned(*overrides: str) -> dict[str, Any]:
     return make_plan(config, *shapes(config))
 
 
+def test_a_layout_splits_experts_where_that_is_faster() -> None:
+    """Bytes by hand: of 48 layers' 2,048 channels in bf16, each rank of four sends three tokens for each of its own."""
+    plan = planned("+recipe=qwen3_30b_a3b_half")
+    best, whole = plan["recommended"], next(row for row in plan["layouts"] if row["layout"]["ep"] == 1)
+    assert whole["fits"] and best["tokens_per_second"] > whole["tokens_per_second"]
+    assert (best["layout"]["tp"], best["layout"]["ep"]) == (2, 4)
+    assert "parallel.expert_model_parallel_size=4" in plan["overrides"] and "DP 4 (EP 4)" in format_plan(plan)
+    once = 2 * (4 - 1) * 48 * 2048 * 2  # an all-gather and a reduce-scatter in all layers
+    passes = 1 + 2 + (best["layout"]["recompute"] != "none")  # teacher, student's forward and backward pass
+    assert best["network_bytes_per_step"]["expert_parallel"] == 512 * 4096 / 4 * once * passes
+    experts = 48 * 3 * 2048 * 768 * 64
+    others = 16_030_316_544 - experts
+    assert (
+        abs(best["memory_bytes"]["student_weights"] - (others / 2 + experts / 2 / 4) * 2) < 1e6
+    )  # norms are not split
+    assert best["memory_bytes"]["optimizer"] < 1.01 * 12 * 16_030_316_544 / 8
+
+
 def test_a_plan_says_that_experts_take_longer() -> None:
     assert "experts run one after the other" in format_plan(planned("+recipe=qwen3_30b_a3b_half"))
     assert "experts" not in format_plan(planned("+recipe=smollm2", "train.global_batch_size=8"))
