@@ -9,6 +9,8 @@ PRUNED = "pruned"
 TRAINING = "train"  # distill: checkpoints and metrics.jsonl
 STUDENT = "student"  # export
 EVALUATION = "eval"
+SPEED = "speed"
+SPEED_FILE = "speed.json"  # in SPEED
 SEARCH = "search"  # one output folder for each candidate
 
 STAGE_FOLDERS = (
@@ -19,6 +21,7 @@ STAGE_FOLDERS = (
     PRUNED,
     TRAINING,
     EVALUATION,
+    SPEED,
     SEARCH,
 )  # export.path avoids these
 MODELS = {TEACHER: "teacher", PRUNED: "student", STUDENT: "export"}  # folder -> the section whose `path` replaces it
