@@ -96,12 +96,12 @@ def empty_cache(model: nn.Module) -> Any:
 
 
 def filled_cache(model: nn.Module, shape: Shape, batch_size: int, context: int) -> Any:
-    """Make a cache that holds random keys and values of `context` tokens, so that decoding needs no prefill before it."""
+    """Make a cache that holds keys and values of `context` tokens, all ones, so that decoding needs no prefill before it."""
     first = next(model.parameters())
     cache = empty_cache(model)
     sizes = (batch_size, shape.num_query_groups, context, shape.kv_channels)
     for layer in range(shape.num_layers):
-        keys, values = (torch.randn(sizes, dtype=first.dtype, device=first.device) for _ in range(2))
+        keys, values = (torch.ones(sizes, dtype=first.dtype, device=first.device) for _ in range(2))
         cache.update(keys, values, layer)
     return cache
 

@@ -12,6 +12,7 @@ EVALUATION = "eval"
 SPEED = "speed"
 SPEED_FILE = "speed.json"  # in SPEED
 SEARCH = "search"  # one output folder for each candidate
+LATENCY_FILE = "latency.json"  # in SEARCH
 
 STAGE_FOLDERS = (
     TEACHER,
