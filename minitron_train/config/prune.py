@@ -14,6 +14,9 @@ class CalibrationConfig:
     tokens_path: str | None = opt(
         None, "safetensors file with `tokens` [batches, sequences, length] int64; replaces the text", path=True
     )
+    save_path: str | None = opt(
+        None, "safetensors file that `score` writes the calibration tokens to, with their provenance", path=True
+    )
     num_samples: int = opt(1024, "number of calibration sequences (arXiv 2407.14679 §2.2)")
     self_generated_fraction: float = opt(
         0.0, "fraction of the sequences that the teacher generates (arXiv 2410.17170); the rest is text"
@@ -38,6 +41,9 @@ class CalibrationConfig:
         )
         both = bool(share) and self.tokens_path is not None
         require(not both, key, share, "must be 0 with calibration.tokens_path", "leave one of them out")
+        copied = bool(self.save_path and self.tokens_path)
+        rule = "saves tokens that are read from text, not those of calibration.tokens_path"
+        require(not copied, "calibration.save_path", self.save_path, rule, "leave one of them out, or copy the file")
 
 
 class Aggregation(StrEnum):

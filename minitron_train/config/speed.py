@@ -13,7 +13,7 @@ class SpeedConfig:
     batch_sizes: list[int] = opt(lambda: [1, 8], "numbers of sequences to time together, one measurement each")
     prompt_tokens: int = opt(128, "tokens of a prompt; cut where prompt and new tokens exceed a model's context")
     new_tokens: int = opt(16, "tokens to generate after the prompt, for each sequence")
-    turns: int = opt(5, "measurements of each model, in turn with the other models; their median is reported")
+    turns: int = opt(3, "measurements of each model, in turn with the other models; their median is reported")
     precision: Precision = opt(
         Precision.auto, "dtype of all models; auto: bf16 where this machine multiplies it faster"
     )
