@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from minitron_train.commands import distill, evaluate, export, fetch, pretrain, prune, report, score
+from minitron_train.commands import distill, evaluate, export, fetch, pretrain, prune, report, score, speed
 from minitron_train.commands.command import Command
 from minitron_train.config import Config, DataConfig
 
 CHAIN = (
     *(fetch.COMMAND, pretrain.COMMAND, score.COMMAND, prune.COMMAND),
-    *(distill.COMMAND, export.COMMAND, evaluate.COMMAND, report.COMMAND),
+    *(distill.COMMAND, export.COMMAND, evaluate.COMMAND, speed.COMMAND, report.COMMAND),
 )
 
 

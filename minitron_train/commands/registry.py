@@ -16,6 +16,7 @@ from minitron_train.commands import (
     run,
     score,
     search,
+    speed,
 )
 from minitron_train.commands.command import Command
 from minitron_train.runtime.errors import UserError, did_you_mean
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Command] = {
         distill.COMMAND,
         export.COMMAND,
         evaluate.COMMAND,
+        speed.COMMAND,
         plan.COMMAND,
         families.COMMAND,
         report.COMMAND,

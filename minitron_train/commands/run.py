@@ -27,6 +27,6 @@ COMMAND = Command(
     reads="what the recipe's commands read",
     writes="the folders of these commands",
     run=run,
-    sections=("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export"),
+    sections=("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export", "speed"),
     job=Job(gpus=True, resumable=True),
 )

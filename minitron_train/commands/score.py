@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.commands.command import SCORING, Command, Job
-from minitron_train.commands.inputs import calibration_tokens, data_inputs
+from minitron_train.commands.inputs import calibration_tokens, data_inputs, save_calibration
 from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import Config, DataConfig
 from minitron_train.planning.check import MORE_GPUS, Needs, Option, changed, reserved_bytes
@@ -41,6 +41,8 @@ def score(ws: Workspace) -> None:
         return score_checkpoint(ws.config, ws.groups, teacher=ws.open_teacher(), tokens=tokens, folder=folder)
 
     ws.run(stage, work)
+    if ws.config.calibration.save_path and not ws.config.dry_run:
+        save_calibration(ws, Path(ws.config.calibration.save_path))
 
 
 def scoring_stage(ws: Workspace) -> Stage:

@@ -6,9 +6,11 @@
     python -m minitron_train.commands.slurm check distill +recipe=tiny …   runs on every rank of a job step; prints the files
                                                                            that mark a training to be started again
 
-Each answers within two seconds. Only rank 0 loads torch, and only to read a model's sizes from its folder.
+Each answers within two seconds. Only rank 0 loads torch, and only to read a model's sizes from its folder
+(search.budget=latency_ms: all ranks, to read the measured latencies).
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -21,14 +23,14 @@ from minitron_train.commands.command import Command
 from minitron_train.commands.configuration import compose
 from minitron_train.commands.registry import COMMANDS, find
 from minitron_train.commands.workspace import Workspace, after_rank0
-from minitron_train.config import Config
-from minitron_train.pruning.candidates import Candidate, candidates, choose
+from minitron_train.config import Budget, Config
+from minitron_train.pruning.candidates import Candidate, choose, usable, within_budget
 from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.launch import World, host_name, read_world, whole_number
 from minitron_train.runtime.preflight import preflight
 from minitron_train.runtime.signals import guard
 from minitron_train.stages import STOPPED
-from minitron_train.stages.layout import SEARCH, TRAINING
+from minitron_train.stages.layout import LATENCY_FILE, SEARCH, TRAINING
 
 USAGE = "python -m minitron_train.commands.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 
@@ -110,14 +112,22 @@ def search_candidates(config: Config, world: World) -> list[Candidate]:
     """What `search` would try.
 
     Raises:
-        UserError: nothing fits the budget, or nothing would be measured.
+        UserError: nothing fits the budget, nothing would be tried, or no latencies were measured for search.budget=latency_ms.
     """
     if not config.search.evaluate and not config.search.retrain_tokens:
         raise UserError(
             "search.evaluate=false: there is nothing to run; set search.evaluate=true or search.retrain_tokens"
         )
     with ExitStack() as stack:
-        return candidates(config, Workspace(config, [], world, stack).teacher_shape)
+        workspace = Workspace(config, [], world, stack)
+        every, refusals = usable(config, workspace.teacher_shape)
+    if config.search.budget is Budget.latency_ms:
+        from minitron_train.evaluation.latency import known_latencies
+
+        file = Path(config.output_dir) / SEARCH / LATENCY_FILE
+        known = known_latencies(file, [candidate.name for candidate in every])
+        every = [dataclasses.replace(candidate, latency_ms=known[candidate.name]) for candidate in every]
+    return within_budget(config.search, every, refusals)
 
 
 def marks(command: Command, config: Config, world: World) -> list[Path]:

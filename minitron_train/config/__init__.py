@@ -32,6 +32,7 @@ from minitron_train.config.prune import (
     Scope,
     SearchConfig,
 )
+from minitron_train.config.speed import SpeedConfig
 from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
     CheckpointConfig,
@@ -66,6 +67,7 @@ class Config:
     checkpoint: CheckpointConfig = opt(CheckpointConfig, "")
     parallel: ParallelConfig = opt(ParallelConfig, "")
     eval: EvalConfig = opt(EvalConfig, "")
+    speed: SpeedConfig = opt(SpeedConfig, "")
     export: ExportConfig = opt(ExportConfig, "")
     tracking: TrackingConfig = opt(TrackingConfig, "")
     cluster: ClusterConfig = opt(ClusterConfig, "")
@@ -112,6 +114,7 @@ __all__ = [
     "SearchConfig",
     "SourceConfig",
     "SourceKind",
+    "SpeedConfig",
     "StudentConfig",
     "TeacherConfig",
     "TeacherSource",

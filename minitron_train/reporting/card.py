@@ -11,9 +11,10 @@ import yaml
 from minitron_train.config import Refit
 from minitron_train.evaluation.metrics import is_share, metric_text
 from minitron_train.evaluation.serving import servable_sizes
-from minitron_train.hf import read_json, wrapper_of
+from minitron_train.hf import auto_class, read_json
 from minitron_train.pruning.describe import REFITTED
 from minitron_train.reporting.load import MODELS, Model, Run, load_run
+from minitron_train.reporting.speed import conditions, labels, speed_rows
 from minitron_train.reporting.summary import (
     facts_of,
     metric_of,
@@ -89,7 +90,7 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
     return {
         "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
         "name": run.name,
-        "loader": loader(student_folder),
+        "loader": auto_class(read_json(student_folder / "config.json")),
         "teacher_name": teacher_name(run)
         or f"a teacher{' that was pretrained in the same run' if run.stage('pretrain') else ''}",
         "license": license_name,
@@ -105,18 +106,15 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
         "labels": evaluated(run),
         "evaluation": evaluation_rows(run),
         "published": published(run),
+        "speed": speed_rows(run),
+        "timed": labels(run.speed) if run.speed else [],
+        "conditions": conditions(run),
         "notes": [without_folders(line) for line in notes(run)],
         "sizes": sizes,
         "problems": problems,
         "stages": run.stages,
         "commands": list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
     }
-
-
-def loader(student_folder: Path) -> str:
-    """The class of transformers that opens the folder."""
-    is_wrapped = wrapper_of(read_json(student_folder / "config.json")) is not None
-    return "AutoModelForImageTextToText" if is_wrapped else "AutoModelForCausalLM"
 
 
 def header(run: Run, license_name: str | None) -> dict[str, Any]:

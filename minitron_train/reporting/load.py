@@ -12,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.evaluation.results import Evaluation, read_evaluation
+from minitron_train.evaluation.speed import Speed, read_speed
 from minitron_train.hf import folder_shape, read_header, weight_bytes
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import PARTIAL, REPLACED
 from minitron_train.runtime.records import damaged
 from minitron_train.stages import PROVENANCE, exported, provenance
-from minitron_train.stages.layout import EVALUATION, MODELS, PRUNED, SCORES, TRAININGS
+from minitron_train.stages.layout import EVALUATION, MODELS, PRUNED, SCORES, SPEED, SPEED_FILE, TRAININGS
 from minitron_train.stages.provenance import StageRecord
 from minitron_train.train.metrics import read_rows
 
@@ -72,6 +73,7 @@ class Run:
     axes: dict[str, Axis]  # embedding, heads, experts, ffn, block
     metrics: dict[str, dict[str, np.ndarray]]  # train, pretrain -> column -> [T] float64, NaN where not logged
     evals: dict[str, Evaluation]  # eval/LABEL.json by label
+    speed: Speed | None  # speed/speed.json
 
     @property
     def name(self) -> str:
@@ -119,6 +121,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
             for file in sorted((folder / EVALUATION).glob("*.json"))
             if not file.name.endswith(PROVENANCE)
         },
+        speed=read_speed(folder / SPEED / SPEED_FILE),
     )
 
 

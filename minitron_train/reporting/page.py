@@ -231,6 +231,7 @@ def missing(run: Run) -> dict[str, str]:
         "importance": "" if run.axes else "Not scored yet: scores/scores.safetensors does not exist.",
         "training": "" if "train" in run.metrics else "Not distilled yet: train/metrics.jsonl does not exist.",
         "evaluation": "" if run.evals else "Not evaluated yet: eval/ contains no results.",
+        "speed": "" if run.speed else "Not measured yet: speed/speed.json does not exist.",
         "provenance": "" if run.stages else "No stage has finished in this folder.",
     }
     return {key: line for key, line in lines.items() if line}

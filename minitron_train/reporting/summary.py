@@ -6,6 +6,7 @@ from typing import Any
 
 from minitron_train.evaluation.metrics import Score, headline, metric_text, metrics_in, number, read_score
 from minitron_train.reporting.load import Run, load_run
+from minitron_train.reporting.speed import conditions, speed_table
 from minitron_train.runtime import numbers
 from minitron_train.runtime.files import byte_size
 
@@ -131,7 +132,7 @@ def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
 def summary_table(output_dir: Path) -> str:
     """Format parameters, bytes, perplexity and task scores of teacher, pruned and student as an aligned table.
 
-    Lines under the table give the reasons why tasks were not run.
+    Lines under the table give the reasons why tasks were not run. A second table follows if speed was measured.
 
     Raises:
         UserError: the folder does not exist, or a file in it is damaged.
@@ -153,7 +154,8 @@ def summary_table(output_dir: Path) -> str:
         table.append([label, *sizes, *(score_of(run, label, task).text for task in tasks)])
     lines = aligned([row for row in table if any(row)])
     lines.insert(len(lines) - len(run.labels), "-" * len(lines[-1]))
-    return "\n".join([*lines, *notes(run)])
+    timed = ["", *aligned(speed_table(run)), conditions(run)] if run.speed else []
+    return "\n".join([*lines, *notes(run), *timed])
 
 
 def rows_text(run: Run, task: str) -> str:

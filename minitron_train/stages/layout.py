@@ -9,7 +9,10 @@ PRUNED = "pruned"
 TRAINING = "train"  # distill: checkpoints and metrics.jsonl
 STUDENT = "student"  # export
 EVALUATION = "eval"
+SPEED = "speed"
+SPEED_FILE = "speed.json"  # in SPEED
 SEARCH = "search"  # one output folder for each candidate
+LATENCY_FILE = "latency.json"  # in SEARCH
 
 STAGE_FOLDERS = (
     TEACHER,
@@ -19,6 +22,7 @@ STAGE_FOLDERS = (
     PRUNED,
     TRAINING,
     EVALUATION,
+    SPEED,
     SEARCH,
 )  # export.path avoids these
 MODELS = {TEACHER: "teacher", PRUNED: "student", STUDENT: "export"}  # folder -> the section whose `path` replaces it

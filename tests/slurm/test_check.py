@@ -25,7 +25,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from tests.support.models import save_tiny
 
-AFTER = ["distill", "export", "eval", "report"]
+AFTER = ["distill", "export", "eval", "speed", "report"]
 
 
 @pytest.mark.parametrize(
