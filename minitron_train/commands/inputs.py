@@ -30,11 +30,11 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
 
     config, calibration = ws.config, ws.config.calibration
     if calibration.self_generated_fraction and new_in:
-        tokenizer = load_tokenizer(ws.teacher_folder)
-        return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
+        tokenizer = load_tokenizer(ws.source_folder)
+        return samples.tokens_with_samples(config, ws.groups, ws.open_source(), tokenizer, new_in)
     if calibration.self_generated_fraction:
         return read_tokens(ws.folder / SCORES / samples.FILE)
-    tokenizer = None if calibration.tokens_path else load_tokenizer(ws.teacher_folder)
+    tokenizer = None if calibration.tokens_path else load_tokenizer(ws.source_folder)
     return calibration_batches(calibration, config.data, tokenizer, config.seed)
 
 

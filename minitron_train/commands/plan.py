@@ -21,5 +21,6 @@ COMMAND = Command(
     reads="the configuration",
     writes="plan.json",
     run=plan,
+    per_member=False,
     sections=("model", "teacher", "student", "cluster", *SCORING, "distill", "train", "checkpoint"),
 )

@@ -21,6 +21,7 @@ COMMAND = Command(
     reads="all of output_dir",
     writes="report.html",
     run=report,
+    per_member=False,
     in_chain=lambda config: True,
     job=Job(gpus=False),
 )

@@ -25,7 +25,7 @@ def search(ws: Workspace) -> None:
     """
     settings = ws.config.search
     check(ws.config)
-    every, refusals = usable(ws.config, ws.teacher_shape)
+    every, refusals = usable(ws.config, ws.source_shape)
     found = within_budget(settings, every, refusals)
     if refusals and ws.world.is_first:
         say(f"search: {len(refusals)} shapes of the grid were rejected; first reason: {refusals[0]}")

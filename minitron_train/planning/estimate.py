@@ -44,7 +44,7 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         configured = evaluate(teacher, student, machine, base, batch_size)
     chosen = best or configured
     return {
-        "name": config.name,
+        "name": config.title,
         "teacher": describe(teacher),
         "student": describe(student),
         "training": training(config),
@@ -169,7 +169,7 @@ def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | N
     if scratch_tokens is None:
         return None
     members = {name: teacher.smaller(**sizes.sizes()) for name, sizes in config.plan.family.items()} or {
-        config.name: student
+        config.title: student
     }
     seq_length, tokens_per_step = config.train.seq_length, config.train.step_tokens
     cost = {name: counts.training_flops_per_token(shape, seq_length, causal=False) for name, shape in members.items()}
