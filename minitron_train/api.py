@@ -224,10 +224,10 @@ def plan(teacher: StrPath | None = None, *, settings: Settings | None = None) ->
     Args:
         teacher: a Hugging Face folder; default: the shape in the `model` section of the settings or of their recipe.
     """
-    from minitron_train.planning import make_plan
+    from minitron_train.commands.plan import planned
 
     with workspace("plan", ".", {"teacher.path": teacher}, settings) as ws:
-        return Planned(make_plan(ws.config, ws.teacher_shape, ws.student_shape))
+        return Planned(planned(ws))
 
 
 def report(output_dir: StrPath) -> Path:

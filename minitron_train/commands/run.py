@@ -5,7 +5,7 @@ from minitron_train.commands.chain import check_early, check_text, parts
 from minitron_train.commands.command import SCORING, TRAINING, Command, Job
 from minitron_train.commands.members import family_shapes
 from minitron_train.commands.workspace import Workspace
-from minitron_train.config import is_family
+from minitron_train.config import is_family, origins
 from minitron_train.runtime.console import say
 
 
@@ -27,7 +27,7 @@ def run(ws: Workspace) -> None:
             if command is not score.COMMAND:  # prune runs it
                 command.run(own)
     if ws.world.is_first and not ws.config.dry_run:
-        say(family_table(ws.folder, list(ws.config.members)) if is_family(ws.config) else summary_table(ws.folder))
+        say(family_table(ws.folder, origins(ws.config)) if is_family(ws.config) else summary_table(ws.folder))
 
 
 COMMAND = Command(
