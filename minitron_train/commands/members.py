@@ -10,6 +10,7 @@ from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, ModelConfig, TeacherConfig, is_family, origins, with_member
 from minitron_train.config.members import ORIGINAL
 from minitron_train.planning.counts import parameters
+from minitron_train.pruning.target import check_request
 from minitron_train.runtime.errors import UserError
 from minitron_train.stages.layout import STUDENT, TEACHER
 
@@ -66,6 +67,8 @@ def family_shapes(ws: Workspace) -> dict[str, Shape]:
         try:
             found[name] = found[source].smaller(**with_member(ws.config, name).student.sizes())
             check_rules(found[name], "student")
+            member = with_member(ws.config, name)
+            check_request(found[source], found[name], member.prune, member.calibration)
             found[name].check_parallel(tp, "student")
         except UserError as error:
             raise UserError(f"member {name}, pruned from {source}: {error}") from error
