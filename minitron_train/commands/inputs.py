@@ -31,15 +31,15 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
 
     config, calibration = ws.config, ws.config.calibration
     if calibration.self_generated_fraction and new_in:
-        tokenizer = load_tokenizer(ws.teacher_folder)
-        return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
+        tokenizer = load_tokenizer(ws.source_folder)
+        return samples.tokens_with_samples(config, ws.groups, ws.open_source(), tokenizer, new_in)
     if calibration.self_generated_fraction:
         return read_tokens(ws.folder / SCORES / samples.FILE)
     if not calibration.tokens_path:
-        return calibration_batches(calibration, config.data, load_tokenizer(ws.teacher_folder), config.seed)
+        return calibration_batches(calibration, config.data, load_tokenizer(ws.source_folder), config.seed)
     tokens = calibration_batches(calibration, config.data, None, config.seed)
-    if has_tokenizer(ws.teacher_folder):
-        check_made_with(Path(calibration.tokens_path), load_tokenizer(ws.teacher_folder))
+    if has_tokenizer(ws.source_folder):
+        check_made_with(Path(calibration.tokens_path), load_tokenizer(ws.source_folder))
     return tokens
 
 
@@ -53,12 +53,12 @@ def save_calibration(ws: Workspace, path: Path) -> None:
         ws, calibration_data(calibration, config.data), "calibration.path" if calibration.path else None
     )
     if calibration.self_generated_fraction:
-        inputs["teacher"] = ws.fingerprint(ws.teacher_folder)
+        inputs["teacher"] = ws.fingerprint(ws.source_folder)
     settings = dict(subset(calibration, "num_samples", "seq_length", "self_generated_fraction"))
     tokens = calibration_tokens(ws)
 
     def write() -> None:
-        tokenizer = digest(load_tokenizer(ws.teacher_folder))
+        tokenizer = digest(load_tokenizer(ws.source_folder))
         write_tokens(path, tokens, Made(tokenizer=tokenizer, inputs=inputs, settings=settings, seed=config.seed))
 
     ws.on_rank0(write)

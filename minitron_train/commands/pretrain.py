@@ -41,6 +41,7 @@ COMMAND = Command(
     reads="text",
     writes="pretrain/, teacher/",
     run=pretrain,
+    per_member=False,
     sections=("model", "pretrain", "data", *TRAINING),
     in_chain=lambda config: config.teacher.is_pretrained,
     text=training_text,

@@ -32,7 +32,7 @@ def search(ws: Workspace) -> None:
     settings = ws.config.search
     check(ws.config)
     required_target(settings)
-    every, refusals = usable(ws.config, ws.teacher_shape)
+    every, refusals = usable(ws.config, ws.source_shape)
     if settings.budget is Budget.latency_ms and every:
         if ws.config.dry_run:
             say(f"search: would measure the latency of {len(every)} shapes, and list those within the budget")

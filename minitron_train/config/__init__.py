@@ -11,6 +11,7 @@ from minitron_train.config.cluster import ClusterConfig, PlanConfig
 from minitron_train.config.data import ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
 from minitron_train.config.distill import DistillConfig, HiddenLossKind, LossKind
 from minitron_train.config.evaluation import EvalConfig
+from minitron_train.config.members import MemberConfig, is_family, origins, validate_members, with_member, without_typed
 from minitron_train.config.model import (
     ExportConfig,
     ExportDtype,
@@ -54,6 +55,13 @@ class Config:
     seed: int = opt(1234, "seed of data order, initialisation and sampling")
     force: bool = opt(False, "run finished stages again; overwrite trainings that were started with different settings")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
+    member: str | None = opt(
+        None, "member of a recipe with members that the command works on; run, plan, report: null is all of them"
+    )
+    members: dict[str, MemberConfig] = opt(
+        dict,
+        "students of a model family in the order of their making, by name; set in a recipe (see recipes/family.yaml)",
+    )
     model: ModelConfig = opt(ModelConfig, "")
     teacher: TeacherConfig = opt(TeacherConfig, "")
     student: StudentConfig = opt(StudentConfig, "")
@@ -79,6 +87,12 @@ class Config:
             section = getattr(self, f.name)
             if hasattr(section, "validate"):
                 section.validate()
+        validate_members(self)
+
+    @property
+    def title(self) -> str:
+        """The recipe's name, with the member's."""
+        return self.name if self.member is None else f"{self.name}-{self.member}"
 
 
 __all__ = [
@@ -98,6 +112,7 @@ __all__ = [
     "HeadNorm",
     "HiddenLossKind",
     "LossKind",
+    "MemberConfig",
     "Merge",
     "ModelConfig",
     "NeuronActivation",
@@ -123,4 +138,8 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WandbMode",
+    "is_family",
+    "origins",
+    "with_member",
+    "without_typed",
 ]

@@ -93,6 +93,7 @@ class StudentConfig:
     path: str | None = opt(
         None, "Hugging Face folder of the student before training; default: OUTPUT_DIR/pruned", path=True
     )
+    pruned_from: str | None = opt(None, "Hugging Face folder of the model to prune; default: the teacher", path=True)
     hidden_size: int | None = opt(None, "embedding channels to keep; default: all")
     ffn_hidden_size: int | None = opt(None, "MLP neurons to keep per layer, or per expert; default: all")
     num_attention_heads: int | None = opt(None, "query heads to keep per layer; default: all")

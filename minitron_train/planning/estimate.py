@@ -19,21 +19,26 @@ from minitron_train.runtime.files import atomic_write_json
 SECONDS_PER_HOUR = 3600
 
 
-def make_plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
+def make_plan(
+    config: Config, teacher: Shape, student: Shape, target: Path | None = None, source: Shape | None = None
+) -> dict[str, Any]:
     """Estimate the cost of a recipe without running it. torch is imported only to measure this machine.
 
     Args:
         target: file for the result as JSON (plan.json), written atomically; None writes nothing.
+        source: the model that is pruned; None: the teacher.
     """
     on_gpus = is_described(config.cluster)
     config = with_choice(config, Precision.bf16) if on_gpus else concrete(config)
-    result = plan_on(hardware(config.cluster, config.train.precision), config, teacher, student)
+    result = plan_on(hardware(config.cluster, config.train.precision), config, teacher, student, source or teacher)
     if target is not None:
         atomic_write_json(target, result)
     return result
 
 
-def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -> dict[str, Any]:
+def plan_on(
+    machine: Hardware, config: Config, teacher: Shape, student: Shape, source: Shape | None = None
+) -> dict[str, Any]:
     """Estimate the cost of a recipe on given hardware."""
     base = base_layout(config, machine)
     batch_size = config.train.global_batch_size
@@ -44,7 +49,7 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         configured = evaluate(teacher, student, machine, base, batch_size)
     chosen = best or configured
     return {
-        "name": config.name,
+        "name": config.title,
         "teacher": describe(teacher),
         "student": describe(student),
         "training": training(config),
@@ -56,8 +61,8 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         "recommended": best and describe_choice(config, teacher, student, machine, best),
         "overrides": overrides(config, machine, best.layout) if best else None,
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
-        "scoring": scoring(config, teacher, machine),
-        "slicing": slicing(config, teacher, student, machine),
+        "scoring": scoring(config, source or teacher, machine),
+        "slicing": slicing(config, source or teacher, student, machine),
         "disk": disk_bytes(config, teacher, student),
     }
 
@@ -171,7 +176,7 @@ def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | N
     if scratch_tokens is None:
         return None
     members = {name: teacher.smaller(**sizes.sizes()) for name, sizes in config.plan.family.items()} or {
-        config.name: student
+        config.title: student
     }
     seq_length, tokens_per_step = config.train.seq_length, config.train.step_tokens
     cost = {name: counts.training_flops_per_token(shape, seq_length, causal=False) for name, shape in members.items()}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from minitron_train.arch.shape import SIZES
+from minitron_train.planning.family import format_family
 from minitron_train.planning.timing import DISK_RATE
 
 GIB = 2**30
@@ -21,7 +22,9 @@ PARTS = ("embedding", "attention", "mlp", "norms", "output")
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """Format the whole plan, about 60 lines."""
+    """Format the whole plan, about 60 lines; of a model family a table of its members and their sum."""
+    if "members" in plan:
+        return format_family(plan)
     sections = [
         [f"plan {plan['name']}", ""],
         models(plan),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minitron_train.reporting import charts, evaluation, page
 from minitron_train.reporting.curves import health_charts, loss_charts
+from minitron_train.reporting.family import family_table, write_family_report
 from minitron_train.reporting.importance import importance_charts
 from minitron_train.reporting.load import MODELS, Run, load_run
 from minitron_train.reporting.speed import conditions, labels, speed_rows
@@ -55,4 +56,4 @@ def render(run: Run) -> str:
     )
 
 
-__all__ = ["render", "summary_table", "write_report"]
+__all__ = ["family_table", "render", "summary_table", "write_family_report", "write_report"]

@@ -23,6 +23,7 @@ from minitron_train.reporting.summary import (
     results_of,
     score_of,
     section_of,
+    source_name,
     task_name,
     tasks_of,
     teacher_name,
@@ -91,6 +92,7 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
         "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
         "name": run.name,
         "loader": auto_class(read_json(student_folder / "config.json")),
+        "source_name": source_name(run),
         "teacher_name": teacher_name(run)
         or f"a teacher{' that was pretrained in the same run' if run.stage('pretrain') else ''}",
         "license": license_name,

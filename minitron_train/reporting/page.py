@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from minitron_train.reporting.load import MODELS, Model, Run
-from minitron_train.reporting.summary import metric_of, perplexity_of, score_of, task_name, tasks_of, teacher_name
+from minitron_train.reporting.summary import (
+    metric_of,
+    perplexity_of,
+    score_of,
+    source_name,
+    task_name,
+    tasks_of,
+    teacher_name,
+)
 from minitron_train.runtime import numbers
 from minitron_train.runtime.files import byte_size
 
@@ -58,7 +66,9 @@ def lede(run: Run) -> str:
     if student is None:
         return f"{text} has not been pruned yet."
     share = student.parameters / teacher.parameters
-    text += f" was pruned to {numbers.short(student.parameters)} parameters ({numbers.percent(share)} kept)"
+    source = source_name(run)
+    text += f" taught a student that was pruned from {source}" if source else " was pruned"
+    text += f" to {numbers.short(student.parameters)} parameters ({numbers.percent(share)} kept)"
     tokens = run.metrics.get("train", {}).get("tokens")
     text += (
         f" and distilled on {numbers.short(float(tokens[-1]))} tokens."

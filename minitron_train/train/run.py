@@ -130,7 +130,7 @@ def exit_to_resume(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
 
 def open_reporter(config: Config, trainer: Trainer, folder: Path) -> Reporter:
     """Open metrics.jsonl, W&B and the console to continue after the resumed step; for rank 0."""
-    state, measured, name = trainer.state, trainer.reporter, config.name
+    state, measured, name = trainer.state, trainer.reporter, config.title
     tracker = Tracker(
         config.tracking.wandb, folder=folder, name=name, run_id=state.wandb_id, config=plain(asdict(config))
     )
