@@ -20,6 +20,13 @@ COMMAND_LINE = [
     Case("list for a number", "prune seed=[1,2]", "seed"),
     Case("number for a list", "eval eval.tasks=hellaswag", "eval.tasks"),
     Case("bracket left open", "eval eval.tasks=[hellaswag", "eval.tasks"),
+    Case("member without a family", "plan +recipe=micro member=a", "member=a: the recipe has no members"),
+    Case(
+        "member that is not there", "run +recipe=tiny_family member=big", "no such member; choose one of: small smaller"
+    ),
+    Case(
+        "command without its member", "distill +recipe=tiny_family", "member is not set: distill works on one of small"
+    ),
     Case("option that is not Hydra's", "prune --verbos", "verbos"),
 ]
 NUMBERS = [
