@@ -3,7 +3,7 @@
 from math import prod
 from typing import Any
 
-from minitron_train.arch import Shape, architecture
+from minitron_train.arch import ParamSpec, Shape, architecture
 from minitron_train.arch.layer_kind import keys_per_query
 
 MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
@@ -28,25 +28,30 @@ def parameters(shape: Shape) -> dict[str, Any]:
 
 def parameters_per_rank(shape: Shape, tp: int, ep: int = 1) -> int:
     """Count the parameters of one rank: its shard of split matrices, replicated norms, and its part of the experts."""
-    total = 0
-    for row in architecture(shape.architecture).rows_of(shape):
-        size = sum(prod(size) for size in row.sizes(shape).values()) * row.num_layers(shape)
-        total += (size // tp if row.parallel_dim() is not None else size) // (ep if row.expert is not None else 1)
-    return total
+    return sum(each_rank_size(shape, row, tp, ep) * row.num_layers(shape) for row in templates(shape))
 
 
 def expert_parameters_per_rank(shape: Shape, tp: int, ep: int) -> int:
     """Count the parameters of the experts that one rank holds."""
-    rows = [row for row in architecture(shape.architecture).templates_of(shape) if row.per_expert]
-    size = sum(prod(size) for row in rows for size in row.sizes(shape).values())
-    return size // tp * shape.num_moe_experts // ep * shape.num_layers
+    rows = [row for row in templates(shape) if row.per_expert]
+    return sum(each_rank_size(shape, row, tp, ep) * row.num_layers(shape) for row in rows)
 
 
 def layer_parameters(shape: Shape, tp: int = 1) -> int:
     """Count the parameters of one layer on one tensor-parallel rank."""
-    rows = architecture(shape.architecture).layer_rows(shape)
-    sizes = [(sum(prod(size) for size in row.sizes(shape).values()), row.parallel_dim()) for row in rows]
-    return sum(size if dim is None else size // tp for size, dim in sizes)
+    return sum(each_rank_size(shape, row, tp, 1) for row in templates(shape) if row.per_layer)
+
+
+def templates(shape: Shape) -> tuple[ParamSpec, ...]:
+    """The rows of a shape's table, with one for all experts: plans ask often, and 128 experts make many rows."""
+    return architecture(shape.architecture).templates_of(shape)
+
+
+def each_rank_size(shape: Shape, row: ParamSpec, tp: int, ep: int) -> int:
+    """Count a row's parameters in one layer on one rank."""
+    size = sum(prod(size) for size in row.sizes(shape).values())
+    copies = shape.num_moe_experts // ep if row.per_expert else 1
+    return (size if row.parallel_dim() is None else size // tp) * copies
 
 
 def forward_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:

@@ -185,9 +185,8 @@ def test_a_layout_splits_experts_where_that_is_faster() -> None:
     assert best["network_bytes_per_step"]["expert_parallel"] == 512 * 4096 / 4 * once * passes
     experts = 48 * 3 * 2048 * 768 * 64
     others = 16_030_316_544 - experts
-    assert (
-        abs(best["memory_bytes"]["student_weights"] - (others / 2 + experts / 2 / 4) * 2) < 1e6
-    )  # norms are not split
+    found = best["memory_bytes"]["student_weights"]
+    assert abs(found - (others / 2 + experts / 2 / 4) * 2) < 1e7  # norms and routers are not split
     assert best["memory_bytes"]["optimizer"] < 1.01 * 12 * 16_030_316_544 / 8
 
 
