@@ -241,6 +241,8 @@ class Workspace:
         tp = self.config.parallel.tensor_model_parallel_size
         self.teacher_shape.check_parallel(tp, "teacher")
         student.check_parallel(tp, "student")
+        for shape, name in ((self.teacher_shape, "teacher"), (student, "student")):
+            shape.check_stages(self.config.parallel.pipeline_model_parallel_size, name)
         return student
 
     def shape_of(self, folder: Path) -> Shape:

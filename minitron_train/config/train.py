@@ -169,6 +169,10 @@ class ParallelConfig:
     """How a model is spread over processes; the rest of the processes is data parallel."""
 
     tensor_model_parallel_size: int = opt(1, "ranks that share each layer")
+    pipeline_model_parallel_size: int = opt(
+        1,
+        "stages that share the layers of teacher and student in training, each on ranks of its own; other commands ignore it",
+    )
     sequence_parallel: bool | None = opt(
         None,
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
@@ -194,4 +198,5 @@ class ParallelConfig:
 
     def validate(self) -> None:
         limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
-        require_positive(self, "parallel", "tensor_model_parallel_size", *limits)
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        require_positive(self, "parallel", *sizes, *limits)

@@ -1,7 +1,8 @@
 """Process groups. Only this module starts torch.distributed and reads megatron-core's parallel_state.
 
 torchrun or srun starts the processes; a process without them runs alone. Ranks are laid out as in megatron-core:
-neighbouring ranks form a tensor-parallel group, and these groups are data parallel.
+neighbouring ranks form a tensor-parallel group, and these groups are data parallel. In a training with pipeline stages,
+the first ranks hold the first stage, and so on.
 """
 
 import contextlib
@@ -44,11 +45,20 @@ class Groups:
     tp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     device: torch.device
+    model_group: dist.ProcessGroup  # the ranks that hold one model together
+    pp_group: dist.ProcessGroup
+    pp_rank: int = 0
+    pp_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this process prints and writes for all."""
         return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the output layer, and so computes the loss."""
+        return self.pp_rank == self.pp_size - 1
 
     def gather(self, shard: Tensor) -> list[Tensor]:
         """All-gather over the tensor-parallel group: the shards of all ranks, which must have equal sizes."""
@@ -105,12 +115,18 @@ class Groups:
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return float(least.item())
 
+    def from_last_stage(self, value: Tensor) -> Tensor:
+        """Broadcast from the last pipeline stage to the others, in place."""
+        if self.pp_size > 1:
+            dist.broadcast(value, src=dist.get_global_rank(self.pp_group, self.pp_size - 1), group=self.pp_group)
+        return value
+
     def any_shard(self, flag: bool) -> bool:
-        """Logical or over the tensor-parallel group."""
-        if self.tp_size == 1:
+        """Logical or over the ranks that hold one model together."""
+        if self.tp_size * self.pp_size == 1:
             return flag
         value = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.tp_group)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.model_group)
         return bool(value.item())
 
     def barrier(self) -> None:
@@ -199,7 +215,7 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
             f"parallel.tensor_model_parallel_size={tp}: must divide the number of processes, {world.size}; "
             f"start a multiple of {tp} (torchrun --nproc-per-node {tp} -m minitron_train …)"
         )
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
 
     from minitron_train.parallel import shims
 
@@ -225,28 +241,70 @@ def start(parallel: ParallelConfig, world: World, seed: int) -> Iterator[Groups]
             connecting = meeting.first_connections(store, world, parallel.connect_minutes)
         with connecting:
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tp,
-                distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
-            )
+            groups = model_parallel(parallel, device)
             dist.all_reduce(torch.ones(1, device=device))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         random.seed(seed)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield Groups(
-            rank=world.rank,
-            world_size=world.size,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=tp,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-            tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
-            dp_group=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()),
-            device=device,
-        )
+        yield groups
         destroy()
+
+
+def model_parallel(parallel: ParallelConfig, device: torch.device, num_stages: int = 1) -> Groups:
+    """Create megatron-core's groups on the ranks of torch.distributed; collective."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=num_stages,
+        distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # goes into a timedelta
+    )
+    return Groups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor_model_parallel_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=cast(dist.ProcessGroup, parallel_state.get_tensor_model_parallel_group()),
+        dp_group=cast(dist.ProcessGroup, parallel_state.get_data_parallel_group()),
+        model_group=cast(dist.ProcessGroup, parallel_state.get_model_parallel_group()),
+        pp_group=cast(dist.ProcessGroup, parallel_state.get_pipeline_model_parallel_group()),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=num_stages,
+        device=device,
+    )
+
+
+@contextlib.contextmanager
+def pipelined(parallel: ParallelConfig, groups: Groups, seed: int) -> Iterator[Groups]:
+    """Regroup the same ranks into parallel.pipeline_model_parallel_size stages for a block; collective.
+
+    `groups` has no stages: outside of the block these ranks are data parallel. After an exception the groups stay.
+
+    Raises:
+        UserError: the stages do not divide the number of processes.
+    """
+    stages, tp = parallel.pipeline_model_parallel_size, groups.tp_size
+    if stages == 1:
+        yield groups
+        return
+    if groups.world_size % (stages * tp):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={tp} it must divide the number "
+            f"of processes, {groups.world_size}; start a multiple of {stages * tp}, or lower it"
+        )
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.destroy_model_parallel()
+    staged = model_parallel(parallel, groups.device, stages)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    yield staged
+    parallel_state.destroy_model_parallel()
+    model_parallel(parallel, groups.device)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def destroy() -> None:
