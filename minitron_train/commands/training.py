@@ -149,12 +149,11 @@ def distill_options(
         runtime_bytes=reserved_bytes(config, cuda),
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])
-    for size in tp_sizes(world, *filter(None, (teacher, student))):
+    for size in tp_sizes(world, now.pp, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
-                other = dataclasses.replace(
-                    now, tp=size, dp=world.size // size, micro_batch_size=micro, recompute=recompute
-                )
+                dp = world.size // (size * now.pp)
+                other = dataclasses.replace(now, tp=size, dp=dp, micro_batch_size=micro, recompute=recompute)
                 names = {
                     "parallel.tensor_model_parallel_size": (tp, size),
                     "train.micro_batch_size": (train.micro_batch_size, micro),

@@ -1,10 +1,12 @@
 """Exact counts of parameters and floating-point operations, from the shapes."""
 
+import functools
 from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.layer_kind import keys_per_query
+from minitron_train.arch.pipeline import stage_layers
 
 MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
 
@@ -26,12 +28,22 @@ def parameters(shape: Shape) -> dict[str, Any]:
     }
 
 
-def parameters_per_rank(shape: Shape, tp: int) -> int:
-    """Count the parameters of one tensor-parallel rank: its shard of split matrices, and replicated norms."""
-    total = 0
+@functools.cache
+def parameters_per_rank(shape: Shape, tp: int, stage: int = 0, num_stages: int = 1) -> int:
+    """Count the parameters of one tensor-parallel rank in one pipeline stage: shards of matrices, and replicated norms.
+
+    The first stage has the embedding, the last one the final norm and the output layer, or a copy of a tied embedding.
+    """
+    total, own = 0, stage_layers(shape.num_layers, num_stages)[stage]
     for row in architecture(shape.architecture).rows_of(shape):
+        if row.per_layer:
+            number = sum(i in own for i in row.layers(shape))
+        elif row.mcore.startswith("embedding."):
+            number = int(stage == 0) + int(shape.tie_embeddings and 0 < stage == num_stages - 1)
+        else:
+            number = int(stage == num_stages - 1)
         size = sum(prod(size) for size in row.sizes(shape).values())
-        total += (size // tp if row.parallel_dim() is not None else size) * len(list(row.layers(shape)))
+        total += (size // tp if row.parallel_dim() is not None else size) * number
     return total
 
 

@@ -108,7 +108,8 @@ def layout_text(layout: dict[str, Any]) -> str:
     extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
-    text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
+    stages = f"PP {layout['pp']}, " if layout["pp"] > 1 else ""
+    text = f"TP {layout['tp']}, {stages}DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
     return ", ".join([text, *extra])
 
 
@@ -127,9 +128,10 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         lines[list(rows).index("optimizer")] += (
             f"   (sharded over DP; {whole:.2f} with train.distributed_optimizer=false)"
         )
-    host = choice["host_bytes_of_save"]
+    host, stages = choice["host_bytes_of_save"], [f"{needed / GIB:.2f}" for needed in choice["bytes_of_stages"]]
     return [
         *lines,
+        *([f"  peaks of the stages, first to last: {', '.join(stages)} GiB"] if len(stages) > 1 else []),
         f"  a checkpoint copies {host['rank'] / GIB:.2f} GiB per process to host memory, {host['node'] / GIB:.1f} GiB per node",
     ]
 
@@ -137,6 +139,7 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
 def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Format speed, hours, price and network traffic."""
     step, network = choice["step_seconds"], choice["network_bytes_per_step"]
+    between = f", {network['pipeline_parallel'] / GIB:.1f} GiB for PP" if choice["layout"]["pp"] > 1 else ""
     origin = "measured here" if machine["measured"] else "data sheet"
     parts = " + ".join(
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
@@ -146,7 +149,7 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         f"  at {machine['gemm_efficiency']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
         f"one step: {step['total']:.2f} s = {parts}",
         f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
-        f"{network['data_parallel'] / GIB:.1f} GiB for DP",
+        f"{network['data_parallel'] / GIB:.1f} GiB for DP{between}",
     ]
 
 
