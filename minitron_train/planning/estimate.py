@@ -10,7 +10,7 @@ from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import WEIGHT_BYTES, Layout, saved_bytes, stage_bytes
+from minitron_train.planning.memory import WEIGHT_BYTES, Layout, distill_bytes, saved_bytes, stage_bytes
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
 from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, pp_bytes_per_step, tp_bytes_per_token
@@ -199,10 +199,7 @@ def describe_choice(
     """Return one layout as numbers: memory by part, seconds by part, hours, dollars, network."""
     layout, tokens = choice.layout, config.train.step_tokens
     with_recompute, without = (
-        evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
-            "activations"
-        ]
-        for on in ("full", "none")
+        distill_bytes(teacher, student, replace(layout, recompute=on))["activations"] for on in ("full", "none")
     )
     saved = saved_bytes(student, layout)
     return {

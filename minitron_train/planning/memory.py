@@ -5,6 +5,7 @@ really saved. Legend: N tokens of a micro-batch, V vocabulary, F MLP neurons.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -187,9 +188,22 @@ def saved_bytes(student: Shape, layout: Layout) -> int:
     return width * most_parameters(student, layout) // layout.dp
 
 
+def different_stages(shapes: Iterable[Shape | None], num_stages: int) -> list[int]:
+    """Return the pipeline stages that differ in their layers, in the embedding or in the output layer.
+
+    Of stages that are alike, the first one holds most activations.
+    """
+    layers = [stage_layers(shape.num_layers, num_stages) for shape in shapes if shape is not None]
+    found: dict[tuple[object, ...], int] = {}
+    for stage in range(num_stages):
+        found.setdefault((stage == 0, stage == num_stages - 1, *(len(own[stage]) for own in layers)), stage)
+    return list(found.values())
+
+
 def most_parameters(shape: Shape, layout: Layout) -> int:
     """Return the parameters of one rank in the pipeline stage that holds most."""
-    return max(parameters_per_rank(shape, layout.tp, stage, layout.pp) for stage in range(layout.pp))
+    stages = different_stages([shape], layout.pp)
+    return max(parameters_per_rank(shape, layout.tp, stage, layout.pp) for stage in stages)
 
 
 def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
@@ -197,8 +211,8 @@ def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict
 
     With pipeline stages, it is that of the stage that needs most.
     """
-    stages = (stage_bytes(teacher, student, layout, stage) for stage in range(layout.pp))
-    return max(stages, key=lambda parts: parts["total"])
+    stages = different_stages((teacher, student), layout.pp)
+    return max((stage_bytes(teacher, student, layout, stage) for stage in stages), key=lambda parts: parts["total"])
 
 
 def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> dict[str, int]:

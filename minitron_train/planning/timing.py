@@ -11,7 +11,7 @@ from minitron_train.arch.pipeline import stage_layers
 from minitron_train.config import DistillConfig, LossKind
 from minitron_train.planning.counts import attention_flops_per_token, forward_flops_per_token, parameters_per_rank
 from minitron_train.planning.hardware import Hardware
-from minitron_train.planning.memory import FP32, Layout, logit_budget, most_parameters, sequence_parts
+from minitron_train.planning.memory import FP32, Layout, different_stages, logit_budget, most_parameters, sequence_parts
 
 PASSES = {
     "hidden": 12,
@@ -196,8 +196,9 @@ def step_time(
 ) -> StepTime:
     """Estimate the seconds of one optimizer step, of distillation or, without a teacher, of pretraining."""
     tokens = global_batch_size * layout.seq_length / layout.dp
-    stages = (stage_time(teacher, student, machine, layout, tokens, stage) for stage in range(layout.pp))
-    slowest = max(stages, key=lambda parts: sum(parts.values()))
+    stages = different_stages((teacher, student), layout.pp)
+    times = [stage_time(teacher, student, machine, layout, tokens, stage) for stage in stages]
+    slowest = max(times, key=lambda parts: sum(parts.values()))
     share = bubble_share(layout, tokens / layout.tokens)
     updated = most_parameters(student, layout) // (layout.dp if layout.sharded_optimizer else 1)
     across_nodes = machine.num_gpus > machine.gpus_per_node
