@@ -282,20 +282,13 @@ def model_parallel(parallel: ParallelConfig, device: torch.device, num_stages: i
 def pipelined(parallel: ParallelConfig, groups: Groups, seed: int) -> Iterator[Groups]:
     """Regroup the same ranks into parallel.pipeline_model_parallel_size stages for a block; collective.
 
-    `groups` has no stages: outside of the block these ranks are data parallel. After an exception the groups stay.
-
-    Raises:
-        UserError: the stages do not divide the number of processes.
+    The stages must divide the data-parallel ranks (train.assemble.check). `groups` has no stages: outside of the block these
+    ranks are data parallel. After an exception the groups stay.
     """
-    stages, tp = parallel.pipeline_model_parallel_size, groups.tp_size
+    stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         yield groups
         return
-    if groups.world_size % (stages * tp):
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={tp} it must divide the number "
-            f"of processes, {groups.world_size}; start a multiple of {stages * tp}, or lower it"
-        )
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()

@@ -60,7 +60,12 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
     stages = config.parallel.pipeline_model_parallel_size
     for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
         shape.check_stages(stages, name)
-    train, replicas = config.train, max(groups.dp_size // stages, 1)
+    if groups.dp_size % stages:
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={groups.tp_size} it must divide "
+            f"the number of processes, {groups.world_size}; start a multiple of {stages * groups.tp_size}, or lower it"
+        )
+    train, replicas = config.train, groups.dp_size // stages
     if train.global_batch_size % (train.micro_batch_size * replicas):
         raise UserError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
