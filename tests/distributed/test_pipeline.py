@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minitron_train.arch.pipeline import stage_layers
-from minitron_train.config import Recompute
+from minitron_train.config import Precision, Recompute
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.settings import check_settings
 from tests.support.helpers import run_ranks, start_ranks
@@ -33,6 +33,7 @@ from tests.support.training import (
 TEN_STEPS: dict[str, Any] = {"train__num_tokens": 10 * 8 * SEQ_LENGTH}
 STAGES: dict[str, Any] = TEN_STEPS | {"parallel__pipeline_model_parallel_size": 2}
 WINDOWS = {"sliding_window": 9, "sliding_window_pattern": 2, "rope_parameters": None}
+BF16_TEACHER: dict[str, Any] = {"distill__teacher_precision": Precision.bf16}  # its messages have another type
 LABELS: dict[str, Any] = {"distill__ce_weight": 0.5}
 
 
@@ -77,7 +78,7 @@ def test_two_stages_train_as_one_rank(training: Material, tied: Material, one_ra
     staged, stop = STAGES | LABELS, {"stop_in": 5}
     runs = [
         (tied, whole, staged),
-        (training, untied, STAGES),
+        (training, untied, STAGES | BF16_TEACHER),
         (tied, resumed, staged | stop),
         (tied, resumed, staged),
         (tied, joined, staged | stop),
@@ -89,7 +90,7 @@ def test_two_stages_train_as_one_rank(training: Material, tied: Material, one_ra
     for folder in (whole, joined, split):
         assert_equal(folder, rows(one_rank))
     assert_same_student(whole, one_rank, tmp_path)
-    run(training, tmp_path / "untied_whole", **TEN_STEPS)
+    run(training, tmp_path / "untied_whole", **TEN_STEPS | BF16_TEACHER)
     assert_equal(untied, rows(tmp_path / "untied_whole"))
     assert_same_student(untied, tmp_path / "untied_whole", tmp_path)
 
