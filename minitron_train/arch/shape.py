@@ -177,6 +177,14 @@ class Shape:
                 f"{what}: must divide the {name}'s num_moe_experts={self.num_moe_experts}; choose a divisor"
             )
 
+    def check_stages(self, pipeline_model_parallel_size: int, name: str) -> None:
+        """Reject more pipeline stages than layers: each stage holds at least one."""
+        if self.num_layers < pipeline_model_parallel_size:
+            raise UserError(
+                f"parallel.pipeline_model_parallel_size={pipeline_model_parallel_size}: the {name} has only "
+                f"num_layers={self.num_layers}, and each stage needs one; choose at most {self.num_layers}"
+            )
+
     def check_length(self, length: int, key: str, name: str) -> None:
         """Reject sequences that are longer than the model's context. `key` is the setting that gives the length."""
         if length > self.max_position_embeddings:

@@ -25,6 +25,7 @@ def pretrain(ws: Workspace) -> None:
         )
     shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     shape.check_experts(ws.config.parallel.expert_model_parallel_size, "teacher")
+    shape.check_stages(ws.config.parallel.pipeline_model_parallel_size, "teacher")
     initial, training = ws.folder / INITIAL, ws.folder / PRETRAINING
     settings = {"model": dataclasses.asdict(ws.config.model), "seed": ws.config.seed}
     stage = Stage(name="initialise", folder=initial, inputs=data_inputs(ws), settings=settings)

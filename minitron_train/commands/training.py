@@ -150,12 +150,13 @@ def distill_options(
         runtime_bytes=reserved_bytes(config, cuda),
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])
-    for size, ep in parallel_sizes(world.size, *filter(None, (teacher, student))):
+    for size, ep in parallel_sizes(world.size // now.pp, *filter(None, (teacher, student))):
+        if ep > 1 and now.pp > 1:
+            continue  # not together
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
-                other = dataclasses.replace(
-                    now, tp=size, dp=world.size // size, ep=ep, micro_batch_size=micro, recompute=recompute
-                )
+                dp = world.size // (size * now.pp)
+                other = dataclasses.replace(now, tp=size, dp=dp, ep=ep, micro_batch_size=micro, recompute=recompute)
                 names = {
                     "parallel.tensor_model_parallel_size": (tp, size),
                     "parallel.expert_model_parallel_size": (config.parallel.expert_model_parallel_size, ep),

@@ -289,6 +289,7 @@ class Workspace:
         for shape, name in ((self.source_shape, "teacher"), (student, "student")):
             shape.check_parallel(parallel.tensor_model_parallel_size, name)
             shape.check_experts(parallel.expert_model_parallel_size, name)
+            shape.check_stages(parallel.pipeline_model_parallel_size, name)
         return student
 
     def shape_of(self, folder: Path) -> Shape:

@@ -174,6 +174,10 @@ class ParallelConfig:
         "data-parallel ranks that share the experts of each layer, of teacher and student, in pretrain and distill; other "
         "commands hold all experts on each rank",
     )
+    pipeline_model_parallel_size: int = opt(
+        1,
+        "stages that share the layers of teacher and student in training, each on ranks of its own; other commands ignore it",
+    )
     sequence_parallel: bool | None = opt(
         None,
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
@@ -199,4 +203,13 @@ class ParallelConfig:
 
     def validate(self) -> None:
         limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
-        require_positive(self, "parallel", "tensor_model_parallel_size", "expert_model_parallel_size", *limits)
+        sizes = ("tensor_model_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size")
+        require_positive(self, "parallel", *sizes, *limits)
+        stages = self.pipeline_model_parallel_size
+        require(
+            stages == 1 or self.expert_model_parallel_size == 1,
+            "parallel.pipeline_model_parallel_size",
+            stages,
+            f"must be 1 with parallel.expert_model_parallel_size={self.expert_model_parallel_size}",
+            "set one of them to 1",
+        )

@@ -1,5 +1,6 @@
 """Hugging Face tensors into megatron-core parameters, one tensor at a time: the whole model is never held twice."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -9,21 +10,30 @@ from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import FUSED_NORMS, Architecture, ParamSpec
 from minitron_train.parallel.groups import Groups
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+LAYER_NUMBER = re.compile(r"(?<=decoder\.layers\.)\d+")
+
 
 def parameters_by_row(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The model's parameters under the names that the tables use, also where Transformer Engine fuses norm and linear."""
-    found = {}
+    """The model's parameters under the names that the tables use, also where Transformer Engine fuses norm and linear.
+
+    A pipeline stage numbers its layers from 0; the tables number those of the whole model. Where embedding and output layer
+    are tied, the last stage holds a copy of the embedding, which goes by the embedding's name.
+    """
+    found, first_layer = {}, getattr(module, "first_layer", 0)
     for name, parameter in module.named_parameters():
         for fused, plain in FUSED_NORMS.items():
             name = name.replace(fused, plain)
-        found[name] = parameter
+        if name == OUTPUT and module.share_embeddings_and_output_weights:
+            name = EMBEDDING
+        found[LAYER_NUMBER.sub(lambda match: str(int(match[0]) + first_layer), name)] = parameter
     return found
 
 
 def places(
     module: torch.nn.Module, table: Architecture, shape: Shape, experts: range | None = None
 ) -> Iterator[tuple[torch.nn.Parameter, ParamSpec, int]]:
-    """Each parameter of a GPTModel with its row and its layer, in the order of the table.
+    """Each parameter of a GPTModel, or of one pipeline stage of it, with its row and its layer, in the order of the table.
 
     A parameter of the model that the table does not cover is an assertion error.
 
@@ -31,11 +41,14 @@ def places(
         experts: those that the model holds under expert parallelism; None: all.
     """
     parameters = parameters_by_row(module)
+    is_whole = getattr(module, "num_stages", 1) == 1
     for row in table.rows_of(shape):
         if row.expert is not None and experts is not None and row.expert not in experts:
             continue
         for i in row.layers(shape):
-            yield parameters.pop(row.mcore.format(i=i)), row, i
+            name = row.mcore.format(i=i)
+            if is_whole or name in parameters:
+                yield parameters.pop(name), row, i
     assert not parameters, f"parameters that the {table.name} table does not cover: {sorted(parameters)}"
 
 

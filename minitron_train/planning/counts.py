@@ -1,10 +1,12 @@
 """Exact counts of parameters and floating-point operations, from the shapes."""
 
+import functools
 from math import prod
 from typing import Any
 
 from minitron_train.arch import ParamSpec, Shape, architecture
 from minitron_train.arch.layer_kind import keys_per_query
+from minitron_train.arch.pipeline import stage_layers
 
 MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
 
@@ -26,9 +28,24 @@ def parameters(shape: Shape) -> dict[str, Any]:
     }
 
 
-def parameters_per_rank(shape: Shape, tp: int, ep: int = 1) -> int:
-    """Count the parameters of one rank: its shard of split matrices, replicated norms, and its part of the experts."""
-    return sum(each_rank_size(shape, row, tp, ep) * row.num_layers(shape) for row in templates(shape))
+@functools.cache
+def parameters_per_rank(shape: Shape, tp: int, ep: int = 1, stage: int = 0, num_stages: int = 1) -> int:
+    """Count the parameters of one rank: its shard of split matrices, replicated norms, and its part of the experts.
+
+    Of the pipeline stages, the first has the embedding, the last the final norm and the output layer, or a copy of a tied
+    embedding.
+    """
+
+    def number(row: ParamSpec) -> int:
+        is_last = stage == num_stages - 1
+        if row.per_layer:
+            own = stage_layers(shape.num_layers, num_stages)[stage]
+            return sum(i in own for i in row.layers(shape))
+        if row.mcore.startswith("embedding."):
+            return int(stage == 0) + int(shape.tie_embeddings and is_last and stage > 0)
+        return int(is_last)
+
+    return sum(each_rank_size(shape, row, tp, ep) * number(row) for row in templates(shape))
 
 
 def expert_parameters_per_rank(shape: Shape, tp: int, ep: int) -> int:

@@ -10,10 +10,23 @@ from minitron_train.config import Config, DistillConfig, Precision
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import WEIGHT_BYTES, Layout, optimizer_bytes, saved_bytes
+from minitron_train.planning.memory import (
+    WEIGHT_BYTES,
+    Layout,
+    distill_bytes,
+    optimizer_bytes,
+    saved_bytes,
+    stage_bytes,
+)
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
-from minitron_train.planning.timing import dp_bytes_per_step, ep_bytes_per_token, logit_passes, tp_bytes_per_token
+from minitron_train.planning.timing import (
+    dp_bytes_per_step,
+    ep_bytes_per_token,
+    logit_passes,
+    pp_bytes_per_step,
+    tp_bytes_per_token,
+)
 from minitron_train.runtime.files import atomic_write_json
 
 SECONDS_PER_HOUR = 3600
@@ -79,11 +92,16 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
 
 def configured_layout(config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int) -> Layout:
     """Return the layout that the configuration asks for on so many ranks."""
-    train, tp = config.train, config.parallel.tensor_model_parallel_size
+    train, tp, pp = (
+        config.train,
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+    )
     return Layout(
         tp=tp,
         ep=config.parallel.expert_model_parallel_size,
-        dp=max(num_ranks // tp, 1),
+        dp=max(num_ranks // (tp * pp), 1),
+        pp=pp,
         micro_batch_size=train.micro_batch_size,
         seq_length=train.seq_length,
         weight_bytes=WEIGHT_BYTES[train.precision],
@@ -107,6 +125,7 @@ def overrides(config: Config, machine: Hardware, layout: Layout) -> list[str]:
     found = {
         "parallel.tensor_model_parallel_size": (parallel.tensor_model_parallel_size, layout.tp),
         "parallel.expert_model_parallel_size": (parallel.expert_model_parallel_size, layout.ep),
+        "parallel.pipeline_model_parallel_size": (parallel.pipeline_model_parallel_size, layout.pp),
         "parallel.sequence_parallel": (split, layout.sequence_parallel),
         "train.micro_batch_size": (train.micro_batch_size, layout.micro_batch_size),
         "train.recompute": (train.recompute.name, layout.recompute),
@@ -200,25 +219,24 @@ def describe_choice(
     """Return one layout as numbers: memory by part, seconds by part, hours, dollars, network."""
     layout, tokens = choice.layout, config.train.step_tokens
     with_recompute, without = (
-        evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
-            "activations"
-        ]
-        for on in ("full", "none")
+        distill_bytes(teacher, student, replace(layout, recompute=on))["activations"] for on in ("full", "none")
     )
-    saved = saved_bytes(student, layout)
+    saved, whole = saved_bytes(student, layout), replace(layout, sharded_optimizer=False)
     return {
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
         "fits": choice.fits,
         "memory_bytes": choice.memory,
-        "unsharded_optimizer_bytes": optimizer_bytes(student, replace(layout, sharded_optimizer=False)),
-        "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.tp * layout.dp)},
+        "unsharded_optimizer_bytes": max(optimizer_bytes(student, whole, stage) for stage in range(layout.pp)),
+        "bytes_of_stages": [stage_bytes(teacher, student, layout, k)["total"] for k in range(layout.pp)],
+        "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.num_ranks)},
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "tokens_per_second": tokens / choice.step.total,
         **duration_and_price(choice, config.train.num_steps, machine),
         "network_bytes_per_step": {
-            "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
+            "tensor_parallel": tokens / layout.dp / layout.pp * tp_bytes_per_token(teacher, student, layout),
             "expert_parallel": tokens / layout.dp * ep_bytes_per_token(teacher, student, layout),
             "data_parallel": dp_bytes_per_step(student, layout),
+            "pipeline_parallel": pp_bytes_per_step(teacher, student, layout, tokens / layout.dp),
         },
     }
 
@@ -226,7 +244,7 @@ def describe_choice(
 def duration_and_price(choice: Choice, steps: int, machine: Hardware) -> dict[str, Any]:
     """Return the seconds of a step by part, and the hours and dollars of all steps."""
     hours = choice.step.total * steps / SECONDS_PER_HOUR
-    gpu_hours, price = hours * choice.layout.tp * choice.layout.dp, machine.price_per_gpu_hour
+    gpu_hours, price = hours * choice.layout.num_ranks, machine.price_per_gpu_hour
     return {
         "step_seconds": asdict(choice.step) | {"total": choice.step.total},
         "hours": hours,

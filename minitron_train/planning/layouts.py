@@ -10,14 +10,21 @@ from minitron_train.planning.memory import Layout, distill_bytes
 from minitron_train.planning.timing import StepTime, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+NUMBERS_OF_STAGES = (2, 4, 8, 16, 32, 64)
 
 
 def candidates(
-    teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
+    teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int, num_stages: int = 1
 ) -> Iterator[Layout]:
-    """Yield every valid combination of tensor- and expert-parallel size (within a node), micro-batch size, recompute setting."""
+    """Yield every valid combination of tensor- and expert-parallel size (within a node), micro-batch size, recompute setting.
+
+    Args:
+        num_stages: pipeline stages of each; with more than one, experts are not split.
+    """
     for tp, ep in parallel_sizes(machine.gpus_per_node, teacher, student):
-        dp = machine.num_gpus // tp
+        dp, rest = divmod(machine.num_gpus, tp * num_stages)
+        if rest or not dp or num_stages > min(teacher.num_layers, student.num_layers) or (ep > 1 and num_stages > 1):
+            continue
         for micro in MICRO_BATCH_SIZES:
             if not shares(global_batch_size, dp, micro):
                 continue
@@ -26,6 +33,7 @@ def candidates(
                     tp=tp,
                     dp=dp,
                     ep=ep,
+                    pp=num_stages,
                     micro_batch_size=micro,
                     seq_length=base.seq_length,
                     weight_bytes=base.weight_bytes,
@@ -85,11 +93,19 @@ def evaluate(
 def all_choices(
     teacher: Shape, student: Shape, machine: Hardware, base: Layout, global_batch_size: int
 ) -> list[Choice]:
-    """Return all layouts of the cluster: first those that fit, fastest first, then the others by memory."""
-    found = [
-        evaluate(teacher, student, machine, layout, global_batch_size)
-        for layout in candidates(teacher, student, machine, base, global_batch_size)
-    ]
+    """Return all layouts of the cluster: first those that fit, fastest first, then the others by memory.
+
+    Pipeline stages are tried where they are configured, or where memory is too small for every valid layout without them.
+    They cost a bubble, and no GPU has measured them.
+    """
+
+    def with_stages(num_stages: int) -> list[Choice]:
+        layouts = candidates(teacher, student, machine, base, global_batch_size, num_stages)
+        return [evaluate(teacher, student, machine, layout, global_batch_size) for layout in layouts]
+
+    found = with_stages(1) + (with_stages(base.pp) if base.pp > 1 else [])
+    if found and not any(choice.fits for choice in found):
+        found += [choice for number in NUMBERS_OF_STAGES if number != base.pp for choice in with_stages(number)]
     return sorted(
         found, key=lambda choice: (not choice.fits, choice.step.total if choice.fits else choice.memory["total"])
     )

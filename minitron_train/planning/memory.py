@@ -5,10 +5,12 @@ really saved. Legend: N tokens of a micro-batch, V vocabulary, F MLP neurons.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
 from minitron_train.arch import Shape, architecture
+from minitron_train.arch.pipeline import stage_layers
 from minitron_train.config import Precision, PruneConfig, Refit
 from minitron_train.planning.counts import layer_parameters, parameters_per_rank
 
@@ -36,6 +38,7 @@ class Layout:
     tp: int = 1
     dp: int = 1
     ep: int = 1  # data-parallel ranks that share the experts of each layer
+    pp: int = 1  # pipeline stages
     micro_batch_size: int
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
@@ -47,6 +50,11 @@ class Layout:
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
     cuda: bool = True
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes."""
+        return self.tp * self.dp * self.pp
 
     @property
     def tokens(self) -> int:
@@ -120,6 +128,24 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
     return int(layers + final_norm + (working if with_working_layer else 0))
 
 
+def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> int:
+    """Return the bytes of activations that one pipeline stage holds at most.
+
+    A stage begins so many micro-batches before it ends the first one as stages lie between it and the end, itself included.
+    The hidden states of both models that it receives and sends are counted once.
+    """
+    own = stage_layers(student.num_layers, layout.pp)[stage]
+    held = replace(student, num_layers=len(own), kinds=student.kinds[:1], kind_of_layer=())
+    kept = activation_bytes(held, layout, with_working_layer=False)
+    working = activation_bytes(held, layout) - kept
+    messages = 0
+    if layout.pp > 1:
+        widths = student.hidden_size * layout.weight_bytes
+        widths += 0 if teacher is None else teacher.hidden_size * layout.teacher_weight_bytes
+        messages = 2 * layout.tokens * widths // sequence_parts(layout)
+    return (layout.pp - stage) * kept + working + messages
+
+
 def working_bytes(shape: Shape, layout: Layout) -> int:
     """Return the peak bytes inside a layer of a forward pass without gradients: residual, norm, and MLP or attention."""
     mlp = 3 * shape.neurons_per_token
@@ -156,14 +182,14 @@ def state_width(layout: Layout) -> int:
     return 2 * FP32 + (FP32 if layout.weight_bytes < FP32 else 0)
 
 
-def optimizer_bytes(student: Shape, layout: Layout) -> int:
-    """Return the bytes of AdamW's state in one process.
+def optimizer_bytes(student: Shape, layout: Layout, stage: int = 0) -> int:
+    """Return the bytes of AdamW's state in one process of a pipeline stage.
 
     All data-parallel ranks share it equally if it is sharded: those that hold the same experts are fewer, but so are these.
     """
     if layout.sharded_optimizer and layout.dp > 1:
-        return state_width(layout) * parameters_per_rank(student, layout.tp) // layout.dp
-    return state_width(layout) * parameters_per_rank(student, layout.tp, layout.ep)
+        return state_width(layout) * parameters_per_rank(student, layout.tp, 1, stage, layout.pp) // layout.dp
+    return state_width(layout) * parameters_per_rank(student, layout.tp, layout.ep, stage, layout.pp)
 
 
 def saved_bytes(student: Shape, layout: Layout) -> int:
@@ -172,24 +198,54 @@ def saved_bytes(student: Shape, layout: Layout) -> int:
     Data-parallel ranks divide the state equally, also where each holds all of it or of its experts (train.shards).
     """
     width = layout.weight_bytes + state_width(layout)
-    return width * parameters_per_rank(student, layout.tp) // layout.dp
+    return width * most_parameters(student, layout) // layout.dp
+
+
+def different_stages(shapes: Iterable[Shape | None], num_stages: int) -> list[int]:
+    """Return the pipeline stages that differ in their layers, in the embedding or in the output layer.
+
+    Of stages that are alike, the first one holds most activations.
+    """
+    layers = [stage_layers(shape.num_layers, num_stages) for shape in shapes if shape is not None]
+    found: dict[tuple[object, ...], int] = {}
+    for stage in range(num_stages):
+        found.setdefault((stage == 0, stage == num_stages - 1, *(len(own[stage]) for own in layers)), stage)
+    return list(found.values())
+
+
+def most_parameters(shape: Shape, layout: Layout, ep: int = 1) -> int:
+    """Return the parameters of one rank in the pipeline stage that holds most; with all experts, unless `ep` divides them."""
+    stages = different_stages([shape], layout.pp)
+    return max(parameters_per_rank(shape, layout.tp, ep, stage, layout.pp) for stage in stages)
 
 
 def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
     """Return the memory of one distillation process by part, or of pretraining if `teacher` is None.
 
+    With pipeline stages, it is that of the stage that needs most.
+    """
+    stages = different_stages((teacher, student), layout.pp)
+    return max((stage_bytes(teacher, student, layout, stage) for stage in stages), key=lambda parts: parts["total"])
+
+
+def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> dict[str, int]:
+    """Return the memory of one process of a pipeline stage by part. The loss is on the last stage.
+
     `total` is the peak over the teacher's forward pass and the step. AdamW's fused update works in place.
     """
-    own = parameters_per_rank(student, layout.tp, layout.ep)
-    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp, layout.ep)
+    own = parameters_per_rank(student, layout.tp, layout.ep, stage, layout.pp)
+    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp, layout.ep, stage, layout.pp)
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "student_weights": own * layout.weight_bytes,
         "teacher_weights": taught * layout.teacher_weight_bytes,
         "gradients": own * FP32,
-        "optimizer": optimizer_bytes(student, layout),
+        "optimizer": optimizer_bytes(student, layout, stage),
     }
-    moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
+    moving = {
+        "activations": stage_activation_bytes(teacher, student, layout, stage),
+        "loss": loss_bytes(student, teacher, layout) if stage == layout.pp - 1 else 0,
+    }
     teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
     teacher_forward = 0 if teacher is None else working_bytes(teacher, teacher_layout)
     return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}

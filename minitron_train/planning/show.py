@@ -112,7 +112,8 @@ def layout_text(layout: dict[str, Any]) -> str:
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
     experts = f" (EP {layout['ep']})" if layout["ep"] > 1 else ""
-    text = f"TP {layout['tp']}, DP {layout['dp']}{experts}, micro-batch {layout['micro_batch_size']}"
+    stages = f"PP {layout['pp']}, " if layout["pp"] > 1 else ""
+    text = f"TP {layout['tp']}, {stages}DP {layout['dp']}{experts}, micro-batch {layout['micro_batch_size']}"
     return ", ".join([text, *extra])
 
 
@@ -131,9 +132,10 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         lines[list(rows).index("optimizer")] += (
             f"   (sharded over DP; {whole:.2f} with train.distributed_optimizer=false)"
         )
-    host = choice["host_bytes_of_save"]
+    host, stages = choice["host_bytes_of_save"], [f"{needed / GIB:.2f}" for needed in choice["bytes_of_stages"]]
     return [
         *lines,
+        *([f"  peaks of the stages, first to last: {', '.join(stages)} GiB"] if len(stages) > 1 else []),
         f"  a checkpoint copies {host['rank'] / GIB:.2f} GiB per process to host memory, {host['node'] / GIB:.1f} GiB per node",
     ]
 
@@ -141,6 +143,7 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
 def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Format speed, hours, price and network traffic."""
     step, network = choice["step_seconds"], choice["network_bytes_per_step"]
+    between = f", {network['pipeline_parallel'] / GIB:.1f} GiB for PP" if choice["layout"]["pp"] > 1 else ""
     origin = "measured here" if machine["measured"] else "data sheet"
     parts = " + ".join(
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
@@ -151,7 +154,7 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         f"one step: {step['total']:.2f} s = {parts}",
         f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
         + (f"{network['expert_parallel'] / GIB:.1f} GiB for EP, " if choice["layout"]["ep"] > 1 else "")
-        + f"{network['data_parallel'] / GIB:.1f} GiB for DP",
+        + f"{network['data_parallel'] / GIB:.1f} GiB for DP{between}",
     ]
 
 

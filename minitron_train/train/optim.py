@@ -78,6 +78,7 @@ class Optimizer:
         with cpu.cuda_means_cpu():
             self.model = DistributedDataParallel(student.config, ddp, student)
             self.inner: Any = get_megatron_optimizer(settings, [self.model])
+        student.config.no_sync_func = self.model.no_sync  # for megatron-core's schedule of pipeline stages
         for group in self.inner.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
         shards.create_state(self.parts)

@@ -48,7 +48,7 @@ def test_a_rank_makes_no_group_but_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     made = []
     monkeypatch.setattr(prune.dist, "new_group", lambda ranks, **_: made.append(ranks) or "alone")
     group, device = MagicMock(), torch.device("cpu")
-    groups = Groups(2, 4, 0, 2, 1, 2, group, group, device)
+    groups = Groups(2, 4, 0, 2, 1, 2, group, group, device, group, group)
     whole = prune.whole_layers(groups)
     assert prune.whole_layers(groups) is whole
     assert (whole.tp_group, whole.tp_size, whole.dp_rank, whole.dp_size) == ("alone", 1, 2, 4)
