@@ -19,7 +19,17 @@ from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import PARTIAL, REPLACED
 from minitron_train.runtime.records import damaged
 from minitron_train.stages import PROVENANCE, exported, provenance
-from minitron_train.stages.layout import EVALUATION, MODELS, PRUNED, SCORES, SPEED, SPEED_FILE, TEACHER, TRAININGS
+from minitron_train.stages.layout import (
+    EVALUATION,
+    MODELS,
+    PRETRAINING,
+    PRUNED,
+    SCORES,
+    SPEED,
+    SPEED_FILE,
+    TEACHER,
+    TRAININGS,
+)
 from minitron_train.stages.provenance import StageRecord
 from minitron_train.train.metrics import read_rows
 
@@ -109,7 +119,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
     found = list(read_stages(folder, student))
     shared = shared_folder(folder, found)
     if shared != folder:
-        found += [stage for stage in read_stages(shared, None) if stage["folder"] == TEACHER]
+        found += [stage for stage in read_stages(shared, None) if stage["folder"] in (TEACHER, PRETRAINING)]
     stages = sorted(found, key=lambda stage: (stage.get("started_at", ""), stage["wall_seconds"]))
     return Run(
         folder=folder,
