@@ -18,10 +18,11 @@ class LeastSquares:
         self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=groups.device)
 
     def add(self, x_NI: Tensor, y_NO: Tensor, weight_N: Tensor) -> None:
-        """Add tokens."""
-        weighted_IN = (x_NI * weight_N[:, None]).t()
-        self.gram += weighted_IN @ x_NI
-        self.cross += weighted_IN @ y_NO
+        """Add tokens; the products of one call are fp32, the sums over calls fp64."""
+        wide_NI = x_NI.float()
+        weighted_IN = (wide_NI * weight_N[:, None]).t()
+        self.gram += weighted_IN @ wide_NI
+        self.cross += weighted_IN @ y_NO.float()
 
     def solve(self, start_OI: Tensor, ridge: float) -> Tensor:
         """The best weights, regularised towards `start_OI`; `ridge` is relative to the mean of the Gram matrix's diagonal.

@@ -16,7 +16,7 @@ linear cannot close an arbitrary gap. Its target is then the teacher's output be
 are not compensated there.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,10 +27,10 @@ from torch import Tensor
 from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
-from minitron_train.model.branch import BranchSum
-from minitron_train.model.norm import Norm, ProjectionNorm
+from minitron_train.model.norm import Norm
 from minitron_train.pruning.basis import effective_gamma
-from minitron_train.pruning.layers import Layers, forward, seeing, seeing_all
+from minitron_train.pruning.halves import HALVES, Half, forward
+from minitron_train.pruning.layers import Layers, seeing, seeing_all
 from minitron_train.pruning.least_squares import LeastSquares
 from minitron_train.pruning.repair_experts import ExpertFits, Routed
 from minitron_train.pruning.select import Keep
@@ -66,52 +66,6 @@ Case = tuple[Tensor, Tensor, Tensor | None]
 # input and wanted output of a linear, [S, B, …], and by what an error of the output is divided later, [S, B]; None: 1
 
 
-@dataclass(frozen=True, slots=True)
-class Half:
-    """Attention or MLP of a layer: norm, first linear, second linear, and the sum with the residual stream."""
-
-    norm: str
-    first: str
-    second: str
-    sum: str
-    run: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-    # layer, normalised stream, rotary -> the second linear's output without its bias, and this bias
-
-    def forward(self, layer: torch.nn.Module, stream_SBH: Tensor, rotary: Tensor) -> Tensor:
-        """The residual stream after this half."""
-        output = self.run(layer, layer.get_submodule(self.norm)(stream_SBH), rotary)
-        return getattr(layer, self.sum)(False, False)(output, stream_SBH, 0.0)
-
-    @property
-    def outer(self) -> str:
-        """Name of the norm between the second linear and the residual stream."""
-        return f"{self.sum}.layernorm"
-
-    def inner_norms(self, layer: torch.nn.Module) -> tuple[list[str], list[str]]:
-        """Names of this half's norms over the outputs of its first linear, and of its second linear."""
-        branch, parent = self.branch(layer), self.first.rpartition(".")[0]
-        children = layer.get_submodule(parent).named_children()
-        inner = [f"{parent}.{name}" for name, module in children if isinstance(module, ProjectionNorm)]
-        return inner, [] if branch is None or branch.layernorm is None else [self.outer]
-
-    def branch(self, layer: torch.nn.Module) -> BranchSum | None:
-        """The sum with the residual stream, unless it is megatron-core's plain one."""
-        module = getattr(layer, self.sum)
-        return module if isinstance(module, BranchSum) else None
-
-
-HALVES = (
-    Half(
-        "input_layernorm",
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "self_attn_bda",
-        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary),
-    ),
-    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", "mlp_bda", lambda layer, x, _: layer.mlp(x)),
-)
-
-
 class Repair:
     """Runs teacher and student over `tokens_NS` and yields the student's repaired tensors.
 
@@ -122,9 +76,17 @@ class Repair:
     """
 
     def __init__(
-        self, teacher: Layers, student: Layers, keep: Keep, prune: PruneConfig, tokens_NS: Tensor, micro_batch_size: int
+        self,
+        teacher: Layers,
+        student: Layers,
+        keep: Keep,
+        prune: PruneConfig,
+        tokens_NS: Tensor,
+        micro_batch_size: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
+        self.dtype = dtype  # in which both models multiply matrices; their streams are fp32
         check_enough(int((tokens_NS >= 0).sum()), keep.student, prune)
         self.groups = groups = teacher.groups
         self.streams = [
@@ -192,7 +154,7 @@ class Repair:
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
         self._scale_inside(student, half, outer)
         for streams in self.streams:
-            streams.student = half.forward(student, streams.student, self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary, self.dtype)
 
     def _repair_experts(self, half: Half, i: int, layer: int, absorbed: range) -> None:
         """Fit router and experts, then advance both streams; the teacher's also through the `absorbed` layers."""
@@ -204,19 +166,19 @@ class Repair:
         batches = [Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight()) for s in self.streams]
         fits.fit_inputs(teacher.mlp, student.mlp, layer, batches)  # type: ignore[arg-type]
         for streams in self.streams:
-            streams.teacher = half.forward(teacher, streams.teacher, self.rotary)
+            streams.teacher = half.forward(teacher, streams.teacher, self.rotary, self.dtype)
         self._advance_teacher_over(absorbed)
         lacking = [(self._narrow(s.teacher) - s.student)[s.mask] for s in self.streams]
         fits.fit_outputs(student.mlp, batches, lacking)  # type: ignore[arg-type]
         for streams in self.streams:
-            streams.student = half.forward(student, streams.student, self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary, self.dtype)
 
     def _advance_teacher_over(self, dropped: range) -> None:
         """Advance the teacher's streams through layers that the student does not have."""
         for layer in dropped:
             module = self.teacher[layer]
             for streams in self.streams:
-                streams.teacher = forward(module, streams.teacher, self.teacher_rotary)
+                streams.teacher = forward(module, streams.teacher, self.teacher_rotary, self.dtype)
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
@@ -226,7 +188,7 @@ class Repair:
         self.sizes, self.outputs = {name: [] for name in norms}, []
         for streams in self.streams:
             with seeing(linear, of_input=False) as seen, seeing_all(teacher, norms) as inputs:
-                streams.teacher = half.forward(teacher, streams.teacher, self.teacher_rotary)
+                streams.teacher = half.forward(teacher, streams.teacher, self.teacher_rotary, self.dtype)
             for name in norms:
                 self.sizes[name].append(size(inputs[name][0], teacher.get_submodule(name)))
             if half.outer in norms:
@@ -242,7 +204,7 @@ class Repair:
         branch = half.branch(student)
         for k, streams in enumerate(self.streams):
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
-                half.forward(student, streams.student, self.rotary)
+                half.forward(student, streams.student, self.rotary, self.dtype)
             if branch is not None and branch.layernorm is not None:
                 yield seen[0], self.outputs[k], self.sizes[half.outer][k]
             else:
@@ -298,7 +260,7 @@ class Repair:
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.groups.device)
         for k, streams in enumerate(self.streams):
             with seeing_all(student, names) as inputs:
-                half.forward(student, streams.student, self.rotary)
+                half.forward(student, streams.student, self.rotary, self.dtype)
             sizes = [size(inputs[name][0], student.get_submodule(name)) / self.sizes[name][k] for name in names]
             sums += torch.stack([ratio[streams.mask].double().sum() for ratio in (*sizes, torch.ones_like(sizes[0]))])
         self.groups.sum(sums)
