@@ -14,6 +14,9 @@ streams of all tokens, one Gram matrix.
 Some families have a norm between the second linear and the stream (a post-norm). It fixes the size of what a layer adds, so the
 linear cannot close an arbitrary gap. Its target is then the teacher's output before that norm, at kept channels. Dropped layers
 are not compensated there.
+
+No linear is fitted to the last `prune.held_out_fraction` of the sequences. Each linear's ridge is the one with the least error on
+them. Experts and their router take prune.ridge.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,11 +34,11 @@ from minitron_train.model.norm import Norm
 from minitron_train.pruning.basis import effective_gamma
 from minitron_train.pruning.halves import HALVES, Half, forward
 from minitron_train.pruning.layers import Layers, seeing, seeing_all
-from minitron_train.pruning.least_squares import LeastSquares
+from minitron_train.pruning.least_squares import HeldOutRidge
 from minitron_train.pruning.repair_experts import ExpertFits, Routed
 from minitron_train.pruning.select import Keep
 from minitron_train.pruning.slice import VOCABULARY_ROWS
-from minitron_train.pruning.target import check_enough
+from minitron_train.pruning.target import check_enough, num_held_out
 from minitron_train.runtime.console import progress
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
@@ -50,11 +53,12 @@ REFITTED = {
 
 @dataclass(slots=True)
 class Streams:
-    """The residual streams of one micro-batch, [S, B, D] and [S, B, H]; a mask [S, B] is False at padding."""
+    """The residual streams of one micro-batch, [S, B, D] and [S, B, H]."""
 
     teacher: Tensor
     student: Tensor
-    mask: Tensor
+    mask: Tensor  # [S, B], False at padding
+    fitted: Tensor  # [N], False at held-out tokens, to which no linear is fitted
 
     def weight(self) -> Tensor:
         """Weight of every token in the least squares, [N]."""
@@ -87,11 +91,15 @@ class Repair:
     ) -> None:
         self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
         self.dtype = dtype  # in which both models multiply matrices; their streams are fp32
-        check_enough(int((tokens_NS >= 0).sum()), keep.student, prune)
+        is_fitted_N = torch.arange(len(tokens_NS)) < len(tokens_NS) - num_held_out(prune, len(tokens_NS))
+        check_enough(int((tokens_NS[is_fitted_N] >= 0).sum()), keep.student, prune)
+        self.has_held_out = not bool(is_fitted_N.all())
         self.groups = groups = teacher.groups
+        parts = zip(*(groups.own_parts(rows, micro_batch_size) for rows in (tokens_NS, is_fitted_N)), strict=True)
         self.streams = [
-            Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t())
-            for batch in groups.own_parts(tokens_NS, micro_batch_size)
+            Streams(teacher.embed(batch), student.embed(batch), mask, fitted.expand_as(mask)[mask])
+            for batch, fitted in parts
+            for mask in [(batch >= 0).t()]
         ]
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
@@ -163,7 +171,9 @@ class Repair:
         after: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
         if self.prune.norm_scale:
             self._scale(after)
-        batches = [Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight()) for s in self.streams]
+        batches = [
+            Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight() * s.fitted) for s in self.streams
+        ]
         fits.fit_inputs(teacher.mlp, student.mlp, layer, batches)  # type: ignore[arg-type]
         for streams in self.streams:
             streams.teacher = half.forward(teacher, streams.teacher, self.rotary, self.dtype)
@@ -221,12 +231,15 @@ class Repair:
     def _fit(self, linear: Any, cases: Iterable[Case]) -> None:
         """Fit a linear's weights to the cases of all micro-batches. Its bias is kept."""
         weight, bias = linear.get_parameter("weight"), linear.bias
-        squares = LeastSquares(weight.shape[1], weight.shape[0], self.groups)
+        squares = self._squares(weight.shape[1], weight.shape[0])
         for streams, (x, y, scale_SB) in zip(self.streams, cases, strict=True):
             y = y if bias is None else y - bias
             token_weight = streams.weight() if scale_SB is None else streams.weight() / scale_SB[streams.mask].square()
-            squares.add(x[streams.mask], y[streams.mask], token_weight)
+            squares.add(x[streams.mask], y[streams.mask], token_weight, streams.fitted)
         weight.copy_(squares.solve(weight, self.prune.ridge))
+
+    def _squares(self, inputs: int, outputs: int) -> HeldOutRidge:
+        return HeldOutRidge(inputs, outputs, self.groups, has_held_out=self.has_held_out)
 
     def _scale(self, norm: Norm) -> None:
         """Rescale a norm, because pruning changes its denominator, and for LayerNorm its mean too.
@@ -280,10 +293,10 @@ class Repair:
     def _output_layer(self) -> Iterator[tuple[str, Tensor]]:
         """logits = W y with y the teacher's last norm: W' = W R, where R fits y to the student's last norm."""
         hidden, teacher_hidden = self.keep.student.hidden_size, self.keep.teacher.hidden_size
-        squares = LeastSquares(hidden, teacher_hidden, self.groups)
+        squares = self._squares(hidden, teacher_hidden)
         for streams in self.streams:
             x, y = self.student.final_norm(streams.student), self.teacher.final_norm(streams.teacher)
-            squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()))
+            squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()), streams.fitted)
         start = torch.zeros(teacher_hidden, hidden, device=self.groups.device)
         if self.keep.basis is None:
             start[self.keep.embedding, torch.arange(hidden)] = 1.0
