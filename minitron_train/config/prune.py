@@ -151,7 +151,7 @@ class PruneConfig:
         "tries; higher values stay closer to the sliced weights",
     )
     held_out_fraction: float = opt(
-        0.0,
+        0.125,
         "fraction of the repair's tokens that no linear is fitted to: each linear takes the ridge with the least error on them, "
         "among multiples of prune.ridge from 0.1 to 100; 0: every linear takes prune.ridge",
     )
