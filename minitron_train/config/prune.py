@@ -153,7 +153,13 @@ class PruneConfig:
     )
     ridge: float = opt(
         0.03,
-        "ridge penalty of the refit, relative to the mean squared input; higher values stay closer to the sliced weights",
+        "ridge penalty of the refit, relative to the mean squared input, or the middle of those that prune.held_out_fraction "
+        "tries; higher values stay closer to the sliced weights",
+    )
+    held_out_fraction: float = opt(
+        0.125,
+        "fraction of the repair's tokens that no linear is fitted to: each linear takes the ridge with the least error on them, "
+        "among multiples of prune.ridge from 0.1 to 100; 0: every linear takes prune.ridge",
     )
     repair_tokens: int = opt(
         131072,
@@ -171,6 +177,8 @@ class PruneConfig:
 
     def validate(self) -> None:
         require_positive(self, "prune", "multiple_of", "ridge", "repair_tokens", "iterations")
+        key, share = "prune.held_out_fraction", self.held_out_fraction
+        require(0 <= share < 1, key, share, "must be at least 0 and below 1", "0.125 is an eighth")
 
 
 class Budget(StrEnum):

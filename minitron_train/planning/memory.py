@@ -307,10 +307,11 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
     if shared := student.moe_shared_expert_intermediate_size:
         linears += [(hidden, 2 * shared), (shared, hidden)]
-    # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
+    # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: inputs x inputs, inputs x outputs
     squares = [4 * teacher.hidden_size**2] if prune.rotate else []
     if prune.refit is not Refit.none:
-        squares += [2 * inputs**2 + 3 * inputs * outputs for inputs, outputs in linears]
+        grams, crosses = (4, 6) if prune.held_out_fraction else (3, 3)
+        squares += [grams * inputs**2 + crosses * inputs * outputs for inputs, outputs in linears]
     routed = teacher.hidden_size + 2 * hidden if student.num_moe_experts else 0
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],

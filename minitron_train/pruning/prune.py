@@ -123,8 +123,8 @@ def rotated(config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, to
     if reason := why_not(layers, keep.student.hidden_size):
         say(f"prune.rotate: this teacher cannot be rotated ({reason}); keeping channels instead")
         return keep
-    size = config.calibration.micro_batch_size
-    return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size))
+    size, dtype = config.calibration.micro_batch_size, scoring_dtype(config.calibration, groups)
+    return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size, dtype))
 
 
 def repaired_tensors(
@@ -138,8 +138,8 @@ def repaired_tensors(
     whole = whole_layers(groups)
     before = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)
-    repair = Repair(before, after, keep, config.prune, sequences_NS[:used], config.calibration.micro_batch_size)
-    return repair.tensors()
+    size, dtype = config.calibration.micro_batch_size, scoring_dtype(config.calibration, groups)
+    return Repair(before, after, keep, config.prune, sequences_NS[:used], size, dtype).tensors()
 
 
 @functools.cache

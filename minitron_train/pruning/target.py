@@ -13,7 +13,8 @@ def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibratio
     check_target(teacher, student, prune)
     if calibration.tokens_path is None:
         num_sequences = min(calibration.num_samples, num_repair_sequences(prune, calibration.seq_length))
-        check_enough(num_sequences * calibration.seq_length, student, prune)
+        fitted = num_sequences - num_held_out(prune, num_sequences)
+        check_enough(fitted * calibration.seq_length, student, prune)
 
 
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
@@ -81,3 +82,8 @@ def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:
     sizes of teacher and student). A rotation's stream takes 4 D repair_tokens bytes.
     """
     return max(1, prune.repair_tokens // seq_length)
+
+
+def num_held_out(prune: PruneConfig, num_sequences: int) -> int:
+    """Number of a repair's sequences to which no linear is fitted."""
+    return int(prune.held_out_fraction * num_sequences)
