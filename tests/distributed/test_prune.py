@@ -25,7 +25,8 @@ def prune_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path, r
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
         tokens = random_tokens(sequences=8)
         sizes = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4}
-        config = configuration(refit=Refit.all, depth="perplexity", rotate=rotate, norm_scale=rotate)
+        settings = {"depth": "perplexity", "rotate": rotate, "norm_scale": rotate, "held_out_fraction": 0.125}
+        config = configuration(refit=Refit.all, **settings)
         run_cut(folder, teacher, config, tokens, groups, **sizes)
 
 
