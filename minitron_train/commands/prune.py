@@ -77,7 +77,8 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
     if not (settings.rotate or settings.repairs):
         return
     layout = scoring_layout(config, cuda=cuda, runtime_bytes=reserved_bytes(config, cuda))
-    fewer = [tokens // part for part in (2, 4, 8) if tokens // part >= least_tokens(student)]
+    fitted = 1 - settings.held_out_fraction
+    fewer = [tokens // part for part in (2, 4, 8) if fitted * (tokens // part) >= least_tokens(student)]
     for chosen, micro in product((tokens, *fewer), (calibration.micro_batch_size, 1)):
         at_once = dataclasses.replace(layout, micro_batch_size=micro)
         names = {

@@ -65,13 +65,13 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
 
 
 def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
-    """Reject a least-squares fit on too few tokens, which would fit noise."""
+    """Reject a least-squares fit on too few tokens, which would fit noise. `num_tokens` has no held-out tokens."""
     least = least_tokens(student)
     if prune.refit is not Refit.none and num_tokens < least:
         raise UserError(
             f"calibration: {num_tokens} tokens are too few to fit {least // TOKENS_PER_INPUT} inputs by least squares, "
-            f"at least {least} are needed; "
-            "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
+            f"at least {least} are needed; raise calibration.num_samples and prune.repair_tokens, "
+            f"lower prune.held_out_fraction={prune.held_out_fraction}, or set prune.refit=none"
         )
 
 
