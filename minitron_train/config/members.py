@@ -22,7 +22,7 @@ ALIKE = {  # keys that would make members incomparable, or give two of them one 
     ),
 }
 RESERVED = (  # other folders and files of a run, see stages/layout.py
-    *("teacher", "eval_data", "pretrain", "scores", "pruned", "train", "student", "eval", "search"),
+    *("teacher", "eval_data", "pretrain", "scores", "pruned", "train", "student", "eval", "speed", "search"),
     *("report.html", "plan.json", "search.json", "exported.json"),
 )
 NAME = re.compile(r"(?!\.)[\w.-]{1,100}", re.ASCII)

@@ -169,7 +169,7 @@ def test_sections_refuse(section: str, values: dict[str, Any], message: str) -> 
     [
         ("export.dtype=int3", "float32, bfloat16, float16"),
         ("teacher.source=ftp", "hub, wheel, pretrain"),
-        ("search.budget=money", "parameters, non_embedding_parameters, memory_gib"),
+        ("search.budget=money", "parameters, non_embedding_parameters, memory_gib, latency_ms"),
         ("prune.neuron_activation=mid", "pre, post"),
         ("prune.head_norm=row", "channel, token"),
     ],

@@ -16,7 +16,7 @@ from minitron_train.runtime.launch import World
 from minitron_train.stages import layout
 
 TINY = ("+recipe=tiny_family", "output_dir=out")
-MEMBER = ["score", "prune", "distill", "export", "eval", "report"]
+MEMBER = ["score", "prune", "distill", "export", "eval", "speed", "report"]
 
 
 def compose(*words: str) -> Config:
