@@ -176,7 +176,8 @@ class ParallelConfig:
     )
     pipeline_model_parallel_size: int = opt(
         1,
-        "stages that share the layers of teacher and student in training, each on ranks of its own; other commands ignore it",
+        "stages that share the layers of teacher and student in training, each on ranks of its own; not together with expert "
+        "parallelism; other commands ignore it",
     )
     sequence_parallel: bool | None = opt(
         None,

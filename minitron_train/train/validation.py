@@ -33,7 +33,7 @@ class Validation:
         The call changes neither random states nor the model's mode, so it does not affect training.
 
         Args:
-            is_stopped: called after each batch; the same answer on all ranks of a tensor-parallel and of an expert group.
+            is_stopped: called after each batch; the same answer on all ranks that hold one model, and of an expert group.
 
         Raises:
             Interrupted: `is_stopped` was true on any rank; raised on every rank.

@@ -18,6 +18,9 @@ from minitron_train.model.build import build
 from minitron_train.parallel import groups
 from minitron_train.planning import counts, format_plan, make_plan
 from minitron_train.planning.counts import layer_parameters, parameters_per_rank
+from minitron_train.planning.estimate import base_layout
+from minitron_train.planning.hardware import hardware
+from minitron_train.planning.layouts import candidates
 from minitron_train.planning.memory import Layout, activation_bytes
 from minitron_train.runtime.launch import World
 from minitron_train.train.optim import RECOMPUTE
@@ -189,6 +192,16 @@ def test_a_layout_splits_experts_where_that_is_faster() -> None:
     found = best["memory_bytes"]["student_weights"]
     assert abs(found - (others / 2 + experts / 2 / 4) * 2) < 1e7  # norms and routers are not split
     assert best["memory_bytes"]["optimizer"] < 1.01 * 12 * 16_030_316_544 / 8
+
+
+def test_layouts_with_stages_split_no_experts() -> None:
+    config = load("+recipe=qwen3_30b_a3b_half")
+    teacher, student = shapes(config)
+    machine = hardware(config.cluster, config.train.precision)
+    base = base_layout(config, machine)
+    for num_stages, some in ((1, True), (2, False)):
+        found = list(candidates(teacher, student, machine, base, config.train.global_batch_size, num_stages))
+        assert found and any(layout.ep > 1 for layout in found) is some
 
 
 def test_stages_hold_the_whole_model_once() -> None:
