@@ -21,9 +21,9 @@ def candidates(
     Args:
         num_stages: pipeline stages of each; with more than one, experts are not split.
     """
-    for tp, ep in parallel_sizes(machine.gpus_per_node, teacher, student):
+    for tp, ep in parallel_sizes(machine.gpus_per_node, num_stages, teacher, student):
         dp, rest = divmod(machine.num_gpus, tp * num_stages)
-        if rest or not dp or num_stages > min(teacher.num_layers, student.num_layers) or (ep > 1 and num_stages > 1):
+        if rest or not dp or num_stages > min(teacher.num_layers, student.num_layers):
             continue
         for micro in MICRO_BATCH_SIZES:
             if not shares(global_batch_size, dp, micro):
@@ -48,11 +48,15 @@ def candidates(
                 )
 
 
-def parallel_sizes(num_ranks: int, *shapes: Shape) -> Iterator[tuple[int, int]]:
-    """Yield the tensor- and expert-parallel sizes that divide `num_ranks` ranks together, and all shapes."""
+def parallel_sizes(num_ranks: int, num_stages: int, *shapes: Shape) -> Iterator[tuple[int, int]]:
+    """Yield the tensor- and expert-parallel sizes that divide `num_ranks` ranks together, and all shapes.
+
+    With several pipeline stages, experts are not split.
+    """
     for tp in range(1, num_ranks + 1):
         if num_ranks % tp == 0 and all(divides(shape, tp) for shape in shapes):
-            sizes = (ep for ep in range(1, num_ranks // tp + 1) if num_ranks // tp % ep == 0)
+            most = num_ranks // tp if num_stages == 1 else 1
+            sizes = (ep for ep in range(1, most + 1) if num_ranks // tp % ep == 0)
             yield from ((tp, ep) for ep in sizes if all(splits_experts(shape, ep) for shape in shapes))
 
 
