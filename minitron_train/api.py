@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_train.commands import configuration, recipes, registry
+from minitron_train.commands.members import settled
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config
 from minitron_train.config.renamed import current_settings
@@ -135,13 +136,14 @@ def prune(
     num_query_groups: int | None = None,
     num_layers: int | None = None,
     num_moe_experts: int | None = None,
+    moe_shared_expert_intermediate_size: int | None = None,
     text: Text | None = None,
     settings: Settings | None = None,
 ) -> Pruned:
     """Cut a teacher to a smaller shape, scoring it first where that has not been done; repaired as `prune` settings say.
 
     Args:
-        hidden_size, …, num_moe_experts: the student's; None keeps the teacher's.
+        hidden_size, …, moe_shared_expert_intermediate_size: the student's; None keeps the teacher's.
         text: calibration text; default: the embedded corpus.
     """
     sizes = {
@@ -151,10 +153,11 @@ def prune(
         "num_query_groups": num_query_groups,
         "num_layers": num_layers,
         "num_moe_experts": num_moe_experts,
+        "moe_shared_expert_intermediate_size": moe_shared_expert_intermediate_size,
     }
     values = {"teacher.path": teacher, "data.path": text} | {f"student.{name}": size for name, size in sizes.items()}
     ws = run("prune", output_dir, values, settings)
-    return Pruned(ws.pruned_folder, num_parameters(ws.pruned_folder), num_parameters(ws.teacher_folder))
+    return Pruned(ws.pruned_folder, num_parameters(ws.pruned_folder), num_parameters(ws.source_folder))
 
 
 def distill(
@@ -223,10 +226,10 @@ def plan(teacher: StrPath | None = None, *, settings: Settings | None = None) ->
     Args:
         teacher: a Hugging Face folder; default: the shape in the `model` section of the settings or of their recipe.
     """
-    from minitron_train.planning import make_plan
+    from minitron_train.commands.plan import planned
 
     with workspace("plan", ".", {"teacher.path": teacher}, settings) as ws:
-        return Planned(make_plan(ws.config, ws.teacher_shape, ws.student_shape))
+        return Planned(planned(ws))
 
 
 def report(output_dir: StrPath) -> Path:
@@ -319,7 +322,7 @@ def workspace(command: str, output_dir: StrPath, values: Mapping[str, Any], sett
         *(f"{key}={value}" for key, value in {**values, **(settings or {})}.items()),
     ]
     with contextlib.ExitStack() as stack:
-        yield Workspace(config, typed, World(), stack)
+        yield Workspace(settled(registry.COMMANDS[command], config), typed, World(), stack)
 
 
 def as_path(key: str, value: Any, output_dir: Path) -> Any:
@@ -363,7 +366,8 @@ def configure(values: Mapping[str, Any]) -> Config:
             OmegaConf.update(composed, key, str(value) if isinstance(value, Path) else value, force_add=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(configuration.one_line(error)) from error
-    return configuration.to_config(composed)
+    typed = (name for key, value in keys.items() for name in configuration.dotted(key, value))
+    return configuration.to_config(composed, typed)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 # Submit a recipe's whole chain. Each job starts after the previous job succeeded; a failure cancels the rest.
 #   slurm/chain.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]      (the options apply to every job)
 #   slurm/chain.sh tiny --partition=debug train.lr=5e-4
+# A model family's members follow one another; the jobs of member 8b end in -8b.
 # Submit it again to resume an interrupted chain: finished stages end at once, training resumes from its checkpoint.
 # A job waits for the user's jobs of the same name (singleton): the last part of the output folder, and the command.
 # If another process works on the same stage, the command itself refuses to run.
@@ -17,16 +18,19 @@ mapfile -t commands <<<"$answer"
 output_dir=${commands[0]}
 unset 'commands[0]'
 
-overrides=("+recipe=$what" "${overrides[@]}")
+words=("+recipe=$what" "${overrides[@]}")
 ids=()
 trap '((${#ids[@]} == 0)) || echo "the chain is incomplete; cancel the submitted jobs: scancel ${ids[*]}" >&2' ERR
 echo "$what -> $output_dir"
-for command in "${commands[@]}"; do
+for line in "${commands[@]}"; do
+  read -r command member <<<"$line" # in a model family the second word is member=NAME
+  job=$command${member:+-${member#member=}}
+  overrides=("${words[@]}" ${member:+"$member"})
   dependency=singleton
   ((${#ids[@]} == 0)) || dependency=afterok:${ids[-1]},singleton
-  id=$(queue "$command" --job-name="$(basename "$output_dir")-$command" --dependency="$dependency" \
+  id=$(queue "$command" --job-name="$(basename "$output_dir")-$job" --dependency="$dependency" \
     --kill-on-invalid-dep=yes "${options[@]}")
-  printf '  %-8s job %s%s\n' "$command" "$id" "${ids[*]:+, after ${ids[-1]:-}}"
+  printf '  %-8s job %s%s\n' "$job" "$id" "${ids[*]:+, after ${ids[-1]:-}}"
   ids+=("$id")
 done
 echo "logs: logs/$(basename "$output_dir")-COMMAND-JOB.out; watch: squeue --jobs=$(IFS=,; echo "${ids[*]}"); cancel: scancel ${ids[*]}"

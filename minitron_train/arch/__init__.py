@@ -10,7 +10,7 @@ from minitron_train.arch.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from minitron_train.arch.mixtral import MIXTRAL
 from minitron_train.arch.nemotron import NEMOTRON
 from minitron_train.arch.olmo import OLMO2, OLMO3, OLMOE
-from minitron_train.arch.qwen import QWEN2, QWEN3, QWEN3_MOE
+from minitron_train.arch.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from minitron_train.arch.seed_oss import SEED_OSS
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.smollm3 import SMOLLM3
@@ -22,7 +22,7 @@ from minitron_train.runtime.errors import UserError
 TABLES = (
     *(NEMOTRON, LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, SEED_OSS, SMOLLM3, CWM),
     *(ARCEE, ERNIE_4_5, INTERNLM3, IQUESTCODER, HELIUM, STABLELM, PHI3, GLM, GRANITE),
-    *(GEMMA, GEMMA2, GEMMA3_TEXT, OLMO2, OLMO3, QWEN3_MOE, MIXTRAL, OLMOE),
+    *(GEMMA, GEMMA2, GEMMA3_TEXT, OLMO2, OLMO3, QWEN2_MOE, QWEN3_MOE, MIXTRAL, OLMOE),
     *TEXTS,
 )
 ARCHITECTURES = {table.name: table for table in TABLES}

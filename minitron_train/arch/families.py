@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from minitron_train.arch import ARCHITECTURES, Architecture, Shape, architecture
-from minitron_train.arch.table import ROUTER
+from minitron_train.arch.table import ROUTER, SHARED_GATE
 from minitron_train.arch.wrappers import TEXTS, WRAPPERS, Wrapper
 
 AXES = {
@@ -14,6 +14,7 @@ AXES = {
     "num_attention_heads": "heads",
     "num_query_groups": "KV groups",
     "num_moe_experts": "experts",
+    "moe_shared_expert_intermediate_size": "shared expert",
 }
 HEADER = (
     "family",
@@ -89,6 +90,7 @@ def example(table: Architecture) -> Shape:
         vocab_size=64,
         num_moe_experts=8 if table.has_experts else 0,
         moe_router_topk=2 if table.has_experts else 0,
+        moe_shared_expert_intermediate_size=64 if table.has_shared_expert else 0,
     )
 
 
@@ -118,7 +120,8 @@ def repair(table: Architecture) -> str:
 
 
 def tensor_parallelism(table: Architecture) -> str:
-    """Whether every matrix is split over the ranks; a router is small, and each rank holds it."""
-    matrices = [row for row in table.rows if max(map(len, row.hf.values())) > 1 and row.mcore != ROUTER]
+    """Whether every matrix is split over the ranks; router and gate are small, and each rank holds them."""
+    small = (ROUTER, SHARED_GATE)
+    matrices = [row for row in table.rows if max(map(len, row.hf.values())) > 1 and row.mcore not in small]
     split = all(row.parallel_dim() is not None for row in matrices)
     return "yes" if split else "no"

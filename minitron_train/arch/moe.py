@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from minitron_train.arch.shape import Shape
-from minitron_train.arch.table import EXPERT, HF, ROUTER, ParamSpec
+from minitron_train.arch.table import EXPERT, HF, ROUTER, SHARED, SHARED_GATE, ParamSpec
 
 
 def moe_rows(rows: Iterable[ParamSpec], router: str, expert: str, gate: str, up: str, down: str) -> Iterator[ParamSpec]:
@@ -20,6 +20,20 @@ def moe_rows(rows: Iterable[ParamSpec], router: str, expert: str, gate: str, up:
     first = {f"{HF}{expert}{name}.weight": ("ffn", "embd") for name in (gate, up)}
     yield ParamSpec(mcore=EXPERT + "linear_fc1.weight", hf=first)
     yield ParamSpec(mcore=EXPERT + "linear_fc2.weight", hf={f"{HF}{expert}{down}.weight": ("embd", "ffn")})
+
+
+def shared_rows(expert: str, gate: str) -> tuple[ParamSpec, ...]:
+    """The rows of a shared expert, and of the gate that its output is multiplied by: one number for each token.
+
+    Args:
+        expert, gate: Hugging Face names inside a layer; `expert` is a prefix.
+    """
+    first = {f"{HF}{expert}{name}.weight": ("shared", "embd") for name in ("gate_proj", "up_proj")}
+    return (
+        ParamSpec(mcore=SHARED_GATE, hf={f"{HF}{gate}.weight": ("one", "embd")}),
+        ParamSpec(mcore=SHARED + "linear_fc1.weight", hf=first),
+        ParamSpec(mcore=SHARED + "linear_fc2.weight", hf={f"{HF}{expert}down_proj.weight": ("embd", "shared")}),
+    )
 
 
 def moe_config_keys(

@@ -1,12 +1,12 @@
 """Qwen2 (arXiv 2407.10671): Llama with biases on query, key and value. Qwen3 (2505.09388): norms on query and key instead.
 
-Qwen3-MoE replaces the MLP by experts.
+Qwen2-MoE and Qwen3-MoE replace the MLP by experts; Qwen2-MoE adds a shared one with a gate.
 """
 
 from dataclasses import replace
 
 from minitron_train.arch.llama import LLAMA, LLAMA_KEYS, SILU
-from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows
+from minitron_train.arch.moe import MOE_RULES, moe_config_keys, moe_rows, shared_rows
 from minitron_train.arch.table import CONFIG_DEFAULTS, HF, LAYER, QKV_BIAS, WINDOW_KEYS, ParamSpec, Windows
 
 DEFAULTS = {
@@ -22,6 +22,7 @@ WINDOWS = Windows(
     switch="use_sliding_window",
     first_sliding="max_window_layers",
 )
+SPARSE_LAYERS = {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}  # every layer has experts
 QK_NORM = tuple(
     ParamSpec(mcore=LAYER + f"self_attention.{x}_layernorm.weight", hf={HF + f"self_attn.{x}_norm.weight": ("head",)})
     for x in "qk"
@@ -55,6 +56,35 @@ QWEN3 = replace(
     transformer={**LLAMA.transformer, "qk_layernorm": True},
     rules=(),
 )
+QWEN2_MOE = replace(
+    QWEN2,
+    name="qwen2_moe",
+    hf_class="Qwen2MoeForCausalLM",
+    models="Qwen1.5-MoE A2.7B, Qwen2 57B-A14B",
+    rows=(
+        *moe_rows(LLAMA.rows, "mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *shared_rows("mlp.shared_expert.", "mlp.shared_expert_gate"),
+        QKV_BIAS,
+    ),
+    config_keys={
+        **moe_config_keys(LLAMA_KEYS, width="moe_intermediate_size", normalised="norm_topk_prob"),
+        "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
+    },
+    config_facts={"hidden_act": SILU, "use_sliding_window": (False,), "qkv_bias": (True,), **SPARSE_LAYERS},
+    config_defaults={
+        **CONFIG_DEFAULTS,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 32768,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+    },
+    config_read=LLAMA.config_read | {"sliding_window", "max_window_layers", "intermediate_size"},
+    windows=Windows(),
+    rules=MOE_RULES,
+)
 QWEN3_MOE = replace(
     QWEN3,
     name="qwen3_moe",
@@ -65,8 +95,7 @@ QWEN3_MOE = replace(
     config_facts={
         "hidden_act": SILU,
         "use_sliding_window": (False,),
-        "decoder_sparse_step": (1,),  # every layer has experts
-        "mlp_only_layers": (None, []),
+        **SPARSE_LAYERS,
     },
     config_defaults={
         **CONFIG_DEFAULTS,

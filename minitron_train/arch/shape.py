@@ -1,7 +1,8 @@
 """The sizes of a model and the rules that they obey. Pure Python: `plan` imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.runtime.errors import UserError
@@ -13,6 +14,18 @@ SIZES = (  # can be pruned
     "num_attention_heads",
     "num_query_groups",
     "num_moe_experts",
+    "moe_shared_expert_intermediate_size",
+)
+ABSENT = {
+    "num_moe_experts": "experts",
+    "moe_shared_expert_intermediate_size": "shared expert",
+}  # 0 where there are none
+SPLIT_SIZES = (  # that tensor parallelism divides
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "vocab_size",
 )
 FACTORS = (  # numbers that a family multiplies or divides by
     "embedding_multiplier",
@@ -30,6 +43,7 @@ class Shape:
     """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES.
 
     In a mixture of experts, every layer has `num_moe_experts` experts, and `ffn_hidden_size` is the width of one of them.
+    Some families add a shared expert, which processes every token.
     """
 
     architecture: str
@@ -45,6 +59,7 @@ class Shape:
     layernorm_epsilon: float = 1e-5
     num_moe_experts: int = 0  # experts of each layer; 0: one dense MLP
     moe_router_topk: int = 0  # experts that process a token, those of its highest router probabilities
+    moe_shared_expert_intermediate_size: int = 0  # neurons of each layer's shared expert; 0: there is none
     norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
     attention_bias: bool = False  # whether the attention has the biases that the table lists under this field
     mlp_bias: bool = False  # likewise the MLP
@@ -92,19 +107,19 @@ class Shape:
     @property
     def neurons_per_layer(self) -> int:
         """MLP neurons of a layer, those of all experts together."""
-        return self.ffn_hidden_size * max(self.num_moe_experts, 1)
+        return self.ffn_hidden_size * max(self.num_moe_experts, 1) + self.moe_shared_expert_intermediate_size
 
     @property
     def neurons_per_token(self) -> int:
         """MLP neurons of a layer that process a token, those of its experts."""
-        return self.ffn_hidden_size * max(self.moe_router_topk, 1)
+        return self.ffn_hidden_size * max(self.moe_router_topk, 1) + self.moe_shared_expert_intermediate_size
 
     def sizes(self) -> dict[str, int]:
-        """The sizes that pruning can change, by name; a dense model has no number of experts."""
-        return {size: getattr(self, size) for size in SIZES if size != "num_moe_experts" or self.num_moe_experts}
+        """The sizes that pruning can change, by name; without experts, and those of experts that the model lacks."""
+        return {size: getattr(self, size) for size in SIZES if size not in ABSENT or getattr(self, size)}
 
     def axis_size(self, axis: str) -> int:
-        """Length of a named axis (see arch.table): embd, q, kv, ffn, vocab, head or expert."""
+        """Length of a named axis (see arch.table)."""
         return {
             "embd": self.hidden_size,
             "q": self.num_attention_heads * self.kv_channels,
@@ -113,33 +128,62 @@ class Shape:
             "vocab": self.vocab_size,
             "head": self.kv_channels,
             "expert": self.num_moe_experts,
+            "shared": self.moe_shared_expert_intermediate_size,
+            "one": 1,
         }[axis]
 
-    def check(self, name: str) -> None:
-        """Reject a shape that no model can have. `name` ("student", …) goes into the message."""
-        for key in (*self.sizes(), "kv_channels", "vocab_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{name}.{key}={getattr(self, key)}: must be at least 1; set a positive number")
+    def check(self, prefix: str, keys: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Reject a shape that no model can have.
+
+        Args:
+            prefix: what a message puts before a size: "student.", or a file and a colon.
+            keys: the names of sizes that messages use, by field; a field without one has its own name.
+        """
+
+        def told(field: str) -> str:
+            return f"{keys.get(field, field)}={getattr(self, field)}"
+
+        for field in (*self.sizes(), "kv_channels", "vocab_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"{prefix}{told(field)}: must be at least 1; set a positive number")
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
-                f"{name}.num_attention_heads={self.num_attention_heads}: must be a multiple of "
-                f"num_query_groups={self.num_query_groups} (every KV group keeps the same number of heads); "
+                f"{prefix}{told('num_attention_heads')}: must be a multiple of {told('num_query_groups')} "
+                "(every KV group keeps the same number of heads); "
                 f"choose {nearest_multiples(self.num_attention_heads, self.num_query_groups)}"
             )
         if self.moe_router_topk > self.num_moe_experts:
             raise UserError(
-                f"{name}.num_moe_experts={self.num_moe_experts}: the router sends each token to {self.moe_router_topk} "
-                f"experts; choose at least {self.moe_router_topk}"
+                f"{prefix}{told('num_moe_experts')}: the router sends each token to {self.moe_router_topk} experts; "
+                f"choose at least {self.moe_router_topk}"
             )
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
         """Reject a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
-        for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        for key in SPLIT_SIZES:
             if getattr(self, key) % tensor_model_parallel_size:
                 raise UserError(
                     f"parallel.tensor_model_parallel_size={tensor_model_parallel_size}: must divide the {name}'s "
                     f"{key}={getattr(self, key)}; choose a divisor"
                 )
+
+    def check_experts(self, expert_model_parallel_size: int, name: str) -> None:
+        """Reject an expert-parallel size that does not divide the experts, or a dense model with one above 1."""
+        what = f"parallel.expert_model_parallel_size={expert_model_parallel_size}"
+        if not self.num_moe_experts and expert_model_parallel_size > 1:
+            raise UserError(f"{what}: the {name} has no experts; set it to 1")
+        if self.num_moe_experts % expert_model_parallel_size:
+            raise UserError(
+                f"{what}: must divide the {name}'s num_moe_experts={self.num_moe_experts}; choose a divisor"
+            )
+
+    def check_stages(self, pipeline_model_parallel_size: int, name: str) -> None:
+        """Reject more pipeline stages than layers: each stage holds at least one."""
+        if self.num_layers < pipeline_model_parallel_size:
+            raise UserError(
+                f"parallel.pipeline_model_parallel_size={pipeline_model_parallel_size}: the {name} has only "
+                f"num_layers={self.num_layers}, and each stage needs one; choose at most {self.num_layers}"
+            )
 
     def check_length(self, length: int, key: str, name: str) -> None:
         """Reject sequences that are longer than the model's context. `key` is the setting that gives the length."""
@@ -167,10 +211,9 @@ class Shape:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
         """
         changed = {key: value for key, value in sizes.items() if value is not None}
-        if "num_moe_experts" in changed and not self.num_moe_experts:
-            raise UserError(
-                f"student.num_moe_experts={changed['num_moe_experts']}: the teacher has no experts; leave it out"
-            )
+        for key, what in ABSENT.items():
+            if key in changed and not getattr(self, key):
+                raise UserError(f"student.{key}={changed[key]}: the teacher has no {what}; leave it out")
         for key, value in changed.items():
             if value > getattr(self, key):
                 raise UserError(
@@ -179,7 +222,7 @@ class Shape:
                 )
         first = self.layer_kinds[: max(0, changed.get("num_layers", self.num_layers))]
         shape = replace(self.with_layers(first), **changed)
-        shape.check("student")
+        shape.check("student.")
         return shape
 
 

@@ -10,6 +10,8 @@ A row names the axis of every dimension. The axis decides how the dimension is s
     vocab   vocab_size                    yes                         no
     head    kv_channels                   no                          no
     expert  num_moe_experts               no                          yes
+    shared  moe_shared_expert_intermediate_size  yes                  yes
+    one     1                             no                          no
 
 A row with `{e}` in its names stands for one parameter of every expert.
 """
@@ -21,7 +23,7 @@ from typing import Any
 
 from minitron_train.arch.shape import FACTORS, Shape
 
-PARALLEL_AXES = frozenset({"q", "kv", "ffn", "vocab"})
+PARALLEL_AXES = frozenset({"q", "kv", "ffn", "shared", "vocab"})
 
 Axes = tuple[str, ...]
 Rule = Callable[[Shape], str | None]  # why a loader of the Hugging Face folder would reject the shape, or None
@@ -149,6 +151,11 @@ class Architecture:
     def has_experts(self) -> bool:
         """Whether the family's MLPs are mixtures of experts."""
         return any(row.per_expert for row in self.rows)
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether an expert that processes every token stands next to the others."""
+        return any(row.mcore == SHARED_GATE for row in self.rows)
 
     def templates_of(self, shape: Shape) -> tuple[ParamSpec, ...]:
         """The rows of one model as the table has them; with tied embeddings there is no separate output layer."""
@@ -290,6 +297,8 @@ CONFIG_DEFAULTS = {  # common to most families
 }
 ROUTER = LAYER + "mlp.router.weight"
 EXPERT = LAYER + "mlp.experts.{e}."
+SHARED = LAYER + "mlp.shared_experts."
+SHARED_GATE = SHARED + "gate_weight"
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"})
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 COMMON_FACTS: Mapping[str, tuple[Any, ...]] = {  # config_facts of every family (transformers' masks and base class)
@@ -328,6 +337,8 @@ READ_NORMS = {  # linear -> the norm in front of it
     LAYER + "mlp.linear_fc1.weight": LAYER + "pre_mlp_layernorm",
     ROUTER: LAYER + "pre_mlp_layernorm",
     EXPERT + "linear_fc1.weight": LAYER + "pre_mlp_layernorm",
+    SHARED + "linear_fc1.weight": LAYER + "pre_mlp_layernorm",
+    SHARED_GATE: LAYER + "pre_mlp_layernorm",
     OUTPUT: "decoder.final_layernorm",
 }
 FUSED_NORMS = {  # Transformer Engine's layers keep a norm's parameters in the linear that follows it

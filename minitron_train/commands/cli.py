@@ -46,11 +46,13 @@ def run_under_hydra(name: str, argv: list[str], typed: list[str], world: World) 
         UserError: what Hydra or the command refuses; of a sweep, each message once.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf import DictConfig
 
     from minitron_train.commands.command import execute
-    from minitron_train.commands.configuration import one_line, to_config
+    from minitron_train.commands.configuration import one_line, to_config, typed_keys
+    from minitron_train.commands.members import settled
     from minitron_train.commands.recipes import home
 
     mistakes: list[UserError] = []
@@ -60,7 +62,8 @@ def run_under_hydra(name: str, argv: list[str], typed: list[str], world: World) 
     def composed(config: DictConfig) -> None:
         try:
             check_hub_variables(os.environ)
-            execute(COMMANDS[name], to_config(config), typed, world)
+            settings = to_config(config, typed_keys(HydraConfig.get().overrides.task))
+            execute(COMMANDS[name], settled(COMMANDS[name], settings), typed, world)
         except UserError as error:  # kept from Hydra, which would print lines of its own
             if os.getpid() != here:  # a job of a sweep's launcher: the list would not come back
                 raise

@@ -54,6 +54,7 @@ class Command:
         needs_teacher: whether a teacher must be there.
         trainings: folders below output_dir in which it leaves trainings that can be interrupted and resumed.
         needs: memory and disk, checked before the work.
+        per_member: whether it works on one member of a model family, which `member` names.
         job: what Slurm gives it; None where there is no script for it.
     """
 
@@ -69,6 +70,7 @@ class Command:
     needs_teacher: bool = False
     trainings: tuple[str, ...] = ()
     needs: Needs | None = None
+    per_member: bool = True
     job: Job | None = None
 
 

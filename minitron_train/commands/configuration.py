@@ -3,17 +3,18 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minitron_train.commands.overrides import expand_paths, quote_words
 from minitron_train.commands.recipes import home, recipes, register_recipes
-from minitron_train.config import Config
+from minitron_train.config import Config, without_typed
 from minitron_train.config.renamed import current_words
 from minitron_train.runtime.errors import UserError, did_you_mean
 
@@ -39,21 +40,41 @@ def compose(arguments: list[str]) -> Config:
         check_override(argument)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(home() / "conf")):
-            return to_config(hydra.compose("config", overrides=arguments))
+            return to_config(hydra.compose("config", overrides=arguments), typed_keys(arguments))
     except HydraException as error:
         raise UserError(one_line(error)) from error
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Typed and validated configuration."""
+def to_config(composed: DictConfig, keys: Iterable[str] = ()) -> Config:
+    """Typed and validated configuration.
+
+    Args:
+        keys: dotted keys that the user has typed; they win over the settings of a model family's members.
+    """
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(one_line(error)) from error
     assert isinstance(config, Config)
     expand_paths(config)
+    without_typed(config, keys)
     config.validate()
     return config
+
+
+def typed_keys(words: Iterable[str]) -> Iterator[str]:
+    """The dotted keys of a command line."""
+    for override in OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")]):
+        yield from dotted(override.key_or_group, override.value())
+
+
+def dotted(key: str, value: Any) -> Iterator[str]:
+    """The dotted keys of a setting; a mapping is walked into."""
+    if not isinstance(value, Mapping) or not value:
+        yield key
+    else:
+        for name, part in value.items():
+            yield from dotted(f"{key}.{name}", part)
 
 
 def one_line(error: BaseException) -> str:
@@ -81,6 +102,10 @@ def check_override(argument: str) -> None:
         if not prefixed:
             raise UserError(f"argument {argument!r}: a recipe is added with a plus: +recipe={value}")
         refuse_unknown(value, recipes(), "recipe")
+    elif key.startswith("members."):
+        raise UserError(
+            f"argument {argument!r}: set this in the recipe, or give member=NAME and the key of the section"
+        )
     elif key.startswith(("hydra.", "hydra/")) or re.search(r"[\[@]", key):
         return
     elif (home() / "conf" / key).is_dir() and not value.startswith("{"):

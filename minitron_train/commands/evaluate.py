@@ -137,7 +137,7 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
         runtime_bytes=reserved_bytes(config, cuda),
         cuda=cuda,
     )
-    others = product(tp_sizes(world, student), (settings.validation_batch_size, 1))
+    others = product(tp_sizes(world, 1, student), (settings.validation_batch_size, 1))
     for size, batch in [(tp, settings.validation_batch_size), *others]:
         layout = dataclasses.replace(now, tp=size, micro_batch_size=batch)
         names = {

@@ -19,4 +19,5 @@ COMMAND = Command(
     reads="nothing",
     writes="nothing",
     run=families,
+    per_member=False,
 )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_train.commands.workspace import Workspace
+from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import DataConfig, EvalConfig
 from minitron_train.stages.layout import SCORES
 
@@ -25,17 +25,44 @@ def calibration_tokens(ws: Workspace, new_in: Path | None = None) -> Any:
     Args:
         new_in: the folder of new scores, which stores the text that the teacher writes; None: read the tokens that were scored.
     """
-    from minitron_train.data.calibration import calibration_batches, read_tokens
+    from minitron_train.data.calibration import calibration_batches, check_made_with, read_tokens
+    from minitron_train.data.tokenizers import has_tokenizer
     from minitron_train.pruning import samples
 
     config, calibration = ws.config, ws.config.calibration
     if calibration.self_generated_fraction and new_in:
-        tokenizer = load_tokenizer(ws.teacher_folder)
-        return samples.tokens_with_samples(config, ws.groups, ws.open_teacher(), tokenizer, new_in)
+        tokenizer = load_tokenizer(ws.source_folder)
+        return samples.tokens_with_samples(config, ws.groups, ws.open_source(), tokenizer, new_in)
     if calibration.self_generated_fraction:
         return read_tokens(ws.folder / SCORES / samples.FILE)
-    tokenizer = None if calibration.tokens_path else load_tokenizer(ws.teacher_folder)
-    return calibration_batches(calibration, config.data, tokenizer, config.seed)
+    if not calibration.tokens_path:
+        return calibration_batches(calibration, config.data, load_tokenizer(ws.source_folder), config.seed)
+    tokens = calibration_batches(calibration, config.data, None, config.seed)
+    if has_tokenizer(ws.source_folder):
+        check_made_with(Path(calibration.tokens_path), load_tokenizer(ws.source_folder))
+    return tokens
+
+
+def save_calibration(ws: Workspace, path: Path) -> None:
+    """Write the calibration tokens of finished scores to `path`, with the fingerprints of what they were made from."""
+    from minitron_train.data.calibration import Made, calibration_data, write_tokens
+    from minitron_train.data.tokenizers import digest
+
+    config, calibration = ws.config, ws.config.calibration
+    inputs = data_inputs(
+        ws, calibration_data(calibration, config.data), "calibration.path" if calibration.path else None
+    )
+    if calibration.self_generated_fraction:
+        inputs["teacher"] = ws.fingerprint(ws.source_folder)
+    settings = dict(subset(calibration, "num_samples", "seq_length", "self_generated_fraction"))
+    tokens = calibration_tokens(ws)
+
+    def write() -> None:
+        tokenizer = digest(load_tokenizer(ws.source_folder))
+        write_tokens(path, tokens, Made(tokenizer=tokenizer, inputs=inputs, settings=settings, seed=config.seed))
+
+    ws.on_rank0(write)
+    ws.say_once(f"score: wrote the calibration tokens to {path}")
 
 
 def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None = None) -> dict[str, str]:

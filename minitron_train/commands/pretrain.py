@@ -24,6 +24,8 @@ def pretrain(ws: Workspace) -> None:
             "model.architecture is not set: pretrain needs the shape to make; pick model=NAME or set model.*"
         )
     shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
+    shape.check_experts(ws.config.parallel.expert_model_parallel_size, "teacher")
+    shape.check_stages(ws.config.parallel.pipeline_model_parallel_size, "teacher")
     initial, training = ws.folder / INITIAL, ws.folder / PRETRAINING
     settings = {"model": dataclasses.asdict(ws.config.model), "seed": ws.config.seed}
     stage = Stage(name="initialise", folder=initial, inputs=data_inputs(ws), settings=settings)
@@ -40,6 +42,7 @@ COMMAND = Command(
     reads="text",
     writes="pretrain/, teacher/",
     run=pretrain,
+    per_member=False,
     sections=("model", "pretrain", "data", *TRAINING),
     in_chain=lambda config: config.teacher.is_pretrained,
     text=training_text,

@@ -27,13 +27,13 @@ def prune(ws: Workspace) -> None:
     """Scores, unless they are there; then the kept indices; then the repaired or sliced checkpoint."""
     from minitron_train.pruning.target import check_request
 
-    ws.check_teacher_is_there()
+    ws.check_source_is_there()
     if ws.shapes_are_pending:
-        say(f"score, prune: would run; the shapes are known once {ws.teacher_folder} exists")
+        say(f"score, prune: would run; the shapes are known once {ws.source_folder} exists")
         ws.mark_pending(ws.pruned_folder)
         return
     student = ws.student_shape
-    check_request(ws.teacher_shape, student, ws.config.prune, ws.config.calibration)
+    check_request(ws.source_shape, student, ws.config.prune, ws.config.calibration)
     score.score(ws)
     cut(ws, student)
 
@@ -44,10 +44,10 @@ def cut(ws: Workspace, student: Shape) -> None:
     from minitron_train.pruning.describe import describe
     from minitron_train.pruning.prune import prune_checkpoint
 
-    ws.check_teacher()
+    ws.check_source()
     scores = ws.folder / SCORES / "scores.safetensors"
     inputs = {
-        "teacher": ws.fingerprint(ws.teacher_folder),
+        "teacher": ws.fingerprint(ws.source_folder),
         "scores": ws.identity(scores, lambda: sha256_file(scores)),
         **outside_criteria(ws.config.prune),
     }
@@ -56,13 +56,13 @@ def cut(ws: Workspace, student: Shape) -> None:
         folder=ws.folder / PRUNED,
         inputs=inputs,
         settings={"prune": dataclasses.asdict(ws.config.prune), "student": student.sizes()},
-        parent=ws.teacher_folder,
-        notes=tuple(describe(ws.teacher_shape, student, ws.config.prune)),
+        parent=ws.source_folder,
+        notes=tuple(describe(ws.source_shape, student, ws.config.prune)),
     )
 
     def work(folder: Path) -> Mapping[str, Any]:
-        ws.check_fits(COMMAND.name, NEEDS, student)
-        teacher = ws.open_teacher()
+        ws.check_fits(COMMAND.name, NEEDS, student, teacher=ws.source_shape)
+        teacher = ws.open_source()
         tokens = functools.cache(lambda: calibration_tokens(ws))  # asked by rotation, repair, each iteration
         return prune_checkpoint(
             ws.config, ws.groups, teacher=teacher, student=student, scores=scores, tokens=tokens, folder=folder
@@ -77,7 +77,8 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
     if not (settings.rotate or settings.repairs):
         return
     layout = scoring_layout(config, cuda=cuda, runtime_bytes=reserved_bytes(config, cuda))
-    fewer = [tokens // part for part in (2, 4, 8) if tokens // part >= least_tokens(student)]
+    fitted = 1 - settings.held_out_fraction
+    fewer = [tokens // part for part in (2, 4, 8) if fitted * (tokens // part) >= least_tokens(student)]
     for chosen, micro in product((tokens, *fewer), (calibration.micro_batch_size, 1)):
         at_once = dataclasses.replace(layout, micro_batch_size=micro)
         names = {

@@ -16,6 +16,7 @@ from minitron_train.commands import (
     run,
     score,
     search,
+    speed,
     teach,
 )
 from minitron_train.commands.command import Command
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command] = {
         distill.COMMAND,
         export.COMMAND,
         evaluate.COMMAND,
+        speed.COMMAND,
         plan.COMMAND,
         families.COMMAND,
         report.COMMAND,

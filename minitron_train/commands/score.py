@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.commands.command import SCORING, Command, Job
-from minitron_train.commands.inputs import calibration_tokens, data_inputs
+from minitron_train.commands.inputs import calibration_tokens, data_inputs, save_calibration
 from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import Config, DataConfig
 from minitron_train.planning.check import MORE_GPUS, Needs, Option, changed, reserved_bytes
@@ -28,19 +28,21 @@ def score(ws: Workspace) -> None:
 
     width_criterion(ws.config.prune.width)  # a wrong name is refused before the work
     needs_layer_removal = depth_criterion(ws.config.prune.depth).needs_layer_removal
-    ws.check_teacher()
-    ws.teacher_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
+    ws.check_source()
+    ws.source_shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
     stage = scoring_stage(ws)
     with_removal = dataclasses.replace(stage, settings={**stage.settings, "layer_removal": True})
     if needs_layer_removal or is_finished(ws, with_removal):
         stage = with_removal
 
     def work(folder: Path) -> Mapping[str, Any]:
-        ws.check_fits(COMMAND.name, NEEDS, ws.teacher_shape)
+        ws.check_fits(COMMAND.name, NEEDS, ws.source_shape, teacher=ws.source_shape)
         tokens = calibration_tokens(ws, new_in=folder)
-        return score_checkpoint(ws.config, ws.groups, teacher=ws.open_teacher(), tokens=tokens, folder=folder)
+        return score_checkpoint(ws.config, ws.groups, teacher=ws.open_source(), tokens=tokens, folder=folder)
 
     ws.run(stage, work)
+    if ws.config.calibration.save_path and not ws.config.dry_run:
+        save_calibration(ws, Path(ws.config.calibration.save_path))
 
 
 def scoring_stage(ws: Workspace) -> Stage:
@@ -53,14 +55,14 @@ def scoring_stage(ws: Workspace) -> Stage:
     if calibration.self_generated_fraction:
         numbers = {**numbers, "self_generated_fraction": calibration.self_generated_fraction}
     settings: dict[str, Any] = {"calibration": numbers, "seed": ws.config.seed}
-    inputs = {"teacher": ws.fingerprint(ws.teacher_folder)}
+    inputs = {"teacher": ws.fingerprint(ws.source_folder)}
     if calibration.tokens_path is None:
         key = "calibration.path" if calibration.path else None
         inputs |= data_inputs(ws, calibration_data(calibration, ws.config.data), key)
     elif Path(calibration.tokens_path).exists():
         settings = {"calibration": precision}
         inputs["tokens"] = sha256_file(Path(calibration.tokens_path))
-    return Stage(name="score", folder=ws.folder / SCORES, inputs=inputs, settings=settings, parent=ws.teacher_folder)
+    return Stage(name="score", folder=ws.folder / SCORES, inputs=inputs, settings=settings, parent=ws.source_folder)
 
 
 def is_finished(ws: Workspace, stage: Stage) -> bool:

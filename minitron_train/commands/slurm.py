@@ -6,9 +6,11 @@
     python -m minitron_train.commands.slurm check distill +recipe=tiny …   runs on every rank of a job step; prints the files
                                                                            that mark a training to be started again
 
-Each answers within two seconds. Only rank 0 loads torch, and only to read a model's sizes from its folder.
+Each answers within two seconds. Only rank 0 loads torch, and only to read a model's sizes from its folder
+(search.budget=latency_ms: all ranks, to read the measured latencies).
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,19 +18,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from minitron_train.commands.chain import chain, check_early, check_text, expanded
+from minitron_train.commands.chain import check_early, check_text, expanded, parts
 from minitron_train.commands.command import Command
 from minitron_train.commands.configuration import compose
+from minitron_train.commands.members import family_shapes, settled
 from minitron_train.commands.registry import COMMANDS, find
 from minitron_train.commands.workspace import Workspace, after_rank0
-from minitron_train.config import Config
-from minitron_train.pruning.candidates import Candidate, candidates, choose
+from minitron_train.config import Budget, Config, is_family
+from minitron_train.pruning.candidates import Candidate, choose, usable, within_budget
 from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.launch import World, host_name, read_world, whole_number
 from minitron_train.runtime.preflight import preflight
 from minitron_train.runtime.signals import guard
 from minitron_train.stages import STOPPED
-from minitron_train.stages.layout import SEARCH, TRAINING
+from minitron_train.stages.layout import LATENCY_FILE, SEARCH, TRAINING
 
 USAGE = "python -m minitron_train.commands.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 
@@ -41,17 +44,18 @@ def main(argv: Sequence[str]) -> int:
         match argv[1:]:
             case ["chain", *arguments]:
                 config = compose(arguments)
-                commands = chain(config)
-                accept(commands, config)
-                print("\n".join([config.output_dir, *(command.name for command in commands)]))
+                accept([COMMANDS["run"]], config)
+                print("\n".join([config.output_dir, *jobs(config)]))
             case ["candidates", *arguments]:
                 config = compose(arguments)
                 accept([COMMANDS["score"], COMMANDS["search"]], config)
+                config = settled(COMMANDS["search"], config)
                 print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
             case ["accept", name, *arguments]:
                 accept([find(name)], compose(arguments))
             case ["check", name, *arguments]:
-                command, config = find(name), compose(arguments)
+                command = find(name)
+                config = settled(command, compose(arguments))
                 check(command, config, world, os.environ)
                 for mark in marks(command, config, world) if world.is_first else ():
                     print(mark)
@@ -73,11 +77,23 @@ def accept(commands: Sequence[Command], config: Config) -> None:
     """
     if not config.output_dir.isprintable():  # the shell reads it as one line
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
-    parts = expanded(commands, config)
-    check_early(parts, config)
-    refuse_without_teacher(parts, config)
-    refuse_shapes(parts, config)
-    check_text(parts, config)
+    chains = expanded(commands, config)
+    every = [command for _, chain in chains for command in chain]
+    for own, chain in chains:
+        check_early(chain, own)
+    refuse_without_teacher(every, config)
+    refuse_shapes(every, config)
+    for own, chain in chains:
+        check_text(chain, own)
+
+
+def jobs(config: Config) -> list[str]:
+    """A line for each job of the chain: the command, and its setting `member` in a model family."""
+    return [
+        f"{command.name} member={own.member}" if own.member else command.name
+        for own, chain in parts(config)
+        for command in chain
+    ]
 
 
 def refuse_without_teacher(commands: Sequence[Command], config: Config) -> None:
@@ -101,8 +117,11 @@ def refuse_shapes(commands: Sequence[Command], config: Config) -> None:
     """
     with ExitStack() as stack:
         workspace = Workspace(config, [], World(), stack)
-        known = config.model.architecture or (workspace.teacher_folder / "config.json").exists()
-        if known and config.student.path is None and any(command.name == "prune" for command in commands):
+        if not workspace.knows_teacher_shape or all(command.name != "prune" for command in commands):
+            return
+        if is_family(config):
+            family_shapes(workspace)
+        elif config.student.path is None:
             _ = workspace.student_shape
 
 
@@ -110,24 +129,32 @@ def search_candidates(config: Config, world: World) -> list[Candidate]:
     """What `search` would try.
 
     Raises:
-        UserError: nothing fits the budget, or nothing would be measured.
+        UserError: nothing fits the budget, nothing would be tried, or no latencies were measured for search.budget=latency_ms.
     """
     if not config.search.evaluate and not config.search.retrain_tokens:
         raise UserError(
             "search.evaluate=false: there is nothing to run; set search.evaluate=true or search.retrain_tokens"
         )
     with ExitStack() as stack:
-        return candidates(config, Workspace(config, [], world, stack).teacher_shape)
+        workspace = Workspace(config, [], world, stack)
+        every, refusals = usable(config, workspace.source_shape)
+    if config.search.budget is Budget.latency_ms:
+        from minitron_train.evaluation.latency import known_latencies
+
+        file = Path(config.output_dir) / SEARCH / LATENCY_FILE
+        known = known_latencies(file, [candidate.name for candidate in every])
+        every = [dataclasses.replace(candidate, latency_ms=known[candidate.name]) for candidate in every]
+    return within_budget(config.search, every, refusals)
 
 
 def marks(command: Command, config: Config, world: World) -> list[Path]:
     """The files that a command's trainings leave when a signal has stopped them."""
-    folder = Path(config.output_dir)
-    runs = [run for part in expanded([command], config) for run in part.trainings]
+    chains = expanded([command], config)
+    runs = [Path(own.output_dir, run) for own, chain in chains for part in chain for run in part.trainings]
     if command.name == "search" and config.search.retrain_tokens:
         chosen = choose(search_candidates(config, world), config.search.only)
-        runs = [f"{SEARCH}/{candidate.name}/{TRAINING}" for candidate in chosen]
-    return [folder / run / STOPPED for run in runs]
+        runs = [Path(config.output_dir, SEARCH, candidate.name, TRAINING) for candidate in chosen]
+    return [run / STOPPED for run in runs]
 
 
 def check(command: Command, config: Config, world: World, environ: Mapping[str, str]) -> None:
@@ -180,6 +207,7 @@ def folder_complaints(command: Command, config: Config, world: World) -> list[st
         try:
             if command.needs_teacher:
                 workspace.check_teacher_is_there()
+                workspace.check_source_is_there()
             workspace.folder.mkdir(parents=True, exist_ok=True)
             if config.plan.check and command.needs_teacher and command.needs and command.needs.disk:
                 refuse_full_disk(command, workspace)

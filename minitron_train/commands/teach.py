@@ -23,7 +23,7 @@ def teach(ws: Workspace) -> None:
     from minitron_train.train.teach import teach as write_cache
 
     check(ws.config)
-    ws.check_teacher()
+    ws.check_teacher_is_there()
     shape = ws.teacher_shape
     shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
 
@@ -49,11 +49,12 @@ def check(config: Config) -> None:
 
 
 def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: bool) -> Iterator[Option]:
-    """The configured layout first, then other tensor-parallel sizes and smaller micro-batches."""
+    """The configured layout first, then other tensor-parallel sizes and smaller micro-batches; without pipeline stages."""
     tp, size = config.parallel.tensor_model_parallel_size, config.train.micro_batch_size
     now = configured_layout(config, num_ranks=world.size, cuda=cuda, runtime_bytes=reserved_bytes(config, cuda))
+    now = replace(now, pp=1, dp=max(world.size // tp, 1))
     yield Option((), teach_bytes(teacher, now)["total"])
-    for other_tp in tp_sizes(world, teacher):
+    for other_tp in tp_sizes(world, 1, teacher):
         for micro in (micro for micro in range(1, size + 1) if size % micro == 0):
             layout = replace(now, tp=other_tp, dp=world.size // other_tp, micro_batch_size=micro)
             names = {

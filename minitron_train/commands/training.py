@@ -13,9 +13,10 @@ from minitron_train.commands.inputs import check_isolated, load_tokenizer, strea
 from minitron_train.commands.teacher_cache import cache_input
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig, Precision
-from minitron_train.planning.check import Needs, Option, changed, reserved_bytes, tp_sizes
+from minitron_train.planning.check import Needs, Option, changed, reserved_bytes
 from minitron_train.planning.estimate import configured_layout
 from minitron_train.planning.hardware import cuda_here
+from minitron_train.planning.layouts import parallel_sizes
 from minitron_train.planning.memory import distill_bytes
 from minitron_train.planning.precision import settled
 from minitron_train.runtime.errors import UserError
@@ -140,23 +141,23 @@ def distill_options(
     config: Config, teacher: Shape | None, student: Shape, world: World, cuda: bool
 ) -> Iterator[Option]:
     """The configured layout first, then the others that the same processes can take."""
-    train, tp, is_cached = config.train, config.parallel.tensor_model_parallel_size, bool(config.teacher.cache)
+    train, tp = config.train, config.parallel.tensor_model_parallel_size
     now = configured_layout(
         config,
         num_ranks=world.size,
         cuda=cuda,
         runtime_bytes=reserved_bytes(config, cuda),
     )
-    yield Option((), distill_bytes(teacher, student, now, is_cached=is_cached)["total"])
-    for size in tp_sizes(world, *filter(None, (teacher, student))):
+    yield Option((), distill_bytes(teacher, student, now)["total"])
+    for size, ep in parallel_sizes(world.size // now.pp, now.pp, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
-                other = dataclasses.replace(
-                    now, tp=size, dp=world.size // size, micro_batch_size=micro, recompute=recompute
-                )
+                dp = world.size // (size * now.pp)
+                other = dataclasses.replace(now, tp=size, dp=dp, ep=ep, micro_batch_size=micro, recompute=recompute)
                 names = {
                     "parallel.tensor_model_parallel_size": (tp, size),
+                    "parallel.expert_model_parallel_size": (config.parallel.expert_model_parallel_size, ep),
                     "train.micro_batch_size": (train.micro_batch_size, micro),
                     "train.recompute": (train.recompute.name, recompute),
                 }
-                yield Option(changed(names), distill_bytes(teacher, student, other, is_cached=is_cached)["total"])
+                yield Option(changed(names), distill_bytes(teacher, student, other)["total"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.layer_kind import LayerKind, Rope
-from minitron_train.config import Config
+from minitron_train.config import Config, is_family
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.files import why_no_folder
@@ -33,6 +33,7 @@ class Workspace:
         self.config, self.world, self._stack = config, world, stack
         self.invocation = Invocation(typed, dataclasses.asdict(config))
         self.folder = Path(config.output_dir)
+        self._first: Workspace | None = None  # the one that this one is a sibling of
         self._groups: Groups | None = None
         self._pending: set[Path] = set()  # folders that the stages of this dry run would make
         self._printed: set[str] = set()
@@ -40,14 +41,24 @@ class Workspace:
     def sibling(self, config: Config) -> "Workspace":
         """A workspace with its own configuration and output folder, in the same processes."""
         other = Workspace(config, self.invocation.command, self.world, self._stack)
-        other._groups, other._printed = self.groups, self._printed
+        other._first, other._printed, other._pending = self._first or self, self._printed, self._pending
         return other
 
     # paths
     @property
+    def shared_folder(self) -> Path:
+        """What fetch and pretrain write into: the output folder, of a family's member the family's."""
+        return self.folder.parent if self.config.member and not is_family(self.config) else self.folder
+
+    @property
     def teacher_folder(self) -> Path:
         """teacher.path, or what fetch and pretrain make."""
-        return Path(self.config.teacher.path) if self.config.teacher.path else self.folder / layout.TEACHER
+        return Path(self.config.teacher.path) if self.config.teacher.path else self.shared_folder / layout.TEACHER
+
+    @property
+    def source_folder(self) -> Path:
+        """The model that is pruned: student.pruned_from, or the teacher."""
+        return Path(self.config.student.pruned_from) if self.config.student.pruned_from else self.teacher_folder
 
     @property
     def pruned_folder(self) -> Path:
@@ -67,7 +78,7 @@ class Workspace:
     @property
     def eval_data_folder(self) -> Path:
         """eval.data_dir, or what fetch makes."""
-        return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.folder / layout.EVAL_DATA
+        return Path(self.config.eval.data_dir) if self.config.eval.data_dir else self.shared_folder / layout.EVAL_DATA
 
     @property
     def local_eval_data(self) -> Path | None:
@@ -115,6 +126,8 @@ class Workspace:
     @property
     def groups(self) -> "Groups":
         """torch.distributed and megatron-core's groups, started at the first call (by all ranks together)."""
+        if self._first is not None:
+            return self._first.groups
         if self._groups is None:
             from minitron_train.parallel.groups import start
 
@@ -174,22 +187,36 @@ class Workspace:
         return PENDING if self.is_pending(path) else self.on_rank0(find)
 
     # models
-    def open_teacher(self) -> "HFFolder":
-        """The teacher's folder.
+    def open_source(self) -> "HFFolder":
+        """The folder of the model that is pruned.
 
         Raises:
             UserError: it is not there, with the way to get it; or it is damaged.
         """
         from minitron_train.hf import HFFolder
 
-        self.check_teacher_is_there()
-        return HFFolder(self.teacher_folder)
+        self.check_source_is_there()
+        return HFFolder(self.source_folder)
 
-    def check_teacher(self) -> None:
-        """Refuse when the teacher is missing or damaged."""
-        self.check_teacher_is_there()
-        if not self.is_pending(self.teacher_folder):
-            self.open_teacher().announce()
+    def check_source(self) -> None:
+        """Refuse when the model that is pruned is missing or damaged."""
+        self.check_source_is_there()
+        if not self.is_pending(self.source_folder):
+            self.open_source().announce()
+
+    def check_source_is_there(self) -> None:
+        """Refuse when the model that is pruned is missing, and say how to get it."""
+        path = self.config.student.pruned_from
+        if path is None:
+            self.check_teacher_is_there()
+        elif not (self.is_pending(self.source_folder) or self.source_folder.is_dir()):
+            remedy = f"; {self.family_remedy}" if self.config.member else ""
+            raise UserError(f"student.pruned_from={path}: {why_no_folder(Path(path))}{remedy}")
+
+    @property
+    def family_remedy(self) -> str:
+        """How to make the models that a member needs."""
+        return f"run `python -m minitron_train run +recipe={self.config.name}`, which makes the members in order"
 
     def check_teacher_is_there(self) -> None:
         """Refuse when the teacher is missing, and say how to get it."""
@@ -197,7 +224,8 @@ class Workspace:
         if self.is_pending(self.teacher_folder) or self.teacher_folder.is_dir():
             return
         if teacher.path:
-            raise UserError(f"teacher.path={teacher.path}: {why_no_folder(Path(teacher.path))}")
+            remedy = f"; {self.family_remedy}" if self.config.member and teacher.source is None else ""
+            raise UserError(f"teacher.path={teacher.path}: {why_no_folder(Path(teacher.path))}{remedy}")
         if teacher.unavailable:
             raise UserError(f"teacher.path is not set: {' '.join(teacher.unavailable.split())}")
         remedies = {
@@ -210,9 +238,28 @@ class Workspace:
 
     @property
     def shapes_are_pending(self) -> bool:
-        """Whether only a teacher that this dry run would make can tell the shapes."""
-        known = self.config.model.architecture or (self.teacher_folder / "config.json").exists()
-        return self.is_pending(self.teacher_folder) and not known
+        """Whether only a model that this dry run would make can tell the shapes."""
+        known = self.knows_teacher_shape
+        if self.config.student.pruned_from:
+            known = (self.source_folder / "config.json").exists()
+        return self.is_pending(self.source_folder) and not known
+
+    @property
+    def knows_teacher_shape(self) -> bool:
+        """Whether the recipe or the teacher's folder tells the teacher's shape."""
+        return bool(self.config.model.architecture) or (self.teacher_folder / "config.json").exists()
+
+    @functools.cached_property
+    def source_shape(self) -> Shape:
+        """The shape of the model that is pruned.
+
+        Raises:
+            UserError: its folder is not there, or holds no model.
+        """
+        if self.config.student.pruned_from is None:
+            return self.teacher_shape
+        self.check_source_is_there()
+        return self.shape_of(self.source_folder)
 
     @functools.cached_property
     def teacher_shape(self) -> Shape:
@@ -233,14 +280,16 @@ class Workspace:
 
     @functools.cached_property
     def student_shape(self) -> Shape:
-        """The target, checked against the teacher, the loaders' rules and the tensor-parallel size."""
+        """The target, checked against the model to prune, the loaders' rules and the parallel sizes."""
         from minitron_train.arch.rules import check_rules
 
-        student = self.teacher_shape.smaller(**self.config.student.sizes())
+        student = self.source_shape.smaller(**self.config.student.sizes())
         check_rules(student, "student")
-        tp = self.config.parallel.tensor_model_parallel_size
-        self.teacher_shape.check_parallel(tp, "teacher")
-        student.check_parallel(tp, "student")
+        parallel = self.config.parallel
+        for shape, name in ((self.source_shape, "teacher"), (student, "student")):
+            shape.check_parallel(parallel.tensor_model_parallel_size, name)
+            shape.check_experts(parallel.expert_model_parallel_size, name)
+            shape.check_stages(parallel.pipeline_model_parallel_size, name)
         return student
 
     def shape_of(self, folder: Path) -> Shape:
@@ -292,7 +341,11 @@ def shape_of_recipe(config: Config) -> Shape | None:
     if bool(shape.num_moe_experts) != table.has_experts:
         rule = "needs experts" if table.has_experts else "has no experts"
         raise UserError(f"model.num_moe_experts={shape.num_moe_experts}: {shape.architecture} {rule}; correct it")
-    shape.check("model")
+    if bool(shape.moe_shared_expert_intermediate_size) != table.has_shared_expert:
+        what, rule = "model.moe_shared_expert_intermediate_size", "needs a" if table.has_shared_expert else "has no"
+        value = shape.moe_shared_expert_intermediate_size
+        raise UserError(f"{what}={value}: {shape.architecture} {rule} shared expert; correct it")
+    shape.check("model.")
     return shape
 
 

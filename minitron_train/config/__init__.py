@@ -11,6 +11,7 @@ from minitron_train.config.cluster import ClusterConfig, PlanConfig
 from minitron_train.config.data import ChatLoss, DataConfig, SourceConfig, SourceKind, TooLong
 from minitron_train.config.distill import DistillConfig, HiddenLossKind, LossKind
 from minitron_train.config.evaluation import EvalConfig
+from minitron_train.config.members import MemberConfig, is_family, origins, validate_members, with_member, without_typed
 from minitron_train.config.model import (
     ExportConfig,
     ExportDtype,
@@ -32,6 +33,7 @@ from minitron_train.config.prune import (
     Scope,
     SearchConfig,
 )
+from minitron_train.config.speed import SpeedConfig
 from minitron_train.config.teach import TeachConfig, TeachKind
 from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
@@ -54,6 +56,13 @@ class Config:
     seed: int = opt(1234, "seed of data order, initialisation and sampling")
     force: bool = opt(False, "run finished stages again; overwrite trainings that were started with different settings")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
+    member: str | None = opt(
+        None, "member of a recipe with members that the command works on; run, plan, report: null is all of them"
+    )
+    members: dict[str, MemberConfig] = opt(
+        dict,
+        "students of a model family in the order of their making, by name; set in a recipe (see recipes/family.yaml)",
+    )
     model: ModelConfig = opt(ModelConfig, "")
     teacher: TeacherConfig = opt(TeacherConfig, "")
     student: StudentConfig = opt(StudentConfig, "")
@@ -68,6 +77,7 @@ class Config:
     checkpoint: CheckpointConfig = opt(CheckpointConfig, "")
     parallel: ParallelConfig = opt(ParallelConfig, "")
     eval: EvalConfig = opt(EvalConfig, "")
+    speed: SpeedConfig = opt(SpeedConfig, "")
     export: ExportConfig = opt(ExportConfig, "")
     tracking: TrackingConfig = opt(TrackingConfig, "")
     cluster: ClusterConfig = opt(ClusterConfig, "")
@@ -79,6 +89,12 @@ class Config:
             section = getattr(self, f.name)
             if hasattr(section, "validate"):
                 section.validate()
+        validate_members(self)
+
+    @property
+    def title(self) -> str:
+        """The recipe's name, with the member's."""
+        return self.name if self.member is None else f"{self.name}-{self.member}"
 
 
 __all__ = [
@@ -98,6 +114,7 @@ __all__ = [
     "HeadNorm",
     "HiddenLossKind",
     "LossKind",
+    "MemberConfig",
     "Merge",
     "ModelConfig",
     "NeuronActivation",
@@ -114,6 +131,7 @@ __all__ = [
     "SearchConfig",
     "SourceConfig",
     "SourceKind",
+    "SpeedConfig",
     "StudentConfig",
     "TeachConfig",
     "TeachKind",
@@ -124,4 +142,8 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WandbMode",
+    "is_family",
+    "origins",
+    "with_member",
+    "without_typed",
 ]

@@ -26,6 +26,9 @@ class ModelConfig:
     tie_embeddings: bool = opt(False, "share weights between embedding and output layer")
     num_moe_experts: int = opt(0, "experts in each layer; ffn_hidden_size is the width of one; 0: a dense MLP")
     moe_router_topk: int = opt(0, "experts that process each token; 0: a dense MLP")
+    moe_shared_expert_intermediate_size: int = opt(
+        0, "neurons of each layer's shared expert, which processes every token; 0: none"
+    )
     norm_topk_prob: bool = opt(False, "divide a token's router probabilities by their sum over its experts")
     init_std: float = opt(0.02, "standard deviation of a fresh model's weights")
 
@@ -96,12 +99,16 @@ class StudentConfig:
     path: str | None = opt(
         None, "Hugging Face folder of the student before training; default: OUTPUT_DIR/pruned", path=True
     )
+    pruned_from: str | None = opt(None, "Hugging Face folder of the model to prune; default: the teacher", path=True)
     hidden_size: int | None = opt(None, "embedding channels to keep; default: all")
     ffn_hidden_size: int | None = opt(None, "MLP neurons to keep per layer, or per expert; default: all")
     num_attention_heads: int | None = opt(None, "query heads to keep per layer; default: all")
     num_query_groups: int | None = opt(None, "KV groups (key/value heads) to keep per layer; default: all")
     num_layers: int | None = opt(None, "layers to keep; default: all")
     num_moe_experts: int | None = opt(None, "experts to keep per layer; default: all")
+    moe_shared_expert_intermediate_size: int | None = opt(
+        None, "neurons of the shared expert to keep per layer; default: all"
+    )
 
     def sizes(self) -> dict[str, int | None]:
         """The sizes that pruning may change, by name; None keeps the teacher's."""

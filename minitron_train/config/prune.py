@@ -14,6 +14,9 @@ class CalibrationConfig:
     tokens_path: str | None = opt(
         None, "safetensors file with `tokens` [batches, sequences, length] int64; replaces the text", path=True
     )
+    save_path: str | None = opt(
+        None, "safetensors file that `score` writes the calibration tokens to, with their provenance", path=True
+    )
     num_samples: int = opt(1024, "number of calibration sequences (arXiv 2407.14679 §2.2)")
     self_generated_fraction: float = opt(
         0.0, "fraction of the sequences that the teacher generates (arXiv 2410.17170); the rest is text"
@@ -38,6 +41,9 @@ class CalibrationConfig:
         )
         both = bool(share) and self.tokens_path is not None
         require(not both, key, share, "must be 0 with calibration.tokens_path", "leave one of them out")
+        copied = bool(self.save_path and self.tokens_path)
+        rule = "saves tokens that are read from text, not those of calibration.tokens_path"
+        require(not copied, "calibration.save_path", self.save_path, rule, "leave one of them out, or copy the file")
 
 
 class Aggregation(StrEnum):
@@ -147,7 +153,13 @@ class PruneConfig:
     )
     ridge: float = opt(
         0.03,
-        "ridge penalty of the refit, relative to the mean squared input; higher values stay closer to the sliced weights",
+        "ridge penalty of the refit, relative to the mean squared input, or the middle of those that prune.held_out_fraction "
+        "tries; higher values stay closer to the sliced weights",
+    )
+    held_out_fraction: float = opt(
+        0.125,
+        "fraction of the repair's tokens that no linear is fitted to: each linear takes the ridge with the least error on them, "
+        "among multiples of prune.ridge from 0.1 to 100; 0: every linear takes prune.ridge",
     )
     repair_tokens: int = opt(
         131072,
@@ -165,6 +177,8 @@ class PruneConfig:
 
     def validate(self) -> None:
         require_positive(self, "prune", "multiple_of", "ridge", "repair_tokens", "iterations")
+        key, share = "prune.held_out_fraction", self.held_out_fraction
+        require(0 <= share < 1, key, share, "must be at least 0 and below 1", "0.125 is an eighth")
 
 
 class Budget(StrEnum):
@@ -173,6 +187,7 @@ class Budget(StrEnum):
     parameters = "parameters"
     non_embedding_parameters = "non_embedding_parameters"
     memory_gib = "memory_gib"
+    latency_ms = "latency_ms"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -181,10 +196,13 @@ class SearchConfig:
 
     budget: Budget = opt(
         Budget.parameters,
-        "size that search.target sets: parameters, non_embedding_parameters, memory_gib (weights, KV cache)",
+        "figure that search.target sets: parameters, non_embedding_parameters, memory_gib (weights, KV cache), "
+        "latency_ms (measured time of one decoding step)",
     )
-    target: float | None = opt(None, "wanted value of search.budget (a number of parameters, or GiB)")
-    tolerance: float = opt(0.05, "allowed relative distance from search.target")
+    target: float | None = opt(None, "wanted value of search.budget (a number of parameters, GiB, or milliseconds)")
+    tolerance: float | None = opt(
+        None, "allowed relative distance from search.target; default: 0.05, for latency_ms 0.15, because timings vary"
+    )
     num_layers: list[int] = opt(list, "numbers of layers to try; empty: the teacher's")
     num_attention_heads: list[int] = opt(list, "numbers of query heads to try; empty: the teacher's")
     hidden_size: list[int] = opt(list, "hidden sizes to try; empty: the teacher's")
@@ -192,16 +210,23 @@ class SearchConfig:
     ffn_expansion: list[float] = opt(
         list, "MLP sizes to try, as multiples of hidden_size; empty: the teacher's MLP size"
     )
-    batch_size: int = opt(1, "batch size of inference that memory_gib assumes, sequences")
-    context: int = opt(4096, "context length of inference that memory_gib and FLOPs assume, tokens")
+    batch_size: int = opt(1, "batch size of inference that memory_gib and latency_ms assume, sequences")
+    context: int = opt(4096, "context length of inference that memory_gib, latency_ms and FLOPs assume, tokens")
     evaluate: bool = opt(False, "prune every candidate and rank the candidates by validation loss")
     retrain_tokens: int = opt(0, "training tokens of each candidate before the ranking (the paper: 1.8 B); 0: none")
     only: int | None = opt(None, "evaluate this one candidate, counted from 1, and rank nothing (for job arrays)")
 
+    @property
+    def allowed_distance(self) -> float:
+        """The tolerance, or its default for this budget."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 0.15 if self.budget is Budget.latency_ms else 0.05
+
     def validate(self) -> None:
         require_positive(self, "search", "target", "batch_size", "context", "only")
         require(
-            0 <= self.tolerance < 1,
+            0 <= self.allowed_distance < 1,
             "search.tolerance",
             self.tolerance,
             "must be at least 0 and below 1",

@@ -169,6 +169,16 @@ class ParallelConfig:
     """How a model is spread over processes; the rest of the processes is data parallel."""
 
     tensor_model_parallel_size: int = opt(1, "ranks that share each layer")
+    expert_model_parallel_size: int = opt(
+        1,
+        "data-parallel ranks that share the experts of each layer, of teacher and student, in pretrain and distill; other "
+        "commands hold all experts on each rank",
+    )
+    pipeline_model_parallel_size: int = opt(
+        1,
+        "stages that share the layers of teacher and student in training, each on ranks of its own; not together with expert "
+        "parallelism; other commands ignore it",
+    )
     sequence_parallel: bool | None = opt(
         None,
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
@@ -194,4 +204,13 @@ class ParallelConfig:
 
     def validate(self) -> None:
         limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
-        require_positive(self, "parallel", "tensor_model_parallel_size", *limits)
+        sizes = ("tensor_model_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size")
+        require_positive(self, "parallel", *sizes, *limits)
+        stages = self.pipeline_model_parallel_size
+        require(
+            stages == 1 or self.expert_model_parallel_size == 1,
+            "parallel.pipeline_model_parallel_size",
+            stages,
+            f"must be 1 with parallel.expert_model_parallel_size={self.expert_model_parallel_size}",
+            "set one of them to 1",
+        )

@@ -1,20 +1,36 @@
 """The tokens that importance is measured on (arXiv 2407.14679 §2.2: 1024 samples drawn from the training data)."""
 
+import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.config import CalibrationConfig, DataConfig
 from minitron_train.data.pack import PAD
 from minitron_train.data.stream import TokenStream
+from minitron_train.data.tokenizers import digest
 from minitron_train.runtime.errors import UserError
+from minitron_train.runtime.files import atomic_file
+from minitron_train.runtime.records import Integer, decode
 
+METADATA = "minitron_train"  # key in the metadata of a token file, whose value is `Made` as JSON
 SEED_OFFSET = zlib.crc32(b"calibration")  # a separate shuffle: not the first sequences of the training
+
+
+class Made(TypedDict):
+    """How calibration tokens were made, in the metadata of their file."""
+
+    tokenizer: str  # data.tokenizers.digest
+    inputs: dict[str, str]  # fingerprints of the text's sources, and what decides the stream
+    settings: dict[str, Any]  # of section calibration
+    seed: Integer
 
 
 def calibration_batches(
@@ -60,6 +76,31 @@ def calibration_data(calibration: CalibrationConfig, data: DataConfig) -> DataCo
     """The stream that calibration reads without a token file: a single phase, and all of `calibration.path`."""
     blend = replace(data, num_workers=0, late_fraction=0.0, document_attention=False)
     return replace(blend, path=calibration.path, validation_fraction=0.0) if calibration.path else blend
+
+
+def write_tokens(path: Path, tokens: Tensor, made: Made) -> None:
+    """Write calibration tokens atomically as a file for calibration.tokens_path; its metadata hold `made` as JSON."""
+    with atomic_file(path) as scratch:
+        save_file({"tokens": tokens.contiguous()}, scratch, metadata={METADATA: json.dumps(made, sort_keys=True)})
+
+
+def check_made_with(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a token file that says it was made with another tokenizer. Files of other programs say nothing, and pass.
+
+    Raises:
+        UserError: it was, or its metadata are damaged.
+    """
+    where = f"calibration.tokens_path={path}"
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    if text is None:
+        return
+    made = decode(text, Made, where, "write the file again with calibration.save_path")
+    if made["tokenizer"] != digest(tokenizer):
+        raise UserError(
+            f"{where}: its tokens are of another tokenizer than the teacher's, so they mean other text; "
+            "write the file again with this teacher and calibration.save_path"
+        )
 
 
 def read_tokens(path: Path) -> Tensor:

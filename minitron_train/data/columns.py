@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pyarrow
 
 from minitron_train.data import rows
-from minitron_train.data.conversations import COLUMNS, conversation, is_chat, without_surrogates
+from minitron_train.data.conversations import COLUMNS, PAIR, conversation, is_chat, without_surrogates
 from minitron_train.runtime.errors import UserError
 
 
@@ -83,6 +83,9 @@ class ChatColumns:
 
     def of(self, names: Sequence[str]) -> list[str]:
         if not is_chat(names):
+            for half, other in PAIR, PAIR[::-1]:
+                if half in names:
+                    raise ValueError(f"{half} without {other}: it has {listed(names)}; add {other}")
             raise ValueError(f"no conversations: it has {listed(names)}; name the column `messages`")
         return [name for name in COLUMNS if name in names]
 

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "system")
+PAIR = ("prompt", "completion")
+COLUMNS = ("messages", "conversations", *PAIR, "tools", "system")
 ROLES = {  # ShareGPT's names, and the templates' own
     "human": "user",
     "gpt": "assistant",
@@ -39,7 +40,7 @@ class Conversation:
 
 def is_chat(names: Collection[str]) -> bool:
     """Whether a row with these columns has a conversation."""
-    return "messages" in names or "conversations" in names or {"prompt", "completion"} <= set(names)
+    return "messages" in names or "conversations" in names or set(PAIR) <= set(names)
 
 
 def conversation(row: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,7 +213,16 @@ def copy_of(source: Path, cache_dir: Path, fingerprint: str) -> CopiedLines:
 
 
 def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterable[bytes]]) -> None:
-    """Write the missing or damaged copies, and print one line for all; `lines_of` returns a source's lines."""
+    """Write the missing or damaged copies, several at once, and print one line for all.
+
+    Threads suffice: (de)compression and checksums, which take most of the time, run outside Python's lock.
+
+    Args:
+        lines_of: returns a source's lines.
+
+    Raises:
+        UserError: a source cannot be read, or a copy cannot be written; no further copy is begun.
+    """
     missing = [copy for copy in copies if not copy.is_whole]
     if not missing:
         return
@@ -222,8 +232,16 @@ def make_copies(copies: Sequence[CopiedLines], lines_of: Callable[[Path], Iterab
     say(
         f"copying {missing[0].source}{others} ({size}) into {folder} (data.cache_dir), once, as blocks for random access"
     )
-    for copy in progress(missing, "copies", len(missing)):
-        make_copy(copy, lines_of(copy.source))
+    if len(missing) == 1:  # here, where it can show its progress
+        return make_copy(missing[0], lines_of(missing[0].source))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [pool.submit(lambda copy: make_copy(copy, lines_of(copy.source)), copy) for copy in missing]
+        try:
+            for job in progress(as_completed(jobs), "copies", len(jobs)):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:

@@ -261,6 +261,18 @@ def files(data: DataConfig) -> list[Path]:
     return [path for part in parts(data) if part.kind for path in part.paths]
 
 
+def copy_files(data: DataConfig) -> None:
+    """Write the seekable copies that reading this blend needs, unless they are there.
+
+    Raises:
+        UserError: a file cannot be read, or the cache folder cannot be written.
+    """
+    for part in parts(data):
+        source = part.open(train_split(data))
+        if isinstance(source, FileFormat):
+            _ = source.files
+
+
 def copied_bytes(data: DataConfig) -> int:
     """Approximate size of the seekable copies in the cache folder; 0 if not all paths are known yet."""
     try:

@@ -1,5 +1,6 @@
 """Tokenizers: open them, check them against the model, train one for recipes that download nothing."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -218,6 +219,12 @@ def same_bytes(one: Path, other: Path) -> bool:
     """Whether two folders hold the same tokenizer.json and tokenizer_config.json."""
     files = [[folder / name for folder in (one, other)] for name in ("tokenizer.json", "tokenizer_config.json")]
     return all(all(path.is_file() for path in pair) and pair[0].read_bytes() == pair[1].read_bytes() for pair in files)
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over all that decides the ids of a text: the vocabulary with its added tokens, and `text_rules`."""
+    known = [sorted(tokenizer.get_vocab().items()), text_rules(tokenizer)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def text_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

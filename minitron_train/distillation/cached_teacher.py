@@ -15,6 +15,8 @@ from minitron_train.hf import DTYPES
 from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.runtime.errors import UserError
 
+NOTHING = Row(payload=b"", digest=b"", entropy=0.0)
+
 
 def digests(batch: Batch) -> list[bytes]:
     """A hash of each sequence: its tokens, its labels, which of them count, and its documents."""
@@ -34,7 +36,8 @@ class CachedTeacher:
     """What a teacher said about one split of a cache.
 
     Attributes:
-        output: this rank's rows of the teacher's output layer; None where samples are read.
+        output: this rank's rows of the teacher's output layer, none but on the last pipeline stage; None where samples are
+            read.
     """
 
     reader: CacheReader
@@ -43,15 +46,16 @@ class CachedTeacher:
     device: torch.device
 
     def rows(self, batch: Batch) -> list[Row]:
-        """What is stored of each sequence.
+        """What is stored of each sequence; nothing of one with a negative number, which fills up its batch.
 
         Raises:
             UserError: the sequences are not those that the teacher has seen, or a file is damaged.
         """
         assert batch.numbers_B is not None
-        rows = [self.reader.row(number) for number in batch.numbers_B.tolist()]
-        for number, row, digest in zip(batch.numbers_B.tolist(), rows, digests(batch), strict=True):
-            if row.digest != digest:
+        numbers = batch.numbers_B.tolist()
+        rows = [self.reader.row(number) if number >= 0 else NOTHING for number in numbers]
+        for number, row, digest in zip(numbers, rows, digests(batch), strict=True):
+            if number >= 0 and row.digest != digest:
                 raise UserError(
                     f"{self.reader.folder}: sequence {number} has other tokens there than in this run; give the text, tokenizer "
                     "and settings that `teach` had, or run `teach` again"

@@ -1,5 +1,6 @@
 """How much memory the loss may take: as configured, a default, or what a training step leaves free on the GPU."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,13 +56,14 @@ class LossMemory:
         num_tokens: int,
         num_rows: int,
         groups: Groups,
-        spare: Callable[[torch.device], int] = spare_bytes,
+        spare: Callable[[torch.device], float] = spare_bytes,
     ) -> None:
-        """Set `measured` after the measured step; collective. The rank with the least free memory decides."""
+        """Set `measured` after the measured step; collective. The rank of the last stage with the least free memory decides."""
         if step != MEASURED_STEP or groups.device.type != "cuda" or self.config.logit_memory_fraction is not None:
             return
         before = default_fraction(num_tokens, num_rows)
-        added = SHARE * max(0, spare(groups.device)) / (num_tokens * num_rows * 4)
+        spare_here = spare(groups.device) if groups.is_last_stage else math.inf  # only the last stage computes the loss
+        added = SHARE * max(0, spare_here) / (num_tokens * num_rows * 4)
         self.measured = groups.least(min(before + added, max(before, MOST)))
 
 

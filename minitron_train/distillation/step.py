@@ -15,8 +15,9 @@ from minitron_train.distillation.cached_teacher import CachedTeacher
 from minitron_train.distillation.hidden import HiddenPairs
 from minitron_train.distillation.loss import LossParts, LossSpec, distillation_loss
 from minitron_train.distillation.loss_memory import LossMemory
+from minitron_train.distillation.samples import Samples
 from minitron_train.model.build import LanguageModel
-from minitron_train.model.vocabulary import PLAIN
+from minitron_train.model.vocabulary import PLAIN, OutputLayer
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.plugins import import_name
 
@@ -74,7 +75,13 @@ class Objective:
 
     def __call__(self, batch: Batch, hidden_weight: float = 0.0) -> StepLosses:
         """The configured loss of a batch: on logits, plus `hidden_weight` x the loss on hidden states if configured."""
-        logits = self.logit_loss(batch, self.spec)
+        return self.losses(batch, *self.forward(batch, self.spec), hidden_weight)
+
+    def losses(
+        self, batch: Batch, student_SBH: Tensor, teacher_SBH: Tensor | None, hidden_weight: float = 0.0
+    ) -> StepLosses:
+        """The same, from what `forward` returned."""
+        logits = self.loss_parts(batch, self.spec, student_SBH, teacher_SBH)
         total, parts = logits.total, {"kd_loss": logits.kd_sum, "ce_loss": logits.ce_sum}
         if self.hidden is not None:
             parts["hidden_loss"] = self.hidden.loss(batch.mask_BS.T.flatten(), self._gather)
@@ -86,6 +93,14 @@ class Objective:
         """Loss parts that the configured loss does not compute."""
         weights = {"kd_loss": self.spec.kd_weight, "ce_loss": self.spec.ce_weight}
         return [name for name, weight in weights.items() if not weight]
+
+    def from_last_stage(self, sums: LossSums) -> LossSums:
+        """Give the sums of the last pipeline stage to all stages; collective."""
+        names = ["loss", "kd_loss", "ce_loss", *(["hidden_loss"] if self.hidden is not None else [])]
+        values = torch.zeros(len(names), dtype=torch.float64, device=self.groups.device)
+        if self.groups.is_last_stage:
+            values = torch.stack([sums[name] for name in names])
+        return dict(zip(names, self.groups.from_last_stage(values).unbind(), strict=True))
 
     @property
     def has_teacher(self) -> bool:
@@ -100,36 +115,57 @@ class Objective:
     @property
     def num_rows(self) -> int:
         """Vocabulary rows of this rank."""
-        return len(self.model.output_weight)
+        return self.model.vocab_size // self.groups.tp_size
+
+    def teacher_of(self, spec: LossSpec) -> LanguageModel | None:
+        """The teacher if the loss uses it."""
+        return self.teacher if spec.kd_weight or self.hidden is not None else None
+
+    def forward(self, batch: Batch, spec: LossSpec) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [S / tp, B, H] of the student and of the teacher; None if the loss does not use the teacher.
+
+        They are those of the last layer that this pipeline stage holds.
+        """
+        mask = attention_mask(batch.documents_BS)
+        teacher, teacher_SBH = self.teacher_of(spec), None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_SBH = teacher(batch.tokens_BS, mask)
+        return self.student(batch.tokens_BS, mask), teacher_SBH
 
     def logit_loss(self, batch: Batch, spec: LossSpec) -> LossParts:
         """The loss `spec` on the logits of both models; the teacher runs only if the loss uses it."""
-        mask = attention_mask(batch.documents_BS)
-        teacher_NH = teacher_VH = samples = None
-        teacher_map = PLAIN
-        if self.teacher is not None and (spec.kd_weight or self.hidden is not None):
-            with torch.no_grad():
-                teacher_NH = self._gather(self.teacher(batch.tokens_BS, mask))
-                teacher_VH, teacher_map = self.teacher.output_weight, self.teacher.logit_map
-        elif self.cached is not None and spec.kd_weight and self.cached.output is not None:
-            teacher_NH, output = self.cached.hidden_states(batch), self.cached.output
-            teacher_VH, teacher_map = output.weight_VH, output.map
-        elif self.cached is not None and spec.kd_weight:
-            samples = self.cached.samples(batch)
+        return self.loss_parts(batch, spec, *self.forward(batch, spec))
+
+    def loss_parts(self, batch: Batch, spec: LossSpec, student_SBH: Tensor, teacher_SBH: Tensor | None) -> LossParts:
+        """The same, from what `forward` returned on the last stage."""
+        teacher_NH, output, samples = self.predictions(batch, spec, teacher_SBH)
         return distillation_loss(
-            self._gather(self.student(batch.tokens_BS, mask)),
+            self._gather(student_SBH),
             self.model.output_weight,
             teacher_NH,
-            teacher_VH,
+            None if output is None else output.weight_VH,
             loss=spec,
             samples=samples,
-            maps=(self.model.logit_map, teacher_map),
+            maps=(self.model.logit_map, PLAIN if output is None else output.map),
             mask_N=batch.mask_BS.T.flatten(),
             labels_N=batch.labels_BS.T.flatten(),
             vocab_size=self.vocab_size,
             group=self.groups.tp_group if self.groups.tp_size > 1 else None,
             chunking=self.memory.chunking(batch.tokens_BS.numel(), self.num_rows),
         )
+
+    def predictions(
+        self, batch: Batch, spec: LossSpec, teacher_SBH: Tensor | None
+    ) -> tuple[Tensor | None, OutputLayer | None, Samples | None]:
+        """The teacher's final hidden states [N, H] with its output layer, or samples; all None if the loss does not use them."""
+        if self.teacher is not None and teacher_SBH is not None:
+            return self._gather(teacher_SBH), self.teacher.output, None
+        if self.cached is None or not spec.kd_weight:
+            return None, None, None
+        if self.cached.output is None:
+            return None, None, self.cached.samples(batch)
+        return self.cached.hidden_states(batch), self.cached.output, None
 
     def _gather(self, hidden_SBH: Tensor) -> Tensor:
         """Hidden states [N, H], complete on every tensor-parallel rank."""

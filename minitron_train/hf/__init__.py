@@ -16,7 +16,7 @@ from minitron_train.hf.headers import read_header
 from minitron_train.hf.locate import INDEX, LICENCE_FILES, SINGLE, TOKENIZER_FILES, weight_bytes
 from minitron_train.hf.rows import RowReader, runs
 from minitron_train.hf.weights import HFFolder, folder_shape
-from minitron_train.hf.wrapped import wrapper_of
+from minitron_train.hf.wrapped import auto_class, wrapper_of
 
 __all__ = [
     "DTYPES",
@@ -28,6 +28,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "HFFolder",
     "RowReader",
+    "auto_class",
     "cast",
     "copy_tokenizer",
     "fingerprint",

@@ -82,7 +82,7 @@ def shape_of_text(config: Mapping[str, Any], where: str) -> Shape:
     check_padding(config, values["vocab_size"], where)
     rope, local = read_ropes(config, table, values["max_position_embeddings"], values["kv_channels"], where)
     shape = Shape(architecture=table.name, **values, **table.shape_facts)
-    shape.check(where)
+    shape.check(f"{where}: ", table.config_keys)
     return shape.with_layers(with_local_rope(read_layers(config, table, rope, shape.num_layers, where), local))
 
 

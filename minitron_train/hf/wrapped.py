@@ -23,6 +23,11 @@ def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
     return WRAPPERS.get(name) if isinstance(name, str) else None
 
 
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that opens a folder with this config.json."""
+    return "AutoModelForCausalLM" if wrapper_of(config) is None else "AutoModelForImageTextToText"
+
+
 def inner(config: Mapping[str, Any], wrapper: Wrapper, where: str) -> Mapping[str, Any]:
     """The object that holds the text model's keys: text_config, or config.json itself in older folders."""
     text = config.get(TEXT)

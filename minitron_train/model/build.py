@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.arch.layer_kind import LayerKind
+from minitron_train.arch.pipeline import stage_layers
 from minitron_train.arch.table import LAYER
 from minitron_train.config import Precision
 from minitron_train.model.attention import CappedAttention, LayerAttention, SdpaAttention, window_masks
@@ -35,6 +36,7 @@ from minitron_train.model.load import parameters_by_row
 from minitron_train.model.norm import Norm, ProjectionNorm
 from minitron_train.model.rotary import Rotary
 from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
+from minitron_train.parallel.cpu import cuda_means_cpu
 
 # B batch, S sequence, P keys, H hidden
 
@@ -64,11 +66,14 @@ class LanguageModel(GPTModel):
     """GPTModel whose `forward` returns hidden states, so that callers compute only the logits that they need.
 
     Attributes:
+        num_stages, first_layer: pipeline stages of the whole model, and the number of this stage's first layer in it.
         windows: the different attention windows of the layers.
         embedding_scale: factor of the embeddings.
         logit_map: what the family does to the products with the output weights.
     """
 
+    num_stages: int = 1
+    first_layer: int = 0
     rotary_pos_emb: Rotary
     windows: tuple[int | None, ...]
     embedding_scale: float = 1.0
@@ -77,6 +82,9 @@ class LanguageModel(GPTModel):
     def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
 
+        A pipeline stage continues from what `set_input_tensor` gave it, unless it is the first, and returns the output of
+        its last layer.
+
         Args:
             attention_mask: bool [B, 1, S, S], True hides; None is causal. Windows hide further tokens.
         """
@@ -84,7 +92,8 @@ class LanguageModel(GPTModel):
         if attention_mask is not None:
             places_S = torch.arange(tokens_BS.shape[1], device=attention_mask.device)
             attention_mask = window_masks(attention_mask[:, 0], places_S[:, None] - places_S, self.windows)
-        return self.decoder(hidden_states=self.embed(tokens_BS), attention_mask=attention_mask, rotary_pos_emb=rotary)
+        hidden_SBH = self.embed(tokens_BS) if self.pre_process else None
+        return self.decoder(hidden_states=hidden_SBH, attention_mask=attention_mask, rotary_pos_emb=rotary)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Input embeddings [S, B, H]; under sequence parallelism [S / tp, B, H]."""
@@ -130,12 +139,19 @@ def layer_spec(
     return spec
 
 
-def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_group: ProcessGroup) -> ModuleSpec:
+def family_spec(
+    spec: ModuleSpec,
+    shape: Shape,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    splits_experts: bool,
+) -> ModuleSpec:
     """The modules of one layer with those that the rows of the family's table need in place of the usual ones."""
     rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape)}
     layer: Any = spec.submodules
     if shape.num_moe_experts:
-        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": tp_group, "shape": shape})
+        expert_groups = {"ep_group": groups.ep, "edp_group": groups.expt_dp} if splits_experts else {}
+        layer.mlp = ModuleSpec(module=Experts, params={"tp_group": groups.tp, "shape": shape, **expert_groups})
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         if f"{norm}.weight" not in rows:
             setattr(layer, norm, IdentityOp)
@@ -147,7 +163,7 @@ def family_spec(spec: ModuleSpec, shape: Shape, config: TransformerConfig, tp_gr
     for norm, num_heads in heads.items():
         row = rows.get(f"self_attention.{norm}.weight")
         if row is not None and row.parallel_dim() is not None:
-            arguments = {"num_heads": num_heads, "tp_group": tp_group}
+            arguments = {"num_heads": num_heads, "tp_group": groups.tp}
             setattr(layer.self_attention.submodules, norm, ModuleSpec(ProjectionNorm, arguments))
     if shape.attention_softcap is not None:
         layer.self_attention.submodules.core_attention = functools.partial(
@@ -236,6 +252,9 @@ def build(
     *,
     tp: int = 1,
     tp_group: ProcessGroup | None = None,
+    ep: int = 1,
+    stage: int = 0,
+    num_stages: int = 1,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     transformer_engine: bool = False,
@@ -245,9 +264,18 @@ def build(
 
     Args:
         tp: tensor-parallel size. Start megatron-core's groups with this size, or give a `tp_group` of this size.
+        ep: expert-parallel size: that of megatron-core's groups, or 1, with which every rank holds all experts.
+        stage, num_stages: build one pipeline stage. Start megatron-core's groups with this number of stages. Where embedding
+            and output layer are tied, this is collective.
         transformer_engine: use Transformer Engine's fused layers, which need CUDA and the installed package.
         extra: further TransformerConfig arguments, such as recompute_granularity.
     """
+    layers_of_stages = stage_layers(shape.num_layers, num_stages)
+    if num_stages > 1:
+        extra |= {
+            "pipeline_model_parallel_size": num_stages,
+            "pipeline_model_parallel_layout": pipeline_layout(layers_of_stages),
+        }
     config = transformer_config(shape, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, **extra)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if tp_group is not None:
@@ -255,19 +283,24 @@ def build(
     specs = []
     for kind in shape.kinds:
         usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
-        specs.append(of_kind(family_spec(usual, shape, config, groups.tp), shape, kind))
+        specs.append(of_kind(family_spec(usual, shape, config, groups, ep > 1), shape, kind))
     norm: Any = Norm
     layers: Any = [specs[k] for k in shape.kind_of_layer] or specs * shape.num_layers
-    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
-    model = LanguageModel(
-        config,
-        block,  # type: ignore[arg-type]
-        vocab_size=shape.vocab_size,
-        max_sequence_length=shape.max_position_embeddings,
-        position_embedding_type="none",
-        share_embeddings_and_output_weights=shape.tie_embeddings,
-        pg_collection=groups,
-    )
+    own = layers_of_stages[stage]
+    block = TransformerBlockSubmodules(layer_specs=layers[own.start : own.stop], layer_norm=norm)
+    with cuda_means_cpu():  # tied embeddings in two stages
+        model = LanguageModel(
+            config,
+            block,  # type: ignore[arg-type]
+            vocab_size=shape.vocab_size,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=stage == 0,
+            post_process=stage == num_stages - 1,
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=shape.tie_embeddings,
+            pg_collection=groups,
+        )
+    model.num_stages, model.first_layer = num_stages, own.start
     drop_biases(model, shape)
     model.embedding_scale = embedding_scale(shape, dtype)
     model.logit_map = logit_map(shape)
@@ -279,6 +312,14 @@ def build(
         model.to(torch.cuda.current_device())
     mark_parallel(model, shape)
     return model
+
+
+def pipeline_layout(layers_of_stages: list[range]) -> list[list[str]]:
+    """The same stages in megatron-core's words: the names of the parts of each stage."""
+    parts = [["decoder"] * len(layers) for layers in layers_of_stages]
+    parts[0].insert(0, "embedding")
+    parts[-1].append("loss")
+    return parts
 
 
 def mark_parallel(model: LanguageModel, shape: Shape) -> None:

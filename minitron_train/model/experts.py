@@ -2,6 +2,9 @@
 
 megatron-core's MoELayer does not fit here: it trains with tensor parallelism only under sequence parallelism, and it sends
 tokens through fused kernels or dispatchers whose experts hooks cannot observe.
+
+Under expert parallelism a rank holds some experts. It gathers the tokens of all ranks of its expert group, computes its own
+experts, and each rank gets the sum of its tokens' outputs: the exchange of megatron-core's MoEAllGatherTokenDispatcher.
 """
 
 from typing import Any
@@ -23,8 +26,10 @@ from torch.distributed import ProcessGroup
 
 from minitron_train.arch import Shape
 from minitron_train.model.fused import swiglu
+from minitron_train.parallel.groups import own_experts
 
-# S sequence, B batch, H hidden, N tokens, E experts, K experts of a token, T tokens of one expert
+# S sequence, B batch, H hidden, N tokens, M tokens of the whole expert group, E experts, K experts of a token
+# T tokens of one expert
 
 
 class Linear(torch.nn.Module):
@@ -52,6 +57,28 @@ class Expert(torch.nn.Module):
     def forward(self, x_TH: Tensor) -> Tensor:
         """Output [T, H], to be summed over the tensor-parallel ranks."""
         return self.linear_fc2(swiglu(self.linear_fc1(x_TH)))
+
+
+class SharedExpert(Expert):
+    """An expert that processes every token. Its output is multiplied by the sigmoid of a linear of its input.
+
+    Attributes:
+        gate_weight: [1, H], the linear, under megatron-core's name.
+    """
+
+    def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None) -> None:
+        width = shape.moe_shared_expert_intermediate_size // config.tensor_model_parallel_size
+        super().__init__(config, shape.hidden_size, width)
+        self.tp_group, self.gate_weight = tp_group, Linear(config, shape.hidden_size, 1).weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the size of x, […, H], to be summed over the tensor-parallel ranks."""
+        return self.gate(x) * super().forward(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The factors of the output, […, 1]. The weight's gradient is summed over the tensor-parallel ranks, as a router's."""
+        weight = copy_to_tensor_model_parallel_region(self.gate_weight, self.tp_group)
+        return F.sigmoid(F.linear(x, weight))
 
 
 class WithGradient(torch.autograd.Function):
@@ -100,16 +127,37 @@ class Router(Linear):
 
 
 class Experts(torch.nn.Module):
-    """The MLP of a layer with experts. Every tensor-parallel rank holds a part of each expert's neurons."""
+    """The MLP of a layer with experts. Every tensor-parallel rank holds a part of each expert's neurons.
 
-    def __init__(self, config: TransformerConfig, shape: Shape, tp_group: ProcessGroup | None, **_: Any) -> None:
+    Attributes:
+        experts: the experts of this rank, by their number among all experts.
+        shared_experts: the shared expert, under megatron-core's name, or None. Every rank of an expert group holds it.
+        ep_group: the ranks that share the experts; None: every rank holds all of them.
+        edp_group: with an ep_group, the ranks that hold the same experts.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        shape: Shape,
+        tp_group: ProcessGroup | None,
+        ep_group: ProcessGroup | None = None,
+        edp_group: ProcessGroup | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()  # megatron-core 0.19 gives further arguments to every MLP
         self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
+        self.ep_group, self.edp_group = ep_group, edp_group
         num_neurons = shape.ffn_hidden_size // config.tensor_model_parallel_size
+        self.num_experts = shape.num_moe_experts
+        rank, size = (ep_group.rank(), ep_group.size()) if ep_group is not None else (0, 1)
+        self.own = own_experts(self.num_experts, rank, size)
         self.router = Router(config, shape, tp_group)
-        self.experts = torch.nn.ModuleList(
-            Expert(config, shape.hidden_size, num_neurons) for _ in range(shape.num_moe_experts)
-        )
+        self.experts = torch.nn.ModuleDict({str(e): Expert(config, shape.hidden_size, num_neurons) for e in self.own})
+        has_shared = shape.moe_shared_expert_intermediate_size > 0
+        self.shared_experts = SharedExpert(config, shape, tp_group) if has_shared else None
+        for parameter in self.experts.parameters() if ep_group is not None else ():
+            parameter.allreduce = False  # type: ignore[attr-defined]  # to megatron-core: split over the expert group
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """Output [S, B, H], and no bias. All tokens are routed, padding too."""
@@ -117,7 +165,7 @@ class Experts(torch.nn.Module):
             x_SBH = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             x_SBH = copy_to_tensor_model_parallel_region(hidden_states, self.tp_group)
-        out_SBH = self.mixed(x_SBH.flatten(0, 1)).view_as(x_SBH)
+        out_SBH = self.mixed(x_SBH)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out_SBH, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out_SBH, self.tp_group), None
@@ -128,27 +176,42 @@ class Experts(torch.nn.Module):
         """What a checkpoint holds: gate and up are separate tensors, so that the tensor-parallel size can change."""
         values = self.state_dict(prefix="", keep_vars=True)
         split = {name: 0 if "linear_fc1" in name else 1 for name in values if "linear_fc" in name}
-        found = make_sharded_tensors_for_checkpoint(
-            values,
-            prefix,
-            split,
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
+        dp_group = (metadata or {}).get("dp_cp_group")
+        found: ShardedStateDict = {}
+        for of_experts, group in ((False, dp_group), (True, self.edp_group or dp_group)):
+            part = {name: value for name, value in values.items() if name.startswith("experts.") == of_experts}
+            found |= make_sharded_tensors_for_checkpoint(
+                part, prefix, split, sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
+            )
         gated = {name: value for name, value in found.items() if "linear_fc1" in name}
         return found | {name: apply_swiglu_sharded_factory(value, sharded_offsets) for name, value in gated.items()}
 
-    def mixed(self, x_NH: Tensor) -> Tensor:
+    def mixed(self, x: Tensor) -> Tensor:
+        """The sum of each token's experts by their probabilities, and of the shared one, […, H]; of this rank's neurons."""
+        routed = self.routed(x.flatten(0, -2)).view_as(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def routed(self, x_NH: Tensor) -> Tensor:
         """The sum of each token's experts by their probabilities, [N, H]; of this rank's neurons."""
         probs_NK, index_NK = self.router(x_NH)
-        order, counts = by_expert(index_NK, len(self.experts))
-        tokens = order // index_NK.shape[1]
-        parts = x_NH[tokens].split(counts)
+        if self.ep_group is None:
+            return self.weighted_sum(x_NH, probs_NK, index_NK)
+        gathered = (
+            gather_from_sequence_parallel_region(tensor, group=self.ep_group) for tensor in (x_NH, probs_NK, index_NK)
+        )
+        return reduce_scatter_to_sequence_parallel_region(self.weighted_sum(*gathered), group=self.ep_group)
+
+    def weighted_sum(self, x_MH: Tensor, probs_MK: Tensor, index_MK: Tensor) -> Tensor:
+        """The sum over each token's experts on this rank of probability x output, [M, H]."""
+        order, counts = by_expert(index_MK, self.num_experts)
+        start, counts = sum(counts[: self.own.start]), counts[self.own.start : self.own.stop]
+        order = order[start : start + sum(counts)]
+        tokens = order // index_MK.shape[1]
+        parts = dict(zip(self.experts, x_MH[tokens].split(counts), strict=True))
         # in training, experts without tokens run too, so that each of their weights has a gradient, of zeros
-        chosen = [e for e, count in enumerate(counts) if count or torch.is_grad_enabled()]
+        chosen = [e for e, part in parts.items() if len(part) or torch.is_grad_enabled()] or list(parts)[:1]
         out = torch.cat([self.experts[e](parts[e]) for e in chosen])
-        return torch.zeros_like(x_NH).index_add_(0, tokens, out * probs_NK.flatten()[order][:, None])
+        return torch.zeros_like(x_MH).index_add_(0, tokens, out * probs_MK.flatten()[order][:, None])
 
 
 def balance_loss(probs_NE: Tensor, index_NK: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The inputs are two shapes, the training settings and a hardware table. The plan 
 
 from minitron_train.planning.check import check_fits
 from minitron_train.planning.estimate import make_plan
+from minitron_train.planning.family import Member, family_plan
 from minitron_train.planning.show import format_plan
 
-__all__ = ["check_fits", "format_plan", "make_plan"]
+__all__ = ["Member", "check_fits", "family_plan", "format_plan", "make_plan"]

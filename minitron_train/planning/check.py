@@ -103,10 +103,14 @@ def reserved_bytes(config: Config, cuda: bool) -> int:
     return int(config.cluster.reserved_gib * GIB) if cuda else 0
 
 
-def tp_sizes(world: World, *shapes: Shape) -> list[int]:
-    """Tensor-parallel sizes that these processes and shapes allow."""
-    sizes = range(1, world.size + 1)
-    return [size for size in sizes if world.size % size == 0 and all(divides(shape, size) for shape in shapes)]
+def tp_sizes(world: World, num_stages: int, *shapes: Shape) -> list[int]:
+    """Tensor-parallel sizes that these processes, divided into pipeline stages, and shapes allow."""
+    sizes = range(1, world.size // num_stages + 1)
+    return [
+        size
+        for size in sizes
+        if world.size % (size * num_stages) == 0 and all(divides(shape, size) for shape in shapes)
+    ]
 
 
 def changed(names: Mapping[str, tuple[object, object]]) -> tuple[str, ...]:

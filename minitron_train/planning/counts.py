@@ -1,10 +1,12 @@
 """Exact counts of parameters and floating-point operations, from the shapes."""
 
+import functools
 from math import prod
 from typing import Any
 
-from minitron_train.arch import Shape, architecture
+from minitron_train.arch import ParamSpec, Shape, architecture
 from minitron_train.arch.layer_kind import keys_per_query
+from minitron_train.arch.pipeline import stage_layers
 
 MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
 
@@ -26,20 +28,47 @@ def parameters(shape: Shape) -> dict[str, Any]:
     }
 
 
-def parameters_per_rank(shape: Shape, tp: int) -> int:
-    """Count the parameters of one tensor-parallel rank: its shard of split matrices, and replicated norms."""
-    total = 0
-    for row in architecture(shape.architecture).rows_of(shape):
-        size = sum(prod(size) for size in row.sizes(shape).values())
-        total += (size // tp if row.parallel_dim() is not None else size) * len(list(row.layers(shape)))
-    return total
+@functools.cache
+def parameters_per_rank(shape: Shape, tp: int, ep: int = 1, stage: int = 0, num_stages: int = 1) -> int:
+    """Count the parameters of one rank: its shard of split matrices, replicated norms, and its part of the experts.
+
+    Of the pipeline stages, the first has the embedding, the last the final norm and the output layer, or a copy of a tied
+    embedding.
+    """
+
+    def number(row: ParamSpec) -> int:
+        is_last = stage == num_stages - 1
+        if row.per_layer:
+            own = stage_layers(shape.num_layers, num_stages)[stage]
+            return sum(i in own for i in row.layers(shape))
+        if row.mcore.startswith("embedding."):
+            return int(stage == 0) + int(shape.tie_embeddings and is_last and stage > 0)
+        return int(is_last)
+
+    return sum(each_rank_size(shape, row, tp, ep) * number(row) for row in templates(shape))
+
+
+def expert_parameters_per_rank(shape: Shape, tp: int, ep: int) -> int:
+    """Count the parameters of the experts that one rank holds."""
+    rows = [row for row in templates(shape) if row.per_expert]
+    return sum(each_rank_size(shape, row, tp, ep) * row.num_layers(shape) for row in rows)
 
 
 def layer_parameters(shape: Shape, tp: int = 1) -> int:
     """Count the parameters of one layer on one tensor-parallel rank."""
-    rows = architecture(shape.architecture).layer_rows(shape)
-    sizes = [(sum(prod(size) for size in row.sizes(shape).values()), row.parallel_dim()) for row in rows]
-    return sum(size if dim is None else size // tp for size, dim in sizes)
+    return sum(each_rank_size(shape, row, tp, 1) for row in templates(shape) if row.per_layer)
+
+
+def templates(shape: Shape) -> tuple[ParamSpec, ...]:
+    """The rows of a shape's table, with one for all experts: plans ask often, and 128 experts make many rows."""
+    return architecture(shape.architecture).templates_of(shape)
+
+
+def each_rank_size(shape: Shape, row: ParamSpec, tp: int, ep: int) -> int:
+    """Count a row's parameters in one layer on one rank."""
+    size = sum(prod(size) for size in row.sizes(shape).values())
+    copies = shape.num_moe_experts // ep if row.per_expert else 1
+    return (size if row.parallel_dim() is None else size // tp) * copies
 
 
 def forward_flops_per_token(shape: Shape, seq_length: int, *, causal: bool = True) -> int:

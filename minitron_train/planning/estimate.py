@@ -6,35 +6,55 @@ from pathlib import Path
 from typing import Any
 
 from minitron_train.arch import Shape
-from minitron_train.config import Config, DistillConfig, Precision
+from minitron_train.config import Config, DistillConfig, Precision, TeachKind
 from minitron_train.config.teach import most_sample_bytes
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
-from minitron_train.planning.memory import WEIGHT_BYTES, Layout, saved_bytes
+from minitron_train.planning.memory import (
+    WEIGHT_BYTES,
+    Layout,
+    distill_bytes,
+    live,
+    optimizer_bytes,
+    saved_bytes,
+    stage_bytes,
+)
 from minitron_train.planning.precision import concrete, with_choice
 from minitron_train.planning.stages import disk_bytes, scoring, slicing
-from minitron_train.planning.timing import dp_bytes_per_step, logit_passes, step_time, tp_bytes_per_token
+from minitron_train.planning.timing import (
+    dp_bytes_per_step,
+    ep_bytes_per_token,
+    logit_passes,
+    pp_bytes_per_step,
+    step_time,
+    tp_bytes_per_token,
+)
 from minitron_train.runtime.files import atomic_write_json
 
 SECONDS_PER_HOUR = 3600
 
 
-def make_plan(config: Config, teacher: Shape, student: Shape, target: Path | None = None) -> dict[str, Any]:
+def make_plan(
+    config: Config, teacher: Shape, student: Shape, target: Path | None = None, source: Shape | None = None
+) -> dict[str, Any]:
     """Estimate the cost of a recipe without running it. torch is imported only to measure this machine.
 
     Args:
         target: file for the result as JSON (plan.json), written atomically; None writes nothing.
+        source: the model that is pruned; None: the teacher.
     """
     on_gpus = is_described(config.cluster)
     config = with_choice(config, Precision.bf16) if on_gpus else concrete(config)
-    result = plan_on(hardware(config.cluster, config.train.precision), config, teacher, student)
+    result = plan_on(hardware(config.cluster, config.train.precision), config, teacher, student, source or teacher)
     if target is not None:
         atomic_write_json(target, result)
     return result
 
 
-def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -> dict[str, Any]:
+def plan_on(
+    machine: Hardware, config: Config, teacher: Shape, student: Shape, source: Shape | None = None
+) -> dict[str, Any]:
     """Estimate the cost of a recipe on given hardware."""
     base = base_layout(config, machine)
     batch_size = config.train.global_batch_size
@@ -45,7 +65,7 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         configured = evaluate(teacher, student, machine, base, batch_size)
     chosen = best or configured
     return {
-        "name": config.name,
+        "name": config.title,
         "teacher": describe(teacher),
         "student": describe(student),
         "training": training(config),
@@ -57,8 +77,8 @@ def plan_on(machine: Hardware, config: Config, teacher: Shape, student: Shape) -
         "recommended": best and describe_choice(config, teacher, student, machine, best),
         "overrides": overrides(config, machine, best.layout) if best else None,
         "layouts": [describe_choice(config, teacher, student, machine, choice) for choice in choices],
-        "scoring": scoring(config, teacher, machine),
-        "slicing": slicing(config, teacher, student, machine),
+        "scoring": scoring(config, source or teacher, machine),
+        "slicing": slicing(config, source or teacher, student, machine),
         "teacher_cache": teacher_cache(config, teacher, student, machine, chosen and chosen.layout),
         "disk": disk_bytes(config, teacher, student),
     }
@@ -84,10 +104,16 @@ def teacher_cache(
     if layout is None:
         return found
     with_teacher, alone = (
-        step_time(model, student, machine, layout, train.global_batch_size).total for model in (teacher, None)
+        step_time(teacher, student, machine, with_cache(layout, config, kind), train.global_batch_size).total
+        for kind in (None, TeachKind.samples)
     )
     hours = (with_teacher - alone) * train.num_steps / SECONDS_PER_HOUR
-    return found | {"saved_hours": hours, "saved_gpu_hours": hours * layout.tp * layout.dp}
+    return found | {"saved_hours": hours, "saved_gpu_hours": hours * layout.num_ranks}
+
+
+def with_cache(layout: Layout, config: Config, cached: TeachKind | None) -> Layout:
+    """Return the layout for a training that reads such a teacher cache, or runs the teacher (None)."""
+    return replace(layout, cached=cached, logit_passes=logit_passes(config.distill, cached))
 
 
 def base_layout(config: Config, machine: Hardware) -> Layout:
@@ -102,17 +128,25 @@ def base_layout(config: Config, machine: Hardware) -> Layout:
 
 def configured_layout(config: Config, *, num_ranks: int, cuda: bool, runtime_bytes: int) -> Layout:
     """Return the layout that the configuration asks for on so many ranks."""
-    train, tp = config.train, config.parallel.tensor_model_parallel_size
+    train, tp, pp = (
+        config.train,
+        config.parallel.tensor_model_parallel_size,
+        config.parallel.pipeline_model_parallel_size,
+    )
+    cached = config.teach.kind if config.teacher.cache else None
     return Layout(
         tp=tp,
-        dp=max(num_ranks // tp, 1),
+        ep=config.parallel.expert_model_parallel_size,
+        dp=max(num_ranks // (tp * pp), 1),
+        pp=pp,
         micro_batch_size=train.micro_batch_size,
         seq_length=train.seq_length,
         weight_bytes=WEIGHT_BYTES[train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
         runtime_bytes=runtime_bytes,
         logit_memory_fraction=config.distill.logit_memory_fraction,
-        logit_passes=logit_passes(config.distill),
+        logit_passes=logit_passes(config.distill, cached),
+        cached=cached,
         recompute=train.recompute.name,
         sequence_parallel=config.parallel.splits_sequences(train.seq_length, cuda=cuda),
         sharded_optimizer=train.distributed_optimizer,
@@ -128,6 +162,8 @@ def overrides(config: Config, machine: Hardware, layout: Layout) -> list[str]:
     )
     found = {
         "parallel.tensor_model_parallel_size": (parallel.tensor_model_parallel_size, layout.tp),
+        "parallel.expert_model_parallel_size": (parallel.expert_model_parallel_size, layout.ep),
+        "parallel.pipeline_model_parallel_size": (parallel.pipeline_model_parallel_size, layout.pp),
         "parallel.sequence_parallel": (split, layout.sequence_parallel),
         "train.micro_batch_size": (train.micro_batch_size, layout.micro_batch_size),
         "train.recompute": (train.recompute.name, layout.recompute),
@@ -197,7 +233,7 @@ def family(config: Config, teacher: Shape, student: Shape) -> dict[str, Any] | N
     if scratch_tokens is None:
         return None
     members = {name: teacher.smaller(**sizes.sizes()) for name, sizes in config.plan.family.items()} or {
-        config.name: student
+        config.title: student
     }
     seq_length, tokens_per_step = config.train.seq_length, config.train.step_tokens
     cost = {name: counts.training_flops_per_token(shape, seq_length, causal=False) for name, shape in members.items()}
@@ -219,25 +255,26 @@ def describe_choice(
     config: Config, teacher: Shape, student: Shape, machine: Hardware, choice: Choice
 ) -> dict[str, Any]:
     """Return one layout as numbers: memory by part, seconds by part, hours, dollars, network."""
-    layout, tokens = choice.layout, config.train.step_tokens
+    layout, tokens, running = choice.layout, config.train.step_tokens, live(teacher, choice.layout)
     with_recompute, without = (
-        evaluate(teacher, student, machine, replace(layout, recompute=on), config.train.global_batch_size).memory[
-            "activations"
-        ]
-        for on in ("full", "none")
+        distill_bytes(teacher, student, replace(layout, recompute=on))["activations"] for on in ("full", "none")
     )
-    saved = saved_bytes(student, layout)
+    saved, whole = saved_bytes(student, layout), replace(layout, sharded_optimizer=False)
     return {
         "layout": {key: value for key, value in asdict(layout).items() if key != "cuda"},
         "fits": choice.fits,
         "memory_bytes": choice.memory,
-        "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.tp * layout.dp)},
+        "unsharded_optimizer_bytes": max(optimizer_bytes(student, whole, stage) for stage in range(layout.pp)),
+        "bytes_of_stages": [stage_bytes(teacher, student, layout, k)["total"] for k in range(layout.pp)],
+        "host_bytes_of_save": {"rank": saved, "node": saved * min(machine.gpus_per_node, layout.num_ranks)},
         "activations_bytes": {"with_recompute": with_recompute, "without_recompute": without},
         "tokens_per_second": tokens / choice.step.total,
         **duration_and_price(choice, config.train.num_steps, machine),
         "network_bytes_per_step": {
-            "tensor_parallel": tokens / layout.dp * tp_bytes_per_token(teacher, student, layout),
+            "tensor_parallel": tokens / layout.dp / layout.pp * tp_bytes_per_token(running, student, layout),
+            "expert_parallel": tokens / layout.dp * ep_bytes_per_token(running, student, layout),
             "data_parallel": dp_bytes_per_step(student, layout),
+            "pipeline_parallel": pp_bytes_per_step(running, student, layout, tokens / layout.dp),
         },
     }
 
@@ -245,7 +282,7 @@ def describe_choice(
 def duration_and_price(choice: Choice, steps: int, machine: Hardware) -> dict[str, Any]:
     """Return the seconds of a step by part, and the hours and dollars of all steps."""
     hours = choice.step.total * steps / SECONDS_PER_HOUR
-    gpu_hours, price = hours * choice.layout.tp * choice.layout.dp, machine.price_per_gpu_hour
+    gpu_hours, price = hours * choice.layout.num_ranks, machine.price_per_gpu_hour
     return {
         "step_seconds": asdict(choice.step) | {"total": choice.step.total},
         "hours": hours,

@@ -5,11 +5,13 @@ really saved. Legend: N tokens of a micro-batch, V vocabulary, F MLP neurons.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import Precision, PruneConfig, Refit
+from minitron_train.arch.pipeline import stage_layers
+from minitron_train.config import Precision, PruneConfig, Refit, TeachKind
 from minitron_train.planning.counts import layer_parameters, parameters_per_rank
 
 FP32 = 4
@@ -37,6 +39,8 @@ class Layout:
 
     tp: int = 1
     dp: int = 1
+    ep: int = 1  # data-parallel ranks that share the experts of each layer
+    pp: int = 1  # pipeline stages
     micro_batch_size: int
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
@@ -44,10 +48,16 @@ class Layout:
     runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0 without CUDA
     logit_memory_fraction: float | None = None  # distill.logit_memory_fraction
     logit_passes: int = 0  # planning.timing.logit_passes; 0 if the time of the loss is not estimated
+    cached: TeachKind | None = None  # what a teacher cache holds; None: the teacher runs
     recompute: str = "none"  # config.Recompute: the activations that the backward pass recomputes
     sequence_parallel: bool = False
     sharded_optimizer: bool = False  # megatron-core's distributed optimizer
     cuda: bool = True
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes."""
+        return self.tp * self.dp * self.pp
 
     @property
     def tokens(self) -> int:
@@ -73,7 +83,8 @@ def saved_per_layer(shape: Shape, layout: Layout) -> int:
 
 def expert_elements(shape: Shape) -> int:
     """Return the elements per token that surround the experts' neurons: input, output and weighted output of each."""
-    return 3 * shape.moe_router_topk * shape.hidden_size
+    shared = 2 * shape.hidden_size if shape.moe_shared_expert_intermediate_size else 0  # output, and after the gate
+    return 3 * shape.moe_router_topk * shape.hidden_size + shared
 
 
 def sequence_parts(layout: Layout) -> int:
@@ -94,6 +105,11 @@ def mlp_elements(shape: Shape) -> int:
     return (3 if architecture(shape.architecture).transformer["gated_linear_unit"] else 2) * shape.neurons_per_token
 
 
+def dispatch_bytes(shape: Shape, layout: Layout) -> int:
+    """Return the bytes of a layer's exchange under expert parallelism: the expert group's tokens, and their outputs."""
+    return 2 * layout.ep * layout.tokens * shape.hidden_size * layout.weight_bytes if layout.ep > 1 else 0
+
+
 def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool = True) -> int:
     """Return the bytes that autograd saves in a forward pass, without the final hidden states, which belong to the loss.
 
@@ -111,7 +127,26 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
             if layout.recompute == "selective"
             else 0
         )
+    working += dispatch_bytes(shape, layout)
     return int(layers + final_norm + (working if with_working_layer else 0))
+
+
+def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> int:
+    """Return the bytes of activations that one pipeline stage holds at most.
+
+    A stage begins so many micro-batches before it ends the first one as stages lie between it and the end, itself included.
+    The hidden states of both models that it receives and sends are counted once.
+    """
+    own = stage_layers(student.num_layers, layout.pp)[stage]
+    held = replace(student, num_layers=len(own), kinds=student.kinds[:1], kind_of_layer=())
+    kept = activation_bytes(held, layout, with_working_layer=False)
+    working = activation_bytes(held, layout) - kept
+    messages = 0
+    if layout.pp > 1:
+        widths = student.hidden_size * layout.weight_bytes
+        widths += 0 if teacher is None else teacher.hidden_size * layout.teacher_weight_bytes
+        messages = 2 * layout.tokens * widths // sequence_parts(layout)
+    return (layout.pp - stage) * kept + working + messages
 
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
@@ -119,7 +154,7 @@ def working_bytes(shape: Shape, layout: Layout) -> int:
     mlp = 3 * shape.neurons_per_token
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
     elements = 3 * shape.hidden_size + max(mlp, attention) / layout.tp + expert_elements(shape)
-    return int(layout.tokens * layout.weight_bytes * elements)
+    return int(layout.tokens * layout.weight_bytes * elements) + dispatch_bytes(shape, layout)
 
 
 def logit_budget(vocab: int, layout: Layout) -> float:
@@ -150,42 +185,83 @@ def state_width(layout: Layout) -> int:
     return 2 * FP32 + (FP32 if layout.weight_bytes < FP32 else 0)
 
 
-def optimizer_bytes(num_parameters: int, layout: Layout) -> int:
-    """Return the bytes of AdamW's state in one process."""
-    return state_width(layout) * num_parameters // (layout.dp if layout.sharded_optimizer else 1)
+def optimizer_bytes(student: Shape, layout: Layout, stage: int = 0) -> int:
+    """Return the bytes of AdamW's state in one process of a pipeline stage.
+
+    All data-parallel ranks share it equally if it is sharded: those that hold the same experts are fewer, but so are these.
+    """
+    if layout.sharded_optimizer and layout.dp > 1:
+        return state_width(layout) * parameters_per_rank(student, layout.tp, 1, stage, layout.pp) // layout.dp
+    return state_width(layout) * parameters_per_rank(student, layout.tp, layout.ep, stage, layout.pp)
 
 
 def saved_bytes(student: Shape, layout: Layout) -> int:
     """Return the bytes that one process copies to host memory for a checkpoint: its share of weights and AdamW's state.
 
-    Data-parallel ranks divide the state equally, also where each holds all of it (train.shards).
+    Data-parallel ranks divide the state equally, also where each holds all of it or of its experts (train.shards).
     """
     width = layout.weight_bytes + state_width(layout)
-    return width * parameters_per_rank(student, layout.tp) // layout.dp
+    return width * most_parameters(student, layout) // layout.dp
 
 
-def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout, *, is_cached: bool = False) -> dict[str, int]:
+def different_stages(shapes: Iterable[Shape | None], num_stages: int) -> list[int]:
+    """Return the pipeline stages that differ in their layers, in the embedding or in the output layer.
+
+    Of stages that are alike, the first one holds most activations.
+    """
+    layers = [stage_layers(shape.num_layers, num_stages) for shape in shapes if shape is not None]
+    found: dict[tuple[object, ...], int] = {}
+    for stage in range(num_stages):
+        found.setdefault((stage == 0, stage == num_stages - 1, *(len(own[stage]) for own in layers)), stage)
+    return list(found.values())
+
+
+def most_parameters(shape: Shape, layout: Layout, ep: int = 1) -> int:
+    """Return the parameters of one rank in the pipeline stage that holds most; with all experts, unless `ep` divides them."""
+    stages = different_stages([shape], layout.pp)
+    return max(parameters_per_rank(shape, layout.tp, ep, stage, layout.pp) for stage in stages)
+
+
+def live(teacher: Shape | None, layout: Layout) -> Shape | None:
+    """Return the teacher if its layers run in the training; None with a teacher cache."""
+    return None if layout.cached else teacher
+
+
+def distill_bytes(teacher: Shape | None, student: Shape, layout: Layout) -> dict[str, int]:
     """Return the memory of one distillation process by part, or of pretraining if `teacher` is None.
 
-    With a teacher cache (`is_cached`), the teacher's output layer alone is in memory. The loss is counted as with hidden
+    With pipeline stages, it is that of the stage that needs most.
+    """
+    stages = different_stages((live(teacher, layout), student), layout.pp)
+    return max((stage_bytes(teacher, student, layout, stage) for stage in stages), key=lambda parts: parts["total"])
+
+
+def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> dict[str, int]:
+    """Return the memory of one process of a pipeline stage by part. The loss is on the last stage.
+
+    With a teacher cache, that stage alone holds something of the teacher: its output layer. The loss counts as with hidden
     states; samples need less.
 
     `total` is the peak over the teacher's forward pass and the step. AdamW's fused update works in place.
     """
-    own = parameters_per_rank(student, layout.tp)
-    taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp)
-    if teacher is not None and is_cached:
+    own = parameters_per_rank(student, layout.tp, layout.ep, stage, layout.pp)
+    is_last, running = stage == layout.pp - 1, live(teacher, layout)
+    taught = 0 if running is None else parameters_per_rank(running, layout.tp, layout.ep, stage, layout.pp)
+    if teacher is not None and layout.cached and is_last:
         taught = teacher.vocab_size // layout.tp * teacher.hidden_size
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "student_weights": own * layout.weight_bytes,
         "teacher_weights": taught * layout.teacher_weight_bytes,
         "gradients": own * FP32,
-        "optimizer": optimizer_bytes(own, layout),
+        "optimizer": optimizer_bytes(student, layout, stage),
     }
-    moving = {"activations": activation_bytes(student, layout), "loss": loss_bytes(student, teacher, layout)}
+    moving = {
+        "activations": stage_activation_bytes(running, student, layout, stage),
+        "loss": loss_bytes(student, teacher, layout) if is_last else 0,
+    }
     teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
-    teacher_forward = 0 if teacher is None or is_cached else working_bytes(teacher, teacher_layout)
+    teacher_forward = 0 if running is None else working_bytes(running, teacher_layout)
     return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
 
 
@@ -255,10 +331,13 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     has_post_norms = architecture(student.architecture).has_post_norms  # a repair holds the outputs before one norm
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
     linears += [(ffn, hidden), (hidden, teacher.hidden_size)]
-    # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: 2 of inputs x inputs, 3 of inputs x outputs
+    if shared := student.moe_shared_expert_intermediate_size:
+        linears += [(hidden, 2 * shared), (shared, hidden)]
+    # rotation: covariance, its rotated part, eigenvectors, workspace; least squares: inputs x inputs, inputs x outputs
     squares = [4 * teacher.hidden_size**2] if prune.rotate else []
     if prune.refit is not Refit.none:
-        squares += [2 * inputs**2 + 3 * inputs * outputs for inputs, outputs in linears]
+        grams, crosses = (4, 6) if prune.held_out_fraction else (3, 3)
+        squares += [grams * inputs**2 + crosses * inputs * outputs for inputs, outputs in linears]
     routed = teacher.hidden_size + 2 * hidden if student.num_moe_experts else 0
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],

@@ -46,7 +46,7 @@ def agreed(asked: Precision, groups: "Groups") -> Precision:
 
 def concrete(config: Config) -> Config:
     """Replace every `auto` by this machine's choice, for estimates."""
-    asked = [section.precision for section in (config.train, config.calibration, config.eval)]
+    asked = [section.precision for section in (config.train, config.calibration, config.eval, config.speed)]
     is_auto = Precision.auto in (*asked, config.distill.teacher_precision)
     return with_choice(config, fastest(cuda_here()).precision) if is_auto else config
 
@@ -58,7 +58,7 @@ def recorded(asked: Precision) -> Precision | None:
 
 def with_choice(config: Config, choice: Precision) -> Config:
     """Replace every `auto` by `choice`."""
-    sections = {name: getattr(config, name) for name in ("train", "calibration", "eval")}
+    sections = {name: getattr(config, name) for name in ("train", "calibration", "eval", "speed")}
     auto = {name: section for name, section in sections.items() if section.precision is Precision.auto}
     changed = {name: replace(section, precision=choice) for name, section in auto.items()}
     if config.distill.teacher_precision is Precision.auto:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from minitron_train.arch.shape import SIZES
+from minitron_train.planning.family import format_family
 from minitron_train.planning.timing import DISK_RATE
 from minitron_train.runtime.files import byte_size
 
@@ -22,7 +23,9 @@ PARTS = ("embedding", "attention", "mlp", "norms", "output")
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """Format the whole plan, about 60 lines."""
+    """Format the whole plan, about 60 lines; of a model family a table of its members and their sum."""
+    if "members" in plan:
+        return format_family(plan)
     sections = [
         [f"plan {plan['name']}", ""],
         models(plan),
@@ -109,7 +112,11 @@ def layout_text(layout: dict[str, Any]) -> str:
     extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
-    text = f"TP {layout['tp']}, DP {layout['dp']}, micro-batch {layout['micro_batch_size']}"
+    if layout["cached"]:
+        extra.append(f"teacher on disk ({layout['cached']})")
+    experts = f" (EP {layout['ep']})" if layout["ep"] > 1 else ""
+    stages = f"PP {layout['pp']}, " if layout["pp"] > 1 else ""
+    text = f"TP {layout['tp']}, {stages}DP {layout['dp']}{experts}, micro-batch {layout['micro_batch_size']}"
     return ", ".join([text, *extra])
 
 
@@ -124,13 +131,14 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     )
     layout = choice["layout"]
     if layout["sharded_optimizer"] and layout["dp"] > 1:
-        whole = parts["optimizer"] * layout["dp"] / GIB
+        whole = choice["unsharded_optimizer_bytes"] / GIB
         lines[list(rows).index("optimizer")] += (
             f"   (sharded over DP; {whole:.2f} with train.distributed_optimizer=false)"
         )
-    host = choice["host_bytes_of_save"]
+    host, stages = choice["host_bytes_of_save"], [f"{needed / GIB:.2f}" for needed in choice["bytes_of_stages"]]
     return [
         *lines,
+        *([f"  peaks of the stages, first to last: {', '.join(stages)} GiB"] if len(stages) > 1 else []),
         f"  a checkpoint copies {host['rank'] / GIB:.2f} GiB per process to host memory, {host['node'] / GIB:.1f} GiB per node",
     ]
 
@@ -138,6 +146,7 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
 def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Format speed, hours, price and network traffic."""
     step, network = choice["step_seconds"], choice["network_bytes_per_step"]
+    between = f", {network['pipeline_parallel'] / GIB:.1f} GiB for PP" if choice["layout"]["pp"] > 1 else ""
     origin = "measured here" if machine["measured"] else "data sheet"
     parts = " + ".join(
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
@@ -147,7 +156,8 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         f"  at {machine['gemm_efficiency']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
         f"one step: {step['total']:.2f} s = {parts}",
         f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
-        f"{network['data_parallel'] / GIB:.1f} GiB for DP",
+        + (f"{network['expert_parallel'] / GIB:.1f} GiB for EP, " if choice["layout"]["ep"] > 1 else "")
+        + f"{network['data_parallel'] / GIB:.1f} GiB for DP{between}",
     ]
 
 

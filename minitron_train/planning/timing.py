@@ -4,13 +4,29 @@ The passes over memory follow from the layer of model.build. tests/unit/test_pla
 benchmarks/plan/plan_check.py (CPU) and benchmarks/plan/plan_gpu.py compare the estimates with measurements.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import DistillConfig, LossKind
-from minitron_train.planning.counts import attention_flops_per_token, forward_flops_per_token, parameters_per_rank
+from minitron_train.arch.pipeline import stage_layers
+from minitron_train.config import DistillConfig, LossKind, TeachKind
+from minitron_train.planning.counts import (
+    attention_flops_per_token,
+    expert_parameters_per_rank,
+    forward_flops_per_token,
+    parameters_per_rank,
+)
 from minitron_train.planning.hardware import Hardware
-from minitron_train.planning.memory import FP32, Layout, logit_budget
+from minitron_train.planning.memory import (
+    FP32,
+    Layout,
+    different_stages,
+    live,
+    logit_budget,
+    most_parameters,
+    optimizer_bytes,
+    sequence_parts,
+    state_width,
+)
 
 PASSES = {
     "hidden": 12,
@@ -27,6 +43,7 @@ LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward
     "cosine": (17, 0),
     "top_k_kl": (8, 0),
     "cross_entropy": (15, 0),
+    "samples": (15, 0),  # forward_kl from a teacher cache: the student's logits alone
 }
 COMPILED_PASSES = 7  # those of forward_kl with distill.compile_loss=true, at any temperature
 SUM_PASSES = 3  # adds the gradients of two losses
@@ -41,19 +58,25 @@ UPDATE_PASSES = 20  # gradient norm, clipping, AdamW, zeroing: over fp32 weights
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of one optimizer step by part. No overlap of computation and communication is assumed."""
+    """Seconds of one optimizer step by part. No overlap of computation and communication is assumed.
+
+    With pipeline stages, the work is that of the slowest stage, and `bubble` is the time that it waits for the others.
+    """
 
     matrices: float
     elementwise: float
     loss: float
     optimizer: float
     tp_network: float
+    ep_network: float
     dp_network: float
+    pp_network: float
+    bubble: float
 
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return self.matrices + self.elementwise + self.loss + self.optimizer + self.tp_network + self.dp_network
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def layer_passes(shape: Shape, layout: Layout) -> float:
@@ -94,14 +117,14 @@ def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) 
     return student.vocab_size * ((1 + repeated) * forward + 4 * student.hidden_size)
 
 
-def logit_passes(distill: DistillConfig) -> int:
+def logit_passes(distill: DistillConfig, cached: TeachKind | None = None) -> int:
     """Return the elements that the loss reads or writes outside of matrix products, per token and vocabulary entry.
 
     The default of compile_loss counts as not compiled: no GPU has measured the compiled kernels yet, and the compiler may
     fail there.
     """
-    passes, more = LOGIT_PASSES[distill.loss.value]
-    if distill.loss is LossKind.forward_kl and distill.compile_loss:
+    passes, more = LOGIT_PASSES["samples" if cached is TeachKind.samples else distill.loss.value]
+    if cached is not TeachKind.samples and distill.loss is LossKind.forward_kl and distill.compile_loss:
         passes, more = COMPILED_PASSES, 0
     taught = passes + (more if distill.temperature != 1 else 0) if distill.kd_weight else 0
     labels = LOGIT_PASSES["cross_entropy"][0] if distill.ce_weight else 0
@@ -132,41 +155,93 @@ def tp_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) ->
     return ring * 2 * (taught + student_passes * student.num_layers * student.hidden_size * layout.weight_bytes)
 
 
+def ep_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
+    """Return the bytes that one rank sends per token of its own for expert parallelism.
+
+    Each layer all-gathers the tokens of the expert group and reduce-scatters their outputs, and the backward pass does both
+    again. A ring sends ep - 1 tokens for each one.
+    """
+    student_passes = 2 + recomputed(layout, 1, 1)
+    taught = 0 if teacher is None else teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
+    learnt = student_passes * student.num_layers * student.hidden_size * layout.weight_bytes
+    return 2 * (layout.ep - 1) * (taught + learnt)
+
+
 def dp_bytes_per_step(student: Shape, layout: Layout) -> float:
     """Return the bytes that one rank sends per step for data parallelism.
 
     An all-reduce sums the fp32 gradients. A sharded optimizer uses a reduce-scatter instead, and all-gathers the weights.
+    Those of experts go to the ranks that hold the same ones.
     """
-    own, ring = parameters_per_rank(student, layout.tp), (layout.dp - 1) / layout.dp
-    if layout.sharded_optimizer:
-        return ring * own * (FP32 + layout.weight_bytes)
-    return 2 * ring * own * FP32
+    own = most_parameters(student, layout, layout.ep)
+    experts = expert_parameters_per_rank(student, layout.tp, layout.ep) if layout.ep > 1 else 0
+    replicas = max(layout.dp // layout.ep, 1)
+    sent = (layout.dp - 1) / layout.dp * (own - experts) + (replicas - 1) / replicas * experts
+    return sent * (FP32 + layout.weight_bytes if layout.sharded_optimizer else 2 * FP32)
+
+
+def pp_bytes_per_step(teacher: Shape | None, student: Shape, layout: Layout, tokens: float) -> float:
+    """Return the bytes that a middle pipeline stage sends per step: hidden states forwards, the student's gradients back.
+
+    Tied embeddings add the gradients that the first and the last stage sum.
+    """
+    if layout.pp == 1:
+        return 0.0
+    widths = 2 * student.hidden_size * layout.weight_bytes
+    widths += 0 if teacher is None else teacher.hidden_size * layout.teacher_weight_bytes
+    shared = student.vocab_size * student.hidden_size // layout.tp * FP32 if student.tie_embeddings else 0
+    return tokens * widths / sequence_parts(layout) + shared
+
+
+def bubble_share(layout: Layout, num_micro_batches: float) -> float:
+    """Return the share of a step, (p - 1) / (m + p - 1), in which a pipeline stage waits for the others (1F1B)."""
+    return (layout.pp - 1) / (num_micro_batches + layout.pp - 1)
+
+
+def stage_time(
+    teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, tokens: float, stage: int
+) -> dict[str, float]:
+    """Return the seconds in which one pipeline stage computes `tokens` tokens, by part. The loss is on the last stage."""
+    length = layout.seq_length
+
+    def share(shape: Shape) -> float:
+        return len(stage_layers(shape.num_layers, layout.pp)[stage]) / shape.num_layers
+
+    learnt = share(student) * layer_cost(student, length, machine)
+    mlp = share(student) * 2 * architecture(student.architecture).parameters(student, active=True)["mlp"]
+    teacher, in_loss = live(teacher, layout), None if layout.cached is TeachKind.samples else teacher
+    taught = 0 if teacher is None else share(teacher) * layer_cost(teacher, length, machine)
+    flops = taught + 3 * learnt + recomputed(layout, learnt, mlp)
+    logits = student.vocab_size * layout.logit_passes * FP32
+    of_loss = loss_flops_per_token(in_loss, student, layout) / machine.flops + logits / machine.memory_rate
+    part = share(student) if teacher is None else max(share(student), share(teacher))
+    return {
+        "matrices": tokens * flops / layout.tp / machine.flops,
+        "elementwise": tokens * part * elementwise_bytes_per_token(teacher, student, layout) / machine.memory_rate,
+        "loss": tokens / layout.tp * of_loss if stage == layout.pp - 1 else 0.0,
+        "tp_network": tokens * part * tp_bytes_per_token(teacher, student, layout) / machine.link_rate(layout.tp),
+    }
 
 
 def step_time(
     teacher: Shape | None, student: Shape, machine: Hardware, layout: Layout, global_batch_size: int
 ) -> StepTime:
     """Estimate the seconds of one optimizer step, of distillation or, without a teacher, of pretraining."""
-    tokens, length = global_batch_size * layout.seq_length / layout.dp, layout.seq_length
-    learnt, mlp = (
-        layer_cost(student, length, machine),
-        2 * architecture(student.architecture).parameters(student, active=True)["mlp"],
-    )
-    taught = 0 if teacher is None else layer_cost(teacher, length, machine)
-    flops = taught + 3 * learnt + recomputed(layout, learnt, mlp)
-    logits = student.vocab_size * layout.logit_passes * FP32
-    updated = parameters_per_rank(student, layout.tp) // (layout.dp if layout.sharded_optimizer else 1)
+    tokens, running = global_batch_size * layout.seq_length / layout.dp, live(teacher, layout)
+    stages = different_stages((running, student), layout.pp)
+    times = [stage_time(teacher, student, machine, layout, tokens, stage) for stage in stages]
+    slowest = max(times, key=lambda parts: sum(parts.values()))
+    share = bubble_share(layout, tokens / layout.tokens)
+    updated = max(optimizer_bytes(student, layout, stage) for stage in stages) // state_width(layout)
     across_nodes = machine.num_gpus > machine.gpus_per_node
     network = machine.inter_node_rate if across_nodes else machine.intra_node_rate
     return StepTime(
-        matrices=tokens * flops / layout.tp / machine.flops,
-        elementwise=tokens * elementwise_bytes_per_token(teacher, student, layout) / machine.memory_rate,
-        loss=tokens
-        / layout.tp
-        * (loss_flops_per_token(teacher, student, layout) / machine.flops + logits / machine.memory_rate),
+        **slowest,
         optimizer=updated * UPDATE_PASSES * FP32 / machine.memory_rate,
-        tp_network=tokens * tp_bytes_per_token(teacher, student, layout) / machine.link_rate(layout.tp),
+        ep_network=tokens * ep_bytes_per_token(running, student, layout) / machine.link_rate(layout.tp * layout.ep),
         dp_network=dp_bytes_per_step(student, layout) / network,
+        pp_network=pp_bytes_per_step(running, student, layout, tokens) / network,
+        bubble=sum(slowest.values()) * share / (1 - share),
     )
 
 

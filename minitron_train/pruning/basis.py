@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_train.pruning.layers import Layers, forward, seeing
+from minitron_train.pruning.halves import forward
+from minitron_train.pruning.layers import Layers, seeing
 
 # N sequences, S length, D teacher's hidden, H student's hidden
 
@@ -77,19 +78,26 @@ def unrotated(layers: Layers) -> Tensor:
 
 
 @torch.no_grad()
-def principal_basis(layers: Layers, tokens_NS: Tensor, hidden_size: int, micro_batch_size: int) -> Basis:
+def principal_basis(
+    layers: Layers,
+    tokens_NS: Tensor,
+    hidden_size: int,
+    micro_batch_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Basis:
     """The `hidden_size` directions in which the teacher's normalised residual stream varies most, over all layers.
 
     Args:
         layers: a teacher that can be rotated (`why_not` is None).
         tokens_NS: the sequences of all processes; each takes its share. Negative tokens are padding.
+        dtype: in which the teacher multiplies matrices; its stream is fp32, and sums are fp64.
     """
     gamma_D, alone_D, centred = effective_gamma(layers), unrotated(layers), layers.final_norm.bias is not None
     common = gamma_D[~alone_D].mean()
     scale_D = torch.ones_like(gamma_D)
     if layers.shape.tie_embeddings:
         scale_D[~alone_D] = (gamma_D[~alone_D] / common).sqrt()
-    covariance_DD = stream_covariance(layers, tokens_NS, scale_D, micro_batch_size, centred=centred)
+    covariance_DD = stream_covariance(layers, tokens_NS, scale_D, micro_batch_size, dtype, centred=centred)
     covariance_DD = covariance_DD / covariance_DD.trace()
 
     channels, others = alone_D.nonzero().flatten(), (~alone_D).nonzero().flatten()
@@ -127,7 +135,13 @@ def plane_of_mean_zero(size: int) -> Tensor:
 
 
 def stream_covariance(
-    layers: Layers, tokens_NS: Tensor, scale_D: Tensor, micro_batch_size: int, *, centred: bool
+    layers: Layers,
+    tokens_NS: Tensor,
+    scale_D: Tensor,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    *,
+    centred: bool,
 ) -> Tensor:
     """Σ u uᵀ over tokens and all norms' inputs x, fp64 [D, D]; u is x · scale, minus its mean if `centred`, with RMS 1."""
     groups = layers.groups
@@ -146,7 +160,7 @@ def stream_covariance(
         layer = layers[i]
         for k, mask in enumerate(masks):
             with seeing(layer.get_submodule("pre_mlp_layernorm"), of_input=True) as seen:
-                after = forward(layer, hidden[k], rotary)
+                after = forward(layer, hidden[k], rotary, dtype)
             for x in (hidden[k], seen[0]):
                 add(x, mask)
             hidden[k] = after

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_train.arch.shape import Shape
-from minitron_train.config import Config, SearchConfig
+from minitron_train.config import Budget, Config, SearchConfig
 from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.pruning.target import check_request
 from minitron_train.runtime.errors import UserError
@@ -25,6 +25,7 @@ class Candidate:
     non_embedding_parameters: int
     memory_gib: float  # weights and KV cache in inference
     flops_per_token: int  # forward
+    latency_ms: float | None = None  # of one decoding step, if it was measured
     zero_shot_loss: float | None = None  # both losses are infinite where the perplexity overflowed
     retrained_loss: float | None = None
 
@@ -112,20 +113,32 @@ def within_budget(search: SearchConfig, every: list[Candidate], refusals: list[s
     Raises:
         UserError: no target is set, no shape is valid, or none is within the budget; the message names the nearest one.
     """
-    target = search.target
-    if target is None:
-        raise UserError(f"search.target is not set: a search needs the {search.budget} to aim at; set it, like 4.0e9")
+    target = required_target(search)
     if not every:
         raise UserError(f"search: all {len(refusals)} candidate shapes were rejected; first reason: {refusals[0]}")
     distance = {candidate.name: abs(getattr(candidate, search.budget) / target - 1) for candidate in every}
-    fitting = [candidate for candidate in every if distance[candidate.name] <= search.tolerance]
+    fitting = [candidate for candidate in every if distance[candidate.name] <= search.allowed_distance]
     if not fitting:
         nearest = min(every, key=lambda candidate: distance[candidate.name])
         raise UserError(
-            f"search.target={target:g}: none of {len(every)} shapes has {search.budget} within ±{search.tolerance:.1%}; "
+            f"search.target={target:g}: none of {len(every)} shapes has {search.budget} within ±{search.allowed_distance:.1%}; "
             f"the nearest, {nearest.name}, has {getattr(nearest, search.budget):g}: change target, tolerance or the lists"
         )
     return fitting
+
+
+def required_target(search: SearchConfig) -> float:
+    """search.target, which a search needs.
+
+    Raises:
+        UserError: it is not set.
+    """
+    if search.target is None:
+        example = "10" if search.budget is Budget.latency_ms else "4.0e9"
+        raise UserError(
+            f"search.target is not set: a search needs the {search.budget} to aim at; set it, like {example}"
+        )
+    return search.target
 
 
 def choose(found: list[Candidate], only: int | None) -> list[Candidate]:
@@ -140,13 +153,15 @@ def choose(found: list[Candidate], only: int | None) -> list[Candidate]:
 
 
 def table(found: list[Candidate]) -> str:
-    """The candidates as a plain-text table."""
+    """The candidates as a plain-text table; the time of a token only where it was measured."""
+    is_timed = any(c.latency_ms is not None for c in found)
     heads = f"{'candidate':26}{'parameters':>16}{'non-embedding':>16}{'memory GiB':>12}{'GFLOP/token':>13}"
-    lines = [f"{heads}{'loss':>9}{'retrained':>11}"]
+    lines = [f"{heads}{'ms/token' if is_timed else '':>{10 * is_timed}}{'loss':>9}{'retrained':>11}"]
     for c in found:
         losses = [f"{loss:.4f}" if loss is not None else "-" for loss in (c.zero_shot_loss, c.retrained_loss)]
+        latency = f"{c.latency_ms:>10.3g}" if c.latency_ms is not None else ""
         lines.append(
             f"{c.name:26}{c.parameters:>16,}{c.non_embedding_parameters:>16,}{c.memory_gib:>12.2f}"
-            f"{c.flops_per_token / 1e9:>13.2f}{losses[0]:>9}{losses[1]:>11}"
+            f"{c.flops_per_token / 1e9:>13.2f}{latency}{losses[0]:>9}{losses[1]:>11}"
         )
     return "\n".join(lines)

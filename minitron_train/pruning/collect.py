@@ -38,6 +38,11 @@ def gate_half(layer: torch.nn.Module, x: Tensor) -> Tensor:
     return x.chunk(2, dim=-1)[0] if layer.config.gated_linear_unit else x  # type: ignore[union-attr]
 
 
+def shared_gate_half(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """The input of a shared expert's activation function."""
+    return x.chunk(2, dim=-1)[0]
+
+
 def head_norms(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """The L2 norm of every head's output at every token."""
     heads = x.unflatten(-1, (-1, layer.config.kv_channels))  # type: ignore[union-attr]
@@ -56,7 +61,10 @@ POINTS = {
     "head_norms": Point("self_attention.linear_proj", True, head_norms, parallel=True),
     "neurons_pre": Point("mlp.linear_fc1", False, gate_half, parallel=True),
     "neurons_post": Point("mlp.linear_fc2", True, whole, parallel=True),
+    "shared_pre": Point("mlp.shared_experts.linear_fc1", False, shared_gate_half, parallel=True),
+    "shared_post": Point("mlp.shared_experts.linear_fc2", True, whole, parallel=True),
 }
+SHARED = ("shared_pre", "shared_post")  # of layers with a shared expert
 FINAL_NORM = "final_norm"
 
 
@@ -119,7 +127,8 @@ class Statistics:
             return module.register_forward_hook(lambda _, __, output: see(output))
 
         experts = layer.mlp if isinstance(layer.mlp, Experts) else None
-        handles = [watch(name, point) for name, point in POINTS.items() if experts is None or name not in NEURONS]
+        absent = SHARED if experts is None else NEURONS if experts.shared_experts is not None else (*NEURONS, *SHARED)
+        handles = [watch(name, point) for name, point in POINTS.items() if name not in absent]
         try:
             with contextlib.ExitStack() as stack:
                 if experts is not None:

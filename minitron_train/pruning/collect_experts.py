@@ -42,7 +42,7 @@ class Seen:
 
     def begin(self, probs_NK: Tensor, index_NK: Tensor) -> None:
         """Sort the tokens by expert, as the module does."""
-        order, counts = by_expert(index_NK, len(self.module.experts))
+        order, counts = by_expert(index_NK, self.module.num_experts)
         tokens, mask = order // index_NK.shape[1], self.current[0]
         valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.flatten()[tokens]
         self.rows = list((tokens % self.num_sequences).split(counts))
@@ -83,7 +83,7 @@ def watching_experts(seen: Seen) -> Iterator[None]:
         seen.module.router.register_forward_hook(lambda *call: seen.begin(*call[-1])),
         seen.module.register_forward_hook(lambda *_: seen.end()),
     ]
-    for e, expert in enumerate(seen.module.experts):
+    for e, expert in enumerate(seen.module.experts.values()):
         handles += watch(seen, e, expert)
     try:
         yield

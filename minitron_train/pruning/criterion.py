@@ -65,6 +65,7 @@ class Width:
     heads: list[Tensor]  # [num_attention_heads] each
     ffn: list[Tensor]  # [ffn_hidden_size] each; with experts [num_moe_experts, ffn_hidden_size]
     experts: list[Tensor] = field(default_factory=list)  # [num_moe_experts] each; empty without experts
+    shared: list[Tensor] = field(default_factory=list)  # neurons of shared experts; empty without one
 
 
 class UnitSquares:
@@ -90,6 +91,8 @@ class UnitSquares:
         )
         if self.shape.num_moe_experts:
             width.experts.extend(self.sums["expert", i, None].sqrt() for i in layers)
+        if self.shape.moe_shared_expert_intermediate_size:
+            width.shared.extend(self.sums["shared", i, None].sqrt() for i in layers)
         return width
 
     def _neurons(self, layer: int) -> Tensor:
@@ -146,10 +149,12 @@ def check_width(name: str, found: Any, shape: Shape) -> Width:
         rule = "return a Width, see minitron_train/pruning/criterion.py"
         raise UserError(f"prune.width={name}: returned {described(found)}; {rule}")
     experts = [shape.num_moe_experts] if shape.num_moe_experts else []
+    shared = [shape.moe_shared_expert_intermediate_size] if shape.moe_shared_expert_intermediate_size else []
     wanted = {
         "heads": (found.heads, [[shape.num_attention_heads]] * shape.num_layers),
         "ffn": (found.ffn, [[*experts, shape.ffn_hidden_size]] * shape.num_layers),
         "experts": (found.experts, [experts] * shape.num_layers if experts else []),
+        "shared": (found.shared, [shared] * shape.num_layers if shared else []),
         "embedding": ([found.embedding], [[shape.hidden_size]]),
     }
     for part, (scores, sizes) in wanted.items():

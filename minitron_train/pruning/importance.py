@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_train import hf
-from minitron_train.arch.shape import Shape
+from minitron_train.arch.shape import ABSENT, Shape
 from minitron_train.config import Scope
-from minitron_train.pruning.collect import FINAL_NORM, Statistics
+from minitron_train.pruning.collect import FINAL_NORM, SHARED, Statistics
 from minitron_train.pruning.collect_experts import NEURONS
 from minitron_train.pruning.criterion import Evidence, width_criterion
 from minitron_train.pruning.statistics import Moments
@@ -36,6 +36,7 @@ class Importance:
     block: list[Tensor]  # [1] each: 1 - cos between a layer's input and output
     loss_without: list[Tensor]  # [1] each: loss without the layer; an empty list where it was not measured
     experts: list[Tensor] = field(default_factory=list)  # [num_moe_experts] each; an empty list without experts
+    shared: list[Tensor] = field(default_factory=list)  # neurons of shared experts; an empty list without one
 
     def tensors(self) -> dict[str, Tensor]:
         """The scores by their names in scores.safetensors; the neurons of all experts of a layer are one row."""
@@ -43,6 +44,7 @@ class Importance:
         for i, (heads, ffn, block) in enumerate(zip(self.heads, self.ffn, self.block, strict=True)):
             named |= {f"layers.{i}.heads": heads, f"layers.{i}.ffn": ffn.flatten(), f"layers.{i}.block": block}
         named |= {f"layers.{i}.experts": scores for i, scores in enumerate(self.experts)}
+        named |= {f"layers.{i}.shared": scores for i, scores in enumerate(self.shared)}
         return named | {f"layers.{i}.loss_without": loss for i, loss in enumerate(self.loss_without)}
 
 
@@ -59,6 +61,7 @@ def importance(evidence: Evidence) -> Importance:
         block=[(total / tokens).view(1) for total, tokens in blocks],
         loss_without=[] if losses is None else list(losses[:-1].split(1)),
         experts=width.experts,
+        shared=sum_layers(width.shared) if width.shared and prune.ffn_scope is Scope.network else width.shared,
     )
 
 
@@ -107,7 +110,7 @@ class Scores:
 
 def shape_keys(shape: Shape) -> tuple[str, ...]:
     """The sizes that scores depend on."""
-    return (*SHAPE_KEYS, *(["num_moe_experts"] if shape.num_moe_experts else []))
+    return (*SHAPE_KEYS, *(key for key in ABSENT if getattr(shape, key)))
 
 
 @contextlib.contextmanager
@@ -144,6 +147,8 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
     experts = [shape.num_moe_experts] if shape.num_moe_experts else []
     measured = {point: (width,) for point, width in widths.items()}
     measured |= dict.fromkeys(NEURONS, (*experts, shape.ffn_hidden_size))
+    if shape.moe_shared_expert_intermediate_size:
+        measured |= dict.fromkeys(SHARED, (shape.moe_shared_expert_intermediate_size,))
     expected = {FINAL_NORM: (shape.hidden_size,)}
     expected |= {f"layers.{i}.{point}": size for i in every for point, size in measured.items()}
     for name, size in expected.items():

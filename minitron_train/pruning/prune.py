@@ -109,7 +109,7 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
     def left(have: int, want: int, unit: int = 1) -> int:
         return want + (have - want) * (num_steps - step) // num_steps // unit * unit
 
-    units = {"ffn_hidden_size": tp, "num_query_groups": tp}
+    units = {"ffn_hidden_size": tp, "num_query_groups": tp, "moe_shared_expert_intermediate_size": tp}
     sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in teacher.sizes()}
     per_group = left(*(shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student)))
     return teacher.smaller(**sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})
@@ -123,8 +123,8 @@ def rotated(config: Config, groups: Groups, teacher: hf.HFFolder, keep: Keep, to
     if reason := why_not(layers, keep.student.hidden_size):
         say(f"prune.rotate: this teacher cannot be rotated ({reason}); keeping channels instead")
         return keep
-    size = config.calibration.micro_batch_size
-    return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size))
+    size, dtype = config.calibration.micro_batch_size, scoring_dtype(config.calibration, groups)
+    return replace(keep, basis=principal_basis(layers, sequences_NS[:used], keep.student.hidden_size, size, dtype))
 
 
 def repaired_tensors(
@@ -138,8 +138,8 @@ def repaired_tensors(
     whole = whole_layers(groups)
     before = Layers(teacher.table, teacher.shape, RowReader(teacher), whole, resident=False)
     after = Layers(teacher.table, keep.student, Sliced(teacher, keep), whole, resident=False)
-    repair = Repair(before, after, keep, config.prune, sequences_NS[:used], config.calibration.micro_batch_size)
-    return repair.tensors()
+    size, dtype = config.calibration.micro_batch_size, scoring_dtype(config.calibration, groups)
+    return Repair(before, after, keep, config.prune, sequences_NS[:used], size, dtype).tensors()
 
 
 @functools.cache

@@ -14,9 +14,12 @@ streams of all tokens, one Gram matrix.
 Some families have a norm between the second linear and the stream (a post-norm). It fixes the size of what a layer adds, so the
 linear cannot close an arbitrary gap. Its target is then the teacher's output before that norm, at kept channels. Dropped layers
 are not compensated there.
+
+No linear is fitted to the last `prune.held_out_fraction` of the sequences. Each linear's ridge is the one with the least error on
+them. Experts and their router take prune.ridge.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,15 +30,15 @@ from torch import Tensor
 from minitron_train.arch.convert import pack, shards_to_parts
 from minitron_train.arch.table import OUTPUT, ParamSpec
 from minitron_train.config import PruneConfig, Refit
-from minitron_train.model.branch import BranchSum
-from minitron_train.model.norm import Norm, ProjectionNorm
+from minitron_train.model.norm import Norm
 from minitron_train.pruning.basis import effective_gamma
-from minitron_train.pruning.layers import Layers, forward, seeing, seeing_all
-from minitron_train.pruning.least_squares import LeastSquares
+from minitron_train.pruning.halves import HALVES, Half, forward
+from minitron_train.pruning.layers import Layers, seeing, seeing_all
+from minitron_train.pruning.least_squares import HeldOutRidge
 from minitron_train.pruning.repair_experts import ExpertFits, Routed
 from minitron_train.pruning.select import Keep
 from minitron_train.pruning.slice import VOCABULARY_ROWS
-from minitron_train.pruning.target import check_enough
+from minitron_train.pruning.target import check_enough, num_held_out
 from minitron_train.runtime.console import progress
 
 # S sequence, B batch, D teacher's hidden, H student's hidden, N tokens, I inputs, O outputs
@@ -50,11 +53,12 @@ REFITTED = {
 
 @dataclass(slots=True)
 class Streams:
-    """The residual streams of one micro-batch, [S, B, D] and [S, B, H]; a mask [S, B] is False at padding."""
+    """The residual streams of one micro-batch, [S, B, D] and [S, B, H]."""
 
     teacher: Tensor
     student: Tensor
-    mask: Tensor
+    mask: Tensor  # [S, B], False at padding
+    fitted: Tensor  # [N], False at held-out tokens, to which no linear is fitted
 
     def weight(self) -> Tensor:
         """Weight of every token in the least squares, [N]."""
@@ -64,52 +68,6 @@ class Streams:
 
 Case = tuple[Tensor, Tensor, Tensor | None]
 # input and wanted output of a linear, [S, B, …], and by what an error of the output is divided later, [S, B]; None: 1
-
-
-@dataclass(frozen=True, slots=True)
-class Half:
-    """Attention or MLP of a layer: norm, first linear, second linear, and the sum with the residual stream."""
-
-    norm: str
-    first: str
-    second: str
-    sum: str
-    run: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-    # layer, normalised stream, rotary -> the second linear's output without its bias, and this bias
-
-    def forward(self, layer: torch.nn.Module, stream_SBH: Tensor, rotary: Tensor) -> Tensor:
-        """The residual stream after this half."""
-        output = self.run(layer, layer.get_submodule(self.norm)(stream_SBH), rotary)
-        return getattr(layer, self.sum)(False, False)(output, stream_SBH, 0.0)
-
-    @property
-    def outer(self) -> str:
-        """Name of the norm between the second linear and the residual stream."""
-        return f"{self.sum}.layernorm"
-
-    def inner_norms(self, layer: torch.nn.Module) -> tuple[list[str], list[str]]:
-        """Names of this half's norms over the outputs of its first linear, and of its second linear."""
-        branch, parent = self.branch(layer), self.first.rpartition(".")[0]
-        children = layer.get_submodule(parent).named_children()
-        inner = [f"{parent}.{name}" for name, module in children if isinstance(module, ProjectionNorm)]
-        return inner, [] if branch is None or branch.layernorm is None else [self.outer]
-
-    def branch(self, layer: torch.nn.Module) -> BranchSum | None:
-        """The sum with the residual stream, unless it is megatron-core's plain one."""
-        module = getattr(layer, self.sum)
-        return module if isinstance(module, BranchSum) else None
-
-
-HALVES = (
-    Half(
-        "input_layernorm",
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "self_attn_bda",
-        lambda layer, x, rotary: layer.self_attention(x, attention_mask=None, rotary_pos_emb=rotary),
-    ),
-    Half("pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2", "mlp_bda", lambda layer, x, _: layer.mlp(x)),
-)
 
 
 class Repair:
@@ -122,14 +80,26 @@ class Repair:
     """
 
     def __init__(
-        self, teacher: Layers, student: Layers, keep: Keep, prune: PruneConfig, tokens_NS: Tensor, micro_batch_size: int
+        self,
+        teacher: Layers,
+        student: Layers,
+        keep: Keep,
+        prune: PruneConfig,
+        tokens_NS: Tensor,
+        micro_batch_size: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.teacher, self.student, self.keep, self.prune = teacher, student, keep, prune
-        check_enough(int((tokens_NS >= 0).sum()), keep.student, prune)
+        self.dtype = dtype  # in which both models multiply matrices; their streams are fp32
+        is_fitted_N = torch.arange(len(tokens_NS)) < len(tokens_NS) - num_held_out(prune, len(tokens_NS))
+        check_enough(int((tokens_NS[is_fitted_N] >= 0).sum()), keep.student, prune)
+        self.has_held_out = not bool(is_fitted_N.all())
         self.groups = groups = teacher.groups
+        parts = zip(*(groups.own_parts(rows, micro_batch_size) for rows in (tokens_NS, is_fitted_N)), strict=True)
         self.streams = [
-            Streams(teacher.embed(batch), student.embed(batch), (batch >= 0).t())
-            for batch in groups.own_parts(tokens_NS, micro_batch_size)
+            Streams(teacher.embed(batch), student.embed(batch), mask, fitted.expand_as(mask)[mask])
+            for batch, fitted in parts
+            for mask in [(batch >= 0).t()]
         ]
         self.kept = keep.embedding.to(groups.device)
         self.down_DH = None if keep.basis is None else keep.basis.down_DH.to(groups.device)
@@ -192,7 +162,7 @@ class Repair:
             self._fit(student.get_submodule(half.second), self._lacking(student, half))
         self._scale_inside(student, half, outer)
         for streams in self.streams:
-            streams.student = half.forward(student, streams.student, self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary, self.dtype)
 
     def _repair_experts(self, half: Half, i: int, layer: int, absorbed: range) -> None:
         """Fit router and experts, then advance both streams; the teacher's also through the `absorbed` layers."""
@@ -201,22 +171,24 @@ class Repair:
         after: Norm = student.get_submodule(half.norm)  # type: ignore[assignment]
         if self.prune.norm_scale:
             self._scale(after)
-        batches = [Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight()) for s in self.streams]
+        batches = [
+            Routed(before(s.teacher[s.mask]), after(s.student[s.mask]), s.weight() * s.fitted) for s in self.streams
+        ]
         fits.fit_inputs(teacher.mlp, student.mlp, layer, batches)  # type: ignore[arg-type]
         for streams in self.streams:
-            streams.teacher = half.forward(teacher, streams.teacher, self.rotary)
+            streams.teacher = half.forward(teacher, streams.teacher, self.rotary, self.dtype)
         self._advance_teacher_over(absorbed)
         lacking = [(self._narrow(s.teacher) - s.student)[s.mask] for s in self.streams]
         fits.fit_outputs(student.mlp, batches, lacking)  # type: ignore[arg-type]
         for streams in self.streams:
-            streams.student = half.forward(student, streams.student, self.rotary)
+            streams.student = half.forward(student, streams.student, self.rotary, self.dtype)
 
     def _advance_teacher_over(self, dropped: range) -> None:
         """Advance the teacher's streams through layers that the student does not have."""
         for layer in dropped:
             module = self.teacher[layer]
             for streams in self.streams:
-                streams.teacher = forward(module, streams.teacher, self.teacher_rotary)
+                streams.teacher = forward(module, streams.teacher, self.teacher_rotary, self.dtype)
 
     def _advance_teacher(self, teacher: torch.nn.Module, half: Half) -> Iterator[Tensor]:
         """Advance the teacher's streams through one half; yields its first linear's output for each micro-batch."""
@@ -226,7 +198,7 @@ class Repair:
         self.sizes, self.outputs = {name: [] for name in norms}, []
         for streams in self.streams:
             with seeing(linear, of_input=False) as seen, seeing_all(teacher, norms) as inputs:
-                streams.teacher = half.forward(teacher, streams.teacher, self.teacher_rotary)
+                streams.teacher = half.forward(teacher, streams.teacher, self.teacher_rotary, self.dtype)
             for name in norms:
                 self.sizes[name].append(size(inputs[name][0], teacher.get_submodule(name)))
             if half.outer in norms:
@@ -242,7 +214,7 @@ class Repair:
         branch = half.branch(student)
         for k, streams in enumerate(self.streams):
             with seeing(student.get_submodule(half.second), of_input=True) as seen:
-                half.forward(student, streams.student, self.rotary)
+                half.forward(student, streams.student, self.rotary, self.dtype)
             if branch is not None and branch.layernorm is not None:
                 yield seen[0], self.outputs[k], self.sizes[half.outer][k]
             else:
@@ -259,12 +231,15 @@ class Repair:
     def _fit(self, linear: Any, cases: Iterable[Case]) -> None:
         """Fit a linear's weights to the cases of all micro-batches. Its bias is kept."""
         weight, bias = linear.get_parameter("weight"), linear.bias
-        squares = LeastSquares(weight.shape[1], weight.shape[0], self.groups)
+        squares = self._squares(weight.shape[1], weight.shape[0])
         for streams, (x, y, scale_SB) in zip(self.streams, cases, strict=True):
             y = y if bias is None else y - bias
             token_weight = streams.weight() if scale_SB is None else streams.weight() / scale_SB[streams.mask].square()
-            squares.add(x[streams.mask], y[streams.mask], token_weight)
+            squares.add(x[streams.mask], y[streams.mask], token_weight, streams.fitted)
         weight.copy_(squares.solve(weight, self.prune.ridge))
+
+    def _squares(self, inputs: int, outputs: int) -> HeldOutRidge:
+        return HeldOutRidge(inputs, outputs, self.groups, has_held_out=self.has_held_out)
 
     def _scale(self, norm: Norm) -> None:
         """Rescale a norm, because pruning changes its denominator, and for LayerNorm its mean too.
@@ -298,7 +273,7 @@ class Repair:
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.groups.device)
         for k, streams in enumerate(self.streams):
             with seeing_all(student, names) as inputs:
-                half.forward(student, streams.student, self.rotary)
+                half.forward(student, streams.student, self.rotary, self.dtype)
             sizes = [size(inputs[name][0], student.get_submodule(name)) / self.sizes[name][k] for name in names]
             sums += torch.stack([ratio[streams.mask].double().sum() for ratio in (*sizes, torch.ones_like(sizes[0]))])
         self.groups.sum(sums)
@@ -318,10 +293,10 @@ class Repair:
     def _output_layer(self) -> Iterator[tuple[str, Tensor]]:
         """logits = W y with y the teacher's last norm: W' = W R, where R fits y to the student's last norm."""
         hidden, teacher_hidden = self.keep.student.hidden_size, self.keep.teacher.hidden_size
-        squares = LeastSquares(hidden, teacher_hidden, self.groups)
+        squares = self._squares(hidden, teacher_hidden)
         for streams in self.streams:
             x, y = self.student.final_norm(streams.student), self.teacher.final_norm(streams.teacher)
-            squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()))
+            squares.add(x[streams.mask], y[streams.mask], torch.ones_like(streams.weight()), streams.fitted)
         start = torch.zeros(teacher_hidden, hidden, device=self.groups.device)
         if self.keep.basis is None:
             start[self.keep.embedding, torch.arange(hidden)] = 1.0

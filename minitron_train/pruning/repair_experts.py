@@ -1,11 +1,13 @@
 """Least-squares repair of a layer with experts, each fitted on the tokens that the student's router sends to it.
 
     router         the teacher's logits of the kept experts
+    shared gate    the teacher's products, before the sigmoid
     linear_fc1     the outputs of the teacher's same expert for the same tokens, wherever the teacher sends them
     linear_fc2     what the teacher's and the student's residual stream differ by, given the outputs of all other experts
 
 The experts' linear_fc2 are fitted one after the other. Each fit can only lower the error, and so the kept experts take over
-what dropped ones did. An expert that sees too few tokens keeps its cut weights.
+what dropped ones did. An expert that sees too few tokens keeps its cut weights. A shared expert sees all tokens and is fitted
+first.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minitron_train.config import PruneConfig, Refit
-from minitron_train.model.experts import Experts, Linear, by_expert
+from minitron_train.model.experts import Experts, Linear, SharedExpert, by_expert
 from minitron_train.model.fused import swiglu
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.stages import TOKENS_PER_INPUT
@@ -39,7 +41,7 @@ class Routed:
     def route(self, experts: Experts) -> None:
         """Sort the tokens by the student's experts."""
         probs_NK, index_NK = experts.router(self.student_NH)
-        order, counts = by_expert(index_NK, len(experts.experts))
+        order, counts = by_expert(index_NK, experts.num_experts)
         self.tokens = (order // index_NK.shape[1]).split(counts)
         self.probs = probs_NK.flatten()[order].split(counts)
 
@@ -60,10 +62,40 @@ class ExpertFits:
                 logits_NE = (batch.teacher_ND @ teacher.router.weight.t())[:, kept]
                 squares.add(batch.student_NH, logits_NE, batch.weight_N)
             self._solve(student.router, squares)
+            self._fit_shared_inputs(teacher, student, layer, batches)
         for batch in batches:
             batch.route(student)
         for e, before in enumerate(kept) if self.prune.refit is Refit.all else ():
-            self._fit_first(teacher.experts[before].linear_fc1, student.experts[e].linear_fc1, layer, e, batches)  # type: ignore[arg-type]
+            whole, cut = (model.experts[str(k)].linear_fc1 for model, k in ((teacher, before), (student, e)))
+            self._fit_first(whole, cut, layer, e, batches)  # type: ignore[arg-type]
+
+    def _fit_shared_inputs(self, teacher: Experts, student: Experts, layer: int, batches: list[Routed]) -> None:
+        """Fit the shared expert's gate and first linear, if there is one."""
+        whole, cut = teacher.shared_experts, student.shared_experts
+        if whole is None or cut is None:
+            return
+        gate = LeastSquares(cut.gate_weight.shape[1], 1, self.groups)
+        for batch in batches:
+            gate.add(batch.student_NH, batch.teacher_ND @ whole.gate_weight.t(), batch.weight_N)
+        cut.gate_weight.copy_(gate.solve(cut.gate_weight, self.prune.ridge))
+        neurons = self.keep.shared[layer].to(self.groups.device)
+        rows = torch.cat([neurons, self.keep.teacher.moe_shared_expert_intermediate_size + neurons])  # gate, then up
+        squares = self._squares(cut.linear_fc1)
+        for batch in batches:
+            squares.add(batch.student_NH, whole.linear_fc1(batch.teacher_ND)[:, rows], batch.weight_N)
+        self._solve(cut.linear_fc1, squares)
+
+    def _fit_shared_output(self, shared: SharedExpert, batches: list[Routed]) -> None:
+        """Fit the shared expert's second linear to what the layer lacks, and take what it adds off that."""
+        second, inputs = shared.linear_fc2, []
+        squares, old = self._squares(second), second.weight.clone()
+        for batch in batches:
+            x_NF = swiglu(shared.linear_fc1(batch.student_NH)) * shared.gate(batch.student_NH)
+            squares.add(x_NF, batch.lacking_NH + x_NF @ old.t(), batch.weight_N)
+            inputs.append(x_NF)
+        self._solve(second, squares)
+        for batch, x_NF in zip(batches, inputs, strict=True):
+            batch.lacking_NH -= x_NF @ (second.weight - old).t()
 
     def _fit_first(self, teacher: Linear, student: Linear, layer: int, e: int, batches: list[Routed]) -> None:
         if not self._sees_enough(e, batches, student):
@@ -83,7 +115,9 @@ class ExpertFits:
             return
         for batch, wanted_NH in zip(batches, wanted, strict=True):
             batch.lacking_NH = wanted_NH - student.mixed(batch.student_NH)
-        for e, expert in enumerate(student.experts):
+        if student.shared_experts is not None:
+            self._fit_shared_output(student.shared_experts, batches)
+        for e, expert in enumerate(student.experts.values()):
             first: Linear = expert.linear_fc1  # type: ignore[assignment]
             second: Linear = expert.linear_fc2  # type: ignore[assignment]
             self.num_experts += 1

@@ -20,7 +20,7 @@ ALONE = -1  # partner of a kept head into which no dropped head is merged
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Indices of the teacher that are kept, ascending, int64; `heads` … `partners` and `experts` by teacher layer."""
+    """Indices of the teacher that are kept, ascending, int64; dicts are by teacher layer."""
 
     teacher: Shape
     student: Shape
@@ -34,6 +34,7 @@ class Keep:
     basis: Basis | None = None  # if set, the residual stream is rotated, and `embedding` is not used
     importance: Importance | None = None  # the teacher's scores that chose this; None after several steps
     experts: dict[int, Tensor] = field(default_factory=dict)  # empty without experts
+    shared: dict[int, Tensor] = field(default_factory=dict)  # neurons of the shared expert; empty without one
 
     def rows(self, axis: str, layer: int, expert: int | None = None) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None means all.
@@ -49,6 +50,8 @@ class Keep:
             kept, size = self.ffn[layer] if expert is None else self.ffn[layer][expert], 1
         elif axis == "expert":
             kept, size = self.experts[layer], 1
+        elif axis == "shared":
+            kept, size = self.shared[layer], 1
         elif axis == "q":
             kept, size = self.heads[layer], self.teacher.kv_channels
         elif axis == "kv":
@@ -66,7 +69,7 @@ class Keep:
             named["embedding"] = self.embedding
         else:
             named |= {"embedding.basis": self.basis.down_DH, "embedding.variance": self.basis.variance_D}
-        kinds = {"heads": self.heads, "groups": self.kv_groups, "ffn": self.ffn}
+        kinds = {"heads": self.heads, "groups": self.kv_groups, "ffn": self.ffn, "shared": self.shared}
         if self.experts:
             first = {i: kept[:, None] * self.teacher.ffn_hidden_size for i, kept in self.experts.items()}
             kinds |= {"experts": self.experts, "ffn": {i: (first[i] + self.ffn[i]).flatten() for i in first}}
@@ -100,6 +103,7 @@ class Keep:
             ffn={origin[i]: rows for i, rows in ffn.items()},
             partners={origin[i]: torch.full_like(after.heads[i], ALONE) for i in kept},
             experts={origin[i]: self.experts[origin[i]][index] for i, index in after.experts.items()},
+            shared={origin[i]: self.shared[origin[i]][index] for i, index in after.shared.items()},
         )
 
 
@@ -113,7 +117,8 @@ def select(evidence: Evidence, student: Shape) -> Keep:
 
     Heads are ranked inside their KV group, and every group keeps the same number. So the student is a valid
     grouped-query model (arXiv 2407.14679 prunes query heads only). If the student has fewer KV groups, the groups whose
-    kept heads score highest are kept. Experts are ranked inside their layer, and their neurons inside each expert.
+    kept heads score highest are kept. Experts are ranked inside their layer, their neurons inside each expert, and those of
+    a shared expert inside it.
     Embedding channels are the same in all layers. The target must have passed check_target, or lie between such a target
     and the teacher.
     """
@@ -122,6 +127,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
     check_bound_layers(layers, teacher)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     experts = {i: best(scores.experts[i], student.num_moe_experts) for i in layers.tolist() if scores.experts}
+    width = student.moe_shared_expert_intermediate_size
     return Keep(
         teacher,
         student.with_layers([teacher.layer_kinds[i] for i in layers.tolist()]),
@@ -134,6 +140,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
         merge=evidence.prune.head_merge,
         importance=scores,
         experts=experts,
+        shared={i: best(scores.shared[i], width) for i in layers.tolist() if width},
     )
 
 

@@ -13,7 +13,8 @@ def check_request(teacher: Shape, student: Shape, prune: PruneConfig, calibratio
     check_target(teacher, student, prune)
     if calibration.tokens_path is None:
         num_sequences = min(calibration.num_samples, num_repair_sequences(prune, calibration.seq_length))
-        check_enough(num_sequences * calibration.seq_length, student, prune)
+        fitted = num_sequences - num_held_out(prune, num_sequences)
+        check_enough(fitted * calibration.seq_length, student, prune)
 
 
 def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
@@ -54,7 +55,7 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
                 f"needs {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
                 "change one of them"
             )
-    for key in ("hidden_size", "ffn_hidden_size"):
+    for key in ("hidden_size", "ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         value = getattr(student, key)
         if value != getattr(teacher, key) and value % prune.multiple_of:
             raise UserError(
@@ -64,13 +65,13 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
 
 
 def check_enough(num_tokens: int, student: Shape, prune: PruneConfig) -> None:
-    """Reject a least-squares fit on too few tokens, which would fit noise."""
+    """Reject a least-squares fit on too few tokens, which would fit noise. `num_tokens` has no held-out tokens."""
     least = least_tokens(student)
     if prune.refit is not Refit.none and num_tokens < least:
         raise UserError(
             f"calibration: {num_tokens} tokens are too few to fit {least // TOKENS_PER_INPUT} inputs by least squares, "
-            f"at least {least} are needed; "
-            "raise calibration.num_samples and prune.repair_tokens, or set prune.refit=none"
+            f"at least {least} are needed; raise calibration.num_samples and prune.repair_tokens, "
+            f"lower prune.held_out_fraction={prune.held_out_fraction}, or set prune.refit=none"
         )
 
 
@@ -81,3 +82,8 @@ def num_repair_sequences(prune: PruneConfig, seq_length: int) -> int:
     sizes of teacher and student). A rotation's stream takes 4 D repair_tokens bytes.
     """
     return max(1, prune.repair_tokens // seq_length)
+
+
+def num_held_out(prune: PruneConfig, num_sequences: int) -> int:
+    """Number of a repair's sequences to which no linear is fitted."""
+    return int(prune.held_out_fraction * num_sequences)

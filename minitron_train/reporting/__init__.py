@@ -4,8 +4,10 @@ from pathlib import Path
 
 from minitron_train.reporting import charts, evaluation, page
 from minitron_train.reporting.curves import health_charts, loss_charts
+from minitron_train.reporting.family import family_table, write_family_report
 from minitron_train.reporting.importance import importance_charts
 from minitron_train.reporting.load import MODELS, Run, load_run
+from minitron_train.reporting.speed import conditions, labels, speed_rows
 from minitron_train.reporting.summary import notes, summary_table
 from minitron_train.reporting.template import template
 from minitron_train.runtime.files import atomic_write_text
@@ -46,9 +48,12 @@ def render(run: Run) -> str:
             name: loss_charts(columns, run.evals if name == "train" else {}) for name, columns in run.metrics.items()
         },
         health={name: health_charts(columns) for name, columns in run.metrics.items()},
+        speed=speed_rows(run),
+        timed=labels(run.speed) if run.speed else [],
+        conditions=conditions(run),
         missing=page.missing(run),
         notes=notes(run),
     )
 
 
-__all__ = ["render", "summary_table", "write_report"]
+__all__ = ["family_table", "render", "summary_table", "write_family_report", "write_report"]

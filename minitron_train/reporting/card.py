@@ -11,9 +11,10 @@ import yaml
 from minitron_train.config import Refit
 from minitron_train.evaluation.metrics import is_share, metric_text
 from minitron_train.evaluation.serving import servable_sizes
-from minitron_train.hf import read_json, wrapper_of
+from minitron_train.hf import auto_class, read_json
 from minitron_train.pruning.describe import REFITTED
 from minitron_train.reporting.load import MODELS, Model, Run, load_run
+from minitron_train.reporting.speed import conditions, labels, speed_rows
 from minitron_train.reporting.summary import (
     facts_of,
     metric_of,
@@ -22,6 +23,7 @@ from minitron_train.reporting.summary import (
     results_of,
     score_of,
     section_of,
+    source_name,
     task_name,
     tasks_of,
     teacher_name,
@@ -42,6 +44,7 @@ SIZES = {
     "Query heads": "num_attention_heads",
     "Key/value heads": "num_query_groups",
     "Experts": "num_moe_experts",
+    "Shared expert's neurons": "moe_shared_expert_intermediate_size",
     "Experts of a token": "moe_router_topk",
     "Channels per head": "kv_channels",
     "Vocabulary": "vocab_size",
@@ -88,7 +91,8 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
     return {
         "header": yaml.safe_dump(header(run, license_name), sort_keys=False, allow_unicode=True).strip(),
         "name": run.name,
-        "loader": loader(student_folder),
+        "loader": auto_class(read_json(student_folder / "config.json")),
+        "source_name": source_name(run),
         "teacher_name": teacher_name(run)
         or f"a teacher{' that was pretrained in the same run' if run.stage('pretrain') else ''}",
         "license": license_name,
@@ -104,18 +108,15 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
         "labels": evaluated(run),
         "evaluation": evaluation_rows(run),
         "published": published(run),
+        "speed": speed_rows(run),
+        "timed": labels(run.speed) if run.speed else [],
+        "conditions": conditions(run),
         "notes": [without_folders(line) for line in notes(run)],
         "sizes": sizes,
         "problems": problems,
         "stages": run.stages,
         "commands": list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
     }
-
-
-def loader(student_folder: Path) -> str:
-    """The class of transformers that opens the folder."""
-    is_wrapped = wrapper_of(read_json(student_folder / "config.json")) is not None
-    return "AutoModelForImageTextToText" if is_wrapped else "AutoModelForCausalLM"
 
 
 def header(run: Run, license_name: str | None) -> dict[str, Any]:

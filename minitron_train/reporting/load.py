@@ -12,13 +12,24 @@ from safetensors import SafetensorError, safe_open
 
 from minitron_train.arch import Shape, architecture
 from minitron_train.evaluation.results import Evaluation, read_evaluation
+from minitron_train.evaluation.speed import Speed, read_speed
 from minitron_train.hf import folder_shape, read_header, weight_bytes
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import PARTIAL, REPLACED
 from minitron_train.runtime.records import damaged
 from minitron_train.stages import PROVENANCE, exported, provenance
-from minitron_train.stages.layout import EVALUATION, MODELS, PRUNED, SCORES, TRAININGS
+from minitron_train.stages.layout import (
+    EVALUATION,
+    MODELS,
+    PRETRAINING,
+    PRUNED,
+    SCORES,
+    SPEED,
+    SPEED_FILE,
+    TEACHER,
+    TRAININGS,
+)
 from minitron_train.stages.provenance import StageRecord
 from minitron_train.train.metrics import read_rows
 
@@ -72,12 +83,15 @@ class Run:
     axes: dict[str, Axis]  # embedding, heads, experts, ffn, block
     metrics: dict[str, dict[str, np.ndarray]]  # train, pretrain -> column -> [T] float64, NaN where not logged
     evals: dict[str, Evaluation]  # eval/LABEL.json by label
+    speed: Speed | None  # speed/speed.json
 
     @property
     def name(self) -> str:
         """The recipe's name, or else the folder's."""
-        names = [stage["config"].get("name") for stage in reversed(self.stages)]
-        return next((name for name in names if name), self.folder.name)
+        configs = [stage["config"] for stage in reversed(self.stages)]
+        members = [f"{config.get('name')}-{member}" for config in configs if (member := config.get("member"))]
+        names = [config.get("name") for config in configs]
+        return next((name for name in [*members, *names] if name), self.folder.name)
 
     @property
     def labels(self) -> list[str]:
@@ -102,12 +116,15 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run")
     student = student or exported(folder)
-    found = read_stages(folder, student)
+    found = list(read_stages(folder, student))
+    shared = shared_folder(folder, found)
+    if shared != folder:
+        found += [stage for stage in read_stages(shared, None) if stage["folder"] in (TEACHER, PRETRAINING)]
     stages = sorted(found, key=lambda stage: (stage.get("started_at", ""), stage["wall_seconds"]))
     return Run(
         folder=folder,
         stages=stages,
-        models=dict(read_models(folder, stages, student)),
+        models=dict(read_models(folder, shared, stages, student)),
         axes=read_axes(folder / SCORES / "scores.safetensors", folder / PRUNED / "kept.safetensors"),
         metrics={
             name: columns
@@ -119,6 +136,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
             for file in sorted((folder / EVALUATION).glob("*.json"))
             if not file.name.endswith(PROVENANCE)
         },
+        speed=read_speed(folder / SPEED / SPEED_FILE),
     )
 
 
@@ -133,12 +151,23 @@ def read_stages(folder: Path, student: Path | None) -> Iterator[StageRecord]:
                 yield {**provenance.read(file), "folder": str(place)}
 
 
-def read_models(folder: Path, stages: list[StageRecord], student: Path | None) -> Iterator[tuple[str, Model]]:
+def shared_folder(folder: Path, stages: list[StageRecord]) -> Path:
+    """Return the folder that fetch and pretrain wrote into: of a model family's member the family's, if it taught it."""
+    configs = [stage["config"] for stage in stages]
+    is_member = any(config.get("member") for config in configs)
+    has_own_teacher = any((config.get("teacher") or {}).get("path") for config in configs)
+    return folder.parent if is_member and not has_own_teacher else folder
+
+
+def read_models(
+    folder: Path, shared: Path, stages: list[StageRecord], student: Path | None
+) -> Iterator[tuple[str, Model]]:
     """Yield label and model of teacher, pruned model and student, from the configured paths or the output folder."""
     for label in MODELS:
         sections = [stage["config"].get(MODELS[label]) or {} for stage in reversed(stages)]
         known = [student] if label == "student" and student else []
-        for place in [*known, *(Path(path) for section in sections if (path := section.get("path"))), folder / label]:
+        made = (shared if label == TEACHER else folder) / label
+        for place in [*known, *(Path(path) for section in sections if (path := section.get("path"))), made]:
             if os.path.exists(place / "config.json"):  # noqa: PTH110  # Path.exists raises where a name is too long
                 yield label, Model(folder=place, shape=folder_shape(place), weight_bytes=weight_bytes(place))
                 break

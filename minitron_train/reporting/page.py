@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from minitron_train.reporting.load import MODELS, Model, Run
-from minitron_train.reporting.summary import metric_of, perplexity_of, score_of, task_name, tasks_of, teacher_name
+from minitron_train.reporting.summary import (
+    metric_of,
+    perplexity_of,
+    score_of,
+    source_name,
+    task_name,
+    tasks_of,
+    teacher_name,
+)
 from minitron_train.runtime import numbers
 from minitron_train.runtime.files import byte_size
 
@@ -21,6 +29,7 @@ SIZES = (
     ("num_query_groups", "KV groups"),
     ("num_moe_experts", "experts"),
     ("moe_router_topk", "experts of a token"),
+    ("moe_shared_expert_intermediate_size", "shared expert's neurons"),
     ("kv_channels", "channels per head"),
     ("vocab_size", "vocabulary"),
 )
@@ -57,7 +66,9 @@ def lede(run: Run) -> str:
     if student is None:
         return f"{text} has not been pruned yet."
     share = student.parameters / teacher.parameters
-    text += f" was pruned to {numbers.short(student.parameters)} parameters ({numbers.percent(share)} kept)"
+    source = source_name(run)
+    text += f" taught a student that was pruned from {source}" if source else " was pruned"
+    text += f" to {numbers.short(student.parameters)} parameters ({numbers.percent(share)} kept)"
     tokens = run.metrics.get("train", {}).get("tokens")
     text += (
         f" and distilled on {numbers.short(float(tokens[-1]))} tokens."
@@ -230,6 +241,7 @@ def missing(run: Run) -> dict[str, str]:
         "importance": "" if run.axes else "Not scored yet: scores/scores.safetensors does not exist.",
         "training": "" if "train" in run.metrics else "Not distilled yet: train/metrics.jsonl does not exist.",
         "evaluation": "" if run.evals else "Not evaluated yet: eval/ contains no results.",
+        "speed": "" if run.speed else "Not measured yet: speed/speed.json does not exist.",
         "provenance": "" if run.stages else "No stage has finished in this folder.",
     }
     return {key: line for key, line in lines.items() if line}

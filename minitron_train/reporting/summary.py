@@ -6,8 +6,10 @@ from typing import Any
 
 from minitron_train.evaluation.metrics import Score, headline, metric_text, metrics_in, number, read_score
 from minitron_train.reporting.load import Run, load_run
+from minitron_train.reporting.speed import conditions, speed_table
 from minitron_train.runtime import numbers
 from minitron_train.runtime.files import byte_size
+from minitron_train.stages.layout import STUDENT
 
 TASK_NAMES = {
     "hellaswag": "HellaSwag",
@@ -116,9 +118,20 @@ def facts_of(run: Run, stage: str) -> Mapping[str, Any]:
 def teacher_name(run: Run) -> str | None:
     """Return the teacher's name at its source (folder, hub repository, GGUF file or wheel); None without a source."""
     settings, facts = section_of(run, "teacher"), facts_of(run, "fetch teacher")
-    folder = Path(settings["path"]).name if settings.get("path") else None
+    folder = folder_name(settings["path"]) if settings.get("path") else None
     names = (folder, settings.get("repo_id"), facts.get("gguf"), settings.get("wheel"))
     return next((str(name) for name in names if name), None)
+
+
+def source_name(run: Run) -> str | None:
+    """Return the name of the model that was pruned, if it is not the teacher."""
+    path = section_of(run, "student").get("pruned_from")
+    return folder_name(path) if path else None
+
+
+def folder_name(path: str) -> str:
+    """Return a model folder's name; of the student of another output folder the name of that folder."""
+    return Path(path).parent.name if Path(path).name == STUDENT else Path(path).name
 
 
 def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
@@ -131,7 +144,7 @@ def size_of(run: Run, label: str) -> tuple[int | None, int | None]:
 def summary_table(output_dir: Path) -> str:
     """Format parameters, bytes, perplexity and task scores of teacher, pruned and student as an aligned table.
 
-    Lines under the table give the reasons why tasks were not run.
+    Lines under the table give the reasons why tasks were not run. A second table follows if speed was measured.
 
     Raises:
         UserError: the folder does not exist, or a file in it is damaged.
@@ -153,7 +166,8 @@ def summary_table(output_dir: Path) -> str:
         table.append([label, *sizes, *(score_of(run, label, task).text for task in tasks)])
     lines = aligned([row for row in table if any(row)])
     lines.insert(len(lines) - len(run.labels), "-" * len(lines[-1]))
-    return "\n".join([*lines, *notes(run)])
+    timed = ["", *aligned(speed_table(run)), conditions(run)] if run.speed else []
+    return "\n".join([*lines, *notes(run), *timed])
 
 
 def rows_text(run: Run, task: str) -> str:

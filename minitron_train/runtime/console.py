@@ -6,6 +6,7 @@ logging.getLogger("minitron_train").setLevel("WARNING").
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -55,8 +56,12 @@ def warn(line: str) -> None:
 
 
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield `items`. Rank 0 shows a bar on a terminal, or a plain line every PLAIN_INTERVAL_S."""
-    if not (read_world().is_first and LOGGER.isEnabledFor(logging.INFO)):
+    """Yield `items`. Rank 0 shows a bar on a terminal, or a plain line every PLAIN_INTERVAL_S.
+
+    Only the main thread shows anything: bars of several threads would overwrite each other.
+    """
+    is_shown = threading.current_thread() is threading.main_thread() and LOGGER.isEnabledFor(logging.INFO)
+    if not (is_shown and read_world().is_first):
         yield from items
     elif sys.stderr.isatty():
         from tqdm import tqdm

@@ -10,7 +10,10 @@ TEACHER_CACHE = "teacher_cache"  # teach
 TRAINING = "train"  # distill: checkpoints and metrics.jsonl
 STUDENT = "student"  # export
 EVALUATION = "eval"
+SPEED = "speed"
+SPEED_FILE = "speed.json"  # in SPEED
 SEARCH = "search"  # one output folder for each candidate
+LATENCY_FILE = "latency.json"  # in SEARCH
 
 STAGE_FOLDERS = (
     TEACHER,
@@ -21,6 +24,7 @@ STAGE_FOLDERS = (
     TEACHER_CACHE,
     TRAINING,
     EVALUATION,
+    SPEED,
     SEARCH,
 )  # export.path avoids these
 MODELS = {TEACHER: "teacher", PRUNED: "student", STUDENT: "export"}  # folder -> the section whose `path` replaces it

@@ -77,6 +77,7 @@ class Settings(TypedDict, total=False):
     """The resolved configuration of a command."""
 
     name: str
+    member: str | None
     teacher: ModelSection
     student: ModelSection
     export: ModelSection

@@ -51,15 +51,27 @@ from minitron_train.train.validation import Validation
 def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None) -> None:
     """Reject settings before weights are read: batches that do not divide over the ranks, layers that do not exist.
 
+    Args:
+        groups: without pipeline stages.
+
     Raises:
         UserError: names the setting and the remedy.
     """
     check_settings(config, distilled=teacher is not None)
-    train, rows = config.train, config.train.micro_batch_size * groups.dp_size
-    if train.global_batch_size % rows:
+    stages = config.parallel.pipeline_model_parallel_size
+    for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
+        shape.check_experts(groups.ep_size, name)
+        shape.check_stages(stages, name)
+    if groups.dp_size % stages:
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={groups.tp_size} it must divide "
+            f"the number of processes, {groups.world_size}; start a multiple of {stages * groups.tp_size}, or lower it"
+        )
+    train, replicas = config.train, groups.dp_size // stages
+    if train.global_batch_size % (train.micro_batch_size * replicas):
         raise UserError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {groups.dp_size} data-parallel ranks; change one of these settings"
+            f"{train.micro_batch_size} x {replicas} data-parallel ranks; change one of these settings"
         )
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
@@ -205,6 +217,9 @@ def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any
     model = build(
         files.shape,
         tp=groups.tp_size,
+        ep=groups.ep_size,
+        stage=groups.pp_rank,
+        num_stages=groups.pp_size,
         sequence_parallel=config.parallel.splits_sequences(config.train.seq_length, cuda=groups.device.type == "cuda"),
         transformer_engine=config.train.transformer_engine,
         **arguments,

@@ -49,6 +49,11 @@ def held_out_batch(rows: Tensor, numbers_B: Tensor | None = None) -> Batch:
 
 
 def held_out_batches(rows: Tensor, num_rows: int, groups: Groups) -> Iterator[Batch]:
-    """Yield this data-parallel rank's share of the held-out sequences on the device, at most `num_rows` at a time."""
-    for numbers in groups.own_parts(torch.arange(len(rows)), num_rows):
-        yield held_out_batch(rows[numbers.cpu()].to(groups.device), numbers)
+    """Yield this data-parallel rank's share of the held-out sequences on the device, at most `num_rows` at a time.
+
+    Every rank yields as many batches of the same sizes (Groups.even_parts). A sequence that fills up a batch has the number
+    -1, and none of its tokens count.
+    """
+    for numbers, is_own_B in groups.even_parts(torch.arange(len(rows)), num_rows):
+        batch = held_out_batch(rows[numbers.cpu()].to(groups.device), numbers.where(is_own_B, -1))
+        yield replace(batch, mask_BS=batch.mask_BS * is_own_B[:, None])

@@ -10,6 +10,7 @@ from torch import Tensor
 from minitron_train.config import Config, OnNonFinite
 from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import Batch
+from minitron_train.distillation.pipeline import through_stages
 from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.experts import set_balance_weight
@@ -138,6 +139,17 @@ class Trainer:
             num_tokens = self.groups.sum_over_data(num_tokens).clamp(min=1)
         parts = micro_batches(batch, self.config.train.micro_batch_size)
         weight = self.hidden_weight(parts)
+        run = self.run_micro_batches if self.groups.pp_size == 1 else self.run_stages
+        means = self.total_over_data(run(parts, weight, num_tokens), num_tokens)
+        row: Metrics = means | dict.fromkeys(self.objective.unused)
+        if self.objective.hidden is not None:
+            row["hidden_weight"] = weight
+            if math.isfinite(means["loss"]):
+                self.state.hidden_weight = ratio(means["loss"] - weight * means["hidden_loss"], means["hidden_loss"])
+        return row
+
+    def run_micro_batches(self, parts: list[Batch], weight: float, num_tokens: Tensor) -> LossSums:
+        """Compute the gradients of micro-batches, one after the other. Returns this rank's sum of each loss part."""
         sums: LossSums = {}
         for k, part in enumerate(parts):
             self.balance_experts(part, num_tokens)
@@ -147,13 +159,27 @@ class Trainer:
                     self.stragglers.end()  # the ranks sum their gradients from here on
                 (losses.total / num_tokens.to(losses.total.dtype)).backward()
             sums = add(sums, losses.sums)
-        means = self.total_over_data(sums, num_tokens)
-        row: Metrics = means | dict.fromkeys(self.objective.unused)
-        if self.objective.hidden is not None:
-            row["hidden_weight"] = weight
-            if math.isfinite(means["loss"]):
-                self.state.hidden_weight = ratio(means["loss"] - weight * means["hidden_loss"], means["hidden_loss"])
-        return row
+        return sums
+
+    def run_stages(self, parts: list[Batch], weight: float, num_tokens: Tensor) -> LossSums:
+        """Compute the gradients of micro-batches over pipeline stages. Returns the last stage's sums on all stages."""
+
+        def finish(part: Batch, student_SBH: Tensor, teacher_SBH: Tensor | None) -> tuple[Tensor, LossSums]:
+            losses = self.objective.losses(part, student_SBH, teacher_SBH, weight)
+            return losses.total / num_tokens.to(losses.total.dtype), losses.sums
+
+        found = through_stages(
+            self.objective,
+            parts,
+            self.objective.spec,
+            finish,
+            before=lambda part: self.balance_experts(part, num_tokens),
+        )
+        self.stragglers.end()
+        sums: LossSums = {}
+        for one in found:
+            sums = add(sums, one)
+        return self.objective.from_last_stage(sums)
 
     def balance_experts(self, part: Batch, num_tokens: Tensor) -> None:
         """Give a micro-batch's load-balancing loss its weight: the configured one x its share of the global batch."""
@@ -248,7 +274,7 @@ class Trainer:
         return found
 
     def is_stopped(self) -> bool:
-        """Whether a signal has arrived at a rank of this tensor-parallel group, so that an evaluation must end."""
+        """Whether a signal has arrived at a rank that computes with this one, so that an evaluation must end."""
         return self.groups.any_shard(self.signals.received is not None)
 
     def agreed_signal(self) -> str | None:

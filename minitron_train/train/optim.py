@@ -1,7 +1,6 @@
 """The optimizer: megatron-core's DDP and AdamW, the learning-rate schedule, gradient clipping."""
 
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -58,9 +57,7 @@ class Optimizer:
 
     def __init__(self, student: LanguageModel, train: TrainConfig) -> None:
         self.clip_grad = train.clip_grad
-        self.dp_rank = parallel_state.get_data_parallel_rank()
-        self.dp_size = parallel_state.get_data_parallel_world_size()
-        self.is_sharded = train.distributed_optimizer and self.dp_size > 1
+        self.is_sharded = train.distributed_optimizer and parallel_state.get_data_parallel_world_size() > 1
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self.is_sharded,
@@ -81,14 +78,25 @@ class Optimizer:
         with cpu.cuda_means_cpu():
             self.model = DistributedDataParallel(student.config, ddp, student)
             self.inner: Any = get_megatron_optimizer(settings, [self.model])
+        student.config.no_sync_func = self.model.no_sync  # for megatron-core's schedule of pipeline stages
         for group in self.inner.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
         shards.create_state(self.parts)
 
     @property
     def parts(self) -> list[MegatronOptimizer]:
-        """megatron-core's optimizers, one for each kind of parameter; a dense model has one."""
+        """megatron-core's optimizers: one, and under expert parallelism another one for the experts."""
         return self.inner.chained_optimizers
+
+    def held(self, part: MegatronOptimizer) -> tuple[list[Held], int, int]:
+        """The state in one of `parts`, and this rank's number among those that have this part, and how many they are."""
+        of_experts = any(group["is_expert_parallel"] for group in part.param_groups)
+        rank, size = (
+            (parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_data_parallel_world_size())
+            if of_experts
+            else (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+        )
+        return shards.held_state([part]), rank, size
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
@@ -117,16 +125,15 @@ class Optimizer:
 
     def state_to_save(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """Return the sharded state dict, `model` and `optimizer`, of the share that this rank saves."""
-        share: Iterable[Held] = shards.held_state(self.parts)
-        if not self.is_sharded:
-            share = shards.own_share(list(share), self.dp_rank, self.dp_size)
+        share: list[Held] = []
+        for held, rank, size in map(self.held, self.parts):
+            share += held if self.is_sharded else shards.own_share(held, rank, size)
         return shards.state_to_save(model_state, share)
 
     def state_to_load(self, model_state: dict[str, Any]) -> dict[str, Any]:
         """Return the sharded state dict, `model` and `optimizer`, that a checkpoint fills."""
-        return shards.state_to_load(
-            model_state, shards.held_state(self.parts), replica=0 if self.is_sharded else self.dp_rank
-        )
+        state = [(held, 0 if self.is_sharded else rank) for held, rank, _ in map(self.held, self.parts)]
+        return shards.state_to_load(model_state, state)
 
     def load_state_dict(self, template: dict[str, Any], loaded: dict[str, Any], num_updates: int) -> None:
         """Restore the state that `template` asked for, after `num_updates` updates."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from minitron_train.config import Config
 from minitron_train.data.ledger import write_data_files
 from minitron_train.hf import HFFolder
-from minitron_train.parallel.groups import Groups
+from minitron_train.parallel.groups import Groups, pipelined
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.files import atomic_write_json
@@ -54,6 +54,7 @@ def train(
     check(config, groups, student_files.shape, teacher_files and teacher_files.shape)
     hooks = [*hooks, *profile_hooks(config, folder), *hooks_of(config)]
     with contextlib.ExitStack() as stack:
+        groups = stack.enter_context(pipelined(config.parallel, groups, config.seed))
         trainer = assemble(config, groups, student_files, teacher_files, folder, stack)
         trainer.hooks = hooks
         trainer.resume()
@@ -130,7 +131,7 @@ def exit_to_resume(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
 
 def open_reporter(config: Config, trainer: Trainer, folder: Path) -> Reporter:
     """Open metrics.jsonl, W&B and the console to continue after the resumed step; for rank 0."""
-    state, measured, name = trainer.state, trainer.reporter, config.name
+    state, measured, name = trainer.state, trainer.reporter, config.title
     tracker = Tracker(
         config.tracking.wandb, folder=folder, name=name, run_id=state.wandb_id, config=plain(asdict(config))
     )

@@ -91,4 +91,35 @@ def check_settings(config: Config, *, distilled: bool) -> None:
             f"train.seq_length={train.seq_length}: must be a multiple of parallel.tensor_model_parallel_size="
             f"{tp} with parallel.sequence_parallel; change one of these settings"
         )
+    if config.eval.training_tasks and config.parallel.expert_model_parallel_size > 1:
+        raise UserError(
+            "eval.training_tasks: cannot run with parallel.expert_model_parallel_size above 1, because each forward pass "
+            "takes all ranks of an expert group, and these get different requests; remove the tasks, and run eval afterwards"
+        )
     BestMetric.of(config, distilled=distilled)
+    if config.parallel.pipeline_model_parallel_size > 1:
+        check_stages(config, distilled=distilled)
+
+
+def check_stages(config: Config, *, distilled: bool) -> None:
+    """Reject settings that need a whole model on one rank, which a training with pipeline stages does not have.
+
+    Raises:
+        UserError: names the setting and the remedy.
+    """
+    train, stages = config.train, config.parallel.pipeline_model_parallel_size
+    where = f"parallel.pipeline_model_parallel_size={stages}"
+    if distilled and config.distill.hidden_layers:
+        raise UserError(
+            f"distill.hidden_layers: {where} computes the loss on the last stage, which lacks other stages' hidden states; "
+            "remove one of these settings"
+        )
+    if config.eval.training_tasks:
+        raise UserError(
+            f"eval.training_tasks: {where} leaves no rank with a whole model; remove the tasks and run eval after export"
+        )
+    if train.router_aux_loss and train.recompute is not Recompute.none:
+        raise UserError(
+            f"train.recompute={train.recompute.name}: with {where}, recomputed experts would take the load-balancing loss of "
+            "another micro-batch; set train.recompute=none, or remove train.router_aux_loss"
+        )

@@ -129,15 +129,15 @@ def state_to_save(model: dict[str, Any], share: Iterable[Held]) -> dict[str, Any
     return {"model": rest | weights, "optimizer": state}
 
 
-def state_to_load(model: dict[str, Any], held: list[Held], replica: int) -> dict[str, Any]:
+def state_to_load(model: dict[str, Any], parts: Iterable[tuple[list[Held], int]]) -> dict[str, Any]:
     """Return the sharded state dict that a checkpoint fills: whole weights, and the optimizer state that this rank holds.
 
     Args:
-        replica: this rank's number among the data-parallel ranks that hold the same optimizer state.
+        parts: state, with this rank's number among the ranks that hold the same.
     """
     places = sharded_weights(model)
     state: dict[str, Any] = {}
-    for entry in held:
+    for entry, replica in ((entry, replica) for held, replica in parts for entry in held):
         for name, tensor in entry.state.items():
             key, place = STATE_KEY.replace("{name}", name), places[id(entry.weight)]
             state |= sharded_boxes(key, place, tensor, entry.start, entry.stop, replica=replica)

@@ -24,7 +24,7 @@ class RunState:
     sources: dict[str, int] = field(default_factory=dict)  # sequences drawn from each data source
     stream: list[dict[str, Any]] = field(default_factory=list)  # stream position of each data-parallel rank
     rng: list[dict[str, Any]] = field(default_factory=list)  # random states of each rank
-    layout: tuple[int, int] = (1, 1)  # TP and DP size when `stream` and `rng` were collected
+    layout: tuple[int, ...] = (1, 1, 1)  # TP, DP and PP size when `stream` and `rng` were collected
     loss_memory: float | None = None  # distillation.loss_memory.LossMemory.measured
     micro_batch_size: int | None = None  # that `loss_memory` was measured with
     wandb_id: str | None = None
@@ -90,11 +90,12 @@ class RunState:
         by_dp_rank = {rank["dp_rank"]: rank["stream"] for rank in everyone}
         self.stream = [by_dp_rank[k] for k in range(groups.dp_size)]
         self.wandb_id = everyone[0]["wandb_id"]  # only rank 0 uses W&B
-        self.layout = (groups.tp_size, groups.dp_size)
+        self.layout = (groups.tp_size, groups.dp_size, groups.pp_size)
 
     def has_layout(self, groups: Groups) -> bool:
         """Whether the checkpoint was saved by as many ranks in the same layout."""
-        return tuple(self.layout) == (groups.tp_size, groups.dp_size)
+        saved = (*self.layout, 1)[:3]  # earlier versions have saved no PP size
+        return saved == (groups.tp_size, groups.dp_size, groups.pp_size)
 
     def restore(self, groups: Groups) -> dict[str, Any]:
         """Return this rank's stream position, and restore its random states if the parallel layout is unchanged."""

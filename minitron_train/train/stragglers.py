@@ -14,7 +14,8 @@ class Stragglers:
     """Every `every_steps` steps, measure how long each rank works before the first collective on gradients.
 
     The time includes reading data and excludes waiting. Ranks of a tensor-parallel group wait for each other in the forward
-    pass, so their times are nearly equal. Other steps, and runs with one rank, are not measured and lose no time.
+    pass, and pipeline stages in both passes, so their times are nearly equal. Other steps, and runs with one rank, are not
+    measured and lose no time.
 
     Args:
         host_of: the host of a rank.

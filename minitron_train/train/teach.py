@@ -163,11 +163,11 @@ class Writer:
         """Remove what a killed run left, and write what no part of the stream needs; the position to resume at."""
         position = self.groups.on_rank0(self.recover)
         if position is None:
-            rows = [
-                row
-                for batch in held_out_batches(tokens, self.config.train.micro_batch_size, self.groups)
-                for row in self.answers.rows(batch, TeachKind.hidden)
-            ]
+            rows: list[Row] = []
+            for batch in held_out_batches(tokens, self.config.train.micro_batch_size, self.groups):
+                assert batch.numbers_B is not None
+                found = zip(batch.numbers_B.tolist(), self.answers.rows(batch, TeachKind.hidden), strict=True)
+                rows += [row for number, row in found if number >= 0]
             self.write("held_out", 0, len(tokens), rows)
         return position
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from minitron_train.config import LossKind
-from minitron_train.distillation.loss import LossSpec
+from minitron_train.data.stream import Batch
+from minitron_train.distillation.loss import LossParts, LossSpec
+from minitron_train.distillation.pipeline import through_stages
 from minitron_train.distillation.step import Objective
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.signals import Interrupted
@@ -31,7 +33,7 @@ class Validation:
         The call changes neither random states nor the model's mode, so it does not affect training.
 
         Args:
-            is_stopped: called after each batch; the same answer on all ranks of a tensor-parallel group.
+            is_stopped: called after each batch; the same answer on all ranks that hold one model, and of an expert group.
 
         Raises:
             Interrupted: `is_stopped` was true on any rank; raised on every rank.
@@ -42,11 +44,9 @@ class Validation:
         student.eval()
         try:
             for batch in held_out_batches(self.tokens, self.batch_size, self.groups):
-                parts = self.objective.logit_loss(batch, spec)
+                sums[:3] += self.sums_of(batch, spec)
                 stopped = is_stopped()
-                sums += torch.stack(
-                    [parts.kd_sum.double(), parts.ce_sum.double(), *sums.new_tensor([parts.num_valid, stopped])]
-                )
+                sums[3] += stopped
                 if stopped:
                     break
         finally:
@@ -57,3 +57,19 @@ class Validation:
         kl, loss = kl / count, loss / count
         found = {"eval.validation.loss": loss, "eval.validation.perplexity": math.exp(min(loss, 700.0))}
         return {"eval.validation.kl": kl, **found} if self.objective.has_teacher else found
+
+    def sums_of(self, batch: Batch, spec: LossSpec) -> Tensor:
+        """KL and cross-entropy of a batch, summed over its tokens, and their number: fp64 [3], on all pipeline stages."""
+
+        def finish(batch: Batch, student_SBH: Tensor, teacher_SBH: Tensor | None) -> tuple[Tensor, LossParts]:
+            parts = self.objective.loss_parts(batch, spec, student_SBH, teacher_SBH)
+            return parts.total, parts
+
+        if self.groups.pp_size == 1:
+            found = [self.objective.logit_loss(batch, spec)]
+        else:
+            found = through_stages(self.objective, [batch], spec, finish, forward_only=True)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        for parts in found:
+            sums += torch.stack([parts.kd_sum.double(), parts.ce_sum.double(), sums.new_tensor(parts.num_valid)])
+        return self.groups.from_last_stage(sums)

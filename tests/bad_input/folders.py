@@ -119,7 +119,7 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [
     ("width of yes in config", "hidden_size", {"hidden_size": True}),
     (
         "rotary embedding of an unknown type",
-        "is not supported for llama; supported",
+        "is not supported for nemotron; supported",
         {"rope_parameters": {"rope_type": "axial", "factor": 2.0, "rope_theta": 1e4}},
     ),
     (
@@ -128,7 +128,7 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [
         {"rope_theta": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 0}},
     ),
     ("activation that is not the model's", "hidden_act", {"hidden_act": "tanh"}),
-    ("model of experts", "is not supported", {"model_type": "mixtral"}),
+    ("family of another model", "only .silu. or .swish. is supported for mixtral", {"model_type": "mixtral"}),
     ("no model type", "model_type", {"model_type": None}),
     ("switch that is a word", "transformers rejects it|use_cache", {"use_cache": "yes"}),
 ]

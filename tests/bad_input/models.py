@@ -111,9 +111,9 @@ MODELS = [
         (*TAUGHT, edit(f"{TEACHER}/config.json", model_type="gpt2")),
     ),
     Case(
-        "feature that is not supported",
+        "biases that config.json names and the folder lacks",
         f"prune {MICRO}",
-        "attention_bias=True: only False",
+        "self_attn.q_proj.bias is missing",
         (*TAUGHT, edit(f"{TEACHER}/config.json", attention_bias=True)),
     ),
     Case("no tokenizer", f"prune {MICRO}", "no tokenizer", (*TAUGHT, remove(f"{TEACHER}/tokenizer.json"))),

@@ -20,6 +20,13 @@ COMMAND_LINE = [
     Case("list for a number", "prune seed=[1,2]", "seed"),
     Case("number for a list", "eval eval.tasks=hellaswag", "eval.tasks"),
     Case("bracket left open", "eval eval.tasks=[hellaswag", "eval.tasks"),
+    Case("member without a family", "plan +recipe=micro member=a", "member=a: the recipe has no members"),
+    Case(
+        "member that is not there", "run +recipe=tiny_family member=big", "no such member; choose one of: small smaller"
+    ),
+    Case(
+        "command without its member", "distill +recipe=tiny_family", "member is not set: distill works on one of small"
+    ),
     Case("option that is not Hydra's", "prune --verbos", "verbos"),
 ]
 NUMBERS = [
@@ -149,6 +156,24 @@ SHAPES = [
         "TP that does not divide the vocabulary",
         "pretrain +recipe=micro output_dir=out model.vocab_size=1023 parallel.tensor_model_parallel_size=2",
         "vocab_size=1023",
+    ),
+    Case(
+        "EP of a dense model",
+        f"prune {MICRO} parallel.expert_model_parallel_size=2",
+        "expert_model_parallel_size=2: the teacher has no experts; set it to 1",
+        TAUGHT,
+    ),
+    Case(
+        "pipeline stages and EP together",
+        f"distill {MICRO} parallel.pipeline_model_parallel_size=2 parallel.expert_model_parallel_size=2",
+        "pipeline_model_parallel_size=2: must be 1 with parallel.expert_model_parallel_size=2; set one of them to 1",
+        TAUGHT,
+    ),
+    Case(
+        "EP on too few processes",
+        f"score {MICRO} parallel.expert_model_parallel_size=2",
+        "must divide the number of data-parallel ranks, 1",
+        TAUGHT,
     ),
     Case(
         "TP on too few processes",

@@ -65,7 +65,12 @@ def test_logits_equal_transformers(tiny_models: dict[str, Path], tp: int, sequen
 def test_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
     biases, heads = {"attention_bias": True, "mlp_bias": True}, {"attention_bias": True}
     families = {"qwen2": {}, "qwen3": {}, "seed_oss": {}, "llama": biases, "nemotron": biases}
-    families |= {"qwen3_moe": EXPERTS | heads, "mixtral": EXPERTS, "olmoe": EXPERTS | {"num_experts": 6, "head_dim": 8}}
+    families |= {
+        "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40},
+        "qwen3_moe": EXPERTS | heads,
+        "mixtral": EXPERTS,
+        "olmoe": EXPERTS | {"num_experts": 6, "head_dim": 8},
+    }
     folders = [save_random({**COMMON, "model_type": name, **keys}, tmp_path / name) for name, keys in families.items()]
     compare(folders, 2, sequence_parallel)
 

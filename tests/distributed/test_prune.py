@@ -25,7 +25,8 @@ def prune_on(rank: int, world_size: int, tp: int, teacher: Path, folder: Path, r
     with start(ParallelConfig(tensor_model_parallel_size=tp), read_world(), seed=1) as groups:
         tokens = random_tokens(sequences=8)
         sizes = {"hidden_size": 48, "ffn_hidden_size": 56, "num_attention_heads": 4}
-        config = configuration(refit=Refit.all, depth="perplexity", rotate=rotate, norm_scale=rotate)
+        settings = {"depth": "perplexity", "rotate": rotate, "norm_scale": rotate, "held_out_fraction": 0.125}
+        config = configuration(refit=Refit.all, **settings)
         run_cut(folder, teacher, config, tokens, groups, **sizes)
 
 
@@ -48,7 +49,7 @@ def test_a_rank_makes_no_group_but_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     made = []
     monkeypatch.setattr(prune.dist, "new_group", lambda ranks, **_: made.append(ranks) or "alone")
     group, device = MagicMock(), torch.device("cpu")
-    groups = Groups(2, 4, 0, 2, 1, 2, group, group, device)
+    groups = Groups(2, 4, 0, 2, 1, 2, group, group, device, group, group)
     whole = prune.whole_layers(groups)
     assert prune.whole_layers(groups) is whole
     assert (whole.tp_group, whole.tp_size, whole.dp_rank, whole.dp_size) == ("alone", 1, 2, 4)

@@ -23,6 +23,7 @@ from tests.support.pruning import configuration, measured, random_tokens, run_cu
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", "tie_word_embeddings": False},
     "qwen3_moe, probabilities as they are": {"model_type": "qwen3_moe", "norm_topk_prob": False},
+    "qwen2_moe": {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 40},
     "mixtral": {"model_type": "mixtral", "intermediate_size": 24},
     "olmoe": {"model_type": "olmoe", "intermediate_size": 24, "head_dim": 8},
 }
@@ -41,6 +42,22 @@ QWEN3_30B_A3B = {
     "norm_topk_prob": True,
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+}
+QWEN15_MOE_A27B = {
+    "model_type": "qwen2_moe",
+    "num_hidden_layers": 24,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": False,
+    "vocab_size": 151936,
+    "max_position_embeddings": 8192,
     "rope_theta": 1e6,
 }
 OLMOE_1B_7B = {
@@ -102,12 +119,13 @@ def test_generation_with_a_cache_is_the_full_pass(models: dict[str, Path], group
     ("config", "total", "active"),
     [
         (QWEN3_30B_A3B, 30_532_122_624, 3_353_032_704),
+        (QWEN15_MOE_A27B, 14_315_784_192, 2_689_173_504),
         (MIXTRAL_8X7B, 46_702_792_704, 12_879_925_248),
         (OLMOE_1B_7B, 6_919_161_856, 1_282_017_280),
     ],
 )
 def test_counts_of_published_models(config: dict[str, Any], total: int, active: int) -> None:
-    """The hub's figures: 30,532,122,624, 46,702,792,704 and 6,919,161,856 parameters."""
+    """The hub's figures: 30,532,122,624, 14,315,784,192, 46,702,792,704 and 6,919,161,856 parameters."""
     counts = parameters(hf.shape_from_config(config, "config.json"))
     assert (counts["parameters"], counts["active_parameters"]) == (total, active)
 
@@ -126,6 +144,8 @@ def test_sliced_equals_masked(
     """The oracle is transformers' teacher, whose router cannot choose dropped experts."""
     if name == "olmoe":  # its norms over all heads see the dropped ones
         sizes = {key: value for key, value in sizes.items() if key != "num_attention_heads"}
+    if name == "qwen2_moe":
+        sizes = sizes | {"moe_shared_expert_intermediate_size": 24}
     folder = run_cut(tmp_path, models[name], configuration(), TOKENS, groups, **sizes)
     kept = load_file(folder / "kept.safetensors")
     masked = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
@@ -141,6 +161,10 @@ def test_sliced_equals_masked(
         layer.self_attn.o_proj.weight.data *= mask(rows, layer.self_attn.o_proj.weight.shape[1])
         neurons = torch.arange(0) if is_dropped else kept[f"layers.{i}.ffn"]
         layer.mlp.experts.down_proj.data *= mask(neurons, num_experts * width).view(num_experts, 1, width)
+        if name == "qwen2_moe":
+            shared = torch.arange(0) if is_dropped else kept[f"layers.{i}.shared"]
+            assert is_dropped or len(shared) == 24
+            layer.mlp.shared_expert.down_proj.weight.data *= mask(shared, 40)
         if not is_dropped:
             allow_only(layer.mlp.gate, kept[f"layers.{i}.experts"])
     with torch.no_grad():
@@ -173,6 +197,8 @@ def test_hidden_channels_are_those_of_every_expert(
     sizes = {"hidden_size": 48, "num_moe_experts": 3, "ffn_hidden_size": 16}
     if name == "olmoe":  # its heads fill the hidden size
         sizes |= {"num_attention_heads": 6, "num_query_groups": 3}
+    if name == "qwen2_moe":
+        sizes |= {"moe_shared_expert_intermediate_size": 24}
     folder = run_cut(tmp_path, models[name], configuration(), TOKENS, groups, **sizes)
     teacher, student, kept = hf.HFFolder(models[name]), hf.HFFolder(folder), load_file(folder / "kept.safetensors")
     channels, experts = kept["embedding"], kept["layers.1.experts"].tolist()
@@ -181,7 +207,8 @@ def test_hidden_channels_are_those_of_every_expert(
         for tensor in row.hf if "mlp" in row.mcore else ():
             for e, before in enumerate(experts if row.per_expert else [0]):
                 old, new = teacher.read(tensor.format(i=1, e=before)), student.read(tensor.format(i=1, e=e))
-                index = {"embd": channels, "ffn": neurons[e], "expert": torch.tensor(experts)}
+                index = {"embd": channels, "ffn": neurons[e], "expert": torch.tensor(experts), "one": torch.arange(1)}
+                index["shared"] = kept.get("layers.1.shared", channels)
                 for dim, axis in enumerate(row.hf[tensor]):
                     old = old.index_select(dim, index[axis])
                 assert torch.equal(old, new), tensor
@@ -240,6 +267,24 @@ def test_magnitude_of_experts(models: dict[str, Path], groups: Any, name: str) -
         torch.testing.assert_close(found[e].float(), squares.sqrt(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("width", ["activation", "magnitude"])
+def test_scores_of_the_neurons_of_a_shared_expert(models: dict[str, Path], groups: Any, width: str) -> None:
+    """Against transformers' model: mean |activation| over tokens, then L2 over sequences; or the norm of the weights."""
+    folder = models["qwen2_moe"]
+    found = importance(measured(hf.HFFolder(folder), TOKENS, groups, width=width)).shared
+    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    experts = [layer.mlp.shared_expert for layer in model.model.layers]
+    for expert in experts:
+        expert.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].view(12, 32, 40)))
+    with torch.no_grad():
+        model(TOKENS.flatten(0, 1))
+    for i, expert in enumerate(experts):
+        down = expert.down_proj.weight.square().sum(0)
+        weights = expert.gate_proj.weight.square().sum(1) + expert.up_proj.weight.square().sum(1) + down
+        wanted = weights.sqrt() if width == "magnitude" else seen[i].abs().mean(1).square().sum(0).sqrt()
+        torch.testing.assert_close(found[i].float(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_wanda_is_refused_in_one_line(models: dict[str, Path], groups: Any) -> None:
     with pytest.raises(UserError, match=r"prune\.width=wanda: the inputs of single experts are not measured"):
         importance(measured(hf.HFFolder(models["mixtral"]), TOKENS, groups, width="wanda"))
@@ -258,6 +303,8 @@ def test_targets_without_enough_experts_are_refused(models: dict[str, Path], tin
         UserError, match=r"student\.num_moe_experts=1: the router sends each token to 2 experts; choose"
     ):
         hf.HFFolder(models["mixtral"]).shape.smaller(num_moe_experts=1)
+    with pytest.raises(UserError, match=r"intermediate_size=2: the teacher has no shared expert; leave it out"):
+        hf.HFFolder(models["mixtral"]).shape.smaller(moe_shared_expert_intermediate_size=2)
     with pytest.raises(UserError, match=r"student\.num_moe_experts=2: the teacher has no experts; leave it out"):
         hf.HFFolder(tiny_models["llama"]).shape.smaller(num_moe_experts=2)
 
@@ -269,13 +316,21 @@ def test_repair_of_nothing_changes_nothing(tmp_path: Path, models: dict[str, Pat
     torch.testing.assert_close(hf_logits(folder, TOKENS[0]), wanted, rtol=0, atol=5e-4)
 
 
-def test_repair_makes_up_for_dropped_experts(tmp_path: Path, models: dict[str, Path], groups: Any) -> None:
-    """On the tokens that it is fitted to. Half of the experts are dropped, and a third of the neurons of the others."""
-    sizes, wanted = {"num_moe_experts": 3, "ffn_hidden_size": 16}, hf_logits(models["qwen3_moe"], TOKENS[0])
-    errors = []
+REPAIRED = [
+    ("qwen3_moe", {"num_moe_experts": 3, "ffn_hidden_size": 16}),
+    ("qwen2_moe", {"moe_shared_expert_intermediate_size": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), REPAIRED)
+def test_repair_makes_up_for_what_was_cut(
+    tmp_path: Path, models: dict[str, Path], groups: Any, name: str, sizes: dict[str, int]
+) -> None:
+    """On the tokens that it is fitted to: dropped experts and neurons of the others, or neurons of the shared expert."""
+    wanted, errors = hf_logits(models[name], TOKENS[0]), []
     for refit in (Refit.none, Refit.outputs, Refit.all):
         folder = tmp_path / refit.value
-        run_cut(folder, models["qwen3_moe"], configuration(refit=refit), TOKENS, groups, **sizes)
+        run_cut(folder, models[name], configuration(refit=refit), TOKENS, groups, **sizes)
         errors.append(float((hf_logits(folder / "pruned", TOKENS[0]) - wanted).square().mean()))
     assert errors[1] < 0.9 * errors[0] and errors[2] < errors[1], errors
 
@@ -288,6 +343,8 @@ def test_student_of_every_axis_opens_in_transformers(
     sizes = {"hidden_size": 48, "ffn_hidden_size": 16, "num_attention_heads": 4, "num_layers": 2, "num_moe_experts": 3}
     if name == "olmoe":  # its heads fill the hidden size
         sizes |= {"hidden_size": 32}
+    if name == "qwen2_moe":
+        sizes |= {"moe_shared_expert_intermediate_size": 24}
     folder = run_cut(tmp_path, models[name], configuration(preset), TOKENS, groups, **sizes)
     student, teacher = hf.HFFolder(folder), hf.HFFolder(models[name])
     assert student.shape.sizes() == teacher.shape.sizes() | sizes

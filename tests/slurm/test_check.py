@@ -25,7 +25,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from tests.support.models import save_tiny
 
-AFTER = ["distill", "export", "eval", "report"]
+AFTER = ["distill", "export", "eval", "speed", "report"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ AFTER = ["distill", "export", "eval", "report"]
     ],
 )
 def test_chain(words: list[str], commands: list[str]) -> None:
-    assert [command.name for command in slurm.chain(configuration.compose(words))] == commands
+    assert slurm.jobs(configuration.compose(words)) == commands
 
 
 NO_DATA = ["+recipe=4b_from_8b", "calibration.num_samples=8"]  # data=nemotron4_blend, whose parts are the user's

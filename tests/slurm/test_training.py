@@ -16,7 +16,7 @@ from tests.slurm.test_jobs import ENDED, preempt
 
 pytestmark = [pytest.mark.slurm, pytest.mark.races, pytest.mark.timeout(900)]
 
-CHAIN = ["pretrain", "score", "prune", "distill", "export", "eval", "report"]
+CHAIN = ["pretrain", "score", "prune", "distill", "export", "eval", "speed", "report"]
 MICRO = ("+recipe=micro", "tracking.wandb.mode=disabled")
 LONG_S = 600  # for a job of the real program on a busy machine
 TP_2 = "parallel.tensor_model_parallel_size=2"

@@ -36,12 +36,16 @@ PLAIN: dict[str, Any] = {"rotate": False, "norm_scale": False, "refit": Refit.no
 
 
 def configuration(preset: str | None = None, **prune: Any) -> Config:
-    """Plain slicing, or one of conf/prune/*.yaml; small micro-batches, and settings of prune."""
+    """Plain slicing, or one of conf/prune/*.yaml; small micro-batches, and settings of prune.
+
+    Repairs are fitted to all tokens unless the test says otherwise: the sets of random tokens are as small as a fit allows.
+    """
     settings = PLAIN
     if preset:
         file = Path(__file__).parents[2] / "conf" / "prune" / f"{preset}.yaml"
         settings = {key: ENUMS.get(key, lambda x: x)(value) for key, value in yaml.safe_load(file.read_text()).items()}
-    return Config(prune=PruneConfig(**settings | prune), calibration=CalibrationConfig(micro_batch_size=3))
+    chosen = {"held_out_fraction": 0.0} | settings | prune
+    return Config(prune=PruneConfig(**chosen), calibration=CalibrationConfig(micro_batch_size=3))
 
 
 def random_tokens(batches: int = 2, sequences: int = 6, length: int = 32, vocab: int = 128) -> Tensor:

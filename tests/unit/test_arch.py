@@ -1,5 +1,6 @@
 """Tables and shapes: exact counts, complete coverage, rules."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +137,16 @@ def test_parallel_size_must_divide() -> None:
     with pytest.raises(UserError, match="must divide the teacher's num_query_groups=3"):
         SMOLLM2.check_parallel(9, "teacher")
     SMOLLM2.check_parallel(3, "teacher")
+
+
+def test_expert_parallel_size_must_divide() -> None:
+    shape = replace(SMOLLM2, num_moe_experts=6, moe_router_topk=2)
+    with pytest.raises(UserError, match="must divide the student's num_moe_experts=6; choose a divisor"):
+        shape.check_experts(4, "student")
+    with pytest.raises(UserError, match="expert_model_parallel_size=2: the teacher has no experts; set it to 1"):
+        SMOLLM2.check_experts(2, "teacher")
+    shape.check_experts(3, "student")
+    SMOLLM2.check_experts(1, "teacher")
 
 
 def test_rules_of_the_loaders() -> None:

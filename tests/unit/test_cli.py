@@ -169,7 +169,7 @@ def test_sections_refuse(section: str, values: dict[str, Any], message: str) -> 
     [
         ("export.dtype=int3", "float32, bfloat16, float16"),
         ("teacher.source=ftp", "hub, wheel, pretrain"),
-        ("search.budget=money", "parameters, non_embedding_parameters, memory_gib"),
+        ("search.budget=money", "parameters, non_embedding_parameters, memory_gib, latency_ms"),
         ("prune.neuron_activation=mid", "pre, post"),
         ("prune.head_norm=row", "channel, token"),
     ],
@@ -233,7 +233,10 @@ def test_recipes_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_student_of_ones_own_is_not_made() -> None:
     own = configuration.compose(["+recipe=tiny", "student.path=x"])
-    assert [command.name for command in chain(own)] == ["fetch", "pretrain", "distill", "export", "eval", "report"]
+    after = ["distill", "export", "eval", "speed", "report"]
+    assert [command.name for command in chain(own)] == ["fetch", "pretrain", *after]
+    unmeasured = configuration.compose(["+recipe=tiny", "student.path=x", "speed.in_run=false"])
+    assert "speed" not in [command.name for command in chain(unmeasured)]
     whole = [command.name for command in chain(configuration.compose(["+recipe=tiny"]))]
     assert whole[2:4] == ["score", "prune"]
 

@@ -400,6 +400,7 @@ BAD = {
     "turn": ({"conversations": ["hello"]}, r"conversations\[0\] is not an object: hello"),
     "completion": ({"prompt": "a", "completion": None}, r"completion is not a list of messages: None"),
     "tools": ({"messages": CHATS[0], "tools": "{"}, r"tools is not JSON"),
+    "half a pair": ({"prompt": "hello"}, r"prompt without completion: it has prompt; add completion"),
     "text row": ({"text": "hello"}, r"no conversations: it has text; name the column `messages`"),
     "template": (
         {"messages": CHATS[0]},

@@ -8,6 +8,7 @@ import pickle
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from minitron_train.commands.workspace import Workspace
 from minitron_train.config import CalibrationConfig, Config, DataConfig, SourceConfig, SourceKind
 from minitron_train.data import formats, lines, tokenizers
 from minitron_train.data.calibration import calibration_data
-from minitron_train.data.sources import copied_bytes, identity, matching_files, parts
+from minitron_train.data.sources import copied_bytes, copy_files, identity, matching_files, parts
 from minitron_train.data.stream import TokenStream, validation_tokens
 from minitron_train.data.units import EncodeJob, Split, UnitMaker
 from minitron_train.data.workers import Pool
@@ -191,9 +192,11 @@ def test_processes_share_one_copy(tmp_path):
     assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".blocks", ".lock"]
 
 
-def write_packed(folder: Path, name: str) -> str:
-    """Some 400 kB that compress to half."""
-    texts = (hashlib.sha256(b"%d" % i).hexdigest() for i in range(6000))
+TEXTS = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(6000)]
+
+
+def write_packed(folder: Path, name: str, texts: Sequence[str] = TEXTS) -> str:
+    """Compressed JSON Lines; with TEXTS some 400 kB that compress to half."""
     raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     if name.endswith(".gz"):
         return write(folder, name, gzip.compress(raw))
@@ -224,12 +227,11 @@ def test_progress_of_long_copies(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minitron_train.runtime.console.PLAIN_INTERVAL_S", -1.0)
     monkeypatch.setattr("minitron_train.data.formats.ROW_GROUP_BYTES", 1000)
     monkeypatch.setattr(lines, "PIECE_BYTES", 50_000)
-    texts = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(6000)]
     if name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name, row_group_size=1500)
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / name, row_group_size=1500)
     else:
         write_packed(tmp_path, name)
-    assert read_all(DataConfig(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))) == texts
+    assert read_all(DataConfig(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))) == TEXTS
     first, *steps = capsys.readouterr().out.splitlines()
     total = 4 if name.endswith(".parquet") else int(steps[0].split("/")[1].split(",")[0])
     assert first.startswith("copying ") and total >= 3
@@ -428,6 +430,34 @@ def test_calibration_text_has_no_held_out_part(tmp_path):
     own = identity(calibration_data(CalibrationConfig(path=paths[1]), data))
     assert own == identity(DataConfig(path=paths[1], validation_fraction=0))
     assert identity(calibration_data(CalibrationConfig(), data)) == identity(replace(data, late_fraction=0))
+
+
+def test_several_copies_at_once(tmp_path, capsys, monkeypatch):
+    """The documents keep the order of the files, and only the number of finished copies is shown."""
+    monkeypatch.setattr("minitron_train.runtime.console.PLAIN_INTERVAL_S", -1.0)
+    monkeypatch.setattr(lines, "PIECE_BYTES", 100)
+    for k, name in enumerate(("a.jsonl.gz", "b.jsonl.zst", "c.jsonl.gz")):
+        write_packed(tmp_path / "corpus", name, TEXTS[30 * k : 30 * k + 30])
+    data = DataConfig(path=str(tmp_path / "corpus"), cache_dir=str(tmp_path / "cache"))
+    copy_files(data)
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["copies: 1/3", "copies: 2/3"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.blocks")}
+    assert read_all(data) == TEXTS[:90] and len(before) == 3
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.blocks")}
+
+
+def test_a_damaged_file_among_several_copies(tmp_path):
+    """One line names it. No part of its copy stays, and the next attempt begins no finished copy again."""
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.gz"):
+        write_packed(tmp_path / "corpus", name)
+    damaged = tmp_path / "corpus" / "b.jsonl.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    data = DataConfig(path=str(tmp_path / "corpus"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz.*; ") as caught:
+        copy_files(data)
+    assert "\n" not in str(caught.value)
+    kept = [path.name.split(".")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert "b" not in kept
 
 
 def test_copies_of_compressed_files_are_counted(tmp_path):

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,9 @@ def tree() -> Iterator[tuple[str, str]]:
 
 
 def test_the_page_of_the_tree_is_the_tree() -> None:
-    """Each module and each package, with the first words of its docstring."""
+    """Each module and each package once, with the first words of its docstring."""
     told, wrong = dict(tree()), []
+    assert not [name for name, times in Counter(name for name, _ in tree()).items() if times > 1]
     modules = {path for folder in ("minitron_train", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     for path in sorted(modules - {ROOT / "minitron_train" / "__init__.py"}):
         name = str(path.relative_to(ROOT)).removesuffix("__init__.py")

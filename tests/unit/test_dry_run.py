@@ -19,7 +19,7 @@ from minitron_train.train import checkpoint_files
 from minitron_train.train.export import VerifiedCheckpoint
 from tests.support.models import save_tiny
 
-MADE = ["score", "prune", "distill", "export", "eval teacher", "eval pruned", "eval student"]
+MADE = ["score", "prune", "distill", "export", "eval teacher", "eval pruned", "eval student", "speed"]
 FETCHED = ["fetch teacher", "fetch eval data"]
 PRETRAINED = ["initialise", "pretrain", "export teacher"]
 

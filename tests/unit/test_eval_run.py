@@ -21,6 +21,8 @@ from minitron_train.commands.evaluate import evaluate_one
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, EvalConfig, ParallelConfig, Precision
 from minitron_train.data import tokenizers
+from minitron_train.data.stream import Batch
+from minitron_train.distillation.loss import LossParts, LossSpec
 from minitron_train.evaluation import lm as lm_module
 from minitron_train.evaluation.hooks import TaskHook, main_metrics
 from minitron_train.evaluation.journal import Journal
@@ -329,7 +331,12 @@ def test_more_ranks_than_held_out_sequences(folders: SimpleNamespace) -> None:
         checkpoint = HFFolder(folders.model)
         model = build(checkpoint.shape)
         assert perplexity(model, tokens, last, 2) == pytest.approx(math.exp(-1))
-        objective: Any = SimpleNamespace(student=model, teacher=None, logit_loss=None)
+
+        def nothing(batch: Batch, spec: LossSpec) -> LossParts:
+            assert not batch.mask_BS.any(), "another rank's sequence, to run as many batches as the others"
+            return LossParts(*torch.zeros(3), num_valid=0)
+
+        objective: Any = SimpleNamespace(student=model, teacher=None, logit_loss=nothing)
         assert Validation(tokens, objective, 2, last)(lambda: False)["eval.validation.loss"] == 1.0
 
 

@@ -1,5 +1,6 @@
-"""fetch brings the data of tasks before the chain, and names the tasks that will not run."""
+"""fetch brings the data of tasks before the chain, names the tasks that will not run, and copies compressed text."""
 
+import gzip
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,3 +35,14 @@ def test_own_data_and_no_tasks_need_no_fetch() -> None:
     for words in (["eval.tasks=[]"], ["eval.data_dir=/data"]):
         assert not fetch.COMMAND.in_chain(configuration.compose(["+recipe=tiny", *words]))
     assert fetch.COMMAND.in_chain(configuration.compose(["+recipe=tiny"]))
+
+
+def test_compressed_text_is_copied_before_a_job_with_gpus(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b'{"text": "some words"}\n' * 99))
+    words = ["+recipe=tiny", "eval.tasks=[]", f"data.path={tmp_path}/*.gz", f"data.cache_dir={tmp_path}/cache"]
+    config = configuration.compose([*words, f"output_dir={tmp_path}/out"])
+    assert fetch.COMMAND.in_chain(config)
+    with ExitStack() as stack:
+        fetch.fetch(Workspace(config, [], World(), stack))
+    assert len(list((tmp_path / "cache").glob("*.blocks"))) == 2

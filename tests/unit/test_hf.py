@@ -114,7 +114,10 @@ def missing_shard(folder: Path) -> None:
         (lambda folder: edit_config(folder, hidden_act="gelu"), "only 'relu2' is supported"),
         (lambda folder: edit_config(folder, intermediate_size=100), "the folder mixes two models"),
         (lambda folder: edit_config(folder, num_hidden_layers=4), "is missing; download"),
-        (lambda folder: edit_config(folder, num_attention_heads=7), "must be a multiple of num_query_groups=4"),
+        (
+            lambda folder: edit_config(folder, num_attention_heads=7),
+            "num_attention_heads=7: must be a multiple of num_key_value_heads=4",
+        ),
     ],
 )
 def test_damaged_folders_are_refused_in_one_line(folder: Path, damage, message: str) -> None:

@@ -17,9 +17,10 @@ TOKENS, ROWS = 8192, 256_000
 U = TOKENS * ROWS * 4
 
 
-def gpu(least: float = float("inf")) -> Groups:
+def gpu(least: float = float("inf"), is_last_stage: bool = True) -> Groups:
     """Groups on a GPU; another rank finds the fraction `least`."""
-    return cast(Groups, SimpleNamespace(device=torch.device("cuda", 0), least=lambda value: min(value, least)))
+    values = {"device": torch.device("cuda", 0), "is_last_stage": is_last_stage}
+    return cast(Groups, SimpleNamespace(**values, least=lambda value: min(value, least)))
 
 
 def measured(
@@ -42,6 +43,10 @@ def test_the_loss_never_takes_more_than_it_can_use() -> None:
 
 def test_the_rank_with_the_least_memory_decides() -> None:
     assert measured(U, groups=gpu(least=0.3)) == 0.3
+
+
+def test_a_stage_without_the_loss_does_not_decide() -> None:
+    assert measured(0, groups=gpu(least=0.7, is_last_stage=False)) == 0.7
 
 
 def test_only_step_2_measures() -> None:

@@ -119,6 +119,8 @@ def test_the_keys_that_take_a_path() -> None:
         *(
             "teacher.path",
             "student.path",
+            "student.pruned_from",
+            "calibration.save_path",
             "export.path",
             "export.checkpoint",
             "calibration.path",

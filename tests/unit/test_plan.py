@@ -17,6 +17,10 @@ from minitron_train.config import Config, ParallelConfig, Recompute
 from minitron_train.model.build import build
 from minitron_train.parallel import groups
 from minitron_train.planning import counts, format_plan, make_plan
+from minitron_train.planning.counts import layer_parameters, parameters_per_rank
+from minitron_train.planning.estimate import base_layout
+from minitron_train.planning.hardware import hardware
+from minitron_train.planning.layouts import candidates
 from minitron_train.planning.memory import Layout, activation_bytes
 from minitron_train.runtime.launch import World
 from minitron_train.train.optim import RECOMPUTE
@@ -173,6 +177,85 @@ def planned(*overrides: str) -> dict[str, Any]:
     return make_plan(config, *shapes(config))
 
 
+def test_a_layout_splits_experts_where_that_is_faster() -> None:
+    """Bytes by hand: of 48 layers' 2,048 channels in bf16, each rank of four sends three tokens for each of its own."""
+    plan = planned("+recipe=qwen3_30b_a3b_half")
+    best, whole = plan["recommended"], next(row for row in plan["layouts"] if row["layout"]["ep"] == 1)
+    assert whole["fits"] and best["tokens_per_second"] > whole["tokens_per_second"]
+    assert (best["layout"]["tp"], best["layout"]["ep"]) == (2, 4)
+    assert "parallel.expert_model_parallel_size=4" in plan["overrides"] and "DP 4 (EP 4)" in format_plan(plan)
+    once = 2 * (4 - 1) * 48 * 2048 * 2  # an all-gather and a reduce-scatter in all layers
+    passes = 1 + 2 + (best["layout"]["recompute"] != "none")  # teacher, student's forward and backward pass
+    assert best["network_bytes_per_step"]["expert_parallel"] == 512 * 4096 / 4 * once * passes
+    experts = 48 * 3 * 2048 * 768 * 64
+    others = 16_030_316_544 - experts
+    found = best["memory_bytes"]["student_weights"]
+    assert abs(found - (others / 2 + experts / 2 / 4) * 2) < 1e7  # norms and routers are not split
+    assert best["memory_bytes"]["optimizer"] < 1.01 * 12 * 16_030_316_544 / 8
+
+
+def test_layouts_with_stages_split_no_experts() -> None:
+    config = load("+recipe=qwen3_30b_a3b_half")
+    teacher, student = shapes(config)
+    machine = hardware(config.cluster, config.train.precision)
+    base = base_layout(config, machine)
+    for num_stages, some in ((1, True), (2, False)):
+        found = list(candidates(teacher, student, machine, base, config.train.global_batch_size, num_stages))
+        assert found and any(layout.ep > 1 for layout in found) is some
+
+
+def test_stages_hold_the_whole_model_once() -> None:
+    """The last stage has a copy of an embedding that is tied to the output layer."""
+    tied = shapes(load("+recipe=smollm2"))[0]
+    copy = tied.vocab_size * tied.hidden_size // 2
+    for shape, more in ((tied, copy), (tied.untied(), 0)):
+        parts = [parameters_per_rank(shape, 2, 1, stage, 4) for stage in range(4)]
+        assert sum(parts) == parameters_per_rank(shape, 2) + more
+        assert parts[0] - parts[1] == copy - layer_parameters(shape, 2)  # 30 layers: 7, 8, 8, 7
+
+
+GIANT = (  # the sizes of Nemotron-4 340B, half of its layers
+    "model=nemotron4_15b",
+    *(
+        f"model.{name}={size}"
+        for name, size in {"num_layers": 96, "hidden_size": 18432, "ffn_hidden_size": 73728}.items()
+    ),
+    *(f"model.{name}={size}" for name, size in {"num_attention_heads": 96, "kv_channels": 192}.items()),
+    "student.num_layers=48",
+    "train.global_batch_size=1024",
+    "train.seq_length=4096",
+    "cluster.num_nodes=64",
+)
+
+
+def test_stages_are_recommended_where_nothing_else_fits() -> None:
+    """Every figure of a stage follows from its layers: 64 micro-batches through 4 stages wait 3 / 67 of the time."""
+    result = planned(*GIANT)
+    found = result["recommended"]
+    layout, seconds = found["layout"], found["step_seconds"]
+    assert (layout["tp"], layout["pp"], layout["dp"], layout["micro_batch_size"]) == (8, 4, 16, 1)
+    assert not any(row["fits"] for row in result["layouts"] if row["layout"]["pp"] == 1)
+    computed = sum(seconds[name] for name in ("matrices", "elementwise", "loss", "tp_network"))
+    assert seconds["bubble"] / (computed + seconds["bubble"]) == pytest.approx(3 / 67)
+    assert found["memory_bytes"]["total"] == max(found["bytes_of_stages"]) == found["bytes_of_stages"][0]
+    tokens = 64 * layout["seq_length"]
+    assert found["network_bytes_per_step"]["pipeline_parallel"] == tokens * 3 * 18432 * 2 / 8  # sequence parallel
+    text = format_plan(result)
+    assert "parallel.pipeline_model_parallel_size=4" in text and "TP 8, PP 4, DP 16, micro-batch 1" in text
+    assert "peaks of the stages, first to last: " in text and " GiB for PP\n" in text
+
+
+def test_configured_stages_are_planned() -> None:
+    """Half of the layers and of the optimizer; the first stage holds the activations of two micro-batches."""
+    one, two = (planned("+recipe=4b", f"parallel.pipeline_model_parallel_size={p}")["configured"] for p in (1, 2))
+    assert (two["layout"]["pp"], two["layout"]["dp"]) == (2, one["layout"]["dp"] // 2)
+    for part in ("student_weights", "teacher_weights"):
+        assert two["memory_bytes"][part] == pytest.approx(one["memory_bytes"][part] / 2, rel=0.01)
+    assert two["memory_bytes"]["activations"] == pytest.approx(one["memory_bytes"]["activations"], rel=0.1)
+    assert one["step_seconds"]["bubble"] == one["network_bytes_per_step"]["pipeline_parallel"] == 0
+    assert not any(row["layout"]["pp"] > 1 for row in planned("+recipe=4b")["layouts"])
+
+
 def test_a_plan_says_that_experts_take_longer() -> None:
     assert "experts run one after the other" in format_plan(planned("+recipe=qwen3_30b_a3b_half"))
     assert "experts" not in format_plan(planned("+recipe=smollm2", "train.global_batch_size=8"))
@@ -227,9 +310,9 @@ def test_a_batch_that_the_gpus_cannot_share_has_no_speed() -> None:
     assert "1,500,000 tokens = 367 steps, 5.9e+13 FLOPs\n" in format_plan(
         planned("+recipe=tiny", "cluster.num_nodes=16")
     )
-    impossible = planned("+recipe=4b", "cluster.num_nodes=128", "cluster.memory_gib=5")  # TP 8 alone shares 1152
+    impossible = planned("+recipe=4b", "cluster.num_nodes=128", "cluster.memory_gib=2")
     assert impossible["layouts"] and impossible["configured"] is None
-    assert "0 of 3 layouts fit: the smallest, TP 8, DP 128, " in format_plan(impossible)
+    assert "0 of 156 layouts fit: the smallest, TP 8, PP 32, DP 4, " in format_plan(impossible)
 
 
 def test_the_table_of_layouts_is_aligned() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minitron_train.planning import format_plan, make_plan
+from minitron_train.planning.show import layout_text
 from tests.unit.test_plan import load, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,31 @@ def test_the_table_of_scale(row: tuple[str, ...]) -> None:
     ):
         decimals = len(text.partition(".")[2])
         assert text in {f"{value:,.{decimals}f}", f"{round(value, -2):,.0f}", f"{round(value, -3):,.0f}"}
+
+
+STAGED_ROW = re.compile(
+    r"\| (70B|340B), (\d+) H100 \| (TP [^|(]*)(?: \(configured\))? \| (.*?) \| (\S+) \| (.*?) \| (\S+) \|"
+)
+COMMANDS = re.findall(r"minitron_train plan (model=(?:.|\\\n)*?)\n(?! *(?:model|train|student)\S)", SCALE)
+
+
+def test_the_table_of_stages() -> None:
+    """Every row, from the command of its models above the table."""
+    commands = dict(zip(("70B", "340B"), (text.replace("\\", " ").split() for text in COMMANDS[-2:]), strict=True))
+    rows = STAGED_ROW.findall(SCALE)
+    assert len(rows) == 8
+    for models, gpus, layout, peaks, seconds, bubble, gpu_hours in rows:
+        pp = re.search(r"PP (\d+)", layout)
+        stages = int(pp[1]) if pp and models == "70B" else 1  # configured
+        words = [word for word in commands[models] if "num_nodes" not in word]
+        config = load(*words, f"cluster.num_nodes={int(gpus) // 8}", f"parallel.pipeline_model_parallel_size={stages}")
+        found = make_plan(config, *shapes(config))["recommended"]
+        step = found["step_seconds"]
+        passes = sum(step[name] for name in ("matrices", "elementwise", "loss", "tp_network", "bubble"))
+        assert layout_text(found["layout"]).startswith(f"{layout}, micro-batch 1")
+        assert peaks == ", ".join(f"{size / 2**30:.1f}" for size in found["bytes_of_stages"])
+        assert seconds == f"{step['total']:.1f}" and gpu_hours == f"{round(found['gpu_hours'], -2):,.0f}"
+        assert bubble == (f"{step['bubble'] / passes:.1%}".replace("%", " %") if "PP" in layout else "0")
 
 
 class Figures:

@@ -11,8 +11,8 @@ from minitron_train import hf
 from minitron_train.config import Refit
 from minitron_train.pruning import scoring as scoring
 from minitron_train.pruning.importance import Scores
+from minitron_train.pruning.least_squares import LeastSquares
 from minitron_train.pruning.prune import prune_checkpoint
-from minitron_train.pruning.repair import LeastSquares
 from minitron_train.pruning.scoring import score_checkpoint
 from minitron_train.pruning.target import check_request
 from minitron_train.runtime.errors import UserError
@@ -148,15 +148,18 @@ def test_padding_does_not_hide_a_nan_nor_make_one(tiny_models, groups, tmp_path)
 
 
 def test_too_few_tokens_for_a_fit(tiny_models, groups, tmp_path):
-    """96 inputs need 384 tokens; padding does not count."""
+    """96 inputs need 384 tokens; neither padding nor held-out tokens count."""
     tokens = TOKENS.clone()
-    config = configuration(refit=Refit.all)
+    config = configuration(refit=Refit.all, held_out_fraction=0.0)
     run_cut(tmp_path / "enough", tiny_models["nemotron"], config, tokens, groups)
     tokens[:, :, 31:] = -1
     with pytest.raises(
         UserError, match="372 tokens are too few to fit 96 inputs by least squares, at least 384 are needed"
     ):
         run_cut(tmp_path / "few", tiny_models["nemotron"], config, tokens, groups)
+    config = configuration(refit=Refit.all, held_out_fraction=0.25)
+    with pytest.raises(UserError, match="288 tokens are too few to fit 96 inputs"):
+        run_cut(tmp_path / "held-out", tiny_models["nemotron"], config, TOKENS, groups)
 
 
 @pytest.mark.parametrize(

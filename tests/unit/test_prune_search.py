@@ -113,9 +113,9 @@ def test_shapes_that_the_teacher_does_not_have_are_left_out(teacher):
 
 def test_shapes_with_too_few_tokens_to_repair_are_left_out(teacher):
     config = replace(
-        settings("8b"), prune=PruneConfig(**PLAIN | {"refit": Refit.all}), calibration=CalibrationConfig(num_samples=8)
+        settings("8b"), prune=PruneConfig(**PLAIN | {"refit": Refit.all}), calibration=CalibrationConfig(num_samples=9)
     )
-    config.calibration.seq_length = 4096  # 32,768 tokens: enough for 8,192 inputs
+    config.calibration.seq_length = 4096  # 8 of 9 sequences are fitted, 32,768 tokens: enough for 8,192 inputs
     found, refusals = usable(changed(config, num_layers=[32], hidden_size=[4096], ffn_expansion=[2.0, 4.0]), teacher)
     assert {candidate.shape.ffn_hidden_size for candidate in found} == {8192}
     assert all("too few to fit 16384 inputs" in refusal for refusal in refusals) and refusals

@@ -9,7 +9,7 @@ import torch
 
 from minitron_train.arch.shape import Shape
 from minitron_train.config import Merge, PruneConfig, Scope
-from minitron_train.pruning.collect import FINAL_NORM, POINTS, Statistics
+from minitron_train.pruning.collect import FINAL_NORM, Statistics
 from minitron_train.pruning.criterion import Evidence
 from minitron_train.pruning.importance import importance
 from minitron_train.pruning.prune import between
@@ -42,7 +42,7 @@ def statistics(**given: torch.Tensor) -> Statistics:
         return Moments(torch.tensor(1.0).double(), mean, torch.zeros(3, width).double())
 
     for i in range(TEACHER.num_layers):
-        made.moments |= {f"layers.{i}.{point}": moments(point, WIDTH[point]) for point in POINTS}
+        made.moments |= {f"layers.{i}.{point}": moments(point, width) for point, width in WIDTH.items()}
         made.blocks[f"layers.{i}.block"] = torch.tensor([[4.0, 1.0, 3.0, 2.0][i], 1.0])
     made.moments[FINAL_NORM] = moments("input_norm", 8)
     made.spans = torch.eye(5).double()

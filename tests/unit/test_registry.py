@@ -50,7 +50,7 @@ def test_sections_exist(name: str) -> None:
 def test_the_chain_keeps_the_order_of_the_registry() -> None:
     order = [name for name in COMMANDS if COMMANDS[name] in CHAIN and name not in ("eval", "export")]
     assert order == [command.name for command in CHAIN if command.name not in ("eval", "export")]
-    assert [command.name for command in CHAIN][-3:] == ["export", "eval", "report"]
+    assert [command.name for command in CHAIN][-4:] == ["export", "eval", "speed", "report"]
 
 
 def test_the_registry_is_light() -> None:

@@ -1,9 +1,13 @@
 """The replaced symbols: every one exists in the installed megatron-core, and in no release outside its range."""
 
+import inspect
+
 import pytest
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from minitron_train.parallel import shims
+from minitron_train.parallel.pipeline import Link
 
 
 @pytest.mark.parametrize("shim", shims.SHIMS, ids=lambda shim: f"{shim.module}.{shim.name}")
@@ -16,6 +20,13 @@ def test_a_symbol_exists_in_the_releases_that_need_it(shim: shims.Shim) -> None:
         assert found
     elif shim.before <= shims.MEGATRON:
         assert not found, "a release that still has the symbol also needs the replacement"
+
+
+def test_a_link_between_stages_overrides_what_the_release_calls() -> None:
+    """megatron-core's method is private: its name, its arguments and its three results may change."""
+    theirs, ours = (inspect.signature(owner._communicate) for owner in (P2PCommunicator, Link))
+    assert list(ours.parameters) == list(theirs.parameters)
+    assert "tensor_recv_prev, tensor_recv_next, reqs" in inspect.getsource(P2PCommunicator._communicate)
 
 
 def test_installed_release_is_one_of_the_supported_ones() -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from minitron_train.arch.layer_kind import LayerKind, Rope
 from minitron_train.config import Config, LossKind, OnNonFinite, Precision, Recompute
+from minitron_train.runtime.errors import UserError
 from minitron_train.stages import plain
-from minitron_train.train.settings import NEUTRAL, current_record, deciding_settings
+from minitron_train.train.settings import NEUTRAL, check_settings, current_record, deciding_settings
 
 
 def with_setting(key: str, value: Any) -> Config:
@@ -44,6 +45,14 @@ def test_neutral(key: str, value: Any) -> None:
 )
 def test_deciding(key: str, value: Any) -> None:
     assert deciding_settings(with_setting(key, value), distilled=True) != deciding_settings(Config(), distilled=True)
+
+
+def test_tasks_during_training_are_refused_where_experts_are_split() -> None:
+    config = with_setting("eval.training_tasks", ["hellaswag"])
+    check_settings(config, distilled=True)
+    config.parallel.expert_model_parallel_size = 2
+    with pytest.raises(UserError, match=r"eval\.training_tasks: cannot run with parallel.expert_model_parallel_size"):
+        check_settings(config, distilled=True)
 
 
 def test_every_neutral_setting_exists() -> None:

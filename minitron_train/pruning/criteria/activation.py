@@ -31,6 +31,11 @@ def width(evidence: Evidence) -> Width:
         heads=[heads_of(i) for i in every],
         ffn=[aggregate(f"layers.{i}.neurons_{prune.neuron_activation}") for i in every],
         experts=[experts_of(statistics.experts[f"layers.{i}.experts"], prune) for i in every if statistics.experts],
+        shared=[
+            aggregate(f"layers.{i}.shared_{prune.neuron_activation}")
+            for i in every
+            if shape.moe_shared_expert_intermediate_size
+        ],
     )
 
 
