@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minitron_train.arch.layer_kind import LayerKind
 from minitron_train.arch.shape import Shape
-from minitron_train.model.causal_attention import causal_attention
+from minitron_train.model.causal_attention import causal_attention, masked_attention
 from minitron_train.model.rotary import columns, num_rotated
 
 # B batch, S sequence, P keys, N query heads held, G KV groups held, D channels per head, C columns of all ropes, W windows
@@ -33,7 +33,7 @@ def needs_whole_heads(query: Tensor, mask: Tensor | None) -> bool:
 
 
 def prefers_products(query: Tensor) -> bool:
-    """Whether `causal_attention` is faster than torch's kernel for these queries (docs/results.md)."""
+    """Whether products of whole matrices are faster than torch's kernel for these queries (docs/results.md)."""
     return query.device.type == "cpu" and query.dtype is torch.bfloat16
 
 
@@ -108,6 +108,9 @@ class SdpaAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Context [B, N, S, D]; without a mask causal, or one query that attends to all keys."""
+        needs_grad = torch.is_grad_enabled() and query.requires_grad
+        if prefers_products(query) and not needs_grad and (mask is not None or query.shape[2] == 1):
+            return masked_attention(query, key, value, mask, self.scale)
         is_grouped = query.shape[1] != key.shape[1]
         if is_grouped and needs_whole_heads(query, mask):
             key, value, is_grouped = whole_heads(key, query.shape[1]), whole_heads(value, query.shape[1]), False

@@ -1,12 +1,12 @@
-"""Causal attention in bf16 on a CPU, by products of whole matrices.
+"""Attention in bf16 on a CPU, by products of whole matrices.
 
-torch's flash kernel (2.13, CPU) multiplies tiles of bf16 at about a third of the rate of `torch.bmm` (avx512_bf16, no AMX). Here
-a block of queries meets all keys up to its end in one product. Scores and
+torch's flash kernel (2.13, CPU) multiplies tiles of bf16 at about a third of the rate of `torch.bmm` (avx512_bf16, no AMX), and
+one query at a fifteenth. Here a block of queries meets all keys up to its end in one product. Scores and
 probabilities are rounded to bf16 as in transformers' eager attention; sums and the softmax are computed in fp32. Only one block
 of scores is held. The backward pass computes it again.
 
-Legend: S tokens, B sequences, N query heads, G KV groups, D channels per head, M = B G, R query rows of one group in a block
-(its heads x its tokens), K keys up to the end of the block.
+Legend: S tokens, B sequences, N query heads, G KV groups, L query heads of a group, D channels per head, M = B G, R query rows of
+one group in a block (its heads x its tokens), K keys up to the end of the block, P keys of a cache.
 """
 
 from collections.abc import Iterator
@@ -70,6 +70,41 @@ class CausalAttention(torch.autograd.Function):
             block.scatter(torch.bmm(grad_MRK, key_MSD[:, block.keys]).mul_(block.scale), query_grad_SBND)
         key_grad, value_grad = (from_groups(x, key_SBGD) for x in (key_grad_MSD, value_grad_MSD))
         return query_grad_SBND, key_grad, value_grad, None, None
+
+
+def masked_attention(
+    query_BNSD: Tensor, key_BGPD: Tensor, value_BGPD: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Context [B, N, S, D] of queries that attend to the keys which a mask shows them. It has no backward pass.
+
+    Args:
+        mask: bool (True is seen) or numbers that are added to the scores, [S, P] or [B or 1, 1, S, P]; None shows all keys.
+        scale: factor of query x key; None is 1 / sqrt(D).
+    """
+    factor = query_BNSD.shape[-1] ** -0.5 if scale is None else scale
+    key_MPD, value_MPD = (x.flatten(0, 1) for x in (key_BGPD, value_BGPD))
+    key_MDP = key_MPD.contiguous().mT  # the product with a part of a longer cache is six times slower
+    grouped_BGLSD = query_BNSD.unflatten(1, (key_BGPD.shape[1], -1)) * factor
+    context = torch.empty_like(grouped_BGLSD, memory_format=torch.contiguous_format)
+    for start in range(0, query_BNSD.shape[2], BLOCK_TOKENS):
+        part = slice(start, start + BLOCK_TOKENS)
+        queries = grouped_BGLSD[..., part, :]
+        scores_MRP = torch.bmm(queries.flatten(2, 3).flatten(0, 1), key_MDP)
+        if mask is not None:
+            hide(scores_MRP.view(*queries.shape[:-1], -1), mask[..., part, :])
+        context_MRD = torch.bmm(torch.softmax(scores_MRP, -1), value_MPD)
+        context[..., part, :] = context_MRD.view(queries.shape)
+    return context.flatten(1, 2)
+
+
+def hide(scores_BGLSP: Tensor, mask: Tensor) -> None:
+    """Apply a mask of `masked_attention` in place. A query that sees no key attends to all, so that it is not NaN."""
+    if mask.dim() == 4:
+        mask = mask[:, :, None]
+    if mask.dtype is torch.bool:
+        scores_BGLSP.masked_fill_(~mask, torch.finfo(scores_BGLSP.dtype).min)
+    else:
+        scores_BGLSP += mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ They work on the LanguageModel that is trained, at any tensor-parallel size, and
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,30 @@ from minitron_train.runtime.errors import UserError
 # G KV groups held, D channels per head
 
 LOGIT_BYTES = 128 * 2**20  # largest block of logits held at once
+SPARE_TOKENS = 64  # room for further tokens, so that most steps of a generated text copy no cache
+
+
+@dataclass
+class Grown:
+    """Keys or values of the first `num_tokens` tokens, in a tensor with room for more, [B, G, capacity, D]."""
+
+    tensor_BGCD: Tensor
+    num_tokens: int
+
+    @property
+    def tokens_PBGD(self) -> Tensor:
+        """A view of the tokens."""
+        return self.tensor_BGCD[:, :, : self.num_tokens].permute(2, 0, 1, 3)
+
+    def append(self, new_SBGD: Tensor) -> None:
+        """Add tokens; a cache of batch size 1 takes the batch size of the new tokens."""
+        old_PBGD, length = self.tokens_PBGD, self.num_tokens + len(new_SBGD)
+        if length > self.tensor_BGCD.shape[2] or len(self.tensor_BGCD) != new_SBGD.shape[1]:
+            _, batch, groups, channels = new_SBGD.shape
+            self.tensor_BGCD = new_SBGD.new_empty(batch, groups, length + SPARE_TOKENS, channels)
+            self.tensor_BGCD[:, :, : self.num_tokens].permute(2, 0, 1, 3).copy_(old_PBGD)
+        self.tensor_BGCD[:, :, self.num_tokens : length].permute(2, 0, 1, 3).copy_(new_SBGD)
+        self.num_tokens = length
 
 
 class KeyValueCache:
@@ -30,14 +55,14 @@ class KeyValueCache:
     """
 
     def __init__(self) -> None:
-        self.layers: dict[torch.nn.Module, tuple[Tensor, Tensor]] = {}  # [P, B, G, D] each
+        self.layers: dict[torch.nn.Module, tuple[Grown, Grown]] = {}  # keys and values
         self.positions_BP = torch.empty(1, 0, dtype=torch.long)
         self.lengths_B = torch.zeros(1, dtype=torch.long)  # of the texts, when the tokens were computed
 
     @property
     def num_tokens(self) -> int:
         """Number of cached tokens, P."""
-        return next(iter(self.layers.values()))[0].shape[0] if self.layers else 0
+        return next(iter(self.layers.values()))[0].num_tokens if self.layers else 0
 
     @contextlib.contextmanager
     def attached(self, model: LanguageModel, keep: bool) -> Iterator[None]:
@@ -45,11 +70,16 @@ class KeyValueCache:
 
         def extend(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             query, *new, mask = args
-            if module in self.layers:
-                old = (x.expand(-1, query.shape[1], -1, -1) for x in self.layers[module])
-                new = [torch.cat(pair) for pair in zip(old, new, strict=True)]
             if keep:
-                self.layers[module] = new[0], new[1]
+                if module not in self.layers:
+                    key, value = (Grown(x[:0].permute(1, 2, 0, 3), 0) for x in new)
+                    self.layers[module] = key, value
+                for grown, x in zip(self.layers[module], new, strict=True):
+                    grown.append(x)
+                new = [grown.tokens_PBGD for grown in self.layers[module]]
+            elif module in self.layers:
+                old = (grown.tokens_PBGD.expand(-1, query.shape[1], -1, -1) for grown in self.layers[module])
+                new = [torch.cat(pair) for pair in zip(old, new, strict=True)]
             return query, *new, mask
 
         attentions = [module for name, module in model.decoder.named_modules() if name.endswith(".core_attention")]
@@ -68,12 +98,14 @@ class KeyValueCache:
     def keep_tokens(self, num_tokens: int) -> None:
         """Drop all tokens but the first `num_tokens`."""
         self.positions_BP = self.positions_BP[:, :num_tokens]
-        self.layers = {module: (key[:num_tokens], value[:num_tokens]) for module, (key, value) in self.layers.items()}
+        for grown in (grown for pair in self.layers.values() for grown in pair):
+            grown.num_tokens = num_tokens
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows of the batch but `rows`."""
+        """Drop all texts but those at `rows`."""
         self.positions_BP, self.lengths_B = self.positions_BP[rows], self.lengths_B[rows]
-        self.layers = {module: (key[:, rows], value[:, rows]) for module, (key, value) in self.layers.items()}
+        for grown in (grown for pair in self.layers.values() for grown in pair):
+            grown.tensor_BGCD = grown.tensor_BGCD[rows]
 
 
 def hidden_states(

@@ -108,6 +108,35 @@ def test_recomputation_gives_the_same_gradients_in_bf16() -> None:
         assert kept.keys() == other.keys() and all(torch.equal(kept[name], other[name]) for name in kept)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_queries", [1, 21])
+@pytest.mark.parametrize("kind", ["all", "bool", "bool of each text", "added"])
+def test_masked_attention(kind: str, num_queries: int, dtype: torch.dtype) -> None:
+    """Against torch's kernel in float64; keys and values are a part of a longer cache."""
+    torch.manual_seed(0)
+    query = torch.randn(num_queries, 3, 6, 8).to(dtype).permute(1, 2, 0, 3)
+    key, value = (torch.full((3, 2, 40, 8), torch.nan).to(dtype) for _ in range(2))
+    for x in (key, value):
+        x[:, :, :30] = torch.randn(3, 2, 30, 8)
+    key, value = key[:, :, :30], value[:, :, :30]
+    shown = torch.rand(3 if "each" in kind else 1, 1, num_queries, 30) < 0.5
+    shown[..., 0] = True
+    added = torch.zeros(num_queries, 30, dtype=dtype).masked_fill(~shown[0, 0], -torch.inf)
+    mask = {"all": None, "added": added}.get(kind, shown)
+    found = attention.masked_attention(query, key, value, mask, 0.3)
+    wide = mask.double() if kind == "added" and mask is not None else mask
+    inputs = (x.double() for x in (query, key, value))
+    wanted = F.scaled_dot_product_attention(*inputs, attn_mask=wide, scale=0.3, enable_gqa=True)
+    assert found.dtype == dtype and found.shape == wanted.shape
+    assert (found - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+
+
+def test_a_query_that_sees_no_key_is_finite() -> None:
+    query, key, value = (torch.randn(1, heads, 5, 8).bfloat16() for heads in (6, 2, 2))
+    shown = torch.ones(5, 5, dtype=torch.bool).tril(-1)
+    assert attention.masked_attention(query, key, value, shown, None).isfinite().all()
+
+
 def test_attention_takes_an_empty_batch() -> None:
     inputs = [torch.randn(21, 0, heads, 8).bfloat16().requires_grad_() for heads in (6, 2, 2)]
     query, key, value = inputs
