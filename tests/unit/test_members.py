@@ -17,6 +17,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.stages import layout
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = ("+recipe=tiny_family", "output_dir=out")
 MEMBER = ["score", "prune", "distill", "export", "eval", "speed", "report"]
 
@@ -124,6 +125,12 @@ def test_marks_of_a_stopped_family() -> None:
     trainings = ["pretrain/train", "small/train", "smaller/train"]
     assert slurm.marks(COMMANDS["run"], compose(), World()) == [Path("out", run, "stopped.json") for run in trainings]
     assert slurm.marks(COMMANDS["distill"], compose("member=small"), World()) == [Path("out/small/train/stopped.json")]
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_shapes_of_every_recipe_hold(recipe: str) -> None:
+    """Those of recipes whose teacher is described in the recipe; a published teacher's folder brings its shape."""
+    slurm.refuse_shapes([COMMANDS["prune"]], configuration.compose([f"+recipe={recipe}", "output_dir=out"]))
 
 
 def test_shapes_follow_from_the_model_that_is_pruned() -> None:
