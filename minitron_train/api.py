@@ -29,9 +29,12 @@ from minitron_train.runtime.errors import UserError, did_you_mean
 from minitron_train.runtime.files import atomic_write_text
 from minitron_train.runtime.launch import World
 from minitron_train.stages import read_provenance
+from minitron_train.stages.layout import SPEED, SPEED_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from minitron_train.evaluation.speed import Machine, ModelSpeed
 
 StrPath = str | Path
 Text = str | Path | Sequence[str]  # a file, folder or glob; or the documents themselves
@@ -98,6 +101,15 @@ class Evaluated:
 
     perplexity: float | None
     results: dict[str, Any]  # task -> metric -> value
+    file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What `speed` measured: speed/speed.json."""
+
+    models: "dict[str, ModelSpeed]"  # teacher, pruned, student: bytes, and tokens per second by batch size
+    machine: "Machine"
     file: Path
 
 
@@ -218,6 +230,38 @@ def evaluate(
     file = ws.eval_folder / f"{ws.config.eval.label}.json"
     found = read_evaluation(file)
     return Evaluated(found["perplexity"], dict(found["results"]), file)
+
+
+def speed(
+    output_dir: StrPath,
+    *,
+    teacher: StrPath | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    settings: Settings | None = None,
+) -> Timed:
+    """Size, memory and tokens per second of the models of an output folder, through transformers.
+
+    Args:
+        output_dir: its teacher, pruned model and student are measured, as far as they exist.
+        teacher: a Hugging Face folder to measure as the teacher; default: OUTPUT_DIR/teacher.
+        batch_sizes: numbers of sequences to time together; default: 1 and 8.
+        prompt_tokens, new_tokens: of each sequence; default: 128 and 16.
+    """
+    from minitron_train.evaluation.speed import read_speed
+
+    values = {
+        "teacher.path": teacher,
+        "speed.batch_sizes": None if batch_sizes is None else list(batch_sizes),
+        "speed.prompt_tokens": prompt_tokens,
+        "speed.new_tokens": new_tokens,
+    }
+    ws = run("speed", output_dir, values, settings)
+    file = ws.folder / SPEED / SPEED_FILE
+    found = read_speed(file)
+    assert found is not None
+    return Timed(found["models"], found["machine"], file)
 
 
 def plan(teacher: StrPath | None = None, *, settings: Settings | None = None) -> Planned:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Submit a recipe's whole chain. Each job starts after the previous job succeeded; a failure cancels the rest.
+# Submit a recipe's whole chain. Each job starts after the jobs succeeded that it depends on; a failure cancels its dependents.
 #   slurm/chain.sh RECIPE [--SBATCH-OPTION=…] [OVERRIDE…]      (the options apply to every job)
 #   slurm/chain.sh tiny --partition=debug train.lr=5e-4
-# A model family's members follow one another; the jobs of member 8b end in -8b.
+# A member of a model family starts when the models that it comes from are exported; the jobs of member 8b end in -8b.
 # Submit it again to resume an interrupted chain: finished stages end at once, training resumes from its checkpoint.
 # A job waits for the user's jobs of the same name (singleton): the last part of the output folder, and the command.
 # If another process works on the same stage, the command itself refuses to run.
@@ -14,23 +14,25 @@ read_words RECIPE "$@"
 
 # the first line of the answer is the output folder; this call reports mistakes before anything is queued
 answer=$("${site_python[@]}" -m minitron_train.commands.slurm chain "+recipe=$what" "${overrides[@]}")
-mapfile -t commands <<<"$answer"
-output_dir=${commands[0]}
-unset 'commands[0]'
+mapfile -t jobs <<<"$answer"
+output_dir=${jobs[0]}
 
 words=("+recipe=$what" "${overrides[@]}")
 ids=()
 trap '((${#ids[@]} == 0)) || echo "the chain is incomplete; cancel the submitted jobs: scancel ${ids[*]}" >&2' ERR
 echo "$what -> $output_dir"
-for line in "${commands[@]}"; do
-  read -r command member <<<"$line" # in a model family the second word is member=NAME
+for line in "${jobs[@]:1}"; do
+  read -r waits command member <<<"$line" # such as: 4,9 score member=NAME
   job=$command${member:+-${member#member=}}
   overrides=("${words[@]}" ${member:+"$member"})
-  dependency=singleton
-  ((${#ids[@]} == 0)) || dependency=afterok:${ids[-1]},singleton
-  id=$(queue "$command" --job-name="$(basename "$output_dir")-$job" --dependency="$dependency" \
+  before=()
+  if [[ $waits != - ]]; then
+    for number in ${waits//,/ }; do before+=("${ids[number]}"); done
+  fi
+  after=$(IFS=:; echo "${before[*]}")
+  id=$(queue "$command" --job-name="$(basename "$output_dir")-$job" --dependency="${after:+afterok:$after,}singleton" \
     --kill-on-invalid-dep=yes "${options[@]}")
-  printf '  %-8s job %s%s\n' "$job" "$id" "${ids[*]:+, after ${ids[-1]:-}}"
+  printf '  %-8s job %s%s\n' "$job" "$id" "${before[*]:+, after ${before[*]:-}}"
   ids+=("$id")
 done
 echo "logs: logs/$(basename "$output_dir")-COMMAND-JOB.out; watch: squeue --jobs=$(IFS=,; echo "${ids[*]}"); cancel: scancel ${ids[*]}"

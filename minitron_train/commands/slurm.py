@@ -1,6 +1,6 @@
 """What the scripts of slurm/ ask Python for: the jobs of a recipe's chain, and whether the ranks of a job can begin.
 
-    python -m minitron_train.commands.slurm chain +recipe=tiny …           prints the output folder, then a command per line
+    python -m minitron_train.commands.slurm chain +recipe=tiny …           prints the output folder, then a job per line
     python -m minitron_train.commands.slurm candidates +recipe=4b …        prints the output folder, then their number
     python -m minitron_train.commands.slurm accept distill +recipe=tiny …  prints nothing when the job may be queued
     python -m minitron_train.commands.slurm check distill +recipe=tiny …   runs on every rank of a job step; prints the files
@@ -24,7 +24,8 @@ from minitron_train.commands.configuration import compose
 from minitron_train.commands.members import family_shapes, settled
 from minitron_train.commands.registry import COMMANDS, find
 from minitron_train.commands.workspace import Workspace, after_rank0
-from minitron_train.config import Budget, Config, is_family
+from minitron_train.config import Budget, Config, is_family, origins
+from minitron_train.config.members import ORIGINAL
 from minitron_train.pruning.candidates import Candidate, choose, usable, within_budget
 from minitron_train.runtime.errors import UserError, error_line
 from minitron_train.runtime.launch import World, host_name, read_world, whole_number
@@ -88,12 +89,28 @@ def accept(commands: Sequence[Command], config: Config) -> None:
 
 
 def jobs(config: Config) -> list[str]:
-    """A line for each job of the chain: the command, and its setting `member` in a model family."""
-    return [
-        f"{command.name} member={own.member}" if own.member else command.name
-        for own, chain in parts(config)
-        for command in chain
-    ]
+    """A line for each job of the chain: the numbers of the jobs that it waits for, the command, and the setting `member`.
+
+    A job waits for the job before it. In a model family a member's first job waits only for the models that the member comes
+    from, and the family's report waits for every member. The numbers count from 0 and are joined by commas; `-` is none.
+    """
+    lines: list[str] = []
+    makers: dict[str, int] = {}  # model -> the job that makes it
+    ends: list[int] = []  # the last job of each member
+    for own, chain in parts(config):
+        member, waits = own.member, ends
+        if member:
+            models = [model for model in origins(config)[member] if model != ORIGINAL and model in makers] or [ORIGINAL]
+            waits = sorted({makers[model] for model in models if model in makers})
+        for command in chain:
+            words = (",".join(map(str, waits)) or "-", command.name, f"member={member}" if member else "")
+            waits = [len(lines)]
+            lines.append(" ".join(words).rstrip())
+            if not member or command.name == "export":
+                makers[member or ORIGINAL] = waits[0]
+        if member:
+            ends.extend(waits)
+    return lines
 
 
 def refuse_without_teacher(commands: Sequence[Command], config: Config) -> None:

@@ -1,7 +1,8 @@
 """Stands where Python does in a job script, so that the scripts' own behaviour is tested in seconds.
 
 Called as `fake_trainer.py -m minitron_train COMMAND [OVERRIDE…]`; an override act.COMMAND=NAME picks one of ACTS. Everything goes
-into the folder $FAKE: `lives`, a line per start of rank 0, and `argv.RANK`, the words that arrived.
+into the folder $FAKE: `lives`, a line per start of rank 0, and `argv.RANK`, the words that arrived. act.COMMAND.MEMBER=NAME is
+for one member of a family. A file `chain` in this folder replaces the jobs that `chain` answers.
 """
 
 import json
@@ -16,7 +17,7 @@ RANK = int(os.environ.get("SLURM_PROCID", "0"))
 LIVES = FOLDER / "lives"
 MARK = FOLDER / "train" / "stopped.json"
 ANSWERS = {
-    "chain": [FOLDER, "score", "prune", "distill", "export"],
+    "chain": ["- score", "0 prune", "1 distill", "2 export"],
     "candidates": [FOLDER, 3],
     "accept": [],
     "check": [MARK],
@@ -125,7 +126,11 @@ def main() -> None:
     """Answer as minitron_train.commands.slurm does, or act as a command."""
     _, module, command, *words = sys.argv[1:]
     if module == "minitron_train.commands.slurm":
-        print("\n".join(map(str, ANSWERS[command])))
+        answer = ANSWERS[command]
+        if command == "chain":
+            own = FOLDER / "chain"
+            answer = [FOLDER, *(own.read_text().splitlines() if own.exists() else answer)]
+        print("\n".join(map(str, answer)))
         return
     scratch = FOLDER / f"argv.{RANK}.{os.getpid()}"
     scratch.write_text(json.dumps([command, *words]))
@@ -133,8 +138,9 @@ def main() -> None:
     if RANK == 0:
         with LIVES.open("a") as lives:
             print(life(), file=lives)
-    prefix = f"act.{command}="
-    chosen = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+    members = [word.removeprefix("member=") for word in words if word.startswith("member=")]
+    prefixes = tuple(f"act.{name}=" for name in (command, *(f"{command}.{member}" for member in members)))
+    chosen = [word.partition("=")[2] for word in words if word.startswith(prefixes)]
     ACTS[chosen[0] if chosen else "succeed"]()
 
 

@@ -208,6 +208,29 @@ def test_failed_stage_cancels_the_rest(lab: Lab) -> None:
         assert lab.cluster.wait(jobs[command], *ENDED)["JobState"] == "CANCELLED"
 
 
+def test_a_failed_member_stops_only_what_comes_from_it(lab: Lab) -> None:
+    """Member b comes from a, and c from the teacher; the last job reports on all."""
+    members = {"a": "0", "b": "3", "c": "0"}
+    lines, ends = ["- pretrain"], []
+    for member, waits in members.items():
+        for command in ("prune", "distill", "export", "eval"):
+            lines.append(f"{waits} {command} member={member}")
+            waits = str(len(lines) - 1)
+        ends.append(waits)
+    (lab.fake / "chain").write_text("\n".join([*lines, f"{','.join(ends)} report"]))
+    jobs = lab.chain("micro", "act.distill.a=refuse")
+    assert list(jobs)[:3] == ["pretrain", "prune-a", "distill-a"] and len(jobs) == 14
+    shown = {name: lab.cluster.wait(job, *ENDED)["JobState"] for name, job in jobs.items()}
+    cancelled = [
+        "export-a",
+        "eval-a",
+        *(f"{command}-b" for command in ("prune", "distill", "export", "eval")),
+        "report",
+    ]
+    wanted = dict.fromkeys(jobs, "COMPLETED") | dict.fromkeys(cancelled, "CANCELLED") | {"distill-a": "FAILED"}
+    assert shown == wanted
+
+
 def test_second_chain_waits_for_the_first(lab: Lab) -> None:
     """Two jobs of one stage must not write the same folder."""
     first = lab.chain("micro", "act.score=load")

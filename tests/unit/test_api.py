@@ -53,6 +53,9 @@ def test_every_block_of_the_page_runs(models: Path, monkeypatch: pytest.MonkeyPa
         exec(compile(block, str(PAGE), "exec"), namespace)
     assert (models / "outputs/half/report.html").exists()
     assert sorted(path.name for path in (models / "outputs/half/eval").glob("*.json")) != []
+    timed = next(namespace["timed"] for namespace in namespaces if "timed" in namespace)
+    assert list(timed.models) == ["teacher", "pruned", "student"]
+    assert json.loads((models / "outputs/half/speed/speed.json").read_text())["models"] == timed.models
     trainer = next(namespace["trainer"] for namespace in namespaces if "trainer" in namespace)
     assert trainer.state.global_step == 10 and (models / "outputs/trainer/student/config.json").exists()
 
@@ -125,6 +128,8 @@ def test_the_loss_is_the_mean_over_valid_tokens() -> None:
         (lambda: mt.prune("models/teacher", "x", hidden_size=60000), "larger than the teacher's"),
         (lambda: mt.prune("models/absent", "x", hidden_size=8), "teacher.path=models/absent: no such folder"),
         (lambda: mt.score("models/teacher", "x", settings={"seed": "seven"}), "seed"),
+        (lambda: mt.speed("x"), "nothing to measure in x"),
+        (lambda: mt.speed("x", batch_sizes=[0]), "speed.batch_sizes"),
         (lambda: mt.distillation_loss(*[torch.ones(2, 2)] * 4, temprature=2.0), "did you mean 'temperature'"),
         (lambda: mt.distillation_loss(*[torch.ones(2, 2)] * 4, kind="kl"), "choose one of forward_kl"),
     ],

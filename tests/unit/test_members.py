@@ -1,6 +1,8 @@
 """Model families: the settings, folders and shapes of each member, and what is refused."""
 
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.stages import layout
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = ("+recipe=tiny_family", "output_dir=out")
 MEMBER = ["score", "prune", "distill", "export", "eval", "speed", "report"]
 
@@ -77,8 +80,35 @@ def test_the_chain_of_a_family_and_of_one_member() -> None:
     assert every == [("out", ["pretrain"]), ("out/small", MEMBER), ("out/smaller", MEMBER), ("out", ["report"])]
     one = [config.output_dir for config, _ in chain.parts(compose("member=smaller"))]
     assert one == ["out", "out/smaller", "out"]
-    jobs = [f"{name} member={member}" for member in ("small", "smaller") for name in MEMBER]
-    assert slurm.jobs(compose()) == ["pretrain", *jobs, "report"]
+
+
+def test_jobs_of_a_family_wait_for_the_models_that_they_need() -> None:
+    def waits(**members: MemberConfig) -> dict[str, list[str]]:
+        """Job -> the jobs before it."""
+        config = replace(compose(), members=members)
+        lines = [line.split() for line in slurm.jobs(config)]
+        names = ["-".join([command, *(word.removeprefix("member=") for word in rest)]) for _, command, *rest in lines]
+        return {
+            name: [] if numbers == "-" else [names[int(number)] for number in numbers.split(",")]
+            for name, (numbers, *_) in zip(names, lines, strict=True)
+        }
+
+    found = waits(a=MemberConfig(), b=MemberConfig(), c=MemberConfig(pruned_from="teacher"))
+    firsts = {f"{MEMBER[0]}-a": "pretrain", f"{MEMBER[0]}-b": "export-a", f"{MEMBER[0]}-c": "pretrain"}
+    assert found.pop("pretrain") == [] and found.pop("report") == ["report-a", "report-b", "report-c"]
+    assert {name: found.pop(name) for name in firsts} == {name: [before] for name, before in firsts.items()}
+    assert found == {f"{now}-{m}": [f"{before}-{m}"] for m in "abc" for before, now in pairwise(MEMBER)}
+
+    found = waits(
+        a=MemberConfig(), b=MemberConfig(pruned_from="teacher"), c=MemberConfig(pruned_from="a", taught_by="b")
+    )
+    assert found[f"{MEMBER[0]}-c"] == ["export-a", "export-b"]
+
+
+def test_jobs_of_one_member_wait_for_what_the_family_shares() -> None:
+    lines = slurm.jobs(compose("member=smaller"))
+    every = ["pretrain", *(f"{name} member=smaller" for name in MEMBER), "report"]
+    assert lines == ["- pretrain", *(f"{number} {job}" for number, job in enumerate(every[1:]))]
 
 
 def test_commands_of_one_member() -> None:
@@ -95,6 +125,12 @@ def test_marks_of_a_stopped_family() -> None:
     trainings = ["pretrain/train", "small/train", "smaller/train"]
     assert slurm.marks(COMMANDS["run"], compose(), World()) == [Path("out", run, "stopped.json") for run in trainings]
     assert slurm.marks(COMMANDS["distill"], compose("member=small"), World()) == [Path("out/small/train/stopped.json")]
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_shapes_of_every_recipe_hold(recipe: str) -> None:
+    """Those of recipes whose teacher is described in the recipe; a published teacher's folder brings its shape."""
+    slurm.refuse_shapes([COMMANDS["prune"]], configuration.compose([f"+recipe={recipe}", "output_dir=out"]))
 
 
 def test_shapes_follow_from_the_model_that_is_pruned() -> None:
