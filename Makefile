@@ -3,6 +3,9 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# More workers than a small machine has cores, since many tests wait for other processes. WORKERS=0 runs the tests in one process.
+WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-megatron lint clean
 
@@ -10,11 +13,11 @@ quickstart: $(VENV)/ready
 	$(BIN)/python -m minitron_train run +recipe=smollm2
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # the tests that depend on megatron-core's release
 test-megatron: $(VENV)/ready
-	$(BIN)/python -m pytest tests/unit/test_shims.py tests/unit/test_cpu.py tests/unit/test_safe_load.py tests/parity \
+	$(PYTEST) tests/unit/test_shims.py tests/unit/test_cpu.py tests/unit/test_safe_load.py tests/parity \
 		tests/distributed tests/e2e/test_tiny.py $(PYTEST_ARGS)
 
 lint: $(VENV)/ready
