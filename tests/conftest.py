@@ -18,6 +18,7 @@ import pytest  # noqa: E402
 
 from tests.slurm import cluster as slurm_cluster  # noqa: E402
 from tests.support.retry import pytest_runtest_protocol, pytest_terminal_summary  # noqa: E402, F401
+from tests.support.shared import make_once  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,13 @@ REASONS = {
     "gpu": "no CUDA device",
     "slurm": f"no Slurm cluster can be started here: {slurm_cluster.unavailable()}",
 }
+SLOWEST = (
+    "slurm/test_training.py",
+    "distributed/test_kill.py",
+    "bad_input/test_bad_input.py",
+    "slurm/test_jobs.py",
+    "slurm/test_check.py",
+)  # files that take minutes, the slowest first
 REQUIRED = {
     "needs_data": "MINITRON_REQUIRE_DATA",
     "slurm": "MINITRON_REQUIRE_SLURM",
@@ -53,7 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; the variables of REQUIRED make that a failure."""
+    """Skip what this machine cannot run; the variables of REQUIRED make that a failure.
+
+    Among several workers the slowest files start first, so that no worker begins one while the others have nothing left.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {Path(__file__).parent / name: place for place, name in enumerate(SLOWEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
         for mark, available in MARKS.items():
             if item.get_closest_marker(mark) and not available():
@@ -137,11 +151,10 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from minitron_train.runtime.errors import UserError
 
     recipe = OmegaConf.load(Path(__file__).parents[1] / "recipes" / "smollm2.yaml")
-    folder = tmp_path_factory.mktemp("smollm2") / "teacher"
+    teacher = TeacherConfig(**recipe.teacher)
     try:
-        fetch_teacher(TeacherConfig(**recipe.teacher), folder)
+        return make_once(tmp_path_factory, "smollm2", lambda folder: fetch_teacher(teacher, folder))
     except UserError as error:
         if os.environ.get("MINITRON_REQUIRE_DATA"):
             raise
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
-    return folder

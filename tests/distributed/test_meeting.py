@@ -22,7 +22,7 @@ NEVER = """
     from minitron_train.runtime.launch import read_world
 
     if os.environ["RANK"] == "1":
-        groups.dist.{function} = lambda *_, **__: {action}
+        groups.dist.{function} = lambda *_, **given: {action}
     with groups.start(ParallelConfig(connect_minutes=0.1), read_world(), seed=1):
         print("connected")
 """
@@ -66,7 +66,7 @@ def test_a_meeting_reads_no_keys_of_earlier_ones(monkeypatch: pytest.MonkeyPatch
     [
         (
             "init_process_group",
-            "(time.sleep(2), os.kill(os.getpid(), signal.SIGSTOP))",  # after its first heartbeat
+            "(given['store'].wait(['heartbeat/1']), os.kill(os.getpid(), signal.SIGSTOP))",
             "rank 1 on HOST has ended or hangs, last heartbeat at step 0",
         ),
         ("all_reduce", "time.sleep(60)", "all ranks are alive, at step 0"),
@@ -85,9 +85,12 @@ def test_a_rank_that_does_not_connect_is_named(function: str, action: str, reaso
         )
         for rank in range(2)
     ]
-    output, errors = started[0].communicate(timeout=120)
-    started[1].kill()
-    started[1].communicate()
+    try:
+        output, errors = started[0].communicate()
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
     assert started[0].returncode == 1 and not output
     last = errors.splitlines()[-1]
     reason = reason.replace("HOST", socket.gethostname())

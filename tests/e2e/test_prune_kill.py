@@ -36,7 +36,7 @@ def prune(folder: Path, teacher: Path, *words: str, kill_after_blocks: int = 0) 
     settings = ["prune", f"teacher.path={teacher}", f"calibration.tokens_path={folder / 'tokens.safetensors'}", *words]
     settings += ["prune=modelopt", f"output_dir={folder / 'out'}", "student.hidden_size=48"]
     program = ["-c", KILL_AT.format(blocks=kill_after_blocks)] if kill_after_blocks else ["-m", "minitron_train"]
-    return subprocess.run([sys.executable, *program, *settings], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *program, *settings], capture_output=True, text=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -192,7 +192,7 @@ def ranks(size: int, *words: str, hosts: Mapping[int, str] | None = None) -> lis
         started.append(
             subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
-    done = [(*process.communicate(timeout=120), process.returncode) for process in started]
+    done = [(*process.communicate(), process.returncode) for process in started]
     return [(code, output, errors) for output, errors, code in done]
 
 

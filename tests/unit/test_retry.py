@@ -44,11 +44,11 @@ def test_counts():
 """
 
 
-@pytest.fixture
-def summary(pytester: pytest.Pytester) -> pytest.RunResult:
+@pytest.fixture(params=[(), ("-n", "1")], ids=["one process", "a worker"])
+def summary(request: pytest.FixtureRequest, pytester: pytest.Pytester) -> pytest.RunResult:
     pytester.makeini("[pytest]\nmarkers = races")
     pytester.makepyfile(TESTS)
-    return pytester.runpytest_inprocess("-p", "tests.support.retry")
+    return pytester.runpytest_inprocess("-p", "tests.support.retry", *request.param)
 
 
 def test_marked_tests_are_tried_twice(summary: pytest.RunResult) -> None:

@@ -45,7 +45,7 @@ def test_a_signal_while_modules_are_imported(
     (tmp_path / "go").touch()
     program = AT_IMPORT.format(module=module, numbers=numbers, go=str(tmp_path / "go"))
     words = ["score", "teacher.path=.", f"output_dir={tmp_path / 'out'}"]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert not (tmp_path / "go").exists(), "the module was imported"
     assert (done.returncode, done.stderr.splitlines()) == (code, [line])
     assert not (tmp_path / "out").exists()
@@ -67,7 +67,7 @@ def command():
 guard(command)
 """
     words = [sys.executable, "-c", program, str(tmp_path / "file")]
-    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "file").read_text() == ""
     assert done.stdout == ("" if ">&-" in closed.split() else "out\nchild\n")
@@ -83,9 +83,7 @@ sys.stdout = Output(sys.stdout)
 guard(lambda: print("step 1"))
 """
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     line = "error: the disk that takes the output is full; free space and start again"
     assert (done.returncode, done.stderr.splitlines()) == (1, [line])
 
