@@ -10,7 +10,7 @@ import yaml
 
 from minitron_train.config import Refit
 from minitron_train.evaluation.metrics import is_share, metric_text
-from minitron_train.evaluation.serving import servable_sizes
+from minitron_train.evaluation.serving import llama_cpp_problems, servable_sizes
 from minitron_train.hf import auto_class, read_json
 from minitron_train.pruning.describe import REFITTED
 from minitron_train.reporting.load import MODELS, Model, Run, load_run
@@ -113,7 +113,7 @@ def facts_for(run: Run, student_folder: Path) -> dict[str, Any]:
         "conditions": conditions(run),
         "notes": [without_folders(line) for line in notes(run)],
         "sizes": sizes,
-        "problems": problems,
+        "problems": problems + llama_cpp_problems(student_folder),
         "stages": run.stages,
         "commands": list(dict.fromkeys(without_folders(stage["command"]) for stage in run.stages)),
     }

@@ -172,6 +172,11 @@ def test_serving_rules(run: Path) -> None:
     assert serving_problems(folder) == ["tokenizer.json is missing"]
 
 
+def test_the_card_names_what_llama_cpp_rejects(run: Path) -> None:
+    rule = "Serving: llama.cpp requires of nemotron that num_attention_heads x head_dim (96) equals hidden_size, which is 64."
+    assert rule in card(run).splitlines()
+
+
 def test_the_card_of_a_student_outside_of_the_output_folder(run: Path, tmp_path: Path) -> None:
     """No stage's configuration has to name it."""
     shutil.move(run / "student", tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
