@@ -3,10 +3,11 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# More workers than a small machine has cores, since many tests wait for other processes. WORKERS=0 runs the tests in one process.
+# More workers than a small machine has cores, since many tests wait for other processes. WORKERS=0 runs all in one process.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Tests of data, losses, stages and kills, and of lm-eval's answers: what they use of megatron-core, other tests of test-megatron use.
+# Tests of starts, losses, stages, kills and of lm-eval's answers. The other tests of test-megatron use all that these use of
+# megatron-core.
 ANY_MEGATRON := $(addprefix tests/distributed/,test_kill.py test_loss.py test_meeting.py test_stages.py test_start.py) \
 	$(addprefix tests/parity/,test_eval_oracle.py test_modelopt_kl.py test_smollm2.py)
 

@@ -27,6 +27,16 @@ HYDRA_OPTIONS = (
     *("--resolve", "--multirun", "-m", "--run", "-r", "--hydra-help", "--version", "--shell-completion", "-sc"),
 )
 
+WRONG_VALUE = "Error merging override "  # Hydra's, before the user's key=value
+RULES = {  # by OmegaConf's complaint
+    r"could not be converted to Integer": "must be a whole number",
+    r"could not be converted to Float": "must be a number",
+    r"is not a valid bool": "must be true or false",
+    r"is not a ListConfig": "must be a list; write it like [a,b]",
+    r"is not Optional": "must have a value",
+    r"expected one of (\[.*\])": r"must be one of \1",
+}
+
 
 def compose(arguments: list[str]) -> Config:
     """The validated configuration of a command line, without running it.
@@ -83,12 +93,18 @@ def one_line(error: BaseException) -> str:
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
     gist = lines[0] if lines else type(error).__name__
     cause = str(error.__cause__).splitlines()[0] if error.__cause__ and str(error.__cause__) else ""
+    if gist.startswith(WRONG_VALUE) and cause:
+        found = [match.expand(rule) for complaint, rule in RULES.items() if (match := re.search(complaint, cause))]
+        return f"{gist.removeprefix(WRONG_VALUE)}: {found[0] if found else cause}"
     details = [f"({key})" if key and key not in gist else "", f"- {cause}" if cause and cause not in gist else ""]
     return " ".join([gist, *filter(None, details)])
 
 
 def check_override(argument: str) -> None:
     """Refuse an override whose key, preset or recipe does not exist, naming those that do."""
+    if argument.startswith(("--recipe", "recipe=")) or argument in recipes():
+        name = argument if argument in recipes() else argument.partition("=")[2] or "NAME"
+        raise UserError(f"argument {argument!r}: a recipe is added with a plus: +recipe={name}")
     if argument.startswith("-"):
         refuse_unknown(argument.split("=")[0], HYDRA_OPTIONS, "option")
         return
@@ -97,10 +113,8 @@ def check_override(argument: str) -> None:
     if "=" not in argument:
         raise UserError(f"argument {argument!r}: settings look like key=value; see --help for the keys")
     key, value = argument.split("=", 1)
-    key, prefixed = key.lstrip("+"), argument.startswith("+")
+    key = key.lstrip("+")
     if key == "recipe":
-        if not prefixed:
-            raise UserError(f"argument {argument!r}: a recipe is added with a plus: +recipe={value}")
         refuse_unknown(value, recipes(), "recipe")
     elif key.startswith("members."):
         raise UserError(

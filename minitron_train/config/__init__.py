@@ -57,11 +57,11 @@ class Config:
     force: bool = opt(False, "run finished stages again; overwrite trainings that were started with different settings")
     dry_run: bool = opt(False, "print what each stage would read, write and keep; run nothing")
     member: str | None = opt(
-        None, "member of a recipe with members that the command works on; run, plan, report: null is all of them"
+        None, "member of the model family that the command works on; default: all of them, in run, plan and report"
     )
     members: dict[str, MemberConfig] = opt(
         dict,
-        "students of a model family in the order of their making, by name; set in a recipe (see recipes/family.yaml)",
+        "students of a model family by name, in the order in which they are made; set in a recipe (see recipes/family.yaml)",
     )
     model: ModelConfig = opt(ModelConfig, "")
     teacher: TeacherConfig = opt(TeacherConfig, "")

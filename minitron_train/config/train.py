@@ -186,7 +186,8 @@ class ParallelConfig:
     )
     rendezvous_minutes: float = opt(
         10.0,
-        "minutes at the start, such as for images of containers, before the other ranks end and name the missing ones",
+        "minutes that ranks wait at the start for the others, whose containers may load slowly; then they end and name the "
+        "missing ones",
     )
     connect_minutes: float = opt(
         5.0,

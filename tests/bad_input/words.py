@@ -8,7 +8,7 @@ COMMAND_LINE = [
     Case("recipe without its plus", "prune recipe=tiny", r"\+recipe=tiny", quick=True),
     Case("key misspelt", "prune student.hiden_size=4", r"unknown key .* \(did you mean 'hidden_size'\?\)", quick=True),
     Case("key below a value", "prune seed.x=4", "seed is a value, not a section"),
-    Case("word that is no setting", "prune tiny", "settings look like key=value"),
+    Case("word that is no setting", "prune fast", "settings look like key=value"),
     Case("misspelt preset", "prune prune=modelop", r"did you mean 'modelopt'\?", quick=True),
     Case("loss misspelt", "distill distill.loss=forward_lk", "distill.loss.*forward_kl", quick=True),
     Case("W&B mode misspelt", "distill tracking.wandb.mode=of", "tracking.wandb.mode.*offline"),

@@ -14,6 +14,7 @@ from minitron_train.parallel import meeting
 from minitron_train.parallel.meeting import meet
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.launch import World
+from tests.support.helpers import free_port
 
 NEVER = """
     import os, signal, time
@@ -26,13 +27,6 @@ NEVER = """
     with groups.start(ParallelConfig(connect_minutes=0.1), read_world(), seed=1):
         print("connected")
 """
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_ranks_that_do_not_arrive_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from minitron_train.arch.pipeline import stage_layers
 from minitron_train.config import Precision, Recompute
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.settings import check_settings
-from tests.support.helpers import run_ranks, start_ranks
+from tests.support.helpers import free_port, run_ranks, start_ranks
 from tests.support.models import EXPERTS, save_tiny
 from tests.support.training import (
     SEQ_LENGTH,
@@ -145,10 +145,9 @@ def killed_in_step_six(rank: int, world_size: int, material: Material, folder: P
 
 @pytest.mark.races
 def test_a_killed_stage_is_named_and_training_resumes(tied: Material, one_rank: Path, tmp_path: Path) -> None:
-    port = 20000 + os.getpid() % 20000
-    workers, results = start_ranks(killed_in_step_six, 2, port, (tied, tmp_path))
+    workers, results = start_ranks(killed_in_step_six, 2, free_port(), (tied, tmp_path))
     try:
-        rank, answer, trace = results.get(timeout=120)
+        rank, answer, trace = results.get()
     finally:
         for worker in workers:
             worker.join(timeout=10)

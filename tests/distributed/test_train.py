@@ -15,7 +15,7 @@ import torch
 from minitron_train.distillation.step import Objective
 from minitron_train.train import checkpoint_files as files
 from minitron_train.train.stragglers import Stragglers
-from tests.support.helpers import run_ranks, start_ranks
+from tests.support.helpers import free_port, run_ranks, start_ranks
 from tests.support.training import Interrupted, Material, assert_equal, before_step, interrupt, rows, run, train_here
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
@@ -175,10 +175,9 @@ def left_behind(
 @pytest.mark.races
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_hanging_rank_is_named(training: Material, tmp_path: Path, sent: signal.Signals) -> None:
-    port = 20000 + os.getpid() % 20000
-    workers, results = start_ranks(left_behind, 2, port, (training, tmp_path, sent))
+    workers, results = start_ranks(left_behind, 2, free_port(), (training, tmp_path, sent))
     try:
-        rank, answer, trace = results.get(timeout=120)
+        rank, answer, trace = results.get()
     finally:
         workers[-1].kill()
         for worker in workers:

@@ -41,10 +41,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> list[Any]:
     """Try once, on a port that is free now; another process may take it before the ranks do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers, results = start_ranks(function, world_size, port, args)
+    workers, results = start_ranks(function, world_size, free_port(), args)
     answers: dict[int, Any] = {}
     try:
         while len(answers) < world_size:
@@ -57,6 +54,13 @@ def run_once(function: Callable[..., Any], world_size: int, args: tuple[Any, ...
             if worker.is_alive():
                 worker.kill()
     return [answers[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start_ranks(

@@ -160,7 +160,7 @@ def test_a_damaged_answer_is_one_line(tokenizer):
                 MachineError, match=r"tokenising process \d+ sent a damaged answer \(\w+\); start again"
             ):
                 pool.submit(EncodeJob(0, ("some words",), (1,))).result()
-            assert worker.process.poll() is not None and time.monotonic() - start_s < 10
+            assert worker.process.poll() is not None and time.monotonic() - start_s < 60
 
 
 def test_a_worker_that_cannot_start_is_one_line(tokenizer, monkeypatch):

@@ -123,9 +123,8 @@ def test_closing_leaves_no_thread_and_no_process(num_workers, is_busy, tmp_path,
     else:
         wait_until_full(stream)
     processes = [worker.process for worker in stream.stream.feed.pool.workers]
-    start_s = time.monotonic()
     stream.close()
-    assert stream.thread and not stream.thread.is_alive() and time.monotonic() - start_s < 5
+    assert stream.thread and not stream.thread.is_alive()
     assert [process.poll() for process in processes] == [0] * num_workers
 
 
