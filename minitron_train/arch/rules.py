@@ -50,7 +50,7 @@ def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
     if table.has_projection_norms:
         return "norms over all query heads together, and its layers normalise each head"
     has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)
-    for row in table.layer_rows(shape):
+    for row in table.layer_rows(shape, shape.kinds[0]):
         *_, linear, kind = row.mcore.split(".")
         if kind == "bias" and linear in has_bias:
             has_bias[linear] = True
