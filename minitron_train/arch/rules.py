@@ -19,8 +19,8 @@ def check_wrapper(teacher: Shape, student: Shape) -> None:
     """Reject sizes that the vision model around a text model would have to follow."""
     if teacher.wrapper is None:
         return
-    if student.hidden_size != teacher.hidden_size:
-        reason = WRAPPERS[teacher.wrapper].hidden_size
+    reason = WRAPPERS[teacher.wrapper].hidden_size
+    if reason is not None and student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student.hidden_size={student.hidden_size}: cannot be cut inside {teacher.wrapper}, because {reason}; "
             f"keep {teacher.hidden_size}"

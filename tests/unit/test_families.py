@@ -32,10 +32,8 @@ def test_every_family_names_its_models() -> None:
 def test_sizes_that_a_loader_accepts_together_only_are_named_so() -> None:
     rows = {line.split("`")[1]: line for line in families_table().splitlines()[2:]}
     assert "layers, MLP, KV groups; hidden size and heads together" in rows["helium"]
-    assert (
-        "| layers, MLP, heads, KV groups | no |" in rows["llava"]
-        and "| layers, MLP, KV groups | no |" in rows["qwen2_5_vl"]
-    )
+    assert "| layers, MLP, heads, KV groups | no |" in rows["llava"] and "| all | yes |" in rows["qwen3_vl"]
+    assert "| layers, MLP, KV groups; hidden size and heads together | yes |" in rows["qwen2_5_vl"]
     assert "| all |" in rows["phi3"] and "| where untied |" in rows["stablelm"]
 
 
