@@ -160,6 +160,7 @@ class Architecture:
     local_rope: LocalRope | None = None  # None: layers with a window have the same rotary embedding as the others
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
+    rotates_pairs_only: bool = False  # whether transformers' class fails with an odd number of rotated channels
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
     rope_types: Mapping[str, str] | None = (
         None  # types that its config class accepts, and what it takes them for; None: all

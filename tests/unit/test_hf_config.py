@@ -283,6 +283,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: only None is supported"),
     ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers='1': must be a list of layer numbers"),
     ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be at least 1"),
+    ("stablelm", {"partial_rotary_factor": 0.6}, "rotates 9 of 16 channels: StableLmForCausalLM needs an even number"),
     ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_experts=8 and num_local_experts=4 are one setting"),
     ("qwen3_moe", {"num_experts": 4}, "config.json: num_experts=4: the router sends each token to 8 experts; choose"),
     ("mixtral", {"num_local_experts": 10**9}, "num_local_experts=1000000000: must be at least 1 and at most 10,000"),
