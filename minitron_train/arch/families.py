@@ -17,6 +17,18 @@ AXES = {
     "moe_shared_expert_intermediate_size": "shared expert",
     "dense_ffn_hidden_size": "MLP of dense layers",
 }
+BEYOND = {  # model_type of a family that is not supported -> what it computes that no table describes, nearest family
+    "gpt_oss": ("attention sinks, and experts with biases and clamped gates", "qwen3_moe"),
+    "qwen3_next": ("gated delta networks in place of most attentions", "qwen3_moe"),
+    "qwen3_5": ("gated delta networks in place of most attentions", "qwen3"),
+    "qwen3_5_moe": ("gated delta networks in place of most attentions", "qwen3_moe"),
+    "deepseek_v2": ("attention with compressed keys and values", "qwen2_moe"),
+    "deepseek_v3": ("attention with compressed keys and values", "qwen3_moe"),
+    "nemotron_h": ("Mamba layers", "nemotron"),
+    "falcon_h1": ("Mamba next to each attention", "llama"),
+    "glm4_moe": ("a router with corrected scores and groups of experts", "qwen3_moe"),
+    "granitemoe": ("Granite with experts", "granite"),
+}
 HEADER = (
     "family",
     "`model_type`",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.families import BEYOND
 from minitron_train.arch.mistral import WITH_LAYER_TYPES
 from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
@@ -90,8 +91,11 @@ def shape_of_text(config: Mapping[str, Any], where: str) -> Shape:
 
 def unsupported(config: Mapping[str, Any], where: str) -> UserError:
     """The error for a model_type without a table."""
+    name = config.get("model_type")
+    why, nearest = BEYOND.get(name, ("", "")) if isinstance(name, str) else ("", "")
+    reason = f" ({why}); the nearest supported family is {nearest}" if why else ""
     return UserError(
-        f"{where}: model_type {spoken(config.get('model_type'))} is not supported; "
+        f"{where}: model_type {spoken(name)} is not supported{reason}; "
         "`python -m minitron_train families` lists the supported ones"
     )
 
