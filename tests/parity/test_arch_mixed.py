@@ -1,4 +1,4 @@
-"""Layers with experts and dense layers in one model, with windows: against transformers, whole, split, cut, repaired, trained."""
+"""Layers with experts and dense layers in one model, with windows: against transformers, whole, cut, repaired."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,8 @@ from minitron_train.pruning.importance import importance
 from minitron_train.pruning.target import check_target
 from minitron_train.runtime.errors import UserError
 from tests.parity.test_arch_moe import allow_only
-from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, EXPERTS, exported, hf_logits, opened, save_random
 from tests.support.pruning import configuration, measured, random_tokens, run_cut
-from tests.support.training import assert_equal, make_material, rows, run, student_of, train_here
 
 MIXED = COMMON | EXPERTS | {"num_hidden_layers": 4, "intermediate_size": 40}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -235,21 +233,3 @@ def test_bad_settings_are_refused_in_one_line(changes: dict[str, Any], message: 
     with pytest.raises(UserError, match=message) as error:
         hf.shape_from_config(MIXED | FAMILIES["qwen3_moe"] | {"num_experts": 6} | changes, "config.json")
     assert "\n" not in str(error.value)
-
-
-def test_a_student_is_trained_saved_and_exported(tmp_path: Path) -> None:
-    """A checkpoint of two ranks, whose layers have tensors of their own, gives a student that transformers opens."""
-    mixed = EXPERTS | {"mlp_only_layers": [1], "intermediate_size": 40}
-    material = make_material(tmp_path, "llama_untied", model_type="qwen3_moe", **mixed)
-    run(material, tmp_path / "one")
-    run_ranks(train_here, 2, [(material, tmp_path / "two", {"parallel__tensor_model_parallel_size": 2})])
-    assert_equal(tmp_path / "two", rows(tmp_path / "one"))
-    weights = student_of(tmp_path / "two", tmp_path / "exported")
-    for key, tensor in student_of(tmp_path / "one", tmp_path / "exported_1").items():
-        torch.testing.assert_close(weights[key], tensor, rtol=0, atol=1e-4)
-    assert hf.HFFolder(tmp_path / "exported").shape == hf.HFFolder(material.student).shape
-    logits = hf_logits(tmp_path / "exported", TOKENS[0])
-    checkpoint, model = opened(tmp_path / "exported")
-    with torch.no_grad():
-        torch.testing.assert_close(model.logits(model(TOKENS[0])).transpose(0, 1), logits, rtol=0, atol=1e-4)
-    assert not torch.equal(logits, hf_logits(material.student, TOKENS[0])) and not checkpoint.unexpected
