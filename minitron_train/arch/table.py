@@ -203,6 +203,17 @@ class Architecture:
         return any(row.mcore.endswith("_bda.layernorm.weight") for row in self.rows)
 
     @property
+    def has_pre_norms(self) -> bool:
+        """Whether a norm stands between the residual stream and what a layer computes from it."""
+        return any(row.mcore == LAYER + "input_layernorm.weight" for row in self.rows)
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether a norm covers each query head and each key head alone."""
+        names = (LAYER + "self_attention.q_layernorm.weight", LAYER + "self_attention.k_layernorm.weight")
+        return any(row.mcore in names and row.parallel_dim() is None for row in self.rows)
+
+    @property
     def has_projection_norms(self) -> bool:
         """Whether a norm covers all query heads, or all key heads, together."""
         return any("_layernorm" in row.mcore and row.parallel_dim() is not None for row in self.rows)

@@ -65,15 +65,19 @@ class Layout:
 def saved_per_layer(shape: Shape, layout: Layout) -> int:
     """Return the bytes that autograd saves for one layer, per micro-batch and rank, without full recomputation."""
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
-    replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
+    table = architecture(shape.architecture)
+    replicated = 2 * hidden / sequence_parts(layout)  # the inputs of both first linears
+    replicated += 2 * (table.has_pre_norms + table.has_post_norms) * kept_by_norm(shape, layout)
     if layout.recompute != "selective":
         replicated += expert_elements(shape)
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
         attention = 4 * query  # rotated Q; K and V repeated for every head (model.attention.needs_whole_heads); context
+    attention += query if table.has_head_norms else 0  # each query head as its norm takes it
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
+    small += 2 * (query + key) / layout.tp if table.has_projection_norms else 0  # in fp32, before and after scaling
     small += shape.num_moe_experts + 9 * shape.moe_router_topk  # probabilities, and three int64 numbers of each expert
     return int(layout.tokens * (elements * layout.weight_bytes + small * FP32))
 

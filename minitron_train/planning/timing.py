@@ -44,6 +44,7 @@ LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward
     "cross_entropy": (15, 0),
 }
 COMPILED_PASSES = 7  # those of forward_kl with distill.compile_loss=true, at any temperature
+SOFTCAP_PASSES = 12  # over each attention score, fp32, where a soft cap keeps torch's kernels out (model.attention)
 SUM_PASSES = 3  # adds the gradients of two losses
 WATCH_PASSES = 6  # over each activation that is scored: pruning.statistics reduces it three times
 READ_PASSES = 4  # over each byte that slicing reads
@@ -89,6 +90,17 @@ def all_layer_passes(shape: Shape, layout: Layout) -> float:
     return sum(count * layer_passes(part, layout) for part, count in shape.by_mlp())
 
 
+def softcap_bytes(shape: Shape, layout: Layout) -> float:
+    """Return the bytes of attention scores that one rank reads or writes per token in a forward pass of all layers.
+
+    Without a soft cap, scores never leave the kernel of attention.
+    """
+    if shape.attention_softcap is None:
+        return 0.0
+    scores = attention_flops_per_token(shape, layout.seq_length) / (4 * shape.kv_channels)
+    return SOFTCAP_PASSES * scores * FP32 / layout.tp
+
+
 def mlp_passes(shape: Shape) -> float:
     """Return the elements that the MLP's activation function reads or writes per token, summed over tensor-parallel ranks."""
     return PASSES[architecture(shape.architecture).transformer["activation"]] * shape.neurons_per_token
@@ -101,10 +113,13 @@ def recomputed(layout: Layout, layer: float, mlp: float) -> float:
 
 def elementwise_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
     """Return the memory traffic of all layers: teacher forward, student forward and backward (2 forwards), recomputation."""
-    taught = 0.0 if teacher is None else all_layer_passes(teacher, layout) * layout.teacher_weight_bytes
+    taught = 0.0
+    if teacher is not None:
+        taught = all_layer_passes(teacher, layout) * layout.teacher_weight_bytes + softcap_bytes(teacher, layout)
     passes = all_layer_passes(student, layout)
     mlp = sum(count * mlp_passes(part) for part, count in student.by_mlp()) / layout.tp
-    return taught + (3 * passes + recomputed(layout, passes, mlp)) * layout.weight_bytes
+    capped = (3 + (layout.recompute == "full")) * softcap_bytes(student, layout)
+    return taught + capped + (3 * passes + recomputed(layout, passes, mlp)) * layout.weight_bytes
 
 
 def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
@@ -262,7 +277,7 @@ def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int
     channels = teacher.num_layers * (4 * teacher.hidden_size + 2 * teacher.axis_size("q") / layout.tp)
     neurons = sum(count * part.neurons_per_token for part, count in teacher.by_mlp())
     watched = WATCH_PASSES * (channels + 2 * neurons / layout.tp)
-    traffic = (all_layer_passes(teacher, layout) + watched) * layout.weight_bytes
+    traffic = (all_layer_passes(teacher, layout) + watched) * layout.weight_bytes + softcap_bytes(teacher, layout)
     weights = 2 * parameters_per_rank(teacher, layout.tp) * layout.weight_bytes
     rate = (machine.fp32_flops if layout.weight_bytes == FP32 else machine.peak_flops) * machine.gemm_efficiency
     network = tokens * score_network_bytes(teacher, layout) / machine.link_rate(layout.tp)
