@@ -149,13 +149,14 @@ def prune(
     num_layers: int | None = None,
     num_moe_experts: int | None = None,
     moe_shared_expert_intermediate_size: int | None = None,
+    dense_ffn_hidden_size: int | None = None,
     text: Text | None = None,
     settings: Settings | None = None,
 ) -> Pruned:
     """Cut a teacher to a smaller shape, scoring it first where that has not been done; repaired as `prune` settings say.
 
     Args:
-        hidden_size, …, moe_shared_expert_intermediate_size: the student's; None keeps the teacher's.
+        hidden_size, …, dense_ffn_hidden_size: the student's; None keeps the teacher's.
         text: calibration text; default: the embedded corpus.
     """
     sizes = {
@@ -166,6 +167,7 @@ def prune(
         "num_layers": num_layers,
         "num_moe_experts": num_moe_experts,
         "moe_shared_expert_intermediate_size": moe_shared_expert_intermediate_size,
+        "dense_ffn_hidden_size": dense_ffn_hidden_size,
     }
     values = {"teacher.path": teacher, "data.path": text} | {f"student.{name}": size for name, size in sizes.items()}
     ws = run("prune", output_dir, values, settings)

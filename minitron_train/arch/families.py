@@ -15,6 +15,19 @@ AXES = {
     "num_query_groups": "KV groups",
     "num_moe_experts": "experts",
     "moe_shared_expert_intermediate_size": "shared expert",
+    "dense_ffn_hidden_size": "MLP of dense layers",
+}
+BEYOND = {  # model_type of a family that is not supported -> what it computes that no table describes, nearest family
+    "gpt_oss": ("attention sinks, and experts with biases and clamped gates", "qwen3_moe"),
+    "qwen3_next": ("gated delta networks in place of most attentions", "qwen3_moe"),
+    "qwen3_5": ("gated delta networks in place of most attentions", "qwen3"),
+    "qwen3_5_moe": ("gated delta networks in place of most attentions", "qwen3_moe"),
+    "deepseek_v2": ("attention with compressed keys and values", "qwen2_moe"),
+    "deepseek_v3": ("attention with compressed keys and values", "qwen3_moe"),
+    "nemotron_h": ("Mamba layers", "nemotron"),
+    "falcon_h1": ("Mamba next to each attention", "llama"),
+    "glm4_moe": ("a router with corrected scores and groups of experts", "qwen3_moe"),
+    "granitemoe": ("Granite with experts", "granite"),
 }
 HEADER = (
     "family",
@@ -35,13 +48,14 @@ def families_table() -> str:
 
 
 def wrapper_row(wrapper: Wrapper) -> tuple[str, ...]:
-    """The cells of a vision-language model, whose text model alone is cut; its hidden size is fixed, so nothing rotates."""
+    """The cells of a vision-language model, whose text model is cut. Nothing rotates where its hidden size is fixed."""
     table = architecture(next(iter(wrapper.texts.values())))
+    is_fixed = wrapper.hidden_size is not None
     return (
         f"{wrapper.models}: text model",
         f"`{wrapper.name}`",
-        named(size for size in cut_alone(table) if size != "hidden_size"),
-        "no",
+        named(size for size in cut_alone(table) if size != "hidden_size") if is_fixed else axes(table),
+        "no" if is_fixed else rotation(table),
         repair(table),
         tensor_parallelism(table),
         f"`{wrapper.hf_class}`",

@@ -1,4 +1,4 @@
-"""What may differ between the layers of one model: the rotary embedding and the attention window. Pure Python."""
+"""What may differ between the layers of one model: rotary embedding, attention window, kind of MLP. Pure Python."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,10 +42,11 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerKind:
-    """Settings of attention that some layers of a model share."""
+    """Settings that some layers of a model share."""
 
     window: int | None = None  # a query attends to itself and the window - 1 tokens before it; None: to all before it
     rope: Rope | None = Rope()  # None: positions are not encoded (NoPE)
+    is_dense: bool = False  # in a mixture of experts: whether the layer has a dense MLP instead
 
 
 def keys_per_query(kind: LayerKind, length: int, *, causal: bool) -> float:

@@ -1,6 +1,7 @@
-"""Mixtures of experts: the rows that replace the MLP's, and their keys of config.json."""
+"""Mixtures of experts: the rows that replace the MLP's, those of dense layers among them, and their keys of config.json."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from minitron_train.arch.shape import Shape
 from minitron_train.arch.table import EXPERT, HF, ROUTER, SHARED, SHARED_GATE, ParamSpec
@@ -20,6 +21,16 @@ def moe_rows(rows: Iterable[ParamSpec], router: str, expert: str, gate: str, up:
     first = {f"{HF}{expert}{name}.weight": ("ffn", "embd") for name in (gate, up)}
     yield ParamSpec(mcore=EXPERT + "linear_fc1.weight", hf=first)
     yield ParamSpec(mcore=EXPERT + "linear_fc2.weight", hf={f"{HF}{expert}{down}.weight": ("embd", "ffn")})
+
+
+def mixed_rows(rows: Iterable[ParamSpec], dense: Iterable[ParamSpec]) -> Iterator[ParamSpec]:
+    """Rows of a mixture of experts in which some layers have the MLP of the table `dense` instead."""
+    for row in rows:
+        yield replace(row, dense=False) if ".mlp." in row.mcore else row
+    for row in dense:
+        if ".mlp." in row.mcore:
+            hf = {name: tuple("dense" if axis == "ffn" else axis for axis in axes) for name, axes in row.hf.items()}
+            yield replace(row, hf=hf, dense=True)
 
 
 def shared_rows(expert: str, gate: str) -> tuple[ParamSpec, ...]:
@@ -46,7 +57,7 @@ def moe_config_keys(
 
 def experts_are_given(shape: Shape) -> str | None:
     """A family of mixtures of experts has no dense model."""
-    return None if shape.num_moe_experts else "num_moe_experts=0, but every layer of this family has experts"
+    return None if shape.num_moe_experts else "num_moe_experts=0, but this family has experts"
 
 
 def rows_fill_products(shape: Shape) -> str | None:

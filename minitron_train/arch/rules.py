@@ -19,8 +19,8 @@ def check_wrapper(teacher: Shape, student: Shape) -> None:
     """Reject sizes that the vision model around a text model would have to follow."""
     if teacher.wrapper is None:
         return
-    if student.hidden_size != teacher.hidden_size:
-        reason = WRAPPERS[teacher.wrapper].hidden_size
+    reason = WRAPPERS[teacher.wrapper].hidden_size
+    if reason is not None and student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student.hidden_size={student.hidden_size}: cannot be cut inside {teacher.wrapper}, because {reason}; "
             f"keep {teacher.hidden_size}"
@@ -50,7 +50,7 @@ def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
     if table.has_projection_norms:
         return "norms over all query heads together, and its layers normalise each head"
     has_bias = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), False)
-    for row in table.layer_rows(shape):
+    for row in table.layer_rows(shape, shape.kinds[0]):
         *_, linear, kind = row.mcore.split(".")
         if kind == "bias" and linear in has_bias:
             has_bias[linear] = True

@@ -15,16 +15,19 @@ SIZES = (  # can be pruned
     "num_query_groups",
     "num_moe_experts",
     "moe_shared_expert_intermediate_size",
+    "dense_ffn_hidden_size",
 )
 ABSENT = {
     "num_moe_experts": "experts",
     "moe_shared_expert_intermediate_size": "shared expert",
+    "dense_ffn_hidden_size": "dense layers among layers with experts",
 }  # 0 where there are none
 SPLIT_SIZES = (  # that tensor parallelism divides
     "num_attention_heads",
     "num_query_groups",
     "ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
+    "dense_ffn_hidden_size",
     "vocab_size",
 )
 FACTORS = (  # numbers that a family multiplies or divides by
@@ -42,8 +45,8 @@ FACTORS = (  # numbers that a family multiplies or divides by
 class Shape:
     """One decoder's shape, with megatron-core's names. `architecture` is a key of arch.ARCHITECTURES.
 
-    In a mixture of experts, every layer has `num_moe_experts` experts, and `ffn_hidden_size` is the width of one of them.
-    Some families add a shared expert, which processes every token.
+    In a mixture of experts, a layer has `num_moe_experts` experts, and `ffn_hidden_size` is the width of one of them.
+    Some families add a shared expert, which processes every token. Layers whose kind is dense have one MLP instead.
     """
 
     architecture: str
@@ -60,6 +63,7 @@ class Shape:
     num_moe_experts: int = 0  # experts of each layer; 0: one dense MLP
     moe_router_topk: int = 0  # experts that process a token, those of its highest router probabilities
     moe_shared_expert_intermediate_size: int = 0  # neurons of each layer's shared expert; 0: there is none
+    dense_ffn_hidden_size: int = 0  # neurons of the MLP of dense layers among layers with experts; 0: there are none
     norm_topk_prob: bool = False  # whether these probabilities are divided by their sum
     attention_bias: bool = False  # whether the attention has the biases that the table lists under this field
     mlp_bias: bool = False  # likewise the MLP
@@ -104,6 +108,29 @@ class Shape:
         one_rope = len(ropes) == 1 and all(rope is not None and not rope.scales_queries for rope in ropes)
         return one_rope and all(window is None or window >= length for window in self.windows)
 
+    def by_mlp(self) -> tuple[tuple["Shape", int], ...]:
+        """This model as models whose layers all have experts, or all a dense MLP, each with its number of layers."""
+        if not any(kind.is_dense for kind in self.kinds):
+            return ((self, self.num_layers),)
+        absent = dict.fromkeys((*ABSENT, "moe_router_topk"), 0)
+        without = replace(self, ffn_hidden_size=self.dense_ffn_hidden_size, **absent)
+        parts = [
+            (part, [kind for kind in self.layer_kinds if kind.is_dense == is_dense])
+            for part, is_dense in ((self, False), (without, True))
+        ]
+        return tuple((part.with_layers(kinds), len(kinds)) for part, kinds in parts if kinds)
+
+    def unit_sizes(self, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+        """Sizes of the scores of a layer's experts, of its neurons (with experts: of each expert), and of its shared expert's."""
+        if kind.is_dense:
+            return {"experts": (0,), "ffn": (self.dense_ffn_hidden_size,), "shared": (0,)}
+        experts = (self.num_moe_experts,) if self.num_moe_experts else ()
+        return {
+            "experts": (self.num_moe_experts,),
+            "ffn": (*experts, self.ffn_hidden_size),
+            "shared": (self.moe_shared_expert_intermediate_size,),
+        }
+
     @property
     def neurons_per_layer(self) -> int:
         """MLP neurons of a layer, those of all experts together."""
@@ -129,6 +156,7 @@ class Shape:
             "head": self.kv_channels,
             "expert": self.num_moe_experts,
             "shared": self.moe_shared_expert_intermediate_size,
+            "dense": self.dense_ffn_hidden_size,
             "one": 1,
         }[axis]
 
@@ -157,6 +185,8 @@ class Shape:
                 f"{prefix}{told('num_moe_experts')}: the router sends each token to {self.moe_router_topk} experts; "
                 f"choose at least {self.moe_router_topk}"
             )
+        if self.num_moe_experts and all(kind.is_dense for kind in self.kinds):
+            raise UserError(f"{prefix}{told('num_moe_experts')}: no layer has experts; keep at least one that has them")
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
         """Reject a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
@@ -196,16 +226,18 @@ class Shape:
         """This shape with as many layers as there are `kinds`, of these kinds."""
         different = tuple(dict.fromkeys(kinds)) or self.kinds[:1]
         places = tuple(map(different.index, kinds)) if len(different) > 1 else ()
-        return replace(self, num_layers=len(kinds), kinds=different, kind_of_layer=places)
+        dense = self.dense_ffn_hidden_size if any(kind.is_dense for kind in different) else 0
+        return replace(self, num_layers=len(kinds), kinds=different, kind_of_layer=places, dense_ffn_hidden_size=dense)
 
     def untied(self) -> "Shape":
         """This shape with an output layer that is not tied to the embedding."""
         return replace(self, tie_embeddings=False)
 
-    def smaller(self, **sizes: int | None) -> "Shape":
+    def smaller(self, drop_layers: Sequence[int] | None = None, /, **sizes: int | None) -> "Shape":
         """This shape with some sizes reduced; None keeps a size.
 
-        With fewer layers it gets the kinds of the first ones, until pruning chooses the layers (`with_layers`).
+        With fewer layers it has the kinds of those that `drop_layers` leaves. Without a list of fitting length it has the
+        kinds of the first ones, until pruning chooses the layers (`with_layers`).
 
         Raises:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
@@ -220,8 +252,10 @@ class Shape:
                     f"student.{key}={value}: larger than the teacher's {getattr(self, key)}; pruning only cuts, "
                     f"choose at most {getattr(self, key)}"
                 )
-        first = self.layer_kinds[: max(0, changed.get("num_layers", self.num_layers))]
-        shape = replace(self.with_layers(first), **changed)
+        count = changed.pop("num_layers", self.num_layers)
+        left = [kind for i, kind in enumerate(self.layer_kinds) if i not in (drop_layers or ())]
+        kinds = left if len(left) == count else self.layer_kinds[: max(0, count)]
+        shape = replace(replace(self, **changed).with_layers(kinds), num_layers=count)
         shape.check("student.")
         return shape
 

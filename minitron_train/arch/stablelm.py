@@ -18,6 +18,7 @@ STABLELM = replace(
     models="StableLM 3B, StableLM 2 1.6B",
     rows=(*without_output_bias(LLAMA.rows), *NORM_BIASES),
     partial_rotary=True,
+    rotates_pairs_only=True,
     rotary_percent=0.25,
     config_keys={
         **{field: key for field, key in LLAMA_KEYS.items() if field != "kv_channels"},  # hidden / heads, always

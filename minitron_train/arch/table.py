@@ -11,6 +11,7 @@ A row names the axis of every dimension. The axis decides how the dimension is s
     head    kv_channels                   no                          no
     expert  num_moe_experts               no                          yes
     shared  moe_shared_expert_intermediate_size  yes                  yes
+    dense   dense_ffn_hidden_size         yes                         yes
     one     1                             no                          no
 
 A row with `{e}` in its names stands for one parameter of every expert.
@@ -21,9 +22,10 @@ from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from typing import Any
 
+from minitron_train.arch.layer_kind import LayerKind
 from minitron_train.arch.shape import FACTORS, Shape
 
-PARALLEL_AXES = frozenset({"q", "kv", "ffn", "shared", "vocab"})
+PARALLEL_AXES = frozenset({"q", "kv", "ffn", "shared", "dense", "vocab"})
 
 Axes = tuple[str, ...]
 Rule = Callable[[Shape], str | None]  # why a loader of the Hugging Face folder would reject the shape, or None
@@ -36,7 +38,7 @@ class ParamSpec:
     `{i}` in a name is the layer, `{e}` the expert. With `per_group` the parts are interleaved per KV group, which is
     megatron-core's layout of QKV: the group's query rows, then its key rows, then its value rows. Otherwise they are
     stacked (gate, then up). `when` names the Shape field that must be true for a model to have this parameter; None: every
-    model has it.
+    model has it. `dense` is True for a parameter of dense layers among layers with experts, False for one of the latter.
 
     Some families store the parts as one tensor, `stored_as`, one range of rows after the other. Then the names in `hf` are
     those of the ranges: the reader finds them there, and writers put them there.
@@ -46,6 +48,7 @@ class ParamSpec:
     hf: Mapping[str, Axes]
     per_group: bool = False
     when: str | None = None
+    dense: bool | None = None
     stored_as: str | None = None
     expert: int | None = None  # set by `of_expert`
 
@@ -61,16 +64,24 @@ class ParamSpec:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has this parameter."""
+        """Whether this is a parameter of layers."""
         return "{i}" in self.mcore
+
+    def is_in(self, kind: LayerKind) -> bool:
+        """Whether layers of this kind have this parameter."""
+        return self.per_layer and self.dense in (None, kind.is_dense)
 
     def layers(self, shape: Shape) -> Iterator[int]:
         """Layer indices that have this parameter; [0] for a parameter outside the layers."""
-        return iter(range(self.num_layers(shape)))
+        if self.dense is None:
+            return iter(range(shape.num_layers if self.per_layer else 1))
+        return (i for i, kind in enumerate(shape.layer_kinds) if self.is_in(kind))
 
     def num_layers(self, shape: Shape) -> int:
         """How many parameters of the model this row describes."""
-        return shape.num_layers if self.per_layer else 1
+        if self.dense is None:
+            return shape.num_layers if self.per_layer else 1
+        return sum(1 for _ in self.layers(shape))
 
     def sizes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
         """Full size of each Hugging Face part."""
@@ -107,6 +118,15 @@ class Unrotated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DenseLayers:
+    """How a family's config.json chooses the layers that have a dense MLP instead of experts."""
+
+    key: str  # a list of these layers' numbers
+    interval: str  # key of a number n: of the other layers, every n-th one has experts
+    width: str  # key of their MLP neurons
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LocalRope:
     """The rotary embedding of layers with a window, where it is another one: its base."""
 
@@ -140,12 +160,14 @@ class Architecture:
     local_rope: LocalRope | None = None  # None: layers with a window have the same rotary embedding as the others
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
+    rotates_pairs_only: bool = False  # whether transformers' class fails with an odd number of rotated channels
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated
     rope_types: Mapping[str, str] | None = (
         None  # types that its config class accepts, and what it takes them for; None: all
     )
     query_growth: str | None = None  # key of the rope with which queries grow with their position (Rope.query_growth)
     unrotated: Unrotated | None = None  # how layers without rotary embedding are chosen; None: there are none
+    dense_layers: DenseLayers | None = None  # how layers without experts are chosen; None: there are none
 
     @property
     def has_experts(self) -> bool:
@@ -171,14 +193,25 @@ class Architecture:
         keys = {field: key for field, key in self.config_keys.items() if field in FACTORS}
         return {field: self.config_defaults[key] for field, key in keys.items()}
 
-    def layer_rows(self, shape: Shape) -> tuple[ParamSpec, ...]:
-        """The rows of one layer."""
-        return tuple(row for row in self.rows_of(shape) if row.per_layer)
+    def layer_rows(self, shape: Shape, kind: LayerKind) -> tuple[ParamSpec, ...]:
+        """The rows of a layer of one of the shape's kinds."""
+        return tuple(row for row in self.rows_of(shape) if row.is_in(kind))
 
     @property
     def has_post_norms(self) -> bool:
         """Whether a norm stands between what a layer computes and the residual stream."""
         return any(row.mcore.endswith("_bda.layernorm.weight") for row in self.rows)
+
+    @property
+    def has_pre_norms(self) -> bool:
+        """Whether a norm stands between the residual stream and what a layer computes from it."""
+        return any(row.mcore == LAYER + "input_layernorm.weight" for row in self.rows)
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether a norm covers each query head and each key head alone."""
+        names = (LAYER + "self_attention.q_layernorm.weight", LAYER + "self_attention.k_layernorm.weight")
+        return any(row.mcore in names and row.parallel_dim() is None for row in self.rows)
 
     @property
     def has_projection_norms(self) -> bool:

@@ -1,5 +1,6 @@
 """Vision-language models around a text model of a supported family: what is pruned is the text model alone."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,11 @@ class Wrapper:
     texts: Mapping[str, str]  # model_type of text_config -> family; the first is the default
     prefix: str  # of the text model's tensors, where the vision model's do not begin with "model."
     output: str  # stored name of the output layer, in the same case
-    hidden_size: str  # why the hidden size cannot be cut
+    hidden_size: str | None = None  # why the hidden size cannot be cut; None: it can, see `writers`
+    writers: re.Pattern[str] | None = (
+        None  # tensors outside the text model whose rows are channels of its residual stream
+    )
+    writers_key: str | None = None  # key of vision_config with their number of rows
     tied: bool = False  # default of the outer tie_word_embeddings
     text_ties: bool = True  # whether text_config can tie the embeddings too
     flat: bool = False  # whether the keys of text_config may stand at the top level
@@ -62,7 +67,10 @@ QWEN3_VL_TEXT = replace(
     windows=Windows(),
 )
 TEXTS = (QWEN2_5_VL_TEXT, QWEN3_VL_TEXT)  # families that stand inside a wrapper only
-PROJECTOR = "both layers of multi_modal_projector have this width in transformers' class"
+PROJECTOR = (
+    "transformers' class gives both linears of multi_modal_projector this width, and a text says nothing about which neurons "
+    "between them matter"
+)
 LLAVA = Wrapper(
     name="llava",
     hf_class="LlavaForConditionalGeneration",
@@ -97,7 +105,8 @@ QWEN2_5_VL = Wrapper(
     texts={"qwen2_5_vl_text": "qwen2_5_vl_text"},
     prefix="model.",
     output="lm_head.weight",
-    hidden_size="visual.merger writes image features of this width",
+    writers=re.compile(r"(^|\.)visual\.merger\.mlp\.2\.(weight|bias)$"),
+    writers_key="out_hidden_size",
     flat=True,
 )
 QWEN3_VL = Wrapper(
@@ -107,7 +116,8 @@ QWEN3_VL = Wrapper(
     texts={"qwen3_vl_text": "qwen3_vl_text"},
     prefix="model.language_model.",
     output="lm_head.weight",
-    hidden_size="visual.merger and visual.deepstack_merger_list write image features of this width",
+    writers=re.compile(r"(^|\.)visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc2\.(weight|bias)$"),
+    writers_key="out_hidden_size",
     text_ties=False,
 )
 WRAPPERS = {wrapper.name: wrapper for wrapper in (LLAVA, MISTRAL3, QWEN2_5_VL, QWEN3_VL)}

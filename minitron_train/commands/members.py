@@ -65,9 +65,9 @@ def family_shapes(ws: Workspace) -> dict[str, Shape]:
     found = {ORIGINAL: ws.teacher_shape}
     for name, (source, teacher) in origins(ws.config).items():
         try:
-            found[name] = found[source].smaller(**with_member(ws.config, name).student.sizes())
-            check_rules(found[name], "student")
             member = with_member(ws.config, name)
+            found[name] = found[source].smaller(member.prune.drop_layers, **member.student.sizes())
+            check_rules(found[name], "student")
             check_request(found[source], found[name], member.prune, member.calibration)
             found[name].check_parallel(tp, "student")
         except UserError as error:

@@ -283,7 +283,7 @@ class Workspace:
         """The target, checked against the model to prune, the loaders' rules and the parallel sizes."""
         from minitron_train.arch.rules import check_rules
 
-        student = self.source_shape.smaller(**self.config.student.sizes())
+        student = self.source_shape.smaller(self.config.prune.drop_layers, **self.config.student.sizes())
         check_rules(student, "student")
         parallel = self.config.parallel
         for shape, name in ((self.source_shape, "teacher"), (student, "student")):

@@ -109,6 +109,9 @@ class StudentConfig:
     moe_shared_expert_intermediate_size: int | None = opt(
         None, "neurons of the shared expert to keep per layer; default: all"
     )
+    dense_ffn_hidden_size: int | None = opt(
+        None, "MLP neurons to keep per dense layer among layers with experts; default: all"
+    )
 
     def sizes(self) -> dict[str, int | None]:
         """The sizes that pruning may change, by name; None keeps the teacher's."""

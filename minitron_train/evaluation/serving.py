@@ -27,7 +27,7 @@ def serving_problems(folder: Path, tensor_parallel_size: int = 1) -> list[str]:
     says_head_dim = "head_dim" in config or "head_dim" in (config.get("text_config") or {})
     if not says_head_dim and shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
         problems.append("config.json has no head_dim, and hidden_size / num_attention_heads gives a wrong value")
-    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "dense_ffn_hidden_size", "vocab_size"):
         if getattr(shape, key) % tensor_parallel_size:
             problems.append(
                 f"{key}={getattr(shape, key)} is not divisible by the tensor-parallel size {tensor_parallel_size}"

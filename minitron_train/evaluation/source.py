@@ -13,7 +13,7 @@ from minitron_train.model.build import LanguageModel, build
 from minitron_train.model.load import load_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.train import checkpoint_files
-from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint, saved_name
+from minitron_train.train.export import SavedTensors, VerifiedCheckpoint, find_checkpoint, saved_place
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class SavedSource:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Read the tensor `name`, or its slice [start, stop) along `dim`."""
         row, i = self.rows[name]
-        fused = self.saved.read(saved_name(row.mcore), i if row.per_layer else None)
+        fused = self.saved.read(*saved_place(self.shape, row, i))
         parts = shards_to_parts(row, self.shape, [fused])
         tensor = next(part for key, part in parts.items() if key.format(i=i) == name)
         return (

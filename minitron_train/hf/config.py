@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from minitron_train.arch import ARCHITECTURES, Shape, architecture
+from minitron_train.arch.families import BEYOND
 from minitron_train.arch.mistral import WITH_LAYER_TYPES
 from minitron_train.arch.shape import FACTORS
 from minitron_train.arch.table import COMMON_FACTS, HARMLESS_KEYS, Architecture
 from minitron_train.arch.wrappers import TEXTS
 from minitron_train.hf.dtypes import named_dtype
-from minitron_train.hf.layers import read_layers, written_layers
+from minitron_train.hf.layers import dense_width, read_layers, written_layers
 from minitron_train.hf.local_rope import read_ropes, with_local_rope, written_ropes
 from minitron_train.hf.rope import rope_keys
 from minitron_train.hf.values import as_authors_give_it, epsilon, positive_number, size, spoken, truth
@@ -81,15 +82,20 @@ def shape_of_text(config: Mapping[str, Any], where: str) -> Shape:
     values = read_fields(config, table, where)
     check_padding(config, values["vocab_size"], where)
     rope, local = read_ropes(config, table, values["max_position_embeddings"], values["kv_channels"], where)
-    shape = Shape(architecture=table.name, **values, **table.shape_facts)
+    layers = with_local_rope(read_layers(config, table, rope, values["num_layers"], where), local)
+    values["dense_ffn_hidden_size"] = dense_width(config, table, layers, where)
+    shape = Shape(architecture=table.name, **values, **table.shape_facts).with_layers(layers)
     shape.check(f"{where}: ", table.config_keys)
-    return shape.with_layers(with_local_rope(read_layers(config, table, rope, shape.num_layers, where), local))
+    return shape
 
 
 def unsupported(config: Mapping[str, Any], where: str) -> UserError:
     """The error for a model_type without a table."""
+    name = config.get("model_type")
+    why, nearest = BEYOND.get(name, ("", "")) if isinstance(name, str) else ("", "")
+    reason = f" ({why}); the nearest supported family is {nearest}" if why else ""
     return UserError(
-        f"{where}: model_type {spoken(config.get('model_type'))} is not supported; "
+        f"{where}: model_type {spoken(name)} is not supported{reason}; "
         "`python -m minitron_train families` lists the supported ones"
     )
 
@@ -189,6 +195,8 @@ def student_config(
         key: cut(key, value, table, teacher.num_layers, kept) for key, value in config.items() if key not in dropped
     }
     changed |= {key: getattr(shape, field) for field, key in table.config_keys.items()}
+    if shape.dense_ffn_hidden_size and table.dense_layers is not None:
+        changed[table.dense_layers.width] = shape.dense_ffn_hidden_size
     changed |= {alias: changed[key] for key, alias in table.config_aliases.items() if alias in config}
     ropes = read_ropes(config, table, teacher.max_position_embeddings, teacher.kv_channels, where)
     changed |= written_ropes(ropes, config, table, where)

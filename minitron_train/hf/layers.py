@@ -1,4 +1,4 @@
-"""What differs between layers, in config.json: windows and layers without rotary embedding, read and written."""
+"""What differs between layers, in config.json: windows, layers without rotary embedding or experts, read and written."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,10 +28,33 @@ def read_layers(
     slides = sliding_layers(stated, table, num_layers, where)
     width = window(stated, table, where) if any(slides) else None
     rotates = rotated_layers(stated, table, num_layers, where)
+    dense = dense_layers(stated, table, num_layers, where)
     return [
-        LayerKind(window=width if has_window else None, rope=rope if has_rope else None)
-        for has_window, has_rope in zip(slides, rotates, strict=True)
+        LayerKind(window=width if has_window else None, rope=rope if has_rope else None, is_dense=is_dense)
+        for has_window, has_rope, is_dense in zip(slides, rotates, dense, strict=True)
     ]
+
+
+def dense_layers(stated: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
+    """Whether each layer has a dense MLP instead of experts. `stated` has the family's defaults for missing keys."""
+    rule = table.dense_layers
+    if rule is None:
+        return [False] * num_layers
+    listed = [] if stated[rule.key] is None else stated[rule.key]
+    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
+        raise UserError(
+            f"{where}: {rule.key}={spoken(listed)}: must be a list of layer numbers; {as_authors_give_it('it')}"
+        )
+    step, named = size(stated[rule.interval], rule.interval, where), set(listed)
+    return [i in named or (i + 1) % step != 0 for i in range(num_layers)]
+
+
+def dense_width(config: Mapping[str, Any], table: Architecture, kinds: Sequence[LayerKind], where: str) -> int:
+    """Neurons of the MLP of dense layers among layers with experts; 0 if there are none."""
+    rule = table.dense_layers
+    if rule is None or not any(kind.is_dense for kind in kinds):
+        return 0
+    return size({**table.config_defaults, **config}[rule.width], rule.width, where)
 
 
 def rotated_layers(stated: Mapping[str, Any], table: Architecture, num_layers: int, where: str) -> list[bool]:
@@ -118,6 +141,9 @@ def written_layers(
     keys: dict[str, Any] = {}
     if table.unrotated is not None:
         keys[table.unrotated.key] = [int(kind.rope is not None) for kind in kinds]
+    if table.dense_layers is not None:
+        keys[table.dense_layers.key] = [i for i, kind in enumerate(kinds) if kind.is_dense]
+        keys[table.dense_layers.interval] = 1
     return keys | written_windows({**config, **keys}, table, kinds, is_listed=is_listed)
 
 
@@ -128,8 +154,8 @@ def written_windows(
     rule, slides = table.windows, [kind.window is not None for kind in kinds]
     if rule.default is None:
         return {}
-    if not rule.layer_types:
-        return {"sliding_window": kinds[0].window}
+    if not rule.layer_types:  # all layers are alike; a switch and its width stay as they are
+        return {} if rule.switch is not None else {"sliding_window": kinds[0].window}
     keys: dict[str, Any] = {}
     if rule.first_sliding is not None:  # older readers know this key only
         keys[rule.first_sliding] = slides.index(True) if any(slides) else len(slides)

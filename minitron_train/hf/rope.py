@@ -170,9 +170,10 @@ def read_rope(config: Mapping[str, Any], table: Architecture, max_positions: int
         raise UserError(f"{where}: rope_theta=1, by whose logarithm YaRN divides; {as_authors_give_it('it')}")
     percent = read_percent(config, rope, table, head_dim, where)
     num_rotated = int(head_dim * percent)
-    if kind in EVEN and num_rotated % 2:
+    if (kind in EVEN or table.rotates_pairs_only) and num_rotated % 2:
+        needs = table.hf_class if table.rotates_pairs_only else f"rope type {kind!r}"
         raise UserError(
-            f"{where}: {PERCENT}={percent:g} rotates {num_rotated} of {head_dim} channels: rope type {kind!r} needs an "
+            f"{where}: {PERCENT}={percent:g} rotates {num_rotated} of {head_dim} channels: {needs} needs an "
             "even number; use another teacher"
         )
     top = {**table.config_defaults, **config}

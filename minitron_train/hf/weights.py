@@ -13,6 +13,7 @@ from minitron_train.arch.table import EMBEDDING, OUTPUT, Architecture, stacked
 from minitron_train.hf.around import split, stored_name
 from minitron_train.hf.config import read_json, shape_from_config
 from minitron_train.hf.dtypes import STORED_DTYPES, named_dtype
+from minitron_train.hf.fused_experts import with_single_experts
 from minitron_train.hf.headers import Entry, shown
 from minitron_train.hf.locate import INDEX, Weights, check_folder, has_weights, read_weights
 from minitron_train.hf.nearest import check_family
@@ -54,6 +55,7 @@ class HFFolder:
         weights, self.rest = read_weights(folder, self.config), {}
         if self.wrapper is not None:
             weights, self.rest = split(weights)
+        weights = with_single_experts(weights, shape)
         self.shape = shape_as_stored(shape, self.table, weights)
         self.stored = self._find_tensors(weights)
         self.files = {name: entry.file for name, entry in self.stored.items()}

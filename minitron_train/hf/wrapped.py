@@ -76,7 +76,9 @@ def wrapped_student(
     kept: Sequence[int],
     dtype: str | None,
 ) -> dict[str, Any]:
-    """The teacher's config.json with the text model's sizes of `shape`; all other keys stay as they are.
+    """The teacher's config.json with the text model's sizes of `shape`, and the width of image features.
+
+    All other keys stay as they are.
 
     Args:
         kept: the teacher's layers that the student keeps.
@@ -93,6 +95,8 @@ def wrapped_student(
     }
     changed = lists | sizes | (written_dtype(text, dtype))
     outer = {"architectures": [wrapper.hf_class], **written_dtype(config, dtype)}
+    if wrapper.writers_key is not None and text.get("hidden_size") != shape.hidden_size:
+        outer[VISION] = {**(config.get(VISION) or {}), wrapper.writers_key: shape.hidden_size}
     if config.get(TEXT) is None:
         return {**true_of_student(config), **changed, **outer}
     return {**true_of_student(config), TEXT: {**true_of_student(text), **changed}, **outer}

@@ -142,14 +142,15 @@ def layer_spec(
 def family_spec(
     spec: ModuleSpec,
     shape: Shape,
+    kind: LayerKind,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
     splits_experts: bool,
 ) -> ModuleSpec:
-    """The modules of one layer with those that the rows of the family's table need in place of the usual ones."""
-    rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape)}
+    """The modules of a layer with those that the rows of the family's table need in place of the usual ones."""
+    rows = {row.mcore.removeprefix(LAYER): row for row in architecture(shape.architecture).layer_rows(shape, kind)}
     layer: Any = spec.submodules
-    if shape.num_moe_experts:
+    if shape.num_moe_experts and not kind.is_dense:
         expert_groups = {"ep_group": groups.ep, "edp_group": groups.expt_dp} if splits_experts else {}
         layer.mlp = ModuleSpec(module=Experts, params={"tp_group": groups.tp, "shape": shape, **expert_groups})
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
@@ -190,7 +191,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
+        ffn_hidden_size=shape.dense_ffn_hidden_size or shape.ffn_hidden_size,  # experts have their own
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels,
@@ -213,8 +214,15 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         batch_p2p_sync=False,
+        **expert_layers(shape),
         **{**arguments, **extra},
     )
+
+
+def expert_layers(shape: Shape) -> dict[str, list[int]]:
+    """Tell megatron-core where dense layers stand among layers with experts: its checkpoints then stack no layers."""
+    mixed = shape.dense_ffn_hidden_size > 0
+    return {"moe_layer_freq": [int(not kind.is_dense) for kind in shape.layer_kinds]} if mixed else {}
 
 
 def embedding_scale(shape: Shape, dtype: torch.dtype) -> float:
@@ -283,7 +291,7 @@ def build(
     specs = []
     for kind in shape.kinds:
         usual = layer_spec(config.qk_layernorm, transformer_engine, groups.tp)
-        specs.append(of_kind(family_spec(usual, shape, config, groups, ep > 1), shape, kind))
+        specs.append(of_kind(family_spec(usual, shape, kind, config, groups, ep > 1), shape, kind))
     norm: Any = Norm
     layers: Any = [specs[k] for k in shape.kind_of_layer] or specs * shape.num_layers
     own = layers_of_stages[stage]

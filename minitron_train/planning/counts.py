@@ -1,11 +1,12 @@
 """Exact counts of parameters and floating-point operations, from the shapes."""
 
 import functools
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
 from minitron_train.arch import ParamSpec, Shape, architecture
-from minitron_train.arch.layer_kind import keys_per_query
+from minitron_train.arch.layer_kind import LayerKind, keys_per_query
 from minitron_train.arch.pipeline import stage_layers
 
 MATRIX_PARTS = ("attention", "mlp", "output")  # multiplied with every token; the embedding is a lookup
@@ -54,9 +55,10 @@ def expert_parameters_per_rank(shape: Shape, tp: int, ep: int) -> int:
     return sum(each_rank_size(shape, row, tp, ep) * row.num_layers(shape) for row in rows)
 
 
-def layer_parameters(shape: Shape, tp: int = 1) -> int:
-    """Count the parameters of one layer on one tensor-parallel rank."""
-    return sum(each_rank_size(shape, row, tp, 1) for row in templates(shape) if row.per_layer)
+def layer_parameters(shape: Shape, kinds: Iterable[LayerKind], tp: int = 1) -> int:
+    """Count the parameters of one layer of each of these kinds on one tensor-parallel rank."""
+    sizes = [(row, each_rank_size(shape, row, tp, 1)) for row in templates(shape) if row.per_layer]
+    return sum(size for kind in kinds for row, size in sizes if row.is_in(kind))
 
 
 def templates(shape: Shape) -> tuple[ParamSpec, ...]:

@@ -68,15 +68,19 @@ class Layout:
 def saved_per_layer(shape: Shape, layout: Layout) -> int:
     """Return the bytes that autograd saves for one layer, per micro-batch and rank, without full recomputation."""
     hidden, query, key = shape.hidden_size, shape.axis_size("q"), shape.axis_size("kv")
-    replicated = 2 * (kept_by_norm(shape, layout) + hidden / sequence_parts(layout))  # two norms and their outputs
+    table = architecture(shape.architecture)
+    replicated = 2 * hidden / sequence_parts(layout)  # the inputs of both first linears
+    replicated += 2 * (table.has_pre_norms + table.has_post_norms) * kept_by_norm(shape, layout)
     if layout.recompute != "selective":
         replicated += expert_elements(shape)
     attention = 3 * query + 3 * key  # fused QKV, rotated Q and K, context
     if key < query and layout.cuda and layout.weight_bytes == FP32:
         attention = 4 * query  # rotated Q; K and V repeated for every head (model.attention.needs_whole_heads); context
+    attention += query if table.has_head_norms else 0  # each query head as its norm takes it
     mlp = 0 if layout.recompute == "selective" else mlp_elements(shape)
     elements = replicated + (attention + mlp) / layout.tp
     small = shape.num_attention_heads / layout.tp + 4  # log-sum-exp of attention, statistics of norms, fp32
+    small += 2 * (query + key) / layout.tp if table.has_projection_norms else 0  # in fp32, before and after scaling
     small += shape.num_moe_experts + 9 * shape.moe_router_topk  # probabilities, and three int64 numbers of each expert
     return int(layout.tokens * (elements * layout.weight_bytes + small * FP32))
 
@@ -115,15 +119,16 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 
     With recomputation, the backward pass also holds the recomputed activations of one layer (`with_working_layer`).
     """
+    parts = shape.by_mlp()
     final_norm = layout.tokens * kept_by_norm(shape, layout) * layout.weight_bytes
     if layout.recompute == "full":
         width = shape.hidden_size / sequence_parts(layout)
         layers = shape.num_layers * layout.tokens * width * layout.weight_bytes
-        working = saved_per_layer(shape, replace(layout, recompute="none"))
+        working = max(saved_per_layer(part, replace(layout, recompute="none")) for part, _ in parts)
     else:
-        layers = shape.num_layers * saved_per_layer(shape, layout)
+        layers = sum(count * saved_per_layer(part, layout) for part, count in parts)
         working = (
-            layout.tokens * mlp_elements(shape) / layout.tp * layout.weight_bytes
+            layout.tokens * max(mlp_elements(part) for part, _ in parts) / layout.tp * layout.weight_bytes
             if layout.recompute == "selective"
             else 0
         )
@@ -138,7 +143,7 @@ def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout
     The hidden states of both models that it receives and sends are counted once.
     """
     own = stage_layers(student.num_layers, layout.pp)[stage]
-    held = replace(student, num_layers=len(own), kinds=student.kinds[:1], kind_of_layer=())
+    held = student.with_layers(student.layer_kinds[own.start : own.stop])
     kept = activation_bytes(held, layout, with_working_layer=False)
     working = activation_bytes(held, layout) - kept
     messages = 0
@@ -151,7 +156,7 @@ def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
     """Return the peak bytes inside a layer of a forward pass without gradients: residual, norm, and MLP or attention."""
-    mlp = 3 * shape.neurons_per_token
+    mlp = 3 * max(part.neurons_per_token for part, _ in shape.by_mlp())
     attention = 3 * shape.axis_size("q") + 3 * shape.axis_size("kv")
     elements = 3 * shape.hidden_size + max(mlp, attention) / layout.tp + expert_elements(shape)
     return int(layout.tokens * layout.weight_bytes * elements) + dispatch_bytes(shape, layout)
@@ -209,10 +214,12 @@ def different_stages(shapes: Iterable[Shape | None], num_stages: int) -> list[in
 
     Of stages that are alike, the first one holds most activations.
     """
-    layers = [stage_layers(shape.num_layers, num_stages) for shape in shapes if shape is not None]
+    given = [shape for shape in shapes if shape is not None]
+    layers = [(shape.layer_kinds, stage_layers(shape.num_layers, num_stages)) for shape in given]
     found: dict[tuple[object, ...], int] = {}
     for stage in range(num_stages):
-        found.setdefault((stage == 0, stage == num_stages - 1, *(len(own[stage]) for own in layers)), stage)
+        dense = (tuple(kind.is_dense for kind in kinds[own[stage].start : own[stage].stop]) for kinds, own in layers)
+        found.setdefault((stage == 0, stage == num_stages - 1, *dense), stage)
     return list(found.values())
 
 
@@ -296,15 +303,16 @@ def score_bytes(teacher: Shape, layout: Layout, *, chunk_tokens: int, streamed: 
         chunk_tokens: tokens whose hidden states are held between two layers.
         streamed: hold the weights of one layer of each kind at a time.
     """
-    layers = (len(teacher.kinds) if streamed else teacher.num_layers) * layer_parameters(teacher, layout.tp)
-    channels = (2 * teacher.axis_size("q") + 2 * teacher.neurons_per_layer) // layout.tp + 2 * teacher.hidden_size
+    layers = layer_parameters(teacher, teacher.kinds if streamed else teacher.layer_kinds, layout.tp)
+    channels = 2 * teacher.axis_size("q") // layout.tp + 2 * teacher.hidden_size
+    neurons = sum(count * part.neurons_per_layer for part, count in teacher.by_mlp()) // layout.tp
     vectors = min(chunk_tokens, teacher.vocab_size) + chunk_tokens  # embeddings of distinct tokens, and of all tokens
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["score"],
         "weights": layers * layout.weight_bytes,
         "chunk": vectors * teacher.hidden_size * layout.weight_bytes,
         "working": working_bytes(teacher, layout),
-        "statistics": teacher.num_layers * channels * STATISTICS_BYTES,
+        "statistics": (teacher.num_layers * channels + 2 * neurons) * STATISTICS_BYTES,
     }
     return parts | {"total": sum(parts.values())}
 
@@ -326,7 +334,8 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
             both normalised streams and the difference between both models are held too.
     """
     layout = replace(layout, tp=1, weight_bytes=FP32)
-    hidden, query, ffn = student.hidden_size, student.axis_size("q"), student.ffn_hidden_size
+    hidden, query = student.hidden_size, student.axis_size("q")
+    ffn = max(student.ffn_hidden_size, student.dense_ffn_hidden_size)
     gated = architecture(student.architecture).transformer["gated_linear_unit"]
     has_post_norms = architecture(student.architecture).has_post_norms  # a repair holds the outputs before one norm
     linears = [(hidden, query + 2 * student.axis_size("kv")), (query, hidden), (hidden, (2 if gated else 1) * ffn)]
@@ -341,7 +350,7 @@ def repair_bytes(teacher: Shape, student: Shape, prune: PruneConfig, layout: Lay
     routed = teacher.hidden_size + 2 * hidden if student.num_moe_experts else 0
     parts = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["slice"],
-        "layers": (layer_parameters(teacher) + layer_parameters(student)) * FP32,
+        "layers": sum(layer_parameters(shape, shape.kinds) for shape in (teacher, student)) * FP32,
         "streams": tokens * (teacher.hidden_size + (2 if has_post_norms else 1) * hidden + routed) * FP32,
         "working": working_bytes(teacher, layout),
         "squares": max(squares, default=0) * FP64,

@@ -42,7 +42,7 @@ def models(plan: dict[str, Any]) -> list[str]:
     teacher, student = plan["teacher"], plan["student"]
     lines = [f"{'':<28}{'teacher':>16}{'student':>16}{'kept':>8}"]
     pairs = [
-        (name, teacher[name], student[name])
+        (name, teacher[name], student.get(name, 0))  # dense layers may all be dropped
         for name in (*SIZES, "moe_router_topk", "kv_channels", "vocab_size", *COUNTS)
         if name in teacher
     ]

@@ -57,8 +57,8 @@ def repair_tokens(config: Config) -> int:
 
 def least_tokens(student: Shape) -> int:
     """Return the tokens that a repair's least squares need, from the input width of the student's widest linear layer."""
-    shared = student.moe_shared_expert_intermediate_size
-    return TOKENS_PER_INPUT * max(student.axis_size("q"), student.ffn_hidden_size, shared, student.hidden_size)
+    neurons = (student.ffn_hidden_size, student.moe_shared_expert_intermediate_size, student.dense_ffn_hidden_size)
+    return TOKENS_PER_INPUT * max(student.axis_size("q"), *neurons, student.hidden_size)
 
 
 def slicing(config: Config, teacher: Shape, student: Shape, machine: Hardware) -> dict[str, Any]:

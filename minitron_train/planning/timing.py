@@ -46,6 +46,7 @@ LOGIT_PASSES = {  # fp32 elements read or written per logit: (forward + backward
     "samples": (15, 0),  # forward_kl from a teacher cache: the student's logits alone
 }
 COMPILED_PASSES = 7  # those of forward_kl with distill.compile_loss=true, at any temperature
+SOFTCAP_PASSES = 12  # over each attention score, fp32, where a soft cap keeps torch's kernels out (model.attention)
 SUM_PASSES = 3  # adds the gradients of two losses
 WATCH_PASSES = 6  # over each activation that is scored: pruning.statistics reduces it three times
 READ_PASSES = 4  # over each byte that slicing reads
@@ -86,6 +87,22 @@ def layer_passes(shape: Shape, layout: Layout) -> float:
     return replicated + (attention + mlp_passes(shape)) / layout.tp
 
 
+def all_layer_passes(shape: Shape, layout: Layout) -> float:
+    """Return `layer_passes` of all layers together."""
+    return sum(count * layer_passes(part, layout) for part, count in shape.by_mlp())
+
+
+def softcap_bytes(shape: Shape, layout: Layout) -> float:
+    """Return the bytes of attention scores that one rank reads or writes per token in a forward pass of all layers.
+
+    Without a soft cap, scores never leave the kernel of attention.
+    """
+    if shape.attention_softcap is None:
+        return 0.0
+    scores = attention_flops_per_token(shape, layout.seq_length) / (4 * shape.kv_channels)
+    return SOFTCAP_PASSES * scores * FP32 / layout.tp
+
+
 def mlp_passes(shape: Shape) -> float:
     """Return the elements that the MLP's activation function reads or writes per token, summed over tensor-parallel ranks."""
     return PASSES[architecture(shape.architecture).transformer["activation"]] * shape.neurons_per_token
@@ -98,10 +115,13 @@ def recomputed(layout: Layout, layer: float, mlp: float) -> float:
 
 def elementwise_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
     """Return the memory traffic of all layers: teacher forward, student forward and backward (2 forwards), recomputation."""
-    taught = 0 if teacher is None else teacher.num_layers * layer_passes(teacher, layout) * layout.teacher_weight_bytes
-    passes = layer_passes(student, layout)
-    passes = 3 * passes + recomputed(layout, passes, mlp_passes(student) / layout.tp)
-    return taught + passes * student.num_layers * layout.weight_bytes
+    taught = 0.0
+    if teacher is not None:
+        taught = all_layer_passes(teacher, layout) * layout.teacher_weight_bytes + softcap_bytes(teacher, layout)
+    passes = all_layer_passes(student, layout)
+    mlp = sum(count * mlp_passes(part) for part, count in student.by_mlp()) / layout.tp
+    capped = (3 + (layout.recompute == "full")) * softcap_bytes(student, layout)
+    return taught + capped + (3 * passes + recomputed(layout, passes, mlp)) * layout.weight_bytes
 
 
 def loss_flops_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
@@ -158,12 +178,16 @@ def tp_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) ->
 def ep_bytes_per_token(teacher: Shape | None, student: Shape, layout: Layout) -> float:
     """Return the bytes that one rank sends per token of its own for expert parallelism.
 
-    Each layer all-gathers the tokens of the expert group and reduce-scatters their outputs, and the backward pass does both
-    again. A ring sends ep - 1 tokens for each one.
+    Each layer with experts all-gathers the tokens of the expert group and reduce-scatters their outputs. The backward pass
+    does both again. A ring sends ep - 1 tokens for each one.
     """
     student_passes = 2 + recomputed(layout, 1, 1)
-    taught = 0 if teacher is None else teacher.num_layers * teacher.hidden_size * layout.teacher_weight_bytes
-    learnt = student_passes * student.num_layers * student.hidden_size * layout.weight_bytes
+
+    def elements(shape: Shape) -> int:
+        return shape.hidden_size * sum(count for part, count in shape.by_mlp() if part.num_moe_experts)
+
+    taught = 0 if teacher is None else elements(teacher) * layout.teacher_weight_bytes
+    learnt = student_passes * elements(student) * layout.weight_bytes
     return 2 * (layout.ep - 1) * (taught + learnt)
 
 
@@ -253,9 +277,10 @@ def score_network_bytes(teacher: Shape, layout: Layout) -> float:
 def score_seconds(teacher: Shape, machine: Hardware, layout: Layout, tokens: int) -> float:
     """Estimate the seconds of scoring `tokens` tokens: no output layer, statistics of each scored activation, weights once."""
     flops = layer_cost(teacher, layout.seq_length, machine)
-    parallel = 2 * teacher.axis_size("q") + 2 * teacher.neurons_per_token
-    watched = WATCH_PASSES * (4 * teacher.hidden_size + parallel / layout.tp)
-    traffic = teacher.num_layers * (layer_passes(teacher, layout) + watched) * layout.weight_bytes
+    channels = teacher.num_layers * (4 * teacher.hidden_size + 2 * teacher.axis_size("q") / layout.tp)
+    neurons = sum(count * part.neurons_per_token for part, count in teacher.by_mlp())
+    watched = WATCH_PASSES * (channels + 2 * neurons / layout.tp)
+    traffic = (all_layer_passes(teacher, layout) + watched) * layout.weight_bytes + softcap_bytes(teacher, layout)
     weights = 2 * parameters_per_rank(teacher, layout.tp) * layout.weight_bytes
     rate = (machine.fp32_flops if layout.weight_bytes == FP32 else machine.peak_flops) * machine.gemm_efficiency
     network = tokens * score_network_bytes(teacher, layout) / machine.link_rate(layout.tp)

@@ -59,7 +59,10 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """Importance of channels, heads and neurons; the highest scores are kept. Lists have one entry per layer."""
+    """Importance of channels, heads and neurons; the highest scores are kept. Lists have one entry per layer.
+
+    A dense layer among layers with experts has [dense_ffn_hidden_size] in `ffn`, and [0] in `experts` and `shared`.
+    """
 
     embedding: Tensor  # [hidden_size], the same channels in all layers
     heads: list[Tensor]  # [num_attention_heads] each
@@ -84,22 +87,23 @@ class UnitSquares:
     def norms(self) -> Width:
         """The square roots of the sums; a head sums over its channels."""
         layers = range(self.shape.num_layers)
+        absent = torch.zeros(0, dtype=torch.float64)
         width = Width(
             embedding=self.sums["embd", 0, None].sqrt(),
             heads=[self.sums["q", i, None].view(-1, self.shape.kv_channels).sum(1).sqrt() for i in layers],
             ffn=[self._neurons(i).sqrt() for i in layers],
         )
         if self.shape.num_moe_experts:
-            width.experts.extend(self.sums["expert", i, None].sqrt() for i in layers)
+            width.experts.extend(self.sums.get(("expert", i, None), absent).sqrt() for i in layers)
         if self.shape.moe_shared_expert_intermediate_size:
-            width.shared.extend(self.sums["shared", i, None].sqrt() for i in layers)
+            width.shared.extend(self.sums.get(("shared", i, None), absent).sqrt() for i in layers)
         return width
 
     def _neurons(self, layer: int) -> Tensor:
-        experts = range(self.shape.num_moe_experts)
-        if not experts:
-            return self.sums["ffn", layer, None]
-        return torch.stack([self.sums["ffn", layer, e] for e in experts])
+        for axis in ("ffn", "dense"):
+            if (axis, layer, None) in self.sums:
+                return self.sums[axis, layer, None]
+        return torch.stack([self.sums["ffn", layer, e] for e in range(self.shape.num_moe_experts)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +152,13 @@ def check_width(name: str, found: Any, shape: Shape) -> Width:
     if not isinstance(found, Width):
         rule = "return a Width, see minitron_train/pruning/criterion.py"
         raise UserError(f"prune.width={name}: returned {described(found)}; {rule}")
-    experts = [shape.num_moe_experts] if shape.num_moe_experts else []
-    shared = [shape.moe_shared_expert_intermediate_size] if shape.moe_shared_expert_intermediate_size else []
+    units = [shape.unit_sizes(kind) for kind in shape.layer_kinds]
+    sizes = {part: [list(layer[part]) for layer in units] for part in ("ffn", "experts", "shared")}
     wanted = {
         "heads": (found.heads, [[shape.num_attention_heads]] * shape.num_layers),
-        "ffn": (found.ffn, [[*experts, shape.ffn_hidden_size]] * shape.num_layers),
-        "experts": (found.experts, [experts] * shape.num_layers if experts else []),
-        "shared": (found.shared, [shared] * shape.num_layers if shared else []),
+        "ffn": (found.ffn, sizes["ffn"]),
+        "experts": (found.experts, sizes["experts"] if shape.num_moe_experts else []),
+        "shared": (found.shared, sizes["shared"] if shape.moe_shared_expert_intermediate_size else []),
         "embedding": ([found.embedding], [[shape.hidden_size]]),
     }
     for part, (scores, sizes) in wanted.items():

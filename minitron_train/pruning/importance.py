@@ -28,7 +28,7 @@ SHAPE_KEYS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_hea
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """One score for every unit that can be pruned; lists have one entry per layer."""
+    """One score for every unit that can be pruned; lists have one entry per layer, see criterion.Width."""
 
     embedding: Tensor  # [hidden_size]
     heads: list[Tensor]  # [num_attention_heads] each
@@ -43,8 +43,8 @@ class Importance:
         named = {"embedding": self.embedding}
         for i, (heads, ffn, block) in enumerate(zip(self.heads, self.ffn, self.block, strict=True)):
             named |= {f"layers.{i}.heads": heads, f"layers.{i}.ffn": ffn.flatten(), f"layers.{i}.block": block}
-        named |= {f"layers.{i}.experts": scores for i, scores in enumerate(self.experts)}
-        named |= {f"layers.{i}.shared": scores for i, scores in enumerate(self.shared)}
+        for kind, scores in (("experts", self.experts), ("shared", self.shared)):  # dense layers have none
+            named |= {f"layers.{i}.{kind}": values for i, values in enumerate(scores) if len(values)}
         return named | {f"layers.{i}.loss_without": loss for i, loss in enumerate(self.loss_without)}
 
 
@@ -66,8 +66,9 @@ def importance(evidence: Evidence) -> Importance:
 
 
 def sum_layers(scores: list[Tensor]) -> list[Tensor]:
-    """Network-wide importance: "layer-wise scores are then summed up" (arXiv 2407.14679 §2.2)."""
-    return [torch.stack(scores).sum(0)] * len(scores)
+    """Network-wide importance: "layer-wise scores are then summed up" (arXiv 2407.14679 §2.2), over layers of one size."""
+    sums = {size: torch.stack([x for x in scores if x.shape == size]).sum(0) for size in {x.shape for x in scores}}
+    return [sums[x.shape] for x in scores]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
     taken = {name: raw.pop(name) for name in ("samples", "spans")}
     taken |= {name: raw.pop(name) for name in ("losses_without", "logit_changes") if name in raw}
     blocks = {f"layers.{i}.block": raw.pop(f"layers.{i}.block") for i in every}
-    of_experts = {f"layers.{i}.experts": raw.pop(f"layers.{i}.experts") for i in every if shape.num_moe_experts}
+    units = [shape.unit_sizes(kind) for kind in shape.layer_kinds]
+    of_experts = {f"layers.{i}.experts": raw.pop(f"layers.{i}.experts") for i in every if units[i]["experts"] != (0,)}
     whole = shape.num_layers + 1
     sizes = {"samples": (1,), "spans": (whole, whole), "losses_without": (whole,), "logit_changes": (len(every),)}
     sizes |= dict.fromkeys(of_experts, (3, shape.num_moe_experts))
@@ -144,13 +146,12 @@ def statistics_of(raw: dict[str, Tensor], metadata: Mapping[str, str], shape: Sh
     channels = shape.num_attention_heads * shape.kv_channels
     widths = {"input_norm": shape.hidden_size, "mlp_norm": shape.hidden_size, "head_channels": channels}
     widths |= {"head_norms": shape.num_attention_heads}
-    experts = [shape.num_moe_experts] if shape.num_moe_experts else []
-    measured = {point: (width,) for point, width in widths.items()}
-    measured |= dict.fromkeys(NEURONS, (*experts, shape.ffn_hidden_size))
-    if shape.moe_shared_expert_intermediate_size:
-        measured |= dict.fromkeys(SHARED, (shape.moe_shared_expert_intermediate_size,))
     expected = {FINAL_NORM: (shape.hidden_size,)}
-    expected |= {f"layers.{i}.{point}": size for i in every for point, size in measured.items()}
+    for i in every:
+        measured = {point: (width,) for point, width in widths.items()} | dict.fromkeys(NEURONS, units[i]["ffn"])
+        if units[i]["shared"] != (0,):
+            measured |= dict.fromkeys(SHARED, units[i]["shared"])
+        expected |= {f"layers.{i}.{point}": size for point, size in measured.items()}
     for name, size in expected.items():
         if tuple(raw[name].shape) != (2, 3, *size) or not raw[name].is_floating_point():
             raise ValueError(f"raw.{name} has type {raw[name].dtype} and size {list(raw[name].shape)}")

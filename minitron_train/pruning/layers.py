@@ -83,7 +83,7 @@ class Layers:
         """Layer `i`, valid until the next access."""
         slot = self.slot[i]
         if self.loaded[slot] != i:
-            self._fill(self.table.layer_rows(self.shape), i, slot)
+            self._fill(self.table.layer_rows(self.shape, self.shape.layer_kinds[i]), i, slot)
             self.loaded[slot] = i
         return self.model.decoder.layers[slot]
 

@@ -57,7 +57,7 @@ def prune_checkpoint(
     changed = repaired_tensors(config, groups, teacher, keep, tokens()) if config.prune.repairs else iter(())
     facts: dict[str, Any] = {}
     if groups.is_first:
-        facts = slice_checkpoint(teacher, keep, student, folder, changed) | {"rotated": keep.basis is not None}
+        facts = slice_checkpoint(teacher, keep, keep.student, folder, changed) | {"rotated": keep.basis is not None}
     for _ in changed:  # the other ranks share the work of a repair; the first one writes
         pass
     return facts
@@ -109,7 +109,10 @@ def between(teacher: Shape, student: Shape, step: int, num_steps: int, tp: int) 
     def left(have: int, want: int, unit: int = 1) -> int:
         return want + (have - want) * (num_steps - step) // num_steps // unit * unit
 
-    units = {"ffn_hidden_size": tp, "num_query_groups": tp, "moe_shared_expert_intermediate_size": tp}
+    if step == num_steps:
+        return student
+    split = ("ffn_hidden_size", "num_query_groups", "moe_shared_expert_intermediate_size", "dense_ffn_hidden_size")
+    units: dict[str, int] = dict.fromkeys(split, tp)
     sizes = {key: left(getattr(teacher, key), getattr(student, key), units.get(key, 1)) for key in teacher.sizes()}
     per_group = left(*(shape.num_attention_heads // shape.num_query_groups for shape in (teacher, student)))
     return teacher.smaller(**sizes | {"num_attention_heads": per_group * sizes["num_query_groups"]})

@@ -118,17 +118,17 @@ class Repair:
 
         The output layer comes in blocks of rows, and on the first process alone.
         """
-        kept = self.keep.layers.tolist()
+        kept, shape = self.keep.layers.tolist(), self.keep.student
         self._advance_teacher_over(range(kept[0]))
         for i, layer in progress(enumerate(kept), "repair", len(kept)):
             absorbed = range(layer + 1, kept[i + 1] if i + 1 < len(kept) else self.keep.teacher.num_layers)
             attention, mlp = HALVES
             self._repair_half(attention, i, layer, range(0))
-            if self.keep.student.num_moe_experts:
+            if layer in self.keep.experts:
                 self._repair_experts(mlp, i, layer, absorbed)
             else:
                 self._repair_half(mlp, i, layer, absorbed)
-            yield from self._parts(self.student[i], self.student.table.layer_rows(self.keep.student), i)
+            yield from self._parts(self.student[i], self.student.table.layer_rows(shape, shape.layer_kinds[i]), i)
         self.expert_fits.report()
         yield from self._last()
 

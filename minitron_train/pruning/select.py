@@ -28,13 +28,13 @@ class Keep:
     layers: Tensor
     heads: dict[int, Tensor]
     kv_groups: dict[int, Tensor]
-    ffn: dict[int, Tensor]  # with experts [kept experts, ffn_hidden_size], each row inside one expert
+    ffn: dict[int, Tensor]  # of a layer with experts [kept experts, ffn_hidden_size], each row inside one expert
     partners: dict[int, Tensor]  # the dropped head that is merged into each kept head, or ALONE
     merge: Merge = Merge.none
     basis: Basis | None = None  # if set, the residual stream is rotated, and `embedding` is not used
     importance: Importance | None = None  # the teacher's scores that chose this; None after several steps
-    experts: dict[int, Tensor] = field(default_factory=dict)  # empty without experts
-    shared: dict[int, Tensor] = field(default_factory=dict)  # neurons of the shared expert; empty without one
+    experts: dict[int, Tensor] = field(default_factory=dict)  # of layers with experts
+    shared: dict[int, Tensor] = field(default_factory=dict)  # neurons of the shared expert, of layers with one
 
     def rows(self, axis: str, layer: int, expert: int | None = None) -> Tensor | None:
         """Kept positions along a named axis (see arch.table) in teacher layer `layer`; None means all.
@@ -46,7 +46,7 @@ class Keep:
             if self.basis is not None:
                 return None
             kept, size = self.embedding, 1
-        elif axis == "ffn":
+        elif axis in ("ffn", "dense"):
             kept, size = self.ffn[layer] if expert is None else self.ffn[layer][expert], 1
         elif axis == "expert":
             kept, size = self.experts[layer], 1
@@ -72,7 +72,8 @@ class Keep:
         kinds = {"heads": self.heads, "groups": self.kv_groups, "ffn": self.ffn, "shared": self.shared}
         if self.experts:
             first = {i: kept[:, None] * self.teacher.ffn_hidden_size for i, kept in self.experts.items()}
-            kinds |= {"experts": self.experts, "ffn": {i: (first[i] + self.ffn[i]).flatten() for i in first}}
+            inside = {i: (first[i] + self.ffn[i]).flatten() for i in first}
+            kinds |= {"experts": self.experts, "ffn": self.ffn | inside}
         if self.merge is not Merge.none:
             kinds["partners"] = self.partners
         for kind, kept in kinds.items():
@@ -89,10 +90,11 @@ class Keep:
         kept = after.layers.tolist()
         origin = {i: int(self.layers[i]) for i in kept}
         ffn = {i: self.ffn[origin[i]] for i in kept}
-        if self.experts:  # each row of neurons is inside one of the experts that are left
-            ffn = {i: rows[after.experts[i]].gather(1, after.ffn[i]) for i, rows in ffn.items()}
-        else:
-            ffn = {i: rows[after.ffn[i]] for i, rows in ffn.items()}
+        for i, rows in ffn.items():
+            if i in after.experts:  # each row of neurons is inside one of the experts that are left
+                ffn[i] = rows[after.experts[i]].gather(1, after.ffn[i])
+            else:
+                ffn[i] = rows[after.ffn[i]]
         return Keep(
             self.teacher,
             after.student,
@@ -126,21 +128,23 @@ def select(evidence: Evidence, student: Shape) -> Keep:
     layers = keep_layers(evidence, student.num_layers)
     check_bound_layers(layers, teacher)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
-    experts = {i: best(scores.experts[i], student.num_moe_experts) for i in layers.tolist() if scores.experts}
-    width = student.moe_shared_expert_intermediate_size
+    student = student.with_layers([teacher.layer_kinds[i] for i in layers.tolist()])
+    sparse = [i for i in layers.tolist() if not teacher.layer_kinds[i].is_dense]
+    experts = {i: best(scores.experts[i], student.num_moe_experts) for i in sparse if scores.experts}
+    widths = {i: student.unit_sizes(teacher.layer_kinds[i]) for i in layers.tolist()}
     return Keep(
         teacher,
-        student.with_layers([teacher.layer_kinds[i] for i in layers.tolist()]),
+        student,
         embedding=best(scores.embedding, student.hidden_size),
         layers=layers,
         heads={i: heads for i, (heads, _, _) in chosen.items()},
         kv_groups={i: kv_groups for i, (_, kv_groups, _) in chosen.items()},
-        ffn={i: best_neurons(scores.ffn[i], experts.get(i), student.ffn_hidden_size) for i in layers.tolist()},
+        ffn={i: best_neurons(scores.ffn[i], experts.get(i), widths[i]["ffn"][-1]) for i in layers.tolist()},
         partners={i: partners for i, (_, _, partners) in chosen.items()},
         merge=evidence.prune.head_merge,
         importance=scores,
         experts=experts,
-        shared={i: best(scores.shared[i], width) for i in layers.tolist() if width},
+        shared={i: best(scores.shared[i], widths[i]["shared"][0]) for i in sparse if scores.shared},
     )
 
 

@@ -27,6 +27,7 @@ from minitron_train.config import Merge
 from minitron_train.pruning.basis import Basis
 from minitron_train.pruning.select import ALONE, Keep, spread
 from minitron_train.pruning.shards import ITEM_BYTES, RowReader, RowWriter
+from minitron_train.runtime.errors import UserError
 
 BLOCK_BYTES = 16 * 2**20  # bytes of a block that one thread reads
 VOCABULARY_ROWS = 4096  # rows of a block of the vocabulary's matrices
@@ -245,7 +246,12 @@ def slice_checkpoint(
     dtypes = {name: hf.STORED_DTYPES[stored] for name, stored in types.items()}
     parts = {teacher.written_name(name): held for name, held in teacher.table.each_stored(student)}
     layout = {name: (types[next(iter(held))], stacked(held)) for name, held in parts.items()}
-    layout |= {name: (entry.dtype, entry.size) for name, entry in teacher.rest.items()}
+    writers = writers_around(teacher, keep)
+    sizes_around = {
+        name: (student.hidden_size, *entry.size[1:]) if name in writers else entry.size
+        for name, entry in teacher.rest.items()
+    }
+    layout |= {name: (entry.dtype, sizes_around[name]) for name, entry in teacher.rest.items()}
     reader, view = RowReader(teacher), Sliced(teacher, keep)
     with RowWriter(folder, layout, parts=parts) as writer:
         num_replaced: Counter[str] = Counter()
@@ -266,12 +272,42 @@ def slice_checkpoint(
             for _ in pool.map(lambda block: copy_block(block, reader, writer, types[block.name]), jobs):
                 pass
         for name, entry in teacher.rest.items():
-            writer.write(name, 0, hf.values(entry).flatten().view(torch.uint8).numpy())
+            if name in writers:
+                write_tensor(writer, name, 0, narrow(hf.values(entry), keep), hf.STORED_DTYPES[entry.dtype])
+            else:
+                writer.write(name, 0, hf.values(entry).flatten().view(torch.uint8).numpy())
     config = hf.student_config(teacher.config, student, layers=keep.layers.tolist())
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     hf.copy_tokenizer(teacher.folder, folder)
     keep.write(folder)
     return {"parameters": check_parameters(hf.HFFolder(folder), student)}
+
+
+def writers_around(teacher: hf.HFFolder, keep: Keep) -> frozenset[str]:
+    """Stored names of the tensors outside the text model whose rows must be cut with its hidden size; none if it stays.
+
+    Raises:
+        UserError: the folder lacks them, or they have another number of rows.
+    """
+    wrapper = teacher.wrapper
+    if wrapper is None or wrapper.writers is None or keep.student.hidden_size == keep.teacher.hidden_size:
+        return frozenset()
+    found = frozenset(name for name in teacher.rest if wrapper.writers.search(name))
+    wrong = [name for name in found if teacher.rest[name].size[0] != keep.teacher.hidden_size]
+    if wrong or not found:
+        what = f"{wrong[0]} has {teacher.rest[wrong[0]].size[0]} rows" if wrong else "no projector of image features"
+        raise UserError(
+            f"{teacher.folder}: {what}, but {wrapper.name} adds image features to a stream of "
+            f"{keep.teacher.hidden_size} channels; download the checkpoint again"
+        )
+    return found
+
+
+def narrow(tensor: Tensor, keep: Keep) -> Tensor:
+    """A tensor that writes to the residual stream, [D] or [D, …], reduced to the student's channels or directions."""
+    if keep.basis is None:
+        return tensor[keep.embedding]
+    return keep.basis.down_DH.t() @ tensor.float()
 
 
 def write_tensor(writer: RowWriter, name: str, first_row: int, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -45,6 +45,7 @@ SIZES = {
     "Key/value heads": "num_query_groups",
     "Experts": "num_moe_experts",
     "Shared expert's neurons": "moe_shared_expert_intermediate_size",
+    "MLP neurons of dense layers": "dense_ffn_hidden_size",
     "Experts of a token": "moe_router_topk",
     "Channels per head": "kv_channels",
     "Vocabulary": "vocab_size",

@@ -30,6 +30,7 @@ SIZES = (
     ("num_moe_experts", "experts"),
     ("moe_router_topk", "experts of a token"),
     ("moe_shared_expert_intermediate_size", "shared expert's neurons"),
+    ("dense_ffn_hidden_size", "MLP neurons of dense layers"),
     ("kv_channels", "channels per head"),
     ("vocab_size", "vocabulary"),
 )

@@ -2,7 +2,7 @@
 
 The module reads the files of torch.distributed.checkpoint directly. It needs neither process groups nor a model, and it
 accepts checkpoints of any parallel layout. megatron-core stacks each parameter over the layers, [layers, …], and stores
-one chunk per layer and rank.
+one chunk per layer and rank. Where layers with experts and dense layers alternate, each layer has tensors of its own.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from minitron_train.arch import ParamSpec, architecture
+from minitron_train.arch import ParamSpec, Shape, architecture
 from minitron_train.arch.convert import export_tensors, stored
 from minitron_train.hf import (
     DTYPES,
@@ -32,7 +32,7 @@ from minitron_train.hf import (
     wrapper_of,
     write_folder,
 )
-from minitron_train.model.build import layer_spec
+from minitron_train.model.build import expert_layers, layer_spec
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError, first_line
 from minitron_train.runtime.files import sha256_file
@@ -137,11 +137,14 @@ def require_cover(size: torch.Size, chunks: list[ChunkStorageMetadata], skip: in
         raise ValueError(f"the chunks do not cover {list(size)}")
 
 
-def saved_name(mcore: str) -> str:
-    """Map a parameter's name to its name in a checkpoint: no layer index, and the norm names of fused layers."""
+def saved_place(shape: Shape, row: ParamSpec, i: int) -> tuple[str, int | None]:
+    """Name of layer `i`'s parameter in a checkpoint, with the norm names of fused layers, and its index in a stacked tensor."""
+    name = row.mcore
     for own, fused in typing.cast(Any, layer_spec().submodules).sharded_state_dict_keys_map.items():
-        mcore = mcore.replace("{i}." + own, "{i}." + fused)
-    return mcore.replace(".{i}", "")
+        name = name.replace("{i}." + own, "{i}." + fused)
+    if expert_layers(shape) or not row.per_layer:
+        return name.format(i=i), None
+    return name.replace(".{i}", ""), i
 
 
 def find_checkpoint(source: Path, output_dir: Path, *, trust_external: bool) -> VerifiedCheckpoint:
@@ -207,7 +210,7 @@ def export_checkpoint(checkpoint: VerifiedCheckpoint, target: Path, dtype: str |
     saved = SavedTensors(checkpoint)
 
     def read(row: ParamSpec, i: int) -> list[Tensor]:
-        return [saved.read(saved_name(row.mcore), i if row.per_layer else None)]
+        return [saved.read(*saved_place(shape, row, i))]
 
     remedy = "set export.dtype=bfloat16 or export.dtype=float32"
     tensors = (

@@ -43,6 +43,7 @@ def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
     return found
 
 
+KIND_DEFAULTS = {"is_dense": False}  # fields of LayerKind that records of earlier versions lack
 SHAPE_DEFAULTS = {field.name: field.default for field in fields(Shape) if field.default is not MISSING}
 
 
@@ -53,6 +54,8 @@ def current_record(record: Mapping[str, Any]) -> dict[str, Any]:
         old = {name: found.pop(f"{label}.{name}") for name in OLD_FIELDS if f"{label}.{name}" in found}
         if old:
             found |= {f"{label}.kinds": [plain(asdict(kind_of_record(old)))], f"{label}.kind_of_layer": []}
+        if f"{label}.kinds" in found:
+            found[f"{label}.kinds"] = [KIND_DEFAULTS | kind for kind in found[f"{label}.kinds"]]
         if f"{label}.architecture" in found:
             found = {f"{label}.{name}": value for name, value in SHAPE_DEFAULTS.items()} | found
     return found

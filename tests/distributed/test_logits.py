@@ -76,6 +76,14 @@ def test_biases_head_norms_and_experts_are_split(tmp_path: Path, sequence_parall
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_dense_layers_among_experts_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
+    more = {"qwen3_moe": {"mlp_only_layers": [1]}, "qwen2_moe": {"decoder_sparse_step": 2, "num_experts": 6}}
+    common = COMMON | EXPERTS | {"use_sliding_window": True, "sliding_window": 6}
+    folders = [save_random({**common, "model_type": name, **keys}, tmp_path / name) for name, keys in more.items()]
+    compare(folders, 2, sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_multipliers_and_other_norms_are_split(tmp_path: Path, sequence_parallel: bool) -> None:
     folders = [save_random({**COMMON, **keys}, tmp_path / keys["model_type"]) for keys in OTHERS]
     compare(folders, 2, sequence_parallel)

@@ -96,3 +96,31 @@ def test_balancing_evens_the_loads(one_rank: Path, tmp_path: Path) -> None:
         student_of(one_rank / name, tmp_path / name)
         found[name] = loads(tmp_path / name)
     assert 1 <= found["balanced"] < found["plain"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """The student's second layer and the teacher's are dense."""
+    keys = EXPERTS | {"model_type": "qwen3_moe", "mlp_only_layers": [1], "intermediate_size": 40}
+    return make_material(tmp_path_factory.mktemp("mixed"), "llama_untied", **keys)
+
+
+def test_layers_of_two_sizes_are_saved_one_by_one(mixed: Material, tmp_path: Path) -> None:
+    """A checkpoint, whose layers have tensors of their own, is resumed and exported, and transformers opens the student."""
+    run(mixed, tmp_path / "whole")
+    with before_step(5, interrupt), pytest.raises(Interrupted):
+        run(mixed, tmp_path / "resumed")
+    run(mixed, tmp_path / "resumed")
+    assert_equal(tmp_path / "resumed", rows(tmp_path / "whole"), tolerance=1e-6)
+    weights = student_of(tmp_path / "resumed", tmp_path / "student")
+    for name, tensor in student_of(tmp_path / "whole", tmp_path / "other").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+    assert hf.HFFolder(tmp_path / "student").shape == hf.HFFolder(mixed.student).shape
+    tokens = torch.arange(34).view(2, 17)
+    assert not torch.equal(hf_logits(tmp_path / "student", tokens), hf_logits(mixed.student, tokens))
+
+
+def test_layers_of_two_sizes_are_split(mixed: Material, tmp_path: Path) -> None:
+    run(mixed, tmp_path / "one")
+    run_ranks(train_here, 2, [(mixed, tmp_path / "two", SPLIT)])
+    assert_equal(tmp_path / "two", rows(tmp_path / "one"))

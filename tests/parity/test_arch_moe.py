@@ -1,5 +1,6 @@
 """Mixtures of experts against transformers: logits, export, counts of published models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,29 @@ def test_logits_and_export(models: dict[str, Path], groups: Any, name: str) -> N
     found = exported(model, checkpoint)
     assert set(found) == set(checkpoint.sizes) and not checkpoint.unexpected
     assert all(torch.equal(tensor, checkpoint.read(name)) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+def test_experts_stored_together_are_read(tmp_path: Path, models: dict[str, Path], groups: Any, name: str) -> None:
+    """transformers 5 writes them so on request. The student's folder has each expert's tensors, as published folders do."""
+    folder = tmp_path / "together"
+    AutoModelForCausalLM.from_pretrained(models[name]).save_pretrained(folder, save_original_format=False)
+    assert any(key.endswith("experts.gate_up_proj") for key in load_file(folder / "model.safetensors"))
+    single, together = hf.HFFolder(models[name]), hf.HFFolder(folder)
+    assert together.sizes == single.sizes and not together.unexpected
+    assert all(torch.equal(together.read(key), single.read(key)) for key in single.sizes)
+    if name == "mixtral":
+        pruned = run_cut(tmp_path, folder, configuration(), TOKENS, groups)
+        written, stored = (load_file(path / "model.safetensors") for path in (pruned, models[name]))
+        assert written.keys() == stored.keys() and all(torch.equal(written[key], x) for key, x in stored.items())
+
+
+def test_experts_stored_together_of_another_number_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
+    AutoModelForCausalLM.from_pretrained(models["mixtral"]).save_pretrained(tmp_path, save_original_format=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 5}))
+    with pytest.raises(UserError, match="experts"):
+        hf.HFFolder(tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

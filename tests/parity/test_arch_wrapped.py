@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minitron_train import hf
@@ -70,10 +71,108 @@ def test_repair_of_nothing_changes_nothing(tmp_path, models, groups):
         assert difference.abs().max() <= 5e-4, name
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llava", "mistral3"])
 def test_the_hidden_size_cannot_be_cut(tmp_path, models, groups, name):
     with pytest.raises(UserError, match=f"student.hidden_size=48: cannot be cut inside {name}, because .*; keep 64"):
         run_cut(tmp_path, models[name], configuration(), TOKENS, groups, hidden_size=48)
+
+
+NARROW = {
+    "qwen2_5_vl": {"hidden_size": 32, "num_attention_heads": 4},  # its heads fill the hidden size
+    "qwen3_vl": {"hidden_size": 48},
+}
+IMAGE = {  # four patches of two frames, merged to one token
+    "pixel_values": torch.randn(4, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(5)),
+    "image_grid_thw": torch.tensor([[1, 2, 2]]),
+}
+WITH_IMAGE = torch.tensor([[7, 122, 120, 123, 5, 9]])  # one token stands for the image
+
+
+def pictured(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def image_logits(model):
+    with torch.no_grad():
+        return model(WITH_IMAGE, mm_token_type_ids=(WITH_IMAGE == 120).int(), **IMAGE).logits
+
+
+def image_features(model):
+    """What is written to the residual stream: at its start, and to the first layers' outputs."""
+    with torch.no_grad():
+        found = model.model.get_image_features(**IMAGE)
+    return [torch.cat(part) for part in (found.pooler_output, *getattr(found, "deepstack_features", ()))]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_projector_is_cut_with_the_hidden_size(tmp_path, models, groups, name):
+    """A text and an image, against transformers' teacher without the dropped channels and heads."""
+    folder = run_cut(tmp_path, models[name], configuration(), TOKENS, groups, **NARROW[name])
+    kept, size = load_file(folder / "kept.safetensors"), hf.HFFolder(folder).shape.kv_channels
+    channels, masked, student = kept["embedding"], pictured(models[name]), pictured(folder)
+    assert json.loads((folder / "config.json").read_text())["vision_config"]["out_hidden_size"] == len(channels)
+    features = image_features(masked)
+    for found, wanted in zip(image_features(student), features, strict=True):
+        torch.testing.assert_close(found, wanted[:, channels], rtol=0, atol=1e-5)
+    keep_channels(masked, channels)
+    for i, layer in enumerate(masked.model.language_model.layers):
+        rows = (kept[f"layers.{i}.heads"][:, None] * size + torch.arange(size)).flatten()
+        layer.self_attn.o_proj.weight.data *= torch.zeros(layer.self_attn.o_proj.weight.shape[1]).index_fill_(
+            0, rows, 1.0
+        )
+    torch.testing.assert_close(image_logits(student), image_logits(masked), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of(folder), wrapped_logits(folder, TOKENS[0]), rtol=0, atol=1e-4)
+    assert len(features) == (2 if name == "qwen3_vl" else 1)
+    assert not torch.allclose(image_logits(student), student(WITH_IMAGE.masked_fill(WITH_IMAGE == 120, 3)).logits)
+
+
+def keep_channels(model, channels):
+    """Zero the other channels of all that a stream is made from; norms average over the kept ones alone."""
+    text, visual = model.model.language_model, model.model.visual
+    size = text.embed_tokens.weight.shape[1]
+    is_kept = torch.zeros(size).index_fill_(0, channels, 1.0)
+    share = len(channels) / size
+    for layer in text.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data *= is_kept[:, None]
+    text.embed_tokens.weight.data *= is_kept
+    last = (
+        [m.linear_fc2 for m in (visual.merger, *visual.deepstack_merger_list)]
+        if hasattr(visual, "deepstack_merger_list")
+        else [visual.merger.mlp[2]]
+    )
+    for linear in last:
+        linear.weight.data *= is_kept[:, None]
+        linear.bias.data *= is_kept
+    for norm in (text.norm, *(n for x in text.layers for n in (x.input_layernorm, x.post_attention_layernorm))):
+        norm.weight.data *= share**0.5
+        norm.variance_epsilon *= share
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_image_features_are_rotated_with_the_stream(tmp_path, models, groups, name):
+    """They enter the student's stream as the teacher's features in the student's basis, as embeddings do."""
+    folder = run_cut(tmp_path, models[name], configuration("default"), TOKENS, groups, **NARROW[name])
+    down_DH = load_file(folder / "kept.safetensors")["embedding.basis"]
+    before, after = pictured(models[name]), pictured(folder)
+    for found, wanted in zip(image_features(after), image_features(before), strict=True):
+        torch.testing.assert_close(found, wanted @ down_DH, rtol=1e-4, atol=1e-4)
+    rows = [model.model.language_model.embed_tokens.weight.detach() for model in (after, before)]
+    torch.testing.assert_close(rows[0], rows[1] @ down_DH, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(folder), wrapped_logits(folder, TOKENS[0]), rtol=0, atol=1e-4)
+    assert image_logits(after).isfinite().all()
+
+
+def test_a_projector_of_another_width_is_refused(tmp_path, models, groups):
+    folder = tmp_path / "narrow"
+    folder.mkdir()
+    (folder / "config.json").write_text((models["qwen3_vl"] / "config.json").read_text())
+    tensors = load_file(models["qwen3_vl"] / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("visual.merger.linear_fc2.weight"))
+    save_file(tensors | {name: tensors[name][:40].clone()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"merger\.linear_fc2\.weight has 40 rows, but qwen3_vl adds image features to"):
+        run_cut(tmp_path, folder, configuration(), TOKENS, groups, hidden_size=48)
+    assert not list((tmp_path / "pruned").iterdir())
 
 
 def test_layers_that_image_features_are_added_to_must_stay(tmp_path, models, groups):

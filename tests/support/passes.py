@@ -7,7 +7,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NOT_PASSES = {"mm", "addmm", "empty", "empty_like", "new_empty", "detach"}  # products are counted in FLOPs
+NOT_PASSES = {
+    "mm",
+    "addmm",
+    "bmm",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "_unsafe_view",
+}  # products count as FLOPs
 BLOCK_ACCESS = re.compile(r"\b((?:in_|out_|in_out_)ptr\d+)(?: \+ |\[)static_cast<int64_t>\(x1 \+")
 OUTER_LOOP = re.compile(r"for\(int64_t x0=")
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minitron_train.arch import ARCHITECTURES
-from minitron_train.arch.families import HEADER, families_table
+from minitron_train.arch.families import BEYOND, HEADER, families_table
 from minitron_train.arch.wrappers import TEXTS, WRAPPERS
-from minitron_train.hf import HFFolder
+from minitron_train.hf import HFFolder, shape_from_config
 from minitron_train.runtime.errors import UserError
 from tests.support.families import TABLES, save_family
 from tests.support.models import save_tiny
@@ -32,11 +33,20 @@ def test_every_family_names_its_models() -> None:
 def test_sizes_that_a_loader_accepts_together_only_are_named_so() -> None:
     rows = {line.split("`")[1]: line for line in families_table().splitlines()[2:]}
     assert "layers, MLP, KV groups; hidden size and heads together" in rows["helium"]
-    assert (
-        "| layers, MLP, heads, KV groups | no |" in rows["llava"]
-        and "| layers, MLP, KV groups | no |" in rows["qwen2_5_vl"]
-    )
+    assert "| layers, MLP, heads, KV groups | no |" in rows["llava"] and "| all | yes |" in rows["qwen3_vl"]
+    assert "| layers, MLP, KV groups; hidden size and heads together | yes |" in rows["qwen2_5_vl"]
     assert "| all |" in rows["phi3"] and "| where untied |" in rows["stablelm"]
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_is_beyond_the_tables_is_refused_with_the_reason_and_the_nearest_family(name: str) -> None:
+    why, nearest = BEYOND[name]
+    assert name in CONFIG_MAPPING and name not in ARCHITECTURES and nearest in ARCHITECTURES
+    with pytest.raises(
+        UserError, match=f"model_type '{name}' is not supported .*the nearest supported family is"
+    ) as caught:
+        shape_from_config({"model_type": name}, "config.json")
+    assert why in str(caught.value) and "\n" not in str(caught.value)
 
 
 def renamed(folder: Path) -> Path:

@@ -281,9 +281,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rms_norm_eps": 1}, "rms_norm_eps=1 is not a number from 0.0 to below 1.0"),
     ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 is not a number"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: only None is supported"),
-    ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: only None or \[\] is supported for qwen3_moe"),
-    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1"),
-    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=True: only False"),
+    ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers='1': must be a list of layer numbers"),
+    ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be at least 1"),
+    ("stablelm", {"partial_rotary_factor": 0.6}, "rotates 9 of 16 channels: StableLmForCausalLM needs an even number"),
     ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_experts=8 and num_local_experts=4 are one setting"),
     ("qwen3_moe", {"num_experts": 4}, "config.json: num_experts=4: the router sends each token to 8 experts; choose"),
     ("mixtral", {"num_local_experts": 10**9}, "num_local_experts=1000000000: must be at least 1 and at most 10,000"),
@@ -341,6 +341,11 @@ WINDOWS: list[tuple[str, dict[str, Any], list[int | None]]] = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, [None, None, None, 8]),
     ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, NO),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 4}, NO),
+    ("qwen3_moe", {}, NO),
+    ("qwen3_moe", {"use_sliding_window": True}, [4096] * 4),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, [8] * 4),
+    ("qwen2_moe", {"sliding_window": 8}, NO),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, [8, None, None, None]),
 ]
 
 

@@ -115,7 +115,11 @@ def saved_bytes(model: torch.nn.Module, tokens_BS: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "whole_heads"), [("nemotron", False), ("nemotron", True), ("llama", False), ("mixtral", False)]
+    ("architecture", "whole_heads"),
+    [
+        *[("nemotron", False), ("nemotron", True), ("llama", False), ("mixtral", False)],
+        *[("qwen3", False), ("gemma2", False), ("gemma3_text", False), ("olmo2", False)],
+    ],
 )
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_activations_are_what_autograd_keeps(
@@ -133,6 +137,7 @@ def test_activations_are_what_autograd_keeps(
         kv_channels=20,
         vocab_size=512,
         **({"num_moe_experts": 6, "moe_router_topk": 2, "norm_topk_prob": True} if architecture == "mixtral" else {}),
+        **({"attention_softcap": 50.0} if architecture == "gemma2" else {}),
     )
     layout = Layout(
         micro_batch_size=2,

@@ -1,12 +1,15 @@
-"""The plan's passes over the logits are those that the loss makes: every tensor operation of a call is counted."""
+"""The plan's passes over logits and capped scores are those that the code makes: every tensor operation is counted."""
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_train.config import DistillConfig, LossKind
 from minitron_train.distillation.loss import LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking
-from minitron_train.planning.timing import logit_passes
+from minitron_train.model.attention import CAPPED_QUERIES, CappedAttention
+from minitron_train.planning.timing import SOFTCAP_PASSES, logit_passes
 from tests.support.passes import Traffic
 
 NUM_TOKENS, VOCAB, WIDTH = 256, 4096, 4
@@ -34,3 +37,24 @@ def test_the_passes_over_logits_are_counted(distill: DistillConfig) -> None:
         )
         loss.total.backward()
     assert traffic.elements / (NUM_TOKENS * VOCAB) == pytest.approx(logit_passes(distill), abs=0.3)
+
+
+def test_the_passes_over_capped_scores_are_counted() -> None:
+    """Of a forward pass; with the backward pass, which computes the scores again, about three times as many."""
+    length, heads, width = CAPPED_QUERIES, 4, 4
+    config = TransformerConfig(
+        num_layers=1, hidden_size=heads * width, num_attention_heads=heads, attention_dropout=0.0
+    )
+    core = CappedAttention(config, 1, AttnMaskType.causal, softcap=50.0)
+    inputs = [torch.randn(length, 2, heads, width) for _ in "qkv"]
+    core(*inputs, None)  # makes the cached mask
+    scores, found = 2 * heads * length**2, []
+    for trains in (False, True):
+        for tensor in inputs:
+            tensor.requires_grad_(trains)
+        with Traffic() as traffic:
+            context = core(*inputs, None)
+            if trains:
+                context.sum().backward()
+        found.append(traffic.elements / scores)
+    assert found[0] == pytest.approx(SOFTCAP_PASSES, abs=0.7) and found[1] == pytest.approx(3 * SOFTCAP_PASSES, abs=2)

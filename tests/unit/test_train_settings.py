@@ -77,3 +77,5 @@ def test_records_of_earlier_shapes_are_todays(old: dict[str, Any], kind: LayerKi
     wanted = {"student.kinds": plain([asdict(kind)]), "student.kind_of_layer": []}
     assert current_record(record) == {"train.lr": 1.0, "student.hidden_size": 64} | wanted
     assert current_record(current_record(record)) == current_record(record)
+    del wanted["student.kinds"][0]["is_dense"]
+    assert current_record(record | wanted) == current_record(record)

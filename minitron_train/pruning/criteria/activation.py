@@ -30,10 +30,14 @@ def width(evidence: Evidence) -> Width:
         embedding=torch.stack([aggregate(name) for name in norms]).sum(0),
         heads=[heads_of(i) for i in every],
         ffn=[aggregate(f"layers.{i}.neurons_{prune.neuron_activation}") for i in every],
-        experts=[experts_of(statistics.experts[f"layers.{i}.experts"], prune) for i in every if statistics.experts],
+        experts=[
+            torch.zeros(0) if kind.is_dense else experts_of(statistics.experts[f"layers.{i}.experts"], prune)
+            for i, kind in enumerate(shape.layer_kinds)
+            if shape.num_moe_experts
+        ],
         shared=[
-            aggregate(f"layers.{i}.shared_{prune.neuron_activation}")
-            for i in every
+            torch.zeros(0) if kind.is_dense else aggregate(f"layers.{i}.shared_{prune.neuron_activation}")
+            for i, kind in enumerate(shape.layer_kinds)
             if shape.moe_shared_expert_intermediate_size
         ],
     )

@@ -13,12 +13,11 @@ def width(evidence: Evidence) -> Width:
     def noise(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator)
 
-    layers, experts = range(shape.num_layers), [shape.num_moe_experts] if shape.num_moe_experts else []
-    shared = shape.moe_shared_expert_intermediate_size
+    units = [shape.unit_sizes(kind) for kind in shape.layer_kinds]
     return Width(
         embedding=noise(shape.hidden_size),
-        heads=[noise(shape.num_attention_heads) for _ in layers],
-        ffn=[noise(*experts, shape.ffn_hidden_size) for _ in layers],
-        experts=[noise(*experts) for _ in layers] if experts else [],
-        shared=[noise(shared) for _ in layers] if shared else [],
+        heads=[noise(shape.num_attention_heads) for _ in units],
+        ffn=[noise(*layer["ffn"]) for layer in units],
+        experts=[noise(*layer["experts"]) for layer in units] if shape.num_moe_experts else [],
+        shared=[noise(*layer["shared"]) for layer in units] if shape.moe_shared_expert_intermediate_size else [],
     )
