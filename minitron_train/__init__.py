@@ -17,6 +17,7 @@ __all__ = [
     "Planned",
     "Pruned",
     "Scored",
+    "Taught",
     "UserError",
     "distill",
     "distillation_loss",
@@ -26,6 +27,7 @@ __all__ = [
     "prune",
     "report",
     "score",
+    "teach",
 ]
 
 if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt names; at run time __getattr__ answers
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt 
         Planned,
         Pruned,
         Scored,
+        Taught,
         UserError,
         distill,
         distillation_loss,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt 
         prune,
         report,
         score,
+        teach,
     )
 else:
 
