@@ -17,6 +17,7 @@ __all__ = [
     "Planned",
     "Pruned",
     "Scored",
+    "Taught",
     "Timed",
     "UserError",
     "distill",
@@ -28,6 +29,7 @@ __all__ = [
     "report",
     "score",
     "speed",
+    "teach",
 ]
 
 if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt names; at run time __getattr__ answers
@@ -38,6 +40,7 @@ if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt 
         Planned,
         Pruned,
         Scored,
+        Taught,
         Timed,
         UserError,
         distill,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt 
         report,
         score,
         speed,
+        teach,
     )
 else:
 

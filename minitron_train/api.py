@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_train.commands import configuration, recipes, registry
 from minitron_train.commands.members import settled
+from minitron_train.commands.teacher_cache import cache_folder
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config
 from minitron_train.config.renamed import current_settings
@@ -68,6 +69,15 @@ class Pruned:
         from safetensors.torch import load_file
 
         return load_file(self.folder / "kept.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A finished teacher cache, which `distill` reads with settings={"teacher.cache": taught.folder}."""
+
+    folder: Path
+    num_tokens: int
+    bytes_per_token: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +182,27 @@ def prune(
     values = {"teacher.path": teacher, "data.path": text} | {f"student.{name}": size for name, size in sizes.items()}
     ws = run("prune", output_dir, values, settings)
     return Pruned(ws.pruned_folder, num_parameters(ws.pruned_folder), num_parameters(ws.source_folder))
+
+
+def teach(
+    teacher: StrPath,
+    output_dir: StrPath,
+    *,
+    text: Text | None = None,
+    num_tokens: int | None = None,
+    settings: Settings | None = None,
+) -> Taught:
+    """Write what a teacher predicts for training text, so that `distill` needs no teacher in memory (arXiv 2503.16870).
+
+    Args:
+        text: training text, as `distill` will read it; default: the embedded corpus.
+        num_tokens: tokens from its beginning; default: train.num_tokens.
+    """
+    values = {"teacher.path": teacher, "data.path": text, "teach.num_tokens": num_tokens}
+    ws = run("teach", output_dir, values, settings)
+    folder = cache_folder(ws)
+    facts = facts_of(folder)
+    return Taught(folder, facts["tokens"], facts["bytes_per_token"])
 
 
 def distill(

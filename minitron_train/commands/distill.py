@@ -3,7 +3,7 @@
 from minitron_train.commands.command import TRAINING, Command, Job
 from minitron_train.commands.training import check_settings, distill_options, train_stage, training_text
 from minitron_train.commands.workspace import Workspace
-from minitron_train.planning.check import MORE_GPUS, Needs
+from minitron_train.planning.check import FEWER_CHECKPOINTS, MORE_GPUS, Needs
 from minitron_train.runtime.errors import UserError
 from minitron_train.stages import layout
 
@@ -18,7 +18,13 @@ def distill(ws: Workspace) -> None:
     train_stage(ws, ws.config, COMMAND.name, NEEDS, folder=folder, student=student, teacher=teacher)
 
 
-NEEDS = Needs(options=distill_options, remedy=MORE_GPUS, disk="checkpoints", replaces=layout.TRAINING)
+NEEDS = Needs(
+    options=distill_options,
+    remedy=MORE_GPUS,
+    disk="checkpoints",
+    replaces=layout.TRAINING,
+    disk_remedy=FEWER_CHECKPOINTS,
+)
 COMMAND = Command(
     name="distill",
     summary="train the student on the teacher's logits",

@@ -8,7 +8,7 @@ from minitron_train.commands.fetch import on_rank0
 from minitron_train.commands.inputs import data_inputs
 from minitron_train.commands.training import pretrain_options, train_stage, training_text
 from minitron_train.commands.workspace import Workspace, shape_of_recipe
-from minitron_train.planning.check import MORE_GPUS, Needs
+from minitron_train.planning.check import FEWER_CHECKPOINTS, MORE_GPUS, Needs
 from minitron_train.runtime.errors import UserError
 from minitron_train.stages import Stage
 from minitron_train.stages.layout import INITIAL, PRETRAINING
@@ -35,7 +35,9 @@ def pretrain(ws: Workspace) -> None:
     export_stage(ws, "export teacher", source=training, target=ws.teacher_folder, dtype="float32")
 
 
-NEEDS = Needs(options=pretrain_options, remedy=MORE_GPUS, disk="checkpoints", replaces=PRETRAINING)
+NEEDS = Needs(
+    options=pretrain_options, remedy=MORE_GPUS, disk="checkpoints", replaces=PRETRAINING, disk_remedy=FEWER_CHECKPOINTS
+)
 COMMAND = Command(
     name="pretrain",
     summary="train a teacher from scratch, with its tokenizer",

@@ -7,7 +7,7 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.commands.command import Command, Job
-from minitron_train.commands.teacher_cache import teaching_stage
+from minitron_train.commands.teacher_cache import cache_folder, teaching_stage
 from minitron_train.commands.training import training_text
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, LossKind, TeachKind
@@ -27,10 +27,14 @@ def teach(ws: Workspace) -> None:
     shape = ws.teacher_shape
     shape.check_parallel(ws.config.parallel.tensor_model_parallel_size, "teacher")
 
+    target = cache_folder(ws)
+
     def work(folder: Path) -> Mapping[str, Any]:
-        ws.check_fits(COMMAND.name, NEEDS, shape)
+        ws.check_fits(COMMAND.name, NEEDS, shape, folder=target)
         return write_cache(ws.config, ws.groups, teacher=ws.teacher_folder, folder=folder)
 
+    if ws.config.force and not ws.config.dry_run:  # refuse this run before it replaces an earlier cache
+        ws.check_fits(COMMAND.name, NEEDS, shape, folder=target)
     ws.run(teaching_stage(ws), work)
 
 
@@ -64,7 +68,13 @@ def options(config: Config, teacher: Shape, student: Shape, world: World, cuda: 
             yield Option(changed(names), teach_bytes(teacher, layout)["total"])
 
 
-NEEDS = Needs(options=options, remedy=MORE_GPUS)
+NEEDS = Needs(
+    options=options,
+    remedy=MORE_GPUS,
+    disk="teacher_cache",
+    replaces="",
+    disk_remedy="free space, set teacher.cache to a folder on another disk, or lower teach.draws or teach.num_tokens",
+)
 COMMAND = Command(
     name="teach",
     summary="write the teacher's predictions for the training stream, for distill without a teacher in memory",

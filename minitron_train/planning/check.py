@@ -14,6 +14,7 @@ from minitron_train.planning.stages import disk_bytes
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 
+FEWER_CHECKPOINTS = "free space, set output_dir to another disk, or lower checkpoint.keep"
 MORE_GPUS = "use more GPUs with a larger parallel.tensor_model_parallel_size"
 OVERRIDE = "plan.check=false overrides"
 
@@ -34,7 +35,8 @@ class Needs:
         options: (config, teacher, student, world, cuda) -> ways to run it, the configured one first.
         remedy: what the user can do when no option fits.
         disk: the part of planning.stages.disk_bytes that it writes; None: the disk is not checked.
-        replaces: the folder below output_dir whose files it replaces; their bytes count as free.
+        replaces: the folder below the checked one whose files it replaces or resumes; their bytes count as free.
+        disk_remedy: what the user can do when the disk is too small.
         in_one_process: whether one process does the work on the CPU, however many were started.
     """
 
@@ -42,6 +44,7 @@ class Needs:
     remedy: str
     disk: str | None = None
     replaces: str | None = None
+    disk_remedy: str = "free space, or set output_dir to another disk"
     in_one_process: bool = False
 
 
@@ -52,7 +55,7 @@ def check_fits(
 
     Args:
         teacher, student: both shapes; a command with one model gives it twice.
-        folder: output_dir, whose disk is looked at; it need not exist.
+        folder: output_dir, or what the command writes outside of it; its disk is looked at, and it need not exist.
 
     Raises:
         UserError: what is needed, what is available, and the nearest settings that fit.
@@ -89,12 +92,12 @@ def refuse_disk(config: Config, name: str, needs: Needs, teacher: Shape, student
     needed = disk_bytes(config, teacher, student)[needs.disk]
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if needs.replaces:
+    if needs.replaces is not None:
         free += sum(file.stat().st_size for file in (folder / needs.replaces).rglob("*") if file.is_file())
     if needed > free:
-        remedy = "free space, set output_dir to another disk" + (", or lower checkpoint.keep" if needs.replaces else "")
         raise UserError(
-            f"{name}: needs {needed / GIB:.3g} GiB of disk in {folder}, {free / GIB:.3g} GiB are free; {remedy} ({OVERRIDE})"
+            f"{name}: needs {needed / GIB:.3g} GiB of disk in {folder}, {free / GIB:.3g} GiB are free; "
+            f"{needs.disk_remedy} ({OVERRIDE})"
         )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from minitron_train.arch import Shape
 from minitron_train.config import Config, DistillConfig, Precision, TeachKind
-from minitron_train.config.teach import most_sample_bytes
 from minitron_train.planning import counts
 from minitron_train.planning.hardware import Hardware, hardware, is_described
 from minitron_train.planning.layouts import Choice, all_choices, evaluate, shares
@@ -21,7 +20,7 @@ from minitron_train.planning.memory import (
     stage_bytes,
 )
 from minitron_train.planning.precision import concrete, with_choice
-from minitron_train.planning.stages import disk_bytes, scoring, slicing
+from minitron_train.planning.stages import cache_token_bytes, disk_bytes, scoring, slicing
 from minitron_train.planning.timing import (
     dp_bytes_per_step,
     ep_bytes_per_token,
@@ -92,12 +91,7 @@ def teacher_cache(
     `bytes_per_token` of samples is the most: repeated draws are stored once. The time is that of the teacher's forward pass
     and its half of the logits, in the layout of the training; `teach` itself takes it once.
     """
-    teach, train = config.teach, config.train
-    weight_bytes = WEIGHT_BYTES[config.distill.teacher_precision or train.precision]
-    each = {
-        "samples": most_sample_bytes(teacher.vocab_size, teach.draws, has_weights=teach.has_weights),
-        "hidden": float(teacher.hidden_size * weight_bytes),
-    }
+    teach, train, each = config.teach, config.train, cache_token_bytes(config, teacher)
     num_tokens = teach.num_tokens or train.num_tokens
     found: dict[str, Any] = {"draws": teach.draws, "num_tokens": num_tokens, "bytes_per_token": each}
     found["bytes"] = {kind: size * num_tokens for kind, size in each.items()}

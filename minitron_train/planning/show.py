@@ -84,6 +84,8 @@ def chosen_layout(plan: dict[str, Any]) -> list[str]:
         return []
     title = "recommended layout" if plan["recommended"] else "configured layout (no layout of this cluster fits)"
     heading = f"{title}, {machine['num_gpus']} x {machine['name']}: {layout_text(chosen['layout'])}"
+    if kind := chosen["layout"]["cached"]:
+        heading += f"; the teacher is on disk ({kind})"
     return [
         "",
         heading,
@@ -112,8 +114,6 @@ def layout_text(layout: dict[str, Any]) -> str:
     extra = [name.replace("_", " ") for name, ranks in shared.items() if layout[name] and ranks > 1]
     if layout["recompute"] != "none":
         extra.append(f"{layout['recompute']} recompute")
-    if layout["cached"]:
-        extra.append(f"teacher on disk ({layout['cached']})")
     experts = f" (EP {layout['ep']})" if layout["ep"] > 1 else ""
     stages = f"PP {layout['pp']}, " if layout["pp"] > 1 else ""
     text = f"TP {layout['tp']}, {stages}DP {layout['dp']}{experts}, micro-batch {layout['micro_batch_size']}"
@@ -124,6 +124,8 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Format the GiB per GPU by part."""
     parts, activations = choice["memory_bytes"], choice["activations_bytes"]
     rows = {name: text for name, text in MEMORY_ROWS.items() if parts[name]}
+    if choice["layout"]["cached"]:
+        rows["teacher_weights"] = "teacher's output layer"
     lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in rows.items()]
     lines[-1] += f" of {machine['memory_bytes'] / GIB:.1f}"
     lines[list(rows).index("activations")] += (

@@ -4,7 +4,8 @@ from math import prod
 from typing import Any
 
 from minitron_train.arch import Shape, architecture
-from minitron_train.config import Config, ExportDtype, Precision
+from minitron_train.config import Config, ExportDtype, Precision, TeachKind
+from minitron_train.config.teach import most_sample_bytes
 from minitron_train.planning.counts import forward_flops_per_token, parameters
 from minitron_train.planning.hardware import Hardware
 from minitron_train.planning.memory import FP32, WEIGHT_BYTES, Layout, repair_bytes, score_bytes, slice_bytes
@@ -89,7 +90,7 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
     """Return the bytes of the output folder by part, with one checkpoint more than are kept (the one being written).
 
     A pretrained teacher and its initial weights are fp32. `cache` is outside the folder: copies of compressed text in
-    data.cache_dir.
+    data.cache_dir. So may be `teacher_cache`, which `teach` writes: `total` does not contain it.
     """
     from minitron_train.data.sources import copied_bytes  # loads pyarrow, which --help can do without
 
@@ -105,7 +106,25 @@ def disk_bytes(config: Config, teacher: Shape, student: Shape) -> dict[str, int]
         "student": own * export_weight_bytes(config),
     }
     each = {"checkpoint": own * checkpoint_bytes(config), "cache": copied_bytes(config.data)}
+    each["teacher_cache"] = cache_bytes(config, teacher)
     return parts | {"total": sum(parts.values())} | each
+
+
+def cache_token_bytes(config: Config, teacher: Shape) -> dict[str, float]:
+    """Return the bytes of a token in a teacher cache by kind. Of samples it is the most: repeated draws are stored once."""
+    teach, weight_bytes = config.teach, WEIGHT_BYTES[config.distill.teacher_precision or config.train.precision]
+    return {
+        TeachKind.samples.value: most_sample_bytes(teacher.vocab_size, teach.draws, has_weights=teach.has_weights),
+        TeachKind.hidden.value: float(teacher.hidden_size * weight_bytes),
+    }
+
+
+def cache_bytes(config: Config, teacher: Shape) -> int:
+    """Return the bytes that `teach` writes at most: whole global batches, and the held-out tokens as hidden states."""
+    each, train = cache_token_bytes(config, teacher), config.train
+    num_steps = -(-(config.teach.num_tokens or train.num_tokens) // train.step_tokens)
+    held_out = config.data.validation_tokens * each[TeachKind.hidden]
+    return int(num_steps * train.step_tokens * each[config.teach.kind] + held_out)
 
 
 def checkpoint_bytes(config: Config) -> int:

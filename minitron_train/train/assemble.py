@@ -145,7 +145,9 @@ def assemble(
         checkpoints=checkpoints,
         best_metric=best_metric,
         reporter=Reporter(
-            groups, throughput_meter(config, groups, student_files, teacher_files), train.log_every_steps
+            groups,
+            throughput_meter(config, groups, student_files, teacher_flops(config, teacher_files, cached)),
+            train.log_every_steps,
         ),
         state=RunState(),
         heartbeat=heartbeat,
@@ -253,11 +255,18 @@ def write_model_files(target: Path, student: HFFolder) -> None:
         write_rest(scratch, student.rest)
 
 
-def throughput_meter(config: Config, groups: Groups, student: HFFolder, teacher: HFFolder | None) -> ThroughputMeter:
-    """Return a meter that counts the FLOPs of the student's forward and backward pass and the teacher's forward pass."""
-    length = config.train.seq_length
-    flops = training_flops_per_token(student.shape, length)
-    flops += forward_flops_per_token(teacher.shape, length) if teacher else 0
+def teacher_flops(config: Config, teacher: HFFolder | None, cached: cache.Cache | None) -> int:
+    """Return the teacher's FLOPs per token: a forward pass; of cached hidden states the output layer, of samples nothing."""
+    if teacher is None:
+        return 0
+    if cached is None:
+        return forward_flops_per_token(teacher.shape, config.train.seq_length)
+    return 0 if cached.training.output is None else 2 * teacher.shape.vocab_size * teacher.shape.hidden_size
+
+
+def throughput_meter(config: Config, groups: Groups, student: HFFolder, taught_flops: int) -> ThroughputMeter:
+    """Return a meter that counts the FLOPs of the student's forward and backward pass and the teacher's `taught_flops`."""
+    flops = training_flops_per_token(student.shape, config.train.seq_length) + taught_flops
     precision, cuda = config.train.precision, groups.device.type == "cuda"
     peak = data_sheet_flops(torch.cuda.get_device_name(groups.device), precision, config.cluster) if cuda else None
     return ThroughputMeter(flops, gemm_flops(precision, cuda), groups.world_size, peak)

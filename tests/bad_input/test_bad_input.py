@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bad_input.caches import CACHES
 from tests.bad_input.corpora import CORPORA
 from tests.bad_input.data import DATA
 from tests.bad_input.folders import FOLDERS
@@ -22,7 +23,7 @@ from tests.bad_input.runs import RUNS
 from tests.bad_input.scene import MICRO, Case, Scene
 from tests.bad_input.words import WORDS
 
-CASES = [*WORDS, *PATHS, *MODELS, *FOLDERS, *DATA, *CORPORA, *RUNS, *RECORDS]
+CASES = [*WORDS, *PATHS, *MODELS, *FOLDERS, *DATA, *CORPORA, *RUNS, *RECORDS, *CACHES]
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300
 LONGEST_LINE = 1000  # characters: some lines list everything that is missing
@@ -48,13 +49,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def material(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of recipe `micro`, trained for a few steps. The quick cases need none: there it does not exist."""
+    """The output folder of recipe `micro`, trained for a few steps, with a teacher cache.
+
+    The quick cases need none: there it does not exist.
+    """
     kept = request.config.getoption("material")
     folder = Path(kept).absolute() if kept else tmp_path_factory.mktemp("material")
     if request.config.getoption("whole") and not (folder / "out" / "student").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        done = run_fresh(["run", *MICRO.split()], folder)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for command in ("run", "teach"):
+            done = run_fresh([command, *MICRO.split()], folder)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out"
 
 

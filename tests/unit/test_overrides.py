@@ -118,6 +118,7 @@ def test_the_keys_that_take_a_path() -> None:
     assert marked == {
         *(
             "teacher.path",
+            "teacher.cache",
             "student.path",
             "student.pruned_from",
             "calibration.save_path",

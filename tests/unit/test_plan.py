@@ -377,6 +377,24 @@ def test_sequences_are_split_by_default_on_cuda_alone() -> None:
     assert not ParallelConfig(sequence_parallel=True).splits_sequences(64, cuda=True), "one rank has nothing to split"
 
 
+def test_a_training_that_reads_a_teacher_cache_holds_the_output_layer_alone() -> None:
+    """In the same layout it takes the live training's hours, less those that the plan promises."""
+    live, cached, hidden = (
+        make_plan(config, *shapes(config))
+        for words in ((), ("teacher.cache=x",), ("teacher.cache=x", "teach.kind=hidden"))
+        if (config := load("+recipe=4b", *words))
+    )
+    saved = live["teacher_cache"]["saved_hours"]
+    assert cached["recommended"]["hours"] == pytest.approx(live["recommended"]["hours"] - saved)
+    assert cached["recommended"]["hours"] < hidden["recommended"]["hours"] < live["recommended"]["hours"]
+    for plan in (cached, hidden):
+        parts, tp = plan["recommended"]["memory_bytes"], plan["recommended"]["layout"]["tp"]
+        assert parts["teacher_weights"] == 256_000 * 6144 * 2 // tp
+        assert parts["activations"] == live["recommended"]["memory_bytes"]["activations"]
+    assert "teacher's output layer" in format_plan(hidden) and "the teacher is on disk (hidden)" in format_plan(hidden)
+    assert "teacher's weights" in format_plan(live)
+
+
 def test_a_teacher_on_disk_states_its_bytes_and_the_hours_that_it_saves() -> None:
     """18 bits for an id of 256,000 and 6 for a number of 50 draws; the teacher is more than half of the step's FLOPs."""
     config = load("+recipe=4b")

@@ -165,6 +165,27 @@ def test_a_full_disk_is_refused_and_old_checkpoints_count_as_free(
     check_fits(config(), "distill", TEACHER, STUDENT, World(), tmp_path)
 
 
+def test_a_teacher_cache_needs_its_bytes_on_its_own_disk(
+    memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """50 draws of a vocabulary of 32,000 take (6 + 50 (15 + 6)) / 8 bytes; what an unfinished cache holds counts as free."""
+    memory(1000)
+    made = config()
+    made.data.validation_tokens = 1000
+    needed = made.train.num_steps * made.train.step_tokens * 132 + 1000 * TEACHER.hidden_size * 4
+    usage = check.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    check_fits(made, "teach", TEACHER, TEACHER, World(), tmp_path)
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: usage._replace(free=needed - 4096))
+    with pytest.raises(
+        UserError, match=r"^teach: needs .* GiB of disk in .*; free space, set teacher\.cache to a folder"
+    ):
+        check_fits(made, "teach", TEACHER, TEACHER, World(), tmp_path)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "part").write_bytes(bytes(4096))
+    check_fits(made, "teach", TEACHER, TEACHER, World(), tmp_path)
+
+
 def test_an_export_needs_a_shard_of_memory_and_its_folder_on_disk(
     memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -28,6 +28,8 @@ SENTENCES = (
     "{usual.disk.checkpoint:.1f} GiB each for `4b`, {sibling.disk.checkpoint:.1f} for `8b`",
     "need {usual.disk.total:.0f} GiB of disk",
     "{usual.network.tensor_parallel:.0f} GiB for TP 2 inside the node, {usual.network.data_parallel:.1f} GiB for DP",
+    "gives {usual.teacher_cache.saved_hours:.1f} of the {usual.hours:.1f} hours to the teacher's forward pass",
+    "memory falls from {usual.memory.total:.1f} to {cached.memory.total:.1f} GiB per GPU",
     "({usual.scoring.resident:.1f} GiB) or streamed ({usual.scoring.streamed:.1f} GiB)",
     "reads {usual.slicing.read_bytes:.1f} GiB, writes {usual.slicing.written_bytes:.1f}",
 )
@@ -104,6 +106,7 @@ def test_the_text_of_scale() -> None:
         "fast": planned("4b", "cluster=h100", "cluster.num_nodes=128"),
         "cheap": planned("4b_from_8b", "cluster=a100"),
         "sibling": planned("8b"),
+        "cached": planned("4b", "teacher.cache=x"),
     }
     text = " ".join(SCALE.replace("e10", "e+10").split())
     figures = {name: Figures(result | flat(result)) for name, result in runs.items()}

@@ -1,5 +1,6 @@
 """A teacher on disk: its files, kills, and trainings that read it instead of running the teacher."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -101,16 +102,30 @@ def test_samples_train_like_the_exact_loss(
     assert found[-1]["eval.validation.kl"] == pytest.approx(live[-1]["eval.validation.kl"], rel=0.03)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "samples"])
-def test_a_training_resumes_from_a_cache(
-    training: Material, caches: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
-    settings: dict[str, Any] = {"teacher__cache": str(caches[kind])}
-    run(training, tmp_path / "whole", **settings)
-    with before_step(6, interrupt), pytest.raises(Interrupted):
-        run(training, tmp_path / "resumed", **settings)
-    run(training, tmp_path / "resumed", **settings)
-    assert rows(tmp_path / "resumed") == rows(tmp_path / "whole")
+def killed_in_step_six(rank: int, world_size: int, runs: list[tuple[Material, Path, dict[str, Any]]]) -> None:
+    """Trainings of which each breaks off in step 6, the last one by SIGKILL."""
+
+    def kill(trainer: Any) -> None:
+        trainer.checkpoints.poll(wait=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for material, folder, settings in runs:
+        action = kill if folder == runs[-1][1] else interrupt
+        with before_step(6, action), contextlib.suppress(Interrupted):
+            run(material, folder, **settings)
+
+
+def test_a_killed_training_resumes_from_a_cache(training: Material, caches: dict[str, Path], tmp_path: Path) -> None:
+    """From step 3 on, with what the cache holds at the stream's position."""
+    settings: dict[str, dict[str, Any]] = {kind: {"teacher__cache": str(cache)} for kind, cache in caches.items()}
+    runs = [(training, tmp_path / kind, settings[kind]) for kind in caches]
+    workers, _ = start_ranks(killed_in_step_six, 1, 20000 + os.getpid() % 20000, (runs,))
+    workers[0].join(timeout=120)
+    assert workers[0].exitcode == -signal.SIGKILL
+    for kind in caches:
+        run(training, tmp_path / f"{kind}_whole", **settings[kind])
+        assert run(training, tmp_path / kind, **settings[kind])["resumed_at_step"] == 3
+        assert rows(tmp_path / kind) == rows(tmp_path / f"{kind}_whole")
 
 
 def test_another_batch_size_reads_the_same_sequences(
