@@ -34,7 +34,7 @@ from minitron_train.config.prune import (
     SearchConfig,
 )
 from minitron_train.config.speed import SpeedConfig
-from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
+from minitron_train.config.tracking import MlflowConfig, TrackerKind, TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
     CheckpointConfig,
     OnNonFinite,
@@ -114,6 +114,7 @@ __all__ = [
     "LossKind",
     "MemberConfig",
     "Merge",
+    "MlflowConfig",
     "ModelConfig",
     "NeuronActivation",
     "OnNonFinite",
@@ -134,6 +135,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherSource",
     "TooLong",
+    "TrackerKind",
     "TrackingConfig",
     "TrainConfig",
     "WandbConfig",

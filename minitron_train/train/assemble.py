@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import ThroughputMeter
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.settings import check_settings, deciding_settings
+from minitron_train.train.settings import check_settings, deciding_settings, flat
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
@@ -223,14 +222,6 @@ def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | N
         if files is not None:
             values |= {f"{label}.{key}": plain(value) for key, value in asdict(files.shape).items()}
     return values
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to one level with dotted keys, such as `train.lr`."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def write_model_files(target: Path, student: HFFolder) -> None:
