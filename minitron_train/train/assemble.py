@@ -23,7 +23,7 @@ from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config, write_rest
 from minitron_train.model.build import DTYPES, LanguageModel, build
-from minitron_train.model.load import share_weights
+from minitron_train.model.load import align_output, share_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import data_sheet_flops, gemm_flops
@@ -98,7 +98,7 @@ def assemble(
     stream = PrefetchingStream(open_stream(config, groups, tokenizer))
     stack.callback(stream.close)
     student = load_model(student_files, config, groups, **student_arguments(train))
-    teacher = load_teacher(teacher_files, config, groups) if teacher_files is not None else None
+    teacher = None if teacher_files is None else load_teacher(teacher_files, config, groups, student_files.shape)
     hidden = hidden_pairs(config, student, teacher)
     optimizer = Optimizer(student, train)
     objective = Objective(
@@ -182,14 +182,17 @@ def open_tokenizer(
     tokenizers.check_same(tokenizer, teacher.folder)
     padded_alike = len(set(rows.values())) == 1
     vocab_size = None if padded_alike else min(tokenizers.vocab_size(tokenizer), *rows.values())
-    real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
+    real_rows(rows, vocab_size, 1, config.distill.top_k)  # load_teacher aligns the ranks' rows
     return tokenizer, vocab_size
 
 
-def load_teacher(files: HFFolder, config: Config, groups: Groups) -> LanguageModel:
-    """Load the frozen teacher."""
+def load_teacher(files: HFFolder, config: Config, groups: Groups, student: Shape) -> LanguageModel:
+    """Load the frozen teacher. Each rank gets the output rows of the token ids that its shard of the student has."""
     dtype = DTYPES[agreed(config.distill.teacher_precision or config.train.precision, groups)]
-    return load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+    teacher = load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+    if groups.tp_size > 1 and student.vocab_size != files.shape.vocab_size:
+        align_output(teacher, files.table, files.shape, files, groups, student.vocab_size // groups.tp_size)
+    return teacher
 
 
 def hidden_pairs(config: Config, student: LanguageModel, teacher: LanguageModel | None) -> HiddenPairs | None:
