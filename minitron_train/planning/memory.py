@@ -235,6 +235,8 @@ def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: in
     """
     own = parameters_per_rank(student, layout.tp, layout.ep, stage, layout.pp)
     taught = 0 if teacher is None else parameters_per_rank(teacher, layout.tp, layout.ep, stage, layout.pp)
+    if teacher is not None and stage == layout.pp - 1:
+        taught += aligned_parameters(teacher, student, layout.tp)
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "student_weights": own * layout.weight_bytes,
@@ -249,6 +251,17 @@ def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: in
     teacher_layout = replace(layout, weight_bytes=layout.teacher_weight_bytes)
     teacher_forward = 0 if teacher is None else working_bytes(teacher, teacher_layout)
     return fixed | moving | {"total": sum(fixed.values()) + max(sum(moving.values()), teacher_forward)}
+
+
+def aligned_parameters(teacher: Shape, student: Shape, tp: int) -> int:
+    """Return the parameters that a rank holds more for a teacher whose vocabulary is padded differently.
+
+    `model.load.align_output` gives it the output rows of the student's shard, instead of its own unless these are tied.
+    """
+    if tp == 1 or teacher.vocab_size == student.vocab_size:
+        return 0
+    replaced = 0 if teacher.tie_embeddings else teacher.vocab_size
+    return (student.vocab_size - replaced) // tp * teacher.hidden_size
 
 
 def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:

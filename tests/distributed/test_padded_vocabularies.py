@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from minitron_train.hf import HFFolder, copy_tokenizer
+from minitron_train.planning.counts import parameters_per_rank
+from minitron_train.planning.memory import aligned_parameters
 from minitron_train.train.batches import held_out_batch
 from tests.support.helpers import run_ranks
 from tests.support.loss_reference import spec_name, specs
@@ -27,6 +29,7 @@ from tests.support.training import (
     rows,
     run,
     student_of,
+    train_here,
 )
 
 SPLIT = {"parallel__tensor_model_parallel_size": 2}
@@ -51,10 +54,21 @@ def material(request: pytest.FixtureRequest, training: Material, tmp_path_factor
     return made
 
 
+@pytest.fixture(scope="module")
+def one(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    train_and_write(0, 1, material, folder)
+    return folder
+
+
 def write_losses(folder: Path, trainer: Any) -> None:
     """Every loss of the untrained student on the validation's tokens, and the validation's own result."""
     objective, tokens = trainer.objective, trainer.validation.tokens
     found: dict[str, Any] = {"validation": trainer.validation(lambda: False), "tokens": tokens.tolist()}
+    teacher = objective.teacher
+    aligned = teacher.aligned_output.numel() if teacher.aligned_output is not None else 0
+    found["teacher's parameters"] = sum(parameter.numel() for parameter in teacher.parameters()) + aligned
     with torch.no_grad():
         for spec in specs():
             found[spec_name(spec)] = objective.logit_loss(held_out_batch(tokens), spec).total.item()
@@ -80,13 +94,14 @@ def by_transformers(material: Material, tokens: list[list[int]]) -> tuple[float,
     return kl.item(), F.nll_loss(student.flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-def test_two_ranks_equal_one_and_transformers(material: Material, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    train_and_write(0, 1, material, one)
+def test_two_ranks_equal_one_and_transformers(material: Material, one: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    two.mkdir()
     run_ranks(train_and_write, 2, material, two)
     alone, split = (json.loads((folder / FILE).read_text()) for folder in (one, two))
+    shapes = HFFolder(material.teacher).shape, HFFolder(material.student).shape
+    planned = parameters_per_rank(shapes[0], 2) + aligned_parameters(*shapes, 2)
+    assert split["teacher's parameters"] == planned
     kl, ce = by_transformers(material, alone["tokens"])
     for found in (alone, split):
         assert found["validation"]["eval.validation.kl"] == pytest.approx(kl, rel=1e-5)
@@ -99,3 +114,9 @@ def test_two_ranks_equal_one_and_transformers(material: Material, tmp_path: Path
     assert HFFolder(tmp_path / "exported2").shape == HFFolder(material.student).shape
     for name, value in expected.items():
         assert (weights[name] - value).norm() < 1e-4 * value.norm(), name  # AdamW may amplify a gradient close to 0
+
+
+def test_pipeline_stages_of_two_ranks_equal_one(material: Material, one: Path, tmp_path: Path) -> None:
+    layout = SPLIT | {"parallel__pipeline_model_parallel_size": 2}
+    run_ranks(train_here, 4, [(material, tmp_path, SETTINGS | layout)])
+    assert_equal(tmp_path, rows(one))
