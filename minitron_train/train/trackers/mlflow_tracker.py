@@ -20,6 +20,7 @@ from minitron_train.train.trackers.tracker import Tracker, Training, numbers
 ENVIRONMENT = {  # defaults; the user's own values win
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the report has it
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the thread tries again
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
 }

@@ -58,7 +58,7 @@ def run_place(settings: WandbConfig, folder: Path, name: str) -> Place:
 
 
 class WandbTracker(Tracker):
-    """One W&B run. A process of W&B's own sends the data; W&B keeps the first values of steps that are trained again."""
+    """One W&B run. A process of W&B's own sends the data."""
 
     label = "W&B"
 
