@@ -45,7 +45,7 @@ print_environment() {
     case $name in
       *KEY* | *TOKEN* | *SECRET* | *PASS* | *CREDENTIAL* | *AUTH*) printf '  %s=(set, not shown)\n' "$name" ;;
       SLURM_JOB_* | SLURM_NTASKS* | SLURM_RESTART_COUNT | SLURM_GPUS* | SLURM_CPUS_PER_TASK | SLURM_ARRAY_TASK_ID | \
-        MASTER_* | NCCL_* | GLOO_* | CUDA_* | TORCH_* | OMP_* | HF_* | WANDB_* | PYTHON* | MINITRON_*)
+        MASTER_* | NCCL_* | GLOO_* | CUDA_* | TORCH_* | OMP_* | HF_* | WANDB_* | MLFLOW_* | PYTHON* | MINITRON_*)
         printf '  %s=%q\n' "$name" "${!name}"
         ;;
     esac

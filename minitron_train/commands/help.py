@@ -74,8 +74,10 @@ def members(kind: Any) -> list[Enum]:
 
 
 def shown(value: Any) -> str:
-    """A setting's value; of sections that the user names, the names."""
+    """A setting's value; of enums their names, of sections that the user names, these names."""
     if isinstance(value, dict):
         entries = (key if dataclasses.is_dataclass(entry) else f"{key}: {entry}" for key, entry in value.items())
         return f"{{{', '.join(entries)}}}"
+    if isinstance(value, list) and any(isinstance(entry, Enum) for entry in value):
+        return f"[{', '.join(map(shown, value))}]"
     return value.name if isinstance(value, Enum) else "" if value is None else str(value)

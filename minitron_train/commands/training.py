@@ -109,14 +109,16 @@ def task_hook(ws: Workspace, student: Path) -> Any:
 
 
 def check_settings(config: Config) -> None:
-    """Refuse settings of a training that contradict each other, and tasks that do not exist or cannot be isolated.
+    """Refuse settings of a training that contradict each other, and trackers and tasks that cannot be used here.
 
     Raises:
         UserError: the first contradiction.
     """
     from minitron_train.evaluation.task_names import check_names
     from minitron_train.train import settings
+    from minitron_train.train.tracking import check_packages
 
+    check_packages(config.tracking)
     check_isolated(config.eval, config.eval.training_tasks)
     settings.check_settings(config, distilled=True)
     check_names(config.eval.training_tasks)

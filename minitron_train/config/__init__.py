@@ -35,7 +35,7 @@ from minitron_train.config.prune import (
 )
 from minitron_train.config.speed import SpeedConfig
 from minitron_train.config.teach import TeachConfig, TeachKind
-from minitron_train.config.tracking import TrackingConfig, WandbConfig, WandbMode
+from minitron_train.config.tracking import MlflowConfig, TrackerKind, TrackingConfig, WandbConfig, WandbMode
 from minitron_train.config.train import (
     CheckpointConfig,
     OnNonFinite,
@@ -116,6 +116,7 @@ __all__ = [
     "LossKind",
     "MemberConfig",
     "Merge",
+    "MlflowConfig",
     "ModelConfig",
     "NeuronActivation",
     "OnNonFinite",
@@ -138,6 +139,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherSource",
     "TooLong",
+    "TrackerKind",
     "TrackingConfig",
     "TrainConfig",
     "WandbConfig",

@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from minitron_train.config.base import opt
+from minitron_train.config.base import opt, require
+
+
+class TrackerKind(StrEnum):
+    """A program that shows the metrics of runs."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
 
 
 class WandbMode(StrEnum):
@@ -29,7 +37,33 @@ class WandbConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class MlflowConfig:
+    """MLflow."""
+
+    uri: str | None = opt(
+        None, "tracking server or database, like http://host:5000; default: MLFLOW_TRACKING_URI, else train/mlflow.db"
+    )
+    experiment: str | None = opt(None, "MLflow experiment; default: MLFLOW_EXPERIMENT_NAME, else minitron_train")
+    name: str | None = opt(None, "run name; default: the recipe's")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl."""
 
+    trackers: list[TrackerKind] = opt(
+        lambda: [TrackerKind.wandb],
+        "any of wandb, tensorboard (event files in train/tensorboard) and mlflow; the last two need pip install",
+    )
     wandb: WandbConfig = opt(WandbConfig, "Weights & Biases")
+    mlflow: MlflowConfig = opt(MlflowConfig, "MLflow")
+
+    def validate(self) -> None:
+        """Refuse a tracker that is named twice."""
+        require(
+            len(set(self.trackers)) == len(self.trackers),
+            "tracking.trackers",
+            [kind.value for kind in self.trackers],
+            "names a tracker twice",
+            "name each once",
+        )

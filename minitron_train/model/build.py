@@ -70,6 +70,7 @@ class LanguageModel(GPTModel):
         windows: the different attention windows of the layers.
         embedding_scale: factor of the embeddings.
         logit_map: what the family does to the products with the output weights.
+        aligned_output: replaces this rank's rows of the output layer (see `load.align_output`).
     """
 
     num_stages: int = 1
@@ -78,6 +79,7 @@ class LanguageModel(GPTModel):
     windows: tuple[int | None, ...]
     embedding_scale: float = 1.0
     logit_map: LogitMap = PLAIN
+    aligned_output: Tensor | None = None
 
     def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Final hidden states [S, B, H], after the last norm; under sequence parallelism [S / tp, B, H].
@@ -103,6 +105,8 @@ class LanguageModel(GPTModel):
     @property
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, [vocab / tp, H]."""
+        if self.aligned_output is not None:
+            return self.aligned_output
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         assert weight is not None

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,3 +107,34 @@ def share_output_weight(
     groups.from_first_replica(weight_VH)
     groups.raise_together(failure)
     return weight_VH
+
+
+@torch.no_grad()
+def align_output(module: Any, table: Architecture, shape: Shape, source: Source, groups: Groups, num_rows: int) -> None:
+    """Replace the output layer of a frozen model by the rows of another model's shards; collective, on all ranks.
+
+    Tensor-parallel rank r gets the rows r x `num_rows` to (r+1) x `num_rows` of the whole output layer. Rows beyond the
+    model's own are 0. The embedding stays as it is, also where it is tied. A pipeline stage without the output layer takes
+    part without a change.
+
+    Args:
+        module: a model.build.LanguageModel.
+
+    Raises:
+        UserError, MachineError: a rank cannot read its rows; raised on every rank.
+    """
+    failure: Exception | None = None
+    if module.post_process:
+        own = module.output_weight
+        rows_VH = own.new_zeros(num_rows, own.shape[1])
+        start, stop = (min(number * num_rows, shape.vocab_size) for number in (groups.tp_rank, groups.tp_rank + 1))
+        if groups.dp_rank == 0 and start < stop:
+            try:
+                rows_VH[: stop - start] = source.read(table.output_name(shape), 0, start, stop)
+            except Exception as error:  # of any class: raised below, on all ranks
+                failure = error
+        groups.from_first_replica(rows_VH)
+        module.aligned_output = rows_VH
+        if not shape.tie_embeddings:
+            module.output_layer.register_parameter("weight", None)  # frees the rows that nothing reads now
+    groups.raise_together(failure)

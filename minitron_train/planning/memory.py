@@ -254,6 +254,8 @@ def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: in
     own = parameters_per_rank(student, layout.tp, layout.ep, stage, layout.pp)
     is_last, running = stage == layout.pp - 1, live(teacher, layout)
     taught = 0 if running is None else parameters_per_rank(running, layout.tp, layout.ep, stage, layout.pp)
+    if running is not None and is_last:
+        taught += aligned_parameters(running, student, layout.tp)
     if teacher is not None and layout.cached and is_last:
         taught = teacher.vocab_size // layout.tp * teacher.hidden_size
     fixed = {
@@ -282,6 +284,17 @@ def teach_bytes(teacher: Shape, layout: Layout) -> dict[str, int]:
         "draws": max(TEACH_LOGITS, teacher.vocab_size // layout.tp) * TEACH_LOGIT_BYTES,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def aligned_parameters(teacher: Shape, student: Shape, tp: int) -> int:
+    """Return the parameters that a rank holds more for a teacher whose vocabulary is padded differently.
+
+    `model.load.align_output` gives it the output rows of the student's shard, instead of its own unless these are tied.
+    """
+    if tp == 1 or teacher.vocab_size == student.vocab_size:
+        return 0
+    replaced = 0 if teacher.tie_embeddings else teacher.vocab_size
+    return (student.vocab_size - replaced) // tp * teacher.hidden_size
 
 
 def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:

@@ -32,6 +32,7 @@ from minitron_train.stages.layout import (
 )
 from minitron_train.stages.provenance import StageRecord
 from minitron_train.train.metrics import read_rows
+from minitron_train.train.tracking import places
 
 CHOSEN_BY = "importance."  # prefix in kept.safetensors, see pruning.select.Keep
 BLOCK_KEY = re.compile(r"layers\.([0-9]{1,6})\.block")  # every layer has one
@@ -82,6 +83,7 @@ class Run:
     models: dict[str, Model]
     axes: dict[str, Axis]  # embedding, heads, experts, ffn, block
     metrics: dict[str, dict[str, np.ndarray]]  # train, pretrain -> column -> [T] float64, NaN where not logged
+    trackers: dict[str, dict[str, str]]  # train, pretrain -> name of a tracker -> address or folder of its run
     evals: dict[str, Evaluation]  # eval/LABEL.json by label
     speed: Speed | None  # speed/speed.json
 
@@ -131,6 +133,7 @@ def load_run(folder: Path, student: Path | None = None) -> Run:
             for name, place in TRAININGS.items()
             if (columns := read_metrics(folder / place / "metrics.jsonl"))
         },
+        trackers={name: found for name, place in TRAININGS.items() if (found := places(folder / place))},
         evals={
             file.stem: read_evaluation(file)
             for file in sorted((folder / EVALUATION).glob("*.json"))

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config, write_rest
 from minitron_train.model.build import DTYPES, LanguageModel, build
-from minitron_train.model.load import share_weights
+from minitron_train.model.load import align_output, share_weights
 from minitron_train.parallel.groups import Groups
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import data_sheet_flops, gemm_flops
@@ -42,7 +41,7 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import ThroughputMeter
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.settings import check_settings, deciding_settings
+from minitron_train.train.settings import check_settings, deciding_settings, flat
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
@@ -110,7 +109,7 @@ def assemble(
         )
         cached = cache.open_cache(config, groups, teacher_files, facts)
     elif teacher_files is not None:
-        teacher = load_teacher(teacher_files, config, groups)
+        teacher = load_teacher(teacher_files, config, groups, student_files.shape)
     hidden = hidden_pairs(config, student, teacher)
     optimizer = Optimizer(student, train)
     objective = Objective(
@@ -197,14 +196,17 @@ def open_tokenizer(
     tokenizers.check_same(tokenizer, teacher.folder)
     padded_alike = len(set(rows.values())) == 1
     vocab_size = None if padded_alike else min(tokenizers.vocab_size(tokenizer), *rows.values())
-    real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
+    real_rows(rows, vocab_size, 1, config.distill.top_k)  # load_teacher aligns the ranks' rows
     return tokenizer, vocab_size
 
 
-def load_teacher(files: HFFolder, config: Config, groups: Groups) -> LanguageModel:
-    """Load the frozen teacher."""
+def load_teacher(files: HFFolder, config: Config, groups: Groups, student: Shape) -> LanguageModel:
+    """Load the frozen teacher. Each rank gets the output rows of the token ids that its shard of the student has."""
     dtype = DTYPES[agreed(config.distill.teacher_precision or config.train.precision, groups)]
-    return load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+    teacher = load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+    if groups.tp_size > 1 and student.vocab_size != files.shape.vocab_size:
+        align_output(teacher, files.table, files.shape, files, groups, student.vocab_size // groups.tp_size)
+    return teacher
 
 
 def hidden_pairs(config: Config, student: LanguageModel, teacher: LanguageModel | None) -> HiddenPairs | None:
@@ -237,14 +239,6 @@ def checkpoint_settings(config: Config, student: HFFolder, teacher: HFFolder | N
         if files is not None:
             values |= {f"{label}.{key}": plain(value) for key, value in asdict(files.shape).items()}
     return values
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to one level with dotted keys, such as `train.lr`."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def write_model_files(target: Path, student: HFFolder) -> None:

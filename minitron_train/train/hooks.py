@@ -15,7 +15,8 @@ class Hook:
     """Override the methods that you need. All ranks call each method at the same step, so collectives are allowed.
 
     `train.hooks=[my_lab.hooks.MyHook]` adds a hook; its class is called without arguments. Values that a method returns
-    go to metrics.jsonl and W&B. An exception ends the run. With pipeline stages, `training.student` is a rank's own stage.
+    go to metrics.jsonl and the trackers. An exception ends the run. With pipeline stages, `training.student` is a rank's
+    own stage.
     """
 
     def before_optimizer(self, training: "Trainer") -> None:

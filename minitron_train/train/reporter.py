@@ -1,4 +1,4 @@
-"""The reporter: sends a run's metrics from rank 0 to metrics.jsonl, Weights & Biases and the console."""
+"""The reporter: sends a run's metrics from rank 0 to metrics.jsonl, the trackers and the console."""
 
 import contextlib
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron_train.parallel.groups import Groups
 from minitron_train.train.metrics import Console, Metrics, MetricsFile, ThroughputMeter, peak_memory_bytes
-from minitron_train.train.tracking import Tracker
+from minitron_train.train.tracking import Trackers
 
 
 class Reporter:
@@ -19,10 +19,16 @@ class Reporter:
         groups: Groups,
         speed: ThroughputMeter,
         every_steps: int,
-        tracker: Tracker | None = None,
-        sinks: tuple[MetricsFile | Tracker | Console, ...] = (),
+        sinks: tuple[MetricsFile | Trackers | Console, ...] = (),
+        trackers: Trackers | None = None,
     ) -> None:
-        self.groups, self.speed, self.every_steps, self.tracker, self.sinks = groups, speed, every_steps, tracker, sinks
+        self.groups, self.speed, self.every_steps, self.sinks, self.trackers = (
+            groups,
+            speed,
+            every_steps,
+            sinks,
+            trackers,
+        )
         self.data_seconds = 0.0  # since the last line
 
     @contextlib.contextmanager
@@ -51,10 +57,9 @@ class Reporter:
             sink.write(line)
 
     def record(self, folders: Mapping[str, Path], *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
-        """Log folders, by kind, as artifacts of the W&B run."""
-        if self.tracker is not None:
-            for kind, folder in folders.items():
-                self.tracker.record(kind, folder, consumed=consumed, facts=facts)
+        """Tell the trackers which folders, by kind, the training has read (`consumed`) or written."""
+        if self.trackers is not None:
+            self.trackers.record(folders, consumed=consumed, facts=facts)
 
     def close(self, *, failed: bool) -> None:
         """Close all sinks, without collectives."""

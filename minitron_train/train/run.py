@@ -20,7 +20,8 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import Console, MetricsFile
 from minitron_train.train.profile import ProfileSteps
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.tracking import Tracker
+from minitron_train.train.trackers.tracker import Training
+from minitron_train.train.tracking import Trackers
 
 
 def train(
@@ -39,7 +40,7 @@ def train(
 
     Args:
         student, teacher: Hugging Face folders of any shapes with the same vocabulary.
-        folder: receives checkpoints/, metrics.jsonl and wandb/.
+        folder: receives checkpoints/, metrics.jsonl and what the trackers write.
         hooks: called before the hooks in train.hooks.
 
     Returns:
@@ -70,7 +71,7 @@ def train(
         state = trainer.state
         facts: dict[str, Any] = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
         facts["precision"] = trainer.config.train.precision.value
-        facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation, "wandb_id": state.wandb_id}
+        facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation}
         facts["data_passes"] = trainer.stream.passes()
         report_passes(facts["data_passes"])
         facts |= {"best_metric": state.best_metric, "best": state.best, "stopped_early": trainer.is_stalled}
@@ -116,10 +117,10 @@ def report_passes(passes: dict[str, dict[str, float | None]]) -> None:
 
 def exit_to_resume(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
     """Write stopped.json, which tells a scheduler to start the run again, and exit every rank with code 0."""
-    trainer.reporter.close(failed=False)
     if trainer.groups.is_first:
         mark = {"signal": stopped, "step": trainer.state.step, "num_steps": trainer.num_steps}
         atomic_write_json(folder / STOPPED, mark)
+    trainer.reporter.close(failed=False)  # a tracker may wait some seconds for its server
     trainer.groups.barrier()
     again = "start again without force=true" if trainer.config.force and trainer.state.step else "start again"
     where = (
@@ -130,14 +131,13 @@ def exit_to_resume(trainer: Trainer, stopped: str, folder: Path) -> NoReturn:
 
 
 def open_reporter(config: Config, trainer: Trainer, folder: Path) -> Reporter:
-    """Open metrics.jsonl, W&B and the console to continue after the resumed step; for rank 0."""
+    """Open metrics.jsonl, the trackers and the console to continue after the resumed step; for rank 0."""
     state, measured, name = trainer.state, trainer.reporter, config.title
-    tracker = Tracker(
-        config.tracking.wandb, folder=folder, name=name, run_id=state.wandb_id, config=plain(asdict(config))
-    )
-    state.wandb_id = tracker.run_id
-    file, console = MetricsFile(folder / "metrics.jsonl", state.step), Console(name, state.step, trainer.num_steps)
-    return Reporter(trainer.groups, measured.speed, measured.every_steps, tracker, (file, tracker, console))
+    file = MetricsFile(folder / "metrics.jsonl", state.reported)
+    training = Training(folder=folder, name=name, step=state.reported, run_id=None, config=plain(asdict(config)))
+    trackers = Trackers.open(config.tracking, training, former_wandb_id=state.wandb_id)
+    console = Console(name, state.step, trainer.num_steps)
+    return Reporter(trainer.groups, measured.speed, measured.every_steps, (file, trackers, console), trackers)
 
 
 def ancestors(student: Path, teacher: Path | None) -> dict[str, Path]:

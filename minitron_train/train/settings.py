@@ -126,3 +126,11 @@ def check_stages(config: Config, *, distilled: bool) -> None:
             f"train.recompute={train.recompute.name}: with {where}, recomputed experts would take the load-balancing loss of "
             "another micro-batch; set train.recompute=none, or remove train.router_aux_loss"
         )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to one level with dotted keys, such as `train.lr`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found

@@ -27,7 +27,7 @@ class RunState:
     layout: tuple[int, ...] = (1, 1, 1)  # TP, DP and PP size when `stream` and `rng` were collected
     loss_memory: float | None = None  # distillation.loss_memory.LossMemory.measured
     micro_batch_size: int | None = None  # that `loss_memory` was measured with
-    wandb_id: str | None = None
+    wandb_id: str | None = None  # only in checkpoints from before trackers.json
     hidden_weight: float | None = None  # dynamic weight of the hidden-state loss in the next step
     evaluated_tokens: int = 0  # `tokens` at the last validation
     evaluation: dict[str, float] = field(default_factory=dict)  # results of the last evaluation, by TASK.METRIC
@@ -53,6 +53,11 @@ class RunState:
     def num_updates(self) -> int:
         """Updates of the weights so far, AdamW's `step`."""
         return self.step - self.num_skipped
+
+    @property
+    def reported(self) -> int:
+        """The last step whose metrics are complete."""
+        return self.step - 1 if self.unevaluated else self.step
 
     @property
     def source_shares(self) -> Metrics:
@@ -83,13 +88,12 @@ class RunState:
 
     def capture(self, groups: Groups, stream: dict[str, Any]) -> None:
         """Gather the stream position and the random states of every rank; collective."""
-        mine = {"stream": stream, "rng": rng_state(), "dp_rank": groups.dp_rank, "wandb_id": self.wandb_id}
+        mine = {"stream": stream, "rng": rng_state(), "dp_rank": groups.dp_rank}
         everyone: list[Any] = [None] * groups.world_size
         dist.all_gather_object(everyone, mine)
         self.rng = [rank["rng"] for rank in everyone]
         by_dp_rank = {rank["dp_rank"]: rank["stream"] for rank in everyone}
         self.stream = [by_dp_rank[k] for k in range(groups.dp_size)]
-        self.wandb_id = everyone[0]["wandb_id"]  # only rank 0 uses W&B
         self.layout = (groups.tp_size, groups.dp_size, groups.pp_size)
 
     def has_layout(self, groups: Groups) -> bool:

@@ -1,143 +1,162 @@
-"""Weights & Biases: the metrics of metrics.jsonl, one run across restarts, and the model's lineage as artifacts."""
+"""The trackers of a training: opened by rank 0, continued by a restart, and dropped after an error."""
 
 import contextlib
-import os
-import re
+import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from minitron_train.config import WandbConfig, WandbMode
+from minitron_train.config import TrackerKind, TrackingConfig
 from minitron_train.runtime.console import say
-from minitron_train.stages import read_provenance, read_started_record
+from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import atomic_write_json
+from minitron_train.runtime.masking import mask_credentials
+from minitron_train.runtime.records import read_record, set_aside
+from minitron_train.train.trackers.mlflow_tracker import MlflowTracker
+from minitron_train.train.trackers.tensorboard_tracker import TensorBoardTracker
+from minitron_train.train.trackers.tracker import Tracker, Training
+from minitron_train.train.trackers.wandb_tracker import WandbTracker
 
-KNOWN = ("stage", "command", "settings", "inputs", "parent", "facts", "git_commit")  # provenance fields in an artifact
-MAX_NAME_CHARACTERS = 128  # W&B's limit for the name of an artifact
-YES = ("1", "true", "t", "yes", "y", "on")
-MODES = {  # WANDB_MODE, including older names -> mode of one run
-    **{"online": "online", "offline": "offline", "disabled": "disabled"},
-    **{"run": "online", "dryrun": "offline", "shared": "online"},
+FILE = "trackers.json"  # in the training's folder: the run of each tracker
+TRACKERS: dict[TrackerKind, type[Tracker]] = {
+    TrackerKind.wandb: WandbTracker,
+    TrackerKind.tensorboard: TensorBoardTracker,
+    TrackerKind.mlflow: MlflowTracker,
 }
 
 
-def wandb_mode(mode: WandbMode) -> str:
-    """Return online, offline or disabled. `auto` follows the environment, then uses online if an API key is set."""
-    if mode is not WandbMode.auto:
-        return mode.value
-    if os.environ.get("WANDB_DISABLED", "").lower() in YES:
-        return "disabled"
-    asked = os.environ.get("WANDB_MODE", "").lower()
-    if asked in MODES:
-        return MODES[asked]
-    if asked:
-        say(f"WANDB_MODE={asked}: must be one of {', '.join(MODES)}; using offline")
-        return "offline"
-    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+class TrackedRun(TypedDict):
+    """The run of one tracker: how the next start finds it, and where a person does."""
+
+    run_id: str | None
+    place: str | None
+
+
+def configured(settings: TrackingConfig) -> list[TrackerKind]:
+    """The trackers in tracking.trackers that are not switched off."""
+    return [kind for kind in settings.trackers if not TRACKERS[kind].is_off(settings)]
+
+
+def check_packages(settings: TrackingConfig) -> None:
+    """Refuse trackers whose packages are not installed.
+
+    Raises:
+        UserError: gives the command that installs them.
+    """
+    for kind in configured(settings):
+        packages = TRACKERS[kind].packages(settings)
+        lacking = [module for module in packages if importlib.util.find_spec(module) is None]
+        if lacking:
+            raise UserError(
+                f"tracking.trackers: {kind} needs {', '.join(lacking)}, not installed here; run "
+                f"pip install {' '.join(packages[module] for module in lacking)}, or leave {kind} out"
+            )
+
+
+def read_runs(folder: Path) -> dict[str, TrackedRun]:
+    """The runs in trackers.json, by tracker; empty without the file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return read_record(folder / FILE, dict[str, TrackedRun], "delete it, and the trackers begin new runs")
+    except FileNotFoundError:
+        return {}
+
+
+def places(folder: Path) -> dict[str, str]:
+    """Where a person finds the runs of a training, by the name of the tracker; raises what `read_runs` does."""
+    labels = {kind.value: tracker.label for kind, tracker in TRACKERS.items()}
+    return {labels.get(kind, kind): run["place"] for kind, run in read_runs(folder).items() if run["place"]}
+
+
+@dataclass(slots=True)
+class Guarded:
+    """A tracker that cannot stop training: after an error it is reported once, and left out until the next start."""
+
+    tracker: Tracker | None
+
+    def send(self, action: Callable[[Tracker], object]) -> None:
+        """Run `action`. A scheduler's SIGTERM, for example, also ends W&B's process, so that any call may fail."""
+        if self.tracker is None:
+            return
+        try:
+            action(self.tracker)
+        except Exception as error:  # no tracker's error may stop training; metrics.jsonl has all metrics
+            say(
+                f"{self.tracker.label} failed ({first_line(error)}); metrics.jsonl continues, and the next start "
+                f"resumes the {self.tracker.label} run"
+            )
+            failed, self.tracker = self.tracker, None
+            with contextlib.suppress(Exception):
+                failed.abandon()
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The name of a run, its project on the server, and its local folder."""
+class Trackers:
+    """All trackers of a training, as one sink of metrics."""
 
-    project: str
-    entity: str | None
-    name: str
-    folder: Path
+    guarded: tuple[Guarded, ...] = ()
 
-
-def run_place(settings: WandbConfig, folder: Path, name: str) -> Place:
-    """Take each value from the configuration, else from the environment, else from the defaults."""
-    environ = os.environ
-    return Place(
-        project=settings.project or environ.get("WANDB_PROJECT") or "minitron_train",
-        entity=settings.entity or environ.get("WANDB_ENTITY") or None,
-        name=settings.name or environ.get("WANDB_NAME") or name,
-        folder=Path(environ.get("WANDB_DIR") or folder),
-    )
-
-
-class Tracker:
-    """One W&B run, on rank 0. With mode `disabled` it does nothing."""
-
-    def __init__(
-        self, settings: WandbConfig, *, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]
-    ) -> None:
-        self.run: Any = None
-        place = run_place(settings, folder, name)
-        self.run_id, self.name = run_id, place.name
-        mode = wandb_mode(settings.mode)
-        if mode == "disabled":
-            return
-        os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            import wandb
-
-            (place.folder / "wandb").mkdir(parents=True, exist_ok=True)
-            self.run = wandb.init(
-                project=place.project,
-                entity=place.entity,
-                name=place.name,
-                dir=str(place.folder),
-                id=run_id,
-                resume="allow",
-                mode=mode,  # type: ignore[arg-type]
-                config=dict(config),
-                settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
-            )
-        except Exception as error:  # training continues without a key or a network
-            say(f"W&B could not start ({error}); metrics.jsonl has all metrics, and the next start tries again")
-            return
-        self.run_id = self.run.id
-
-    def record(self, kind: str, folder: Path, *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
-        """Log one stage's folder as an artifact: a reference and metadata, not its files.
+    @classmethod
+    def open(cls, settings: TrackingConfig, training: Training, *, former_wandb_id: str | None = None) -> "Trackers":
+        """Begin or continue a run in each configured tracker, and record the runs in trackers.json.
 
         Args:
-            consumed: the run has read the folder; otherwise it has written it. W&B can link a consumed artifact only online.
+            training: `run_id` is not used.
+            former_wandb_id: the W&B run of a checkpoint from before trackers.json.
         """
-
-        def link() -> None:
-            use = self.run.use_artifact if consumed and not self.run.offline else self.run.log_artifact
-            use(make_artifact(f"{self.name}-{kind}", kind, folder, facts))
-
-        if self.run is not None:
-            self._send(link)
+        runs = known_runs(training.folder)
+        if former_wandb_id is not None:
+            runs.setdefault(TrackerKind.wandb, TrackedRun(run_id=former_wandb_id, place=None))
+        opened = []
+        for kind in configured(settings):
+            known = runs.get(kind)
+            tracker = begin(TRACKERS[kind], settings, replace(training, run_id=known and known["run_id"]))
+            if tracker is not None:
+                place = tracker.place and mask_credentials(tracker.place)
+                runs[kind] = TrackedRun(run_id=tracker.run_id, place=place)
+                opened.append(Guarded(tracker))
+        if runs:
+            atomic_write_json(training.folder / FILE, runs)
+        return cls(tuple(opened))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self.run is not None:
-            values = {key: value for key, value in row.items() if value is not None}
-            self._send(lambda: self.run.log(values, step=row["step"]))
+        """Log the metrics of one step."""
+        for one in self.guarded:
+            one.send(lambda tracker: tracker.write(row))
+
+    def record(self, folders: Mapping[str, Path], *, consumed: bool, facts: Mapping[str, Any] | None = None) -> None:
+        """Log folders, by kind, that the training has read (`consumed`) or written."""
+        for one in self.guarded:
+            for kind, folder in folders.items():
+                one.send(lambda tracker, at=(kind, folder): tracker.record(*at, consumed=consumed, facts=facts))
 
     def close(self, *, failed: bool = False) -> None:
-        """Send pending data and finish the run."""
-        if self.run is not None:
-            self._send(lambda: self.run.finish(exit_code=int(failed)))
-            self.run = None
-
-    def _send(self, action: Callable[[], object]) -> None:
-        """Run `action`, and continue without W&B if it fails. A scheduler's SIGTERM, for example, also ends W&B's process."""
-        try:
-            action()
-        except Exception as error:  # no W&B error may stop training; metrics.jsonl has all metrics
-            import wandb
-
-            say(f"W&B failed ({error}); metrics.jsonl continues, and the next start resumes the W&B run")
-            self.run = None
-            with contextlib.suppress(Exception):
-                wandb.teardown()  # fails too, but unregisters an exit handler that would fail again
+        """Send pending data and finish all runs."""
+        for one in self.guarded:
+            one.send(lambda tracker: tracker.close(failed=failed))
+            one.tracker = None
 
 
-def make_artifact(name: str, kind: str, folder: Path, facts: Mapping[str, Any] | None) -> Any:
-    """Make an artifact that refers to a folder and holds its provenance, or for new checkpoints `facts` and started.json."""
-    import wandb
+def begin(kind: type[Tracker], settings: TrackingConfig, training: Training) -> Tracker | None:
+    """Open one tracker; None, with a line, if it fails: training continues without a key or a network."""
+    try:
+        return kind(settings, training)
+    except Exception as error:
+        say(
+            f"{kind.label} could not start ({first_line(error)}); metrics.jsonl has all metrics, and the next start tries "
+            "again"
+        )
+        return None
 
-    started = read_started_record(folder.parent) if facts else read_provenance(folder)
-    known: dict[str, Any] = {**(started or {}), **({"facts": facts} if facts else {})}
-    metadata = {key: known[key] for key in KNOWN if key in known}
-    allowed = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[
-        -MAX_NAME_CHARACTERS:
-    ]  # the run's name may contain any characters
-    artifact = wandb.Artifact(allowed, type=kind, metadata=metadata)
-    artifact.add_reference(folder.resolve().as_uri(), checksum=False)
-    return artifact
+
+def known_runs(folder: Path) -> dict[str, TrackedRun]:
+    """The same as `read_runs`; a damaged file is renamed, and all trackers begin new runs."""
+    try:
+        return read_runs(folder)
+    except UserError as error:
+        say(f"{error}; kept as {set_aside(folder / FILE).name}")
+        return {}

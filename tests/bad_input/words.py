@@ -12,6 +12,8 @@ COMMAND_LINE = [
     Case("misspelt preset", "prune prune=modelop", r"did you mean 'modelopt'\?", quick=True),
     Case("loss misspelt", "distill distill.loss=forward_lk", "distill.loss.*forward_kl", quick=True),
     Case("W&B mode misspelt", "distill tracking.wandb.mode=of", "tracking.wandb.mode.*offline"),
+    Case("tracker misspelt", "distill tracking.trackers=[tensorbord]", "'tensorbord', expected one of .*tensorboard"),
+    Case("tracker twice", "distill tracking.trackers=[wandb,wandb]", "names a tracker twice; name each once"),
     Case("repair misspelt", "prune prune.refit=al", "prune.refit.*outputs"),
     Case("activation misspelt", "prune prune.neuron_activation=mid", "prune.neuron_activation=mid.*one of .pre, post"),
     Case("word for a number", "prune student.hidden_size=big", "student.hidden_size", quick=True),

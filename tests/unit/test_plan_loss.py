@@ -8,13 +8,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_train.config import DistillConfig, LossKind, TeachKind
 from minitron_train.distillation.loss import LossSpec, distillation_loss
 from minitron_train.distillation.loss_blocks import Chunking
-<<<<<<< HEAD
+from minitron_train.distillation.samples import Samples
 from minitron_train.model.attention import CAPPED_QUERIES, CappedAttention
 from minitron_train.planning.timing import SOFTCAP_PASSES, logit_passes
-=======
-from minitron_train.distillation.samples import Samples
-from minitron_train.planning.timing import logit_passes
->>>>>>> lteach
 from tests.support.passes import Traffic
 
 NUM_TOKENS, VOCAB, WIDTH = 256, 4096, 4
@@ -43,7 +39,6 @@ def test_the_passes_over_logits_are_counted(distill: DistillConfig) -> None:
     assert traffic.elements / (NUM_TOKENS * VOCAB) == pytest.approx(logit_passes(distill), abs=0.3)
 
 
-<<<<<<< HEAD
 def test_the_passes_over_capped_scores_are_counted() -> None:
     """Of a forward pass; with the backward pass, which computes the scores again, about three times as many."""
     length, heads, width = CAPPED_QUERIES, 4, 4
@@ -63,7 +58,8 @@ def test_the_passes_over_capped_scores_are_counted() -> None:
                 context.sum().backward()
         found.append(traffic.elements / scores)
     assert found[0] == pytest.approx(SOFTCAP_PASSES, abs=0.7) and found[1] == pytest.approx(3 * SOFTCAP_PASSES, abs=2)
-=======
+
+
 @pytest.mark.parametrize("labels", [0.0, 1.0])
 def test_the_passes_of_samples_are_counted(labels: float) -> None:
     """Only the student's logits are read; eight ids a token cost little."""
@@ -85,4 +81,3 @@ def test_the_passes_of_samples_are_counted(labels: float) -> None:
         loss.total.backward()
     passes = logit_passes(distill, TeachKind.samples)
     assert traffic.elements / (NUM_TOKENS * VOCAB) == pytest.approx(passes, abs=0.3)
->>>>>>> lteach

@@ -223,6 +223,16 @@ def test_seconds_of_a_resumed_training_are_said_to_be_those_of_its_last_start(ou
     assert "a resumed training counts since its last start" in text and "s from step 1,500" in text
 
 
+def test_page_names_the_runs_of_trackers(output_dir: Path) -> None:
+    runs = {"wandb": {"run_id": "a", "place": "https://host/<lab>/runs/a"}, "mlflow": {"run_id": "b", "place": None}}
+    write_json(output_dir / "train" / "trackers.json", runs)
+    text = write_report(output_dir).read_text()
+    assert "W&amp;B <code>https://host/&lt;lab&gt;/runs/a</code>" in text and "MLflow" not in text
+    write_json(output_dir / "train" / "trackers.json", {"wandb": "a"})
+    with pytest.raises(UserError, match=r"trackers.json: damaged .*; delete it"):
+        write_report(output_dir)
+
+
 def test_page_is_self_contained(output_dir: Path) -> None:
     page = Page(write_report(output_dir))
     assert not [entry for entry in page.attributes if entry[1] in ("src", "href") or "://" in entry[2]]

@@ -23,8 +23,6 @@ from minitron_train.config import (
     Schedule,
     SourceConfig,
     TrainConfig,
-    WandbConfig,
-    WandbMode,
 )
 from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import Batch
@@ -281,120 +279,6 @@ def test_a_checkpoint_from_before_sources_were_counted() -> None:
     state.load_state_dict(saved)
     state.count(8, {"own": 1})
     assert (state.step, state.tokens, state.source_shares) == (4, 8, {"source.own": 1.0})
-
-
-def test_wandb_goes_on_with_its_run(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitron_train.train.tracking import Tracker, wandb_mode
-
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert wandb_mode(WandbMode.auto) == "offline"
-    first = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=None, config={"train.lr": 1.0})
-    first.write({"step": 1, "loss": 2.0, "ce_loss": None})
-    first.record("teacher", training.teacher, consumed=True)
-    first.close()
-    again = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=first.run_id, config={})
-    again.close()
-    assert first.run_id == again.run_id
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}"))) >= 1
-
-    def refuse(**_: object) -> None:
-        raise ConnectionError("no network")
-
-    with monkeypatch.context() as patch:  # a restart without network goes on, and keeps the run for the next one
-        patch.setattr("wandb.init", refuse)
-        without = Tracker(WandbConfig(), folder=tmp_path, name="a", run_id=first.run_id, config={})
-        without.write({"step": 2, "loss": 1.0})
-        without.close()
-        assert without.run_id == first.run_id
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert wandb_mode(WandbMode.auto) == "online"
-    assert json.dumps("secret") not in "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("environ", "setting", "mode"),
-    [
-        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, WandbMode.auto, "offline"),
-        ({"WANDB_MODE": "disabled", "WANDB_API_KEY": "k"}, WandbMode.auto, "disabled"),
-        ({"WANDB_MODE": "dryrun"}, WandbMode.auto, "offline"),
-        ({"WANDB_MODE": "online"}, WandbMode.auto, "online"),
-        ({"WANDB_MODE": "nonsense", "WANDB_API_KEY": "k"}, WandbMode.auto, "offline"),
-        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, WandbMode.auto, "disabled"),
-        ({"WANDB_DISABLED": "false", "WANDB_API_KEY": "k"}, WandbMode.auto, "online"),
-        ({"WANDB_MODE": "disabled", "WANDB_DISABLED": "1"}, WandbMode.offline, "offline"),
-    ],
-)
-def test_wandb_follows_the_environment(
-    environ: dict[str, str], setting: WandbMode, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """An explicit setting wins over the environment, which wins over auto; the same for project, entity and name."""
-    from minitron_train.train.tracking import Place, run_place, wandb_mode
-
-    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", *PLACES):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    assert wandb_mode(setting) == mode
-    assert run_place(WandbConfig(), tmp_path, "tiny") == Place("minitron_train", None, "tiny", tmp_path)
-    for name in PLACES:
-        monkeypatch.setenv(name, name)
-    assert run_place(WandbConfig(), tmp_path, "tiny") == Place(*PLACES[:3], Path("WANDB_DIR"))
-    settings = WandbConfig(project="p", entity="e", name="n")
-    assert run_place(settings, tmp_path, "tiny") == Place("p", "e", "n", Path("WANDB_DIR"))
-
-
-PLACES = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME", "WANDB_DIR")
-
-
-def test_wandb_artifacts(training: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their names follow from any name of the run; a training's says what it began with and what came of it."""
-    import wandb
-
-    made: list[wandb.Artifact] = []
-
-    class Noted(wandb.Artifact):
-        def __init__(self, *words: Any, **more: Any) -> None:
-            super().__init__(*words, **more)
-            made.append(self)
-
-    monkeypatch.setattr(wandb, "Artifact", Noted)
-    began = {"inputs": {"student": "1f"}, "settings": {"seed": 1}, "command": "minitron distill"}
-    (tmp_path / "started.json").write_text(json.dumps(began))
-    settings = WandbConfig(mode=WandbMode.offline, name="Größe 4B, run 2/#")
-    facts = run(training, tmp_path, train__num_tokens=2 * STEP_TOKENS, tracking__wandb=settings)
-    assert [artifact.name for artifact in made] == [
-        f"Gr--e-4B--run-2---{kind}" for kind in ("teacher", "pruned", "student")
-    ]
-    assert made[0].metadata == {}, "neither has a provenance"
-    assert made[2].metadata == {**began, "facts": facts}
-    references = [entry.ref or "" for entry in made[2].manifest.entries.values()]
-    assert references and all(each.startswith(f"{tmp_path.resolve().as_uri()}/checkpoints/") for each in references)
-
-
-def test_what_wandb_refuses_ends_wandb_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    from minitron_train.train.tracking import Tracker
-
-    def refuse(*_: object, **__: object) -> None:
-        raise ValueError("not like this")
-
-    record = {"stage": "prune", "command": "prune", "inputs": {}, "settings": {}, "facts": {"kept": 3}}
-    (tmp_path / "provenance.json").write_text(
-        json.dumps(record | {"config": {}, "wall_seconds": 1.0, "python": "3.11"})
-    )
-    tracker = Tracker(WandbConfig(mode=WandbMode.offline), folder=tmp_path, name="a" * 200, run_id=None, config={})
-    logged: list[wandb.Artifact] = []
-    monkeypatch.setattr(tracker.run, "log_artifact", logged.append)
-    tracker.record("pruned", tmp_path, consumed=True)
-    (artifact,) = logged
-    assert artifact.metadata == record and len(artifact.name) == 128
-    monkeypatch.setattr(wandb, "Artifact", refuse)
-    tracker.record("pruned", tmp_path, consumed=True)
-    assert tracker.run is None
-    tracker.write({"step": 1, "loss": 1.0})
-    tracker.close()
 
 
 def test_a_mistake_with_force_costs_no_earlier_training(training: Material, tmp_path: Path) -> None:
