@@ -237,7 +237,7 @@ def teach(config: Config, groups: Groups, *, teacher: Path, folder: Path) -> dic
         stream = PrefetchingStream(open_stream(config, groups, tokenizer))
         stack.callback(stream.close)
         held_out = groups.tensor_from_rank0(lambda: kept_tokens(folder, config.data, tokenizer, length, config.seed))
-        model = load_teacher(files, config, groups)
+        model = load_teacher(files, config, groups, files.shape)
         format = cache_format(config, files, model, stream.stream.fingerprint(), held_out)
         groups.on_rank0(lambda: write_format(folder, format))
         answers = Answers(teacher=model, format=format, groups=groups, seed=config.seed)
