@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONVERTER = "convert_hf_to_gguf.py"
-FP32 = llama_cpp.GGML_TYPE_F32
 CONTEXT = 256
 PROMPTS = (
     "The capital of France is",
@@ -40,8 +38,12 @@ class InLlamaCpp:
         Raises:
             ValueError: llama.cpp rejects the file.
         """
-        precise = {"type_k": FP32, "type_v": FP32, "flash_attn": False, "logits_all": True}
+        import llama_cpp  # pyright: ignore[reportMissingImports]
+
+        fp32 = llama_cpp.GGML_TYPE_F32
+        precise = {"type_k": fp32, "type_v": fp32, "flash_attn": False, "logits_all": True}
         alone = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
+        self.version = llama_cpp.__version__
         self.model = llama_cpp.Llama(str(file), n_ctx=CONTEXT, **precise, **alone)
 
     def tokens(self, text: str) -> list[int]:
@@ -149,7 +151,7 @@ def main() -> int:
         file = Path(scratch, "model.gguf")
         convert(chosen.folder, chosen.llama_cpp, file)
         theirs, ours = InLlamaCpp(file), InTransformers(chosen.folder)
-        print(f"llama-cpp-python {llama_cpp.__version__}, torch {torch.__version__}, {chosen.new_tokens} new tokens")
+        print(f"llama-cpp-python {theirs.version}, torch {torch.__version__}, {chosen.new_tokens} new tokens")
         print("prompt's ids  logit difference  largest logit  equal greedy tokens  prompt")
         found = []
         for prompt in PROMPTS:
