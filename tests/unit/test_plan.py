@@ -125,6 +125,8 @@ def saved_bytes(model: torch.nn.Module, tokens_BS: torch.Tensor) -> int:
 def test_activations_are_what_autograd_keeps(
     architecture: str, whole_heads: bool, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if recompute is Recompute.full and architecture in ("gemma2", "gemma3_text", "olmo2"):
+        pytest.skip("megatron-core turns gradients on for a norm of the sum, whose tensors go with the layer")
     if whole_heads:  # as on a GPU in fp32
         monkeypatch.setattr("minitron_train.model.attention.needs_whole_heads", lambda query, mask: True)
     shape = Shape(
@@ -216,7 +218,7 @@ def test_stages_hold_the_whole_model_once() -> None:
     for shape, more in ((tied, copy), (tied.untied(), 0)):
         parts = [parameters_per_rank(shape, 2, 1, stage, 4) for stage in range(4)]
         assert sum(parts) == parameters_per_rank(shape, 2) + more
-        assert parts[0] - parts[1] == copy - layer_parameters(shape, 2)  # 30 layers: 7, 8, 8, 7
+        assert parts[0] - parts[1] == copy - layer_parameters(shape, shape.kinds, 2)  # 30 layers: 7, 8, 8, 7
 
 
 GIANT = (  # the sizes of Nemotron-4 340B, half of its layers
