@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minitron_train.arch.pipeline import stage_layers
-from minitron_train.config import Precision, Recompute
+from minitron_train.config import Precision, Recompute, TeachKind
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.settings import check_settings
 from tests.support.helpers import free_port, run_ranks, start_ranks
@@ -27,6 +27,7 @@ from tests.support.training import (
     rows,
     run,
     student_of,
+    teach,
     train_here,
 )
 
@@ -109,6 +110,25 @@ def test_four_ranks(tied: Material, one_rank: Path, tmp_path: Path) -> None:
     for folder in list(tmp_path.iterdir()):
         assert_equal(folder, rows(one_rank))
         assert_same_student(folder, one_rank, tmp_path)
+
+
+def test_stages_read_a_teacher_cache(training: Material, tmp_path: Path) -> None:
+    """The last stage reads it. Three held-out sequences on two ranks: one of a rank's sequences fills up its batch."""
+    short: dict[str, Any] = {"train__num_tokens": 2 * 8 * SEQ_LENGTH, "data__validation_tokens": 3 * SEQ_LENGTH}
+    runs, wanted = [], {}
+    for kind in TeachKind:
+        cache, staged = tmp_path / f"{kind}_cache", tmp_path / f"{kind}_staged"
+        teach(training, cache, **short, teach__kind=kind, teach__draws=20)
+        settings: dict[str, Any] = short | {"teacher__cache": str(cache)}
+        run(training, tmp_path / f"{kind}_whole", **settings)
+        wanted[staged] = rows(tmp_path / f"{kind}_whole")
+        runs += [(training, staged, settings | {"parallel__pipeline_model_parallel_size": 2})]
+        if kind is TeachKind.hidden:
+            wanted[tmp_path / "divided"] = wanted[staged]
+            runs += [(training, tmp_path / "divided", settings)]  # data parallel
+    run_ranks(train_here, 2, runs)
+    for folder, found in wanted.items():
+        assert_equal(folder, found)
 
 
 def test_four_stages_with_unequal_numbers_of_layers(tmp_path: Path) -> None:

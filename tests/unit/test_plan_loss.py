@@ -64,13 +64,14 @@ def test_the_passes_over_capped_scores_are_counted() -> None:
 def test_the_passes_of_samples_are_counted(labels: float) -> None:
     """Only the student's logits are read; eight ids a token cost little."""
     distill = DistillConfig(ce_weight=labels)
-    student = [torch.randn(size, WIDTH, requires_grad=True) for size in (NUM_TOKENS, VOCAB)]
+    hidden, weight = (torch.randn(size, WIDTH, requires_grad=True) for size in (NUM_TOKENS, VOCAB))
     samples = Samples(
         ids_NK=torch.arange(8).expand(NUM_TOKENS, 8), weights_NK=torch.full((NUM_TOKENS, 8), 1 / 8), entropy=0.0
     )
     with Traffic() as traffic:
         loss = distillation_loss(
-            *student,
+            hidden,
+            weight,
             None,
             None,
             loss=LossSpec(ce_weight=labels),
