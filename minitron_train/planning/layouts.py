@@ -38,6 +38,7 @@ def candidates(
                     seq_length=base.seq_length,
                     weight_bytes=base.weight_bytes,
                     teacher_weight_bytes=base.teacher_weight_bytes,
+                    global_batch_size=global_batch_size,
                     runtime_bytes=base.runtime_bytes,
                     logit_memory_fraction=base.logit_memory_fraction,
                     logit_passes=base.logit_passes,

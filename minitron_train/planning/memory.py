@@ -43,6 +43,7 @@ class Layout:
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
     teacher_weight_bytes: int
+    global_batch_size: int = 0  # sequences of an optimizer step; 0 if the layout is not that of a training
     runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0 without CUDA
     logit_memory_fraction: float | None = None  # distill.logit_memory_fraction
     logit_passes: int = 0  # planning.timing.logit_passes; 0 if the time of the loss is not estimated
@@ -60,6 +61,12 @@ class Layout:
     def tokens(self) -> int:
         """Number of tokens of one micro-batch."""
         return self.micro_batch_size * self.seq_length
+
+    @property
+    def most_in_flight(self) -> int:
+        """Micro-batches whose activations a first pipeline stage holds at once: as many as stages, or all of the step."""
+        whole = -(-self.global_batch_size // (self.dp * self.micro_batch_size)) or self.pp
+        return min(self.pp, whole)
 
 
 def saved_per_layer(shape: Shape, layout: Layout) -> int:
@@ -131,8 +138,9 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> int:
     """Return the bytes of activations that one pipeline stage holds at most.
 
-    A stage begins so many micro-batches before it ends the first one as stages lie between it and the end, itself included.
-    The hidden states of both models that it receives and sends are counted once.
+    A stage begins so many micro-batches before it ends the first one as stages lie between it and the end, itself included,
+    or all micro-batches of the step if these are fewer. The hidden states of both models that it receives and sends are
+    counted once.
     """
     own = stage_layers(student.num_layers, layout.pp)[stage]
     held = replace(student, num_layers=len(own), kinds=student.kinds[:1], kind_of_layer=())
@@ -143,7 +151,7 @@ def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout
         widths = student.hidden_size * layout.weight_bytes
         widths += 0 if teacher is None else teacher.hidden_size * layout.teacher_weight_bytes
         messages = 2 * layout.tokens * widths // sequence_parts(layout)
-    return (layout.pp - stage) * kept + working + messages
+    return min(layout.pp - stage, layout.most_in_flight) * kept + working + messages
 
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
