@@ -41,7 +41,7 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import ThroughputMeter
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.settings import check_settings, deciding_settings
+from minitron_train.train.settings import check_ranks, check_settings, deciding_settings
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
@@ -61,17 +61,8 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
     for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
         shape.check_experts(groups.ep_size, name)
         shape.check_stages(stages, name)
-    if groups.dp_size % stages:
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={groups.tp_size} it must divide "
-            f"the number of processes, {groups.world_size}; start a multiple of {stages * groups.tp_size}, or lower it"
-        )
-    train, replicas = config.train, groups.dp_size // stages
-    if train.global_batch_size % (train.micro_batch_size * replicas):
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {replicas} data-parallel ranks; change one of these settings"
-        )
+    check_ranks(config, groups.world_size)
+    train = config.train
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
     if train.transformer_engine:

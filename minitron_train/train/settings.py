@@ -101,6 +101,37 @@ def check_settings(config: Config, *, distilled: bool) -> None:
         check_stages(config, distilled=distilled)
 
 
+def check_ranks(config: Config, num_ranks: int) -> None:
+    """Reject parallel sizes that do not divide the ranks, and a batch that the data-parallel ranks cannot share.
+
+    Raises:
+        UserError: names the setting and the remedy.
+    """
+    train, parallel = config.train, config.parallel
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if num_ranks % tp:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tp}: must divide the number of processes, {num_ranks}; "
+            f"start a multiple of {tp}, or lower it"
+        )
+    if num_ranks % (tp * stages):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={tp} it must divide "
+            f"the number of processes, {num_ranks}; start a multiple of {stages * tp}, or lower it"
+        )
+    replicas, ep = num_ranks // (tp * stages), parallel.expert_model_parallel_size
+    if replicas % ep:
+        raise UserError(
+            f"parallel.expert_model_parallel_size={ep}: must divide the number of data-parallel ranks, {replicas}; choose a "
+            f"divisor, or start a multiple of {tp * stages * ep} processes"
+        )
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {replicas} data-parallel ranks; change one of these settings"
+        )
+
+
 def check_stages(config: Config, *, distilled: bool) -> None:
     """Reject settings that need a whole model on one rank, which a training with pipeline stages does not have.
 
