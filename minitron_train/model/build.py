@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -180,10 +181,15 @@ def of_kind(spec: ModuleSpec, shape: Shape, kind: LayerKind) -> ModuleSpec:
     return spec
 
 
+PLAIN_KERNELS = dict.fromkeys(
+    ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "gradient_accumulation_fusion"), False
+)
+
+
 def transformer_config(
     shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any
 ) -> TransformerConfig:
-    """megatron-core's configuration of one model, with all fused CUDA kernels turned off."""
+    """megatron-core's configuration of one model, with all fused CUDA kernels turned off unless `extra` turns one on."""
     arguments = dict(architecture(shape.architecture).transformer)
     arguments["activation_func"] = ACTIVATIONS[arguments.pop("activation")]
     on_cpu = not torch.cuda.is_available()
@@ -206,15 +212,26 @@ def transformer_config(
         **bias_arguments(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         batch_p2p_sync=False,
-        **{**arguments, **extra},
+        **{**PLAIN_KERNELS, **arguments, **extra},
     )
+
+
+def fused_arguments(shape: Shape) -> dict[str, bool]:
+    """TransformerConfig arguments of the fused kernels for Transformer Engine's layers. This program's own layers take none.
+
+    SwiGLU is fused for silu alone: megatron-core's other kernels compute other functions than the families here. The rotary
+    kernel is Transformer Engine's, and takes angles that are not interleaved.
+    """
+    transformer = architecture(shape.architecture).transformer
+    return {
+        "bias_activation_fusion": transformer["activation"] == "silu" and transformer["gated_linear_unit"],
+        "bias_dropout_fusion": True,
+        "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb is not None
+        and not transformer.get("rotary_interleaved", False),
+    }
 
 
 def embedding_scale(shape: Shape, dtype: torch.dtype) -> float:
@@ -270,6 +287,8 @@ def build(
         transformer_engine: use Transformer Engine's fused layers, which need CUDA and the installed package.
         extra: further TransformerConfig arguments, such as recompute_granularity.
     """
+    if transformer_engine:
+        extra = fused_arguments(shape) | extra
     layers_of_stages = stage_layers(shape.num_layers, num_stages)
     if num_stages > 1:
         extra |= {

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
-from minitron_train.arch.rules import check_transformer_engine
+from minitron_train.arch.rules import check_fp8, check_transformer_engine
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
@@ -26,6 +26,7 @@ from minitron_train.hf import HFFolder, copy_tokenizer, student_config, write_re
 from minitron_train.model.build import DTYPES, LanguageModel, build
 from minitron_train.model.load import share_weights
 from minitron_train.parallel.groups import Groups
+from minitron_train.parallel.switches import Switches
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import data_sheet_flops, gemm_flops
 from minitron_train.planning.precision import agreed
@@ -45,6 +46,10 @@ from minitron_train.train.settings import check_ranks, check_settings, deciding_
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
+
+# TransformerConfig arguments: one scale for each tensor, computed when it is used, since a frozen model has no history of scales
+FIRST_WITH_FP8 = (8, 9)  # compute capability: Ada, and Hopper after it
+FP8 = {"fp8": "e4m3", "fp8_recipe": "tensorwise"}
 
 
 def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None) -> None:
@@ -68,6 +73,10 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
     if train.transformer_engine:
         for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
             check_transformer_engine(shape, name, train.seq_length)
+    if teacher is not None and config.distill.teacher_fp8:
+        if torch.cuda.get_device_capability() < FIRST_WITH_FP8:
+            raise UserError(f"distill.teacher_fp8=true: {torch.cuda.get_device_name()} has no FP8 products; remove it")
+        check_fp8(teacher, groups.tp_size, train.micro_batch_size * train.seq_length)
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")
@@ -85,14 +94,15 @@ def assemble(
     """Build all parts of a run, in the state of step 0. `stack` closes them."""
     signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
     config = replace(config, train=replace(config.train, precision=agreed(config.train.precision, groups)))
+    switches = Switches.of(config, groups)
     train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer, vocab_size = open_tokenizer(config, groups, student_files, teacher_files)
     stream = PrefetchingStream(open_stream(config, groups, tokenizer))
     stack.callback(stream.close)
-    student = load_model(student_files, config, groups, **student_arguments(train))
+    student = load_model(student_files, config, groups, **student_arguments(train, switches))
     teacher = load_teacher(teacher_files, config, groups) if teacher_files is not None else None
     hidden = hidden_pairs(config, student, teacher)
-    optimizer = Optimizer(student, train)
+    optimizer = Optimizer(student, train, switches)
     objective = Objective(
         student=optimizer.model,
         teacher=teacher,
@@ -130,6 +140,7 @@ def assemble(
         heartbeat=heartbeat,
         stragglers=Stragglers(groups, train.straggler_every_steps, heartbeat.host_of),
         signals=signals,
+        switches=switches,
     )
 
 
@@ -181,7 +192,8 @@ def open_tokenizer(
 def load_teacher(files: HFFolder, config: Config, groups: Groups) -> LanguageModel:
     """Load the frozen teacher."""
     dtype = DTYPES[agreed(config.distill.teacher_precision or config.train.precision, groups)]
-    return load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+    fp8 = FP8 if config.distill.teacher_fp8 else {}
+    return load_model(files, config, groups, dtype=dtype, **fp8).requires_grad_(False).eval()
 
 
 def hidden_pairs(config: Config, student: LanguageModel, teacher: LanguageModel | None) -> HiddenPairs | None:

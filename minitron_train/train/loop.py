@@ -15,6 +15,7 @@ from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.experts import set_balance_weight
 from minitron_train.parallel.groups import Groups
+from minitron_train.parallel.switches import Switches
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.heartbeat import Heartbeat
@@ -51,6 +52,7 @@ class Trainer:
     heartbeat: Heartbeat
     stragglers: Stragglers
     signals: StopSignals
+    switches: Switches
     hooks: list[Hook] = field(default_factory=list)
 
     @property
@@ -118,6 +120,8 @@ class Trainer:
             hook.before_optimizer(self)
         row |= self.update(row, batch)
         self.measure_loss_memory()
+        if any(hook.reads_weights for hook in self.hooks):
+            self.optimizer.gather_weights()
         for hook in self.hooks:
             row |= returned(hook, "after_step", hook.after_step(self, row))
         return row
@@ -263,6 +267,7 @@ class Trainer:
 
     def evaluate(self) -> Metrics:
         """Run validation and hooks, and compare the result with the best one so far."""
+        self.optimizer.gather_weights()
         state, found = self.state, self.validation(self.is_stopped)
         for hook in self.hooks:
             found |= returned(hook, "evaluate", hook.evaluate(self))

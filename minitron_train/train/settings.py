@@ -28,6 +28,9 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
     },
     "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk", "compile_loss"},  # these too
 }
+ADDED = {
+    "distill": {"teacher_fp8": False}
+}  # settings of later versions, recorded only where they differ from these values
 DATA = ("document_attention", "late_fraction")  # deciding settings that the data fingerprint does not cover
 
 
@@ -39,7 +42,9 @@ def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": config.seed, "data": {name: getattr(config.data, name) for name in DATA}}
     for section, neutral in NEUTRAL.items() if distilled else [("train", NEUTRAL["train"])]:
         values = getattr(config, section)
-        found[section] = {f.name: plain(getattr(values, f.name)) for f in fields(values) if f.name not in neutral}
+        own = {f.name: plain(getattr(values, f.name)) for f in fields(values) if f.name not in neutral}
+        added = ADDED.get(section, {})
+        found[section] = {name: value for name, value in own.items() if name not in added or value != added[name]}
     return found
 
 
@@ -76,6 +81,11 @@ def check_settings(config: Config, *, distilled: bool) -> None:
         raise UserError(
             "train.transformer_engine=true: its attention supports only a causal mask, but data.document_attention, "
             "conversations (kind=chat) and eval.training_tasks need another one; remove one of these settings"
+        )
+    if distilled and config.distill.teacher_fp8 and not train.transformer_engine:
+        raise UserError(
+            "distill.teacher_fp8=true: only Transformer Engine's layers multiply in FP8, and they need CUDA; set "
+            "train.transformer_engine=true, or remove it"
         )
     if train.early_stop_evaluations and not config.eval.every_tokens:
         raise UserError(
