@@ -33,7 +33,7 @@ from minitron_train.model.attention import CappedAttention, LayerAttention, Sdpa
 from minitron_train.model.branch import BranchSum
 from minitron_train.model.experts import Experts
 from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
-from minitron_train.model.load import parameters_by_row
+from minitron_train.model.load import EMBEDDING, OUTPUT, parameters_by_row
 from minitron_train.model.norm import Norm, ProjectionNorm
 from minitron_train.model.rotary import Rotary
 from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
@@ -71,8 +71,11 @@ class LanguageModel(GPTModel):
         windows: the different attention windows of the layers.
         embedding_scale: factor of the embeddings.
         logit_map: what the family does to the products with the output weights.
+        real_rows, real_vocab_size: rows of the vocabulary without padding, of this rank and of all tensor-parallel ranks.
     """
 
+    real_rows: int
+    real_vocab_size: int
     num_stages: int = 1
     first_layer: int = 0
     rotary_pos_emb: Rotary
@@ -112,7 +115,7 @@ class LanguageModel(GPTModel):
     @property
     def output(self) -> OutputLayer:
         """The output layer, as the function that turns hidden states into this rank's logits."""
-        return OutputLayer(self.output_weight, self.logit_map)
+        return OutputLayer(self.output_weight, self.logit_map, self.real_rows)
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [S, B, vocab / tp], from what `forward` returns."""
@@ -311,7 +314,7 @@ def build(
         model = LanguageModel(
             config,
             block,  # type: ignore[arg-type]
-            vocab_size=shape.vocab_size,
+            vocab_size=shape.rank_rows(tp) * tp,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=stage == 0,
             post_process=stage == num_stages - 1,
@@ -327,10 +330,22 @@ def build(
         shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"), interleaved=config.rotary_interleaved
     )
     model.windows = shape.windows
+    mark_padding(model, shape, groups.tp.rank(), tp)
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())
     mark_parallel(model, shape)
     return model
+
+
+def mark_padding(model: LanguageModel, shape: Shape, rank: int, tp: int) -> None:
+    """Note how many rows of the vocabulary are no padding, on this tensor-parallel rank and on all of them.
+
+    If any rank has padding, the vocabulary's matrices of every rank get the attribute, because checkpoints need the whole size.
+    """
+    model.real_rows, model.real_vocab_size = shape.real_rows(rank, tp), shape.vocab_size
+    for name, parameter in model.named_parameters() if shape.vocab_size % tp else ():
+        if name in (EMBEDDING, OUTPUT):
+            setattr(parameter, "real_rows", (model.real_rows, shape.vocab_size))  # noqa: B010  # Parameter declares no such field
 
 
 def pipeline_layout(layers_of_stages: list[range]) -> list[list[str]]:

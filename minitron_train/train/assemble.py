@@ -175,16 +175,18 @@ def open_tokenizer(
     """Open the tokenizer, which both models must share.
 
     Returns:
-        The tokenizer, and the number of real rows of the output layers; None if the models are padded alike.
+        The tokenizer, and the number of real rows of the output layers; None if the models have the same rows, and tensor
+        parallelism adds none.
     """
     tokenizer = tokenizers.load(student.folder)
     rows = {"student": student.shape.vocab_size} | ({} if teacher is None else {"teacher": teacher.shape.vocab_size})
     tokenizers.check_tokenizer(tokenizer, min(rows.values()))
+    same_rows = student.shape.vocab_size if student.shape.vocab_size % groups.tp_size else None
     if teacher is None:
-        return tokenizer, None
+        return tokenizer, same_rows
     tokenizers.check_same(tokenizer, teacher.folder)
-    padded_alike = len(set(rows.values())) == 1
-    vocab_size = None if padded_alike else min(tokenizers.vocab_size(tokenizer), *rows.values())
+    has_same = len(set(rows.values())) == 1
+    vocab_size = same_rows if has_same else min(tokenizers.vocab_size(tokenizer), *rows.values())
     real_rows(rows, vocab_size, groups.tp_size, config.distill.top_k)
     return tokenizer, vocab_size
 

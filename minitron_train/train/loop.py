@@ -27,6 +27,7 @@ from minitron_train.train.hooks import Hook, returned
 from minitron_train.train.metrics import Metrics
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
+from minitron_train.train.shards import with_padding
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
@@ -316,7 +317,8 @@ class Trainer:
         if loaded is None:
             return
         self.state.load_state_dict(loaded["run"])
-        self.student.load_state_dict(loaded["model"])
+        weights = with_padding(loaded["model"], dict(self.student.named_parameters()))
+        self.student.load_state_dict(weights)
         self.optimizer.load_state_dict(template["optimizer"], loaded["optimizer"], self.state.num_updates)
         is_alike = (
             self.state.has_layout(self.groups) and self.state.micro_batch_size == self.config.train.micro_batch_size
