@@ -1,5 +1,6 @@
 # make quickstart prunes and distils a small language model and writes a report. make test runs the tests. Both make .venv first.
-# PYTHON is 3.11 if it runs here, since all tests pass on it, else a newer one. An existing .venv keeps its Python until make clean.
+# PYTHON is 3.11 if it runs here, else a newer one: all tests run on 3.11, and only those of test-megatron on newer Pythons. An
+# existing .venv keeps its Python until make clean.
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin

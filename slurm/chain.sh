@@ -13,7 +13,8 @@ source slurm/site.sh
 read_words RECIPE "$@"
 
 # the first line of the answer is the output folder; this call reports mistakes before anything is queued
-answer=$("${site_python[@]}" -m minitron_train.commands.slurm chain "+recipe=$what" "${overrides[@]}")
+mapfile -t ranks < <(for command in pretrain distill; do ranks_of "$command" "${options[@]}"; done)
+answer=$("${site_python[@]}" -m minitron_train.commands.slurm chain "${ranks[@]}" "+recipe=$what" "${overrides[@]}")
 mapfile -t jobs <<<"$answer"
 output_dir=${jobs[0]}
 

@@ -16,6 +16,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # below Linux's range for outgoing connections
 export MASTER_ADDR MASTER_PORT
 export PYTHONUNBUFFERED=1
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # GPUs then start communication before what hides it
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not inherit it from sbatch

@@ -48,6 +48,23 @@ read_words() {
   done
 }
 
+# ranks_of COMMAND [SBATCH-OPTION…]: print --ranks=COMMAND:N, with the number of processes of the command's job. Print nothing if
+# the options do not tell it, as with -N2 or --nodes=2-4.
+ranks_of() {
+  local word nodes=1 per_node=1 tasks="" of_command header
+  read -ra of_command <<<"${site_sbatch_of[$1]:-}"
+  mapfile -t header < <(sed -nE 's/^#SBATCH //p' "slurm/$1.sbatch")
+  for word in "${header[@]}" "${site_sbatch[@]}" "${of_command[@]}" "${@:2}"; do
+    case $word in
+      --nodes=*) nodes=${word#*=} ;;
+      --ntasks-per-node=*) per_node=${word#*=} ;;
+      --ntasks=*) tasks=${word#*=} ;; # wins over --ntasks-per-node
+      -N* | -n*) return ;;
+    esac
+  done
+  if [[ $nodes$per_node$tasks =~ ^[0-9]+$ ]]; then echo "--ranks=$1:${tasks:-$((nodes * per_node))}"; fi
+}
+
 # queue COMMAND [SBATCH-OPTION…]: submit the command with the overrides, print the job's id
 queue() {
   local of_command id

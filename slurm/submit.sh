@@ -12,5 +12,6 @@ if [[ ! -e slurm/$what.sbatch ]]; then
   exit 2
 fi
 # this call reports mistakes in the settings, and missing data
-"${site_python[@]}" -m minitron_train.commands.slurm accept "$what" "${overrides[@]}" >/dev/null
+mapfile -t ranks < <(ranks_of "$what" "${options[@]}")
+"${site_python[@]}" -m minitron_train.commands.slurm accept "${ranks[@]}" "$what" "${overrides[@]}" >/dev/null
 queue "$what" "${options[@]}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_train.arch.shape import Shape
@@ -38,15 +39,19 @@ def unpack(row: ParamSpec, fused: Tensor, lengths: list[int], num_kv_groups: int
 
 
 def read_shard(row: ParamSpec, i: int, shape: Shape, source: Source, rank: int, size: int) -> Tensor:
-    """Read the megatron-core parameter that tensor-parallel rank `rank` of `size` holds, and only its rows."""
+    """Read the megatron-core parameter that tensor-parallel rank `rank` of `size` holds, and only its rows.
+
+    Where `size` does not divide the vocabulary, rows of zeros follow its last row.
+    """
     dim = row.parallel_dim()
     parts = []
     for name, full in row.sizes(shape).items():
         if dim is None or size == 1:
             parts.append(source.read(name.format(i=i)))
         else:
-            step = full[dim] // size
-            parts.append(source.read(name.format(i=i), dim, rank * step, (rank + 1) * step))
+            step = -(-full[dim] // size)
+            part = source.read(name.format(i=i), dim, rank * step, min((rank + 1) * step, full[dim]))
+            parts.append(F.pad(part, (0, 0, 0, step - len(part))) if dim == 0 and len(part) < step else part)
     return pack(row, parts, shape.num_query_groups // size)
 
 
@@ -58,7 +63,10 @@ def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[
     lengths = [full[0] // (size if dim == 0 else 1) for full in sizes.values()]
     cut = [unpack(row, shard, lengths, shape.num_query_groups // size) for shard in shards]
     joined = [torch.cat(list(pieces), dim=dim or 0) if size > 1 else pieces[0] for pieces in zip(*cut, strict=True)]
-    return dict(zip(row.hf, joined, strict=True))
+    real = [
+        whole[: full[0]] for whole, full in zip(joined, sizes.values(), strict=True)
+    ]  # no padding of the vocabulary
+    return dict(zip(row.hf, real, strict=True))
 
 
 def export_tensors(

@@ -38,6 +38,24 @@ def check_transformer_engine(shape: Shape, name: str, seq_length: int) -> None:
         raise UserError(f"train.transformer_engine=true: the {name} has {reason}; remove it")
 
 
+def check_fp8(teacher: Shape, tp: int, num_tokens: int) -> None:
+    """Reject sizes of the teacher that Transformer Engine's FP8 products do not take: all must be multiples of 16.
+
+    Args:
+        num_tokens: tokens of a micro-batch.
+    """
+    sizes = {
+        "tokens of a micro-batch": num_tokens,
+        "hidden_size": teacher.hidden_size,
+        "ffn_hidden_size / TP": teacher.ffn_hidden_size // tp,
+        "query channels / TP": teacher.axis_size("q") // tp,
+        "key channels / TP": teacher.axis_size("kv") // tp,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            raise UserError(f"distill.teacher_fp8=true: the teacher's {name} is {size}, no multiple of 16; remove it")
+
+
 def beyond_transformer_engine(shape: Shape, seq_length: int) -> str | None:
     """What of this model Transformer Engine's layers do not compute, or None."""
     table = architecture(shape.architecture)

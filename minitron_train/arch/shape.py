@@ -22,13 +22,12 @@ ABSENT = {
     "moe_shared_expert_intermediate_size": "shared expert",
     "dense_ffn_hidden_size": "dense layers among layers with experts",
 }  # 0 where there are none
-SPLIT_SIZES = (  # that tensor parallelism divides
+SPLIT_SIZES = (  # that tensor parallelism divides; vocab_size is padded
     "num_attention_heads",
     "num_query_groups",
     "ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
     "dense_ffn_hidden_size",
-    "vocab_size",
 )
 FACTORS = (  # numbers that a family multiplies or divides by
     "embedding_multiplier",
@@ -189,13 +188,27 @@ class Shape:
             raise UserError(f"{prefix}{told('num_moe_experts')}: no layer has experts; keep at least one that has them")
 
     def check_parallel(self, tensor_model_parallel_size: int, name: str) -> None:
-        """Reject a tensor-parallel size that does not divide heads, KV groups, MLP and vocabulary."""
+        """Reject a tensor-parallel size that does not divide heads, KV groups and MLP, or leaves a rank without vocabulary."""
         for key in SPLIT_SIZES:
             if getattr(self, key) % tensor_model_parallel_size:
                 raise UserError(
                     f"parallel.tensor_model_parallel_size={tensor_model_parallel_size}: must divide the {name}'s "
                     f"{key}={getattr(self, key)}; choose a divisor"
                 )
+        if not self.real_rows(tensor_model_parallel_size - 1, tensor_model_parallel_size):
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tensor_model_parallel_size}: leaves a rank without a row of the "
+                f"{name}'s vocab_size={self.vocab_size}; lower it"
+            )
+
+    def rank_rows(self, tp: int) -> int:
+        """Return the vocabulary rows that each tensor-parallel rank holds, with padding if `tp` does not divide vocab_size."""
+        return -(-self.vocab_size // tp)
+
+    def real_rows(self, rank: int, tp: int) -> int:
+        """Return how many of them are no padding on tensor-parallel rank `rank`. Padding is at the end of the vocabulary."""
+        held = self.rank_rows(tp)
+        return min(max(self.vocab_size - rank * held, 0), held)
 
     def check_experts(self, expert_model_parallel_size: int, name: str) -> None:
         """Reject an expert-parallel size that does not divide the experts, or a dense model with one above 1."""

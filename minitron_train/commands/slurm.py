@@ -3,6 +3,7 @@
     python -m minitron_train.commands.slurm chain +recipe=tiny …           prints the output folder, then a job per line
     python -m minitron_train.commands.slurm candidates +recipe=4b …        prints the output folder, then their number
     python -m minitron_train.commands.slurm accept distill +recipe=tiny …  prints nothing when the job may be queued
+                                                   --ranks=distill:128 after chain or accept gives a job's number of ranks
     python -m minitron_train.commands.slurm check distill +recipe=tiny …   runs on every rank of a job step; prints the files
                                                                            that mark a training to be started again
 
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 from minitron_train.commands.chain import check_early, check_text, expanded, parts
 from minitron_train.commands.command import Command
@@ -34,6 +36,7 @@ from minitron_train.runtime.signals import guard
 from minitron_train.stages import STOPPED
 from minitron_train.stages.layout import LATENCY_FILE, SEARCH, TRAINING
 
+RANKS = "--ranks="  # of slurm/site.sh (ranks_of)
 USAGE = "python -m minitron_train.commands.slurm chain|candidates|accept COMMAND|check COMMAND [OVERRIDE…]"
 
 
@@ -42,10 +45,11 @@ def main(argv: Sequence[str]) -> int:
     world = World()
     try:
         world = read_world()
-        match argv[1:]:
+        words, ranks = ranks_of(argv[1:])
+        match words:
             case ["chain", *arguments]:
                 config = compose(arguments)
-                accept([COMMANDS["run"]], config)
+                accept([COMMANDS["run"]], config, ranks)
                 print("\n".join([config.output_dir, *jobs(config)]))
             case ["candidates", *arguments]:
                 config = compose(arguments)
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
                 config = settled(COMMANDS["search"], config)
                 print("\n".join([config.output_dir, str(len(search_candidates(config, world)))]))
             case ["accept", name, *arguments]:
-                accept([find(name)], compose(arguments))
+                accept([find(name)], compose(arguments), ranks)
             case ["check", name, *arguments]:
                 command = find(name)
                 config = settled(command, compose(arguments))
@@ -69,12 +73,22 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def accept(commands: Sequence[Command], config: Config) -> None:
+def ranks_of(words: Sequence[str]) -> tuple[list[str], dict[str, int]]:
+    """The words without those of the form --ranks=COMMAND:NUMBER, and the numbers of ranks by command."""
+    parts = [word.removeprefix(RANKS).partition(":") for word in words if word.startswith(RANKS)]
+    return [word for word in words if not word.startswith(RANKS)], {name: int(number) for name, _, number in parts}
+
+
+def accept(commands: Sequence[Command], config: Config, ranks: Mapping[str, int] = MappingProxyType({})) -> None:
     """Refuse mistakes in the settings, and missing data, before anything waits in the queue.
+
+    Args:
+        ranks: the number of processes by job, where it is known.
 
     Raises:
         UserError: what `chain.check_early` refuses; a teacher that is missing and that no command brings; a part of the data
-            without a path, or a path without files; a student's shape that the teacher or the ranks rule out.
+            without a path, or a path without files; a student's shape that the teacher or the ranks rule out; a batch that
+            the ranks of a training cannot share.
     """
     if not config.output_dir.isprintable():  # the shell reads it as one line
         raise UserError(f"output_dir={config.output_dir!r}: must be one printable line for slurm/; choose another name")
@@ -82,6 +96,7 @@ def accept(commands: Sequence[Command], config: Config) -> None:
     every = [command for _, chain in chains for command in chain]
     for own, chain in chains:
         check_early(chain, own)
+        refuse_batches(chain, own, ranks)
     refuse_without_teacher(every, config)
     refuse_shapes(every, config)
     for own, chain in chains:
@@ -111,6 +126,20 @@ def jobs(config: Config) -> list[str]:
         if member:
             ends.extend(waits)
     return lines
+
+
+def refuse_batches(chain: Sequence[Command], config: Config, ranks: Mapping[str, int]) -> None:
+    """Refuse a batch that the ranks of a training cannot share.
+
+    Raises:
+        UserError: as the training itself would say.
+    """
+    from minitron_train.train.settings import check_ranks
+
+    for command in chain:
+        num_ranks = ranks.get(command.name, ranks.get("run", 0))
+        if command.trainings and num_ranks:
+            check_ranks(config, num_ranks)
 
 
 def refuse_without_teacher(commands: Sequence[Command], config: Config) -> None:

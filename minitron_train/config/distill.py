@@ -80,6 +80,11 @@ class DistillConfig:
     temperature_squared: bool = opt(False, "multiply the loss by temperature²")
     top_k: int = opt(0, "loss=top_k_kl: number of largest teacher logits that are compared")
     teacher_precision: Precision | None = opt(None, "dtype of the teacher's weights; default: train.precision")
+    teacher_fp8: bool = opt(
+        False,
+        "multiply the teacher's matrices in FP8; needs train.transformer_engine=true and a GPU that has FP8 (H100, for example); "
+        "not tested",
+    )
     kd_weight: float = opt(1.0, "weight of the distillation loss")
     ce_weight: float = opt(0.0, "weight of the cross-entropy on the labels")
     jsd_beta: float = opt(0.5, "loss=jsd: weight of the teacher in the mixture")

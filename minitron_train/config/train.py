@@ -184,6 +184,11 @@ class ParallelConfig:
         "shard norms and residuals over the tensor-parallel ranks as well; saves memory; default: on CUDA, if "
         "train.seq_length is a multiple of the ranks",
     )
+    overlap_communication: bool | None = opt(
+        None,
+        "sum gradients during the backward pass, and gather the weights of a sharded optimizer during the forward pass; "
+        "results are the same; default: on CUDA",
+    )
     rendezvous_minutes: float = opt(
         10.0,
         "minutes that ranks wait at the start for the others, whose containers may load slowly; then they end and name the "

@@ -12,7 +12,7 @@ from minitron_train.distillation.cache_files import CacheFormat, CacheReader, re
 from minitron_train.distillation.cached_teacher import CachedTeacher
 from minitron_train.hf import DTYPES, HFFolder
 from minitron_train.model.build import logit_map
-from minitron_train.model.load import share_output_weight
+from minitron_train.model.load import share_output_rows
 from minitron_train.model.vocabulary import OutputLayer
 from minitron_train.parallel.groups import Groups
 from minitron_train.runtime.errors import UserError
@@ -45,12 +45,14 @@ def open_cache(config: Config, groups: Groups, teacher: HFFolder, reading: Readi
     folder = Path(config.teacher.cache)
     format = groups.on_rank0(lambda: read_format(folder))
     check_cache(config, format, reading)
-    num_rows = config.train.num_steps * config.train.global_batch_size
-    groups.on_rank0(lambda: CacheReader.of(folder, "training", num_rows) and None)
+    num_sequences = config.train.num_steps * config.train.global_batch_size
+    groups.on_rank0(lambda: CacheReader.of(folder, "training", num_sequences) and None)
     shape, dtype = teacher.shape, DTYPES[format.dtype]
-    output = OutputLayer(share_output_weight(teacher.table, shape, teacher, groups, dtype), logit_map(shape))
+    num_rows = -(-reading.student_rows // groups.tp_size)  # of the student's shard, so that both match
+    rows_VH = share_output_rows(teacher.table, shape, teacher, groups, dtype, num_rows)
+    output = OutputLayer(rows_VH, logit_map(shape))
     training = CachedTeacher(
-        reader=CacheReader.of(folder, "training", num_rows),
+        reader=CacheReader.of(folder, "training", num_sequences),
         format=format,
         output=output if format.kind is TeachKind.hidden else None,
         device=groups.device,

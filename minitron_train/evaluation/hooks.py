@@ -38,6 +38,8 @@ class TaskHook(Hook):
         data_dir: local evaluation data.
     """
 
+    reads_weights = False  # after a step
+
     def __init__(
         self, evaluation: EvalConfig, tokenizer: Path, max_length: int, groups: Groups, data_dir: Path | None
     ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -32,7 +33,7 @@ from minitron_train.model.attention import CappedAttention, LayerAttention, Sdpa
 from minitron_train.model.branch import BranchSum
 from minitron_train.model.experts import Experts
 from minitron_train.model.fused import GELU_TANH, geglu, squared_relu, swiglu
-from minitron_train.model.load import parameters_by_row
+from minitron_train.model.load import EMBEDDING, OUTPUT, parameters_by_row
 from minitron_train.model.norm import Norm, ProjectionNorm
 from minitron_train.model.rotary import Rotary
 from minitron_train.model.vocabulary import PLAIN, LogitMap, OutputLayer
@@ -70,9 +71,12 @@ class LanguageModel(GPTModel):
         windows: the different attention windows of the layers.
         embedding_scale: factor of the embeddings.
         logit_map: what the family does to the products with the output weights.
-        aligned_output: replaces this rank's rows of the output layer (see `load.align_output`).
+        aligned_output: replaces this rank's rows of the output layer (see `replace_output`).
+        real_rows, real_vocab_size: rows of the vocabulary without padding, of this rank and of all tensor-parallel ranks.
     """
 
+    real_rows: int
+    real_vocab_size: int
     num_stages: int = 1
     first_layer: int = 0
     rotary_pos_emb: Rotary
@@ -112,10 +116,21 @@ class LanguageModel(GPTModel):
         assert weight is not None
         return weight
 
+    def replace_output(self, rows_VH: Tensor, real_rows: int) -> None:
+        """Give a frozen model other rows of its output layer (`load.share_output_rows`). The embedding stays as it is.
+
+        Args:
+            real_rows: the rows after these are padding.
+        """
+        if self.post_process:
+            self.aligned_output, self.real_rows = rows_VH, real_rows
+            if not self.share_embeddings_and_output_weights:
+                self.output_layer.register_parameter("weight", None)  # frees the rows that nothing reads now
+
     @property
     def output(self) -> OutputLayer:
         """The output layer, as the function that turns hidden states into this rank's logits."""
-        return OutputLayer(self.output_weight, self.logit_map)
+        return OutputLayer(self.output_weight, self.logit_map, self.real_rows)
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """fp32 logits of this rank's part of the vocabulary, [S, B, vocab / tp], from what `forward` returns."""
@@ -185,10 +200,15 @@ def of_kind(spec: ModuleSpec, shape: Shape, kind: LayerKind) -> ModuleSpec:
     return spec
 
 
+PLAIN_KERNELS = dict.fromkeys(
+    ("bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion", "gradient_accumulation_fusion"), False
+)
+
+
 def transformer_config(
     shape: Shape, *, tp: int, sequence_parallel: bool, dtype: torch.dtype, **extra: Any
 ) -> TransformerConfig:
-    """megatron-core's configuration of one model, with all fused CUDA kernels turned off."""
+    """megatron-core's configuration of one model, with all fused CUDA kernels turned off unless `extra` turns one on."""
     arguments = dict(architecture(shape.architecture).transformer)
     arguments["activation_func"] = ACTIVATIONS[arguments.pop("activation")]
     on_cpu = not torch.cuda.is_available()
@@ -211,15 +231,11 @@ def transformer_config(
         **bias_arguments(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
         batch_p2p_sync=False,
         **expert_layers(shape),
-        **{**arguments, **extra},
+        **{**PLAIN_KERNELS, **arguments, **extra},
     )
 
 
@@ -227,6 +243,21 @@ def expert_layers(shape: Shape) -> dict[str, list[int]]:
     """Tell megatron-core where dense layers stand among layers with experts: its checkpoints then stack no layers."""
     mixed = shape.dense_ffn_hidden_size > 0
     return {"moe_layer_freq": [int(not kind.is_dense) for kind in shape.layer_kinds]} if mixed else {}
+
+
+def fused_arguments(shape: Shape) -> dict[str, bool]:
+    """TransformerConfig arguments of the fused kernels for Transformer Engine's layers. This program's own layers take none.
+
+    SwiGLU is fused for silu alone: megatron-core's other kernels compute other functions than the families here. The rotary
+    kernel is Transformer Engine's, and takes angles that are not interleaved.
+    """
+    transformer = architecture(shape.architecture).transformer
+    return {
+        "bias_activation_fusion": transformer["activation"] == "silu" and transformer["gated_linear_unit"],
+        "bias_dropout_fusion": True,
+        "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb is not None
+        and not transformer.get("rotary_interleaved", False),
+    }
 
 
 def embedding_scale(shape: Shape, dtype: torch.dtype) -> float:
@@ -282,6 +313,8 @@ def build(
         transformer_engine: use Transformer Engine's fused layers, which need CUDA and the installed package.
         extra: further TransformerConfig arguments, such as recompute_granularity.
     """
+    if transformer_engine:
+        extra = fused_arguments(shape) | extra
     layers_of_stages = stage_layers(shape.num_layers, num_stages)
     if num_stages > 1:
         extra |= {
@@ -304,7 +337,7 @@ def build(
         model = LanguageModel(
             config,
             block,  # type: ignore[arg-type]
-            vocab_size=shape.vocab_size,
+            vocab_size=shape.rank_rows(tp) * tp,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=stage == 0,
             post_process=stage == num_stages - 1,
@@ -320,10 +353,22 @@ def build(
         shape, torch.device("cpu" if config.use_cpu_initialization else "cuda"), interleaved=config.rotary_interleaved
     )
     model.windows = shape.windows
+    mark_padding(model, shape, groups.tp.rank(), tp)
     if torch.cuda.is_available():
         model.to(torch.cuda.current_device())
     mark_parallel(model, shape)
     return model
+
+
+def mark_padding(model: LanguageModel, shape: Shape, rank: int, tp: int) -> None:
+    """Note how many rows of the vocabulary are no padding, on this tensor-parallel rank and on all of them.
+
+    If any rank has padding, the vocabulary's matrices of every rank get the attribute, because checkpoints need the whole size.
+    """
+    model.real_rows, model.real_vocab_size = shape.real_rows(rank, tp), shape.vocab_size
+    for name, parameter in model.named_parameters() if shape.vocab_size % tp else ():
+        if name in (EMBEDDING, OUTPUT):
+            setattr(parameter, "real_rows", (model.real_rows, shape.vocab_size))  # noqa: B010  # Parameter declares no such field
 
 
 def pipeline_layout(layers_of_stages: list[range]) -> list[list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_train.model.build import LanguageModel
@@ -81,15 +82,16 @@ def sample(
     """
     device, num_rows = groups.device, model.output.num_rows
     next_BS = torch.tensor([prompt] * num_texts, device=device)
-    noise_BW = torch.empty(num_texts, num_rows * groups.tp_size, device=device)
+    noise_BV = torch.empty(num_texts, model.real_vocab_size, device=device)
+    padding = (0, num_rows * groups.tp_size - model.real_vocab_size)
     part = slice(groups.tp_rank * num_rows, (groups.tp_rank + 1) * num_rows)
     cache = KeyValueCache()
     for _ in range(length):
         first, stop = cache.num_tokens, cache.num_tokens + next_BS.shape[1]
         positions_BS = torch.arange(first, stop, device=device).expand_as(next_BS)
         hidden_BH = hidden_states(model, next_BS, positions_BS, cache=cache, keep=True)[:, -1]
-        noise_BW.exponential_(generator=generator).clamp_(min=torch.finfo(noise_BW.dtype).tiny).log_().neg_()
-        next_B = most_probable(hidden_BH, model.output, groups, noise_BW[:, part])
+        noise_BV.exponential_(generator=generator).clamp_(min=torch.finfo(noise_BV.dtype).tiny).log_().neg_()
+        next_B = most_probable(hidden_BH, model.output, groups, F.pad(noise_BV, padding)[:, part])
         yield next_B
         next_BS = next_B[:, None]
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,56 +84,25 @@ def share_weights(module: torch.nn.Module, table: Architecture, shape: Shape, so
     groups.raise_together(failure)
 
 
-def share_output_weight(
-    table: Architecture, shape: Shape, source: Source, groups: Groups, dtype: torch.dtype
+def share_output_rows(
+    table: Architecture, shape: Shape, source: Source, groups: Groups, dtype: torch.dtype, num_rows: int
 ) -> Tensor:
-    """This rank's rows of the output layer alone, [vocab / tp, H], in `dtype`; none but on the last pipeline stage.
+    """Read the output layer alone, split into `num_rows` rows a rank, in `dtype`: [num_rows, H]; collective, on all ranks.
 
-    Collective.
-
-    Raises:
-        UserError, MachineError: a rank cannot read its part; raised on every rank.
-    """
-    name = EMBEDDING if shape.tie_embeddings else OUTPUT
-    row = next(row for row in table.rows_of(shape) if row.mcore == name)
-    size = (shape.vocab_size // groups.tp_size if groups.is_last_stage else 0, shape.hidden_size)
-    weight_VH, failure = torch.empty(size, dtype=dtype, device=groups.device), None
-    if groups.dp_rank == 0 and groups.is_last_stage:
-        try:
-            weight_VH.copy_(read_shard(row, 0, shape, source, groups.tp_rank, groups.tp_size))
-        except Exception as error:  # of any class: raised below, on all ranks
-            failure = error
-    groups.from_first_replica(weight_VH)
-    groups.raise_together(failure)
-    return weight_VH
-
-
-@torch.no_grad()
-def align_output(module: Any, table: Architecture, shape: Shape, source: Source, groups: Groups, num_rows: int) -> None:
-    """Replace the output layer of a frozen model by the rows of another model's shards; collective, on all ranks.
-
-    Tensor-parallel rank r gets the rows r x `num_rows` to (r+1) x `num_rows` of the whole output layer. Rows beyond the
-    model's own are 0. The embedding stays as it is, also where it is tied. A pipeline stage without the output layer takes
-    part without a change.
-
-    Args:
-        module: a model.build.LanguageModel.
+    Tensor-parallel rank r gets the rows r x `num_rows` to (r+1) x `num_rows`. Rows beyond the vocabulary are 0. A pipeline
+    stage without the output layer gets none.
 
     Raises:
         UserError, MachineError: a rank cannot read its rows; raised on every rank.
     """
-    failure: Exception | None = None
-    if module.post_process:
-        own = module.output_weight
-        rows_VH = own.new_zeros(num_rows, own.shape[1])
-        start, stop = (min(number * num_rows, shape.vocab_size) for number in (groups.tp_rank, groups.tp_rank + 1))
-        if groups.dp_rank == 0 and start < stop:
-            try:
-                rows_VH[: stop - start] = source.read(table.output_name(shape), 0, start, stop)
-            except Exception as error:  # of any class: raised below, on all ranks
-                failure = error
-        groups.from_first_replica(rows_VH)
-        module.aligned_output = rows_VH
-        if not shape.tie_embeddings:
-            module.output_layer.register_parameter("weight", None)  # frees the rows that nothing reads now
+    size = (num_rows if groups.is_last_stage else 0, shape.hidden_size)
+    rows_VH, failure = torch.zeros(size, dtype=dtype, device=groups.device), None
+    start, stop = (min(number * num_rows, shape.vocab_size) for number in (groups.tp_rank, groups.tp_rank + 1))
+    if groups.dp_rank == 0 and groups.is_last_stage and start < stop:
+        try:
+            rows_VH[: stop - start] = source.read(table.output_name(shape), 0, start, stop)
+        except Exception as error:  # of any class: raised below, on all ranks
+            failure = error
+    groups.from_first_replica(rows_VH)
     groups.raise_together(failure)
+    return rows_VH

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,10 +46,15 @@ PLAIN = LogitMap()
 
 @dataclass(frozen=True, slots=True)
 class OutputLayer:
-    """Some rows of a model's output weights, [V, H]: one tensor-parallel rank's, or one block of them."""
+    """Some rows of a model's output weights, [V, H]: one tensor-parallel rank's, or one block of them.
+
+    Attributes:
+        real_rows: the rows after these are padding, and their logits are -inf; None: there is no padding.
+    """
 
     weight_VH: Tensor
     map: LogitMap = PLAIN
+    real_rows: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -56,8 +62,8 @@ class OutputLayer:
         return self.weight_VH.shape[0]
 
     def rows(self, part: slice, dtype: torch.dtype) -> "OutputLayer":
-        """Some of the rows, in another dtype."""
-        return replace(self, weight_VH=self.weight_VH[part].to(dtype))
+        """Some of the rows, in another dtype, without padding among them."""
+        return replace(self, weight_VH=self.weight_VH[part].to(dtype), real_rows=None)
 
     def logits(self, hidden_NH: Tensor, out_NV: Tensor | None = None) -> Tensor:
         """Logits [..., V] of hidden states [..., H].
@@ -69,7 +75,9 @@ class OutputLayer:
             multiply(hidden_NH, self.weight_VH.T, out_NV)
             return out_NV if self.map.is_identity else out_NV.copy_(self.map.apply(out_NV))
         products_NV = hidden_NH @ self.weight_VH.T
-        return self.map.apply(products_NV.to(torch.promote_types(products_NV.dtype, torch.float32)))
+        logits_NV = self.map.apply(products_NV.to(torch.promote_types(products_NV.dtype, torch.float32)))
+        padding = 0 if self.real_rows is None else self.num_rows - self.real_rows
+        return F.pad(logits_NV[..., : self.real_rows], (0, padding), value=-torch.inf) if padding else logits_NV
 
     def add_gradients(
         self,

@@ -137,6 +137,7 @@ def configured_layout(config: Config, *, num_ranks: int, cuda: bool, runtime_byt
         seq_length=train.seq_length,
         weight_bytes=WEIGHT_BYTES[train.precision],
         teacher_weight_bytes=WEIGHT_BYTES[config.distill.teacher_precision or train.precision],
+        global_batch_size=train.global_batch_size,
         runtime_bytes=runtime_bytes,
         logit_memory_fraction=config.distill.logit_memory_fraction,
         logit_passes=logit_passes(config.distill, cached),

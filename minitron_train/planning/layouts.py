@@ -38,6 +38,7 @@ def candidates(
                     seq_length=base.seq_length,
                     weight_bytes=base.weight_bytes,
                     teacher_weight_bytes=base.teacher_weight_bytes,
+                    global_batch_size=global_batch_size,
                     runtime_bytes=base.runtime_bytes,
                     logit_memory_fraction=base.logit_memory_fraction,
                     logit_passes=base.logit_passes,
@@ -68,7 +69,7 @@ def splits_experts(shape: Shape, ep: int) -> bool:
 
 def divides(shape: Shape, tp: int) -> bool:
     """Whether the tensor-parallel size `tp` divides the shape evenly (the rule of Shape.check_parallel)."""
-    return all(getattr(shape, size) % tp == 0 for size in SPLIT_SIZES)
+    return all(getattr(shape, size) % tp == 0 for size in SPLIT_SIZES) and shape.real_rows(tp - 1, tp) > 0
 
 
 def shares(global_batch_size: int, dp: int, micro_batch_size: int) -> bool:

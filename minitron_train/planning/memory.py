@@ -45,6 +45,7 @@ class Layout:
     seq_length: int
     weight_bytes: int  # 2 for bf16, 4 for fp32
     teacher_weight_bytes: int
+    global_batch_size: int = 0  # sequences of an optimizer step; 0 if the layout is not that of a training
     runtime_bytes: int = 0  # CUDA context, NCCL, fragmentation; 0 without CUDA
     logit_memory_fraction: float | None = None  # distill.logit_memory_fraction
     logit_passes: int = 0  # planning.timing.logit_passes; 0 if the time of the loss is not estimated
@@ -63,6 +64,12 @@ class Layout:
     def tokens(self) -> int:
         """Number of tokens of one micro-batch."""
         return self.micro_batch_size * self.seq_length
+
+    @property
+    def most_in_flight(self) -> int:
+        """Micro-batches whose activations a first pipeline stage holds at once: as many as stages, or all of the step."""
+        whole = -(-self.global_batch_size // (self.dp * self.micro_batch_size)) or self.pp
+        return min(self.pp, whole)
 
 
 def saved_per_layer(shape: Shape, layout: Layout) -> int:
@@ -139,8 +146,9 @@ def activation_bytes(shape: Shape, layout: Layout, *, with_working_layer: bool =
 def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: int) -> int:
     """Return the bytes of activations that one pipeline stage holds at most.
 
-    A stage begins so many micro-batches before it ends the first one as stages lie between it and the end, itself included.
-    The hidden states of both models that it receives and sends are counted once.
+    A stage begins so many micro-batches before it ends the first one as stages lie between it and the end, itself included,
+    or all micro-batches of the step if these are fewer. The hidden states of both models that it receives and sends are
+    counted once.
     """
     own = stage_layers(student.num_layers, layout.pp)[stage]
     held = student.with_layers(student.layer_kinds[own.start : own.stop])
@@ -151,7 +159,7 @@ def stage_activation_bytes(teacher: Shape | None, student: Shape, layout: Layout
         widths = student.hidden_size * layout.weight_bytes
         widths += 0 if teacher is None else teacher.hidden_size * layout.teacher_weight_bytes
         messages = 2 * layout.tokens * widths // sequence_parts(layout)
-    return (layout.pp - stage) * kept + working + messages
+    return min(layout.pp - stage, layout.most_in_flight) * kept + working + messages
 
 
 def working_bytes(shape: Shape, layout: Layout) -> int:
@@ -257,7 +265,7 @@ def stage_bytes(teacher: Shape | None, student: Shape, layout: Layout, stage: in
     if running is not None and is_last:
         taught += aligned_parameters(running, student, layout.tp)
     if teacher is not None and layout.cached and is_last:
-        taught = teacher.vocab_size // layout.tp * teacher.hidden_size
+        taught = student.rank_rows(layout.tp) * teacher.hidden_size
     fixed = {
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "student_weights": own * layout.weight_bytes,
@@ -281,7 +289,7 @@ def teach_bytes(teacher: Shape, layout: Layout) -> dict[str, int]:
         "runtime": layout.runtime_bytes or RUNTIME_BYTES["distill"],
         "weights": parameters_per_rank(teacher, layout.tp) * layout.weight_bytes,
         "working": working_bytes(teacher, layout),
-        "draws": max(TEACH_LOGITS, teacher.vocab_size // layout.tp) * TEACH_LOGIT_BYTES,
+        "draws": max(TEACH_LOGITS, teacher.rank_rows(layout.tp)) * TEACH_LOGIT_BYTES,
     }
     return parts | {"total": sum(parts.values())}
 
@@ -289,12 +297,12 @@ def teach_bytes(teacher: Shape, layout: Layout) -> dict[str, int]:
 def aligned_parameters(teacher: Shape, student: Shape, tp: int) -> int:
     """Return the parameters that a rank holds more for a teacher whose vocabulary is padded differently.
 
-    `model.load.align_output` gives it the output rows of the student's shard, instead of its own unless these are tied.
+    `train.assemble.load_teacher` gives it the output rows of the student's shard, instead of its own unless these are tied.
     """
     if tp == 1 or teacher.vocab_size == student.vocab_size:
         return 0
-    replaced = 0 if teacher.tie_embeddings else teacher.vocab_size
-    return (student.vocab_size - replaced) // tp * teacher.hidden_size
+    replaced = 0 if teacher.tie_embeddings else teacher.rank_rows(tp)
+    return (student.rank_rows(tp) - replaced) * teacher.hidden_size
 
 
 def eval_bytes(shape: Shape, layout: Layout) -> dict[str, int]:

@@ -81,14 +81,15 @@ def add_outputs(layers: Layers, hidden: list[Tensor], targets_T: Tensor, sums: S
 
     The output layer is read in blocks of rows, so neither its weights nor all logits are held.
     """
-    groups, size = layers.groups, layers.shape.vocab_size // layers.groups.tp_size
-    first = groups.tp_rank * size
+    groups = layers.groups
+    first = groups.tp_rank * layers.shape.rank_rows(groups.tp_size)
+    last = first + layers.shape.real_rows(groups.tp_rank, groups.tp_size)
     step = max(1, LOGITS // max(1, len(targets_T)))
     log_sums = torch.full((len(hidden), len(targets_T)), -torch.inf, dtype=torch.float64, device=targets_T.device)
     chosen = torch.zeros_like(log_sums)  # the targets' logits, where this rank holds them
     squares = torch.zeros_like(sums.squares)
-    for start in range(first, first + size, step):
-        output = layers.output_layer(start, min(start + step, first + size))
+    for start in range(first, last, step):
+        output = layers.output_layer(start, min(start + step, last))
         own = (targets_T >= start) & (targets_T < start + output.num_rows)
         whole_TV = output.logits(hidden[-1])
         for k, x_TH in enumerate(hidden):

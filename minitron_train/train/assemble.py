@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minitron_train.arch import Shape
-from minitron_train.arch.rules import check_transformer_engine
+from minitron_train.arch.rules import check_fp8, check_transformer_engine
 from minitron_train.config import Config
 from minitron_train.data import tokenizers
 from minitron_train.data.feed import Known
@@ -24,8 +24,9 @@ from minitron_train.distillation.loss_memory import LossMemory
 from minitron_train.distillation.step import Objective, loss_spec
 from minitron_train.hf import HFFolder, copy_tokenizer, student_config, write_rest
 from minitron_train.model.build import DTYPES, LanguageModel, build
-from minitron_train.model.load import align_output, share_weights
+from minitron_train.model.load import share_output_rows, share_weights
 from minitron_train.parallel.groups import Groups
+from minitron_train.parallel.switches import Switches
 from minitron_train.planning.counts import forward_flops_per_token, training_flops_per_token
 from minitron_train.planning.hardware import data_sheet_flops, gemm_flops
 from minitron_train.planning.precision import agreed
@@ -41,10 +42,14 @@ from minitron_train.train.loop import Trainer
 from minitron_train.train.metrics import ThroughputMeter
 from minitron_train.train.optim import Optimizer, student_arguments
 from minitron_train.train.reporter import Reporter
-from minitron_train.train.settings import check_settings, deciding_settings, flat
+from minitron_train.train.settings import check_ranks, check_settings, deciding_settings, flat
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
+
+# TransformerConfig arguments: one scale for each tensor, computed when it is used, since a frozen model has no history of scales
+FIRST_WITH_FP8 = (8, 9)  # compute capability: Ada, and Hopper after it
+FP8 = {"fp8": "e4m3", "fp8_recipe": "tensorwise"}
 
 
 def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None) -> None:
@@ -61,22 +66,17 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
     for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
         shape.check_experts(groups.ep_size, name)
         shape.check_stages(stages, name)
-    if groups.dp_size % stages:
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={groups.tp_size} it must divide "
-            f"the number of processes, {groups.world_size}; start a multiple of {stages * groups.tp_size}, or lower it"
-        )
-    train, replicas = config.train, groups.dp_size // stages
-    if train.global_batch_size % (train.micro_batch_size * replicas):
-        raise UserError(
-            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {replicas} data-parallel ranks; change one of these settings"
-        )
+    check_ranks(config, groups.world_size)
+    train = config.train
     if train.transformer_engine and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise UserError("train.transformer_engine=true: needs CUDA and the transformer_engine package; remove it")
     if train.transformer_engine:
         for shape, name in ((student, "student"), (teacher, "teacher")) if teacher else ((student, "model"),):
             check_transformer_engine(shape, name, train.seq_length)
+    if teacher is not None and config.distill.teacher_fp8:
+        if torch.cuda.get_device_capability() < FIRST_WITH_FP8:
+            raise UserError(f"distill.teacher_fp8=true: {torch.cuda.get_device_name()} has no FP8 products; remove it")
+        check_fp8(teacher, groups.tp_size, train.micro_batch_size * train.seq_length)
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")
@@ -94,11 +94,12 @@ def assemble(
     """Build all parts of a run, in the state of step 0. `stack` closes them."""
     signals = stack.enter_context(StopSignals())  # before the models, which may take minutes to load
     config = replace(config, train=replace(config.train, precision=agreed(config.train.precision, groups)))
+    switches = Switches.of(config, groups)
     train, best_metric = config.train, BestMetric.of(config, distilled=teacher_files is not None)
     tokenizer, vocab_size = open_tokenizer(config, groups, student_files, teacher_files)
     stream = PrefetchingStream(open_stream(config, groups, tokenizer))
     stack.callback(stream.close)
-    student = load_model(student_files, config, groups, **student_arguments(train))
+    student = load_model(student_files, config, groups, **student_arguments(train, switches))
     held_out = groups.tensor_from_rank0(
         lambda: kept_tokens(folder, config.data, tokenizer, train.seq_length, config.seed)
     )
@@ -111,7 +112,7 @@ def assemble(
     elif teacher_files is not None:
         teacher = load_teacher(teacher_files, config, groups, student_files.shape)
     hidden = hidden_pairs(config, student, teacher)
-    optimizer = Optimizer(student, train)
+    optimizer = Optimizer(student, train, switches)
     objective = Objective(
         student=optimizer.model,
         teacher=teacher,
@@ -152,6 +153,7 @@ def assemble(
         heartbeat=heartbeat,
         stragglers=Stragglers(groups, train.straggler_every_steps, heartbeat.host_of),
         signals=signals,
+        switches=switches,
     )
 
 
@@ -186,16 +188,18 @@ def open_tokenizer(
     """Open the tokenizer, which both models must share.
 
     Returns:
-        The tokenizer, and the number of real rows of the output layers; None if the models are padded alike.
+        The tokenizer, and the number of real rows of the output layers; None if the models have the same rows, and tensor
+        parallelism adds none.
     """
     tokenizer = tokenizers.load(student.folder)
     rows = {"student": student.shape.vocab_size} | ({} if teacher is None else {"teacher": teacher.shape.vocab_size})
     tokenizers.check_tokenizer(tokenizer, min(rows.values()))
+    same_rows = student.shape.vocab_size if student.shape.vocab_size % groups.tp_size else None
     if teacher is None:
-        return tokenizer, None
+        return tokenizer, same_rows
     tokenizers.check_same(tokenizer, teacher.folder)
-    padded_alike = len(set(rows.values())) == 1
-    vocab_size = None if padded_alike else min(tokenizers.vocab_size(tokenizer), *rows.values())
+    has_same = len(set(rows.values())) == 1
+    vocab_size = same_rows if has_same else min(tokenizers.vocab_size(tokenizer), *rows.values())
     real_rows(rows, vocab_size, 1, config.distill.top_k)  # load_teacher aligns the ranks' rows
     return tokenizer, vocab_size
 
@@ -203,9 +207,12 @@ def open_tokenizer(
 def load_teacher(files: HFFolder, config: Config, groups: Groups, student: Shape) -> LanguageModel:
     """Load the frozen teacher. Each rank gets the output rows of the token ids that its shard of the student has."""
     dtype = DTYPES[agreed(config.distill.teacher_precision or config.train.precision, groups)]
-    teacher = load_model(files, config, groups, dtype=dtype).requires_grad_(False).eval()
+    fp8 = FP8 if config.distill.teacher_fp8 else {}
+    teacher = load_model(files, config, groups, dtype=dtype, **fp8).requires_grad_(False).eval()
     if groups.tp_size > 1 and student.vocab_size != files.shape.vocab_size:
-        align_output(teacher, files.table, files.shape, files, groups, student.vocab_size // groups.tp_size)
+        rows = student.rank_rows(groups.tp_size)
+        real = min(max(files.shape.vocab_size - groups.tp_rank * rows, 0), rows)
+        teacher.replace_output(share_output_rows(files.table, files.shape, files, groups, dtype, rows), real)
     return teacher
 
 

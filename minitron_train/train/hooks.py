@@ -17,7 +17,13 @@ class Hook:
     `train.hooks=[my_lab.hooks.MyHook]` adds a hook; its class is called without arguments. Values that a method returns
     go to metrics.jsonl and the trackers. An exception ends the run. With pipeline stages, `training.student` is a rank's
     own stage.
+
+    Attributes:
+        reads_weights: whether `after_step` may read the student's weights. Each step then waits until all ranks have them.
+            False lets them arrive during the next forward pass (parallel.overlap_communication).
     """
+
+    reads_weights: bool = True
 
     def before_optimizer(self, training: "Trainer") -> None:
         """Called when the gradients of the global batch are complete, before clipping."""

@@ -15,6 +15,7 @@ from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.experts import set_balance_weight
 from minitron_train.parallel.groups import Groups
+from minitron_train.parallel.switches import Switches
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.heartbeat import Heartbeat
@@ -26,6 +27,7 @@ from minitron_train.train.hooks import Hook, returned
 from minitron_train.train.metrics import Metrics
 from minitron_train.train.optim import Optimizer, learning_rate
 from minitron_train.train.reporter import Reporter
+from minitron_train.train.shards import with_padding
 from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
@@ -51,6 +53,7 @@ class Trainer:
     heartbeat: Heartbeat
     stragglers: Stragglers
     signals: StopSignals
+    switches: Switches
     hooks: list[Hook] = field(default_factory=list)
 
     @property
@@ -118,6 +121,8 @@ class Trainer:
             hook.before_optimizer(self)
         row |= self.update(row, batch)
         self.measure_loss_memory()
+        if any(hook.reads_weights for hook in self.hooks):
+            self.optimizer.gather_weights()
         for hook in self.hooks:
             row |= returned(hook, "after_step", hook.after_step(self, row))
         return row
@@ -263,6 +268,7 @@ class Trainer:
 
     def evaluate(self) -> Metrics:
         """Run validation and hooks, and compare the result with the best one so far."""
+        self.optimizer.gather_weights()
         state, found = self.state, self.validation(self.is_stopped)
         for hook in self.hooks:
             found |= returned(hook, "evaluate", hook.evaluate(self))
@@ -311,7 +317,8 @@ class Trainer:
         if loaded is None:
             return
         self.state.load_state_dict(loaded["run"])
-        self.student.load_state_dict(loaded["model"])
+        weights = with_padding(loaded["model"], dict(self.student.named_parameters()))
+        self.student.load_state_dict(weights)
         self.optimizer.load_state_dict(template["optimizer"], loaded["optimizer"], self.state.num_updates)
         is_alike = (
             self.state.has_layout(self.groups) and self.state.micro_batch_size == self.config.train.micro_batch_size

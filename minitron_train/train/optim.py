@@ -4,7 +4,6 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -14,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
 from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel import cpu
+from minitron_train.parallel.switches import PLAIN_PATHS, Switches
 from minitron_train.train import shards
 from minitron_train.train.shards import Held
 
@@ -24,13 +24,18 @@ RECOMPUTE: dict[Recompute, dict[str, Any]] = {  # TransformerConfig arguments
 }
 
 
-def student_arguments(train: TrainConfig) -> dict[str, Any]:
+def student_arguments(train: TrainConfig, switches: Switches = PLAIN_PATHS) -> dict[str, Any]:
     """Return the arguments of `model.build` that a model needs before `Optimizer` can train it.
 
     calculate_per_token_loss makes megatron-core sum gradients over data-parallel ranks instead of averaging them. Each
     rank already divides its loss by the global number of tokens.
     """
-    return {"dtype": DTYPES[train.precision], "calculate_per_token_loss": True, **RECOMPUTE[train.recompute]}
+    return {
+        "dtype": DTYPES[train.precision],
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": switches.fused_gradients,
+        **RECOMPUTE[train.recompute],
+    }
 
 
 def learning_rate(train: TrainConfig, tokens: int) -> float:
@@ -53,15 +58,18 @@ class Optimizer:
     """The student under DDP, with its AdamW state. Weight decay applies to matrices, not to norms and biases (1-D).
 
     With train.distributed_optimizer, several data-parallel ranks shard the state: each updates an equal part of the weights.
+    With switches.weight_overlap, the other parts arrive during the next forward pass (`gather_weights`).
     """
 
-    def __init__(self, student: LanguageModel, train: TrainConfig) -> None:
+    def __init__(self, student: LanguageModel, train: TrainConfig, switches: Switches = PLAIN_PATHS) -> None:
         self.clip_grad = train.clip_grad
         self.is_sharded = train.distributed_optimizer and parallel_state.get_data_parallel_world_size() > 1
+        self.gathers_late = switches.weight_overlap and self.is_sharded
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self.is_sharded,
-            overlap_grad_reduce=torch.cuda.is_available(),
+            overlap_grad_reduce=switches.gradient_overlap,
+            overlap_param_gather=self.gathers_late,
         )
         settings = OptimizerConfig(
             lr=train.lr,
@@ -74,6 +82,7 @@ class Optimizer:
             bf16=train.precision is Precision.bf16,
             params_dtype=DTYPES[train.precision],
             use_distributed_optimizer=self.is_sharded,
+            overlap_param_gather=self.gathers_late,
         )
         with cpu.cuda_means_cpu():
             self.model = DistributedDataParallel(student.config, ddp, student)
@@ -81,6 +90,10 @@ class Optimizer:
         student.config.no_sync_func = self.model.no_sync  # for megatron-core's schedule of pipeline stages
         for group in self.inner.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
+        if (
+            self.gathers_late
+        ):  # megatron-core's hooks wait for the weights of a module; the loss reads the output weights
+            student.register_forward_hook(lambda *_: self.gather_weights())
         shards.create_state(self.parts)
 
     @property
@@ -101,6 +114,12 @@ class Optimizer:
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
         self.inner.zero_grad()
+
+    def gather_weights(self) -> None:
+        """Wait until this rank has all weights of the last update; collective. Only the next forward pass may do without."""
+        if self.gathers_late:
+            for bucket in (*self.model.bucket_groups, *self.model.expert_parallel_bucket_groups):
+                bucket.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Return a context that keeps gradients local. Use it for every micro batch except the last."""

@@ -21,6 +21,8 @@ class ProfileSteps(Hook):
         folder: where the trace is written, as trace_steps_FIRST_LAST.json.gz.
     """
 
+    reads_weights = False
+
     def __init__(self, first: int, last: int, folder: Path) -> None:
         self.first, self.last, self.folder = first, last, folder
         self.profiler: profile | None = None

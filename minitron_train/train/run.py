@@ -10,6 +10,7 @@ from minitron_train.config import Config
 from minitron_train.data.ledger import write_data_files
 from minitron_train.hf import HFFolder
 from minitron_train.parallel.groups import Groups, pipelined
+from minitron_train.parallel.switches import connections_warning
 from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import MachineError
 from minitron_train.runtime.files import atomic_write_json
@@ -65,12 +66,13 @@ def train(
             write_data_files(folder, config.data)
             trainer.reporter = open_reporter(trainer.config, trainer, folder)
             trainer.reporter.record({} if first_step else ancestors(student, teacher), consumed=True)
+            report_switches(trainer)
         stopped = run_guarded(trainer)
         if stopped is not None:
             exit_to_resume(trainer, stopped, folder)
         state = trainer.state
         facts: dict[str, Any] = {"steps": state.step, "resumed_at_step": first_step, "tokens": state.tokens}
-        facts["precision"] = trainer.config.train.precision.value
+        facts |= {"precision": trainer.config.train.precision.value, "switches": asdict(trainer.switches)}
         facts |= {"num_skipped": state.num_skipped, "evaluation": state.finite_evaluation}
         facts["data_passes"] = trainer.stream.passes()
         report_passes(facts["data_passes"])
@@ -81,6 +83,14 @@ def train(
         trainer.reporter.close(failed=False)
         groups.barrier()
         return facts
+
+
+def report_switches(trainer: Trainer) -> None:
+    """Print megatron-core's speed switches that this run uses, and what it lacks for them."""
+    if words := trainer.switches.words:
+        say(f"speed: {words}")
+    if warning := connections_warning(trainer.groups, trainer.switches):
+        say(f"warning: {warning}")
 
 
 def profile_hooks(config: Config, folder: Path) -> list[Hook]:

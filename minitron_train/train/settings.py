@@ -28,6 +28,9 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
     },
     "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk", "compile_loss"},  # these too
 }
+ADDED = {
+    "distill": {"teacher_fp8": False}
+}  # settings of later versions, recorded only where they differ from these values
 DATA = ("document_attention", "late_fraction")  # deciding settings that the data fingerprint does not cover
 
 
@@ -39,7 +42,9 @@ def deciding_settings(config: Config, *, distilled: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": config.seed, "data": {name: getattr(config.data, name) for name in DATA}}
     for section, neutral in NEUTRAL.items() if distilled else [("train", NEUTRAL["train"])]:
         values = getattr(config, section)
-        found[section] = {f.name: plain(getattr(values, f.name)) for f in fields(values) if f.name not in neutral}
+        own = {f.name: plain(getattr(values, f.name)) for f in fields(values) if f.name not in neutral}
+        added = ADDED.get(section, {})
+        found[section] = {name: value for name, value in own.items() if name not in added or value != added[name]}
     return found
 
 
@@ -80,6 +85,11 @@ def check_settings(config: Config, *, distilled: bool) -> None:
             "train.transformer_engine=true: its attention supports only a causal mask, but data.document_attention, "
             "conversations (kind=chat) and eval.training_tasks need another one; remove one of these settings"
         )
+    if distilled and config.distill.teacher_fp8 and not train.transformer_engine:
+        raise UserError(
+            "distill.teacher_fp8=true: only Transformer Engine's layers multiply in FP8, and they need CUDA; set "
+            "train.transformer_engine=true, or remove it"
+        )
     if train.early_stop_evaluations and not config.eval.every_tokens:
         raise UserError(
             f"train.early_stop_evaluations={train.early_stop_evaluations}: without eval.every_tokens the only evaluation is "
@@ -102,6 +112,37 @@ def check_settings(config: Config, *, distilled: bool) -> None:
     BestMetric.of(config, distilled=distilled)
     if config.parallel.pipeline_model_parallel_size > 1:
         check_stages(config, distilled=distilled)
+
+
+def check_ranks(config: Config, num_ranks: int) -> None:
+    """Reject parallel sizes that do not divide the ranks, and a batch that the data-parallel ranks cannot share.
+
+    Raises:
+        UserError: names the setting and the remedy.
+    """
+    train, parallel = config.train, config.parallel
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if num_ranks % tp:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tp}: must divide the number of processes, {num_ranks}; "
+            f"start a multiple of {tp}, or lower it"
+        )
+    if num_ranks % (tp * stages):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size={stages}: with tensor_model_parallel_size={tp} it must divide "
+            f"the number of processes, {num_ranks}; start a multiple of {stages * tp}, or lower it"
+        )
+    replicas, ep = num_ranks // (tp * stages), parallel.expert_model_parallel_size
+    if replicas % ep:
+        raise UserError(
+            f"parallel.expert_model_parallel_size={ep}: must divide the number of data-parallel ranks, {replicas}; choose a "
+            f"divisor, or start a multiple of {tp * stages * ep} processes"
+        )
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {replicas} data-parallel ranks; change one of these settings"
+        )
 
 
 def check_stages(config: Config, *, distilled: bool) -> None:

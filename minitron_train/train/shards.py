@@ -9,7 +9,7 @@ This module cuts an interval into boxes of the parameter and needs no communicat
 boxes that overlap a request, so any number of ranks can load the result, with a sharded or an unsharded optimizer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from math import prod
@@ -141,7 +141,7 @@ def state_to_load(model: dict[str, Any], parts: Iterable[tuple[list[Held], int]]
         for name, tensor in entry.state.items():
             key, place = STATE_KEY.replace("{name}", name), places[id(entry.weight)]
             state |= sharded_boxes(key, place, tensor, entry.start, entry.stop, replica=replica)
-    return {"model": model, "optimizer": state}
+    return {"model": {name: without_padding(entry) for name, entry in model.items()}, "optimizer": state}
 
 
 def copy_loaded(template: dict[str, ShardedTensor], loaded: dict[str, Any]) -> None:
@@ -164,8 +164,44 @@ def sharded_weights(model: dict[str, Any]) -> dict[int, list[ShardedTensor]]:
     found: dict[int, list[ShardedTensor]] = {}
     for value in model.values():
         if is_weight(value):
-            found[id(value.data)] = cast(Any, value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+            parts = cast(Any, value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+            found[id(value.data)] = [without_padding(part) for part in parts]
     return found
+
+
+def without_padding(entry: Any) -> Any:
+    """Return an entry of a sharded state dict without the padding of the vocabulary, which checkpoints do not have.
+
+    A checkpoint is thus the same for all tensor-parallel sizes.
+    """
+    if not hasattr(getattr(entry, "data", None), "real_rows"):
+        return entry
+    local, whole = entry.data.real_rows
+    return replace(
+        entry,
+        data=entry.data.detach()[:local],
+        local_shape=(local, *entry.local_shape[1:]),
+        global_shape=(whole, *entry.global_shape[1:]),
+        axis_fragmentations=None,
+        allow_shape_mismatch=False,
+    )
+
+
+def with_padding(model: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return a loaded state dict with the padding of the vocabulary, whose values do not matter.
+
+    Args:
+        weights: the model's parameters, with padding.
+    """
+
+    def whole(name: str, loaded: Any) -> Any:
+        if not hasattr(weights.get(name), "real_rows"):
+            return loaded
+        padded = weights[name].detach().clone()
+        padded[: len(loaded)] = loaded
+        return padded
+
+    return {name: whole(name, loaded) for name, loaded in model.items()}
 
 
 def sharded_boxes(

@@ -155,11 +155,6 @@ SHAPES = [
         TAUGHT,
     ),
     Case(
-        "TP that does not divide the vocabulary",
-        "pretrain +recipe=micro output_dir=out model.vocab_size=1023 parallel.tensor_model_parallel_size=2",
-        "vocab_size=1023",
-    ),
-    Case(
         "EP of a dense model",
         f"prune {MICRO} parallel.expert_model_parallel_size=2",
         "expert_model_parallel_size=2: the teacher has no experts; set it to 1",

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from minitron_train.arch.pipeline import stage_layers
 from minitron_train.config import Precision, Recompute, TeachKind
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.settings import check_settings
+from minitron_train.train.validation import Validation
 from tests.support.helpers import free_port, run_ranks, start_ranks
 from tests.support.models import EXPERTS, save_tiny
 from tests.support.training import (
@@ -148,6 +150,20 @@ def test_four_stages_with_unequal_numbers_of_layers(tmp_path: Path) -> None:
     run_ranks(train_here, 4, runs)
     for name in kinds:
         assert_equal(tmp_path / name / "staged", rows(tmp_path / name / "whole"))
+
+
+def test_validation_keeps_all_stages_busy() -> None:
+    """Four batches per stage at a time, and a last one of another size alone; without stages one by one."""
+    for num_stages, sizes in ((1, [1] * 11), (2, [8, 2, 1])):
+        parts = [torch.zeros(size, 9, dtype=torch.long) for size in [2] * 10 + [1]]
+        even: Any = SimpleNamespace(
+            pp_size=num_stages,
+            even_parts=lambda rows, size, parts=parts: (
+                (part, torch.ones(len(part), dtype=torch.bool)) for part in parts
+            ),
+        )
+        none: Any = None
+        assert [len(batches) for batches in Validation(torch.zeros(21, 9), none, 2, even).rounds()] == sizes
 
 
 def killed_in_step_six(rank: int, world_size: int, material: Material, folder: Path) -> str:

@@ -23,6 +23,7 @@ from minitron_train.planning.stages import disk_bytes
 from minitron_train.runtime import preflight
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
+from tests.slurm.conftest import ROOT
 from tests.support.models import save_tiny
 
 AFTER = ["distill", "export", "eval", "speed", "report"]
@@ -44,6 +45,46 @@ def test_chain(words: list[str], commands: list[str]) -> None:
     waits = ["-", *map(str, range(len(commands)))]
     found = [f"{before} {command}" for before, command in zip(waits, commands, strict=False)]
     assert slurm.jobs(configuration.compose(words)) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "message"),
+    [
+        (["train.micro_batch_size=1"], {"distill": 8, "pretrain": 8}, None),
+        (
+            ["train.micro_batch_size=1"],
+            {"distill": 16},
+            "must be a multiple of train.micro_batch_size=1 x 16 data-parallel",
+        ),
+        (["parallel.pipeline_model_parallel_size=3"], {"pretrain": 8}, "it must divide the number of processes, 8"),
+        (["parallel.tensor_model_parallel_size=2"], {"distill": 3}, "must divide the number of processes, 3"),
+        (["parallel.tensor_model_parallel_size=2", "train.micro_batch_size=1"], {"run": 16}, None),
+        (
+            ["train.micro_batch_size=2"],
+            {"run": 16},
+            "must be a multiple of train.micro_batch_size=2 x 16 data-parallel",
+        ),
+        (["train.micro_batch_size=1"], {"score": 16}, None),
+    ],
+)
+def test_a_batch_that_the_ranks_cannot_share_is_found_before_a_job_is_queued(
+    words: list[str], ranks: dict[str, int], message: str | None
+) -> None:
+    config = configuration.compose(["+recipe=micro", "train.global_batch_size=8", *words])
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        slurm.accept([COMMANDS["run"]], config, ranks)
+
+
+def test_the_scripts_count_the_ranks_of_a_job(tmp_path: Path) -> None:
+    """Later options win; where the options do not tell the number, nothing is checked."""
+    (tmp_path / "site.env").write_text('site_sbatch_of=([distill]="--nodes=2 --ntasks-per-node=4")\n')
+    asked = {"": "8", "--nodes=3": "12", "--ntasks=5": "5", "-N2": "", "--nodes=2-4": "", "--time=1": "8"}
+    script = "source slurm/site.sh\n" + "".join(f'echo "$(ranks_of distill {words})"\n' for words in asked)
+    environment = os.environ | {"MINITRON_SITE": str(tmp_path / "site.env")}
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [f"--ranks=distill:{number}" if number else "" for number in asked.values()]
 
 
 NO_DATA = ["+recipe=4b_from_8b", "calibration.num_samples=8"]  # data=nemotron4_blend, whose parts are the user's

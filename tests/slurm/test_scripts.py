@@ -72,6 +72,7 @@ def test_slurm_refuses_what_the_cluster_has_not(cluster: Cluster) -> None:
         (["micro", "train.lrr=1"], "unknown key 'train.lrr' (did you mean 'lr'?)"),
         (["micro", "train.lr=-1"], "train.lr=-1.0: must be greater than 0"),
         (["4b_from_8b"], "these parts have no path: web"),
+        (["micro", "--nodes=3", "--ntasks-per-node=1"], "x 3 data-parallel ranks; change one of these settings"),
         (
             ["micro", "train.lr=1e-3", "--nodes=2"],
             "--nodes=2: put sbatch's options before the settings, in the form --nodes=2",

@@ -263,6 +263,18 @@ def test_configured_stages_are_planned() -> None:
     assert not any(row["layout"]["pp"] > 1 for row in planned("+recipe=4b")["layouts"])
 
 
+def test_a_stage_holds_no_more_micro_batches_than_a_step_has() -> None:
+    """With 16 data-parallel ranks: two micro-batches for four stages, then as many as stages."""
+    held = {}
+    for rows in (16, 32, 64, 1024):
+        plan = planned(*GIANT, "parallel.tensor_model_parallel_size=8", "parallel.pipeline_model_parallel_size=4",
+                       "train.micro_batch_size=1", f"train.global_batch_size={rows}")  # fmt: skip
+        held[rows] = plan["configured"]["memory_bytes"]["activations"]
+    each = held[32] - held[16]
+    assert each > 0 and held[64] - held[32] == pytest.approx(2 * each, rel=1e-6)
+    assert held[1024] == held[64]
+
+
 def test_a_plan_says_that_experts_take_longer() -> None:
     assert "experts run one after the other" in format_plan(planned("+recipe=qwen3_30b_a3b_half"))
     assert "experts" not in format_plan(planned("+recipe=smollm2", "train.global_batch_size=8"))
