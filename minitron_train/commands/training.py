@@ -151,7 +151,7 @@ def distill_options(
         runtime_bytes=reserved_bytes(config, cuda),
     )
     yield Option((), distill_bytes(teacher, student, now)["total"])
-    for size, ep in parallel_sizes(world.size // now.pp, now.pp, *filter(None, (teacher, student))):
+    for size, ep in parallel_sizes(world.size // now.pp, *filter(None, (teacher, student))):
         for micro in (micro for micro in range(1, train.micro_batch_size + 1) if train.micro_batch_size % micro == 0):
             for recompute in ("none", "selective", "full"):
                 dp = world.size // (size * now.pp)

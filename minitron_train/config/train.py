@@ -176,8 +176,7 @@ class ParallelConfig:
     )
     pipeline_model_parallel_size: int = opt(
         1,
-        "stages that share the layers of teacher and student in training, each on ranks of its own; not together with expert "
-        "parallelism; other commands ignore it",
+        "stages that share the layers of teacher and student in training, each on ranks of its own; other commands ignore it",
     )
     sequence_parallel: bool | None = opt(
         None,
@@ -212,11 +211,3 @@ class ParallelConfig:
         limits = ("rendezvous_minutes", "connect_minutes", "timeout_minutes")
         sizes = ("tensor_model_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size")
         require_positive(self, "parallel", *sizes, *limits)
-        stages = self.pipeline_model_parallel_size
-        require(
-            stages == 1 or self.expert_model_parallel_size == 1,
-            "parallel.pipeline_model_parallel_size",
-            stages,
-            f"must be 1 with parallel.expert_model_parallel_size={self.expert_model_parallel_size}",
-            "set one of them to 1",
-        )

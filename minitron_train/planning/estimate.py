@@ -267,7 +267,7 @@ def describe_choice(
         **duration_and_price(choice, config.train.num_steps, machine),
         "network_bytes_per_step": {
             "tensor_parallel": tokens / layout.dp / layout.pp * tp_bytes_per_token(running, student, layout),
-            "expert_parallel": tokens / layout.dp * ep_bytes_per_token(running, student, layout),
+            "expert_parallel": tokens / layout.dp / layout.pp * ep_bytes_per_token(running, student, layout),
             "data_parallel": dp_bytes_per_step(student, layout),
             "pipeline_parallel": pp_bytes_per_step(running, student, layout, tokens / layout.dp),
         },

@@ -19,11 +19,11 @@ def candidates(
     """Yield every valid combination of tensor- and expert-parallel size (within a node), micro-batch size, recompute setting.
 
     Args:
-        num_stages: pipeline stages of each; with more than one, experts are not split.
+        num_stages: pipeline stages of each.
     """
-    for tp, ep in parallel_sizes(machine.gpus_per_node, num_stages, teacher, student):
+    for tp, ep in parallel_sizes(machine.gpus_per_node, teacher, student):
         dp, rest = divmod(machine.num_gpus, tp * num_stages)
-        if rest or not dp or num_stages > min(teacher.num_layers, student.num_layers):
+        if rest or not dp or dp % ep or num_stages > min(teacher.num_layers, student.num_layers):
             continue
         for micro in MICRO_BATCH_SIZES:
             if not shares(global_batch_size, dp, micro):
@@ -50,15 +50,11 @@ def candidates(
                 )
 
 
-def parallel_sizes(num_ranks: int, num_stages: int, *shapes: Shape) -> Iterator[tuple[int, int]]:
-    """Yield the tensor- and expert-parallel sizes that divide `num_ranks` ranks together, and all shapes.
-
-    With several pipeline stages, experts are not split.
-    """
+def parallel_sizes(num_ranks: int, *shapes: Shape) -> Iterator[tuple[int, int]]:
+    """Yield the tensor- and expert-parallel sizes that divide `num_ranks` ranks together, and all shapes."""
     for tp in range(1, num_ranks + 1):
         if num_ranks % tp == 0 and all(divides(shape, tp) for shape in shapes):
-            most = num_ranks // tp if num_stages == 1 else 1
-            sizes = (ep for ep in range(1, most + 1) if num_ranks // tp % ep == 0)
+            sizes = (ep for ep in range(1, num_ranks // tp + 1) if num_ranks // tp % ep == 0)
             yield from ((tp, ep) for ep in sizes if all(splits_experts(shape, ep) for shape in shapes))
 
 

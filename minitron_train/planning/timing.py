@@ -262,7 +262,10 @@ def step_time(
     return StepTime(
         **slowest,
         optimizer=updated * UPDATE_PASSES * FP32 / machine.memory_rate,
-        ep_network=tokens * ep_bytes_per_token(running, student, layout) / machine.link_rate(layout.tp * layout.ep),
+        ep_network=tokens
+        * ep_bytes_per_token(running, student, layout)
+        / layout.pp
+        / machine.link_rate(layout.tp * layout.ep),
         dp_network=dp_bytes_per_step(student, layout) / network,
         pp_network=pp_bytes_per_step(running, student, layout, tokens) / network,
         bubble=sum(slowest.values()) * share / (1 - share),

@@ -161,12 +161,6 @@ SHAPES = [
         TAUGHT,
     ),
     Case(
-        "pipeline stages and EP together",
-        f"distill {MICRO} parallel.pipeline_model_parallel_size=2 parallel.expert_model_parallel_size=2",
-        "pipeline_model_parallel_size=2: must be 1 with parallel.expert_model_parallel_size=2; set one of them to 1",
-        TAUGHT,
-    ),
-    Case(
         "EP on too few processes",
         f"score {MICRO} parallel.expert_model_parallel_size=2",
         "must divide the number of data-parallel ranks, 1",

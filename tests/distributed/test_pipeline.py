@@ -152,6 +152,19 @@ def test_four_stages_with_unequal_numbers_of_layers(tmp_path: Path) -> None:
         assert_equal(tmp_path / name / "staged", rows(tmp_path / name / "whole"))
 
 
+def test_stages_split_experts(tmp_path: Path) -> None:
+    """Two stages, each of two ranks that share the experts; a checkpoint goes on in one process."""
+    material = make_material(tmp_path, "llama_untied", save_tiny, **{"model_type": "qwen3_moe", **EXPERTS})
+    run(material, tmp_path / "whole")
+    split: dict[str, Any] = {"parallel__pipeline_model_parallel_size": 2, "parallel__expert_model_parallel_size": 2}
+    runs = [(material, tmp_path / "split", split), (material, tmp_path / "resumed", split | {"stop_in": 5})]
+    run_ranks(train_here, 4, runs)
+    assert run(material, tmp_path / "resumed")["resumed_at_step"] == 3
+    for name in ("split", "resumed"):
+        assert_equal(tmp_path / name, rows(tmp_path / "whole"))
+        assert_same_student(tmp_path / name, tmp_path / "whole", tmp_path)
+
+
 def test_validation_keeps_all_stages_busy() -> None:
     """Four batches per stage at a time, and a last one of another size alone; without stages one by one."""
     for num_stages, sizes in ((1, [1] * 11), (2, [8, 2, 1])):

@@ -18,9 +18,6 @@ from minitron_train.model.build import build
 from minitron_train.parallel import groups
 from minitron_train.planning import counts, format_plan, make_plan
 from minitron_train.planning.counts import layer_parameters, parameters_per_rank
-from minitron_train.planning.estimate import base_layout
-from minitron_train.planning.hardware import hardware
-from minitron_train.planning.layouts import candidates
 from minitron_train.planning.memory import Layout, activation_bytes
 from minitron_train.runtime.launch import World
 from minitron_train.train.optim import RECOMPUTE
@@ -201,14 +198,17 @@ def test_a_layout_splits_experts_where_that_is_faster() -> None:
     assert best["memory_bytes"]["optimizer"] < 1.01 * 12 * 16_030_316_544 / 8
 
 
-def test_layouts_with_stages_split_no_experts() -> None:
-    config = load("+recipe=qwen3_30b_a3b_half")
-    teacher, student = shapes(config)
-    machine = hardware(config.cluster, config.train.precision)
-    base = base_layout(config, machine)
-    for num_stages, some in ((1, True), (2, False)):
-        found = list(candidates(teacher, student, machine, base, config.train.global_batch_size, num_stages))
-        assert found and any(layout.ep > 1 for layout in found) is some
+def test_layouts_with_stages_split_experts_too() -> None:
+    """Two stages hold half of the experts each, and a rank exchanges tokens for half of the layers."""
+    one, two = (
+        planned("+recipe=qwen3_30b_a3b_half", "parallel.expert_model_parallel_size=4",
+                f"parallel.pipeline_model_parallel_size={stages}")["configured"]
+        for stages in (1, 2)
+    )  # fmt: skip
+    assert (two["layout"]["ep"], two["layout"]["pp"], two["layout"]["dp"]) == (4, 2, one["layout"]["dp"] // 2)
+    assert two["memory_bytes"]["student_weights"] == pytest.approx(one["memory_bytes"]["student_weights"] / 2, rel=0.1)
+    exchanged = [plan["network_bytes_per_step"]["expert_parallel"] for plan in (one, two)]
+    assert exchanged[0] == exchanged[1] > 0, "twice the tokens in half of the layers"
 
 
 def test_stages_hold_the_whole_model_once() -> None:
