@@ -80,7 +80,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     server.close()
 
 
-@pytest.mark.timeout(900)  # the first case makes the material
+@pytest.mark.timeout(1500)  # the first case makes the material
 def test_the_mistake_is_one_line_and_leaves_nothing(case: Case, material: Path, run: Run, tmp_path: Path) -> None:
     if case.needs_root and os.geteuid() != 0:
         pytest.skip("mounts a file system: needs root")

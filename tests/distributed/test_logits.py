@@ -122,7 +122,7 @@ def gradients(rank: int, world_size: int, folder: Path, sequence_parallel: bool)
             if getattr(parameter, "sequence_parallel", False) and sequence_parallel:  # as megatron-core does later
                 torch.distributed.all_reduce(parameter.grad)
         found, parameters = {}, parameters_by_row(model)
-        for row in checkpoint.table.layer_rows(checkpoint.shape):
+        for row in checkpoint.table.layer_rows(checkpoint.shape, checkpoint.shape.layer_kinds[1]):
             shards = groups.gather(parameters[row.mcore.format(i=1)].grad)  # type: ignore[arg-type]
             found |= shards_to_parts(row, checkpoint.shape, shards)
         return {name: tensor.numpy().copy() for name, tensor in found.items()}

@@ -35,7 +35,7 @@ def test_the_documented_sweep_composes() -> None:
 
 @pytest.mark.races
 @pytest.mark.slurm
-@pytest.mark.timeout(600)  # the launcher asks for results ever more rarely
+@pytest.mark.timeout(900)  # the launcher asks for results ever more rarely
 def test_the_documented_sweep_runs_as_jobs(lab: Lab) -> None:
     """As far as dry_run goes, with one good combination and one that ends the sweep."""
     for kind in ("teacher", "pruned"):

@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import TWO_NODES, Lab
 from tests.slurm.test_jobs import ENDED, preempt
 
-pytestmark = [pytest.mark.slurm, pytest.mark.races, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.races, pytest.mark.timeout(1500)]
 
 CHAIN = ["pretrain", "score", "prune", "distill", "export", "eval", "speed", "report"]
 MICRO = ("+recipe=micro", "tracking.wandb.mode=disabled")
