@@ -336,7 +336,7 @@ def test_more_ranks_than_held_out_sequences(folders: SimpleNamespace) -> None:
             assert not batch.mask_BS.any(), "another rank's sequence, to run as many batches as the others"
             return LossParts(*torch.zeros(3), num_valid=0)
 
-        objective: Any = SimpleNamespace(student=model, teacher=None, logit_loss=nothing)
+        objective: Any = SimpleNamespace(student=model, has_teacher=False, logit_loss=nothing)
         assert Validation(tokens, objective, 2, last)(lambda: False)["eval.validation.loss"] == 1.0
 
 
