@@ -4,8 +4,8 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c 'import ensurepip' 2>/dev/null && echo python$$v && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# More workers than a small machine has cores, since many tests wait for other processes. WORKERS=0 runs all in one process.
-WORKERS ?= 3
+# WORKERS=3 runs test files in three processes: shorter, since many tests wait for other processes, but tried less often.
+WORKERS ?= 0
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests of starts, losses, stages, kills and of lm-eval's answers. The other tests of test-megatron use all that these use of
 # megatron-core.
