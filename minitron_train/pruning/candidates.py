@@ -122,8 +122,9 @@ def within_budget(search: SearchConfig, every: list[Candidate], refusals: list[s
         nearest = min(every, key=lambda candidate: distance[candidate.name])
         raise UserError(
             f"search.target={target:,.10g}: none of {len(every)} shapes has {search.budget} within "
-            f"±{search.allowed_distance:.1%}; the nearest, {nearest.name}, has {getattr(nearest, search.budget):,.10g}; change search.target, "
-            "search.tolerance or the lists of sizes, such as search.hidden_size"
+            f"±{search.allowed_distance:.1%}; the nearest, {nearest.name}, has "
+            f"{getattr(nearest, search.budget):,.10g}; change search.target, search.tolerance or the lists of sizes, "
+            "such as search.hidden_size"
         )
     return fitting
 

@@ -100,7 +100,7 @@ def test_a_dry_run_measures_nothing(tmp_path, teacher, measured, capsys):
 
 def test_the_tolerance_is_wider_unless_it_is_set(tmp_path, teacher, measured):
     with pytest.raises(
-        UserError, match=r"target=7: none of 6 shapes has latency_ms within ±15\.0%; the nearest, .* has 5:"
+        UserError, match=r"target=7: none of 6 shapes has latency_ms within ±15\.0%; the nearest, .* has 5;"
     ):
         search(config_of(tmp_path, teacher, target=7.0))
     with pytest.raises(UserError, match=r"within ±1\.0%"):
