@@ -205,9 +205,13 @@ class Shape:
         """Return the vocabulary rows that each tensor-parallel rank holds, with padding if `tp` does not divide vocab_size."""
         return -(-self.vocab_size // tp)
 
-    def real_rows(self, rank: int, tp: int) -> int:
-        """Return how many of them are no padding on tensor-parallel rank `rank`. Padding is at the end of the vocabulary."""
-        held = self.rank_rows(tp)
+    def real_rows(self, rank: int, tp: int, held: int | None = None) -> int:
+        """Return how many of the rows on tensor-parallel rank `rank` are no padding, which is at the vocabulary's end.
+
+        Args:
+            held: rows that each rank holds; None: rank_rows(tp).
+        """
+        held = self.rank_rows(tp) if held is None else held
         return min(max(self.vocab_size - rank * held, 0), held)
 
     def check_experts(self, expert_model_parallel_size: int, name: str) -> None:

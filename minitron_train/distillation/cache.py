@@ -7,6 +7,7 @@ step. Samples need it in validation only, whose KL is exact with either kind.
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitron_train.arch.shape import Shape
 from minitron_train.config import Config, DistillConfig, LossKind, TeachKind
 from minitron_train.distillation.cache_files import CacheFormat, CacheReader, read_format
 from minitron_train.distillation.cached_teacher import CachedTeacher
@@ -24,7 +25,7 @@ class Reading:
 
     stream: str
     held_out: str
-    student_rows: int
+    student: Shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +49,7 @@ def open_cache(config: Config, groups: Groups, teacher: HFFolder, reading: Readi
     num_sequences = config.train.num_steps * config.train.global_batch_size
     groups.on_rank0(lambda: CacheReader.of(folder, "training", num_sequences) and None)
     shape, dtype = teacher.shape, DTYPES[format.dtype]
-    num_rows = -(-reading.student_rows // groups.tp_size)  # of the student's shard, so that both match
+    num_rows = reading.student.rank_rows(groups.tp_size)  # both models' shards then match
     rows_VH = share_output_rows(teacher.table, shape, teacher, groups, dtype, num_rows)
     output = OutputLayer(rows_VH, logit_map(shape))
     training = CachedTeacher(
@@ -90,10 +91,10 @@ def check_cache(config: Config, format: CacheFormat, reading: Reading) -> None:
             f"teacher.cache={folder}: has {format.num_rows * format.seq_length:,} tokens, this run reads "
             f"{num_rows * train.seq_length:,}; lower train.num_tokens, or run `teach` with a larger teach.num_tokens"
         )
-    if format.kind is TeachKind.samples and format.vocab_size != reading.student_rows:
+    if format.kind is TeachKind.samples and format.vocab_size != reading.student.vocab_size:
         raise UserError(
             f"teacher.cache={folder}: has samples of {format.vocab_size} output rows, the student has "
-            f"{reading.student_rows}; pad both alike, or use teach.kind=hidden"
+            f"{reading.student.vocab_size}; pad both alike, or use teach.kind=hidden"
         )
 
 

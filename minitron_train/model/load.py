@@ -97,10 +97,10 @@ def share_output_rows(
     """
     size = (num_rows if groups.is_last_stage else 0, shape.hidden_size)
     rows_VH, failure = torch.zeros(size, dtype=dtype, device=groups.device), None
-    start, stop = (min(number * num_rows, shape.vocab_size) for number in (groups.tp_rank, groups.tp_rank + 1))
-    if groups.dp_rank == 0 and groups.is_last_stage and start < stop:
+    start, real = groups.tp_rank * num_rows, shape.real_rows(groups.tp_rank, groups.tp_size, num_rows)
+    if groups.dp_rank == 0 and groups.is_last_stage and real:
         try:
-            rows_VH[: stop - start] = source.read(table.output_name(shape), 0, start, stop)
+            rows_VH[:real] = source.read(table.output_name(shape), 0, start, start + real)
         except Exception as error:  # of any class: raised below, on all ranks
             failure = error
     groups.from_first_replica(rows_VH)

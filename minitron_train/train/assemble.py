@@ -47,8 +47,8 @@ from minitron_train.train.state import RunState
 from minitron_train.train.stragglers import Stragglers
 from minitron_train.train.validation import Validation
 
-# TransformerConfig arguments: one scale for each tensor, computed when it is used, since a frozen model has no history of scales
 FIRST_WITH_FP8 = (8, 9)  # compute capability: Ada, and Hopper after it
+# TransformerConfig arguments: one scale for each tensor, computed when it is used, since a frozen model has no history of scales
 FP8 = {"fp8": "e4m3", "fp8_recipe": "tensorwise"}
 
 
@@ -106,7 +106,7 @@ def assemble(
     cached = teacher = None
     if teacher_files is not None and config.teacher.cache:
         facts = cache.Reading(
-            stream=stream.stream.fingerprint(), held_out=sha256(held_out), student_rows=student_files.shape.vocab_size
+            stream=stream.stream.fingerprint(), held_out=sha256(held_out), student=student_files.shape
         )
         cached = cache.open_cache(config, groups, teacher_files, facts)
     elif teacher_files is not None:
@@ -211,7 +211,7 @@ def load_teacher(files: HFFolder, config: Config, groups: Groups, student: Shape
     teacher = load_model(files, config, groups, dtype=dtype, **fp8).requires_grad_(False).eval()
     if groups.tp_size > 1 and student.vocab_size != files.shape.vocab_size:
         rows = student.rank_rows(groups.tp_size)
-        real = min(max(files.shape.vocab_size - groups.tp_rank * rows, 0), rows)
+        real = files.shape.real_rows(groups.tp_rank, groups.tp_size, rows)
         teacher.replace_output(share_output_rows(files.table, files.shape, files, groups, dtype, rows), real)
     return teacher
 
