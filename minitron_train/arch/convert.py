@@ -63,9 +63,8 @@ def shards_to_parts(row: ParamSpec, shape: Shape, shards: list[Tensor]) -> dict[
     lengths = [full[0] // (size if dim == 0 else 1) for full in sizes.values()]
     cut = [unpack(row, shard, lengths, shape.num_query_groups // size) for shard in shards]
     joined = [torch.cat(list(pieces), dim=dim or 0) if size > 1 else pieces[0] for pieces in zip(*cut, strict=True)]
-    real = [
-        whole[: full[0]] for whole, full in zip(joined, sizes.values(), strict=True)
-    ]  # no padding of the vocabulary
+    # without the padding of the vocabulary
+    real = [whole[: full[0]] for whole, full in zip(joined, sizes.values(), strict=True)]
     return dict(zip(row.hf, real, strict=True))
 
 

@@ -22,9 +22,7 @@ class Wrapper:
     prefix: str  # of the text model's tensors, where the vision model's do not begin with "model."
     output: str  # stored name of the output layer, in the same case
     hidden_size: str | None = None  # why the hidden size cannot be cut; None: it can, see `writers`
-    writers: re.Pattern[str] | None = (
-        None  # tensors outside the text model whose rows are channels of its residual stream
-    )
+    writers: re.Pattern[str] | None = None  # tensors outside the text model, with a row for each channel of its stream
     writers_key: str | None = None  # key of vision_config with their number of rows
     tied: bool = False  # default of the outer tie_word_embeddings
     text_ties: bool = True  # whether text_config can tie the embeddings too

@@ -92,7 +92,7 @@ class Optimizer:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
         if (
             self.gathers_late
-        ):  # megatron-core's hooks wait for the weights of a module; the loss reads the output weights
+        ):  # megatron-core's hooks wait for a module's weights, but the loss reads the output weights
             student.register_forward_hook(lambda *_: self.gather_weights())
         shards.create_state(self.parts)
 

@@ -28,9 +28,8 @@ NEUTRAL = {  # section -> settings that may change between restarts; all other s
     },
     "distill": {"logit_memory_fraction", "vocab_tile", "token_chunk", "compile_loss"},  # these too
 }
-ADDED = {
-    "distill": {"teacher_fp8": False}
-}  # settings of later versions, recorded only where they differ from these values
+# settings of later versions, recorded only where they differ from these values
+ADDED = {"distill": {"teacher_fp8": False}}
 DATA = ("document_attention", "late_fraction")  # deciding settings that the data fingerprint does not cover
 
 
