@@ -168,9 +168,10 @@ def test_stages_split_experts(tmp_path: Path) -> None:
 def test_validation_keeps_all_stages_busy() -> None:
     """Four batches per stage at a time, and a last one of another size alone; without stages one by one."""
     for num_stages, sizes in ((1, [1] * 11), (2, [8, 2, 1])):
-        parts = [torch.zeros(size, 9, dtype=torch.long) for size in [2] * 10 + [1]]
+        parts = torch.arange(21).split(2)
         even: Any = SimpleNamespace(
             pp_size=num_stages,
+            device=torch.device("cpu"),
             even_parts=lambda rows, size, parts=parts: (
                 (part, torch.ones(len(part), dtype=torch.bool)) for part in parts
             ),
