@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from minitron_train.commands.workspace import Workspace, after_rank0
 from minitron_train.config import Config, DataConfig
 from minitron_train.planning.check import Needs
+from minitron_train.runtime.console import say
 from minitron_train.runtime.errors import PATH_MISTAKES, UserError
 from minitron_train.runtime.launch import World
 
@@ -47,6 +48,7 @@ class Command:
     Attributes:
         summary, reads, writes: for --help and the table of the README.
         run: does the work.
+        result: the text that it prints at its end; a chain prints that of `run` alone.
         sections: of the configuration that it reads, for --help.
         in_chain: whether the chain of a recipe contains it.
         check: refuses contradictions in the settings before anything is allocated; loads no torch.
@@ -63,6 +65,7 @@ class Command:
     reads: str
     writes: str
     run: Callable[[Workspace], None]
+    result: Callable[[Workspace], str] = lambda ws: ""
     sections: tuple[str, ...] = ()
     in_chain: Callable[[Config], bool] = lambda config: False
     check: Callable[[Config], None] = lambda config: None
@@ -82,7 +85,10 @@ def execute(command: Command, config: Config, typed: list[str], world: World) ->
     """
     with contextlib.ExitStack() as stack:
         try:
-            command.run(Workspace(config, typed, world, stack))
+            ws = Workspace(config, typed, world, stack)
+            command.run(ws)
+            if world.is_first and not config.dry_run and (text := command.result(ws)):
+                say(text)
         except UserError:
             after_rank0(world.rank)
             raise

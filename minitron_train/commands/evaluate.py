@@ -40,6 +40,13 @@ def evaluate(ws: Workspace) -> None:
     write_model_card(ws)
 
 
+def result(ws: Workspace) -> str:
+    """The table of every evaluation in the output folder; nothing after a comparison, which has printed its own."""
+    from minitron_train.reporting import summary_table
+
+    return "" if ws.config.eval.compare else summary_table(ws.folder)
+
+
 def evaluate_one(ws: Workspace, label: str, model: Path) -> None:
     """One model -> eval/LABEL.json."""
     from minitron_train.data.stream import validation_tokens
@@ -154,6 +161,7 @@ COMMAND = Command(
     reads="teacher/, pruned/, student/, eval_data/, text",
     writes="eval/",
     run=evaluate,
+    result=result,
     sections=("eval", "data", "train", "teacher", "student", "export", "parallel", "plan"),
     in_chain=lambda config: True,
     check=check,

@@ -10,9 +10,7 @@ from minitron_train.runtime.console import say
 
 
 def run(ws: Workspace) -> None:
-    """Every command of the chain that is not finished, then the table of the result."""
-    from minitron_train.reporting import family_table, summary_table
-
+    """Every command of the chain that is not finished."""
     chains = parts(ws.config)
     for config, commands in chains:
         check_early(commands, config)
@@ -26,8 +24,13 @@ def run(ws: Workspace) -> None:
         for command in commands:
             if command is not score.COMMAND:  # prune runs it
                 command.run(own)
-    if ws.world.is_first and not ws.config.dry_run:
-        say(family_table(ws.folder, origins(ws.config)) if is_family(ws.config) else summary_table(ws.folder))
+
+
+def result(ws: Workspace) -> str:
+    """The table of the models; of a model family that of all its members."""
+    from minitron_train.reporting import family_table, summary_table
+
+    return family_table(ws.folder, origins(ws.config)) if is_family(ws.config) else summary_table(ws.folder)
 
 
 COMMAND = Command(
@@ -36,6 +39,7 @@ COMMAND = Command(
     reads="what the recipe's commands read",
     writes="the folders of these commands",
     run=run,
+    result=result,
     sections=("model", "pretrain", "teacher", "student", *SCORING, "distill", *TRAINING, "export", "speed"),
     per_member=False,
     job=Job(gpus=True, resumable=True),

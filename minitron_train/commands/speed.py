@@ -47,6 +47,13 @@ def speed(ws: Workspace) -> None:
     write_model_card(ws)
 
 
+def result(ws: Workspace) -> str:
+    """The table of the evaluations and of the speeds."""
+    from minitron_train.reporting import summary_table
+
+    return summary_table(ws.folder)
+
+
 def measure_into(ws: Workspace, folders: Mapping[str, Path], target: Path) -> None:
     """Measure, and write the record into the stage's folder."""
     from minitron_train.evaluation.speed import measure
@@ -83,6 +90,7 @@ COMMAND = Command(
     reads="teacher/, pruned/, student/",
     writes="speed/",
     run=speed,
+    result=result,
     sections=("speed", "teacher", "student", "export", "parallel", "plan"),
     in_chain=lambda config: config.speed.in_run,
     needs=NEEDS,

@@ -31,12 +31,12 @@ SMALLER = (
 )
 
 
-def run(folder: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str, ranks: int = 1, command: str = "run") -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, "-m", "minitron_train", "run", "+recipe=tiny", f"output_dir={folder}", *SMALLER, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+    words = [*launcher, "-m", "minitron_train", command, "+recipe=tiny", f"output_dir={folder}", *SMALLER, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=280)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -68,9 +68,14 @@ def test_every_stage_leaves_its_folder_and_provenance(done: tuple[Path, str]) ->
         assert record["perplexity"] > 1
     assert not list(folder.rglob("*.partial-*"))
     assert (folder / "report.html").stat().st_size > 10_000
-    table = [line.split()[0] for line in printed.splitlines() if line.startswith(("teacher ", "pruned ", "student "))]
-    assert table == ["teacher", "pruned", "student"]
+    table = rows_of(printed)
+    assert [row.split()[0] for row in table] == ["teacher", "pruned", "student"]
     assert "not run" in printed, "tasks without data are said, not counted as zero"
+    assert rows_of(run(folder, command="eval").stdout) == table, "the command alone prints the same figures"
+
+
+def rows_of(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith(("teacher ", "pruned ", "student "))]
 
 
 def test_the_student_improves(done: tuple[Path, str]) -> None:
