@@ -6,6 +6,7 @@ from minitron_train.arch.shape import SIZES
 from minitron_train.planning.family import format_family
 from minitron_train.planning.timing import DISK_RATE
 from minitron_train.runtime.files import byte_size
+from minitron_train.runtime.numbers import duration
 
 GIB = 2**30
 MEMORY_ROWS = {
@@ -124,6 +125,8 @@ def memory(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Format the GiB per GPU by part."""
     parts, activations = choice["memory_bytes"], choice["activations_bytes"]
     rows = {name: text for name, text in MEMORY_ROWS.items() if parts[name]}
+    if not machine["cuda"]:
+        rows["runtime"] = "Python and libraries"
     if choice["layout"]["cached"]:
         rows["teacher_weights"] = "teacher's output layer"
     lines = [f"  {text:<30}{parts[name] / GIB:>9.2f} GiB" for name, text in rows.items()]
@@ -154,7 +157,7 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
         f"{name.replace('_', ' ')} {value:.2f}" for name, value in step.items() if name != "total" and value
     )
     return [
-        f"  {choice['tokens_per_second']:,.0f} tokens/s, {cost_text(choice)}",
+        f"  {choice['tokens_per_second']:,.0f} tokens/s, {cost_text(choice, machine)}",
         f"  at {machine['gemm_efficiency']:.0%} of {machine['peak_flops'] / 1e12:,.3g} TFLOP/s ({origin}); "
         f"one step: {step['total']:.2f} s = {parts}",
         f"  each GPU sends {network['tensor_parallel'] / GIB:.1f} GiB per step for TP, "
@@ -163,10 +166,20 @@ def time_lines(choice: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     ]
 
 
-def cost_text(cost: dict[str, Any]) -> str:
-    """Format hours, GPU-hours and dollars."""
+def cost_text(cost: dict[str, Any], machine: dict[str, Any]) -> str:
+    """Format the time, and GPU-hours and dollars where there are GPUs."""
     dollars = "" if cost["dollars"] is None else f", {cost['dollars']:,.0f} dollars"
-    return f"{cost['hours']:,.1f} hours, {cost['gpu_hours']:,.0f} GPU-hours{dollars}"
+    return f"{hours_text(cost['hours'])}{gpu_hours_text(cost['gpu_hours'], machine)}{dollars}"
+
+
+def hours_text(hours: float) -> str:
+    """89.12 -> "89.1 hours"; less than an hour in minutes and seconds."""
+    return f"{hours:,.1f} hours" if hours >= 1 else duration(hours * 3600)
+
+
+def gpu_hours_text(gpu_hours: float, machine: dict[str, Any]) -> str:
+    """Format ", 1,234 GPU-hours"; nothing on a machine without GPUs."""
+    return f", {gpu_hours:,.{0 if gpu_hours >= 10 else 1}f} GPU-hours" if machine["cuda"] else ""
 
 
 def layout_table(plan: dict[str, Any], most: int = 8) -> list[str]:
@@ -202,7 +215,7 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
     where = f"at {DISK_RATE / 1e9:g} GB/s" if plan["hardware"]["cuda"] else "in the page cache"
     resident, streamed = (scoring["memory_bytes"][name]["total"] / GIB for name in ("resident", "streamed"))
     lines = [
-        f"scoring            {scoring['tokens']:,} tokens in {scoring['precision']}, {scoring['seconds'] / 60:.1f} min; "
+        f"scoring            {scoring['tokens']:,} tokens in {scoring['precision']}, {duration(scoring['seconds'])}; "
         f"{resident:.1f} GiB with all layers in memory, {streamed:.1f} GiB streamed",
         f"slicing            reads {slicing['read_bytes'] / GIB:.1f} GiB, writes {slicing['written_bytes'] / GIB:.1f} GiB, "
         f"{slicing['seconds']:.2g} s {where}; {slicing['memory_bytes']['total'] / GIB:.1f} GiB",
@@ -212,10 +225,11 @@ def stage_lines(plan: dict[str, Any]) -> list[str]:
             f"repair             {slicing['repair_tokens']:,} tokens, {repair['total'] / GIB:.1f} GiB on one process "
             f"({repair['streams'] / GIB:.1f} of it divided among several)"
         )
-    return [*pretraining_lines(plan), *lines, *cache_lines(plan["teacher_cache"]), disk_line(plan["disk"])]
+    on_disk = cache_lines(plan["teacher_cache"], plan["hardware"])
+    return [*pretraining_lines(plan), *lines, *on_disk, disk_line(plan["disk"])]
 
 
-def cache_lines(cache: dict[str, Any]) -> list[str]:
+def cache_lines(cache: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     """Format the size of a teacher on disk, and what each training saves that reads it."""
     each, size = cache["bytes_per_token"], {kind: byte_size(round(value)) for kind, value in cache["bytes"].items()}
     lines = [
@@ -224,8 +238,8 @@ def cache_lines(cache: dict[str, Any]) -> list[str]:
     ]
     if "saved_hours" in cache:
         lines.append(
-            f"                   a training that reads draws saves {cache['saved_hours']:,.1f} hours, "
-            f"{cache['saved_gpu_hours']:,.0f} GPU-hours; teach takes about as long, once"
+            f"                   a training that reads draws saves {hours_text(cache['saved_hours'])}"
+            f"{gpu_hours_text(cache['saved_gpu_hours'], machine)}; teach takes about as long, once"
         )
     return lines
 
@@ -239,7 +253,7 @@ def pretraining_lines(plan: dict[str, Any]) -> list[str]:
     line += f"{pretraining['flops']['total']:.3g} FLOPs"
     if "hours" in pretraining:
         too_much = "" if pretraining["fits"] else ", which does not fit"
-        line += f", {cost_text(pretraining)}; {pretraining['memory_bytes']['total'] / GIB:.1f} GiB{too_much}"
+        line += f", {cost_text(pretraining, plan['hardware'])}; {pretraining['memory_bytes']['total'] / GIB:.1f} GiB{too_much}"
     return [line]
 
 

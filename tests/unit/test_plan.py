@@ -1,6 +1,7 @@
 """The plan against published figures, and against what autograd really keeps."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +333,13 @@ def test_a_batch_that_the_gpus_cannot_share_has_no_speed() -> None:
     impossible = planned("+recipe=4b", "cluster.num_nodes=128", "cluster.memory_gib=2")
     assert impossible["layouts"] and impossible["configured"] is None
     assert "0 of 156 layouts fit: the smallest, TP 8, PP 32, DP 4, " in format_plan(impossible)
+
+
+def test_only_a_machine_with_gpus_has_gpu_hours() -> None:
+    config = load("+recipe=micro")
+    short, long = format_plan(make_plan(config, *shapes(config))), format_plan(planned("+recipe=4b"))
+    assert "GPU-hours" not in short and "CUDA" not in short and re.search(r"tokens/s, \d+\.\d s\n", short)
+    assert re.search(r"tokens/s, [\d.,]+ hours, [\d,]+ GPU-hours\n", long) and "CUDA, NCCL" in long
 
 
 def test_the_table_of_layouts_is_aligned() -> None:
