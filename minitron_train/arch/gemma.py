@@ -35,6 +35,7 @@ GEMMA = replace(
     config_nullable=frozenset(),
     transformer=GEMMA_TRANSFORMER,
     embeddings_times_root=True,
+    needs_bos=True,
     rules=(),
 )
 GEMMA2_ROWS = (

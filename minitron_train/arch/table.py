@@ -159,6 +159,7 @@ class Architecture:
     rope_theta: float = 10_000.0  # default base of the rotary frequencies
     local_rope: LocalRope | None = None  # None: layers with a window have the same rotary embedding as the others
     embeddings_times_root: bool = False  # whether embeddings are multiplied by sqrt(hidden_size), in their own dtype
+    needs_bos: bool = False  # whether predictions are far worse where a sequence does not begin with BOS
     partial_rotary: bool = False  # whether transformers reads partial_rotary_factor for this family
     rotates_pairs_only: bool = False  # whether transformers' class fails with an odd number of rotated channels
     rotary_percent: float = 1.0  # default share of each head's channels that is rotated

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minitron_train.arch import architecture
 from minitron_train.commands.workspace import Workspace, subset
 from minitron_train.config import DataConfig, EvalConfig
 from minitron_train.stages.layout import SCORES
@@ -79,7 +80,17 @@ def data_inputs(ws: Workspace, data: DataConfig | None = None, key: str | None =
     ws.on_rank0(lambda: check_outside(chosen, ws.folder))
     for line in ws.on_rank0(lambda: describe(chosen, key)):
         ws.say_once(line)
+    warn_without_bos(ws, chosen)
     return ws.on_rank0(lambda: identity(chosen))
+
+
+def warn_without_bos(ws: Workspace, data: DataConfig) -> None:
+    """Say that the teacher's family needs BOS before every sequence, unless `data` puts a token there."""
+    if data.sequence_start is None and ws.knows_teacher_shape and architecture(ws.teacher_shape.architecture).needs_bos:
+        ws.say_once(
+            f"warning: models of type {ws.teacher_shape.architecture} predict far worse where a sequence does not begin with "
+            "BOS; set data.sequence_start to the tokenizer's BOS, like <bos>"
+        )
 
 
 def stream_inputs(ws: Workspace) -> dict[str, str]:

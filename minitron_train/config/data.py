@@ -90,6 +90,9 @@ class DataConfig:
     )
     late_fraction: float = opt(0.0, "fraction of train.num_tokens, at the end of training, that uses late_weight")
     document_end: str | None = opt(None, "token that ends each document; default: EOS of the tokenizer")
+    sequence_start: str | None = opt(
+        None, "token that begins each sequence of text, like <bos>, which Gemma needs; default: none"
+    )
     document_attention: bool = opt(False, "mask attention between documents of one sequence")
     validation_path: str | None = opt(
         None, "validation text; default: held-out documents of the training text", path=True

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from minitron_train.config import DataConfig
 from minitron_train.data.feed import Feed
 from minitron_train.data.stream import take_held_out, validation_feed
+from minitron_train.data.tokenizers import sequence_start
 from minitron_train.runtime.console import say
 from minitron_train.runtime.files import atomic_file
 from minitron_train.runtime.records import open_file
@@ -28,21 +29,23 @@ def kept_tokens(
 ) -> Tensor:
     """The tokens of `validation_tokens`, read from a training's folder, or found and written there."""
     feed = validation_feed(data, tokenizer, seq_length)
-    path, key = folder / HELD_OUT, key_of(feed, data, seq_length, seed)
+    start = sequence_start(tokenizer, data)
+    path, key = folder / HELD_OUT, key_of(feed, data, seq_length, seed, start)
     tokens = read(path, key)
     if tokens is None:
-        tokens = take_held_out(feed, data, seq_length, seed)
+        tokens = take_held_out(feed, data, seq_length, seed, start)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as scratch:
             save_file({"tokens": tokens}, scratch, metadata={"key": key, "sha256": sha256(tokens)})
     return tokens
 
 
-def key_of(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> str:
+def key_of(feed: Feed, data: DataConfig, seq_length: int, seed: int, start: int | None) -> str:
     """sha256 of all that decides the tokens."""
     split = feed.pool.maker.split
     text = f"{ORDER} {feed.known.fingerprint} {split} {feed.unit_bytes} {data.validation_tokens} {seq_length} {seed}"
     text += f" {data.late_fraction}" if data.late_fraction else ""
+    text += "" if start is None else f" begins with {start}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -292,8 +292,8 @@ def train_split(data: DataConfig) -> Split:
 
 
 def identity(data: DataConfig) -> dict[str, str]:
-    """What decides a stream of `data`, by label, as inputs of a stage: fingerprints, weights, the held-out fraction and
-    the end of documents. Tokenizer, seed and lengths are inputs and settings of their own.
+    """What decides a stream of `data`, by label, as inputs of a stage: fingerprints, weights, the held-out fraction, the
+    end of documents and the start of sequences. Tokenizer, seed and lengths are inputs and settings of their own.
     """
     found, split, blended = {}, train_split(data), parts(data)
     for part in blended:
@@ -306,7 +306,8 @@ def identity(data: DataConfig) -> dict[str, str]:
         if data.late_fraction:
             found[f"data {part.name} late_weight"] = f"{late_weight:g}"
     found["data validation_fraction"] = f"{split.fraction:g}"
-    return found | ({"data document_end": data.document_end} if data.document_end else {})
+    tokens = {"document_end": data.document_end, "sequence_start": data.sequence_start}
+    return found | {f"data {key}": token for key, token in tokens.items() if token}
 
 
 def chat_settings(part: Part) -> dict[str, str]:

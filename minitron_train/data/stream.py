@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -30,6 +30,7 @@ from minitron_train.data.blend import Blend
 from minitron_train.data.feed import Feed, Known
 from minitron_train.data.pack import Packer, Window, cut, num_windows
 from minitron_train.data.sources import train_split, validation_source
+from minitron_train.data.tokenizers import sequence_start
 from minitron_train.data.units import Split, Unit
 from minitron_train.runtime.errors import UserError
 
@@ -84,6 +85,7 @@ class TokenStream:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.feed = Feed(data, tokenizer, train_split(data), data.num_workers, seq_length, known)
+        self.start = sequence_start(tokenizer, data)
         self.known = self.feed.known  # of the files at this time
         late_start = None
         if data.late_fraction and total_tokens:
@@ -123,7 +125,8 @@ class TokenStream:
         windows = [self.next_window(source, row) for row, source in enumerate(drawn)]
         counts = Counter(self.feed.parts[source].name for source in drawn)
         numbers = np.arange(first + self.dp_rank, first + global_batch_size, self.dp_size)
-        return make_batch([window for window in windows if window], self.data.document_attention, dict(counts), numbers)
+        own = begun([window for window in windows if window], self.start)
+        return make_batch(own, self.data.document_attention, dict(counts), numbers)
 
     def next_window(self, source: int, row: int) -> Window | None:
         """The next window of a source; None if another rank takes this row of the global batch."""
@@ -159,6 +162,7 @@ class TokenStream:
     def fingerprint(self) -> str:
         """sha256 of all that decides the sequence of batches (the lengths of the phases apart)."""
         text = f"{self.known.fingerprint} {self.seed} {self.seq_length} {train_split(self.data).fraction}"
+        text += "" if self.start is None else f" {self.start}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
@@ -191,6 +195,24 @@ def make_batch(
     return Batch(inputs, labels, torch.from_numpy(mask), documents_BS, counts, numbers)
 
 
+def begun(windows: list[Window], start: int | None) -> list[Window]:
+    """The windows, those of text with `start` as their first token.
+
+    A window begins with the last token of the one before, so no token is lost as a label.
+    """
+    if start is None:
+        return windows
+    return [
+        window if window.counts is not None else replace(window, tokens=with_first(window.tokens, start))
+        for window in windows
+    ]
+
+
+def with_first(tokens: np.ndarray, start: int) -> np.ndarray:
+    """A copy [S + 1] with another first token."""
+    return np.concatenate([np.array([start], tokens.dtype), tokens[1:]])
+
+
 def first_windows(units: Iterable[Unit], quota: int, seq_length: int) -> list[np.ndarray]:
     """At most `quota` windows of S + 1 tokens, packed across units, since a unit may have few held-out tokens."""
     missing, tokens = quota * seq_length + 1, []
@@ -221,7 +243,8 @@ def validation_data(data: DataConfig) -> DataConfig:
     if not data.validation_path:
         return data
     source = {"own": validation_source(data)}
-    return DataConfig(sources=source, document_end=data.document_end, cache_dir=data.cache_dir)
+    same = {key: getattr(data, key) for key in ("document_end", "sequence_start", "cache_dir")}
+    return DataConfig(sources=source, **same)
 
 
 def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int, seed: int) -> Tensor:
@@ -232,7 +255,8 @@ def validation_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_
     both.
     They come from data.validation_path if it is set, otherwise from the documents that `TokenStream` leaves out.
     """
-    return take_held_out(validation_feed(data, tokenizer, seq_length), data, seq_length, seed)
+    feed = validation_feed(data, tokenizer, seq_length)
+    return take_held_out(feed, data, seq_length, seed, sequence_start(tokenizer, data))
 
 
 def validation_feed(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Feed:
@@ -256,8 +280,8 @@ def run_shares(weights: Sequence[tuple[float, float]], late_fraction: float) -> 
     ]
 
 
-def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> Tensor:
-    """`validation_tokens` of opened sources."""
+def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int, start: int | None) -> Tensor:
+    """`validation_tokens` of opened sources; text begins with the token `start`."""
     shares = run_shares([part.weights for part in feed.parts], data.late_fraction)
     blend = Blend(weights=[(share,) for share in shares], late_start=None)
     quotas = Counter(blend.draw() for _ in range(max(1, data.validation_tokens // seq_length)))
@@ -265,7 +289,8 @@ def take_held_out(feed: Feed, data: DataConfig, seq_length: int, seed: int) -> T
     for i, part in enumerate(feed.parts):
         pending = feed.epoch(i, (seed, zlib.crc32(part.name.encode())), {"epoch": 0, "unit": 0})
         units = (unit.result() for _, unit in pending)
-        windows += (first_chat_windows if part.is_chat else first_windows)(units, quotas[i], seq_length)
+        found = (first_chat_windows if part.is_chat else first_windows)(units, quotas[i], seq_length)
+        windows += [w if isinstance(w, Window) or start is None else with_first(w, start) for w in found]
     if not windows:
         raise UserError(
             f"data.validation_fraction={data.validation_fraction}: the held-out slice has fewer tokens than one "

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from minitron_train.config import SourceConfig
+from minitron_train.config import DataConfig, SourceConfig
 from minitron_train.data.chat import ChatFormat, read_template
 from minitron_train.data.units import Encoder, check_ids
 from minitron_train.hf import read_json
@@ -108,9 +108,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None)
     end = tokenizer.eos_token if document_end is None else document_end
     if end is None:
         raise UserError("the tokenizer has no EOS token to end documents with; name one in data.document_end")
-    end_id = tokenizer.get_vocab().get(str(end))
-    if end_id is None:
-        raise UserError(f"data.document_end={end}: not a token of this tokenizer; name one of its special tokens")
+    end_id = id_of(tokenizer, str(end), "data.document_end")
     bos: Any = tokenizer.bos_token_id
     start = (bos,) if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else ()
     backend: Any = tokenizer
@@ -122,6 +120,23 @@ def encoder(tokenizer: PreTrainedTokenizerBase, document_end: str | None = None)
         split_special=tokenizer.split_special_tokens,
         num_rows=getattr(tokenizer, NUM_ROWS, None),
     )
+
+
+def id_of(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> int:
+    """The id of a token that the setting `key` names.
+
+    Raises:
+        UserError: the tokenizer does not have it.
+    """
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise UserError(f"{key}={token}: not a token of this tokenizer; name one of its special tokens")
+    return found
+
+
+def sequence_start(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> int | None:
+    """The id of the token that begins each sequence of text; None if nothing does."""
+    return None if data.sequence_start is None else id_of(tokenizer, data.sequence_start, "data.sequence_start")
 
 
 def chat_format(name: str, source: SourceConfig, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> ChatFormat:

@@ -14,7 +14,7 @@ from minitron_train import hf
 from minitron_train.arch.shape import Shape
 from minitron_train.config import CalibrationConfig, Config
 from minitron_train.data.calibration import batch_size, calibration_batches
-from minitron_train.data.tokenizers import document_start
+from minitron_train.data.tokenizers import document_start, sequence_start
 from minitron_train.model.build import build
 from minitron_train.model.forward import inference
 from minitron_train.model.generate import sample
@@ -50,7 +50,10 @@ def tokens_with_samples(
         text = replace(calibration, num_samples=num_read, micro_batch_size=1)
         sequences.append(calibration_batches(text, config.data, tokenizer, seed).flatten(0, 1))
     prompt = document_start(tokenizer, config.data.document_end)
-    sequences.append(generate_samples(calibration, groups, teacher, prompt, num_written, seed))
+    written = generate_samples(calibration, groups, teacher, prompt, num_written, seed)
+    if (start := sequence_start(tokenizer, config.data)) is not None:
+        written[:, 0] = start
+    sequences.append(written)
     if groups.device.type == "cuda":
         torch.cuda.empty_cache()  # scoring measures free memory to decide whether to hold all layers
     tokens_NS = torch.cat(sequences)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -418,6 +419,7 @@ def test_inputs_of_a_stage_change_with_what_the_stream_gives(tmp_path):
     assert changed(num_workers=3, name="other", validation_tokens=1) == {}
     assert changed(validation_fraction=0.5) == {"data validation_fraction": "0.5"}
     assert changed(document_end="<end>") == {"data document_end": "<end>"}
+    assert changed(sequence_start="<s>") == {"data sequence_start": "<s>"}
     assert changed(sources=sources | {"a": replace(sources["a"], weight=0.5)}) == {"data a weight": "0.5"}
     assert list(changed(sources=sources | {"a": replace(sources["a"], text_key="body")})) == ["data a"]
     assert changed(late_fraction=0.1) == {"data a late_weight": "2", "data b late_weight": "1"}
@@ -465,3 +467,18 @@ def test_copies_of_compressed_files_are_counted(tmp_path):
     assert copied_bytes(DataConfig(path=packed)) == Path(packed).stat().st_size
     assert copied_bytes(DataConfig(path=write(tmp_path, "b.txt", b"text\n"))) == copied_bytes(DataConfig()) == 0
     assert copied_bytes(DataConfig(path="missing.gz")) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "start", "warns"), [("gemma3_text", None, True), ("gemma", "<bos>", False), ("llama", None, False)]
+)
+def test_a_teacher_that_needs_bos_is_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, start: str | None, warns: bool
+) -> None:
+    config = Config(data=DataConfig(path=write(tmp_path, "a.txt", b"text\n"), sequence_start=start))
+    with contextlib.ExitStack() as stack:
+        ws = Workspace(config, [], World(), stack)
+        ws.__dict__["teacher_shape"] = SimpleNamespace(architecture=family)
+        config.model.architecture = family
+        data_inputs(ws)
+    assert ("set data.sequence_start" in capsys.readouterr().out) == warns

@@ -293,6 +293,25 @@ def test_document_attention(tmp_path, tokenizer):
     assert int(ends.sum()) > 10
 
 
+def test_every_sequence_begins_with_the_token_that_the_user_names(tmp_path, tokenizer):
+    """It replaces the first token, which is the last label of another sequence; held-out sequences have it too."""
+    plain = write_source(tmp_path, "jsonl", texts(300), tokenizer)
+    data = replace(plain, sequence_start=tokenizer.eos_token)
+    streams = [TokenStream(one, tokenizer, seq_length=SEQ_LENGTH, seed=1) for one in (plain, data)]
+    before, after = (stream.next_batch(8) for stream in streams)
+    end = tokenizer.eos_token_id
+    assert (after.tokens_BS[:, 0] == end).all() and not (before.tokens_BS[:, 0] == end).all()
+    assert torch.equal(after.tokens_BS[:, 1:], before.tokens_BS[:, 1:])
+    assert torch.equal(after.labels_BS, before.labels_BS)
+    assert streams[0].fingerprint() != streams[1].fingerprint()
+    held = [validation_tokens(one, tokenizer, SEQ_LENGTH, seed=5) for one in (plain, data)]
+    assert (held[1][:, 0] == end).all() and torch.equal(held[0][:, 1:], held[1][:, 1:])
+    own = replace(data, validation_path=str(next(tmp_path.glob("*.jsonl"))))
+    assert (validation_tokens(own, tokenizer, SEQ_LENGTH, seed=5)[:, 0] == end).all()
+    with pytest.raises(UserError, match=r"data\.sequence_start=<no>: not a token of this tokenizer"):
+        TokenStream(replace(data, sequence_start="<no>"), tokenizer, seq_length=SEQ_LENGTH, seed=1)
+
+
 def test_a_batch_mixes_documents(tmp_path, tokenizer):
     """Neighbouring rows come from all over the corpus, not from one long document."""
     for name in range(40):
