@@ -3,8 +3,10 @@
     python benchmarks/quality/pruning_race.py --plan
     python benchmarks/quality/pruning_race.py [--only TEXT] [--budget 50k …] [--minutes N] [--start NAME KEY=VALUE …]
     python benchmarks/quality/pruning_race.py --report [--json FILE] [--figure FILE.svg]
+    python benchmarks/quality/pruning_race.py --model gemma3 …
 
-SmolLM2-135M is cut to 504 channels, 1,024 neurons and 6 heads (88.7 M parameters). The starts are `modelopt` (ModelOpt's
+SmolLM2-135M is cut to 504 channels, 1,024 neurons and 6 heads (88.7 M parameters), Gemma 3 270M to 560 channels, 1,376 neurons
+and 3 heads (pruning_race_models.py). The starts are `modelopt` (ModelOpt's
 ranking and plain slicing), `ours` (the default preset), and those that --start adds: a name, and keys of the command line.
 Keys of `train` and `distill` change the training of that start, other keys change its cut. Each start is trained at 4 learning
 rates and 2 warm-ups on 50 k, 100 k and 300 k tokens. The schedule of a run is fitted to its budget. 1 M tokens take the best
@@ -16,7 +18,7 @@ Calibration (65,536 tokens) and training read MINITRON_DATA's corpora without th
     own             held-out documents of the training's corpora
     wikitext2       WikiText-2, no part of the corpora
     documentation   held-out documents of the Python, SQLite and PostgreSQL manuals alone
-    conversations   GSM8K's questions and worked answers in SmolLM2's chat format, no part of the corpora
+    conversations   GSM8K's questions and worked answers in the model's chat format, no part of the corpora
 
 A finished run is one line of --rows, and is never run again. A line holds settings, tokens, losses, seconds, machine, precision
 and commit. Runs and cuts are kept in --folder. A killed run resumes from its last checkpoint. --minutes stops cleanly, also
@@ -40,6 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from pruning_race_models import MODELS
 from pruning_race_plan import BUDGETS, MODELOPT, OURS, Grid, Start, minutes, plan_lines
 from pruning_race_report import DASH, Results, as_json, markdown, svg
 from pruning_race_rows import HEADLINE, Row, Rows, Run, amount, run_of
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from pruning_race_training import Race
 
 ROOT = Path(__file__).parents[2]
-ROWS = ROOT / "docs" / "data" / "pruning_race.jsonl"
+ROWS = ROOT / "docs" / "data"
 AMOUNTS = {amount(budget): budget for budget in BUDGETS}
 
 
@@ -61,7 +64,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="print the tables of the finished runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures of --report")
     parser.add_argument("--figure", type=Path, metavar="FILE.svg", help="file for the figure of --report")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="file of the finished runs")
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="default: smollm2")
+    parser.add_argument("--rows", type=Path, help="file of the finished runs; default: that of the model in docs/data")
     parser.add_argument("--folder", type=Path, default=Path("outputs/pruning_race"), help="cuts and unfinished runs")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name in --plan contains it")
     parser.add_argument("--budget", nargs="+", choices=AMOUNTS, default=[*AMOUNTS], help="default: all")
@@ -70,8 +74,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", nargs="+", type=float, default=(), help="shares of the steps; default: the grid")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="N", help="stop after this time")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--teacher", type=Path, help="folder of SmolLM2; default: fetched into the user's cache")
-    return parser.parse_args(words)
+    parser.add_argument("--teacher", type=Path, help="folder of the model; default: fetched into the user's cache")
+    asked = parser.parse_args(words)
+    asked.rows = asked.rows or ROWS / MODELS[asked.model].rows
+    return asked
 
 
 def read_start(words: list[str]) -> Start:
@@ -99,14 +105,14 @@ def report(rows: list[Row], json_file: Path | None, figure: Path | None) -> None
 
 def race(asked: argparse.Namespace, grid: Grid, rows: Rows, deadline_s: float) -> None:
     """Run what is left, one run at a time."""
-    from pruning_quality import teacher_folder
-    from pruning_race_training import smollm2_race
+    from pruning_race_training import race_of
 
     if "MINITRON_DATA" not in os.environ:
         raise UserError("MINITRON_DATA is not set: the runs read its corpora; set it, or use --plan or --report")
     options = {"deadline_s": deadline_s, "starts": {start.name: start for start in grid.starts}}
-    data, teacher = Path(os.environ["MINITRON_DATA"]).absolute(), asked.teacher or teacher_folder()
-    run_left(smollm2_race(asked.folder.absolute(), teacher, data, asked.precision, **options), grid, rows, asked.only)
+    data, model = Path(os.environ["MINITRON_DATA"]).absolute(), MODELS[asked.model]
+    teacher = asked.teacher or model.folder()
+    run_left(race_of(model, asked.folder.absolute(), teacher, data, asked.precision, **options), grid, rows, asked.only)
 
 
 def run_left(runner: "Race", grid: Grid, rows: Rows, only: str = "") -> None:

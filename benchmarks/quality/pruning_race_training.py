@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from miniature import short_hash
+from pruning_race_models import Model
 from pruning_race_plan import Start
 from pruning_race_rows import TEXTS, Row, Run, make_row
 from torch import Tensor
@@ -46,7 +47,6 @@ MEASURED = {"ce": "loss", "kl": "kl"}  # measure of a row -> its name in the met
 TEXT_TOKENS = 8_192  # held-out tokens of each text
 TEXT_SEED = 1234  # of the held-out tokens, for every seed of the training
 LOWEST_LR = 0.1  # final learning rate as a share of the peak
-CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
 CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's annotations inside answers
 
 Losses = dict[str, dict[str, float | None]]  # text -> measure -> nats
@@ -208,16 +208,14 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def smollm2_race(folder: Path, teacher: Path, data: Path, precision: str, **options: Any) -> Race:
-    """SmolLM2 to 504 channels, 1,024 neurons and 6 heads, on the corpora of MINITRON_DATA."""
+def race_of(model: Model, folder: Path, teacher: Path, data: Path, precision: str, **options: Any) -> Race:
+    """One model to its target, on the corpora of MINITRON_DATA."""
     corpus, conversations = data / "corpus", folder / "conversations.jsonl"
-    write_conversations(data / "eval" / "gsm8k" / "test.jsonl", conversations)
+    write_conversations(data / "eval" / "gsm8k" / "test.jsonl", conversations, model.turn)
     settings = {
-        "recipe": "smollm2",
+        "recipe": "smollm2",  # batch, lengths and optimizer
         "tracking": "off",
-        "student.hidden_size": 504,
-        "student.ffn_hidden_size": 1_024,
-        "student.num_attention_heads": 6,
+        **{f"student.{size}": value for size, value in model.target.items()},
         "calibration.num_samples": 128,
         "calibration.seq_length": 512,
         "calibration.precision": precision,
@@ -228,6 +226,7 @@ def smollm2_race(folder: Path, teacher: Path, data: Path, precision: str, **opti
         "checkpoint.interval_steps": 50,
         "checkpoint.keep": 1,
         "checkpoint.keep_best": 0,
+        **model.settings,
     }
     texts = {
         "own": {},
@@ -239,16 +238,16 @@ def smollm2_race(folder: Path, teacher: Path, data: Path, precision: str, **opti
     return Race(folder=folder, teacher=teacher, text=text, texts=texts, settings=settings, **options)
 
 
-def write_conversations(gsm8k: Path, file: Path) -> None:
-    """Write GSM8K's questions and worked answers as turns of SmolLM2's chat format, one document each."""
+def write_conversations(gsm8k: Path, file: Path, turn: str) -> None:
+    """Write GSM8K's questions and worked answers in the chat format `turn`, one document each."""
     if file.exists():
         return
-    atomic_write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in conversations(gsm8k)))
+    atomic_write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in conversations(gsm8k, turn)))
 
 
-def conversations(gsm8k: Path) -> Iterator[str]:
+def conversations(gsm8k: Path, turn: str) -> Iterator[str]:
     """Each question with its answer, without the annotations and the number of the last line."""
     for line in gsm8k.read_text().splitlines():
         row = json.loads(line)
         answer = CALCULATOR.sub("", row["answer"]).partition("\n####")[0]
-        yield CHAT.format(question=row["question"], answer=answer)
+        yield turn.format(question=row["question"], answer=answer)

@@ -24,7 +24,8 @@ import torch
 import yaml
 from miniature import short_hash
 from pruning_quality import teacher_folder
-from pruning_race_training import Race, smollm2_race
+from pruning_race_models import MODELS
+from pruning_race_training import Race, race_of
 from torch import Tensor
 
 from minitron_train import hf
@@ -156,7 +157,9 @@ def main() -> None:
     data = Path(os.environ["MINITRON_DATA"]).absolute()
     asked.folder.mkdir(parents=True, exist_ok=True)
     teacher = asked.teacher or teacher_folder()
-    race = smollm2_race(asked.folder.absolute(), teacher.absolute(), data, "auto", text_tokens=TEXT_TOKENS)
+    race = race_of(
+        MODELS["smollm2"], asked.folder.absolute(), teacher.absolute(), data, "auto", text_tokens=TEXT_TOKENS
+    )
     settings = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in asked.settings)}
     gaps = measure(race, settings, asked.layers)
     shown = sorted({*range(0, asked.layers, max(1, asked.layers // 4)), asked.layers - 1})

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks" / "quality"))
 import pruning_race  # noqa: E402 # pyright: ignore[reportMissingImports]
 from pruning_race import progress_line, read_start, run_left  # noqa: E402 # pyright: ignore[reportMissingImports]
+from pruning_race_models import MODELS  # noqa: E402 # pyright: ignore[reportMissingImports]
 from pruning_race_plan import (  # noqa: E402 # pyright: ignore[reportMissingImports]
     LRS,
     MODELOPT,
@@ -282,7 +283,7 @@ def test_starts_of_the_command_line() -> None:
 def test_conversations(tmp_path: Path) -> None:
     question = {"question": "How many?", "answer": "2+2 = <<2+2=4>>4 eggs.\n#### 4"}
     (tmp_path / "test.jsonl").write_text(json.dumps(question) + "\n")
-    write_conversations(tmp_path / "test.jsonl", tmp_path / "turns.jsonl")
+    write_conversations(tmp_path / "test.jsonl", tmp_path / "turns.jsonl", MODELS["smollm2"].turn)
     expected = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n2+2 = 4 eggs.<|im_end|>\n"
     assert json.loads((tmp_path / "turns.jsonl").read_text()) == {"text": expected}
 
