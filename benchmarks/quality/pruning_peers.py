@@ -271,7 +271,14 @@ class Peers:
         folder = self.folder / target.replace("/", "-") / run.name
         output = folder / f"distilled-{tokens}"
         look = f"eval.every_tokens={self.subject.tokens}"
-        self.program(output, "distill", f"student.path={folder / 'pruned'}", f"train.num_tokens={tokens}", look)
+        self.program(
+            output,
+            "distill",
+            f"student.path={folder / 'pruned'}",
+            f"train.num_tokens={tokens}",
+            look,
+            *self.subject.rates,
+        )
         self.program(output, "export", "export.dtype=float32")
         own = evaluations(output, run.name)[-1]
         facts = {"loss_after": self.loss(output / "student"), "own_loss_after": own.loss, "own_kl_after": own.kl}

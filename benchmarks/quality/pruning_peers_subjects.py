@@ -20,6 +20,7 @@ class Subject:
     tokens: int  # default tokens of distillation
     local: bool  # whether MINITRON_DATA's corpora are used
     without: tuple[str, ...] = ()  # methods for Llama only
+    rates: tuple[str, ...] = ()  # learning rate of all students, where the recipe states none
 
     @property
     def corpora(self) -> str | None:
@@ -35,8 +36,9 @@ def tiny_folder() -> Path:
     return folder / "teacher"
 
 
+SMOLLM2_RATES = ("train.lr=3e-4", "train.min_lr=3e-5", "train.warmup_steps=5")
 SUBJECTS = (
-    Subject("smollm2", teacher_folder, ("432/1024/6", "504/1024/6"), 50_176, local=True),
+    Subject("smollm2", teacher_folder, ("432/1024/6", "504/1024/6"), 50_176, local=True, rates=SMOLLM2_RATES),
     Subject("tiny", tiny_folder, ("192/640/4",), 98_304, local=False, without=("slicegpt-like", "nvidia-modelopt")),
 )
 

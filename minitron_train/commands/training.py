@@ -14,11 +14,13 @@ from minitron_train.commands.teacher_cache import cache_input
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, DataConfig, Precision
 from minitron_train.planning.check import Needs, Option, changed, reserved_bytes
+from minitron_train.planning.counts import parameters
 from minitron_train.planning.estimate import configured_layout
 from minitron_train.planning.hardware import cuda_here
 from minitron_train.planning.layouts import parallel_sizes
 from minitron_train.planning.memory import distill_bytes
 from minitron_train.planning.precision import settled
+from minitron_train.planning.rates import with_rates
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.stages import Stage, begun_before_requeue, read_provenance, read_started_record, resumed_folder
@@ -35,6 +37,7 @@ def train_stage(
     from minitron_train.train.settings import deciding_settings
 
     check_settings(config)
+    config = settle_rates(ws, config, student)
     stage = training_stage(ws, config, name, folder=folder, student=student, teacher=teacher)
     config = with_precision(ws, config, stage)
     stage = replace(stage, settings=deciding_settings(config, distilled=teacher is not None))
@@ -74,6 +77,15 @@ def training_stage(
             inputs["loss function"] = code_hash(import_name("distill.loss_function", config.distill.loss_function))
     settings = deciding_settings(config, distilled=teacher is not None)
     return Stage(name=name, folder=folder, inputs=inputs, settings=settings, parent=student, mode="resumable")
+
+
+def settle_rates(ws: Workspace, config: Config, student: Path) -> Config:
+    """Replace null by a learning rate and a warm-up, and print why. A dry run does not know a student that is not made yet."""
+    num_parameters = 0 if ws.is_pending(student) else parameters(ws.shape_of(student))["parameters"]
+    train, line = with_rates(config.train, num_parameters)
+    if line and num_parameters:
+        ws.say_once(f"distill: {line}")
+    return replace(config, train=train)
 
 
 def with_precision(ws: Workspace, config: Config, stage: Stage) -> Config:

@@ -31,10 +31,16 @@ class OnNonFinite(StrEnum):
     skip = "skip"
 
 
+USUAL_LR = 1e-4  # peak learning rate of arXiv 2408.11796
+LOWEST_SHARE = 0.1  # final learning rate as a share of the peak
+USUAL_WARMUP_STEPS = 10
+
+
 def check_rates(section: Any, prefix: str) -> None:
     """Refuse a final learning rate above the peak."""
-    rule = f"must lie between 0 and {prefix}.lr={section.lr}"
-    require(0 <= section.min_lr <= section.lr, f"{prefix}.min_lr", section.min_lr, rule, "lower it")
+    rule, lr, min_lr = f"must lie between 0 and {prefix}.lr={section.lr}", section.lr, section.min_lr
+    if min_lr is not None:
+        require(0 <= min_lr <= (min_lr if lr is None else lr), f"{prefix}.min_lr", min_lr, rule, "lower it")
 
 
 def check_balance(section: Any, prefix: str) -> None:
@@ -51,9 +57,9 @@ class TrainConfig:
     global_batch_size: int = opt(8, "sequences per optimizer step")
     micro_batch_size: int = opt(8, "sequences per forward pass and rank")
     seq_length: int = opt(256, "tokens per sequence")
-    lr: float = opt(1e-4, "peak learning rate")
-    min_lr: float = opt(1e-5, "final learning rate")
-    warmup_steps: int = opt(10, "steps of linear warm-up")
+    lr: float | None = opt(None, "peak learning rate; null: by the student's size and the length (docs/method.md)")
+    min_lr: float | None = opt(None, "final learning rate; null: a tenth of train.lr")
+    warmup_steps: int | None = opt(None, "steps of linear warm-up; null: with train.lr, else 10")
     schedule: Schedule = opt(Schedule.cosine, "shape of the learning rate after the warm-up")
     weight_decay: float = opt(0.1, "weight decay of matrices; norms and biases have none")
     adam_beta1: float = opt(0.9, "beta1 of AdamW")
@@ -103,9 +109,17 @@ class TrainConfig:
         """Steps of the whole run."""
         return math.ceil(self.num_tokens / self.step_tokens)
 
+    @property
+    def rates(self) -> tuple[float, float, int]:
+        """Peak and final learning rate and the steps of warm-up, with what they are where nothing else chooses them."""
+        lr = USUAL_LR if self.lr is None else self.lr
+        min_lr = LOWEST_SHARE * lr if self.min_lr is None else self.min_lr
+        warmup_steps = min(USUAL_WARMUP_STEPS, self.num_steps) if self.warmup_steps is None else self.warmup_steps
+        return lr, min_lr, warmup_steps
+
     def validate(self) -> None:
-        counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "lr", "log_every_steps")
-        require_positive(self, "train", *counts)
+        counts = ("num_tokens", "global_batch_size", "micro_batch_size", "seq_length", "log_every_steps")
+        require_positive(self, "train", *counts, *(["lr"] if self.lr is not None else []))
         stop = self.early_stop_evaluations
         require(stop >= 0, "train.early_stop_evaluations", stop, "must not be negative", "0 is never")
         require(
@@ -121,7 +135,8 @@ class TrainConfig:
         valid = not steps or (len(steps) == 2 and 0 < steps[0] <= steps[1])
         require(valid, "train.profile_steps", steps, "must be two steps in ascending order", "give [20,22], or []")
         for name in ("weight_decay", "clip_grad", "warmup_steps", "straggler_every_steps"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must not be negative", "0 is none")
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"train.{name}", value, "must not be negative", "0 is none")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}", value, "must be at least 0 and below 1", "0.9 and 0.95 are usual")

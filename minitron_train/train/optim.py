@@ -43,15 +43,15 @@ def learning_rate(train: TrainConfig, tokens: int) -> float:
 
     It rises linearly from 0 during warm-up, then follows `train.schedule` down to min_lr.
     """
-    step_tokens = train.step_tokens
-    done, warmup, total = tokens + step_tokens, train.warmup_steps * step_tokens, max(train.num_tokens, step_tokens)
+    step_tokens, (lr, min_lr, warmup_steps) = train.step_tokens, train.rates
+    done, warmup, total = tokens + step_tokens, warmup_steps * step_tokens, max(train.num_tokens, step_tokens)
     if done <= warmup:
-        return train.lr * done / warmup
+        return lr * done / warmup
     if train.schedule is Schedule.constant:
-        return train.lr
+        return lr
     progress = min(1.0, (done - warmup) / max(total - warmup, step_tokens))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule is Schedule.cosine else 1 - progress
-    return train.min_lr + (train.lr - train.min_lr) * share
+    return min_lr + (lr - min_lr) * share
 
 
 class Optimizer:
@@ -62,6 +62,7 @@ class Optimizer:
     """
 
     def __init__(self, student: LanguageModel, train: TrainConfig, switches: Switches = PLAIN_PATHS) -> None:
+        lr, min_lr, _ = train.rates
         self.clip_grad = train.clip_grad
         self.is_sharded = train.distributed_optimizer and parallel_state.get_data_parallel_world_size() > 1
         self.gathers_late = switches.weight_overlap and self.is_sharded
@@ -72,8 +73,8 @@ class Optimizer:
             overlap_param_gather=self.gathers_late,
         )
         settings = OptimizerConfig(
-            lr=train.lr,
-            min_lr=train.min_lr,
+            lr=lr,
+            min_lr=min_lr,
             weight_decay=train.weight_decay,
             adam_beta1=train.adam_beta1,
             adam_beta2=train.adam_beta2,

@@ -72,7 +72,7 @@ def check_settings(config: Config, *, distilled: bool) -> None:
         UserError: names the setting and the remedy.
     """
     train, tp = config.train, config.parallel.tensor_model_parallel_size
-    if train.warmup_steps > train.num_steps:
+    if (train.warmup_steps or 0) > train.num_steps:
         raise UserError(
             f"train.warmup_steps={train.warmup_steps}: longer than the run of {train.num_steps} steps; lower it, or raise "
             "train.num_tokens"
