@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
 from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel import cpu
+from minitron_train.parallel.copies import sum_copies
 from minitron_train.parallel.switches import PLAIN_PATHS, Switches
 from minitron_train.train import shards
 from minitron_train.train.shards import Held
@@ -129,6 +130,7 @@ class Optimizer:
         """Sum the gradients over the ranks and return their global L2 norm; NaN or infinity if any gradient is not finite."""
         with cpu.cuda_means_cpu():
             finalize_model_grads([self.model])
+            sum_copies(self.model.parameters())
             found_inf = self.inner.prepare_grads()
             return math.nan if found_inf else float(self.inner.get_grad_norm())
 
