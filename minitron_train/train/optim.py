@@ -91,9 +91,8 @@ class Optimizer:
         student.config.no_sync_func = self.model.no_sync  # for megatron-core's schedule of pipeline stages
         for group in self.inner.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
-        if (
-            self.gathers_late
-        ):  # megatron-core's hooks wait for a module's weights, but the loss reads the output weights
+        if self.gathers_late:
+            # megatron-core's hooks wait for a module's weights, but the loss reads the output weights without their module
             student.register_forward_hook(lambda *_: self.gather_weights())
         shards.create_state(self.parts)
 
