@@ -35,7 +35,13 @@ from tests.support.training import (
     train_here,
 )
 
-TEN_STEPS: dict[str, Any] = {"train__num_tokens": 10 * 8 * SEQ_LENGTH}
+
+def steps(number: int) -> dict[str, Any]:
+    """Settings of a run with this number of steps."""
+    return {"train__num_tokens": number * 8 * SEQ_LENGTH}
+
+
+TEN_STEPS = steps(10)
 STAGES: dict[str, Any] = TEN_STEPS | {"parallel__pipeline_model_parallel_size": 2}
 WINDOWS = {"sliding_window": 9, "sliding_window_pattern": 2, "rope_parameters": None}
 BF16_TEACHER: dict[str, Any] = {"distill__teacher_precision": Precision.bf16}  # its messages have another type
@@ -133,10 +139,10 @@ def test_stages_compare_hidden_states(training: Material, tmp_path: Path) -> Non
 
     The second model's pair is on the first stage alone. Its widths are equal, and its weight is that of the settings.
     """
-    pairs: dict[str, Any] = TEN_STEPS | {"distill__hidden_layers": ["embedding/embedding", "0/1", "1/2"]}
+    pairs: dict[str, Any] = steps(6) | {"distill__hidden_layers": ["embedding/embedding", "0/1", "1/2"]}
     (tmp_path / "wide").mkdir()
     wide = make_material(tmp_path / "wide", "llama_untied", save_wide)
-    alone: dict[str, Any] = {"distill__hidden_layers": ["0/0"], "distill__hidden_weight": 0.5}
+    alone: dict[str, Any] = steps(3) | {"distill__hidden_layers": ["0/0"], "distill__hidden_weight": 0.5}
     stages: dict[str, Any] = {"parallel__pipeline_model_parallel_size": 2}
     split: dict[str, Any] = stages | {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
     run(training, tmp_path / "whole", **pairs)
@@ -170,6 +176,16 @@ def test_stages_compare_hidden_states(training: Material, tmp_path: Path) -> Non
         assert_same_student(tmp_path / name, tmp_path / "whole", tmp_path)
     assert_equal(tmp_path / "alone_pp", rows(tmp_path / "alone"))
     assert_same_hidden(tmp_path / "alone_pp", tmp_path / "alone")
+
+
+def test_a_stage_without_pairs_takes_part(training: Material, tmp_path: Path) -> None:
+    """The last stage's copy of the projection has gradients of 0, which DP 2 sums while the backward pass runs."""
+    settings: dict[str, Any] = steps(4) | {"distill__hidden_layers": ["0/1"]}
+    overlap: dict[str, Any] = {"parallel__pipeline_model_parallel_size": 2, "parallel__overlap_communication": True}
+    run(training, tmp_path / "whole", **settings)
+    run_ranks(train_here, 4, [(training, tmp_path / "staged", settings | overlap)])
+    assert_equal(tmp_path / "staged", rows(tmp_path / "whole"))
+    assert_same_hidden(tmp_path / "staged", tmp_path / "whole")
 
 
 def test_a_pair_of_layers_needs_one_stage(training: Material) -> None:
