@@ -211,8 +211,7 @@ class Shape:
         Args:
             held: rows that each rank holds; None: rank_rows(tp).
         """
-        held = self.rank_rows(tp) if held is None else held
-        return min(max(self.vocab_size - rank * held, 0), held)
+        return rows_without_padding(self.vocab_size, rank, self.rank_rows(tp) if held is None else held)
 
     def check_experts(self, expert_model_parallel_size: int, name: str) -> None:
         """Reject an expert-parallel size that does not divide the experts, or a dense model with one above 1."""
@@ -275,6 +274,11 @@ class Shape:
         shape = replace(replace(self, **changed).with_layers(kinds), num_layers=count)
         shape.check("student.")
         return shape
+
+
+def rows_without_padding(num_rows: int, rank: int, held: int) -> int:
+    """How many of the `held` rows on tensor-parallel rank `rank` are among the first `num_rows` rows of all ranks."""
+    return min(max(num_rows - rank * held, 0), held)
 
 
 def nearest_multiples(value: int, base: int) -> str:

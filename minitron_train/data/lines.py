@@ -251,9 +251,8 @@ def make_copy(copy: CopiedLines, lines: Iterable[bytes]) -> None:
         if not copy.is_whole:
             folder.mkdir(parents=True, exist_ok=True)
             with copy.path.with_suffix(".lock").open("w") as lock:
-                with contextlib.suppress(
-                    OSError
-                ):  # a file system without locks: several processes may then write the copy
+                with contextlib.suppress(OSError):
+                    # it fails on a file system without locks, where several processes may write the copy
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 if not copy.is_whole:
                     write_copy(copy.path, bounded(copy.source, lines))

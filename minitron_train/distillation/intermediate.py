@@ -4,12 +4,14 @@ Legend: N tokens, H student's hidden size, D teacher's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minitron_train.config import HiddenLossKind
+from minitron_train.parallel.copies import sharded_copies
 from minitron_train.runtime.errors import UserError
 
 
@@ -33,6 +35,10 @@ class HiddenProjection(nn.Module):
     def forward(self, student_NH: Tensor) -> Tensor:
         """[N, H] to [N, D]."""
         return self.linear(student_NH)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """Megatron-core's description of the weights in a checkpoint: the same on all ranks."""
+        return sharded_copies(self, prefix, sharded_offsets)
 
 
 def hidden_loss(projected_ND: Tensor, teacher_ND: Tensor, mask_N: Tensor | None, kind: HiddenLossKind) -> Tensor:

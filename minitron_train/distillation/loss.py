@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_train.arch.shape import rows_without_padding
 from minitron_train.config import LossKind
 from minitron_train.config.distill import check_loss
 from minitron_train.distillation import loss_terms
@@ -253,4 +254,4 @@ class _Vocabulary:
         shard = len(student_VH)
         rows = {"student": shard * num_ranks} | ({} if teacher_VD is None else {"teacher": len(teacher_VD) * num_ranks})
         size, start = real_rows(rows, vocab_size, num_ranks, top_k), rank * shard
-        return cls(size, start, min(max(size - start, 0), shard))
+        return cls(size, start, rows_without_padding(size, rank, shard))

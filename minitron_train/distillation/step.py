@@ -88,19 +88,25 @@ class Objective:
             total = total + hidden_weight * parts["hidden_loss"]
         return StepLosses(total, {name: value.detach().double() for name, value in ({"loss": total} | parts).items()})
 
+    def hidden_losses(self, batch: Batch, hidden_weight: float) -> StepLosses:
+        """The losses of a pipeline stage before the last one: those of its pairs of layers."""
+        assert self.hidden is not None
+        hidden = self.hidden.loss(batch.mask_BS.T.flatten(), self._gather)
+        total = hidden_weight * hidden
+        return StepLosses(total, {"loss": total.detach().double(), "hidden_loss": hidden.detach().double()})
+
     @property
     def unused(self) -> list[str]:
         """Loss parts that the configured loss does not compute."""
         weights = {"kd_loss": self.spec.kd_weight, "ce_loss": self.spec.ce_weight}
         return [name for name, weight in weights.items() if not weight]
 
-    def from_last_stage(self, sums: LossSums) -> LossSums:
-        """Give the sums of the last pipeline stage to all stages; collective."""
+    def over_stages(self, sums: LossSums) -> LossSums:
+        """Sum each loss part over the pipeline stages, of which a stage may lack some or all; collective."""
         names = ["loss", "kd_loss", "ce_loss", *(["hidden_loss"] if self.hidden is not None else [])]
-        values = torch.zeros(len(names), dtype=torch.float64, device=self.groups.device)
-        if self.groups.is_last_stage:
-            values = torch.stack([sums[name] for name in names])
-        return dict(zip(names, self.groups.from_last_stage(values).unbind(), strict=True))
+        none = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        values = torch.stack([sums.get(name, none) for name in names])
+        return dict(zip(names, self.groups.sum_over_stages(values).unbind(), strict=True))
 
     @property
     def has_teacher(self) -> bool:

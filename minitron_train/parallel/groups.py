@@ -149,6 +149,12 @@ class Groups:
             dist.broadcast(value, src=dist.get_global_rank(self.pp_group, self.pp_size - 1), group=self.pp_group)
         return value
 
+    def sum_over_stages(self, value: Tensor) -> Tensor:
+        """Sum over the pipeline stages, in place."""
+        if self.pp_size > 1:
+            dist.all_reduce(value, group=self.pp_group)
+        return value
+
     def any_shard(self, flag: bool) -> bool:
         """Logical or over the ranks that compute together: those that hold one model, and those of the expert group."""
         value = torch.tensor([float(flag)], device=self.device)

@@ -80,7 +80,7 @@ def check(config: Config, groups: Groups, student: Shape, teacher: Shape | None)
     student.check_length(train.seq_length, "train.seq_length", "student" if teacher else "model")
     if teacher is not None:
         teacher.check_length(train.seq_length, "train.seq_length", "teacher")
-        check_layers(config.distill, student, teacher)
+        check_layers(config.distill, student, teacher, stages)
 
 
 def assemble(
@@ -111,7 +111,7 @@ def assemble(
         cached = cache.open_cache(config, groups, teacher_files, facts)
     elif teacher_files is not None:
         teacher = load_teacher(teacher_files, config, groups, student_files.shape)
-    hidden = hidden_pairs(config, student, teacher)
+    hidden = hidden_pairs(config, student, teacher, groups)
     optimizer = Optimizer(student, train, switches)
     objective = Objective(
         student=optimizer.model,
@@ -216,11 +216,13 @@ def load_teacher(files: HFFolder, config: Config, groups: Groups, student: Shape
     return teacher
 
 
-def hidden_pairs(config: Config, student: LanguageModel, teacher: LanguageModel | None) -> HiddenPairs | None:
+def hidden_pairs(
+    config: Config, student: LanguageModel, teacher: LanguageModel | None, groups: Groups
+) -> HiddenPairs | None:
     """Attach the configured pairs of layers, before the optimizer wraps the student; None without any."""
     if teacher is None or not config.distill.hidden_layers:
         return None
-    return HiddenPairs.attach(config.distill, student, teacher, config.seed)
+    return HiddenPairs.attach(config.distill, student, teacher, config.seed, groups)
 
 
 def load_model(files: HFFolder, config: Config, groups: Groups, **arguments: Any) -> LanguageModel:

@@ -10,7 +10,7 @@ from torch import Tensor
 from minitron_train.config import Config, OnNonFinite
 from minitron_train.data.prefetch import PrefetchingStream
 from minitron_train.data.stream import Batch
-from minitron_train.distillation.pipeline import through_stages
+from minitron_train.distillation.pipeline import losses_through_stages
 from minitron_train.distillation.step import LossSums, Objective, add
 from minitron_train.model.build import LanguageModel
 from minitron_train.model.experts import set_balance_weight
@@ -167,24 +167,12 @@ class Trainer:
         return sums
 
     def run_stages(self, parts: list[Batch], weight: float, num_tokens: Tensor) -> LossSums:
-        """Compute the gradients of micro-batches over pipeline stages. Returns the last stage's sums on all stages."""
-
-        def finish(part: Batch, student_SBH: Tensor, teacher_SBH: Tensor | None) -> tuple[Tensor, LossSums]:
-            losses = self.objective.losses(part, student_SBH, teacher_SBH, weight)
-            return losses.total / num_tokens.to(losses.total.dtype), losses.sums
-
-        found = through_stages(
-            self.objective,
-            parts,
-            self.objective.spec,
-            finish,
-            before=lambda part: self.balance_experts(part, num_tokens),
+        """Compute the gradients of micro-batches over pipeline stages. Returns the sums over all stages on all of them."""
+        found = losses_through_stages(
+            self.objective, parts, weight, num_tokens, before=lambda part: self.balance_experts(part, num_tokens)
         )
         self.stragglers.end()
-        sums: LossSums = {}
-        for one in found:
-            sums = add(sums, one)
-        return self.objective.from_last_stage(sums)
+        return found
 
     def balance_experts(self, part: Batch, num_tokens: Tensor) -> None:
         """Give a micro-batch's load-balancing loss its weight: the configured one x its share of the global batch."""
@@ -210,13 +198,20 @@ class Trainer:
         if self.config.distill.hidden_weight is not None:
             return self.config.distill.hidden_weight
         if self.state.hidden_weight is None:
-            sums: LossSums = {}
             with torch.no_grad():
-                for part in parts:
-                    sums = add(sums, self.objective(part).sums)
-            totals = self.total_over_data(sums)
+                totals = self.total_over_data(self.measured(parts))
             self.state.hidden_weight = ratio(totals["loss"], totals["hidden_loss"])
         return self.state.hidden_weight
+
+    def measured(self, parts: list[Batch]) -> LossSums:
+        """Return the sums of micro-batches without gradients and without the weight of the hidden-state loss."""
+        if self.groups.pp_size > 1:
+            one = torch.ones((), device=self.groups.device)
+            return losses_through_stages(self.objective, parts, 0.0, one, forward_only=True)
+        sums: LossSums = {}
+        for part in parts:
+            sums = add(sums, self.objective(part).sums)
+        return sums
 
     def update(self, row: Metrics, batch: Batch) -> Metrics:
         """Take the optimizer step, unless the loss or a gradient is not finite. All ranks make the same decision."""

@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from minitron_train.config import Precision, Recompute, Schedule, TrainConfig
 from minitron_train.model.build import DTYPES, LanguageModel
 from minitron_train.parallel import cpu
+from minitron_train.parallel.copies import sum_copies
 from minitron_train.parallel.switches import PLAIN_PATHS, Switches
 from minitron_train.train import shards
 from minitron_train.train.shards import Held
@@ -91,9 +92,8 @@ class Optimizer:
         student.config.no_sync_func = self.model.no_sync  # for megatron-core's schedule of pipeline stages
         for group in self.inner.param_groups:
             group["fused"] = True  # torch's AdamW in one pass over memory, without a copy of the moments
-        if (
-            self.gathers_late
-        ):  # megatron-core's hooks wait for a module's weights, but the loss reads the output weights
+        if self.gathers_late:
+            # megatron-core's hooks wait for a module's weights, but the loss reads the output weights without their module
             student.register_forward_hook(lambda *_: self.gather_weights())
         shards.create_state(self.parts)
 
@@ -130,6 +130,7 @@ class Optimizer:
         """Sum the gradients over the ranks and return their global L2 norm; NaN or infinity if any gradient is not finite."""
         with cpu.cuda_means_cpu():
             finalize_model_grads([self.model])
+            sum_copies(self.model.parameters())
             found_inf = self.inner.prepare_grads()
             return math.nan if found_inf else float(self.inner.get_grad_norm())
 

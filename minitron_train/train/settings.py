@@ -110,7 +110,7 @@ def check_settings(config: Config, *, distilled: bool) -> None:
         )
     BestMetric.of(config, distilled=distilled)
     if config.parallel.pipeline_model_parallel_size > 1:
-        check_stages(config, distilled=distilled)
+        check_stages(config)
 
 
 def check_ranks(config: Config, num_ranks: int) -> None:
@@ -144,7 +144,7 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         )
 
 
-def check_stages(config: Config, *, distilled: bool) -> None:
+def check_stages(config: Config) -> None:
     """Reject settings that need a whole model on one rank, which a training with pipeline stages does not have.
 
     Raises:
@@ -152,11 +152,6 @@ def check_stages(config: Config, *, distilled: bool) -> None:
     """
     train, stages = config.train, config.parallel.pipeline_model_parallel_size
     where = f"parallel.pipeline_model_parallel_size={stages}"
-    if distilled and config.distill.hidden_layers:
-        raise UserError(
-            f"distill.hidden_layers: {where} computes the loss on the last stage, which lacks other stages' hidden states; "
-            "remove one of these settings"
-        )
     if config.eval.training_tasks:
         raise UserError(
             f"eval.training_tasks: {where} leaves no rank with a whole model; remove the tasks and run eval after export"

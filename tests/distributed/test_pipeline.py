@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from minitron_train.arch.pipeline import stage_layers
-from minitron_train.config import Precision, Recompute, TeachKind
+from minitron_train.config import DistillConfig, Precision, Recompute, TeachKind
+from minitron_train.distillation.hidden import check_layers
+from minitron_train.hf import HFFolder
 from minitron_train.runtime.errors import UserError
 from minitron_train.train.settings import check_settings
 from minitron_train.train.validation import Validation
@@ -33,7 +35,13 @@ from tests.support.training import (
     train_here,
 )
 
-TEN_STEPS: dict[str, Any] = {"train__num_tokens": 10 * 8 * SEQ_LENGTH}
+
+def steps(number: int) -> dict[str, Any]:
+    """Settings of a run with this number of steps."""
+    return {"train__num_tokens": number * 8 * SEQ_LENGTH}
+
+
+TEN_STEPS = steps(10)
 STAGES: dict[str, Any] = TEN_STEPS | {"parallel__pipeline_model_parallel_size": 2}
 WINDOWS = {"sliding_window": 9, "sliding_window_pattern": 2, "rope_parameters": None}
 BF16_TEACHER: dict[str, Any] = {"distill__teacher_precision": Precision.bf16}  # its messages have another type
@@ -48,6 +56,18 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Material:
 def save_deep(family: str, folder: Path, *, num_hidden_layers: int, **changes: Any) -> Path:
     """A tiny model with more layers: four, or seven in a teacher."""
     return save_tiny(family, folder, num_hidden_layers={2: 4, 3: 7}[num_hidden_layers], **changes)
+
+
+def save_wide(family: str, folder: Path, **changes: Any) -> Path:
+    """A tiny model; the student is as wide as the teacher."""
+    return save_tiny(family, folder, **changes | {"hidden_size": 32})
+
+
+def assert_same_hidden(folder: Path, other: Path) -> None:
+    """The loss on hidden states and its weight are equal in each step, but for rounding."""
+    for name in ("hidden_loss", "hidden_weight"):
+        found, wanted = ([row[name] for row in rows(run_) if name in row] for run_ in (folder, other))
+        assert wanted and found == pytest.approx(wanted, rel=1e-5), name
 
 
 def assert_same_student(folder: Path, other: Path, scratch: Path) -> None:
@@ -112,6 +132,72 @@ def test_four_ranks(tied: Material, one_rank: Path, tmp_path: Path) -> None:
     for folder in list(tmp_path.iterdir()):
         assert_equal(folder, rows(one_rank))
         assert_same_student(folder, one_rank, tmp_path)
+
+
+def test_stages_compare_hidden_states(training: Material, tmp_path: Path) -> None:
+    """Pairs on both stages share one projection: with PP 2, PP 2 x TP 2 and PP 2 x DP 2, and after a resume.
+
+    The second model's pair is on the first stage alone. Its widths are equal, and its weight is that of the settings.
+    """
+    pairs: dict[str, Any] = steps(6) | {"distill__hidden_layers": ["embedding/embedding", "0/1", "1/2"]}
+    (tmp_path / "wide").mkdir()
+    wide = make_material(tmp_path / "wide", "llama_untied", save_wide)
+    alone: dict[str, Any] = steps(3) | {"distill__hidden_layers": ["0/0"], "distill__hidden_weight": 0.5}
+    stages: dict[str, Any] = {"parallel__pipeline_model_parallel_size": 2}
+    split: dict[str, Any] = stages | {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+    run(training, tmp_path / "whole", **pairs)
+    run(wide, tmp_path / "alone", **alone)
+    whole = pairs | stages
+    run_ranks(
+        train_here,
+        2,
+        [
+            (training, tmp_path / "pp", whole),
+            (training, tmp_path / "resumed", whole | {"stop_in": 5}),
+            (training, tmp_path / "resumed", whole),
+            (training, tmp_path / "joined", whole | {"stop_in": 5}),
+            (wide, tmp_path / "alone_pp", alone | stages),
+        ],
+    )
+    run_ranks(
+        train_here,
+        4,
+        [
+            (training, tmp_path / "dp", whole | {"stop_in": 5}),
+            (training, tmp_path / "dp", pairs | split),
+            (training, tmp_path / "dp_plain", whole | {"train__distributed_optimizer": False}),
+        ],
+    )
+    assert run(training, tmp_path / "joined", **pairs)["resumed_at_step"] == 3
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "pp")
+    for name in ("pp", "joined", "dp", "dp_plain"):
+        assert_equal(tmp_path / name, rows(tmp_path / "whole"))
+        assert_same_hidden(tmp_path / name, tmp_path / "whole")
+        assert_same_student(tmp_path / name, tmp_path / "whole", tmp_path)
+    assert_equal(tmp_path / "alone_pp", rows(tmp_path / "alone"))
+    assert_same_hidden(tmp_path / "alone_pp", tmp_path / "alone")
+
+
+def test_a_stage_without_pairs_takes_part(training: Material, tmp_path: Path) -> None:
+    """The last stage's copy of the projection has gradients of 0, which DP 2 sums while the backward pass runs."""
+    settings: dict[str, Any] = steps(4) | {"distill__hidden_layers": ["0/1"]}
+    overlap: dict[str, Any] = {"parallel__pipeline_model_parallel_size": 2, "parallel__overlap_communication": True}
+    run(training, tmp_path / "whole", **settings)
+    run_ranks(train_here, 4, [(training, tmp_path / "staged", settings | overlap)])
+    assert_equal(tmp_path / "staged", rows(tmp_path / "whole"))
+    assert_same_hidden(tmp_path / "staged", tmp_path / "whole")
+
+
+def test_a_pair_of_layers_needs_one_stage(training: Material) -> None:
+    """Student: layer 0, layer 1. Teacher: layers 0 and 1, layer 2."""
+    student, teacher = HFFolder(training.student).shape, HFFolder(training.teacher).shape
+    check_layers(DistillConfig(hidden_layers=["embedding/embedding", "0/1", "1/2"]), student, teacher, 2)
+    with pytest.raises(UserError) as refused:
+        check_layers(DistillConfig(hidden_layers=["0/1", "1/1"]), student, teacher, 2)
+    assert str(refused.value) == (
+        "distill.hidden_layers=1/1: parallel.pipeline_model_parallel_size=2 puts the student's layer 1 on stage 1, the "
+        "teacher's layer 1 on stage 0, and a pair needs one stage; choose from the teacher's layer 2, or set fewer stages"
+    )
 
 
 def test_stages_read_a_teacher_cache(training: Material, tmp_path: Path) -> None:
@@ -217,7 +303,6 @@ def test_the_last_stage_gets_no_layer_of_the_rest() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"distill__hidden_layers": ["1/2"]}, "distill.hidden_layers"),
         ({"eval__training_tasks": ["hellaswag"], "eval__every_tokens": 1024}, "eval.training_tasks"),
         ({"train__router_aux_loss": 0.1, "train__recompute": Recompute.selective}, "train.recompute=selective"),
     ],
