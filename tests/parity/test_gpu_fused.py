@@ -85,7 +85,7 @@ def test_training_with_fused_kernels_and_an_fp8_teacher(fp8: None, material: Mat
     """Eight steps with Transformer Engine's layers, with and without the FP8 teacher, follow those without it."""
     from minitron_train.config import Precision
 
-    bf16 = {"train__precision": Precision.bf16}
+    bf16: dict[str, Any] = {"train__precision": Precision.bf16}
     fused = bf16 | {"train__transformer_engine": True}
     for name, settings in (("plain", bf16), ("fused", fused), ("fp8", fused | {"distill__teacher_fp8": True})):
         run(material, tmp_path / name, **settings)

@@ -85,7 +85,8 @@ def flip(file: Path) -> None:
 DAMAGES = {
     "bit": lambda path: flip(path / "__0_0.distcp"),
     "cut": lambda path: os.truncate(path / "__0_0.distcp", 1000),
-    "missing": lambda path: (path / "common.pt").unlink(),
+    # megatron-core 0.19 writes no common.pt
+    "missing": lambda path: next(filter(Path.exists, (path / "common.pt", path / "__0_0.distcp"))).unlink(),
     "manifest": lambda path: (path / "manifest.json").write_text("{"),
 }
 
