@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from types import MappingProxyType
 
 from minitron_train.arch.layer_kind import LayerKind, Rope
@@ -245,6 +246,23 @@ class Shape:
         dense = self.dense_ffn_hidden_size if any(kind.is_dense for kind in different) else 0
         return replace(self, num_layers=len(kinds), kinds=different, kind_of_layer=places, dense_ffn_hidden_size=dense)
 
+    def largest_layers(self, count: int) -> list[LayerKind]:
+        """The kinds of `count` layers: the first ones, or in a model with dense layers among layers with experts the largest.
+
+        Of such a model, the first layer with experts and the first dense layer come before all others, so that the shape
+        has the widths of both.
+        """
+        kinds = self.layer_kinds
+        firsts = [next((i for i, kind in enumerate(kinds) if kind.is_dense == dense), 0) for dense in (False, True)]
+        sizes = [self.unit_sizes(kind) for kind in kinds]
+        neurons = [prod(size["ffn"]) + size["shared"][0] for size in sizes]
+        rest = sorted(set(range(len(kinds))) - {*firsts}, key=lambda i: (-neurons[i], i))
+        return [kinds[i] for i in sorted([*dict.fromkeys(firsts), *rest][:count])]
+
+    def layers_decide_sizes(self, num_layers: int) -> bool:
+        """Whether the size of a student with `num_layers` depends on which layers are dropped."""
+        return self.dense_ffn_hidden_size > 0 and num_layers < self.num_layers
+
     def untied(self) -> "Shape":
         """This shape with an output layer that is not tied to the embedding."""
         return replace(self, tie_embeddings=False)
@@ -253,7 +271,7 @@ class Shape:
         """This shape with some sizes reduced; None keeps a size.
 
         With fewer layers it has the kinds of those that `drop_layers` leaves. Without a list of fitting length it has the
-        kinds of the first ones, until pruning chooses the layers (`with_layers`).
+        kinds of `largest_layers`, until pruning chooses the layers (`with_layers`).
 
         Raises:
             UserError: a size exceeds this shape's, or the KV groups do not divide the heads.
@@ -270,8 +288,9 @@ class Shape:
                 )
         count = changed.pop("num_layers", self.num_layers)
         left = [kind for i, kind in enumerate(self.layer_kinds) if i not in (drop_layers or ())]
-        kinds = left if len(left) == count else self.layer_kinds[: max(0, count)]
-        shape = replace(replace(self, **changed).with_layers(kinds), num_layers=count)
+        changed_shape = replace(self, **changed)
+        kinds = left if len(left) == count else changed_shape.largest_layers(max(0, count))
+        shape = replace(changed_shape.with_layers(kinds), num_layers=count)
         shape.check("student.")
         return shape
 

@@ -21,8 +21,8 @@ class Wrapper:
     texts: Mapping[str, str]  # model_type of text_config -> family; the first is the default
     prefix: str  # of the text model's tensors, where the vision model's do not begin with "model."
     output: str  # stored name of the output layer, in the same case
+    writers: re.Pattern[str]  # tensors outside the text model, with a row for each channel of its stream
     hidden_size: str | None = None  # why the hidden size cannot be cut; None: it can, see `writers`
-    writers: re.Pattern[str] | None = None  # tensors outside the text model, with a row for each channel of its stream
     writers_key: str | None = None  # key of vision_config with their number of rows
     tied: bool = False  # default of the outer tie_word_embeddings
     text_ties: bool = True  # whether text_config can tie the embeddings too
@@ -69,6 +69,7 @@ PROJECTOR = (
     "transformers' class gives both linears of multi_modal_projector this width, and a text says nothing about which neurons "
     "between them matter"
 )
+PROJECTOR_OUTPUT = re.compile(r"(^|\.)multi_modal_projector\.linear_2\.(weight|bias)$")
 LLAVA = Wrapper(
     name="llava",
     hf_class="LlavaForConditionalGeneration",
@@ -76,6 +77,7 @@ LLAVA = Wrapper(
     texts={"llama": "llama", "mistral": "mistral", "qwen2": "qwen2"},
     prefix="language_model.model.",
     output="language_model.lm_head.weight",
+    writers=PROJECTOR_OUTPUT,
     hidden_size=PROJECTOR,
     text_defaults={  # LlamaConfig's, on which LLaVA 1.5's own config.json relies
         "hidden_size": 4096,
@@ -92,6 +94,7 @@ MISTRAL3 = Wrapper(
     texts={"mistral": "mistral"},
     prefix="language_model.model.",
     output="language_model.lm_head.weight",
+    writers=PROJECTOR_OUTPUT,
     hidden_size=PROJECTOR,
     tied=True,
     text_ties=False,

@@ -37,6 +37,7 @@ class HFFolder:
         stored: the position of each tensor of the model, by its name in the architecture's table. It may be a range of rows
             of the stored tensor that the position names.
         rest: tensors around a text model, by stored name: the vision model and the projector.
+        writers: names of those of `rest` that write to the text model's residual stream.
         unexpected: names of stored tensors that are not part of the model.
         notes: one-line warnings, for `announce`.
 
@@ -57,6 +58,7 @@ class HFFolder:
             weights, self.rest = split(weights)
         weights = with_single_experts(weights, shape)
         self.shape = shape_as_stored(shape, self.table, weights)
+        self.writers = self._find_writers()
         self.stored = self._find_tensors(weights)
         self.files = {name: entry.file for name, entry in self.stored.items()}
         self.sizes = {name: entry.size for name, entry in self.stored.items()}
@@ -76,6 +78,17 @@ class HFFolder:
                 raise wrong_type(self.folder, entry, self.config)
             found |= row_ranges(entry, parts)
         return found
+
+    def _find_writers(self) -> frozenset[str]:
+        found = sorted(name for name in self.rest if self.wrapper and self.wrapper.writers.search(name))
+        for name in found:
+            size = self.rest[name].size
+            if not size or size[0] != self.shape.hidden_size:
+                raise UserError(
+                    f"{self.folder}: {shown(name)} has {size[0] if size else 'no'} rows, but {self.shape.wrapper} adds its "
+                    f"output to a stream of {self.shape.hidden_size} channels; download the checkpoint again"
+                )
+        return frozenset(found)
 
     def _unexpected(self, weights: Weights) -> tuple[str, ...]:
         used = {entry.name for entry in self.stored.values()}

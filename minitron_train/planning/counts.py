@@ -55,6 +55,14 @@ def expert_parameters_per_rank(shape: Shape, tp: int, ep: int) -> int:
     return sum(each_rank_size(shape, row, tp, ep) * row.num_layers(shape) for row in rows)
 
 
+def assumed_layers(teacher: Shape, student: Shape, drop_layers: Iterable[int] | None) -> str | None:
+    """The kinds of layers that a student's counts assume, where its size depends on which are dropped and none are named."""
+    if drop_layers is not None or not teacher.layers_decide_sizes(student.num_layers):
+        return None
+    dense = sum(kind.is_dense for kind in student.layer_kinds)
+    return f"{student.num_layers - dense} layers with experts and {dense} dense; prune.depth chooses them after scoring"
+
+
 def layer_parameters(shape: Shape, kinds: Iterable[LayerKind], tp: int = 1) -> int:
     """Count the parameters of one layer of each of these kinds on one tensor-parallel rank."""
     sizes = [(row, each_rank_size(shape, row, tp, 1)) for row in templates(shape) if row.per_layer]

@@ -67,6 +67,7 @@ def plan_on(
         "name": config.title,
         "teacher": describe(teacher),
         "student": describe(student),
+        "assumed_layers": counts.assumed_layers(source or teacher, student, config.prune.drop_layers),
         "training": training(config),
         "flops": flops(config, teacher, student),
         "pretraining": pretraining(config, teacher, machine, chosen and chosen.layout),

@@ -51,7 +51,8 @@ def models(plan: dict[str, Any]) -> list[str]:
     for name, before, after in pairs:
         share = f"{after / before:8.1%}" if before and after != before else ""
         lines.append(f"{name:<28}{before:>16,}{after:>16,}{share}")
-    return lines
+    assumed = plan["assumed_layers"]
+    return [*lines, *([f"the student's counts assume {assumed}"] if assumed else [])]
 
 
 def costs(plan: dict[str, Any]) -> list[str]:

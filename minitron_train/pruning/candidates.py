@@ -94,12 +94,22 @@ def usable(config: Config, teacher: Shape) -> tuple[list[Candidate], list[str]]:
     for sizes in grid(config.search, teacher):
         try:
             shape = teacher.smaller(**sizes)
+            check_size_is_known(teacher, shape)
             check_request(teacher, shape, config.prune, config.calibration)
             shape.check_parallel(config.parallel.tensor_model_parallel_size, "student")
             found.append(weigh(shape, config.search))
         except UserError as error:
             refusals.append(f"{name_of(sizes)}: {error}")
     return sorted(found, key=lambda candidate: -candidate.parameters), refusals
+
+
+def check_size_is_known(teacher: Shape, shape: Shape) -> None:
+    """Reject a candidate whose cost cannot be compared with the budget before its layers are chosen."""
+    if teacher.layers_decide_sizes(shape.num_layers):
+        raise UserError(
+            f"search.num_layers={shape.num_layers}: dense layers and layers with experts differ in size, so the cost depends "
+            f"on which are dropped; search with num_layers=[{teacher.num_layers}], or prune with prune.drop_layers"
+        )
 
 
 def candidates(config: Config, teacher: Shape) -> list[Candidate]:

@@ -3,6 +3,7 @@
 from minitron_train.arch import architecture
 from minitron_train.arch.shape import Shape
 from minitron_train.config import Merge, PruneConfig, Refit
+from minitron_train.planning.counts import assumed_layers
 from minitron_train.pruning.criterion import depth_criterion, width_criterion
 
 REFITTED = {Refit.outputs: "outputs of attention and MLP", Refit.all: "all linear layers"}
@@ -21,6 +22,8 @@ def describe(teacher: Shape, student: Shape, prune: PruneConfig) -> list[str]:
         lines.append(f"drops   layers {', '.join(map(str, prune.drop_layers))}")
     elif student.num_layers < teacher.num_layers:
         lines.append(f"ranks   layers, {prune.depth}: {depth_criterion(prune.depth).summary}")
+    if assumption := assumed_layers(teacher, student, prune.drop_layers):
+        lines.append(f"assumes {assumption}")
     if prune.head_merge is not Merge.none:
         lines.append(f"merges  dropped heads into kept ones: {prune.head_merge.value}")
     repairs = ["norms rescaled"] if prune.norm_scale else []

@@ -127,6 +127,7 @@ def select(evidence: Evidence, student: Shape) -> Keep:
     teacher, scores = evidence.shape, importance(evidence)
     layers = keep_layers(evidence, student.num_layers)
     check_bound_layers(layers, teacher)
+    check_experts_stay(layers, teacher)
     chosen = {i: best_heads(scores.heads[i], teacher, student) for i in layers.tolist()}
     student = student.with_layers([teacher.layer_kinds[i] for i in layers.tolist()])
     sparse = [i for i in layers.tolist() if not teacher.layer_kinds[i].is_dense]
@@ -163,6 +164,15 @@ def check_bound_layers(layers: Tensor, teacher: Shape) -> None:
         raise UserError(
             f"prune: layer {missing} would be dropped, but {teacher.wrapper} adds image features to the first "
             f"{len(bound)} layers; name later layers in prune.drop_layers"
+        )
+
+
+def check_experts_stay(layers: Tensor, teacher: Shape) -> None:
+    """Reject a choice of dense layers alone from a model with experts."""
+    if teacher.num_moe_experts and all(teacher.layer_kinds[i].is_dense for i in layers.tolist()):
+        raise UserError(
+            f"prune: layers {', '.join(map(str, layers.tolist()))} would be kept, and none of them has experts; "
+            "name the layers to drop in prune.drop_layers"
         )
 
 

@@ -287,17 +287,14 @@ def writers_around(teacher: hf.HFFolder, keep: Keep) -> frozenset[str]:
     """Stored names of the tensors outside the text model whose rows must be cut with its hidden size; none if it stays.
 
     Raises:
-        UserError: the folder lacks them, or they have another number of rows.
+        UserError: the folder lacks them.
     """
-    wrapper = teacher.wrapper
-    if wrapper is None or wrapper.writers is None or keep.student.hidden_size == keep.teacher.hidden_size:
+    if teacher.wrapper is None or keep.student.hidden_size == keep.teacher.hidden_size:
         return frozenset()
-    found = frozenset(name for name in teacher.rest if wrapper.writers.search(name))
-    wrong = [name for name in found if teacher.rest[name].size[0] != keep.teacher.hidden_size]
-    if wrong or not found:
-        what = f"{wrong[0]} has {teacher.rest[wrong[0]].size[0]} rows" if wrong else "no projector of image features"
+    found = teacher.writers
+    if not found:
         raise UserError(
-            f"{teacher.folder}: {what}, but {wrapper.name} adds image features to a stream of "
+            f"{teacher.folder}: no projector of image features, but {teacher.wrapper.name} adds image features to a stream of "
             f"{keep.teacher.hidden_size} channels; download the checkpoint again"
         )
     return found

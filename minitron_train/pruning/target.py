@@ -55,11 +55,6 @@ def check_target(teacher: Shape, student: Shape, prune: PruneConfig) -> None:
                 f"needs {teacher.num_layers - student.num_layers} different layers of 0 … {teacher.num_layers - 1}; "
                 "change one of them"
             )
-    if teacher.dense_ffn_hidden_size and student.num_layers < teacher.num_layers and prune.drop_layers is None:
-        raise UserError(
-            f"student.num_layers={student.num_layers}: dense layers and layers with experts differ in size, so the student's "
-            "depends on which are dropped; name them in prune.drop_layers"
-        )
     for key in ("hidden_size", "ffn_hidden_size", "moe_shared_expert_intermediate_size", "dense_ffn_hidden_size"):
         value = getattr(student, key)
         if value != getattr(teacher, key) and value % prune.multiple_of:

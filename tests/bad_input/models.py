@@ -1,5 +1,9 @@
 """Mistakes in a model folder: weights, config.json, tokenizer."""
 
+import json
+
+import torch
+
 from tests.bad_input.scene import (
     MICRO,
     TAUGHT,
@@ -9,13 +13,23 @@ from tests.bad_input.scene import (
     cut_off,
     edit,
     flip,
+    folder,
     narrow_vocabulary,
     remove,
     shard,
+    tensors,
     without_tensor,
     write,
 )
 
+TEXT = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+}
 MODELS = [
     Case(
         "weights cut off",
@@ -115,6 +129,17 @@ MODELS = [
         f"prune {MICRO}",
         "self_attn.q_proj.bias is missing",
         (*TAUGHT, edit(f"{TEACHER}/config.json", attention_bias=True)),
+    ),
+    Case(
+        "projector of another width than the text model",
+        f"score {MICRO} teacher.path=seeing",
+        "linear_2.weight has 40 rows, but llava adds its output to a stream of 64 channels",
+        (
+            folder("seeing"),
+            write("seeing/config.json", json.dumps({"model_type": "llava", "text_config": TEXT})),
+            tensors("seeing/model.safetensors", **{"multi_modal_projector.linear_2.weight": torch.zeros(40, 64)}),
+        ),
+        quick=True,
     ),
     Case("no tokenizer", f"prune {MICRO}", "no tokenizer", (*TAUGHT, remove(f"{TEACHER}/tokenizer.json"))),
     Case(

@@ -1,5 +1,6 @@
 """Layers with experts and dense layers in one model, with windows: against transformers, whole, cut, repaired."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron_train import hf
 from minitron_train.config import Refit, Scope
-from minitron_train.planning.counts import parameters
+from minitron_train.planning.counts import assumed_layers, parameters
+from minitron_train.pruning.candidates import usable
 from minitron_train.pruning.importance import importance
 from minitron_train.pruning.target import check_target
 from minitron_train.runtime.errors import UserError
@@ -161,6 +163,85 @@ def test_without_dense_layers_left(tmp_path: Path, models: dict[str, Path], grou
     torch.testing.assert_close(logits_of(folder), hf_logits(folder, TOKENS[0]), rtol=0, atol=1e-4)
 
 
+def losses_without(folder: Path, tokens: torch.Tensor) -> list[float]:
+    """transformers' loss without each layer."""
+    found = []
+    for dropped in range(4):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i != dropped)
+        with torch.no_grad():
+            logits = model(tokens, use_cache=False).logits
+        found.append(float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())))
+    return found
+
+
+def turns(folder: Path, tokens: torch.Tensor) -> list[float]:
+    """1 - cos between the input and the output of each of transformers' layers."""
+    model, streams = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    model.model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    pairs = pairwise(streams)
+    return [float(1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()) for a, b in pairs]
+
+
+ORACLES = {"perplexity": losses_without, "block": turns}
+
+
+@pytest.mark.parametrize("preset", [None, "default"])
+@pytest.mark.parametrize("depth", ORACLES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_criterion_chooses_the_layers(
+    tmp_path: Path, models: dict[str, Path], groups: Any, name: str, depth: str, preset: str | None
+) -> None:
+    """Layers are scored alike, dense or not. The student has the kinds of the chosen ones."""
+    scores = torch.tensor(ORACLES[depth](models[name], TOKENS.flatten(0, 1)))
+    wanted = scores.topk(2).indices.sort().values.tolist()
+    dense = [place for place, i in enumerate(wanted) if i in DENSE[name]]
+    config, sizes = configuration(preset, depth=depth), {"num_layers": 2, "dense_ffn_hidden_size": 24}
+    if len(dense) == 2:
+        with pytest.raises(UserError, match="would be kept, and none of them has experts; name the layers to drop in"):
+            run_cut(tmp_path, models[name], config, TOKENS, groups, **sizes)
+        return
+    folder = run_cut(tmp_path, models[name], config, TOKENS, groups, **sizes)
+    assert load_file(folder / "kept.safetensors")["layers"].tolist() == wanted
+    student = hf.HFFolder(folder)
+    assert (student.config["mlp_only_layers"], student.config["decoder_sparse_step"]) == (dense, 1)
+    assert student.shape.dense_ffn_hidden_size == (24 if dense else 0)
+    torch.testing.assert_close(logits_of(folder), hf_logits(folder, TOKENS[0]), rtol=0, atol=1e-4)
+
+
+def test_a_plan_says_which_layers_it_assumes(models: dict[str, Path]) -> None:
+    """One layer of each kind, then the largest: experts have 6 x 24 neurons, dense layers 40."""
+    shape = hf.HFFolder(models["qwen3_moe"]).shape
+    for num_layers, dense in ((3, 1), (2, 1), (1, 0)):
+        student = shape.smaller(num_layers=num_layers)
+        assert [kind.is_dense for kind in student.layer_kinds].count(True) == dense
+        text = f"{num_layers - dense} layers with experts and {dense} dense; prune.depth chooses them after scoring"
+        assert assumed_layers(shape, student, None) == text
+    assert assumed_layers(shape, shape.smaller([1], num_layers=3), [1]) is None
+    assert assumed_layers(shape, shape.smaller(hidden_size=48), None) is None
+    wide = shape.smaller(num_layers=2, num_moe_experts=2, ffn_hidden_size=8)
+    assert [kind.is_dense for kind in wide.layer_kinds].count(True) == 1
+
+
+def test_steps_drop_layers_of_both_kinds(tmp_path: Path, models: dict[str, Path], groups: Any) -> None:
+    config = configuration(iterations=2, depth="perplexity")
+    folder = run_cut(tmp_path, models["qwen3_moe"], config, TOKENS, groups, num_layers=2, num_moe_experts=4)
+    assert hf.HFFolder(folder).shape.num_layers == 2
+    torch.testing.assert_close(logits_of(folder), hf_logits(folder, TOKENS[0]), rtol=0, atol=1e-4)
+
+
+def test_a_search_keeps_all_layers_of_two_sizes(models: dict[str, Path]) -> None:
+    config, shape = configuration(), hf.HFFolder(models["qwen3_moe"]).shape
+    config.search.num_layers = [3, 4]
+    found, refusals = usable(config, shape)
+    assert [candidate.shape.num_layers for candidate in found] == [4]
+    assert "search.num_layers=3: dense layers and layers with experts differ in size" in refusals[0]
+
+
 @pytest.mark.parametrize("refit", [Refit.outputs, Refit.all])
 def test_repair_makes_up_for_dropped_dense_neurons(
     tmp_path: Path, models: dict[str, Path], groups: Any, refit: Refit
@@ -198,7 +279,6 @@ def test_scores_of_dense_layers(models: dict[str, Path], groups: Any, width: str
 
 
 REFUSED = [
-    ({"num_layers": 3}, None, r"student\.num_layers=3: dense layers and layers with experts differ in size"),
     ({"num_layers": 3}, [1], r"student\.num_moe_experts=6: no layer has experts"),
     ({"dense_ffn_hidden_size": 41}, None, r"student\.dense_ffn_hidden_size=41: larger than the teacher's 40"),
 ]

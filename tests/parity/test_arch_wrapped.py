@@ -1,6 +1,7 @@
 """The text model of vision-language folders: logits, pruning with the vision model untouched, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -163,16 +164,25 @@ def test_image_features_are_rotated_with_the_stream(tmp_path, models, groups, na
     assert image_logits(after).isfinite().all()
 
 
-def test_a_projector_of_another_width_is_refused(tmp_path, models, groups):
-    folder = tmp_path / "narrow"
-    folder.mkdir()
-    (folder / "config.json").write_text((models["qwen3_vl"] / "config.json").read_text())
-    tensors = load_file(models["qwen3_vl"] / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("visual.merger.linear_fc2.weight"))
-    save_file(tensors | {name: tensors[name][:40].clone()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"merger\.linear_fc2\.weight has 40 rows, but qwen3_vl adds image features to"):
-        run_cut(tmp_path, folder, configuration(), TOKENS, groups, hidden_size=48)
-    assert not list((tmp_path / "pruned").iterdir())
+OUTPUTS = {
+    "llava": "multi_modal_projector.linear_2.bias",
+    "mistral3": "multi_modal_projector.linear_2.weight",
+    "qwen2_5_vl": "visual.merger.mlp.2.weight",
+    "qwen3_vl": "visual.deepstack_merger_list.0.linear_fc2.weight",
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_projector_of_another_width_is_refused_when_the_folder_is_opened(tmp_path, models, name):
+    (tmp_path / "config.json").write_text((models[name] / "config.json").read_text())
+    tensors = load_file(models[name] / "model.safetensors")
+    full = next(full for full in tensors if full.endswith(OUTPUTS[name]))
+    save_file(tensors | {full: tensors[full][:40].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=f"{re.escape(full)} has 40 rows, but {name} adds its output to a stream of"
+    ) as error:
+        hf.HFFolder(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_layers_that_image_features_are_added_to_must_stay(tmp_path, models, groups):
