@@ -10,9 +10,10 @@ generation prompt.
 import hashlib
 import json
 import re
+import resource
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -25,12 +26,14 @@ from tokenizers import Encoding
 from minitron_train.config import ChatLoss, TooLong
 from minitron_train.data.conversations import Conversation
 from minitron_train.runtime.errors import UserError, first_line
+from minitron_train.runtime.files import byte_size
 from minitron_train.runtime.preflight import deadline
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")
 DATE = datetime(2024, 7, 26)  # for templates that write today's date, which would change the stream every day
 RENDER_S = 60.0  # of one conversation; 10 MB take less than a second
+RENDER_BYTES = 2**30  # likewise, beyond what the process has
 COUNTED, SILENT, PADDING = 1, 0, -1  # of a token as a label: counts, does not count, is padding
 
 Span = tuple[int, int]  # characters of a rendered conversation
@@ -70,7 +73,7 @@ class ChatFormat:
         values: dict[str, Any] = {"add_generation_prompt": prompt, "tools": chat.tools} | self.special_tokens
         marks = not prompt and GENERATION.search(template) is not None
         try:
-            with time_limit():
+            with limits():
                 rendered: Any = render_jinja_template(  # its annotation says text alone
                     [chat.messages[:num_messages]],
                     chat_template=with_fixed_date(template),
@@ -78,7 +81,9 @@ class ChatFormat:
                     **values,
                 )
         except MemoryError as error:
-            raise ValueError("the chat template needs more memory than there is; correct it, or free memory") from error
+            raise ValueError(
+                f"the chat template needs more than {byte_size(RENDER_BYTES)} of memory; correct it"
+            ) from error
         except Exception as error:  # templates are programs: they raise any class
             raise ValueError(
                 f"the chat template rejects it ({first_line(error)}); correct the row or the template"
@@ -142,12 +147,25 @@ class ChatFormat:
         return found
 
 
-def time_limit() -> AbstractContextManager[None]:
-    """Stops a template that loops for ever, which the sandbox allows. Signals reach a process's main thread alone: the
-    workers have no other, and in the training process the first batch is made there.
+@contextmanager
+def limits() -> Iterator[None]:
+    """Stop a template that loops for ever or makes an endless text, which the sandbox allows.
+
+    Signals reach a process's main thread alone, and the limit of memory would hold for all threads. The workers have no other
+    thread, and in the training process the first batch is made in the main one.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    return deadline(RENDER_S, lambda: "it has not ended") if in_main else nullcontext()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = RENDER_BYTES + resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    if soft == resource.RLIM_INFINITY or allowed < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    try:
+        with deadline(RENDER_S, lambda: "it has not ended"):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def with_fixed_date(template: str) -> str:

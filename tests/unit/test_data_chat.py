@@ -1,6 +1,7 @@
 """Conversations: ids and counted tokens against transformers, packing, masks of batches, resuming, held-out, mistakes."""
 
 import json
+import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -426,7 +427,8 @@ HOSTILE = {
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         r"rejects it \(after 0 s: it has not ended\); correct",
     ),
-    "is huge": ("{{ 'a' * 10**18 }}", r"needs more memory than there is; correct it, or free memory"),
+    "is huge": ("{{ 'a' * 10**10 }}", r"needs more than 1\.1.GB of memory; correct it"),
+    "pads": ("{{ 'a' | center(10**10) }}", r"needs more than 1\.1.GB of memory; correct it"),
     "reads objects": ("{{ messages.__init__.__globals__ }}", r"rejects it \(access to attribute '__init__'"),
     "reads files": ("{% include '/etc/passwd' %}", r"rejects it \(no loader"),
     "raises lines": ("{{ raise_exception('a\\nb') }}", r"rejects it \(a\); correct"),
@@ -447,6 +449,7 @@ def test_a_hostile_template_ends_in_one_line(tmp_path, tokenizer, monkeypatch, n
         stream.next_batch(1)
     stream.close()
     assert "\n" not in str(error.value)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY, "the limit of memory has ended"
 
 
 def test_other_mistakes(tmp_path, tokenizer):
