@@ -25,7 +25,7 @@ from torch import Tensor
 
 import minitron_train as mt
 from minitron_train import hf
-from minitron_train.api import configure
+from minitron_train.api.functions import configure
 from minitron_train.config import Config, DataConfig
 from minitron_train.data import tokenizers
 from minitron_train.data.stream import validation_tokens

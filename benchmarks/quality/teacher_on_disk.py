@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import minitron_train as mt
-from minitron_train.api import run
+from minitron_train.api.functions import run
 
 PROBABILITY_BITS = 16
 LIVE = "live teacher, exact KL"

@@ -42,7 +42,7 @@ def blocks() -> list[str]:
 
 
 def test_every_block_of_the_page_runs(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minitron_train import api
+    from minitron_train.api import functions as api
 
     configure = api.configure
     small = FAST | {"train.seq_length": 32, "train.global_batch_size": 8}

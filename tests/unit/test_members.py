@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_train import api
+from minitron_train.api import functions as api
 from minitron_train.commands import chain, configuration, slurm
 from minitron_train.commands.members import family_shapes, member_config, settled
 from minitron_train.commands.registry import COMMANDS

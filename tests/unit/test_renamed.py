@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_train import api
+from minitron_train.api import functions as api
 from minitron_train.commands import configuration, recipes
 from minitron_train.config import Config
 from minitron_train.config.renamed import RENAMED, current_settings
