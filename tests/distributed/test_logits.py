@@ -1,5 +1,6 @@
 """The model against transformers, whole and split; export gives back what was imported, bit for bit."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,7 @@ from minitron_train.runtime.launch import read_world
 from tests.support.families import LAYERED, TABLES, save_family, save_layered
 from tests.support.helpers import run_ranks
 from tests.support.models import COMMON, EXPERTS, exported, hf_logits, save_random
+from tests.support.wrapped import CONFIGS, save_wrapped, wrapped_logits
 
 TOKENS_BS = torch.arange(2 * 17).view(2, 17) * 7 % 128
 
@@ -99,10 +101,17 @@ def test_layers_of_several_kinds_are_split(tmp_path: Path, sequence_parallel: bo
     compare([save_layered(name, tmp_path / name) for name in LAYERED], 2, sequence_parallel)
 
 
-def compare(folders: list[Path], tp: int, sequence_parallel: bool) -> None:
+def test_text_models_of_vision_language_models_are_split(tmp_path: Path) -> None:
+    folders = [save_wrapped(name, tmp_path / name) for name in CONFIGS]
+    compare(folders, 2, True, wrapped_logits)  # no token stands for an image
+
+
+def compare(
+    folders: list[Path], tp: int, sequence_parallel: bool, theirs: Callable[..., torch.Tensor] = hf_logits
+) -> None:
     """Assert that each folder's split logits are those of transformers."""
     for answers in zip(folders, *run_ranks(split_logits, tp, folders, sequence_parallel), strict=True):
-        wanted = hf_logits(answers[0], TOKENS_BS)
+        wanted = theirs(answers[0], TOKENS_BS)
         for found in answers[1:]:
             torch.testing.assert_close(torch.from_numpy(found), wanted[:, : found.shape[1]], rtol=0, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Mistral, Qwen2, Qwen3 and Seed-OSS against transformers: logits, export, pruning on all axes, and refusals by name."""
+"""Mistral, Qwen2, Qwen3 and biases against transformers: logits, export, pruning on all axes, and refusals by name."""
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ FAMILIES = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 12},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False},
-    "seed_oss": {"model_type": "seed_oss", "tie_word_embeddings": False},
 }
 TOKENS = random_tokens()
 

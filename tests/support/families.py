@@ -15,6 +15,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "stablelm": FULL_HEADS | {"use_qkv_bias": True},
     "phi3": {"partial_rotary_factor": 0.75},
     "glm": {},
+    "seed_oss": {"tie_word_embeddings": False},
 }
 GROWTH = {"llama_4_scaling_beta": 0.4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.5}

@@ -56,6 +56,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def save_wrapped(name: str, folder: Path, seed: int = 0, **text: Any) -> Path:
     """Write a model in which every parameter is random; `text` changes its text_config."""
     config = CONFIGS[name] | {"text_config": CONFIGS[name]["text_config"] | text}
+    if "out_hidden_size" in config["vision_config"]:
+        config["vision_config"] = config["vision_config"] | {"out_hidden_size": config["text_config"]["hidden_size"]}
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **config))
     with torch.no_grad():

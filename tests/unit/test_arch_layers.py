@@ -32,6 +32,29 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # config.json, and the hub
         },
         8_019_808_256,
     ),
+    "Qwen/Qwen2.5-0.5B": (
+        {
+            **{"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864},
+            **{"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2},
+            "tie_word_embeddings": True,
+        },
+        494_032_768,
+    ),
+    "Qwen/Qwen3-8B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
+            **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        },
+        8_190_735_360,
+    ),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": (
+        {
+            **{"model_type": "seed_oss", "vocab_size": 155136, "hidden_size": 5120, "intermediate_size": 27648},
+            **{"num_hidden_layers": 64, "num_attention_heads": 80, "num_key_value_heads": 8, "head_dim": 128},
+            **{"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+        },
+        36_151_104_512,
+    ),
     "microsoft/Phi-4-mini-instruct": (
         {
             **{"model_type": "phi3", "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192},

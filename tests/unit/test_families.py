@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from minitron_train.arch import ARCHITECTURES
 from minitron_train.arch.families import BEYOND, HEADER, families_table
 from minitron_train.arch.wrappers import TEXTS, WRAPPERS
 from minitron_train.hf import HFFolder, shape_from_config
+from minitron_train.hf.around import text_name
+from minitron_train.planning.counts import parameters
 from minitron_train.runtime.errors import UserError
 from tests.support.families import TABLES, save_family
 from tests.support.models import save_tiny
@@ -28,6 +32,24 @@ def test_the_readme_holds_the_table() -> None:
 def test_every_family_names_its_models() -> None:
     assert len({table.models for table in ARCHITECTURES.values()}) == len(ARCHITECTURES)
     assert all(table.models for table in ARCHITECTURES.values())
+
+
+UNUSABLE = ("nemotron", "ministral")  # transformers' own model cannot be made from its default config
+ALONE = [name for name, table in ARCHITECTURES.items() if table not in TEXTS]
+COUNTED = [name for name in (*ALONE, *WRAPPERS) if name not in UNUSABLE]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_counts_are_those_of_transformers_default_model(name: str) -> None:
+    """Without weights. Only the text model of a vision-language model counts."""
+    config, loader = (
+        AutoConfig.for_model(name),
+        AutoModelForImageTextToText if name in WRAPPERS else AutoModelForCausalLM,
+    )
+    with torch.device("meta"):
+        parts = loader.from_config(config).named_parameters()
+    total = sum(tensor.numel() for part, tensor in parts if name not in WRAPPERS or text_name(part))
+    assert parameters(shape_from_config(config.to_dict(), "config.json"))["parameters"] == total
 
 
 def test_sizes_that_a_loader_accepts_together_only_are_named_so() -> None:
