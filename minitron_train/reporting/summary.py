@@ -71,8 +71,9 @@ def perplexity_of(run: Run, label: str) -> float | None:
 
 
 def not_run(run: Run) -> list[str]:
-    """Return lines such as "MMLU was not run: no data …", once for all models with the same reason."""
-    scores = {task: [score_of(run, label, task) for label in run.labels] for task in tasks_of(run)}
+    """Return lines such as "MMLU was not run: no data …", once for all evaluated models with the same reason."""
+    evaluated = [label for label in run.labels if label in run.evals]
+    scores = {task: [score_of(run, label, task) for label in evaluated] for task in tasks_of(run)}
     lines = (
         f"{task_name(task)} was not run: {score.reason}"
         for task, found in scores.items()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from html.parser import HTMLParser
 from pathlib import Path
@@ -383,6 +384,13 @@ def test_summary_table(output_dir: Path) -> None:
     assert lines[0].split() == ["HellaSwag", "MMLU", "ARC-C"] and lines[1].split() == ["acc_norm", "acc"]
     assert "100 rows" in lines[2] and "285 rows" in lines[2]
     assert lines[-1] == "ARC-C was not run: no data in <eval_data>"
+
+
+def test_a_model_without_evaluation_has_no_note(output_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(output_dir, tmp_path / "out")
+    (tmp_path / "out" / "eval" / "teacher.json").unlink()
+    table = summary_table(tmp_path / "out")
+    assert "not run" in table and "was not evaluated" not in table
 
 
 def test_models_elsewhere_are_found(tmp_path: Path) -> None:
