@@ -33,16 +33,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt names; at run time __getattr__ answers
-    from minitron_train.api import (
-        Distilled,
-        Evaluated,
-        Exported,
-        Planned,
-        Pruned,
-        Scored,
-        Taught,
-        Timed,
-        UserError,
+    from minitron_train.api.functions import (
         distill,
         distillation_loss,
         evaluate,
@@ -54,12 +45,14 @@ if TYPE_CHECKING:  # editors and pyright read these lines, and so find misspelt 
         speed,
         teach,
     )
+    from minitron_train.api.results import Distilled, Evaluated, Exported, Planned, Pruned, Scored, Taught, Timed
+    from minitron_train.runtime.errors import UserError
 else:
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module("minitron_train.api"), name)
+        return getattr(import_module("minitron_train.api.functions"), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -84,7 +84,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_every_name_is_one_of_the_api() -> None:
-    from minitron_train import api
+    from minitron_train.api import functions as api
 
     assert all(getattr(mt, name) is getattr(api, name) for name in mt.__all__)
 
