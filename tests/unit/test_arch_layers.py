@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from minitron_train.arch import Shape
 from minitron_train.arch.layer_kind import LayerKind, Rope, keys_per_query
 from minitron_train.arch.rules import beyond_transformer_engine
 from minitron_train.hf import shape_from_config
@@ -116,3 +117,19 @@ def test_kinds_of_fewer_layers() -> None:
 def test_what_transformer_engines_layers_do_not_compute(kind: LayerKind, is_beyond: bool) -> None:
     shape = shape_from_config(PUBLISHED["mistralai/Mistral-7B-v0.1"][0], "config.json").with_layers([kind] * 4)
     assert (beyond_transformer_engine(shape, 128) is not None) == is_beyond
+
+
+@pytest.mark.parametrize(("dense_neurons", "dense"), [(40, 1), (4000, 2)])
+def test_layers_that_are_not_chosen_yet_are_the_largest(dense_neurons: int, dense: int) -> None:
+    """Of each kind one, then those with most neurons: experts have 4 x 24, dense layers more or fewer."""
+    kinds = [LayerKind(is_dense=i in (2, 4)) for i in range(6)]
+    sizes = {
+        "hidden_size": 64,
+        "ffn_hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+    }
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "dense_ffn_hidden_size": dense_neurons}
+    shape = Shape(architecture="qwen3_moe", num_layers=6, vocab_size=64, **sizes, **experts).with_layers(kinds)
+    assert [kind.is_dense for kind in shape.largest_layers(4)].count(True) == dense
