@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
+from minitron_train.arch.shape import rows_without_padding
 from minitron_train.config import Precision
-from minitron_train.train.shards import Held, boxes, own_share
+from minitron_train.train.shards import Held, boxes, own_share, with_padding
 from tests.support.training import Interrupted, Material, before_step, former_state, interrupt, rows, run
 
 
@@ -51,3 +52,18 @@ def test_a_checkpoint_in_the_former_format_resumes(training: Material, tmp_path:
         run(training, resumed, train__precision=precision)
     assert run(training, resumed, train__precision=precision)["resumed_at_step"] == 3
     assert rows(resumed) == rows(whole)
+
+
+def test_a_loaded_vocabulary_gets_its_padding_back() -> None:
+    """All stored rows, then padding of any value; what has no padding is given back as it is."""
+    padded, plain = torch.nn.Parameter(torch.full((6, 2), 9.0)), torch.nn.Parameter(torch.zeros(3))
+    padded.real_rows = 5  # pyright: ignore[reportAttributeAccessIssue]
+    stored = {"embedding": torch.arange(10.0).view(5, 2), "norm": torch.ones(3)}
+    found = with_padding(stored, {"embedding": padded, "norm": plain})
+    assert found["embedding"].shape == (6, 2) and torch.equal(found["embedding"][:5], stored["embedding"])
+    assert found["norm"] is stored["norm"] and torch.equal(padded, torch.full((6, 2), 9.0))
+
+
+@pytest.mark.parametrize(("rank", "real"), [(0, 4), (1, 3), (2, 0)])
+def test_rows_of_a_rank_without_padding(rank: int, real: int) -> None:
+    assert rows_without_padding(7, rank, 4) == real
