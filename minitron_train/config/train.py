@@ -59,7 +59,7 @@ class TrainConfig:
     seq_length: int = opt(256, "tokens per sequence")
     lr: float | None = opt(None, "peak learning rate; null: by the student's size and the length (docs/method.md)")
     min_lr: float | None = opt(None, "final learning rate; null: a tenth of train.lr")
-    warmup_steps: int | None = opt(None, "steps of linear warm-up; null: with train.lr, else 10")
+    warmup_steps: int | None = opt(None, "steps of linear warm-up; null: chosen like train.lr if that is null, else 10")
     schedule: Schedule = opt(Schedule.cosine, "shape of the learning rate after the warm-up")
     weight_decay: float = opt(0.1, "weight decay of matrices; norms and biases have none")
     adam_beta1: float = opt(0.9, "beta1 of AdamW")

@@ -7,17 +7,17 @@ from minitron_train.runtime import numbers
 
 # docs/data/pruning_race.jsonl has a student of 88.7 M parameters and runs of up to 300,032 tokens.
 PARAMETERS = (40_000_000, 200_000_000)  # of students that the rule covers: about half and twice the measured ones
-TOKENS = 300_032  # of the longest run that it covers
-COVERED = (
-    f"{numbers.short(PARAMETERS[0])} to {numbers.short(PARAMETERS[1])} parameters, up to {numbers.short(TOKENS)} tokens"
-)
+TOKENS = 300_032  # of the longest run
 LR, WARMUP = 4e-4, 0.3  # the best of the rates tried, and the share of the steps in which the rate rises
+MOST_WARMUP_STEPS = 88  # of the longest run
+STUDENTS = f"students of {numbers.short(PARAMETERS[0])} to {numbers.short(PARAMETERS[1])} parameters"
 
 
 def with_rates(train: TrainConfig, parameters: int) -> tuple[TrainConfig, str]:
     """The settings with a learning rate and a warm-up in place of null, and a line that says which and why.
 
-    A student or a run that the race does not cover gets the rate of arXiv 2408.11796 for 4B to 8B students.
+    A student of another size gets the rate of arXiv 2408.11796 for 4B to 8B students. In a run longer than those of the race,
+    the warm-up takes no more steps than there.
 
     Args:
         parameters: of the student.
@@ -25,10 +25,12 @@ def with_rates(train: TrainConfig, parameters: int) -> tuple[TrainConfig, str]:
     Returns:
         The settings, and the line; the line is empty where the user gave the learning rate.
     """
-    chosen, why = train, f"the papers' for larger students; measured are {COVERED}"
-    if train.lr is None and PARAMETERS[0] <= parameters <= PARAMETERS[1] and train.num_tokens <= TOKENS:
-        steps = round(WARMUP * train.num_steps) if train.warmup_steps is None else train.warmup_steps
-        chosen, why = replace(train, lr=LR, warmup_steps=steps), f"the best that was measured for {COVERED}"
+    chosen, why = train, f"that of the papers' larger students; {STUDENTS} were measured"
+    if train.lr is None and PARAMETERS[0] <= parameters <= PARAMETERS[1]:
+        steps = min(round(WARMUP * train.num_steps), MOST_WARMUP_STEPS)
+        chosen = replace(train, lr=LR, warmup_steps=steps if train.warmup_steps is None else train.warmup_steps)
+        limit = f", in runs of up to {numbers.short(TOKENS)} tokens" if train.num_tokens > TOKENS else ""
+        why = f"the best that was measured for {STUDENTS}{limit}"
     lr, min_lr, warmup_steps = chosen.rates
     line = (
         f"learning rate {numbers.tiny(lr)}, at the end {numbers.tiny(min_lr)}, warm-up {warmup_steps} of {train.num_steps} "

@@ -10,7 +10,7 @@ from minitron_train.arch import Shape
 from minitron_train.commands.training import settle_rates
 from minitron_train.commands.workspace import Workspace
 from minitron_train.config import Config, TrainConfig
-from minitron_train.planning.rates import LR, PARAMETERS, TOKENS, WARMUP, with_rates
+from minitron_train.planning.rates import LR, MOST_WARMUP_STEPS, PARAMETERS, TOKENS, WARMUP, with_rates
 from minitron_train.runtime.errors import UserError
 from minitron_train.runtime.launch import World
 from minitron_train.train.optim import learning_rate
@@ -37,20 +37,21 @@ def test_a_measured_run_gets_the_measured_rates() -> None:
         pytest.approx(LR / 10),
         round(WARMUP * INSIDE.num_steps),
     )
-    assert (
-        f"warm-up {train.warmup_steps} of {INSIDE.num_steps} steps: the best that was measured for 40 M to 200 M"
-        in line
-    )
+    assert f"warm-up {train.warmup_steps} of {INSIDE.num_steps} steps: the best that was measured for students" in line
+    assert "of 40 M to 200 M parameters;" in line
 
 
-@pytest.mark.parametrize(
-    ("change", "parameters"),
-    [({}, PARAMETERS[0] - 1), ({}, PARAMETERS[1] + 1), ({"num_tokens": TOKENS + 1}, 90_000_000)],
-)
-def test_beyond_the_race_the_papers_rate_holds_and_is_said(change: dict[str, int], parameters: int) -> None:
-    train, line = with_rates(replace(INSIDE, **change), parameters)
+def test_a_longer_run_keeps_the_rate_and_says_what_was_measured() -> None:
+    train, line = with_rates(replace(INSIDE, num_tokens=10 * TOKENS), 90_000_000)
+    assert (train.lr, train.warmup_steps) == (LR, MOST_WARMUP_STEPS)
+    assert "200 M parameters, in runs of up to 300 k tokens;" in line
+
+
+@pytest.mark.parametrize("parameters", [PARAMETERS[0] - 1, PARAMETERS[1] + 1])
+def test_other_students_get_the_papers_rate(parameters: int) -> None:
+    train, line = with_rates(INSIDE, parameters)
     assert (train.lr, train.min_lr, train.warmup_steps) == (1e-4, 1e-5, 10)
-    assert "learning rate 1e-4" in line and "the papers' for larger students" in line
+    assert "learning rate 1e-4" in line and "that of the papers' larger students" in line
 
 
 def test_given_values_stay() -> None:
