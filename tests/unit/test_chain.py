@@ -60,7 +60,9 @@ def test_contradictions_of_the_training(changes: dict[str, Any], message: str) -
 
 def test_candidates_of_a_search_are_trained_without_tasks() -> None:
     """So a task may be the best metric of the run itself; a warm-up is measured by the candidates' own tokens."""
-    made = config(eval__training_tasks=["hellaswag"], checkpoint__best_metric="hellaswag.acc_norm")
+    made = config(
+        eval__training_tasks=["hellaswag"], checkpoint__best_metric="hellaswag.acc_norm", train__warmup_steps=10
+    )
     check_early(["distill"], retraining(made))
     made.search.retrain_tokens = 1
     with pytest.raises(UserError, match="longer than the run of 1 steps"):

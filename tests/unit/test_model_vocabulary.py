@@ -37,7 +37,6 @@ EMBEDS = {"model/build.py": "LanguageModel.embed"}
 HOLDS_WEIGHTS = {  # who may touch the raw output weights, and what for
     "model/build.py": "OutputLayer is made of them",
     "distillation/step.py": "the loss takes plain tensors, so that it works in any training loop",
-    "distillation/hidden.py": "their device and dtype",
     "train/teach.py": "their dtype",
 }
 
